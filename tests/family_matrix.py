@@ -5,7 +5,7 @@ A cell is a whole run of one round (`fleetune.tune`), then
 
     ledger        the logits of the run's model (base and ledger, through the view) against those of the exported Hugging
                   Face directory in transformers: equal bit for bit
-    LoRA          our model with its adapter against PEFT's, from the directory of `export --to peft`: the same
+    LoRA          our model with its adapter against PEFT's, from the run's directory: the same
     prefix,       likewise, within 1e-4 (PEFT's attention adds up in another order)
     prompt
     bitfit, full  the model with its parameters against the directory of `export --to hf`: the same
@@ -129,18 +129,20 @@ def is_prefix(result: TuneResult) -> bool:
 
 
 def peer_of(result: TuneResult, model: Path, peer: str) -> Any:
-    """Export a run, and load it as its users do, without Fleetune."""
+    """Load the result of a run as its users do, without Fleetune."""
     kind = AutoModelForSequenceClassification if model.name in ENCODERS else AutoModelForCausalLM
-    written = fleetune.export(result, to=peer, path=result.folder / peer)
+    if peer == "peft":
+        return (
+            PeftModel.from_pretrained(kind.from_pretrained(model), str(result.path))
+            .eval()
+            .requires_grad_(False)
+        )
+    written = fleetune.export(result, to="hf", path=result.folder / "hf")
     if (
         result.path.is_file() and written.done.digest != result.digest
     ):  # a ledger's run states that of its weights
         raise Fault("the directory has other weights than the run")
-    if peer == "hf":
-        return kind.from_pretrained(written.path).eval().requires_grad_(False)
-    return (
-        PeftModel.from_pretrained(kind.from_pretrained(model), str(written.path)).eval().requires_grad_(False)
-    )
+    return kind.from_pretrained(written.path).eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -203,7 +203,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'if others := memories.kept().keys() - {order.client}:', 'if others := []:',
            'fleet/test_hostile_server.py -k remembers'),
     Mutant('tuning/methods/fedit.py', 'Method.local',
-           'if came == {(k,)}', 'if came',
+           'next((k for k in self.each_rank if came == {(k,)}), None)', 'next((k for (k,) in came), None)',
            'fleet/test_hostile_server.py -k larger'),
     Mutant('seeds/noise.py', 'check_size',
            'if count > PASSES:', 'if False:',
@@ -212,7 +212,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'check_size(head.law, head.K, found.count_passes())', 'pass',
            'seeds/test_ledger.py'),
     Mutant('deploy/patch.py', 'write',
-           'if sha.hexdigest() != patch.result:', 'if False:',
+           'if result and sha.hexdigest() != result:', 'if False:',
            'deploy/test_patch.py -k not_the_stated'),
 )
 # fmt: on

@@ -16,9 +16,8 @@ the methods that work layer by layer write it.  Names and numbers are looked up 
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,19 +25,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from fleetune import models
 from fleetune.common import sums
-from fleetune.common.display import counted, human_bytes
 from fleetune.common.shell import quoted
-from fleetune.errors import DataError, UsageError
+from fleetune.errors import UsageError
 from fleetune.models.cache import cache, names
 from fleetune.models.cache.names import is_master
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
-from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from fleetune.common.paired import RowLosses
     from fleetune.data import Example
-    from fleetune.evaluation.losses import OnRows, Reference
+    from fleetune.evaluation.losses import OnRows
     from fleetune.models.net.model import Model
     from fleetune.seeds.ledger import Ledger
     from fleetune.tuning.recipe.recipe import Recipe
@@ -353,7 +350,7 @@ def load_with_rows(
     UsageError, before the model is loaded, when `needs_rows` and there are none, or when `dtype` differs from a run's.
     """
     _check_dtype(subject, dtype, device)
-    rows = rows_of(subject, given, offline=offline)
+    rows = given or ([] if isinstance(subject, Plain) else subject.held_out(offline=offline))
     if not rows and needs_rows and not isinstance(subject, Run):
         what = "a compressed model" if isinstance(subject, Compressed) else "no run here but a model"
         raise UsageError(
@@ -395,11 +392,6 @@ def load_alone(
     return subject.load(dtype=dtype or "fp32", **where, **more)
 
 
-def rows_of(subject: Subject, given: list[Example], *, offline: bool = False) -> list[Example]:
-    """Return the rows to measure a subject on: those `given`, else its own held-out rows, where it has any."""
-    return given or ([] if isinstance(subject, Plain) else subject.held_out(offline=offline))
-
-
 def check_same_tokens(subject: Subject, reference: Subject, *, offline: bool = False) -> None:
     """UsageError when two models have different tokens, before either is loaded; one may have more of them."""
     own, other = (_vocabulary(of, offline=offline).items() for of in (subject, reference))
@@ -426,47 +418,3 @@ def _check_dtype(subject: Subject, dtype: str | None, device: str) -> None:
     if dtype not in (None, own):
         raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
     models.check_device(device, own)
-
-
-@contextmanager
-def logits_of(
-    subject: Subject | None,
-    examples: Sequence[Example],
-    texts: Sequence[str],
-    listener: Listener,
-    *,
-    max_length: int,
-    dtype: str | None = None,
-    device: str = "auto",
-    offline: bool = False,
-) -> Iterator[Reference | None]:
-    """Keep the logits of a model on texts, else on examples, while the block runs; the model is in memory no longer.
-
-    None without a model, or anything to run it on.  DataError when no token is scored.
-    """
-    if subject is None or not (examples or texts):
-        yield None
-        return
-    from fleetune.data.encode import encode_all
-    from fleetune.evaluation import kl_divergence
-    from fleetune.evaluation.answers import require_text_model
-    from fleetune.evaluation.losses import keep_logits, scored_tokens, text_rows
-
-    def on_rows(done: int, total: int) -> None:
-        listener.progress("rows of the reference", done, total)
-
-    with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
-        own = None if isinstance(subject, Run) else dtype  # a run has one of its own
-        model = load_alone(subject, dtype=own, device=device, offline=offline)
-        require_text_model(model, "a comparison with a reference")
-        rows = text_rows(model, texts) if texts else encode_all(examples, model.tokenizer, max_length)[0]
-        if not scored_tokens(rows):
-            raise DataError("there is no token to compare", hint="give rows with an answer, or a longer text")
-        file = Path(folder) / "reference.npy"
-        kept = keep_logits(model, rows, file, kl_divergence.TEMPORARY, on_rows)
-        del model
-        size = human_bytes(file.stat().st_size)
-        listener.note(
-            f"{subject.argument} is the reference: {counted(kept.tokens, 'token')}, {size} of logits in {folder} until the end"
-        )
-        yield kept

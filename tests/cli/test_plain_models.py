@@ -112,7 +112,7 @@ def test_what_was_exported_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path: Path) -> None:
     (run,) = fleetune.list_runs()
-    fleetune.export(run, to="peft", path=tmp_path / "mine")
+    shutil.copytree(run.folder / "adapter", tmp_path / "mine")
     said = refused("tune", str(tmp_path / "mine"), "demo")
     assert "is an adapter, not a model" in said
     assert "docs/models.md#tuning-on-from-an-adapter" in said
@@ -122,13 +122,12 @@ def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path: Path) -> No
 def test_every_command_says_that_an_adapter_is_merged_first(place: Path, tmp_path: Path) -> None:
     (run,) = fleetune.list_runs()
     mine = str(tmp_path / "mine")
-    fleetune.export(run, to="peft", path=mine)
+    shutil.copytree(run.folder / "adapter", mine)
     name_base(Path(mine), str(place / "tiny"))
     told = set()
     for words in (
         ["tune", mine, "demo"],
         ["eval", mine, "demo"],
-        ["eval", "tiny", "demo", "--reference", mine],
         ["export", mine],
         ["export", mine, "--to", "gguf:f16"],
         ["compress", mine],

@@ -30,7 +30,7 @@ GKD = (
     "--method gkd --set teacher=same --set keep_layers=2 --set steps=2 --set batch_size=1 --set max_new_tokens=4 "
     "--set lmbda=0"
 )
-PRUNE = "--method llm-pruner --set ratio=0.3 --set recover=none --set mode=depth --set first=0 --set last=0"
+PRUNE = "--method llm-pruner --set ratio=0.5 --set recover=none --set first=0 --set last=0"
 
 # In order; numbers are those of the runs that the commands before have made.
 TOUR = {
@@ -67,7 +67,7 @@ TOUR = {
     f"compress tiny --data rows.jsonl {PRUNE}": {"ModelPruned", "CompressDone"},
     "compress --resume 4": {"CompressDone"},
     "export 4 --to hf --text text.txt": {"ExportDone", "ExportChecked"},
-    "export 2 --to peft": {"ExportDone"},
+    "export 2 --to gguf:lora": {"ExportDone"},
     "measure 4 --text text.txt --length 16 --windows 1 --limit 2 --prompt-tokens 4 --new-tokens 2 --repeats 1": {
         "Measured",
         "MeasureDone",

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from fleetune import models
-from fleetune.compression.pruning import depth
+from fleetune.compression import depth
 from fleetune.evaluation import answers
 from fleetune.models import digest, named_tensors
 

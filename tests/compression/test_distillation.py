@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GKD's divergence and reward: the formulas in float64, and REINFORCE against the enumerated expectation."""
+"""GKD's divergence: the formula in float64."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from gkd_harness import END, direct, formula, pair, rows
@@ -16,8 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from fleetune import models
 from fleetune.compression import distillation
-from fleetune.compression.distillation import log_probs
-from fleetune.data.encode import MASKED, Batch, Encoded, collate
+from fleetune.data.encode import MASKED, Batch, collate
 from fleetune.evaluation.losses import predictors
 from fleetune.models import Model
 
@@ -120,56 +114,3 @@ def test_a_model_that_caps_its_logits_and_a_head_with_more_rows() -> None:
     want = formula(Q[:, :-1][scored], P[:, :-1][scored][:, :264], 0.5)
     found = between(student, teacher, batch, 0.5, chunk=4)
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
-
-
-GAMMA = 0.7
-
-
-def test_an_estimate_is_the_closed_form() -> None:
-    """d/dlogits of gain log softmax(logits / T)[token] / rows: (1[token] - p) gain / (T rows), for scored tokens."""
-    batch = collate(
-        [Encoded(np.array([5, 6, 7, 8], np.int32), 2), Encoded(np.array([5, 9, 4], np.int32), 1)], END
-    )
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 12, generator=g, dtype=torch.float64).requires_grad_(True)
-    gains = np.array([0.3, -2.0])
-    log_p = log_probs((logits, lambda rows: rows), batch, GAMMA, chunk=3)
-    distillation.reinforce_objective(log_p, batch, gains).backward()
-    tokens, own = torch.tensor([7, 8, 9, 4]), torch.tensor([0.3, 0.3, -2.0, -2.0], dtype=torch.float64)
-    want = (torch.eye(12)[tokens] - (logits / GAMMA).softmax(-1)) * own[:, None] / (GAMMA * 2)
-    torch.testing.assert_close(logits.grad, want.detach())
-
-
-OWN = "def plain(prompt, answer, reference):\n    return 1.0\n"
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    file = tmp_path / "rewards.py"
-    file.write_text(OWN)
-    return file
-
-
-def test_built_in_rewards() -> None:
-    for name, same, half in (("exact_match", 1, 0), ("f1", 1, 2 / 3), ("rouge_l", 1, 2 / 3)):
-        found = distillation.reward_of(name)
-        assert found("what", "red fox", "red fox") == pytest.approx(same)
-        assert found("what", "red", "red fox") == pytest.approx(half)
-
-
-def test_what_a_reward_is_known_by(own: Path) -> None:
-    assert distillation.source_digest("f1", distillation.reward_of("f1")) == ""
-    name = f"{own}:plain"
-    assert (
-        distillation.source_digest(name, distillation.reward_of(name))
-        == hashlib.sha256(OWN.encode()).hexdigest()
-    )
-    held = f"{own}:held"
-    own.write_text(
-        own.read_text() + "class Held:\n    def __call__(self, *texts): return 1.0\nheld = Held()\n"
-    )
-    assert (
-        distillation.source_digest(held, distillation.reward_of(held))
-        == hashlib.sha256(own.read_bytes()).hexdigest()
-    )
-    assert distillation.source_digest("math:fsum", math.fsum) == ""  # type: ignore[arg-type]

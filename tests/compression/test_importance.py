@@ -9,7 +9,7 @@ from gkd_harness import rows
 from pruner_harness import gradients, importance, pruner, stop_at, tiny
 from torch import Tensor
 
-from fleetune.compression.pruning.importance import AGGREGATES, Shares, choose, count_kept, estimate
+from fleetune.compression.importance import AGGREGATES, Shares, choose, count_kept, estimate
 from fleetune.data import Encoded
 from fleetune.errors import Interrupted
 from fleetune.models import Model, digest, named_tensors

@@ -18,6 +18,7 @@ from pruner_harness import IDS, logits, pruner, tiny
 from torch import Tensor
 
 from fleetune import adapters, models
+from fleetune.compression.importance import estimate
 from fleetune.data import Batches
 from fleetune.errors import FleetuneError
 from fleetune.evaluation.losses import response_loss
@@ -36,8 +37,8 @@ def test_a_head_is_credited_to_the_key_head_that_it_reads(tmp_path: Path) -> Non
             p.fill_(1.0) if name != "q_proj.weight" else p.copy_(
                 scale.repeat_interleave(4)[:, None].expand_as(p)
             )
-    kept = pruner(importance="magnitude")._units(model, rows(0, 2), lambda *_: None)
-    assert kept[1].heads == kept[2].heads == [1, 2]  # type: ignore[union-attr]
+    kept = pruner().select(model.net.model.layers, estimate(model, rows(0, 2), "magnitude", [1, 2]))
+    assert kept[1].heads == kept[2].heads == [1, 2]
 
 
 def test_spared_blocks_and_widths(tmp_path: Path) -> None:
@@ -62,21 +63,6 @@ def test_spared_blocks_and_widths(tmp_path: Path) -> None:
     widths = block_widths(whole.net.config)[1:3]
     assert sum(w.num_key_value_heads for w in widths) == 4
     assert all(w.intermediate_size % 4 == 0 for w in widths)
-
-
-def test_depth_takes_the_least_important_blocks(tmp_path: Path) -> None:
-    model = tiny(num_hidden_layers=6)
-    for i, scale in enumerate((0.01, 1.0, 0.2, 3.0, 0.1, 0.01)):
-        for module in model.net.model.layers[i].modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.mul_(scale)
-    whole = copy.deepcopy(model.net)
-    made = pruner(mode="depth", ratio=0.5, importance="magnitude")
-    pruned = made.prune(model, rows(0, 2))
-    assert len(pruned.net.model.layers) == pruned.net.config.num_hidden_layers == 4
-    for mine, theirs in zip(pruned.net.model.layers, (0, 1, 3, 5), strict=True):
-        assert torch.equal(mine.mlp.up_proj.weight, whole.model.layers[theirs].mlp.up_proj.weight)
-    assert [layer.self_attn.layer_idx for layer in pruned.net.model.layers] == [0, 1, 2, 3]
 
 
 @settings(max_examples=20)

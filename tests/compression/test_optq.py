@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from solver_harness import brain_surgeon, curvature, damped, dense, onto, work
@@ -79,43 +77,11 @@ def test_weights_in_another_layout_are_solved_alike_and_stay(
         assert torch.equal(dense(found), want)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("order", ["none", "gar"])
-def test_optq_in_any_order_is_the_surgeon_on_sorted_columns(kind: str, order: str) -> None:
-    W, H = work(2, 4, 32)
-    group = 8
-    solver = compression.make("optq", {"group": group, "grid": kind, "order": order, "damping": 0.02})
-    got = dense(solver.solve(W.clone(), H.clone()))
-    sort = {
-        "none": list(range(32)),
-        "gar": list(
-            itertools.chain.from_iterable(
-                sorted(columns, key=lambda i: -H[i, i].item())
-                for columns in sorted(
-                    (range(g, g + group) for g in range(0, 32, group)),
-                    key=lambda columns: -max(H[i, i].item() for i in columns),
-                )
-            )
-        ),
-    }[order]
-    grid, fits = Grid(kind, 4), dict[int, tuple[Tensor, Tensor]]()
-    h = curvature(damped(H, 0.02)[sort][:, sort])
-
-    def settle(i: int, now: Tensor) -> Tensor:
-        g = sort[i] // group
-        if g not in fits:
-            fits[g] = grid.find(now[:, i : i + group], h[i : i + group])
-        return onto(grid, now[:, i], *fits[g])
-
-    want = brain_surgeon(W[:, sort], damped(H, 0.02)[sort][:, sort], settle)
-    torch.testing.assert_close(got.double()[:, sort], want, rtol=0, atol=1e-6)
-
-
 def test_pruned_weights_stay_zero_when_they_are_quantised_later() -> None:
     W, H = work(5, 16, 64, torch.float32)
     pruned = dense(compression.make("sparsegpt", {"n": 2, "m": 4}).solve(W.clone(), H.clone()))
-    for kind, order in itertools.product(UNIFORM, ("none", "gar")):
-        solver = compression.make("optq", {"grid": kind, "order": order, "group": 16})
+    for kind in UNIFORM:
+        solver = compression.make("optq", {"grid": kind, "group": 16})
         assert not dense(solver.solve(pruned.clone(), H.clone()))[pruned == 0].any()
 
 
@@ -139,19 +105,19 @@ def test_exact_zeros_stay_zero_however_few_they_are(count: int) -> None:
     W, H = work(5, 16, 64, torch.float32)
     places = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(count))[:count]
     W.view(-1)[places] = 0.0
-    for order in ("none", "gar"):
-        solver = compression.make("optq", {"bits": 8, "order": order, "group": 16})
-        assert not dense(solver.solve(W.clone(), H.clone()))[W == 0].any()
+    solver = compression.make("optq", {"bits": 8, "group": 16})
+    assert not dense(solver.solve(W.clone(), H.clone()))[W == 0].any()
 
 
 @pytest.mark.parametrize(
     ("method", "values"),
     [
-        ("optq", {"grid": kind, "order": order, "group": 16})
-        for kind in ("ggml", "asymmetric")
-        for order in ("none", "gar")
-    ]
-    + [("sparsegpt", {}), ("sparsegpt", {"n": 2}), ("sparsegpt", {"bits": 3, "group": 16})],
+        ("optq", {"grid": "ggml", "group": 16}),
+        ("optq", {"grid": "asymmetric", "group": 16}),
+        ("sparsegpt", {}),
+        ("sparsegpt", {"n": 2}),
+        ("sparsegpt", {"bits": 3, "group": 16}),
+    ],
 )
 def test_the_loss_that_the_loop_tells_is_that_of_the_matrix(method: str, values: dict[str, object]) -> None:
     """Over several blocks, with dead inputs, and zeros that stay; damping is not a part of it."""

@@ -34,24 +34,20 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 # Options that change what is computed keep the contract too.
 VARIANTS = [
-    "optq:order=gar",
     "optq:grid=asymmetric,bits=3",
     "optq:group=0",
-    "qronos:order=gar",
-    "rtn:grid=universal,search=true",
+    "rtn:grid=universal",
     "sparsegpt:n=2",
     "sparsegpt:bits=4",
     "sparsegpt:sparsity=0",
-    "gkd:lmbda=1,reward=rouge_l,alpha=0.5",
+    "gkd:lmbda=1",
     "gkd:lmbda=0,seq_kd=true,beta=0",
-    "llm-pruner:mode=hidden,first=4,last=2,ratio=0.5",
-    "llm-pruner:mode=depth",
     "llm-pruner:importance=mixed,scope=global",
 ]
 
 
 def values(case: str) -> dict[str, Any]:
-    """The settings of a case such as `optq` or `optq:order=gar,bits=3`."""
+    """The settings of a case such as `optq` or `optq:group=0,bits=3`."""
     name, _, changes = case.partition(":")
     return QUICK.get(name, {}) | dict(pair.split("=") for pair in changes.split(",") if pair)
 

@@ -53,12 +53,6 @@ def test_from_a_tuned_run_to_a_file_that_reads_back(
     code, done, err = call(capsys, "compress", "latest", "--windows", "4", "--length", "32")
     assert code == 0, err
     folder = Path(done[-1]["folder"])
-    if method == "fedit":
-        code, exported, err = call(capsys, "export", "1", "--to", "peft")
-        assert (code, exported[-1]["to"], exported[-1]["event"]) == (0, "peft", "export"), err
-        copied = sorted(file for file in Path(exported[-1]["path"]).rglob("*") if file.is_file())
-        assert exported[-1]["files"] == len(copied) > 1
-        assert exported[-1]["bytes"] == sum(file.stat().st_size for file in copied)
     code, exported, err = call(capsys, "export", "latest")  # the newer of the two: the compressed one
     assert code == 0, err
     assert exported[-1]["to"] == "gguf"
@@ -123,13 +117,13 @@ def test_a_slip_in_the_target_or_the_place_loads_nothing(at: Path) -> None:
         )
         assert done.stdout == "2 False\n"
         assert said in done.stderr
-        assert "peft" in done.stderr or "nonsense" not in args
+        assert "mlx" in done.stderr or "nonsense" not in args
 
 
 BAD = {
-    "an unknown target": (["export", "{model}", "--to", "gguf:q4"], "Did you mean"),
-    "codes from a plain model": (["export", "{model}", "--to", "gguf:q4_0"], "compress"),
-    "an adapter of no run": (["export", "{model}", "--to", "peft"], "only a run has an adapter"),
+    "an unknown target": (["export", "{model}", "--to", "gguf:q8"], "Did you mean"),
+    "codes from a plain model": (["export", "{model}", "--to", "mlx"], "compress"),
+    "an adapter of no run": (["export", "{model}", "--to", "gguf:lora"], "only a run has an adapter"),
     "no run": (["export", "latest"], "no run 'latest'"),
     "a folder named as a file": (["export", "{model}", "--to", "hf", "--path", "a.gguf"], "not named .gguf"),
     "a file named as a folder": (["export", "{model}", "--path", "folder"], "named .gguf"),

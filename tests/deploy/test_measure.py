@@ -122,7 +122,6 @@ def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: pytest.CaptureFixtu
         assert rows[name]["bits_linear"] == 4.5
         assert rows[name]["loss"] == pytest.approx(c, rel=0.01)  # its embedding is Q8_0
     kept_down = json.loads((folder / harness.FILE).read_text())
-    assert kept_down["digest"] == Master(folder / "model").digest()
     assert kept_down["kept"]["loss"]["value"] == pytest.approx(value)
     assert "compressed the same way" in err
 
@@ -174,7 +173,7 @@ def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixt
 
 def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, run = folder_of(at), rundir.find("1", at / "runs")
-    asked = ["--data", "demo", "--limit", "2", "--tasks", "em,loss", "--answer-tokens", "2"]
+    asked = ["--data", "demo", "--limit", "2"]
     code, told, err = call(
         capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, *asked
     )
@@ -183,7 +182,6 @@ def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixtu
     files = [f"{folder.name}.gguf"] if llamacpp.available() else []
     assert [row["name"] for row in rows] == ["little", run.name, folder.name, *files, "model"]
     assert all("loss" in row for row in rows)
-    assert [row["name"] for row in rows if "exact_match" in row] == ["little", run.name, folder.name, "model"]
     assert rows[-1]["loss"] == rows[2]["loss"]
 
 
@@ -280,12 +278,10 @@ BAD = {
     "a text of one token": (["measure", "little", "--text", "one.txt"], "1 tokens: nothing to predict"),
     "a text of nothing": (["measure", "little", "--text", "empty.txt"], "has no rows"),
     "no threads": (["measure", "little", "--threads", "0"], "threads = 0"),
-    "tasks without rows": (["measure", "little", "--tasks", "rouge"], "need rows"),
-    "perplexity without a text": (["measure", "little", "--tasks", "perplexity"], "on a text"),
     "a kept gain of a model": (["measure", "little", "--kept-gain"], "compressed run's folder"),
     "windows beyond the model": (["measure", "little", "--text", "text.txt", "--length", "4096"], "made for"),
     "an export's text that is none": (["export", "2", "--to", "hf", "--text", "no.txt"], "no text file"),
-    "an adapter's perplexity": (["export", "1", "--to", "peft", "--text", "text.txt"], "adapter alone"),
+    "an adapter's perplexity": (["export", "1", "--to", "gguf:lora", "--text", "text.txt"], "adapter alone"),
 }
 
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import socket
 import struct
 import threading
@@ -443,6 +445,24 @@ def test_a_spoilt_file_of_the_last_session_keeps_no_device_out(
     stay.server = line.Server("localhost:1")
     assert stay._before() == ""  # no other server learns it
     assert house.one.public.fingerprint in house.door.online()
+
+
+def test_a_full_disk_keeps_no_device_out(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its next process is only let in when this stay is over."""
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    house.post("leave", house.heads["one"])
+    monkeypatch.setattr(os, "fsync", full)
+    device = line.Server(f"127.0.0.1:{house.port}")
+    with (way := line.Line(device, False)).http:
+        line._Stay(way, house.one, tmp_path, device)._come_in()
+    assert house.one.public.fingerprint in house.door.online()
+    assert "the disk is full" in caplog.text
+    assert not list(tmp_path.glob(f"*{line.FILE}*"))
 
 
 def test_orders_that_end_alike_share_their_end() -> None:

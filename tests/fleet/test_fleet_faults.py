@@ -143,7 +143,7 @@ def test_connections_that_are_cut_in_the_middle_of_a_message(
     monkeypatch.setattr(line, "LONGEST", 0.5)
     recipe = {**recipe, "rounds": 40}
     expected, port, rng = simulated(recipe), free_port(), random.Random(3)
-    proxy = Proxy(port, [rng.randint(200, 30_000) for _ in range(60)])
+    proxy = Proxy(port, [rng.randint(200, 12_000) for _ in range(60)])
     with devices(proxy.address) as joined, served(port, Pace(grace=60, poll=0.01)) as fleets:
         found = running.start(
             recipes.make(recipe), Path("real"), fleetune.Silent(), offline=True, fleets=fleets

@@ -218,16 +218,17 @@ def test_a_server_whose_disk_is_full_says_so_and_goes_on_later(
 def test_a_device_whose_disk_is_full_fails_its_rounds_and_comes_back(place: Path, injected: Injected) -> None:
     simulated(FEDIT)
     port = free_port()
-    with full(Path("state-1"), 3) as disk:
+    with full(Path("state-1"), 0) as disk:
+        disk.full = False
 
-        class Freed(fleetune.Silent):
+        class Filled(fleetune.Silent):
             def event(self, event: Any) -> None:
-                if event.event == "round" and event.round == 2:
-                    disk.full = False
+                if event.event == "round":
+                    disk.full = event.round == 1
 
         with devices(port), served(port) as fleets:
             running.start(
-                recipes.make({**FEDIT, "rounds": 4}), Path("real"), Freed(), offline=True, fleets=fleets
+                recipes.make({**FEDIT, "rounds": 4}), Path("real"), Filled(), offline=True, fleets=fleets
             )
     (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
     found = {
@@ -238,6 +239,6 @@ def test_a_device_whose_disk_is_full_fails_its_rounds_and_comes_back(place: Path
     spoilt = [key for key, (status, _) in found.items() if status != "ok"]
     assert spoilt
     assert {c for _, c in spoilt} == {1}
-    assert all("the disk is full" in found[key][1] for key in spoilt)
+    assert {found[key][1] for key in spoilt} == {"its disk takes no more"}
     assert found[4, 1][0] == "ok"
     injected("disk of a device full", 1)

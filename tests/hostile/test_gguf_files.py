@@ -84,6 +84,7 @@ MUST_REFUSE: dict[str, Change] = {
     "a scale of NaN": lambda f: f.weight(False, NAN),
     "an offset beyond the end": lambda f: f.table(1, offset=2**62),
     "an unknown type": lambda f: f.table(1, kind=999),
+    "rows that are no whole blocks": lambda f: f.table(1, kind=gguf.GGMLQuantizationType.Q2_K),
     "2^60 tensors": lambda f: struct.pack_into("<Q", f.data, 8, 2**60),
     "2^60 keys": lambda f: struct.pack_into("<Q", f.data, 16, 2**60),
 }

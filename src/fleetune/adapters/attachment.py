@@ -45,7 +45,7 @@ class Part:
         """Fold their effect into the stored weights (call `remove` after); ModelError if that is impossible."""
         raise ModelError(
             f"{self.what} cannot be folded into the weights",
-            hint="fleetune export --to peft, or use the run's folder",
+            hint="use the run's folder: its adapter/ is a directory for PEFT",
         )
 
 

@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
-from fleetune.api.names import Rows, Setting, words
+from fleetune.api.names import Rows, Setting
 from fleetune.common.events import Serving
 from fleetune.common.settings import parse_bytes
 from fleetune.compression.jobs import job
 from fleetune.deploy import serve as serving
 from fleetune.deploy import targets
 from fleetune.errors import UsageError
-from fleetune.models.cache import names
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener, heard_by
 from fleetune.tuning.recipe import objects
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fleetune.deploy.export import ExportResult
     from fleetune.deploy.measure import MeasureResult
     from fleetune.deploy.serve import Conversation, Session
-    from fleetune.fleet.calibration_server import Calibrators
     from fleetune.fleet.server import Served
     from fleetune.models.artefact import ArtefactHead
     from fleetune.models.net.model import Model
@@ -89,9 +88,7 @@ def compress(
         "dtype": dtype,
     }
     request = job.request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=Path(out))
-    return job.start(
-        request, watching, Path(out), offline=offline, devices=_devices(served), beside=file_size
-    )
+    return job.start(request, watching, Path(out), _prepare(watching, out, offline, served))
 
 
 def resume_compression(
@@ -109,13 +106,18 @@ def resume_compression(
     """
     found = getattr(folder, "folder", None)
     path = found if isinstance(found, Path) else compression_folder.get(str(folder), Path(out))
-    return job.resume(
-        path,
-        heard_by(listener, progress),
-        Path(out),
-        offline=offline,
-        devices=_devices(served),
-        beside=file_size,
+    watching = heard_by(listener, progress)
+    return job.resume(path, watching, _prepare(watching, out, offline, served))
+
+
+def _prepare(listener: Listener, out: str | Path, offline: bool, served: Served | None) -> job.Prepare:
+    devices = None
+    if served is not None:
+        from fleetune.fleet import calibration_server
+
+        devices = calibration_server.Calibrators(served)
+    return functools.partial(
+        job.prepare, listener=listener, out=Path(out), offline=offline, devices=devices, beside=file_size
     )
 
 
@@ -130,14 +132,6 @@ def _size(size: float | str) -> int:
     return int(size) if isinstance(size, int | float) else parse_bytes(size, "--bytes", least=1) or 0
 
 
-def _devices(served: Served | None) -> Calibrators | None:
-    if served is None:
-        return None
-    from fleetune.fleet import calibration_server
-
-    return calibration_server.Calibrators(served)
-
-
 def export(
     model: object,
     *,
@@ -149,7 +143,7 @@ def export(
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> ExportResult:
-    """Write a model for a runtime, and read it back; of PEFT's adapter in a folder: to gguf:lora or peft.
+    """Write a model for a runtime, and read it back.
 
     `to` is a target (`fleetune.targets()`; default `gguf`; for a run `hf`), `path` a new file or folder (default: in the
     folder of the run or compression; of a plain model here).  With a text file `text`, the perplexity of the source in
@@ -157,15 +151,10 @@ def export(
     """
     place, file = Path(path) if path else None, str(text) if text else None
     targets.check(to, place, file)  # before torch is imported
-    adapter = names.peft_folder(model)
-    subject = None if adapter else subjects.open(model, out=out)
+    subject = subjects.open(model, out=out)
     from fleetune.deploy import export as exporting
 
-    watching = heard_by(listener, progress)
-    if subject is None:
-        assert adapter is not None
-        return exporting.of_adapter(adapter, to, place, watching, offline=offline)
-    return exporting.export(subject, to, place, file, watching, offline=offline)
+    return exporting.export(subject, to, place, file, heard_by(listener, progress), offline=offline)
 
 
 def measure(
@@ -175,9 +164,6 @@ def measure(
     length: int = 512,
     data: Rows | None = None,
     limit: int = 200,
-    tasks: Sequence[str] = (),
-    answer_tokens: int = 96,
-    labels: Sequence[str] = (),
     threads: int = 1,
     prompt_tokens: int = 128,
     new_tokens: int = 32,
@@ -212,9 +198,6 @@ def measure(
         length=length,
         data=objects.data_name(data, Path(out)) or None,
         limit=limit,
-        tasks=tuple(words(tasks)),
-        answer_tokens=answer_tokens,
-        labels=tuple(words(labels)),
         threads=threads,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,

@@ -16,7 +16,7 @@ from fleetune.data import Example, read, read_text, readers
 from fleetune.deploy.serve import Sampling
 from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.runs.listener import Listener, heard_by
-from fleetune.subject import Compressed, Run, Subject, logits_of
+from fleetune.subject import Compressed, Run, Subject
 from fleetune.tuning.recipe import objects
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ def evaluate(
     text: str | Path | None = None,
     labels: Sequence[str] = (),
     task_files: str | Path | None = None,
-    reference: object | None = None,
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
@@ -56,24 +55,18 @@ def evaluate(
     of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its values are named
     TASK.METRIC and have the harness's unit; the event has their standard errors.
     `base` is memory or mapped: where the base's weights are (a run: as while it was tuned).
-    With a model `reference` the values have kl_divergence as well, of the next-token distributions from that model's (nats
-    a token), and same_top (percent), with their standard errors over the tokens (`_error`) and the number of these
-    (kl_tokens): on `text`, else on the answers of the rows.
     """
     found = subjects.open(model, out=out)  # before torch is imported
-    dense = subjects.open(reference, out=out) if reference is not None else None
     _check_options(found, limit, answer_tokens, text)
     from fleetune.data.encode import check_answers
     from fleetune.evaluation import measures
 
     heard, labels = heard_by(listener, progress), words(labels)
     own, others = measures.divided(words(tasks))
-    if text and own and dense is None and not {"perplexity", "ppl"} & set(own):
+    if text and own and not {"perplexity", "ppl"} & set(own):
         problem = f"{text} is for the task perplexity, which --tasks does not name"
         raise RecipeError([problem], hint="fleetune eval --help")
     wanted = measures.check_tasks(list(own))
-    if dense is not None and others and not own:
-        raise UsageError("a reference is compared with on rows or a text", hint="--tasks loss as well")
     harness = measures.HarnessTasks(others, task_files) if others else None
     where: dict[str, Any] = {"dtype": dtype, "device": device, "offline": offline}
     longest = found.max_length
@@ -82,36 +75,32 @@ def evaluate(
         scores = harness.evaluate(loaded, limit=limit)
         heard.event(evaluated(found.argument, 0, {}, of=0, max_length=longest, harness=scores))
         return measures.by_name(scores)
-    if dense is not None:
-        subjects.check_same_tokens(found, dense, offline=offline)
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     if labels and "accuracy" in wanted:
         answers = [example.response.strip() for example in given[:limit]]
         check_answers(answers, labels, f"labels = {', '.join(labels)}", "name all label words of the data")
     if given:
         _note_trained_on(found, given[:limit], heard, offline=offline)
-    texts, compared = read_text(str(text)) if text else [], subjects.rows_of(found, given, offline=offline)
+    texts = read_text(str(text)) if text else []
 
     def told(what: str) -> OnRows:
         return lambda done, total: heard.progress(what, done, total)
 
-    with logits_of(dense, compared[:limit], texts, heard, max_length=longest, **where) as kept:
-        loaded, every = subjects.load_with_rows(
-            found, compared, labels=labels, base=base, needs_rows=not texts, **where
-        )
-        values, rows = measures.evaluate(
-            loaded,
-            every[:limit],
-            wanted,
-            max_length=longest,
-            max_new_tokens=answer_tokens,
-            labels=labels,
-            texts=texts,
-            told=told,
-        )
-        values |= kept.compare(loaded, told("rows compared")).values() if kept else {}
-    scores = harness.evaluate(loaded, limit=limit) if harness is not None else []
+    loaded, every = subjects.load_with_rows(
+        found, given, labels=labels, base=base, needs_rows=not texts, **where
+    )
     measured = every[:limit]
+    values, rows = measures.evaluate(
+        loaded,
+        measured,
+        wanted,
+        max_length=longest,
+        max_new_tokens=answer_tokens,
+        labels=labels,
+        texts=texts,
+        told=told,
+    )
+    scores = harness.evaluate(loaded, limit=limit) if harness is not None else []
     before = subjects.base_losses(found, loaded, measured, told) if rows else None  # makes `loaded` the base
     heard.event(
         evaluated(

@@ -18,7 +18,7 @@ from fleetune.tuning import methods as tuning_methods
 if TYPE_CHECKING:
     from fleetune.tuning.result.finished import TuneResult
 
-Setting = Value | Callable[..., Any]  # of a method; a function is an objective or a reward
+Setting = Value | Callable[..., Any]  # of a method; a function is an objective
 Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: dicts, a datasets.Dataset
 
 

@@ -540,7 +540,6 @@ class StepDone(Event, event="step"):
     step: int  # from 1
     steps: int  # number of steps
     loss: float  # of this step; in distillation and of scales the divergence from the teacher
-    reward: float | None = None  # mean reward of the answers that the student wrote in this step
 
 
 class ModelPruned(Event, event="pruned"):
@@ -582,7 +581,6 @@ class ExportDone(Event, event="export"):
     path: str  # of the new file or folder
     digest: str | None = None  # SHA-256 of a run's weights; only of a run as `hf`
     bytes: int | None = None  # of all files
-    files: int | None = None  # of a copied adapter: files equal to the source's
     tensors: int | None = None  # number of tensors
     exact: int | None = None  # tensors that hold the source's values bit for bit
     types: Mapping[str, int] | None = None  # number of tensors by their type in the file
@@ -657,7 +655,7 @@ class TaskScore:
     higher_is_better: bool | None  # null where the harness does not say
 
 
-class EvalDone(Compared, event="eval"):
+class EvalDone(Measures, event="eval"):
     """`eval`: the measures of one model."""
 
     model: str  # as a command takes it

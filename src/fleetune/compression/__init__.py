@@ -20,20 +20,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Final,
-    Literal,
-    NamedTuple,
-    Protocol,
-    TypeAlias,
-    runtime_checkable,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from fleetune.common import settings
-from fleetune.common.registry import Registry
+from fleetune.common.registry import Member, Registry
 from fleetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -112,12 +102,11 @@ class Trainer(Protocol):
         rows: Sequence[Encoded],
         seed: int,
         folder: Path,
-        on_step: Callable[[int, int, float, float | None], None],
+        on_step: Callable[[int, int, float], None],
     ) -> None:
         """Train in place; resume from the checkpoint in `folder`.
 
-        `on_step(step, steps, loss, reward)` is called after every step.  It may raise Interrupted, which saves the
-        step.  `reward` is the mean reward of the answers that the student wrote in this step, or None.
+        `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step.
         """
 
     def distance(self, student: Model, teacher: Model, rows: Sequence[Encoded]) -> float:
@@ -178,20 +167,9 @@ REGISTRY: Final = Registry(
 )
 
 
-class CompressorEntry(NamedTuple):
-    """A method as it is listed."""
-
-    name: str
-    paper: str
-    summary: str
-
-
-def entries() -> dict[str, CompressorEntry]:
+def entries() -> dict[str, Member]:
     """Return every method by name, those of other packages included."""
-    return {
-        name: CompressorEntry(name, member.text("PAPER"), member.summary)
-        for name, member in REGISTRY.members().items()
-    }
+    return REGISTRY.members()
 
 
 def kind_of(name: str) -> Kind:

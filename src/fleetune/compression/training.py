@@ -62,12 +62,11 @@ def _checksum(head: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     return f"{crc:08x}"
 
 
-def fingerprint(inputs: str, rows: Sequence[Encoded], more: str = "") -> str:
+def fingerprint(inputs: str, rows: Sequence[Encoded]) -> str:
     """Return the SHA-256 of everything that a result depends on: settings and weights as text, and the rows."""
     sha = hashlib.sha256(inputs.encode())
     for row in rows:
         sha.update(f"{len(row.ids)} {row.n_prompt} ".encode() + row.ids.tobytes())
-    sha.update(more.encode())
     return sha.hexdigest()
 
 

@@ -33,15 +33,14 @@ from fleetune.common.files import default_mode, storage_error
 from fleetune.common.folders import appeared, locked, scratch, staged
 from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
-from fleetune.deploy import harness, patch, patch_make, targets
+from fleetune.deploy import harness, patch_make, targets
 from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
 from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, gguf, ollama
 from fleetune.deploy.harness import MeasureJob, Row
 from fleetune.deploy.targets import Target, check_place, find
-from fleetune.errors import ModelError, UsageError, called
+from fleetune.errors import UsageError, called
 from fleetune.models.artefact import ArtefactHead, Master
 from fleetune.models.cache import names
-from fleetune.models.cache.names import is_master
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import has_block_widths, mark_config
 from fleetune.models.net.model import Model, stored_tensors
@@ -104,35 +103,6 @@ def export(
         return _checked(source, target, out, facts_of_base(subject.name), text, listener)
 
 
-def of_adapter(
-    adapter: Path, to: str | None, path: Path | None, listener: Listener, *, offline: bool
-) -> ExportResult:
-    """Write the adapter in a folder of PEFT, of the base that it names, as target `to` to `path` (default: here).
-
-    ModelError for a target that takes whole models, with how to merge it, and where its base is not found; the rest as in
-    `write_adapter`.
-    """
-    target = find(to or DEFAULT_TARGET)
-    if target.takes != "adapter":
-        taken = " or ".join(name for name, other in targets.every().items() if other.takes == "adapter")
-        refused = names.adapter_refused(adapter, adapter)
-        refused.hint = f"--to {taken} takes it as it is; {refused.hint}"
-        raise refused
-    check_adapter(adapter, target)
-    base, source = names.adapter_base(adapter), None
-    if target.states("BASE"):
-        try:
-            source = Plain(base).directory(offline=offline)
-        except ModelError as error:
-            raise ModelError(
-                f"{adapter} says that it is of the base '{base}': {error.message}",
-                hint=f"write the base's path or hub id as {names.BASE} into {adapter / names.ADAPTER_CONFIG}",
-            ) from error
-    out = path or target.place(Path("."), adapter.resolve().name)
-    report = write_adapter(adapter, source, target.name, out, made=facts_of_base(base))
-    return ExportResult(out, _done(report, listener))
-
-
 def _of_run(
     run: Run, target: Target, path: Path | None, text: str | None, listener: Listener, *, offline: bool
 ) -> ExportResult:
@@ -142,10 +112,11 @@ def _of_run(
     base, settings = Plain(recipe.model), objects.method_settings(recipe)
     made = _facts(recipe.method, settings, rundir.made_on(run.folder)["base"]) | facts_of_base(recipe.model)
     if target.takes == "adapter":
-        check_adapter(run.folder / finished.RESULT["adapter"], target)
-        adapter = run.result
-        source = base.directory(offline=offline) if target.states("BASE") else None
-        return ExportResult(out, _done(write_adapter(adapter, source, target.name, out, made=made), listener))
+        target.load().check(run.folder / finished.RESULT["adapter"], target.kind)
+        source = base.directory(offline=offline)
+        return ExportResult(
+            out, _done(write_adapter(run.result, source, target.name, out, made=made), listener)
+        )
     rows = _rows(base.directory(offline=offline), text) if text else []
     if recipe.train == SCALES and target.name in FILES:
         done = _done(_with_other_scales(run, target, out, listener, offline=offline), listener)
@@ -177,8 +148,6 @@ def _checked(
     """Export the folder `source`, and run what was written and `source` on the same windows of a text, if there is one."""
     rows = _rows(source, text) if text else []
     report = write(source, target.name, out, made=made)
-    if is_master(source) and (warning := harness.warning(Master(source))):
-        report = dataclasses.replace(report, notes=(*report.notes, warning))
     return _finish(source, target, _done(report, listener), rows, listener)
 
 
@@ -191,9 +160,8 @@ def _with_other_scales(run: Run, target: Target, out: Path, listener: Listener, 
     name, notes = run.recipe.model, list[str]()
     source = patch_make.file_of(name, offline=offline)
     with called(source, name), _staged(target, out) as place:
-        made = patch_make.of_run(source, run.folder, name=name, offline=offline, listener=listener)
         file = place if target.suffix else place / ollama.FILE
-        patch.write(source, made, file, listener)
+        patch_make.write_run(source, run.folder, file, name=name, offline=offline, listener=listener)
         report = patch_make.report(file)
         if not target.suffix:
             notes = ollama.add_modelfile(models.load_tokenizer(name, offline=offline), place)
@@ -292,29 +260,19 @@ def write(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHING
 
 
 def write_adapter(
-    adapter: Path, base: Path | None, to: str, out: Path, *, made: Mapping[str, str] = NOTHING
+    adapter: Path, base: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHING
 ) -> Report:
     """Write the adapter in the PEFT directory `adapter`, of the model in the folder `base`, to the new `out`.
 
-    A target that does not state BASE needs no `base`.  UsageError for a target that takes no adapter, an `out` that
-    exists or an adapter that the target has no place for; ModelError for one of another base.
+    UsageError for an `out` that exists or an adapter that the target has no place for; ModelError for one of another base.
     """
     target = find(to)
     check_place(target, out)
-    check_adapter(adapter, target)
-    model = None if base is None else open_checkpoint(base)
+    target.load().check(adapter, target.kind)
+    model = open_checkpoint(base)
     with _staged(target, out) as place, _hinted(model):
         report: Report = target.load().write(adapter, model, place, target.kind, made)
     return dataclasses.replace(report, path=out)
-
-
-def check_adapter(adapter: Path, target: Target) -> None:
-    """Raise UsageError unless a target takes adapters and has a place for that in the folder `adapter`."""
-    if target.takes != "adapter":
-        raise UsageError(
-            f"{target.name} is for whole models, not for adapters", hint="see fleetune export --help"
-        )
-    target.load().check(adapter, target.kind)
 
 
 def _others(model: Checkpoint, remedy: str = "") -> str:
@@ -329,13 +287,12 @@ def _others(model: Checkpoint, remedy: str = "") -> str:
 
 
 @contextmanager
-def _hinted(model: Checkpoint | None) -> Iterator[None]:
+def _hinted(model: Checkpoint) -> Iterator[None]:
     """Name the targets that can hold the model where the format says that it cannot."""
     try:
         yield
     except Misfit as misfit:
-        hint = _others(model, misfit.remedy) if model else misfit.hint
-        raise UsageError(misfit.message, hint=hint) from misfit
+        raise UsageError(misfit.message, hint=_others(model, misfit.remedy)) from misfit
 
 
 @contextmanager

@@ -12,13 +12,12 @@ out) loads the model, measures its speed, reads its peak memory, and only then m
 both the median of the repeats, after one pass that is not counted.  No large library is imported at the top, so a
 process that runs llama.cpp does not hold torch.
 
-Kept gain: with base b, tuned t and both compressed the same way, cb and ct, on one measure,
+Kept gain: with the losses b of the base, t of the tuned model, cb and ct of both compressed the same way,
 
     kept = (ct - cb) / (t - b)
 
-which is 1 when compression loses nothing of the gain from tuning, whether lower or higher is better.  For the loss, gain and
-kept gain are ratios of sums over the same rows, so their standard errors are known (`common/paired.py`).  If the gain is
-within noise, its kept share means nothing.
+which is 1 when compression loses nothing of the gain from tuning.  Gain and kept gain are ratios of sums over the same rows,
+so their standard errors are known (`common/paired.py`).  If the gain is within noise, its kept share means nothing.
 """
 
 from __future__ import annotations
@@ -37,20 +36,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from fleetune.common import paired
-from fleetune.common.display import counted, metric
+from fleetune.common.display import counted
 from fleetune.common.memory import peak_rss
 from fleetune.errors import DataError, FleetuneError, UsageError
 
 if TYPE_CHECKING:
     from fleetune.deploy.llamacpp import LlamaCpp
     from fleetune.deploy.torch_engine import Torch
-    from fleetune.models.artefact import Master
 
     LoadedEngine: TypeAlias = LlamaCpp | Torch
 
 FILE: Final = "measure.json"  # in a compression's folder
-# Export warns below it.  A convention: who deploys should know that a tenth of the gain is lost.
-KEPT_BAR: Final = 0.9
 THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 Row = tuple[list[int], int]  # tokens, and how many of the first are context only
@@ -70,10 +66,6 @@ class MeasureJob:
     repeats: int = 3  # 0: no speed
     rows: list[Row] = field(default_factory=list)  # held-out rows: their loss
     windows: list[Row] = field(default_factory=list)  # of a text: its perplexity
-    examples: list[tuple[list[tuple[str, str]], str]] = field(default_factory=list)  # for the tasks
-    tasks: list[str] = field(default_factory=list)
-    answer_tokens: int = 96
-    labels: list[str] = field(default_factory=list)
     compared: list[Row] = field(default_factory=list)  # rows whose next-token distributions are compared
     logits: str = ""  # file with a reference's logits of these; to be written where `reference`
     reference: bool = False  # whether this model is the reference
@@ -127,7 +119,7 @@ def carry_out(job: MeasureJob) -> Measurement:
         if job.windows:
             values["perplexity"] = math.exp(min(mean(engine.losses(job.windows)), 700))
         values |= _compared(job, engine)
-        return Measurement(peak, prefill, generate, values | _tasks(job, engine), losses)
+        return Measurement(peak, prefill, generate, values, losses)
 
 
 def _compared(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
@@ -169,21 +161,6 @@ def _engine(job: MeasureJob) -> Iterator[LoadedEngine]:
 
     torch.set_num_threads(job.threads)
     yield torch_engine.OPEN[job.kind](job.path, job.dtype, job.offline)
-
-
-def _tasks(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
-    if not job.tasks:
-        return {}
-    from fleetune.data import Example
-    from fleetune.deploy.torch_engine import Torch
-    from fleetune.evaluation import measures
-
-    if not isinstance(engine, Torch):
-        raise UsageError("tasks are measured in torch alone", hint="leave out --tasks")
-    examples = [Example(tuple((who, text) for who, text in turns), answer) for turns, answer in job.examples]
-    return measures.evaluate(
-        engine.model, examples, job.tasks, max_new_tokens=job.answer_tokens, labels=job.labels
-    ).values
 
 
 def longest(folder: Path) -> int:
@@ -311,7 +288,6 @@ def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
 class KeptGain:
     """The share of the gain from tuning that survives compression; `value` is None where there was no gain."""
 
-    metric: str
     gain: float  # of the tuning, positive for better
     value: float | None
     text: str
@@ -320,57 +296,38 @@ class KeptGain:
 
 
 def kept_gain(
-    name: str,
     base: float,
     tuned: float,
     small_base: float,
     small_tuned: float,
     rows: Sequence[Sequence[tuple[float, int]]] = (),
 ) -> KeptGain:
-    """Return the kept gain by the measure `name`, given its values of base and tuned, and of both compressed.
+    """Return the kept gain, given the losses of base and tuned, and of both compressed.
 
     `rows` are the losses of the same rows under these four models, where they are known.
     """
-    sign = -1 if metric(name).less else 1
-    gain, small = sign * (tuned - base), sign * (small_tuned - small_base)
-    label = metric(name).label
+    gain, small, label = base - tuned, small_base - small_tuned, "validation loss"
     if not (math.isfinite(gain) and math.isfinite(small)):
-        return KeptGain(name, gain, None, f"{label}: a value is not finite, so the kept gain is unknown")
+        return KeptGain(gain, None, f"{label}: a value is not finite, so the kept gain is unknown")
     if gain == 0:
-        return KeptGain(name, gain, None, f"{label}: tuning changed nothing, so there is no gain to keep")
+        return KeptGain(gain, None, f"{label}: tuning changed nothing, so there is no gain to keep")
     if gain < 0:
-        return KeptGain(name, gain, None, f"{label}: tuning made it worse, so there is no gain to keep")
+        return KeptGain(gain, None, f"{label}: tuning made it worse, so there is no gain to keep")
     value, gain_error, error = small / gain, None, None
     if len(rows) == 4 and len({tuple(n for _, n in losses) for losses in rows}) == 1:
         b, t, cb, ct = ([loss for loss, _ in losses] for losses in rows)
-        gains, counts = [sign * (y - x) for x, y in zip(b, t, strict=True)], [n for _, n in rows[0]]
+        gains, counts = [x - y for x, y in zip(b, t, strict=True)], [n for _, n in rows[0]]
         gain_error = paired.ratio(gains, counts)[1]
         if paired.within_noise(gain, gain_error):
             spread = "" if gain_error is None else f" ({gain:.4f} ± {gain_error:.4f})"
             few = f"not measurable on {len(b):,} row{'' if len(b) == 1 else 's'}"
             text = f"{label}: {few}: the tuning gain{spread} is within noise"
-            return KeptGain(name, gain, None, text, gain_error)
-        error = paired.ratio([sign * (y - x) for x, y in zip(cb, ct, strict=True)], gains)[1]
+            return KeptGain(gain, None, text, gain_error)
+        error = paired.ratio([x - y for x, y in zip(cb, ct, strict=True)], gains)[1]
     spread = "" if error is None else f" ± {100 * error:.0f}"
     text = f"{label}: {100 * value:.0f}{spread} % of what tuning gained is kept"
     text += ": tuning helps no more" if value <= 0 else ""
-    return KeptGain(name, gain, value, text, gain_error, error)
-
-
-def warning(artefact: Master) -> str:
-    """Return the warning of an export for an artefact whose kept gain is known and below `KEPT_BAR`; else ""."""
-    try:
-        raw = json.loads((artefact.folder.parent / FILE).read_text(encoding="utf-8"))
-        value = raw["kept"]["loss"]["value"]
-        known = raw["digest"] == artefact.digest() and value is not None
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    if not known or value >= KEPT_BAR:
-        return ""
-    return (
-        f"of what tuning gained on held-out rows {100 * value:.0f} % is kept after compression, "
-        f"below {100 * KEPT_BAR:.0f} %: try more bits, a smaller group, or other calibration rows"
-    )
+    return KeptGain(gain, value, text, gain_error, error)
 
 
 if __name__ == "__main__":

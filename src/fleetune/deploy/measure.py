@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from fleetune import data
 from fleetune.common import paired
-from fleetune.common.display import COMPARED, counted, human_bytes
+from fleetune.common.display import counted, human_bytes
 from fleetune.common.events import Measured, MeasureDone, as_dict
 from fleetune.common.files import finite, write_atomic
 from fleetune.common.ggml import SCALES
@@ -37,14 +37,11 @@ from fleetune.data.encode import encode_all
 from fleetune.deploy import harness, llamacpp, patch_make
 from fleetune.deploy.harness import FILE, KeptGain, MeasureJob, Measurement, Row
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.evaluation import kl_divergence, measures
-from fleetune.models.artefact import Master
-from fleetune.models.cache.names import is_master
+from fleetune.evaluation import kl_divergence
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
 from fleetune.subject import ROW, Compressed, Plain, Run, Subject, check_same_tokens
 
-NOT_RECORDED: Final = ("tasks", "answer_tokens", "labels", "kept_gain")
 COMPRESSED_BASE: Final = "compressed base"
 SMALL: Final = ("artefact", "gguf")  # kinds of the lines that compression made
 
@@ -58,9 +55,6 @@ class MeasureOptions:
     length: int = 512  # tokens of a window
     data: str | None = None  # rows for the loss
     limit: int = 200  # rows at most
-    tasks: tuple[str, ...] = ()
-    answer_tokens: int = 96
-    labels: tuple[str, ...] = ()
     threads: int = 1
     prompt_tokens: int = 128
     new_tokens: int = 32
@@ -73,7 +67,7 @@ class MeasureResult:
     """All lines of the table, and the kept gain."""
 
     rows: tuple[Measured, ...]
-    kept: Mapping[str, KeptGain]  # by measure
+    kept: KeptGain | None
     folder: Path | None  # of the compression that it is written into
 
 
@@ -89,21 +83,15 @@ def measure(
 
     UsageError for contradictions, before anything is loaded; `check_kept` comes before where `options` ask for the kept gain.
     """
-    tasks = check(options)
+    check(options)
     measurables = [of(subject, offline=offline) for subject in subjects]
-    if options.kept_gain and measurables[0].folder:
-        solve.check_base(measurables[0].folder)
     length, examples = _row_length(options, measurables), _examples(options, measurables, offline=offline)
-    if not examples and (tasks or options.kept_gain):
-        raise UsageError("tasks and kept gain need rows", hint="--data FILE")
+    if not examples and options.kept_gain:
+        raise UsageError("a kept gain needs rows", hint="--data FILE")
     against = reference_of(measurables, reference, offline=offline)
     windows = _windows(options, measurables)
     rows = _compared_rows(options, against, examples, length)
     _header(options, measurables, examples, windows, listener)
-    for before in filter(None, (compressed_before(one.subject) for one in measurables)):
-        listener.note(
-            f"base is {before}, compressed before it was tuned: what is beside it is relative to that"
-        )
     table = chosen(measurables, listener)
     if options.kept_gain and measurables[0].folder:
         path = solve.compressed_base(listener, measurables[0].folder, offline=offline)
@@ -112,9 +100,7 @@ def measure(
     losses: dict[str, list[tuple[float, int]]] = {}
     with logits_of(against, rows, listener, threads=options.threads, offline=offline) as logits:
         for measurable, line in table:
-            job = _job(
-                options, measurable, line, (examples, length), windows[measurable.tokenizer], tasks, offline
-            )
+            job = _job(options, measurable, line, (examples, length), windows[measurable.tokenizer], offline)
             if logits and against and against.compares(line):
                 job = replace(job, compared=rows, logits=str(logits))
             try:
@@ -130,8 +116,8 @@ def measure(
     return _finish(options, measurables, done, losses, listener, against)
 
 
-def check(options: MeasureOptions) -> list[str]:
-    """Return the tasks to measure; UsageError for contradictions, before anything is loaded."""
+def check(options: MeasureOptions) -> None:
+    """UsageError for contradictions, before anything is loaded."""
     for name in (option.name for option in fields(options) if option.type == "int"):
         value, least = getattr(options, name), 2 if name == "length" else 1
         problem = f"is below {least}" if isinstance(value, int) else "is not an integer"
@@ -141,12 +127,6 @@ def check(options: MeasureOptions) -> list[str]:
         raise UsageError(f"no text file at {options.text}", hint="check the path")
     if options.text:
         readers.require_text(options.text, hint=f"--data {quoted(options.text)}")
-    tasks = measures.check_tasks(list(options.tasks))
-    if "perplexity" in tasks and not options.text:
-        raise UsageError("perplexity is measured on a text", hint="--text FILE")
-    if options.labels and "accuracy" not in tasks:
-        raise UsageError("--labels is of the task accuracy alone", hint="--tasks accuracy")
-    return [task for task in tasks if task not in ("loss", "perplexity")]  # these are measured anyway
 
 
 # What it is measured on -------------------------------------------------------------------------------
@@ -211,12 +191,10 @@ def _job(
     line: Line,
     rows: tuple[Sequence[Example], int],
     windows: list[Row],
-    tasks: list[str],
     offline: bool,
 ) -> MeasureJob:
     """Return the job of the child process that measures a line; `rows` are the examples and their most tokens."""
     examples, length = rows
-    asked = tasks if line.kind != "gguf" else []  # llama.cpp is given tokens and asked for losses alone
     return MeasureJob(
         kind=line.kind,
         path=line.path,
@@ -228,10 +206,6 @@ def _job(
         repeats=0 if line.name == COMPRESSED_BASE else options.repeats,  # as fast as the compressed model
         rows=_encoded(examples, measurable.tokenizer, length),
         windows=windows,
-        examples=[([*e.messages], e.response) for e in examples] if asked else [],
-        tasks=asked,
-        answer_tokens=options.answer_tokens,
-        labels=list(options.labels),
     )
 
 
@@ -359,30 +333,16 @@ def _finish(
     listener: Listener,
     reference: ReferenceLine | None,
 ) -> MeasureResult:
-    kept = _kept(rows, losses, compressed_before(measurables[0].subject)) if options.kept_gain else {}
+    kept = _kept(rows, losses) if options.kept_gain else None
     shown = [{name: value for name, value in as_dict(row).items() if name != "event"} for row in rows]
-    gains = {name: asdict(gain) for name, gain in kept.items()}
+    gains = {"loss": asdict(kept)} if kept else {}
     folder = measurables[0].folder if len(measurables) == 1 else None
     if folder is not None:
-        settings = {name: value for name, value in asdict(options).items() if name not in NOT_RECORDED}
-        settings["reference"] = reference and reference.line.path
-        _write(folder, settings, shown, gains)
+        asked = asdict(options) | {"reference": reference and reference.line.path}
+        content = {"v": 1, **asked, "rows": shown, "kept": gains}
+        write_atomic(folder / FILE, json.dumps(finite(content), indent=1) + "\n")
     listener.event(MeasureDone(folder=str(folder) if folder else None, rows=shown, kept=gains))
     return MeasureResult(tuple(rows), kept, folder)
-
-
-def _write(
-    folder: Path, settings: Mapping[str, Any], rows: list[dict[str, Any]], known: dict[str, Any]
-) -> None:
-    """Write what was measured into the compression's folder; without `known` a kept gain of the same artefact stays in it."""
-    model = compression_folder.model_in(folder)
-    digest = Master(model).digest() if is_master(model) else ""
-    if not known:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
-            before = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            known = before["kept"] if before["digest"] == digest else {}
-    content = {"v": 1, "digest": digest, **settings, "rows": rows, "kept": known}
-    write_atomic(folder / FILE, json.dumps(finite(content), indent=1) + "\n")
 
 
 # Kept gain --------------------------------------------------------------------------------------------
@@ -413,28 +373,14 @@ def check_kept(subjects: Sequence[Subject]) -> None:
             hint="leave out --kept-gain; or compress with one grid: --set grid=iq4_nl",
         )
     compression_folder.model_in(compressed.folder)
+    solve.solver_of(request)
 
 
-def _kept(
-    rows: Sequence[Measured], losses: Mapping[str, list[tuple[float, int]]], before: Path | None
-) -> dict[str, KeptGain]:
-    """Return the kept gain by measure, without perplexity and what compares with a reference: no model was tuned for these.
-
-    `before` is the compression that the base comes from, if it does: the gain is of tuning on that.
-    """
+def _kept(rows: Sequence[Measured], losses: Mapping[str, list[tuple[float, int]]]) -> KeptGain:
     names = ("base", "tuned", COMPRESSED_BASE, "compressed")
-    values = {row.name: row.values for row in reversed(rows)}
+    values = {row.name: row.values["loss"] for row in reversed(rows)}
     b, t, cb, ct = (values[name] for name in names)
-    by_row = [losses[name] for name in names]
-    kept = {
-        name: harness.kept_gain(name, b[name], t[name], cb[name], ct[name], by_row if name == "loss" else ())
-        for name in b
-        if name not in ("perplexity", *COMPARED)
-    }
-    if before is None:
-        return kept
-    beside = f"; the gain is over the base of that run, {before}, which was compressed already"
-    return {name: replace(gain, text=gain.text + beside) for name, gain in kept.items()}
+    return harness.kept_gain(b, t, cb, ct, [losses[name] for name in names])
 
 
 # The lines of the table -----------------------------------------------------------------------------
@@ -485,23 +431,6 @@ def of(subject: Subject, *, offline: bool) -> Measurable:
         line = Line(path.name, "model", subject.name, path, path.stat().st_size)
         return Measurable(path.name, (line, replace(line, kind="gguf")), weights, subject)
     return Measurable(path.name, (line_of(path.name, "model", subject.name, weights),), weights, subject)
-
-
-def compressed_before(subject: Subject) -> Path | None:
-    """Return the compression that the base of a subject's run comes from; None where there is no run, or its base is plain.
-
-    The base is its model, or an export in its folder.
-    """
-    request = subject.request if isinstance(subject, Compressed) else None
-    if isinstance(subject, Run):
-        run = subject
-    elif request is not None and request.run:
-        run = Run(Path(request.model))
-    else:
-        return None
-    base = Path(run.recipe.model)
-    folders = (base, base.parent, base.parent.parent) if base.exists() else ()
-    return next((folder for folder in folders if (folder / compression_folder.RECORD).is_file()), None)
 
 
 def line_of(name: str, kind: str, path: Path | str, weights: Path, dtype: str = "fp32") -> Line:

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Update a quantised model on a device by a patch: a file that moves the scales of its blocks and leaves all else.
 
-A patch is a safetensors file.  Its metadata `patch` is JSON: the SHA-256 of the GGUF file it is for and of the one it makes,
-and where the blocks lie.  It carries one of two things:
-
-    entries    a ledger's directions and coefficients, with its key, law and grid: kilobytes; the device computes the moves,
-               a number for each scale and pass
-    changes    the differences of the scales' bits modulo 2^16, compressed (zlib): megabytes; the device only copies
+A patch is a safetensors file of kilobytes.  Its metadata `patch` is JSON: the SHA-256 of the GGUF file it is for and of the one
+it makes, where the blocks lie, and key, law and grid of a ledger.  Its tensors are the ledger's directions and coefficients;
+the device computes the moves, a number for each scale and pass.
 
 Applying needs numpy, no torch, and a few MB beside the patch.  The file is checked before and after, written beside the old one
 and renamed into its place, so at any instant there is the old file or the new one.  A patch states what it produces, but not
@@ -20,7 +17,6 @@ import json
 import os
 import re
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,7 +40,6 @@ from fleetune.seeds.ledger import GRID_LIMIT
 
 FORMAT: Final = 1
 PIECE: Final = 1 << 20  # bytes that are copied, or of blocks that are moved, at a time
-FED: Final = 1 << 16  # bytes of packed changes that are unpacked at a time: zlib copies what it leaves
 MOST: Final = 1 << 48  # of a place's numbers
 # what a patch's entries may ask of a device: passes, and numbers in their tables (4 M steps of 4,096 directions a pool)
 PASSES: Final = 1 << 14
@@ -65,7 +60,6 @@ SILENT: Final = Silent()
 
 Moves = Callable[[int, int, np.ndarray], np.ndarray]
 """(number of a place, its first row, blocks of some rows uint8 [n, bytes]) -> their scales, new; rows come in order."""
-Seen = Callable[[np.ndarray, np.ndarray], None]  # the bits of scales before and after, in the file's order
 
 
 class Place(NamedTuple):
@@ -155,54 +149,31 @@ class Entries(NamedTuple):
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch in memory: `entries`, or else `changes`."""
+    """A patch in memory."""
 
     base: str  # SHA-256 of the file that it is for
     result: str  # ... and of the one that it makes
     places: tuple[Place, ...]  # by rising offset
-    entries: Entries | None = None
-    changes: np.ndarray | None = None  # uint8 [n]: differences of all places one after the other, compressed
+    entries: Entries
 
     @property
     def work(self) -> str:
-        """Say what applying it computes, "12 passes over 3,072 scales"; "" where it carries changes."""
-        if self.entries is None:
-            return ""
+        """Say what applying it computes, "12 passes over 3,072 scales"."""
         numbers = sum(place.rows * place.scales for place in self.places)
         return f"{counted(self.entries.passes, 'pass', 'passes')} over {numbers:,} scales"
-
-    def moves(self) -> Moves:
-        """Return what makes the new scales, for one writing of the file."""
-        if self.entries is not None:
-            return self.entries.moves(self.places)
-        assert self.changes is not None
-        unpack, last = _unpacker(self.changes.data), len(self.places) - 1
-
-        def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
-            place = self.places[number]
-            old = scales_of(blocks, place.kind)
-            ends = number == last and first * place.blocks + len(blocks) == place.rows * place.blocks
-            try:
-                raw, whole = unpack(old.nbytes, ends)
-            except zlib.error as error:
-                raise ModelError(f"the patch is damaged ({error})", hint=AGAIN) from error
-            if not whole:
-                raise ModelError("the patch is damaged: its changes are not those of its tensors", hint=AGAIN)
-            new: np.ndarray = old + np.frombuffer(raw, "<u2").reshape(old.shape)
-            return new
-
-        return moved
 
     @property
     def file(self) -> bytes:
         """Return the bytes of its file."""
-        stated = {"format": FORMAT, "base": self.base, "result": self.result, "places": self.places}
-        if (e := self.entries) is not None:
-            stated |= {"run_key": f"{e.run_key:016x}", "law": e.law, "K": e.K, "grid": e.grid}
-            arrays = {"id": e.ids, "coefficient": e.coefficients}
-        else:
-            assert self.changes is not None
-            arrays = {"changes": self.changes}
+        e, stated = self.entries, {"format": FORMAT, "base": self.base, "result": self.result}
+        stated |= {
+            "places": self.places,
+            "run_key": f"{e.run_key:016x}",
+            "law": e.law,
+            "K": e.K,
+            "grid": e.grid,
+        }
+        arrays = {"id": e.ids, "coefficient": e.coefficients}
         raw: bytes = save(arrays, {"patch": json.dumps(stated, sort_keys=True, separators=(",", ":"))})
         return raw
 
@@ -210,39 +181,6 @@ class Patch:
 def scales_of(blocks: np.ndarray, kind: str) -> np.ndarray:
     """Return the bits of the scales of blocks uint8 [n, bytes]: uint16 [n, 1 or 2], a copy."""
     return np.ascontiguousarray(blocks[:, : 2 * HALVES[kind]]).view("<u2")
-
-
-def difference(old: np.ndarray, new: np.ndarray) -> bytes:
-    """Return what leads from old to new bits of scales: their differences, modulo 2^16."""
-    moved: bytes = (new - old).astype("<u2").tobytes()
-    return moved
-
-
-def _unpacker(packed: memoryview) -> Callable[[int, bool], tuple[bytes, bool]]:
-    """Return a function (size, ends) that unpacks the next bytes and tells whether there are so many, and none after an end."""
-    reader, at = zlib.decompressobj(), 0
-
-    def some(size: int) -> bytes:
-        nonlocal at
-        parts = list[bytes]()
-        while size and not reader.eof:
-            fed: bytes | memoryview = reader.unconsumed_tail
-            if not fed:
-                fed = packed[at : at + FED]
-                at += len(fed)
-            part = reader.decompress(fed, size)
-            if not part and not fed:
-                break
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    def unpack(size: int, ends: bool) -> tuple[bytes, bool]:
-        raw = some(size)
-        left = ends and (some(1) or not reader.eof or reader.unused_data or at < len(packed))
-        return raw, len(raw) == size and not left
-
-    return unpack
 
 
 # Reading a patch -------------------------------------------------------------------------------------
@@ -265,10 +203,6 @@ def load(path: Path) -> Patch:
         base, result = head["base"], head["result"]
         if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (base, result)):
             raise ValueError("a digest is no SHA-256")
-        if set(arrays) == {"changes"}:
-            if arrays["changes"].dtype != np.uint8:
-                raise ValueError("its changes are no bytes")
-            return Patch(base, result, places, changes=arrays["changes"].reshape(-1))
         if type(head["K"]) is not int or type(head["grid"]) is not float:
             raise ValueError("its head has the wrong types")
         entries = Entries(
@@ -327,7 +261,8 @@ def apply(path: Path, patch: Patch, out: Path | None = None, listener: Listener 
         if out is not None and os.path.lexists(out):
             raise UsageError(f"{out} exists already", hint="choose a new name: nothing is overwritten")
         _require_base(path, patch, listener)
-        write(path, patch, out or path, listener)
+        moves = patch.entries.moves(patch.places)
+        write(path, patch.places, moves, out or path, listener, patch.work, patch.result)
 
 
 def require_folder(out: Path) -> None:
@@ -363,15 +298,13 @@ def told(listener: Listener, what: str, text: str = "") -> Callable[[int, int], 
 
 def _require_base(path: Path, patch: Patch, listener: Listener) -> None:
     """Raise ModelError unless a file is the one that a patch is for."""
-    if patch.work:
-        listener.note(f"{patch.work} to compute")
+    listener.note(f"{patch.work} to compute")
     found = sha256(path)
     if found == patch.base:
         return
     if found == patch.result:
         raise ModelError(
-            f"{path} has this patch already",
-            hint="take it back by the inverse patch: fleetune patch make BASE RUN --inverse --to FILE",
+            f"{path} has this patch already", hint="there is nothing to do; the file from before is its base"
         )
     raise ModelError(
         f"the patch is for a file with SHA-256 {patch.base[:16]}.., {path} has {found[:16]}..",
@@ -379,23 +312,34 @@ def _require_base(path: Path, patch: Patch, listener: Listener) -> None:
     )
 
 
-def write(path: Path, patch: Patch, target: Path, listener: Listener = SILENT) -> None:
-    """Write the patched file beside `target`, check it, and rename it into place; errors as of `apply`."""
+def write(
+    path: Path,
+    places: tuple[Place, ...],
+    moves: Moves,
+    target: Path,
+    listener: Listener = SILENT,
+    work: str = "",
+    result: str = "",
+) -> None:
+    """Write the file with other scales beside `target`, and rename it into place; errors as of `apply`.
+
+    `result` is the SHA-256 that the new file must have, where it is known.
+    """
     sha, temporary, done = hashlib.sha256(), None, 0
-    tell, size = told(listener, "bytes written", patch.work), path.stat().st_size
+    tell, size = told(listener, "bytes written", work), path.stat().st_size
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            for part in patched(path, patch.places, patch.moves()):
+            for part in patched(path, places, moves):
                 file.write(part)
                 sha.update(part)
                 done += len(part)
                 tell(done, size)
             file.flush()
             os.fsync(file.fileno())
-        if sha.hexdigest() != patch.result:
+        if result and sha.hexdigest() != result:
             raise ModelError(
-                f"the patched file would have SHA-256 {sha.hexdigest()[:16]}.., the patch states {patch.result[:16]}..",
+                f"the patched file would have SHA-256 {sha.hexdigest()[:16]}.., the patch states {result[:16]}..",
                 hint=AGAIN,
             )
         os.chmod(temporary, path.stat().st_mode & 0o777)
@@ -409,9 +353,7 @@ def write(path: Path, patch: Patch, target: Path, listener: Listener = SILENT) -
                 os.unlink(temporary)
 
 
-def patched(
-    path: Path, places: tuple[Place, ...], moves: Moves, seen: Seen = lambda old, new: None
-) -> Iterator[bytes]:
+def patched(path: Path, places: tuple[Place, ...], moves: Moves) -> Iterator[bytes]:
     """Yield the new file a piece at a time; ModelError where the file is too short."""
     if path.stat().st_size < places[-1].offset + places[-1].size:
         raise ModelError(f"{path} is shorter than the patch's tensors", hint="the patch is for another file")
@@ -425,7 +367,6 @@ def patched(
                 raw = np.frombuffer(bytearray(_read(file, rows * place.row_bytes, path)), np.uint8)
                 blocks = raw.reshape(-1, BYTES[place.kind])
                 new = moves(number, first, blocks).astype("<u2")
-                seen(scales_of(blocks, place.kind), new)
                 blocks[:, : 2 * HALVES[place.kind]] = np.ascontiguousarray(new).view(np.uint8)
                 yield raw.tobytes()
             at = place.offset + place.size

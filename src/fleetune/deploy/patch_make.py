@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a patch (`patch.py`) from what a run leaves that trained the scales of a GGUF file: a ledger, or moved scales.
+"""Make a patch (`patch.py`) of a run's ledger; and give a GGUF file the scales that a run has trained.
 
-A run's ledger becomes a patch of entries where a device can compute them, else, and where there is none, its scales one of
-changes.  The inverse patch leads back, and is always one of changes.
+A ledger that takes more passes than a device computes makes no patch: its run is exported as a whole file.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from fleetune.common.display import counted
 from fleetune.common.ggml import BLOCK, SCALES
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
-from fleetune.deploy.patch import SILENT, Entries, Patch, Place, difference, patched, told
+from fleetune.deploy.patch import SILENT, Entries, Moves, Patch, Place, patched, told, write
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import loading
 from fleetune.models.cache.cache import BLOCKS
@@ -53,87 +51,88 @@ def report(path: Path) -> Report:
 
 
 class Matrix(NamedTuple):
-    """What a patch makes of a matrix."""
+    """A matrix whose scales a run has moved."""
 
     place: Place
     scales: Callable[[], np.ndarray]  # new bits uint16 [rows, scales of a row], rows in the model's order
 
 
-def of_run(
-    base: Path,
-    run: Path,
-    *,
-    inverse: bool = False,
-    name: str = "",
-    offline: bool = False,
-    listener: Listener = SILENT,
-) -> Patch:
-    """Return the patch from a GGUF file to the model of a run, or with `inverse` the one that leads back.
+def write_run(base: Path, run: Path, out: Path, *, name: str, offline: bool, listener: Listener) -> None:
+    """Write the GGUF file `base`, the model `name`, with the scales of a run that trained them.
 
-    `name` is the model that the file belongs to, if not a path.
-    UsageError for a run that trained something else, ModelError where the file is not the run's base; else as `of_ledger`.
+    ModelError where the file is not the run's base; LedgerError where a ledger does not rebuild the weights that it states.
     """
-    if finished.recipe_of(run).train != SCALES:
-        raise _nothing_to_move(f"{run} trained something else than scales")
     if finished.result_of(run).name == finished.RESULT["ledger"]:
-        ledger = finished.ledger_of(run)
-        return of_ledger(base, ledger, inverse=inverse, name=name, offline=offline, listener=listener)
-    model = finished.load(run, model=name or str(base), offline=offline)
-    weights = weights_of(model.net)
+        matrices = _of_ledger(finished.ledger_of(run), name, offline=offline, listener=listener)
+    else:
+        model = finished.load(run, model=name, offline=offline)
+        weights = weights_of(model.net)
 
-    def matrix(name: str, bits: np.ndarray) -> Matrix:
-        place = _place(weights[name].stored, start=0)
-        return Matrix(place, lambda: bits.view(np.uint16).reshape(place.rows, -1))
+        def matrix(layer: str, bits: np.ndarray) -> Matrix:
+            place = _place(weights[layer].stored, start=0)
+            return Matrix(place, lambda: bits.view(np.uint16).reshape(place.rows, -1))
 
-    moved = adapters.moved_scales(model)
-    return _made(base, [matrix(name, bits.numpy()) for name, bits in moved.items()], None, inverse, listener)
+        matrices = sorted(matrix(layer, bits.numpy()) for layer, bits in adapters.moved_scales(model).items())
+    write(base, tuple(matrix.place for matrix in matrices), _moves(matrices), out, listener)
 
 
 def of_ledger(
-    base: Path,
-    ledger: Ledger,
-    *,
-    inverse: bool = False,
-    name: str = "",
-    offline: bool = False,
-    listener: Listener = SILENT,
+    base: Path, ledger: Ledger, *, name: str = "", offline: bool = False, listener: Listener = SILENT
 ) -> Patch:
-    """Return the patch from a GGUF file to the ledger's model, or with `inverse` the one that leads back.
+    """Return the patch from a GGUF file to the ledger's model; `name` is the model that the file belongs to, if not a path.
 
-    UsageError for a ledger that moves weights, LedgerError where it belongs to another base, or does not rebuild the weights
-    that it states.
+    UsageError for a ledger that moves weights, or takes more passes than a device computes; LedgerError where it belongs to
+    another base, or does not rebuild the weights that it states; ModelError where its entries do not make the scales.
     """
+    head, compact = ledger.head, ledger.compact()
+    entries = Entries(
+        head.run_key, head.law, head.K, head.grid, compact.ids, compact.coefficients.astype(np.int64)
+    )
+    if head.trains == SCALES and not entries.fit():
+        raise UsageError(
+            f"the ledger takes {counted(entries.passes, 'pass', 'passes')}, more than a device computes",
+            hint="export the run, and send the file: fleetune export RUN --to gguf",
+        )
+    matrices = _of_ledger(ledger, name or str(base), offline=offline, listener=listener)
+    places = tuple(matrix.place for matrix in matrices)
+    computed, found = entries.moves(places), _moves(matrices)
+
+    def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
+        new = found(number, first, blocks)
+        if not np.array_equal(computed(number, first, blocks), new):
+            raise ModelError("the patch would not make the scales of the run")
+        return new
+
+    sha, done, size = hashlib.sha256(), 0, base.stat().st_size
+    tell = told(listener, "bytes patched", Patch("", "", places, entries).work)
+    for part in patched(base, places, moved):
+        sha.update(part)
+        done += len(part)
+        tell(done, size)
+    return Patch(sha256(base), sha.hexdigest(), places, entries)
+
+
+def _of_ledger(ledger: Ledger, name: str, *, offline: bool, listener: Listener) -> list[Matrix]:
+    """Return the matrices of the ledger's model, in the file's order."""
     if ledger.head.trains != SCALES:
-        raise _nothing_to_move("this ledger moves all weights")
-    model = finished.base_of(ledger, name or str(base), base=BLOCKS, offline=offline)
+        raise UsageError(
+            "this ledger moves all weights, which no quantised file holds",
+            hint="tune with --train scales, or export the run: fleetune export RUN --to gguf",
+        )
+    model = finished.base_of(ledger, name, base=BLOCKS, offline=offline)
     view = place_at(model, ledger)
     assert isinstance(view, ScaleView)
     tensors = finished.told(
         view.pieces(), listener, model.n_params, counted(ledger.count_passes(), "pass", "passes")
     )
     finished.require_digest(models.digest(tensors), ledger.final_check(), "the ledger")
-    head, compact = ledger.head, ledger.compact()
-    entries = Entries(
-        head.run_key, head.law, head.K, head.grid, compact.ids, compact.coefficients.astype(np.int64)
-    )
-    matrices = [
+    return sorted(
         Matrix(_place(_stored(slot), slot.start), functools.partial(view.packed, slot)) for slot in view.slots
-    ]
-    return _made(base, matrices, entries, inverse, listener)
+    )
 
 
-def _made(
-    base: Path, matrices: Sequence[Matrix], entries: Entries | None, inverse: bool, listener: Listener
-) -> Patch:
-    """Return the patch to these scales, of entries where there are some that a device can compute.
-
-    ModelError where the entries do not make the scales.
-    """
-    matrices = sorted(matrices)
-    places = tuple(matrix.place for matrix in matrices)
-    if entries is not None and (inverse or not entries.fit()):
-        entries = None
-    computed = None if entries is None else entries.moves(places)
+def _moves(matrices: Sequence[Matrix]) -> Moves:
+    """Return what gives blocks the scales of these matrices."""
 
     @functools.lru_cache(maxsize=1)
     def in_file(number: int) -> np.ndarray:
@@ -142,35 +141,10 @@ def _made(
         return rows
 
     def moved(number: int, first: int, blocks: np.ndarray) -> np.ndarray:
-        new = in_file(number)[first : first + len(blocks) // places[number].blocks].reshape(len(blocks), -1)
-        if computed is not None and not np.array_equal(computed(number, first, blocks), new):
-            raise ModelError("the patch would not make the scales of the run")
-        return new
+        new = in_file(number)[first : first + len(blocks) // matrices[number].place.blocks]
+        return new.reshape(len(blocks), -1)
 
-    packer, packed = zlib.compressobj(9), list[bytes]()
-
-    def seen(old: np.ndarray, new: np.ndarray) -> None:
-        if entries is None:
-            packed.append(packer.compress(difference(new, old) if inverse else difference(old, new)))
-
-    sha, done, size = hashlib.sha256(), 0, base.stat().st_size
-    tell = told(listener, "bytes patched", "" if entries is None else Patch("", "", places, entries).work)
-    for part in patched(base, places, moved, seen):
-        sha.update(part)
-        done += len(part)
-        tell(done, size)
-    ends = (sha256(base), sha.hexdigest())
-    if entries is not None:
-        return Patch(*ends, places, entries)
-    changes = np.frombuffer(b"".join([*packed, packer.flush()]), np.uint8)
-    return Patch(*(ends[::-1] if inverse else ends), places, changes=changes)
-
-
-def _nothing_to_move(what: str) -> UsageError:
-    return UsageError(
-        f"{what}, which no quantised file holds",
-        hint="tune with --train scales, or export the run: fleetune export RUN --to gguf",
-    )
+    return moved
 
 
 def _stored(slot: Any) -> Stored:

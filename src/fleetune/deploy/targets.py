@@ -32,7 +32,7 @@ class Target:
 
     @property
     def kind(self) -> str | None:
-        """The part after the colon: q4_0 of gguf:q4_0."""
+        """The part after the colon: q8_0 of gguf:q8_0."""
         return self.name.partition(":")[2] or None
 
     @property
@@ -109,7 +109,7 @@ def find(to: str) -> Target:
 
 
 def listed() -> str:
-    """Return the names of all targets for a help text: "gguf (gguf:q4_0, gguf:q4_1), mlx"."""
+    """Return the names of all targets for a help text: "gguf (gguf:q8_0, gguf:f16), mlx"."""
     kinds: dict[str, list[str]] = {}
     for target in every():
         kinds.setdefault(target.partition(":")[0], []).append(target)

@@ -24,7 +24,7 @@ import httpx
 
 from fleetune.common.display import human_bytes
 from fleetune.common.files import PRIVATE, read_text, write_atomic
-from fleetune.errors import FleetError, FleetuneError, Interrupted
+from fleetune.errors import FleetError, FleetuneError, Interrupted, StorageError
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.door import (
     CHALLENGE,
@@ -177,7 +177,10 @@ class _Stay:
             SESSION: self._before(),
         }
         self.session = self.line.post("session", key | stated)[0].headers.get(SESSION, "")
-        write_atomic(self.file, f"{self.server.address} {self.session}", mode=PRIVATE)
+        try:
+            write_atomic(self.file, f"{self.server.address} {self.session}", mode=PRIVATE)
+        except StorageError as error:  # without it, a restarted device waits until this stay is given up
+            log.warning("%s", error.message)
 
     def _before(self) -> str:
         """Return the last session of this device at this server; it is a secret to all others."""
@@ -291,7 +294,7 @@ def stay(
 ) -> None:
     """Answer the server's orders until `over()`: refused, cut off or without a server, try again and again.
 
-    FleetError when the certificate cannot be read; StorageError when the disk of the device takes nothing more.
+    FleetError when the certificate cannot be read.
     """
     trust = server.trust()
     wait, said = 0.0, ""

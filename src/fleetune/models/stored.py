@@ -281,7 +281,8 @@ def dequantise(out: Tensor, data: Tensor, kind: str) -> None:
         write_codes(out.view(-1, BLOCK), blocks, kind)
         apply_scales(out.view(-1, BLOCK), scale_bits(blocks, kind).view(torch.float16).float())
         return
-    values = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind])
+    with np.errstate(all="ignore"):  # of a damaged scale; who reads weights refuses what is not finite
+        values = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind])
     out.copy_(torch.from_numpy(values))
 
 

@@ -61,7 +61,6 @@ def write(model: Model, folder: Path, **quantised: artefact.Quantised) -> Path:
         ("qwen3", "gguf", 8, 32, {}, "Q8_0"),
         ("qwen2", "gguf", 4, 32, {"name": "iq4_nl"}, "IQ4_NL"),
         ("llama", "gguf:q8_0", 4, 32, {"name": "iq4_nl"}, "Q8_0"),
-        ("llama", "gguf:q4_1", 4, 32, {}, "Q4_1"),
         ("qwen2", "gguf:f32", 4, 16, {}, "F32"),
     ],
 )

@@ -14,7 +14,6 @@ from deploy_harness import tiny
 from safetensors.numpy import load_file, save_file
 
 from fleetune import adapters, models
-from fleetune.cli.main import main
 from fleetune.deploy.export import write as export
 from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.deploy.formats import gguf_lora
@@ -164,36 +163,3 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"\x00" * 9)
     with pytest.raises(ModelError, match="not a usable adapter"):
         export_adapter(tmp_path / "adapter", tmp_path / "base", "gguf:lora", tmp_path / "m.gguf")
-
-
-# ---------------------------------------------------------------- the command
-
-
-def test_a_folder_of_peft_is_exported_by_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tuned(tmp_path)
-    whole = write(tmp_path).read_bytes()
-    (tmp_path / "adapter").rename(tmp_path / "mine")
-    change_in = tmp_path / "mine" / "adapter_config.json"
-    settings = json.loads(change_in.read_text())
-    assert settings["base_model_name_or_path"] == "base"
-    assert main(["export", "mine", "--to", "gguf:lora", "--json"]) == 0
-    done = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (done["path"], done["exact"], done["tensors"]) == ("mine-lora.gguf", 28, 28)
-    header = {key: f.contents() for key, f in package.GGUFReader("mine-lora.gguf").fields.items()}
-    assert header.pop("general.name") == "mine-lora"
-    assert main(["export", "mine", "--to", "gguf:lora", "--path", "deep/l.gguf"]) == 0
-    assert (tmp_path / "deep" / "l.gguf").read_bytes() == whole
-    assert main(["export", "mine", "--to", "peft"]) == 0
-    for file in sorted((tmp_path / "mine").iterdir()):
-        assert (tmp_path / "mine-peft" / file.name).read_bytes() == file.read_bytes()
-    assert main(["export", "mine", "--to", "peft"]) == 2  # it is there
-    capsys.readouterr()
-
-    change_in.write_text(json.dumps(settings | {"base_model_name_or_path": "./elsewhere"}))
-    assert main(["export", "mine", "--to", "gguf:lora", "--path", "b.gguf"]) == 2
-    said = capsys.readouterr().err
-    assert "mine says that it is of the base './elsewhere'" in said
-    assert "base_model_name_or_path into mine/adapter_config.json" in said

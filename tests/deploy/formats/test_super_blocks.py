@@ -164,7 +164,7 @@ def test_parts_that_are_no_super_blocks_are_refused(part: str, change, why: str,
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_importer_gets_the_weights_back(kind: str, tmp_path: Path) -> None:
     model, found = in_super_blocks(tmp_path / "m", kind)
-    report = export(tmp_path / "m", f"gguf:{kind}", tmp_path / "x.gguf")
+    report = export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
     assert report.types[kind.upper()] == len(found) == 14
     assert report.exact == report.tensors - 1  # the embedding is rounded to Q8_0
     reader = gguf.GGUFReader(report.path)
@@ -187,13 +187,13 @@ def test_llama_cpp_reads_the_same_weights(kind: str, tmp_path: Path) -> None:
     """Its logits are torch's but for activations that it rounds to 8 bits; those of f32 of the same weights are not."""
     model, _ = in_super_blocks(tmp_path / "m", kind)
     ids, found = list(range(40, 104)), {}
-    for to in (f"gguf:{kind}", "gguf:f32"):
-        path = export(tmp_path / "m", to, tmp_path / f"{to[5:]}.gguf").path
+    for to in ("gguf", "gguf:f32"):
+        path = export(tmp_path / "m", to, tmp_path / f"m{to[5:]}.gguf").path
         with llamacpp.opened(path, 1) as engine:
             found[to] = np.concatenate([piece.copy() for piece in engine.scored_logits([(ids, 1)])])
     with torch.inference_mode():
         ours = model.net(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-    for to, most in ((f"gguf:{kind}", 1e-2), ("gguf:f32", 1e-4)):
+    for to, most in (("gguf", 1e-2), ("gguf:f32", 1e-4)):
         theirs = torch.from_numpy(found[to]).double().log_softmax(-1)
         divergence = (ours.exp() * (ours - theirs)).sum(-1)
         assert divergence.mean() < most

@@ -197,10 +197,6 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     given = {n: v for n in names if (v := getattr(args, n)) is not None}
     if "bytes" in given:
         given["bytes"] = parse_bytes(given["bytes"], "--bytes", least=1)
-    if given.get("bpw", 1) == 0:
-        raise UsageError(
-            "--bpw 0 holds nothing", hint="give bits a weight, such as --bpw 4.5, or leave it out"
-        )
     return given
 
 
@@ -245,12 +241,12 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
         ui.event(
             MethodListed(
                 name=entry.name,
-                paper=entry.paper,
+                paper=entry.text("PAPER"),
                 summary=entry.summary,
                 settings=[asdict(s) | {"type": s.type.__name__} for s in found],
             )
         )
-        ui.paths([(name, entry.summary), ("paper", entry.paper)])
+        ui.paths([(name, entry.summary), ("paper", entry.text("PAPER"))])
         ui.table(
             ["setting", "symbol", "default", ""],
             [[s.name, s.symbol, s.default, s.help] for s in found],

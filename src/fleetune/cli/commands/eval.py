@@ -9,7 +9,7 @@ import fleetune
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
-from fleetune.common.display import COMPARED, change, counted, is_noise, show_with_error
+from fleetune.common.display import change, is_noise
 from fleetune.common.events import EvalDone, TaskScore
 from fleetune.errors import RecipeError
 
@@ -49,11 +49,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--text",
         help="plain text file for perplexity (without one it is that of the answers of the rows, without their prompts)",
     )
-    sub.add_argument(
-        "--reference",
-        metavar="MODEL",
-        help="compare with this model: KL divergence and same top token, on the text or the rows",
-    )
     sub.add_argument("--labels", help="label words for accuracy, comma-separated (a comma in a word: \\,)")
     sub.add_argument(
         "--dtype",
@@ -80,7 +75,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             tasks=tasks,
             labels=args.labels or "",
             listener=listener,
-            **flags.options(args, "columns limit text answer_tokens task_files reference dtype device base"),
+            **flags.options(args, "columns limit text answer_tokens task_files dtype device base"),
         )
     done = listener.last
     if isinstance(done, EvalDone) and not ui.json:
@@ -89,7 +84,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         named |= {
             "perplexity": "perplexity" if args.text else f"perplexity of the answers without prompts{rows}"
         }
-        named |= {k: f"{k}, {counted(done.kl_tokens, 'token')}" for k in COMPARED}
         if done.values:
             ui.table(
                 ["task", "value"] if done.base_loss is None else ["task", "base", "value", "change"],
@@ -107,9 +101,6 @@ def _score(score: TaskScore) -> list[object]:
 
 
 def _line(done: EvalDone, name: str, label: str, value: float) -> list[object]:
-    if name in COMPARED:
-        shown = show_with_error(name, value, getattr(done, f"{name}_error")) + COMPARED[name]
-        return [label, shown] if done.base_loss is None else [label, "", shown, ""]
     if done.base_loss is None:
         error = f" ± {done.loss_error:.4f}" if name == "loss" and done.loss_error is not None else ""
         return [label, f"{value:.4f}{error}" if error else round(value, 4)]

@@ -21,17 +21,13 @@ ORDER = 90
 EXAMPLES = """\
 fleetune export latest --to gguf                           one file for llama.cpp
 fleetune export latest --to gguf:q8_0 --path model.gguf
-fleetune export latest --to peft                           the adapter alone, for PEFT
+fleetune export latest --to gguf:lora                      the adapter alone, for llama.cpp
 """
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument(
-        "subject",
-        metavar="RUN|FOLDER|MODEL",
-        help="what to write; a folder of PEFT's: its adapter alone, --to gguf:lora or peft",
-    )
+    sub.add_argument("subject", metavar="RUN|FOLDER|MODEL", help="what to write")
     sub.add_argument("--to", metavar="TARGET", help=f"{targets.listed()}; default: of a run hf, else gguf")
     sub.add_argument("--path", help="file or folder to write (default: inside the run or folder)")
     sub.add_argument(

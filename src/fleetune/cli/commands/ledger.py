@@ -66,9 +66,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--factor", type=float, help="for scale: what all steps are multiplied by")
     sub.add_argument("--threads", type=int, help="threads of the replay (default: all)")
-    sub.add_argument(
-        "--backend", default="auto", choices=["auto", "numba", "torch"], help="replay with these kernels"
-    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -166,9 +163,7 @@ def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     ledger = loaded[0] if args.round is None else loaded[0].truncate(args.round)
     model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline, base=args.base)
     with console_listener(ui) as listener:
-        digest = finished.rebuild(
-            model, ledger, threads=args.threads, backend=args.backend, listener=listener
-        )
+        digest = finished.rebuild(model, ledger, threads=args.threads, listener=listener)
     finished.require_digest(digest, ledger.final_check(), paths[0])
     if ledger.final_check() is None:
         ui.note("the ledger states no digest of these weights, so there was none to compare with")

@@ -10,7 +10,6 @@ import fleetune
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
-from fleetune.common import settings
 from fleetune.common.display import COMPARED, change, human_bytes, is_noise, metric, show, show_with_error
 from fleetune.common.events import Measured
 from fleetune.common.shell import quoted
@@ -35,11 +34,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--length", type=int, default=512, help="tokens a window (default 512)")
     sub.add_argument("--data", help="rows for the loss (one run or folder: held-out rows of its own)")
     sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
-    sub.add_argument("--tasks", default="", help="also of these rows: rouge, f1, em, accuracy")
-    sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
-    sub.add_argument(
-        "--labels", default="", help="label words for accuracy, comma-separated (a comma in a word: \\,)"
-    )
     sub.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
     sub.add_argument("--prompt-tokens", type=int, default=128, help="tokens of the prefill (default 128)")
     sub.add_argument("--new-tokens", type=int, default=32, help="tokens generated after it (default 32)")
@@ -59,19 +53,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Measure, and print the table."""
-
-    def words(text: str) -> list[str]:
-        return [word.strip() for word in text.split(",") if word.strip()]
-
     with console_listener(ui) as listener:
         result = fleetune.measure(
             *args.subjects,
-            tasks=words(args.tasks),
-            labels=settings.given_words(args.labels),
             listener=listener,
             **flags.options(
                 args,
-                "text windows length data limit answer_tokens threads prompt_tokens new_tokens repeats kept_gain reference",
+                "text windows length data limit threads prompt_tokens new_tokens repeats kept_gain reference",
             ),
         )
     _show(ui, result)
@@ -118,7 +106,7 @@ def _show(ui: Ui, result: MeasureResult) -> None:
         rows,
         align="ll" + "r" * (6 + len(names)),
     )
-    ui.paths([("kept", gain.text) for gain in result.kept.values()])
+    ui.paths([("kept", result.kept.text)] if result.kept else [])
     if (folder := result.folder) is not None:
         ui.paths([("result", str(folder / FILE))])
         if not result.kept and any(r.name == "tuned" for r in result.rows):

@@ -6,9 +6,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fleetune import subject
 from fleetune.cli import flags
 from fleetune.cli.commands.ledger import file_of
 from fleetune.cli.console import Ui
@@ -17,24 +15,20 @@ from fleetune.common.display import human_bytes
 from fleetune.common.events import PatchApplied, PatchMade
 from fleetune.common.files import write_atomic
 from fleetune.deploy import patch
-from fleetune.errors import UsageError, called
+from fleetune.errors import called
 from fleetune.seeds import ledger as ledgers
 
 HELP = "update a quantised model on a device by a file of kilobytes"
 ORDER = 65
 VERBS = """\
 make BASE RUN --to FILE          the patch of a run that was tuned with --train scales (BASE: its model, or the
-                                 compression; RUN: a run or a ledger); with --inverse the one that leads back
+                                 compression; RUN: a run or a ledger)
 apply BASE.gguf FILE             patch the file in its place (--to NEW.gguf: write a copy)
 """
 EXAMPLES = """\
 fleetune patch make smollm2.gguf latest --to tuned.patch
-fleetune patch make smollm2.gguf latest --inverse --to back.patch
 fleetune patch apply smollm2.gguf tuned.patch
 """
-if TYPE_CHECKING:
-    from fleetune.deploy.patch import Patch
-    from fleetune.runs.listener import Listener
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -43,15 +37,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("action", metavar="ACTION", choices=["make", "apply"], help="make or apply")
     sub.add_argument("files", metavar="FILE", nargs=2, help="see above")
     sub.add_argument("--to", metavar="FILE", help="file to write (of make: the patch; of apply: a copy)")
-    sub.add_argument(
-        "--inverse", action="store_true", help="for make: the patch that takes the other one back"
-    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Carry out an action."""
-    if args.inverse and args.action != "make":
-        raise UsageError("--inverse is for patch make: apply takes the patch that it makes")
     {"make": _make, "apply": _apply}[args.action](args, ui)
 
 
@@ -64,27 +53,13 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
         name = tunable_file.model_of(args.files[0], args.out, listener.note)
         base = patch_make.file_of(name, offline=args.offline)
         with called(base, name):
-            made = _patch(args, name, base, listener)
+            ledger = ledgers.load(file_of(args.files[1], args.out))
+            made = patch_make.of_ledger(base, ledger, name=name, offline=args.offline, listener=listener)
     file = made.file
     write_atomic(out, file)
     ui.event(PatchMade(path=str(out), bytes=len(file), base=made.base, result=made.result))
     ui.paths(
         [("patch", f"{out} ({human_bytes(len(file))})"), ("makes", f"a file with SHA-256 {made.result}")]
-    )
-
-
-def _patch(args: argparse.Namespace, name: str, base: Path, listener: Listener) -> Patch:
-    from fleetune.deploy import patch_make
-
-    run = args.files[1]
-    found = None if Path(run).is_file() else subject.open(run, args.out)
-    if isinstance(found, subject.Run):
-        return patch_make.of_run(
-            base, found.folder, inverse=args.inverse, name=name, offline=args.offline, listener=listener
-        )
-    ledger = ledgers.load(file_of(run, args.out))
-    return patch_make.of_ledger(
-        base, ledger, inverse=args.inverse, name=name, offline=args.offline, listener=listener
     )
 
 

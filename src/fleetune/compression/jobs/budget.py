@@ -50,17 +50,13 @@ def check(request: CompressRequest, solver: Solver) -> None:
     if request.bytes and request.bpw:
         raise UsageError("--bytes and --bpw both say how large the file may be", hint="give one of them")
     own = {field.name for field in fields(cast(Any, solver))}
-    if not solver.data or not own.issuperset((*CHOSEN, "group", "order")):
+    if not solver.data or not own.issuperset((*CHOSEN, "group")):
         raise UsageError(
             f"{flag} chooses the grid of each matrix by the loss, for a method that solves for it: {request.method} does not",
             hint=f"--method {compression.DEFAULT}",
         )
-    if given := [name for name in (*CHOSEN, "group", "search") if name in request.set]:
+    if given := [name for name in (*CHOSEN, "group") if name in request.set]:
         raise UsageError(f"{flag} chooses {given[0]} for each matrix", hint=f"leave out --set {given[0]}=..")
-    if cast(Any, solver).order == "gar":
-        raise UsageError(
-            f"{flag} may choose super-blocks, whose groups order=gar would move", hint="--set order=none"
-        )
     if request.length < 2:
         raise UsageError(
             f"{flag} goes by the gradient of predictions, and in windows of 1 token nothing is predicted",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +105,11 @@ def prepare(
 ) -> Job:
     """Check a request, and load its model and data.
 
-    Where a run is `dry` the job is not to be carried out: no text is written for it.
+    `devices` are those of --calibrate fleet; `beside` is needed for a budget in bytes.  Where a run is `dry` the job is not to
+    be carried out: no text is written for it.
     """
+    if not dry:
+        _check_devices(request, devices)
     release_memory()  # an earlier job's, so that the peak is this one's
     check(request)
     # only now: these import torch, and a wrong request is refused without it
@@ -129,36 +132,19 @@ def prepare(
     return solve.prepare(request, method, loaded, listener, devices, beside, dry=dry)
 
 
-def start(
-    request: CompressRequest,
-    listener: Listener,
-    out: Path,
-    *,
-    offline: bool,
-    devices: Devices | None = None,
-    beside: FileSize | None = None,
-) -> CompressResult:
-    """Check a request, then run it in a new folder under `out`; `devices` are those of --calibrate fleet.
+Prepare: TypeAlias = "Callable[[CompressRequest], Job]"  # `prepare`, with all else given
 
-    `beside` is needed for a budget in bytes.
-    """
+
+def start(request: CompressRequest, listener: Listener, out: Path, made: Prepare) -> CompressResult:
+    """Check a request, then run it in a new folder under `out`."""
     rundir.check_writable(out, make=False)
-    _check_devices(request, devices)
-    job = prepare(request, listener, out, offline=offline, devices=devices, beside=beside)
+    job = made(request)
     folder = compression_folder.create(request, out)
     with rundir.locked(folder), _named_when_stopped(folder):
         return _carry_out(request, job, listener, folder)
 
 
-def resume(
-    folder: Path,
-    listener: Listener,
-    out: Path,
-    *,
-    offline: bool,
-    devices: Devices | None = None,
-    beside: FileSize | None = None,
-) -> CompressResult:
+def resume(folder: Path, listener: Listener, made: Prepare) -> CompressResult:
     """Resume a stopped compression as it was requested; return the result of a finished one.
 
     ModelError when a finished result is not what was written.
@@ -171,9 +157,7 @@ def resume(
             listener.event(done)
             listener.note(f"{folder} is finished: there is nothing to resume")
             return CompressResult(request, folder, done, {})
-        _check_devices(request, devices)
-        job = prepare(request, listener, out, offline=offline, devices=devices, beside=beside)
-        return _carry_out(request, job, listener, folder)
+        return _carry_out(request, made(request), listener, folder)
 
 
 @contextmanager

@@ -37,15 +37,15 @@ class Outcome:
 
 
 def step_reporter(listener: Listener, folder: Path, what: str) -> Callable[..., None]:
-    """Return a callback `(step, steps, loss, reward=None)` that reports each training step as an event.
+    """Return a callback `(step, steps, loss)` that reports each training step as an event.
 
     It raises Interrupted when a stop is requested.  About ten times in all, it also notes the mean loss, labelled `what`.
     """
     recent: list[float] = []
 
-    def on_step(step: int, steps: int, loss: float, reward: float | None = None) -> None:
+    def on_step(step: int, steps: int, loss: float) -> None:
         listener.progress("steps", step, steps, f"{what} {loss:.4f}")
-        listener.event(StepDone(step=step, steps=steps, loss=loss, reward=reward))
+        listener.event(StepDone(step=step, steps=steps, loss=loss))
         recent.append(loss)
         if step == steps or step % max(1, steps // 10) == 0:
             listener.note(f"step {step}/{steps}  {what} {statistics.fmean(recent):.4f}")

@@ -314,7 +314,7 @@ def trained(
     """
     parts = solved.folder
     student = student_of(model, solved)
-    kept = Checkpoints(parts / "scales", fingerprint(origin, [], str(request.train_scales)), EVERY)
+    kept = Checkpoints(parts / "scales", fingerprint(f"{origin}{request.train_scales}", []), EVERY)
     report = progress.step_reporter(listener, parts.parent, "divergence")
     train(model, student, windows, request.train_scales, request.seed, kept, report)
     solved.adjust = {f"{layer}.weight": scales.on_grid for layer, scales in student.scales.items()}

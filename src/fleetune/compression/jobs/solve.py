@@ -476,11 +476,6 @@ def _after(
 # The base of a tuned model --------------------------------------------------------------------------
 
 
-def check_base(folder: Path) -> None:
-    """Raise UsageError when the method of a compression cannot be run on the base as well."""
-    _solver(compression_folder.request_of(folder))
-
-
 def compressed_base(listener: Listener, folder: Path, *, offline: bool) -> Path:
     """Return the artefact of the compressed base; it is made now if it is missing, and resumed if it was stopped.
 
@@ -522,7 +517,8 @@ def _head_of(folder: Path, model: Path) -> ArtefactHead:
     return head
 
 
-def _solver(request: CompressRequest) -> Solver:
+def solver_of(request: CompressRequest) -> Solver:
+    """Return the method of a request; UsageError for one that cannot be run on the base as well."""
     method = compression.make(request.method, request.set)
     if isinstance(method, compression.Trainer | compression.Pruner):
         raise UsageError(
@@ -540,7 +536,7 @@ def _alike(a: ArtefactHead, b: ArtefactHead) -> bool:
 def _base_job(folder: Path, offline: bool, listener: Listener) -> SolveJob:
     request = compression_folder.request_of(folder)
     loaded, recipe = inputs.load(request, offline=offline), finished.recipe_of(Path(request.model))
-    job = prepare(request, _solver(request), loaded, listener)  # the tuned model writes its text again
+    job = prepare(request, solver_of(request), loaded, listener)  # the tuned model writes its text again
     loaded.model.net.to("meta")  # its weights go before the base's come
     base = models.load(recipe.model, dtype=recipe.dtype, device="cpu", offline=offline)
     return replace(job, inputs=replace(job.inputs, model=base))

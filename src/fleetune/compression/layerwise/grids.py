@@ -16,8 +16,7 @@ A group's grid is fitted when the column loop reaches its first column.
 
 All scales are rounded to fp16 (those of super-blocks to what the file holds) *before* codes are chosen, so no file format has to
 round them again.  Zero is on every grid whose row says so: pruned weights stay zero there, and the small weights of a group do
-not all err in one direction.  `search` also tries smaller ranges and takes the one with the least sum |err|^2.4 (`mse` in the
-reference code); grids that are fitted do without it.
+not all err in one direction.
 
 A grid that has no 0 (`iq4_nl`, `q4_k`) cannot keep weights at exactly 0.  A matrix with so many of them that it was pruned is
 refused; a few are there by chance (3 in 10,000 of SmolLM2-135M's) and get the nearest value.
@@ -45,7 +44,6 @@ KINDS: Final = (*UNIFORM, *CODEBOOKS)  # whose groups have a scale of their own
 ALL: Final = (*KINDS, *SUPER_TYPES)
 BITS: Final = (2, 3, 4, 5, 8)
 GROUPS: Final = (256, 128, 64, 32, 16, 8, 4)  # sizes that are suggested
-NORM: Final = 2.4
 HALF_BITS: Final = 11  # significant bits of fp16: those of a universal scale and of its zero together
 SIGNIFICANT: Final = 7  # bits of a universal scale at most
 DEFAULTS: Final = (4, 32)  # bits and group where neither is given
@@ -87,7 +85,6 @@ class Grid:
 
     kind: str
     bits: int
-    search: bool = False
 
     @property
     def top(self) -> int:
@@ -141,17 +138,7 @@ class Grid:
         if (levels := self.levels) is not None:
             scale = to_half(fit_scale(x, levels, curvature))
             return scale, torch.zeros_like(scale)
-        best = self._fit(x, 1.0)
-        if not self.search:
-            return best
-        least = self._error(x, *best)
-        for i in range(1, 40):
-            tried = self._fit(x, 1.0 - i / 50)
-            error = self._error(x, *tried)
-            better = error < least
-            least = torch.where(better, error, least)
-            best = (torch.where(better, tried[0], best[0]), torch.where(better, tried[1], best[1]))
-        return best
+        return self._fit(x)
 
     def codes(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the nearest codes of x [R, n], of x's dtype."""
@@ -160,17 +147,13 @@ class Grid:
             return (x[..., None] / scale[:, None, None] > middles).sum(2).to(x.dtype)
         return (torch.round(x / scale[:, None]) + zero[:, None]).clamp(0, self.top)
 
-    def _error(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        near = (self.codes(x, scale, zero) - zero[:, None]) * scale[:, None]
-        return (near - x).abs().pow(NORM).sum(1)
-
-    def _fit(self, x: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def _fit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         half = float(1 << (self.bits - 1))
         lo, hi = x.amin(1), x.amax(1)
         if self.kind == "ggml":
             extreme = _extreme(x, lo, hi)
-            return _fp16(share * extreme / -half), torch.full_like(extreme, half)
-        lo, hi = share * lo.clamp(max=0), share * hi.clamp(min=0)
+            return _fp16(extreme / -half), torch.full_like(extreme, half)
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         if self.kind == "symmetric":
             return _fp16(2 * torch.maximum(-lo, hi) / self.top), torch.full_like(lo, half)
         scale = (hi - lo) / self.top
@@ -206,11 +189,11 @@ def significant(scale: Tensor, bits: int) -> Tensor:
     return torch.round(scale / step) * step
 
 
-def grid_problems(kind: str, bits: int, group: int, *, search: bool = False) -> list[str]:
+def grid_problems(kind: str, bits: int, group: int) -> list[str]:
     """List what is wrong with the settings of a grid."""
     problems = []
     if (of := SUPER_TYPES.get(kind)) is not None:
-        return _super_problems(kind, of, bits, group, search)
+        return _super_problems(kind, of, bits, group)
     if kind not in ALL:
         problems.append(f"grid = {kind!r} is none of {', '.join(ALL)}")
     if bits not in BITS:
@@ -221,22 +204,17 @@ def grid_problems(kind: str, bits: int, group: int, *, search: bool = False) -> 
         problems.append(
             f"a universal grid has 5 bits at most, so that scale * zero is exact in fp16; bits = {bits}"
         )
-    if kind in CODEBOOKS:
-        if len(CODEBOOKS[kind]) != 1 << bits:
-            problems.append(f"grid = {kind!r} has {len(CODEBOOKS[kind])} values: bits = 4, not {bits}")
-        if search:
-            problems.append(f"grid = {kind!r} tries several scales in any case: leave search out")
+    if kind in CODEBOOKS and len(CODEBOOKS[kind]) != 1 << bits:
+        problems.append(f"grid = {kind!r} has {len(CODEBOOKS[kind])} values: bits = 4, not {bits}")
     return problems
 
 
-def _super_problems(kind: str, of: SuperType, bits: int, group: int, search: bool) -> list[str]:
+def _super_problems(kind: str, of: SuperType, bits: int, group: int) -> list[str]:
     problems = []
     if bits not in (DEFAULTS[0], of.bits):
         problems.append(f"grid = {kind!r} has codes of {of.bits} bits, not of {bits}: leave bits out")
     if group not in (DEFAULTS[1], of.group):
         problems.append(f"grid = {kind!r} has groups of {of.group}, not of {group}: leave group out")
-    if search:
-        problems.append(f"grid = {kind!r} tries several scales in any case: leave search out")
     return problems
 
 

@@ -73,13 +73,7 @@ def measure(
     G = torch.zeros(table.weight.shape[1], table.weight.shape[1], dtype=torch.float64)
     draw = torch.Generator().manual_seed(seed)
 
-    with (
-        _frozen(net),
-        by_layer(net),
-        _observed(net, found),
-        squares(experts) as of_experts,
-        torch.enable_grad(),
-    ):
+    with by_layer(net), _observed(net, found), squares(experts) as of_experts, torch.enable_grad():
         for number, window in enumerate(windows):
             on_window(number, len(windows))
             leaf, times = _back(model, window, draw, head)
@@ -148,23 +142,6 @@ def _gradient_of(leaf: Tensor) -> Tensor:
 
 def _add_squares(to: Tensor, g: Tensor) -> None:
     to += g.reshape(-1, len(to)).double().square().sum(0).cpu()
-
-
-@contextmanager
-def _frozen(net: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients of the weights while the block runs."""
-    training = [m for m in net.modules() if m.training]
-    trained = [p for p in net.parameters() if p.requires_grad]
-    net.eval()
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-        for p in trained:
-            p.requires_grad_(True)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remove whole heads and MLP channels (or blocks, or hidden width) from a model, then train what is left (LLM-Pruner).
+"""Remove whole heads and MLP channels from a model, then train what is left (LLM-Pruner).
 
 Ma, Fang and Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023, arXiv 2305.11627
 (sections 3.1 to 3.3).
@@ -8,9 +8,9 @@ Ma, Fang and Wang, "LLM-Pruner: On the Structural Pruning of Large Language Mode
 
 Weights that only make sense together are a group: a key head with its query heads, or an MLP channel.
 
-1. Estimate on a few short texts how much the loss would rise without each group (`pruning/importance.py` has the groups
+1. Estimate on a few short texts how much the loss would rise without each group (`compression/importance.py` has the groups
    and the formulas).
-2. Remove the least important groups (`pruning/importance.py` too).
+2. Remove the least important groups.
 3. Recover: train the smaller model with LoRA, or distil the whole model into it (`gkd`).
 
 The result is a smaller dense model: faster and with less memory in any runtime, without special kernels.
@@ -27,12 +27,8 @@ The result is a smaller dense model: faster and with less memory in any runtime,
   are rounded to the nearest: channels to a multiple of `round_to`, heads to whole ones.
 - `scope=local` removes the same share from every block.  `scope=global` removes the least important groups wherever
   they are; heads and channels are ranked apart, because a head has far more weights than a channel.
-- `mode=depth` removes the least important blocks instead: `ratio` of those that are not spared.
-- `mode=hidden` removes channels of the residual stream, the same in all blocks (`pruning/hidden_width.py`).  It has no
-  scope and spares no blocks.  A llama's width stays a multiple of its number of heads, as transformers requires.
-- With `first=0 last=0 scope=local`, and with `mode=hidden`, the result is a plain Hugging Face directory.  Otherwise
-  blocks differ in width: fleetune loads the directory, transformers refuses it, and it exports to a GGUF file of
-  architecture `deci`.
+- With `first=0 last=0 scope=local` the result is a plain Hugging Face directory.  Otherwise blocks differ in width:
+  fleetune loads the directory, transformers refuses it, and it exports to a GGUF file of architecture `deci`.
 - Memory: estimation needs one more copy of the weights that can be removed (`importance=mixed` two).  Recovery with
   LoRA needs little more than the model.
 """
@@ -46,26 +42,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from fleetune.adapters import Lora, attach, detach, merge, trainable, training
 from fleetune.common.settings import setting
-from fleetune.compression.pruning import hidden_width
-from fleetune.compression.pruning.depth import with_blocks
-from fleetune.compression.pruning.importance import (
-    AGGREGATES,
-    KINDS,
-    Shares,
-    depth_problems,
-    estimate,
-    select_blocks,
-    select_units,
-    width_problems,
-)
+from fleetune.compression.importance import AGGREGATES, KINDS, Shares, estimate, select_units, width_problems
 from fleetune.compression.training import Checkpoints, clipped_step, fingerprint, learning_rate
 from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch
@@ -81,9 +64,6 @@ from fleetune.models.shapes import shape_of
 PAPER = "Ma et al., NeurIPS 2023, arXiv 2305.11627"
 CLIP = 1.0  # of the gradient's norm in the recovery
 
-# what stays: the heads and channels of each block that does, by its number, or the channels of the residual stream
-Decision: TypeAlias = dict[int, KeptUnits] | list[int]
-
 
 @dataclass(frozen=True)
 class Pruner:
@@ -93,7 +73,6 @@ class Pruner:
     importance: str = setting("first", "I", "magnitude, first, second or mixed (orders in w)")
     aggregate: str = setting("sum", "Σ", "over the layers of a group: sum, mean, max or prod")
     scope: str = setting("local", "S", "local: the same share of every block; or global")
-    mode: str = setting("width", "M", "width: heads and channels; depth: blocks; hidden: the residual width")
     first: int = setting(4, "a", "blocks spared at the start")
     last: int = setting(2, "z", "blocks spared at the end")
     round_to: int = setting(32, "m", "channels are left in multiples of this")
@@ -125,43 +104,18 @@ class Pruner:
         if not scored:
             raise DataError(f"none of {len(rows)} rows has a token to score", hint="give rows with responses")
         few = scored[:: max(1, len(scored) // self.samples)][: self.samples]
-        kept = (self._hidden_channels if self.mode == "hidden" else self._units)(model, few, on_row)
-        net = model.net
-        if isinstance(kept, dict) and len(kept) < len(blocks_of(net)):
-            net = with_blocks(net, sorted(kept))
-        if isinstance(kept, dict):
-            cut(net, [kept[i] for i in sorted(kept)])
-        else:
-            hidden_width.narrow(net, kept)
-        return dataclasses.replace(model, net=net, digest=digest(named_tensors(net)))
-
-    def _units(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decision:
-        """Estimate and select the heads and channels, or the blocks, that stay."""
         blocks = blocks_of(model.net)
-        shares = estimate(model, few, self.importance, self._prunable(len(blocks)), on_row)
+        shares = estimate(model, few, self.importance, range(self.first, len(blocks) - self.last), on_row)
         for i, both in shares.items():
-            _check_finite(both, f"in block {i}")
-        return self.select(blocks, shares)
+            if not all(bool(torch.isfinite(share).all()) for share in both):
+                raise FleetuneError(f"the importance in block {i} is not finite", hint="use --dtype fp32")
+        cut(model.net, self.select(blocks, shares))
+        return dataclasses.replace(model, digest=digest(named_tensors(model.net)))
 
-    def select(self, blocks: Sequence[Any], shares: Mapping[int, Shares]) -> dict[int, KeptUnits]:
-        """Return what stays of each block that stays, given the importance in the blocks that are not spared."""
-        if self.mode == "depth":
-            return select_blocks(blocks, shares, self.aggregate, self.ratio)
+    def select(self, blocks: Sequence[Any], shares: Mapping[int, Shares]) -> list[KeptUnits]:
+        """Return what stays of each block, given the importance in the blocks that are not spared."""
         across = self.scope == "global"
         return select_units(blocks, shares, self.aggregate, self.ratio, self.round_to, across_blocks=across)
-
-    def _hidden_channels(
-        self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]
-    ) -> Decision:
-        """Estimate and select the channels of the residual stream that stay."""
-        shares = hidden_width.estimate(model, few, self.importance, on_row)
-        _check_finite([shares], "of the hidden channels")
-        step = hidden_width.width_step(model.net.config, self.round_to)
-        return hidden_width.select(shares, self.aggregate, self.ratio, step)
-
-    def _prunable(self, blocks: int) -> list[int]:
-        """Return the numbers of the blocks that are not spared."""
-        return list(range(blocks) if self.mode == "hidden" else range(self.first, blocks - self.last))
 
     # ---------------------------------------------------------------- recover
 
@@ -173,10 +127,7 @@ class Pruner:
         folder: Path,
         on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     ) -> Model:
-        """Train the pruned model in place and return it; resume from the checkpoint in `folder`.
-
-        `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step.
-        """
+        """Train the pruned model in place and return it."""
         if self.recover == "lora":
             attach(pruned, Lora(self.r, self.alpha, self.dropout), seed=seed)
             try:
@@ -235,24 +186,15 @@ class Pruner:
                 hint="use a method that works on any model: fleetune compress --list",
             )
         blocks = blocks_of(model.net)
-        numbers = self._prunable(len(blocks))
-        if not numbers:
+        widths = {width_of(block) for block in blocks[self.first : len(blocks) - self.last]}
+        if not widths:
             problem = f"first = {self.first} and last = {self.last} spare all {len(blocks)} blocks"
             raise RecipeError([problem], hint="--set first=1 --set last=1, or less")
-        problems = self._size_problems(model.net, numbers)
+        problems = width_problems(widths, self.ratio, self.round_to)
         if any(not torch.isfinite(p).all() for p in model.net.parameters()):
             problems.append("the model holds values that are not finite")
         if problems:
             raise RecipeError(problems, hint="settings: fleetune compress --list llm-pruner")
-
-    def _size_problems(self, net: PreTrainedModel, numbers: Sequence[int]) -> list[str]:
-        """Say why nothing, or everything, would be removed."""
-        if self.mode == "hidden":
-            return hidden_width.size_problems(net.config, self.ratio, self.round_to)
-        blocks = blocks_of(net)
-        if self.mode == "depth":
-            return depth_problems(len(numbers), len(blocks), self.ratio)
-        return width_problems({width_of(blocks[i]) for i in numbers}, self.ratio, self.round_to)
 
     def disk(self, model: Model) -> int:
         """Return how many bytes the checkpoints and the result take at most: those of the whole model."""
@@ -264,18 +206,11 @@ class Pruner:
             "importance": KINDS,
             "aggregate": tuple(AGGREGATES),
             "scope": ("local", "global"),
-            "mode": ("width", "depth", "hidden"),
             "recover": ("lora", "none"),
         }
         for name, value in dataclasses.asdict(self).items():
             if name in choices and value not in choices[name]:
                 problems.append(f"{name} = {value!r} is not one of {', '.join(choices[name])}")
-            if (
-                name in ("scope", "first", "last")
-                and self.mode == "hidden"
-                and value != getattr(Pruner, name)
-            ):
-                problems.append(f"{name} is not for mode=hidden: all blocks lose the same channels")
             if name in ("round_to", "samples", "r", "steps", "batch_size", "save_every") and value < 1:
                 problems.append(f"{name} = {value} is below 1")
             if name in ("first", "last") and value < 0:
@@ -288,8 +223,3 @@ class Pruner:
             problems.append(f"dropout = {self.dropout} and warmup = {self.warmup} are not both shares")
         if problems:
             raise ValueError(*problems)
-
-
-def _check_finite(shares: Sequence[Tensor], where: str) -> None:
-    if not all(bool(torch.isfinite(share).all()) for share in shares):
-        raise FleetuneError(f"the importance {where} is not finite", hint="use --dtype fp32")

@@ -29,16 +29,12 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
 
 ## Options
 
-- `order=gar` takes the columns within each group and then the groups by falling H_ii (the group-aware reordering of
-  GPTQModel).  A group stays a run of neighbouring columns in the file: no index has to be written.  The default is
-  `order=none`, because the differences are within the noise.
 - `grid=iq4_nl` is for llama.cpp's type of that name: 16 values that are denser about 0, 4.5 bits a weight in groups of 32.
   A group's scale is the one of least squared error, in which column i counts by 1 / U_ii^2.
 - `grid=q6_k`, `q5_k`, `q4_k`, `q3_k`, `q2_k` and `iq4_xs` are for llama.cpp's types of these names, whose super-blocks of 256
   columns must divide the rows; bits and groups are the type's.  A super-block's two numbers are fitted when the loop reaches
   it, a group's own whole numbers once more when it reaches the group (`layerwise/fits.py`).
 - The scales of `ggml` and `iq4_nl` are fitted: the errors of a column weigh as its curvature given those before it, 1 / U_ii^2.
-- `search=true` also tries smaller ranges for each of the other grids and takes the best.
 """
 
 from __future__ import annotations
@@ -46,81 +42,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import CompensatedLoop
-from fleetune.compression.layerwise.grids import (
-    Codes,
-    Grid,
-    grid_problems,
-    quantise,
-    refuse_pruned,
-    row_problem,
-    settled,
-)
+from fleetune.compression.layerwise.grids import Grid, quantise, refuse_pruned
 from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
-from fleetune.models.families.number_types import SUPER_TYPES
+from fleetune.compression.methods import rtn
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
 
 
 @dataclass(frozen=True)
-class Solver:
-    """Settings with the paper's symbols; defaults are for 4-bit files of llama.cpp."""
+class Solver(rtn.Solver):
+    """The settings of rounding to nearest, and a damping; defaults are for 4-bit files of llama.cpp."""
 
     data: ClassVar[bool] = True
 
-    bits: int = setting(4, "b", "bits of a code: 2, 3, 4, 5 or 8")
-    group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
-    grid: str = setting(
-        "ggml", "grid", "ggml, symmetric, asymmetric, universal, iq4_nl; q6_k, q5_k, q4_k, q3_k, q2_k, iq4_xs"
-    )
-    search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
-    order: str = setting("none", "act", "order of the columns: none or gar")
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
 
-    def __post_init__(self) -> None:
-        problems = grid_problems(self.grid, self.bits, self.group, search=self.search)
-        problems += damping_problems(self.damping)
-        if self.search and self.grid == "ggml" and self.bits <= 5:
-            problems.append("grid = ggml is fitted to the errors that count: leave search out")
-        if self.order not in ("none", "gar"):
-            problems.append(f"order = {self.order!r} is none of none, gar")
-        if self.order == "gar" and self.grid in SUPER_TYPES:
-            problems.append("order = gar moves groups, and those of super-blocks belong together")
-        if problems:
-            raise ValueError(*problems)
-        for name, value in zip(("bits", "group"), settled(self.grid, self.bits, self.group), strict=True):
-            object.__setattr__(self, name, value)  # what the grid says
-
-    def check(self, name: str, R: int, C: int) -> str:
-        """Say why rows of C columns cannot be divided into groups, or "" when they can."""
-        return row_problem(name, C, self.grid, self.group)
+    def problems(self) -> list[str]:
+        """List what is wrong with the settings."""
+        return [*super().problems(), *damping_problems(self.damping)]
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Run algorithm 1 of the paper on one matrix."""
-        grid, group = Grid(self.grid, self.bits, self.search), self.group or W.shape[1]
+        grid, group = Grid(self.grid, self.bits), self.group or W.shape[1]
         refuse_pruned(W, grid)
         zeros = (W == 0).T if grid.holds_zero and bool((W == 0).any()) else None
-        order = column_order(H.diagonal(), group) if self.order == "gar" else None
-        if order is not None:
-            W, H = W[:, order], H[order][:, order]
-            zeros = None if zeros is None else zeros[order]
         factor = inverse_cholesky(H, self.damping)
         loop = CompensatedLoop(factor)
         found = quantise(W.masked_fill(factor.dead, 0.0), grid, group, loop, zeros, factor.curvature)
-        if order is not None:
-            # columns and groups go back to their places
-            back, groups = order.argsort(), (order.view(-1, group)[:, 0] // group).argsort()
-            found = Codes(found.codes[:, back], found.scale[:, groups], found.zero[:, groups])
         return found.solved(grid, group, factor.notes, loop.loss)
-
-
-def column_order(importance: Tensor, group: int) -> Tensor:
-    """Return the order in which `gar` takes columns of importance [C], int64 [C]."""
-    groups = importance.view(-1, group)
-    inside = groups.argsort(stable=True, dim=1, descending=True) + group * torch.arange(len(groups))[:, None]
-    return inside[groups.amax(1).argsort(stable=True, descending=True)].reshape(-1)

@@ -73,10 +73,8 @@ class Solver(optq.Solver):
         if U is None:
             return W
         drift = W @ D
-        group = self.group or W.shape[1]
-        first = int(optq.column_order(H.diagonal(), group)[0]) if self.order == "gar" else 0
         corrected = W + (drift @ U.T) @ U
-        value = W[:, first] + drift[:, first] / (H[first, first] + damping + dead[first])
-        inverse = U[:, first] @ U  # the first column's row of H^-1
-        corrected += torch.outer((value - corrected[:, first]) / inverse[first], inverse)
+        value = W[:, 0] + drift[:, 0] / (H[0, 0] + damping + dead[0])
+        inverse = U[:, 0] @ U  # the first column's row of H^-1
+        corrected += torch.outer((value - corrected[:, 0]) / inverse[0], inverse)
         return corrected.masked_fill_(W == 0, 0.0)

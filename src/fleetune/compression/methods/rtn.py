@@ -52,10 +52,13 @@ class Solver:
     grid: str = setting(
         "ggml", "grid", "ggml, symmetric, asymmetric, universal, iq4_nl; q6_k, q5_k, q4_k, q3_k, q2_k, iq4_xs"
     )
-    search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
+
+    def problems(self) -> list[str]:
+        """List what is wrong with the settings."""
+        return grid_problems(self.grid, self.bits, self.group)
 
     def __post_init__(self) -> None:
-        if problems := grid_problems(self.grid, self.bits, self.group, search=self.search):
+        if problems := self.problems():
             raise ValueError(*problems)
         for name, value in zip(("bits", "group"), settled(self.grid, self.bits, self.group), strict=True):
             object.__setattr__(self, name, value)  # what the grid says
@@ -66,6 +69,6 @@ class Solver:
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Round every group to its grid; H is not used."""
-        grid, group = Grid(self.grid, self.bits, self.search), self.group or W.shape[1]
+        grid, group = Grid(self.grid, self.bits), self.group or W.shape[1]
         refuse_pruned(W, grid)
         return quantise(W, grid, group, nearest).solved(grid, group)

@@ -7,7 +7,6 @@
     TARGETS       {"mlx": "one line of help", ..}: the names of `--to` that it writes; after a colon stands the kind
     TAKES         "model" (any model, the default), "codes" (compressed models alone) or "adapter" (of a tuned run)
     SUFFIX        ".gguf" for a file of that name; "", the default, for a folder
-    BASE          True where an adapter is written with the help of its base model (default False)
     BLOCK_WIDTHS  True where blocks of different widths have a place (default False: they are refused)
     PROVENANCE    True where the file says where the model comes from (`export.py`; default False)
     RUNTIME       what `--text` runs the result in: "llama.cpp", "mlx-lm" or "transformers"; left out for none
@@ -27,8 +26,7 @@ and has functions, in which `kind` is what follows the colon of the target, None
     exact_target(model: Checkpoint) -> str | None
         Optional: the target that holds the model without loss, which is then named in hints where another format refuses.
 
-For TAKES = "adapter" these are check(adapter: Path, kind) and write(adapter: Path, base: Checkpoint | None, out, kind, made);
-`base` is the adapter's model where the format states BASE.
+For TAKES = "adapter" these are check(adapter: Path, kind) and write(adapter: Path, base: Checkpoint, out, kind, made).
 """
 
 from __future__ import annotations
@@ -51,7 +49,6 @@ class Report:
     exact: int  # tensors whose values in the file are the source's, bit for bit
     types: Mapping[str, int]  # how many tensors are of which type
     notes: tuple[str, ...] = ()  # fallbacks and warnings, for the user
-    files: int | None = None  # of a copied folder: files that are the source's, byte for byte
 
 
 class Misfit(UsageError):

@@ -10,7 +10,7 @@ family needs stands in one table (`models/families/table.py`).  Quantised matric
                 Q5_1 or Q8_0: the smallest
                 that is exact; or that
                 of their super-blocks
-    gguf:q4_0   Q4_0 (the others alike)        Q8_0                   F16 (BF16 stays)     F32
+    gguf:q8_0   Q8_0 if exact                  Q8_0                   F16 (BF16 stays)     F32
     gguf:f32    F32 (f16, bf16 if exact)       F32                    F32                  F32
 
 of a plain directory: gguf:q8_0, f16, bf16, f32 for all matrices; gguf alone is F16 (BF16 stays).  Rows that
@@ -62,18 +62,7 @@ from fleetune.models.net.saving import damaged
 
 TARGETS: Final = {
     "gguf": "one file for llama.cpp, Ollama, LM Studio: in the type that holds the codes exactly",
-    "gguf:q4_0": "the same, 4.5 bits a weight: symmetric 4-bit codes",
-    "gguf:iq4_nl": "the same, 4.5 bits a weight: codes of the grid iq4_nl",
-    "gguf:q4_1": "the same, 5 bits a weight: 4-bit codes with a zero",
-    "gguf:q5_0": "the same, 5.5 bits a weight: symmetric 5-bit codes",
-    "gguf:q5_1": "the same, 6 bits a weight: 5-bit codes with a zero",
     "gguf:q8_0": "the same, 8.5 bits a weight: codes up to 8 bits, or plain weights rounded",
-    "gguf:q2_k": "the same, 2.625 bits a weight: codes of the grid q2_k",
-    "gguf:q3_k": "the same, 3.4375 bits a weight: codes of the grid q3_k",
-    "gguf:iq4_xs": "the same, 4.25 bits a weight: codes of the grid iq4_xs",
-    "gguf:q4_k": "the same, 4.5 bits a weight: codes of the grid q4_k",
-    "gguf:q5_k": "the same, 5.5 bits a weight: codes of the grid q5_k",
-    "gguf:q6_k": "the same, 6.5625 bits a weight: codes of the grid q6_k",
     "gguf:f16": "the same, plain weights in fp16",
     "gguf:bf16": "the same, plain weights in bf16",
     "gguf:f32": "the same, plain weights in fp32",
@@ -91,8 +80,6 @@ PHI3_TOKENS: Final = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
 FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {dtype.tag: getattr(torch, dtype.full) for dtype in WEIGHTS.values()}
 )
-# types that plain weights are not rounded to here
-ROUNDED_BY_COMPRESS: Final = tuple(kind.lower() for kind in _ggml_blocks.PACKERS if kind != "Q8_0")
 EMBEDDING: Final = "token_embd.weight"
 ENDS: Final = (EMBEDDING, "output.weight")
 FULL: Final = (  # F32, whatever their shape
@@ -344,11 +331,6 @@ class GgufTensor:
 
 def plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTensor]:
     """Return the tensors of the file in the model's order; `notes` gets the fallbacks."""
-    if not model.compressed and kind in ROUNDED_BY_COMPRESS:
-        raise UsageError(
-            f"{model.folder} holds plain weights, and gguf:{kind} is for compressed ones",
-            hint="compress it first (fleetune compress), or use --to gguf:q8_0",
-        )
     entries, odd = list[GgufTensor](), list[str]()
     for name in model.names:
         for part in experts.parts(name):

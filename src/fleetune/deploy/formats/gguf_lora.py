@@ -34,7 +34,6 @@ from fleetune.models.net.saving import damaged
 
 TARGETS: Final = {"gguf:lora": "a run's LoRA adapter, for llama.cpp beside a GGUF file of the base"}
 TAKES: Final = "adapter"
-BASE: Final = True
 SUFFIX: Final = ".gguf"
 PROVENANCE: Final = True
 ORDER: Final = 20
@@ -59,16 +58,13 @@ EMPTY: Final = (
 )
 
 
-def write(
-    adapter: Path, base: Checkpoint | None, path: Path, kind: str | None, made: Mapping[str, str]
-) -> Report:
+def write(adapter: Path, base: Checkpoint, path: Path, kind: str | None, made: Mapping[str, str]) -> Report:
     """Write the PEFT directory `adapter` of a model like `base` to the new file `path`, and read it back.
 
     `made` are strings for the header, which has the file's name as the adapter's.  UsageError before anything is
     written for an adapter that is no plain LoRA or a base without a place in GGUF; ModelError when the adapter is
     damaged or of another model; FleetuneError when the file does not hold what was written.
     """
-    assert base is not None
     check_config(base.config)
     settings, factors = _read(adapter)
     tensors = dict(_tensors(factors, base))

@@ -131,25 +131,6 @@ def is_adapter(folder: Path) -> bool:
     )
 
 
-def peft_folder(name: object) -> Path | None:
-    """Return the folder of PEFT's adapter that a text or path is; None for all else, and for the one in a run's folder."""
-    if not isinstance(name, str | Path) or str(name) in ORIGINS:
-        return None
-    folder = Path(name).expanduser()
-    in_run = (folder.parent / "run.toml").is_file()
-    return (
-        folder
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL).is_file() and not in_run
-        else None
-    )
-
-
-def adapter_base(folder: Path) -> str:
-    """Return the base that an adapter says it is of: a built-in name where that has the hub id; "" where it says none."""
-    base = str(_settings(folder).get(BASE) or "")
-    return next((name for name, origin in ORIGINS.items() if origin.hub == base), base)
-
-
 def check_no_adapter(name: str) -> None:
     """Raise ModelError for a name that is the folder of an adapter."""
     if name not in ORIGINS and is_adapter(folder := Path(name).expanduser()):

@@ -110,17 +110,14 @@ def unit_positions(units: Tensor, size: int) -> Tensor:
     return (units[:, None] * size + torch.arange(size)).flatten()
 
 
-def keep_positions(layer: nn.Module, places: Tensor, dim: int) -> None:
-    """Keep rows (dim 0, with their biases) or columns (dim 1) of a linear layer, an embedding or a norm, in place."""
-    biased = dim == 0 and getattr(layer, "bias", None) is not None
+def keep_positions(layer: nn.Linear, places: Tensor, dim: int) -> None:
+    """Keep rows (dim 0, with their biases) or columns (dim 1) of a linear layer, in place."""
+    biased = dim == 0 and layer.bias is not None
     for name in ["weight", "bias"] if biased else ["weight"]:
         whole = layer.get_parameter(name)
         part = whole.data.index_select(dim, places)
         setattr(layer, name, nn.Parameter(part, requires_grad=whole.requires_grad))
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, nn.Embedding):
-        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
+    layer.out_features, layer.in_features = layer.weight.shape
 
 
 def write_widths(config: Any, found: Sequence[Width], head_dim: int) -> None:

@@ -11,8 +11,7 @@ Beside sizes and rows:
     has them for its own, not only in the file;
   * rescaled rotary frequencies (Llama 3.1) come as factors: used where Llama 3's rule gives them (`rope.py`),
     else the file is refused;
-  * gemma's norms, caps and windows; llamas whose blocks differ in width (architecture deci, below), which only Fleetune
-    loads again; the tokenizer (`tokenizer.py`).
+  * gemma's norms, caps and windows; the tokenizer (`tokenizer.py`).
 
 The model is never in memory as a whole: names and shapes come from a model on the meta device, every tensor of
 it must be found in the file and vice versa, and rows go straight into the safetensors file.
@@ -20,7 +19,7 @@ it must be found in the file and vice versa, and rows go straight into the safet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -29,21 +28,12 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GenerationConfig,
-    LlamaConfig,
-)
+from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GenerationConfig
 
-from fleetune.common.shell import quoted
 from fleetune.errors import ModelError
 from fleetune.models import stored
 from fleetune.models.families import rope, table, widths
 from fleetune.models.families.foreign import check_blocks, check_range, foreign_file
-from fleetune.models.families.widths import DECI, Width, write_widths
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
 from fleetune.models.gguf.header import GgufHeader
@@ -55,7 +45,7 @@ INSTEAD: Final = "use the model's hub id or a Hugging Face directory of it"
 RESCALED: Final = "rescales its rotary frequencies, which transformers cannot express"
 SLAB: Final = 1 << 22  # elements dequantised at a time (16 MiB of fp32)
 # those that were verified
-ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", DECI)
+ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 READ: Final = frozenset({"F32", "F16", *(kind.name for kind in gguf.quants._type_traits)})  # types of tensors
 SIZES: Final[Mapping[str, str]] = MappingProxyType(  # keys of an architecture -> names in a configuration
     {
@@ -102,7 +92,6 @@ def convert(
         stored.write_places(folder, tensors)
     config.dtype = torch.float32
     config.save_pretrained(folder)
-    widths.mark_config(folder)
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
@@ -113,7 +102,7 @@ def convert(
 def _config(path: Path, head: GgufHeader) -> Any:
     with foreign_file(path, "has unusable metadata", hint=INSTEAD):  # a text may be in no encoding
         architecture = _checked_architecture(path, head)
-        config = _described(path, architecture, head)
+        config = _described(architecture, head)
         if (width := head.values.get(f"{architecture}.attention.key_length")) is not None:
             config.head_dim = int(width)  # transformers does not read it for every architecture
         _take_factors(path, head, config)
@@ -141,16 +130,15 @@ def _checked_architecture(path: Path, head: GgufHeader) -> str:
     return architecture
 
 
-def _described(path: Path, architecture: str, head: GgufHeader) -> Any:
+def _described(architecture: str, head: GgufHeader) -> Any:
     """Return the configuration of metadata and tensor names; a configuration class may raise anything for a wrong value."""
     names = {tensor.name for tensor in head.tensors}
     ids = {
         f"{name}_token_id": head.values.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in gguf_tokens.SPECIAL.items()
     }
-    if architecture == DECI or architecture.startswith("gemma"):
-        fields = _Fields(head, architecture)
-        config = _deci(path, fields) if architecture == DECI else _gemma(architecture, fields)
+    if architecture.startswith("gemma"):
+        config = _gemma(architecture, _Fields(head, architecture))
         del ids["unk_token_id"]
         config.update(ids)
     else:
@@ -295,90 +283,3 @@ def _tokenizer(path: Path, head: GgufHeader, config: Any) -> Any:
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.padding_side = "right"
     return tokenizer
-
-
-# ---------------------------------------------------------------- deci
-
-# llama.cpp's architecture for models found by a search over blocks; `deploy/formats/gguf.py` writes pruned llamas as such.
-# Each of the first three is one number for all blocks, or a list of every block's:
-#
-#     attention.head_count       query heads; 0: the block has no attention
-#     attention.head_count_kv    key heads; 0 beside query heads: one matrix in the place of attention
-#     feed_forward_length        channels of the MLP; 0: the block has none
-#     attention.key_length       the width of a head; not given: embedding_length / query heads of the first block
-#
-# A llama whose blocks were narrowed has none of those zeros, and in every block as many query heads to a key head.  It
-# becomes a configuration with widths of its own (`widths.py`), or a plain one where its blocks are alike.  Any other is
-# refused: no class here has a place for it.
-HEADS: Final = "attention.head_count"
-KEY_HEADS: Final = "attention.head_count_kv"
-CHANNELS: Final = "feed_forward_length"
-
-
-def _deci(path: Path, fields: _Fields) -> Any:
-    """Return the configuration of a llama with narrower blocks; ModelError for other models.
-
-    KeyError for a key that must be there and is not; ValueError when the values make no sense.
-    """
-    count, hidden = int(fields.need("block_count")), int(fields.need("embedding_length"))
-    if count < 1:
-        raise ValueError(f"block_count is {count}")
-    key_heads = HEADS if fields(KEY_HEADS) is None else KEY_HEADS  # llama.cpp's rule
-    columns = [_of_blocks(fields, key, count) for key in (HEADS, key_heads, CHANNELS)]
-    blocks = [Width(*numbers) for numbers in zip(*columns, strict=True)]
-    why, ratio = "", 0
-    for i, (heads, keys, channels) in enumerate(blocks):
-        if (
-            not (heads and keys and channels)
-            or heads % keys
-            or heads // keys != (ratio := ratio or heads // keys)
-        ):
-            why = (
-                why
-                or f"block {i} has {heads} query heads, {keys} key heads and an MLP of {channels} channels"
-            )
-    width = fields("attention.key_length")
-    width = int(hidden // max(1, blocks[0].num_attention_heads) if width is None else width)
-    if width < 2 or width % 2:  # the rotary embedding turns pairs
-        raise ValueError(f"heads are {width} wide")
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (other := fields(key)) not in (None, width):
-            why = why or f"its heads are {width} wide, and {key} is {other}"
-    if why:
-        raise ModelError(
-            f"{path} is no llama with narrower blocks: {why}",
-            hint=f"llama.cpp runs it (fleetune serve {quoted(path)}); to tune or compress, take another model",
-        )
-    config = LlamaConfig(
-        **_whole(blocks, hidden, width)._asdict(),
-        hidden_size=hidden,
-        head_dim=width,
-        num_hidden_layers=count,
-        vocab_size=int(fields.need("vocab_size")),
-        max_position_embeddings=int(fields.need("context_length")),
-        rms_norm_eps=float(fields.need("attention.layer_norm_rms_epsilon")),
-        rope_parameters=fields.rotary(),
-    )
-    write_widths(config, blocks, width)
-    return config
-
-
-def _of_blocks(fields: _Fields, key: str, count: int) -> list[int]:
-    value = fields.need(key)
-    numbers = value if isinstance(value, list) else [value] * count
-    if len(numbers) != count or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"{key} is {str(value)[:80]} for {count} blocks")
-    return numbers
-
-
-def _whole(blocks: Sequence[Width], hidden: int, head_dim: int) -> Width:
-    """Return widths that no block exceeds and whose heads divide the hidden size, as transformers requires.
-
-    The file does not say what the model had before it was pruned; only the configuration depends on it.
-    """
-    ratio = blocks[0].num_attention_heads // blocks[0].num_key_value_heads
-    most = max(width.num_key_value_heads for width in blocks)
-    usual = hidden // head_dim // ratio  # heads that fill the hidden size: most likely the model's own
-    fits = (n for n in (usual, most, hidden // ratio) if n >= most and hidden % (n * ratio) == 0)
-    key_heads = next(fits, most)
-    return Width(ratio * key_heads, key_heads, max(width.intermediate_size for width in blocks))

@@ -161,5 +161,7 @@ def _tensor(reader: _Reader) -> TensorPlace:
         known = GGMLQuantizationType(kind)
     except ValueError:  # newer than the package: an engine may know it
         return TensorPlace(name, str(kind), shape, offset, 0)
-    block, size = GGML_QUANT_SIZES[known]
-    return TensorPlace(name, known.name, shape, offset, math.prod(shape) // int(block) * int(size))
+    block, size = map(int, GGML_QUANT_SIZES[known])
+    if math.prod(shape[-1:]) % block:
+        raise ValueError("a row that is no whole blocks")
+    return TensorPlace(name, known.name, shape, offset, math.prod(shape) // block * size)

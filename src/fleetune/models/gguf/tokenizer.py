@@ -21,8 +21,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fleetune.models.families import widths
-
 log = logging.getLogger(__name__)
 
 _SHORT: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -104,7 +102,7 @@ def _bytes(field: Field) -> Tokenizer:
     name = field("tokenizer.ggml.pre")
     merges = [(left, right) for left, right in (m.split(" ", 1) for m in field("tokenizer.ggml.merges"))]
     vocab = _used(field)
-    if (as_transformers := field(UNKNOWN) is not None) and field("general.architecture") != widths.DECI:
+    if as_transformers := field(UNKNOWN) is not None:
         vocab = {text: i for i, text in enumerate(field("tokenizer.ggml.tokens"))}
     model = BPE(vocab=vocab, merges=merges, ignore_merges=name in WHOLE)
     if as_transformers:  # its reader has such a vocabulary, with what is not used, to the same digest

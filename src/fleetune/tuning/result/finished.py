@@ -140,12 +140,7 @@ def check_base(model: Model, ledger: Ledger) -> None:
 
 
 def rebuild(
-    model: Model,
-    ledger: Ledger,
-    *,
-    threads: int | None = None,
-    backend: str = "auto",
-    listener: Listener | None = None,
+    model: Model, ledger: Ledger, *, threads: int | None = None, listener: Listener | None = None
 ) -> str:
     """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was).
 
@@ -154,7 +149,7 @@ def rebuild(
     listener = listener or Silent()
     model.trains = ledger.head.trains
     view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
-    view.threads, view.kernels = threads, kernels(view.device, backend)
+    view.threads, view.kernels = threads, kernels(view.device)
     passes = ledger.passes()
     work = counted(len(passes.ids), "pass", "passes")
     listener.note(f"{work} over {model.n_params:,} weights to rebuild")

@@ -23,16 +23,12 @@ def evenly_spaced(whole: int, keep: int) -> list[int]:
 
 
 def shallow(net: PreTrainedModel, keep: int) -> PreTrainedModel:
-    """Copy `net` with `keep` of its decoder blocks, evenly spaced; `net` is left unchanged."""
-    return with_blocks(net, evenly_spaced(len(layers_of(net)), keep))
-
-
-def with_blocks(net: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    """Copy `net` with the decoder blocks `kept`; `net` is left unchanged.
+    """Copy `net` with `keep` of its decoder blocks, evenly spaced; `net` is left unchanged.
 
     Lists in the configuration with an entry a block (such as `layer_types`) are cut alike.  ModelError for a family
     whose blocks are not known.
     """
+    kept = evenly_spaced(len(layers_of(net)), keep)
     path = layers_of(net)[0].name.rpartition(".")[0]
     parent, _, stack = path.rpartition(".")
     owner, whole = net.get_submodule(parent), cast(nn.ModuleList, net.get_submodule(path))

@@ -42,15 +42,15 @@ KINDS: Final = ("magnitude", "first", "second", "mixed")
 
 
 class LayerGroups(NamedTuple):
-    """The part of one layer (linear, embedding or norm) that belongs to groups of one kind."""
+    """The part of one linear layer that belongs to groups of one kind."""
 
-    layer: nn.Module
+    layer: nn.Linear
     rows: bool  # whether a group is rows of the weight (with their biases), or columns
     groups: int
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the weight, and the bias where groups are rows."""
-        biased = self.rows and getattr(self.layer, "bias", None) is not None
+        biased = self.rows and self.layer.bias is not None
         return [self.layer.get_parameter(name) for name in (["weight", "bias"] if biased else ["weight"])]
 
 
@@ -192,37 +192,17 @@ def select_units(
     round_to: int,
     *,
     across_blocks: bool,
-) -> dict[int, KeptUnits]:
+) -> list[KeptUnits]:
     """Return the heads and channels that stay in each block; blocks without shares keep all of theirs."""
     heads = {i: AGGREGATES[aggregate](share.heads) for i, share in shares.items()}
     channels = {i: AGGREGATES[aggregate](share.channels) for i, share in shares.items()}
     stay = choose(heads, ratio, 1, across_blocks), choose(channels, ratio, round_to, across_blocks)
-    return all_units(blocks) | {i: KeptUnits(stay[0][i], stay[1][i]) for i in shares}
-
-
-def select_blocks(
-    blocks: Sequence[Any], shares: Mapping[int, Shares], aggregate: str, ratio: float
-) -> dict[int, KeptUnits]:
-    """Return the blocks that stay, each with all of its heads and channels: the least important are removed."""
-    totals = {i: float(sum(AGGREGATES[aggregate](s).sum() for s in both)) for i, both in shares.items()}
-    kept = all_units(blocks)
-    for i in sorted(totals, key=lambda i: totals[i])[: removed_blocks(len(totals), ratio)]:
-        del kept[i]
-    return kept
-
-
-def all_units(blocks: Sequence[Any]) -> dict[int, KeptUnits]:
-    """Return all heads and channels of each block, by its number."""
-    widths = [width_of(block) for block in blocks]
-    return {
-        i: KeptUnits([*range(w.num_key_value_heads)], [*range(w.intermediate_size)])
-        for i, w in enumerate(widths)
-    }
-
-
-def removed_blocks(count: int, ratio: float) -> int:
-    """Return how many of `count` blocks are removed: the share `ratio`, rounded to the nearest."""
-    return min(count, int(count * ratio + 0.5))
+    return [
+        KeptUnits(
+            stay[0].get(i, range(width.num_key_value_heads)), stay[1].get(i, range(width.intermediate_size))
+        )
+        for i, width in enumerate(map(width_of, blocks))
+    ]
 
 
 def count_kept(n: int, stay: float, step: int) -> int:
@@ -253,9 +233,6 @@ def _ranked(scores: Tensor) -> Tensor:
     return scores.argsort(descending=True, stable=True)
 
 
-# ---------------------------------------------------------------- where nothing, or everything, would be removed
-
-
 def width_problems(widths: set[Width], ratio: float, round_to: int) -> list[str]:
     """Say why `ratio` removes no head and no channel from blocks of these widths; [] when it removes some."""
     narrow = min(w.intermediate_size for w in widths)
@@ -272,11 +249,3 @@ def width_problems(widths: set[Width], ratio: float, round_to: int) -> list[str]
         f"ratio = {ratio} takes nothing from {most.num_key_value_heads} key heads "
         f"and {most.intermediate_size} channels in steps of {round_to}"
     ]
-
-
-def depth_problems(count: int, blocks: int, ratio: float) -> list[str]:
-    """Say why `ratio` of `count` blocks removes none of them, or all `blocks` of the model; [] when it does not."""
-    removed, what = removed_blocks(count, ratio), f"ratio = {ratio} of {count} blocks is "
-    if removed == blocks:
-        return [f"{what}all of them, and nothing else is spared"]
-    return [] if removed else [f"{what}less than half a block"]
