@@ -37,7 +37,7 @@ from typing import Final
 import numpy as np
 
 from fleetune.common.files import storage_error
-from fleetune.tuning.exchange.privacy import Privacy, PrivateSum
+from fleetune.privacy.mechanism import Privacy, PrivateSum
 
 Tensors = dict[str, np.ndarray]
 NOTHING: Final[Mapping[str, np.ndarray]] = MappingProxyType({})

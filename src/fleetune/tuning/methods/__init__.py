@@ -112,6 +112,10 @@ class Method(ABC):
             OWN_DIRECTIONS if rule.name == PRIVATE else "this method has its own rule; leave aggregation out"
         )
 
+    def cannot_hide_rows(self) -> str:
+        """Return why local steps cannot hide each row (`Batch.drawn`), and what to do; "" where they can."""
+        return "its steps do not hide rows; use fedit, mezo or fedkseed"
+
     def written_out(self) -> Self:
         """Return this method with what 0 or "" stands for in place, which a later version may choose otherwise."""
         return self

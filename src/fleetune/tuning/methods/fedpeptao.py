@@ -279,6 +279,9 @@ class Method(_adapter.Trained):
             )
         return super().cannot_combine(rule, asked)
 
+    def cannot_hide_rows(self) -> str:
+        return "it scores layers by rows, which no noise hides; use fedpetuning with module=prefix"
+
     def report(self, state: State) -> dict[str, float]:
         return {"layers": float(len(state.layers))}
 

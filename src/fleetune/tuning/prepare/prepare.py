@@ -283,10 +283,8 @@ def prepare(
     if names and (find or search is None):
         rows = "training" if recipe.privacy == private.NONE else "held-out"
         note(rates.told(names, job.method, search, job.estimate, rows))
-    if not find:
-        return job
-    job = _with_rates(job, names, given, search, progress) if search else job
-    return replace(job, recipe=private.with_clip(job.recipe, job.method, job.model, job.held))
+    job = _with_rates(job, names, given, search, progress) if find and search else job
+    return private.settled(job, find=find)
 
 
 def _divided(
@@ -299,7 +297,7 @@ def _divided(
         parts = replace(parts, clients=[])
     recipe = settled(recipe) if simulated else replace(settled(recipe), clients=recipe.clients)
     if clients := len(parts.clients) or recipe.clients:
-        recipe = private.settled(recipe, method, clients)
+        private.check(recipe, method, clients)
         check_aggregation(recipe, method, clients)
         _check_quorum(recipe, clients)
     return recipe, parts

@@ -3,25 +3,25 @@
 
 What is decided is written into the recipe, so a resumed run has the same.  The clip, and learning rates, are found on held-out
 rows: those are the server's own, and no part of the guarantee.
+
+Client level: the server adds the noise, once a round.  Example level: a client adds it in each local step, to the sum over a
+Poisson sample of its rows; of clients with unlike numbers of rows, the account is that of the one with the fewest, whose rows
+are sampled most often.  Which clients take part in a round is then no secret, so every round counts.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import TYPE_CHECKING, Final
 
 from fleetune.common.display import counted
-from fleetune.data import Encoded
 from fleetune.errors import RecipeError
-from fleetune.models.net.model import Model
-from fleetune.tuning.exchange import accountant
-from fleetune.tuning.exchange.aggregation import NOTHING, PRIVATE, Rule, parse
-from fleetune.tuning.exchange.privacy import Privacy
-from fleetune.tuning.methods import Method, norm
+from fleetune.privacy import accountant
+from fleetune.privacy.mechanism import Measuring, Privacy
+from fleetune.tuning.exchange.aggregation import PRIVATE, Rule, parse
+from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.trial import Bench, restored
 from fleetune.tuning.recipe.recipe import Recipe
 
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob
 
 NONE: Final = "none"  # of a recipe's `privacy`
+CLIENT: Final = "client"
 FEWEST: Final = 10  # clients: the mean of fewer is lost in the noise that hides one of them
 MOST: Final = 100.0  # epsilon: beyond it, nothing is promised
-MEASURED: Final = 32  # held-out rows of the client whose reply decides the clip, at most
+MEASURED: Final = 32  # held-out rows on which the clip is found, at most
+TINY: Final = 1e-30  # clip while it is found
 OPTIONS: Final = ("epsilon", "delta", "noise", "clip_norm")
 PAGE: Final = "what is promised, and what it costs: docs/privacy.md"
 
@@ -41,102 +43,167 @@ def problems(recipe: Recipe) -> list[str]:
     given = [name for name in OPTIONS if getattr(recipe, name)]
     if recipe.privacy == NONE:
         return [f"{given[0]} does nothing without privacy: add --privacy client"] if given else []
-    found = []
+    found, level = [], f"privacy = {recipe.privacy}"
     if not recipe.epsilon and not recipe.noise:
-        found.append(
-            "privacy = client needs a budget, such as --epsilon 8, or a noise multiplier, such as --noise 1"
-        )
+        found.append(f"{level} needs a budget, such as --epsilon 8, or a noise multiplier, such as --noise 1")
     if recipe.epsilon > MOST:
         found.append(
             f"epsilon = {recipe.epsilon:g} promises nothing: 8 is usual, 1 is strong, {MOST:g} is the most"
         )
-    if recipe.aggregation != "mean":
+    if recipe.privacy == CLIENT and recipe.aggregation != "mean":
         found.append(
             f"aggregation = {recipe.aggregation} compares single replies, which a private sum does not: leave aggregation out"
         )
-    if recipe.over_selection > 1 or recipe.quorum > 1:
+    if recipe.privacy == CLIENT and (recipe.over_selection > 1 or recipe.quorum > 1):
         found.append(
-            "over_selection and quorum let replies decide whether others count, which privacy = client does not allow"
+            f"over_selection and quorum let replies decide whether others count, which {level} does not allow"
         )
     return found
 
 
-def settled(recipe: Recipe, method: Method, clients: int) -> Recipe:
-    """Return the recipe with the delta and the noise of so many clients; RecipeError for what cannot be kept."""
+def check(recipe: Recipe, method: Method, clients: int) -> None:
+    """Raise RecipeError where so many clients cannot have the recipe's privacy."""
     if recipe.privacy == NONE:
-        return recipe
+        return
     found = []
-    if why := method.rule_problem(Rule(PRIVATE), clients):
-        found.append(f"privacy = client does not fit method = {recipe.method!r}: {why}")
-    if clients < FEWEST:
+    rule = Rule(PRIVATE) if recipe.privacy == CLIENT else None
+    if why := method.rule_problem(rule, clients) if rule else method.cannot_hide_rows():
+        found.append(f"privacy = {recipe.privacy} does not fit method = {recipe.method!r}: {why}")
+    if rule and clients < FEWEST:
         found.append(
             f"privacy = client hides one of {counted(clients, 'client')}, and the mean of fewer than {FEWEST} is lost in the "
-            "noise: it takes hundreds"
+            "noise: take hundreds, or --privacy example"
         )
-    if clients and recipe.delta * clients >= 1:
+    if rule and recipe.delta * clients >= 1:
         found.append(f"delta = {recipe.delta:g} must be below 1 / {clients:,} clients: leave it out")
     if found:
         raise RecipeError(found, hint=PAGE)
     accountant.version()
-    delta = recipe.delta or float(f"{0.1 / clients:.3g}")
-    try:
-        noise = recipe.noise or accountant.noise_for(
-            recipe.epsilon, recipe.participation, recipe.rounds, delta
+
+
+@dataclass(frozen=True)
+class Account:
+    """The mechanism of a run, and how often it releases: of the client with the fewest rows where rows are hidden."""
+
+    level: str
+    privacy: Privacy
+    per_round: int  # releases
+    delta: float
+    budget: float  # epsilon; infinity where only the noise was given
+
+    def spent(self, rounds: int) -> float:
+        """Return epsilon after so many rounds."""
+        return accountant.epsilon(self.privacy.noise, self.privacy.q, rounds * self.per_round, self.delta)
+
+    def rounds_within(self, rounds: int) -> int:
+        """Return how many of the rounds the budget allows."""
+        p, most = self.privacy, rounds * self.per_round
+        return accountant.releases_within(self.budget, p.noise, p.q, most, self.delta) // self.per_round
+
+    def promise(self, rounds: int) -> str:
+        """Return what is guaranteed after so many rounds."""
+        what = "client" if self.level == CLIENT else "row"
+        each = "" if self.per_round == 1 else f" of {counted(self.per_round, 'step')}"
+        return (
+            f"epsilon {self.spent(rounds):.3g} at delta {self.delta:g} for adding or removing one {what}, after "
+            f"{counted(rounds, 'round')}{each}"
         )
+
+    def statement(self, rounds: int) -> str:
+        """Return the whole guarantee, for the console, the cards and the ledger's head."""
+        what = "clients" if self.level == CLIENT else "rows of the client with the fewest"
+        return (
+            f"differential privacy: {self.promise(rounds)}; {what}: {self.privacy.text} ({accountant.version()}); held-out rows, "
+            "numbers of rows and settings are outside"
+        )
+
+
+def account(job: TuneJob) -> Account | None:
+    """Return the account of a settled job; None where it has no privacy."""
+    return _account(job.recipe, job.method, _sizes(job), clients_of(job))
+
+
+def _account(recipe: Recipe, method: Method, sizes: Sequence[int], clients: int) -> Account | None:
+    if recipe.privacy == NONE:
+        return None
+    budget = recipe.epsilon or float("inf")
+    if recipe.privacy == CLIENT:
+        privacy = Privacy(recipe.clip_norm, recipe.noise, recipe.participation, clients)
+        return Account(CLIENT, privacy, 1, recipe.delta, budget)
+    n = min(sizes)
+    return Account(recipe.privacy, of_rows(recipe, method, n), method.local_steps(n), recipe.delta, budget)
+
+
+def of_rows(recipe: Recipe, method: Method, n: int) -> Privacy:
+    """Return the mechanism of a local step of a client with n rows."""
+    return Privacy(recipe.clip_norm, recipe.noise, min(1.0, getattr(method, "batch_size", 8) / n), n)
+
+
+def rule_of(job: TuneJob) -> Rule:
+    """Return how the replies of a settled job are combined."""
+    found = account(job)
+    if found is None or found.level != CLIENT:
+        return parse(job.recipe.aggregation)
+    return Rule(PRIVATE, privacy=found.privacy)
+
+
+def settled(job: TuneJob, *, find: bool) -> TuneJob:
+    """Return the job with its delta, its noise and, where it is to be found, its clip; RecipeError for what cannot be kept."""
+    recipe = job.recipe
+    if recipe.privacy == NONE:
+        return job
+    hidden = clients_of(job) if recipe.privacy == CLIENT else sum(_sizes(job))
+    recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"), client_rows=0)
+    if recipe.delta * hidden >= 1:
+        raise RecipeError(
+            [f"delta = {recipe.delta:g} must be below 1 / {hidden:,} rows: leave it out"], hint=PAGE
+        )
+    plain = _account(replace(recipe, noise=1.0), job.method, _sizes(job), clients_of(job))
+    assert plain is not None
+    q, releases = plain.privacy.q, recipe.rounds * plain.per_round
+    try:
+        noise = recipe.noise or accountant.noise_for(recipe.epsilon, q, releases, recipe.delta)
     except ValueError as error:
         raise RecipeError([str(error)], hint="raise --epsilon, or lower --rounds") from error
-    if recipe.epsilon and accountant.epsilon(noise, recipe.participation, 1, delta) > recipe.epsilon:
+    if recipe.epsilon and accountant.epsilon(noise, q, plain.per_round, recipe.delta) > recipe.epsilon:
         raise RecipeError(
             [f"noise = {noise:g} spends more than epsilon = {recipe.epsilon:g} in the first round"],
             hint="leave --noise out: it follows from the budget",
         )
-    return replace(recipe, delta=delta, noise=noise, client_rows=0)
-
-
-def mechanism(recipe: Recipe, clients: int) -> Privacy | None:
-    """Return the mechanism of a settled recipe; None for none."""
-    if recipe.privacy == NONE:
-        return None
-    return Privacy(
-        recipe.clip_norm, recipe.noise, recipe.participation, clients, recipe.delta, recipe.epsilon or np.inf
-    )
-
-
-def rule_of(recipe: Recipe, clients: int) -> Rule:
-    """Return how the replies of a settled recipe are combined."""
-    privacy = mechanism(recipe, clients)
-    return parse(recipe.aggregation) if privacy is None else Rule(PRIVATE, privacy=privacy)
-
-
-def spent(privacy: Privacy, rounds: int) -> float:
-    """Return epsilon after so many rounds."""
-    return accountant.epsilon(privacy.noise, privacy.q, rounds, privacy.delta)
-
-
-def rounds_within(privacy: Privacy, rounds: int) -> int:
-    """Return how many of the rounds the budget allows."""
-    return accountant.releases_within(privacy.epsilon, privacy.noise, privacy.q, rounds, privacy.delta)
-
-
-def statement(privacy: Privacy, rounds: int) -> str:
-    """Return what is guaranteed after so many rounds, for the console, the cards and the ledger's head."""
+    job = replace(job, recipe=replace(recipe, noise=noise))
     return (
-        f"differential privacy: epsilon {spent(privacy, rounds):.3g} at delta {privacy.delta:g} after "
-        f"{counted(rounds, 'round')}, {privacy.text} ({accountant.version()}); held-out rows and settings are outside"
+        replace(job, recipe=replace(job.recipe, clip_norm=_clip(job)))
+        if find and not recipe.clip_norm
+        else job
     )
+
+
+def _clip(job: TuneJob) -> float:
+    """Return the norm of the reply of a client that has some held-out rows, or the median norm of one of these rows."""
+    recipe, held = job.recipe, job.held[:MEASURED]
+    measured = Measuring(TINY, 1.0, 1.0, len(held))
+    bench, by_client = Bench(job.model, [held], (), recipe.seed), recipe.privacy == CLIENT
+    with restored(job.model):
+        state = bench.begin(job.method)
+        replies = bench.round(job.method, state, 1, None if by_client else measured)
+        if by_client:
+            job.method.aggregate(state, iter(replies), Rule(PRIVATE, privacy=measured))
+    if not any(measured.seen):
+        raise RecipeError(
+            ["no clip could be found: held-out rows do not move the model"],
+            hint="give one, --clip-norm, or raise the learning rate",
+        )
+    return float(f"{median(filter(None, measured.seen)):.3g}")
 
 
 def planned(job: TuneJob) -> str:
-    """Return what a run is about to promise, and how loud its noise is, for its header."""
-    recipe, privacy = job.recipe, mechanism(job.recipe, clients_of(job))
-    assert privacy is not None
-    rounds = rounds_within(privacy, recipe.rounds)
-    how = f"sampled at {privacy.q:g}" if privacy.q < 1 else "all take part, so no amplification by sampling"
-    last = "" if rounds == recipe.rounds else f", after which the budget of {privacy.epsilon:g} is spent"
-    return (
-        f"client level, epsilon {spent(privacy, rounds):.3g} at delta {privacy.delta:g} after {counted(rounds, 'round')}{last} · "
-        f"{counted(privacy.clients, 'client')}, {how} · clip {privacy.clip:.3g}, noise multiplier {privacy.noise:.3g}"
-    )
+    """Return what a run is about to promise, for its header."""
+    found, rounds = account(job), job.recipe.rounds
+    assert found is not None
+    allowed = found.rounds_within(rounds)
+    last = "" if allowed == rounds else f", after which the budget of {found.budget:g} is spent"
+    sampled = "" if found.privacy.q < 1 else "; no amplification by sampling"
+    return f"{found.promise(allowed)}{last} · {found.privacy.text}{sampled}"
 
 
 def clients_of(job: TuneJob) -> int:
@@ -144,44 +211,5 @@ def clients_of(job: TuneJob) -> int:
     return len(job.rows) or job.recipe.clients
 
 
-def with_clip(recipe: Recipe, method: Method, model: Model, held: Sequence[Encoded]) -> Recipe:
-    """Return the recipe with a clip: the norm of the reply of a client that has some held-out rows."""
-    if recipe.privacy == NONE or recipe.clip_norm:
-        return recipe
-    bench, norms = Bench(model, [held[:MEASURED]], (), recipe.seed), Norms()
-    with restored(model):
-        state = bench.begin(method)
-        method.aggregate(state, iter(bench.round(method, state, 1)), norms)
-    if not norms.seen or not norms.seen[0]:
-        raise RecipeError(
-            ["no clip could be found: a client with held-out rows does not move the model"],
-            hint="give one, --clip-norm, or raise the learning rate",
-        )
-    return dataclasses.replace(recipe, clip_norm=float(f"{norms.seen[0]:.3g}"))
-
-
-@dataclass(frozen=True)
-class Norms(Rule):
-    """A rule that combines nothing: it writes down how far each reply goes, as `PrivateSum` measures it."""
-
-    name: str = PRIVATE
-    seen: list[float] = field(default_factory=list)
-
-    def combining(
-        self, start: Mapping[str, np.ndarray] = NOTHING, sums: Mapping[str, np.ndarray] = NOTHING
-    ) -> Any:
-        """Return a combination that stays at `start`."""
-        return _Norm(self.seen, start)
-
-
-@dataclass
-class _Norm:
-    seen: list[float]
-    start: Mapping[str, np.ndarray]
-    total = 1.0
-
-    def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
-        self.seen.append(norm(tensors[name] - np.asarray(t, np.float64) for name, t in self.start.items()))
-
-    def tensors(self) -> Mapping[str, np.ndarray]:
-        return self.start
+def _sizes(job: TuneJob) -> list[int]:
+    return [len(rows) for rows in job.rows]

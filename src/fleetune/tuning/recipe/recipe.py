@@ -252,8 +252,9 @@ class Recipe:
     )
     privacy: str = Field(
         default="none",
-        pattern="^(none|client)$",
-        description="differential privacy: client hides whether any one client took part; none (docs/privacy.md)",
+        pattern="^(none|client|example)$",
+        description="differential privacy: client hides whether any one client took part, example any one row of a client "
+        "(docs/privacy.md)",
     )
     epsilon: float = Field(
         default=0.0,
@@ -262,7 +263,10 @@ class Recipe:
         description="privacy budget; the noise follows from it and the rounds",
     )
     delta: float = Field(
-        default=0.0, ge=0, lt=1, description="chance that epsilon does not hold (0: a tenth of 1 / clients)"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="chance that epsilon does not hold (0: a tenth of 1 / clients, or rows)",
     )
     noise: float = Field(
         default=0.0,
@@ -274,7 +278,7 @@ class Recipe:
         default=0.0,
         ge=0,
         allow_inf_nan=False,
-        description="largest L2 norm of a client's reply (0: that of a client with held-out rows)",
+        description="largest L2 norm of a client's reply, or of a row's gradient (0: found on held-out rows)",
     )
     max_rows: int = Field(
         default=0, ge=0, le=MOST_ROWS, description="rows that a client counts at most (0: any number)"

@@ -83,8 +83,10 @@ class Replies:
         emit: Callable[[ClientReply], None],
         rule: Rule = MEAN,
         max_rows: int = 0,
+        private: bool = False,
     ) -> None:
-        self.method, self.round, self.emit = method, round, emit
+        """With `private`, nothing that a client says of its rows is recorded."""
+        self.method, self.round, self.emit, self.private = method, round, emit, private
         self.kinds = method.kinds(round.state)
         self.kept: list[Kept] = []
         self.asked = self.failed = self.not_finite = 0  # failed: refused ones included
@@ -225,8 +227,7 @@ class Replies:
     def _record(
         self, answer: Answer, payload: Payload | None, status: str, reason: str, size: int = 0
     ) -> None:
-        private = self.rule.privacy is not None  # a loss is of a client's rows
-        scalars = payload.scalars if payload and not private else {}
+        scalars = payload.scalars if payload and not self.private else {}
         self.emit(
             ClientReply(
                 round=self.round.number,

@@ -21,12 +21,12 @@ from fleetune.common.events import Recorded, RoundDone, round_evaluated
 from fleetune.common.memory import rss
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
+from fleetune.privacy.mechanism import sample as poisson_sample
 from fleetune.runs import rundir
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.aggregation import MEAN, Rule, usual
 from fleetune.tuning.exchange.messages import Message, Payload, encode
-from fleetune.tuning.exchange.privacy import sample as poisson_sample
 from fleetune.tuning.methods import Method
 from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.rounds.checkpoint import Course, StandsOn, Totals
@@ -236,7 +236,7 @@ def _played(
         kinds = of_two(kinds)
     middle = int(usual([fleet.rows[client] for client in chosen]))
     asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, middle)
-    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows) as replies:
+    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, plan.spent is not None) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
         messages = {client: coded[kind] for client, kind in kinds.items()}
         replies.gather(fleet.ask(r, chosen, messages, goal if len(chosen) > goal else 0))

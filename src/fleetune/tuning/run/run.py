@@ -89,6 +89,7 @@ class Simulated:
             step,
             memories,
             wanted(job.method, recipe.kinds),
+            functools.partial(private.of_rows, recipe, job.method) if recipe.privacy == "example" else None,
         )
 
 
@@ -177,7 +178,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     known = evaluation.of_base(run.path) if rundir.checkpoints(run.path) else {}
     base = None if known else _base(job, run)
     params = model.n_params  # before a module is attached to it
-    rule = private.rule_of(recipe, private.clients_of(job))
+    account = private.account(job)
+    rule = private.rule_of(job)
     first = _first(job, rule)
     fleet = fleets.make(job, run, listener, step)
     start = None if base else known.get("start", {}).get("loss")
@@ -197,8 +199,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.patience,
         recipe.keep == "best",
         recipe.max_rows,
-        private.rounds_within(rule.privacy, recipe.rounds) if rule.privacy else None,
-        functools.partial(private.spent, rule.privacy) if rule.privacy else None,
+        account.rounds_within(recipe.rounds) if account else None,
+        account.spent if account else None,
     )
     hooks = rounds.Hooks(
         sitting.begin,

@@ -108,8 +108,8 @@ def _about(
     elif word := describe.of_change(job, start or base, tuned, change, outcome):
         words.append(word)
     words += describe.of_course(job, outcome, tuned)
-    if privacy := private.mechanism(job.recipe, private.clients_of(job)):
-        words.append(private.statement(privacy, outcome.last))
+    if account := private.account(job):
+        words.append(account.statement(outcome.last))
     answered = min(job.recipe.rouge_rows, len(job.prompts)) or None
     return {
         "start": start,
@@ -137,8 +137,8 @@ def save(job: TuneJob, run: RunDir, state: Any, round: int, played: int) -> dict
         assert isinstance(view, View)
         digest, listed, more = models.digest(view.pieces()), path, {"entries": len(state.ledger)}
         ledger = state.ledger
-        if privacy := private.mechanism(job.recipe, private.clients_of(job)):
-            head = dataclasses.replace(ledger.head, privacy=private.statement(privacy, played))
+        if account := private.account(job):
+            head = dataclasses.replace(ledger.head, privacy=account.statement(played))
             ledger = dataclasses.replace(ledger, head=head)
         ledger.with_check(round, digest).save(path)
         size = path.stat().st_size

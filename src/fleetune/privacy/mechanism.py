@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sum the replies of a round with client-level differential privacy: the Gaussian mechanism on integers.
+"""Release a sum of vectors, one of each client or row, with differential privacy: the Gaussian mechanism on integers.
+
+Client level: a vector is a client's whole reply of a round.  Example level: it is the gradient of one row, or the difference of
+its two losses along a direction, in one local step.
 
 McMahan, Ramage, Talwar, Zhang: "Learning Differentially Private Recurrent Language Models", ICLR 2018, arXiv 1710.06963
 (DP-FedAvg), with the noise of Canonne, Kamath, Steinke: "The Discrete Gaussian for Differential Privacy", NeurIPS 2020,
-arXiv 2004.00010.  Kairouz et al. 2021, arXiv 2102.06387, sum such integers in federated learning.
+arXiv 2004.00010.  Kairouz et al. 2021, arXiv 2102.06387, sum such integers in federated learning.  Example level: Abadi et al.
+2016, arXiv 1607.00133 (DP-SGD), and Zhang et al. 2024, arXiv 2310.09639 (DPZero).
 
 A round begins at w.  Client k moves it by x_k, all numbers of its reply as one vector, and
 
@@ -28,7 +32,7 @@ import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -40,14 +44,12 @@ MARGIN: Final = 1 - 2.0**-20  # of the bound: a norm in float64 is nearer to the
 
 @dataclass(frozen=True)
 class Privacy:
-    """What a run guarantees for each client, and by which noise; all of it is public and fixed before round 1."""
+    """How a sum is released; all of it is public and fixed before round 1."""
 
-    clip: float  # C, L2 norm of a client's whole reply
+    clip: float  # C, L2 norm of the vector of one client, or row
     noise: float  # z, noise multiplier: deviation over clip
-    q: float  # with which each client takes part in a round, by the server's draw; 1: all do
-    clients: int  # N
-    delta: float
-    epsilon: float = math.inf  # budget: no round begins that would exceed it
+    q: float  # with which each of N takes part, by a draw of its own; 1: all do
+    N: int
 
     @property
     def grid(self) -> float:
@@ -56,21 +58,36 @@ class Privacy:
 
     @property
     def text(self) -> str:
-        """Return the mechanism in words, for a ledger's head."""
-        how = f"each client with probability {self.q:g} by Poisson sampling" if self.q < 1 else "all clients"
+        """Return the mechanism in words."""
+        how = f"Poisson sampling at {self.q:.4g} of {self.N:,}" if self.q < 1 else f"all {self.N:,}"
         return (
-            f"client level (add or remove one), {how} of {self.clients:,}; replies clipped to {self.clip:.6g} (L2), sum with "
-            f"discrete Gaussian noise of multiplier {self.noise:.6g}, over {self.q * self.clients:g}"
+            f"{how}, clipped to {self.clip:.4g} (L2), discrete Gaussian noise of multiplier {self.noise:.4g}, "
+            f"over {self.q * self.N:g}"
         )
+
+    def units(self, moves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return y_k, the integers int64 of one vector, which `moves` holds in named parts."""
+        return units_of(moves, self.clip, self.grid)
+
+
+@dataclass(frozen=True)
+class Measuring(Privacy):
+    """A mechanism that writes down the norm of each vector, and releases next to nothing; its clip is to be tiny."""
+
+    seen: list[float] = field(default_factory=list)
+
+    def units(self, moves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.seen.append(math.sqrt(sum(float(np.square(move).sum()) for move in moves.values())))
+        return super().units(moves)
 
 
 class PrivateSum:
-    """The combination of a round's replies under `Privacy`; they are added one at a time."""
+    """A sum under `Privacy`, of vectors that are added one at a time; it combines the replies of a round, too."""
 
-    total = 1.0  # never 0: noise is released of a round without replies, too
+    total = 1.0  # never 0: noise is released where nobody took part, too
 
     def __init__(self, privacy: Privacy, start: Mapping[str, np.ndarray]) -> None:
-        """`start` is where moves begin, one array for each that a reply has."""
+        """`start` is where moves begin, one array for each that a vector has."""
         self._privacy = privacy
         self._start = {name: np.asarray(t, np.float64) for name, t in start.items()}
         self._sums = {name: np.zeros(t.shape, np.int64) for name, t in start.items()}
@@ -78,12 +95,12 @@ class PrivateSum:
     def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
         """Count `tensors` once, whatever the weight `n`."""
         moves = {name: np.asarray(tensors[name], np.float64) - t for name, t in self._start.items()}
-        for name, units in units_of(moves, self._privacy.clip, self._privacy.grid).items():
+        for name, units in self._privacy.units(moves).items():
             self._sums[name] += units
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the new tensors, float64; the noise is drawn here, anew at every call."""
-        unit = self._privacy.grid / (self._privacy.q * self._privacy.clients)
+        unit = self._privacy.grid / (self._privacy.q * self._privacy.N)
         return {
             name: self._start[name] + unit * (total + discrete_gaussian(total.size).reshape(total.shape))
             for name, total in self._sums.items()
@@ -99,7 +116,9 @@ def units_of(moves: Mapping[str, np.ndarray], clip: float, grid: float) -> dict[
 
     Moves that are not finite become 0.
     """
-    top = float(np.max([np.abs(move).max(initial=0.0) for move in moves.values()], initial=0.0))  # NaN where one is
+    top = float(
+        np.max([np.abs(move).max(initial=0.0) for move in moves.values()], initial=0.0)
+    )  # NaN where one is
     if not 0.0 < top < math.inf:
         return {name: np.zeros(move.shape, np.int64) for name, move in moves.items()}
     norm = top * math.sqrt(sum(float(np.square(move / top).sum()) for move in moves.values()))
@@ -107,10 +126,10 @@ def units_of(moves: Mapping[str, np.ndarray], clip: float, grid: float) -> dict[
     return {name: np.trunc(move * factor).astype(np.int64) for name, move in moves.items()}
 
 
-def sample(clients: Sequence[int], q: float) -> list[int]:
-    """Return each of the clients with probability q, by the system's generator; all where q is 1.  There may be none."""
+def sample(members: Sequence[int], q: float) -> list[int]:
+    """Return each of the clients or rows with probability q, by the system's generator; all where q is 1.  There may be none."""
     bits = 53
-    return [client for client in clients if q >= 1 or secrets.randbits(bits) < q * (1 << bits)]
+    return [member for member in members if q >= 1 or secrets.randbits(bits) < q * (1 << bits)]
 
 
 # The discrete Gaussian of deviation 2^24 (Canonne, Kamath, Steinke 2020, Algorithms 1 to 3, with t = s = 2^24) ---------------

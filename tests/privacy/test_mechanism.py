@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetune.tuning.exchange import accountant, privacy
-from fleetune.tuning.exchange.privacy import Privacy, PrivateSum, S, discrete_gaussian, units_of
+from fleetune.privacy import accountant, mechanism
+from fleetune.privacy.mechanism import Privacy, PrivateSum, S, discrete_gaussian, units_of
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True, width=64)
-P = Privacy(clip=2.0, noise=0.7, q=0.5, clients=100, delta=1e-3)
+P = Privacy(clip=2.0, noise=0.7, q=0.5, N=100)
 
 
 def renyi(z: float, q: float, alpha: int) -> float:
@@ -161,10 +161,10 @@ def test_a_release_has_the_stated_variance(replies: int) -> None:
     for _ in range(replies):
         made.add(1.0, {"w": move})
     released = made.tensors()["w"]
-    deviation = P.noise * P.clip / (P.q * P.clients)
+    deviation = P.noise * P.clip / (P.q * P.N)
     assert released[1:].std() == pytest.approx(deviation, rel=5 / math.sqrt(2 * d))
     assert abs(released[1:].mean()) < 5 * deviation / math.sqrt(d)
-    assert abs(released[0] - replies / (P.q * P.clients)) < 6 * deviation
+    assert abs(released[0] - replies / (P.q * P.N)) < 6 * deviation
 
 
 def test_noise_comes_from_the_system_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,19 +177,19 @@ def test_noise_comes_from_the_system_alone(monkeypatch: pytest.MonkeyPatch) -> N
         return discrete_gaussian(50)
 
     assert (drawn() != drawn()).any()
-    monkeypatch.setattr(privacy.os, "urandom", lambda n: bytes(i * 97 % 251 for i in range(n)))
+    monkeypatch.setattr(mechanism.os, "urandom", lambda n: bytes(i * 97 % 251 for i in range(n)))
     assert (drawn() == drawn()).all()
 
 
 def test_clients_are_sampled_with_the_stated_probability(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by itself (Poisson): the count varies as it must, and every client's share is q."""
-    draws = [privacy.sample(range(50), 0.3) for _ in range(2000)]
+    draws = [mechanism.sample(range(50), 0.3) for _ in range(2000)]
     counts = np.array([len(d) for d in draws])
     assert counts.mean() == pytest.approx(15, abs=5 * math.sqrt(50 * 0.21 / 2000))
     assert counts.var() == pytest.approx(50 * 0.21, rel=0.2)
     each = np.bincount(np.concatenate([np.array(d, int) for d in draws]), minlength=50) / 2000
     assert np.abs(each - 0.3).max() < 5 * math.sqrt(0.21 / 2000)
-    assert privacy.sample(range(5), 1.0) == [0, 1, 2, 3, 4]
+    assert mechanism.sample(range(5), 1.0) == [0, 1, 2, 3, 4]
 
 
 # An audit -------------------------------------------------------------------------------------------------
@@ -223,9 +223,9 @@ def test_an_auditor_finds_less_than_the_stated_epsilon(
 ) -> None:
     """One round with 400 canary clients, each as loud as the clip allows; without the noise the same auditor finds it out."""
     m, delta = 400, 1e-6
-    P = Privacy(clip=1.0, noise=z, q=1.0, clients=m, delta=delta)
+    P = Privacy(clip=1.0, noise=z, q=1.0, N=m)
     if not noisy:
-        monkeypatch.setattr(privacy, "discrete_gaussian", lambda count: np.zeros(count, np.int64))
+        monkeypatch.setattr(mechanism, "discrete_gaussian", lambda count: np.zeros(count, np.int64))
     there = np.frombuffer(os.urandom(m), np.uint8) < 128
     made = PrivateSum(P, {"w": np.zeros(m)})
     for canary in np.flatnonzero(there):
