@@ -59,7 +59,7 @@ def _papers(setting: Setting, model: Model) -> Timing:
 
 def _rebuild(view: View, K: int) -> None:
     ids, moves = np.arange(K, dtype=np.uint64), np.random.default_rng(1).integers(1, 2000, K)
-    view.place(passes(view.law, K if view.law == "hashed" else 1, ids, moves), fold=False)
+    view.place(passes(view.law, K if view.law == "hashed" else 1, ids, moves))
     for _name, _tensor in view.tensors():
         pass
 

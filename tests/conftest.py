@@ -27,6 +27,21 @@ settings.register_profile("fuzz", derandomize=False, deadline=None, max_examples
 settings.load_profile("fixed")
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model as a directory, saved once."""
+    from fleetune import models
+
+    return str(models.tiny_llama().save(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that we are in, which is empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test fill a cache of its own."""

@@ -38,7 +38,7 @@ TWO_POINT: Final = {"lr": 1e-3, "eps": 1e-3, "batch_size": 2}
 POOL: Final = {**TWO_POINT, "K": 16, "tau": 4}
 STEPS: Final = {"batch_size": 4, "lr": 1e-2}
 MODULE: Final = {**STEPS, "epochs": 1}
-FORWARD: Final = {"lr": 0.1, "batch_size": 4, "P": 2, "variance_gate": False}
+FORWARD: Final = {"lr": 0.1, "batch_size": 4, "P": 2, "patience": 1}
 
 
 class Fault(Exception):

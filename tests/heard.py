@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fleetune.runs.listener import Silent
 
 
 class Heard(Silent):
-    """Keeps notes and counts; asks to stop at once (`stop`), or when something of a name is counted (`stop_at`)."""
+    """Keeps events, notes and counts; `stop` is asked, with this listener, whether a stop is requested."""
 
-    def __init__(self, *, stop: bool = False, stop_at: str = "") -> None:
-        self.notes, self.counts = list[str](), list[tuple[str, int, int, str]]()
-        self.stop, self.stop_at = stop, stop_at
+    def __init__(self, stop: Callable[[Heard], bool] = lambda heard: False) -> None:
+        self.events, self.notes = list[Any](), list[str]()
+        self.counts, self.stop = list[tuple[str, int, int, str]](), stop
+
+    def event(self, event: Any) -> None:
+        self.events.append(event)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -21,4 +27,13 @@ class Heard(Silent):
 
     @property
     def stop_requested(self) -> bool:
-        return self.stop or bool(self.counts and self.counts[-1][0] == self.stop_at)
+        return self.stop(self)
+
+    def of(self, name: str) -> list[Any]:
+        """The events of a name."""
+        return [e for e in self.events if e.event == name]
+
+
+def counting(what: str) -> Callable[[Heard], bool]:
+    """A `stop`: when something of this name is counted."""
+    return lambda heard: bool(heard.counts and heard.counts[-1][0] == what)

@@ -153,7 +153,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'compression/test_optq.py'),
     Mutant('compression/layerwise/hessian.py', 'accumulate',
            'flat[:, :last], alpha=2.0)', 'flat[:, :last], alpha=1.0)',
-           'compression/test_hessian.py'),
+           'compression/test_activations.py'),
     Mutant('deploy/formats/_ggml_blocks.py', '_nibbles',
            '(halves[:, :, 0] | halves[:, :, 1] << 4)', '(halves[:, :, 1] | halves[:, :, 0] << 4)',
            'deploy/formats/test_ggml_blocks.py'),

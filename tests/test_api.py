@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from peft import LoraConfig, get_peft_model
 
 import fleetune
 from fleetune import errors, models
-from fleetune.api.names import Rows
 from fleetune.common import events
 from fleetune.compression.methods import qronos
 from fleetune.deploy import harness
@@ -26,7 +25,7 @@ from fleetune.evaluation import losses
 from fleetune.runs.compression_folder import OPTIONS, CompressRequest
 from fleetune.tuning.methods import fedkseed
 from fleetune.tuning.recipe import objects
-from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
+from fleetune.tuning.recipe.recipe import Recipe
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
 FEW: dict[str, Any] = {
@@ -110,11 +109,6 @@ def test_importing_it_loads_nothing_heavy() -> None:
     script = "import sys, fleetune, fleetune.api.tuning, fleetune.api.deployment, fleetune.api.evaluation, fleetune.api.names; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_options_of_tune_are_those_of_a_recipe() -> None:
-    recipe = {n: t for n, t in get_type_hints(Recipe).items() if n not in ("model", "data", "method", "set")}
-    assert get_type_hints(RecipeOptions) == recipe | {"eval_data": Rows}
 
 
 def test_options_of_compress_are_those_of_a_request() -> None:

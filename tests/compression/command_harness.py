@@ -3,45 +3,20 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import shlex
 
 import pytest
 
-from fleetune.cli.main import main
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
-    """The exit code, the events and what was said of a command with --json."""
-    code = main([*args, "--json"])
-    out, err = capsys.readouterr()
-    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
-
+from command_line import ok
 
 ZEROTH = ("--method", "fedkseed", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2")
+QUICK = shlex.split("--limit 30 --held-out 8 --max-length 512 --samples 0 --rounds 1 --clients 2")
 LORA = ("--method", "fedit", "--set", "r=2", "--set", "lr=1e-1")
-
-
-QUICK = (
-    "--limit",
-    "30",
-    "--held-out",
-    "8",
-    "--max-length",
-    "512",
-    "--samples",
-    "0",
-    "--rounds",
-    "1",
-    "--clients",
-    "2",
-)
 
 
 def tuned(capsys: pytest.CaptureFixture[str], model: str, method: tuple[str, ...] = ZEROTH) -> None:
     """Tune a tiny model for one round."""
-    code, _, err = call(capsys, "tune", model, "demo", *QUICK, *method)
-    assert code == 0, err
+    ok(capsys, "tune", model, "demo", *QUICK, *method)
 
 
 def pulled_after(count: int) -> type:

@@ -22,6 +22,17 @@ from fleetune.models import Model
 IDS = torch.tensor([[256, 12, 200, 7, 255, 31, 90, 63, 64, 65]])
 
 
+# of 12 matrices with rows of 96 and 2 with rows of 256
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "num_hidden_layers": 2,
+}
+
+
 def tiny(kind: str = "llama", seed: int = 0, **sizes: Any) -> Model:
     """A random model with 3 query heads to each of 3 key heads, with biases where the family may have them."""
     config = AutoConfig.for_model(

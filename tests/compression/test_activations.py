@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hessians of what a compressed model really feeds its layers, and drifts from the dense model's inputs."""
+"""Hessians: their sums and factors, what a compressed model really feeds its layers, and drifts from the dense model's inputs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from solver_harness import dense
+from solver_harness import curvature, damped, dense, relative_error, work
 from spy_harness import FAMILIES, Spy, compressed_inputs, inputs_of, model_of, text
 from torch import Tensor
 
 from fleetune import compression, models
 from fleetune.compression import Corrector, Solved
-from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise import driver, hessian
 from fleetune.compression.layerwise.activations import HiddenStates, StatesInTurn
 from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
 from fleetune.compression.layerwise.driver import linears_of
@@ -57,7 +57,7 @@ def test_a_layer_that_is_read_twice_counts_twice() -> None:
         torch.testing.assert_close(H[name].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
 
 
-def test_layers_that_read_one_tensor_share_a_hessian(tmp_path: Path) -> None:
+def test_layers_that_read_one_tensor_share_a_hessian() -> None:
     model = models.tiny_llama()
     _, linears = linears_of(model)[0]
     with torch.inference_mode():
@@ -105,7 +105,7 @@ def test_drifts_are_of_the_inputs_in_both_models(family: str, tmp_path: Path) ->
         assert torch.equal(dense(Solved(parts[f"{name}.weight"])), want)
 
 
-def test_the_dense_stream_is_that_of_the_model(tmp_path: Path) -> None:
+def test_the_dense_stream_is_that_of_the_model() -> None:
     """Bit for bit, through blocks that are solved and blocks that are passed over after a stop."""
     model, windows = models.tiny_llama(layers=3), text(3, 20)
     blocks = [linears for _, linears in linears_of(model)]
@@ -196,3 +196,50 @@ def test_a_source_without_a_dense_model_is_refused(tmp_path: Path) -> None:
     clients = ClientHessians(model, {0: text(2, 16)}, tmp_path, lambda reply: None)
     with pytest.raises(ValueError, match="needs windows"):
         driver.run(model, solver, clients, tmp_path)
+
+
+@pytest.mark.parametrize("C", [7, 128, 129, 300])  # less than a strip, one, and several
+def test_sums_and_errors_are_those_of_the_inputs_and_outputs(C: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(50, C, generator=g).double(), torch.randn(3, C, generator=g).double()
+    Q, H = torch.round(W), torch.zeros(C, C).double()
+    for part in x.split(20):
+        hessian.accumulate(H, part[None])
+    H = hessian.mirrored(H)
+    torch.testing.assert_close(H, 2 * x.T @ x)
+    assert torch.equal(H, H.T)
+    want = ((x @ (W - Q).T) ** 2).sum() / ((x @ W.T) ** 2).sum()
+    assert relative_error(W, Q, H) == pytest.approx(want.item(), rel=1e-12)
+
+
+def test_the_curvature_is_that_of_the_columns_that_are_left_and_0_for_dead_inputs() -> None:
+    _, H = work(9, 1, 12)
+    H[:, [2, 11]] = 0
+    H[[2, 11]] = 0
+    factor = hessian.inverse_cholesky(H.clone(), 0.0)
+    left = H.clone()
+    left[[2, 11], [2, 11]] = 1
+    want = curvature(left)
+    want[[2, 11]] = 0
+    assert factor.curvature is not None
+    torch.testing.assert_close(factor.curvature, want, rtol=1e-9, atol=1e-12)
+    assert hessian.inverse_cholesky(torch.zeros(3, 3), 0.01).curvature is None
+
+
+def test_u_holds_every_inverse() -> None:
+    """U_ii^2 and U_ii U[i, i:] against explicit inverses of what is left."""
+    _, H = work(9, 1, 12)
+    U, _, _, notes = hessian.inverse_cholesky(H.clone(), 0.05)
+    assert notes == ()
+    for i in range(12):
+        left = torch.linalg.inv(damped(H, 0.05)[i:, i:])
+        torch.testing.assert_close(U[i, i] * U[i, i:], left[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("C", [1, 64, 65, 200])
+def test_u_of_a_wide_layer_is_put_together_of_halves(C: int) -> None:
+    _, H = work(4, 1, C)
+    U, *_ = hessian.inverse_cholesky(H.clone(), 0.05)
+    assert torch.equal(U, U.triu())
+    assert (U.diagonal() > 0).all()
+    torch.testing.assert_close(U.T @ U, torch.linalg.inv(damped(H, 0.05)), rtol=1e-9, atol=1e-12)

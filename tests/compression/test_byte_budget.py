@@ -10,12 +10,13 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from command_harness import call, pulled_after
+from command_harness import pulled_after
 from deploy_harness import tokenizer
-from pruner_harness import tiny
+from pruner_harness import SIZES, tiny
 
-from fleetune import compression, models
-from fleetune.cli.main import main
+from command_line import Capture, ok, refused
+from command_line import call_json as call
+from fleetune import compression
 from fleetune.common.display import human_bytes
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise import driver
@@ -23,14 +24,6 @@ from fleetune.compression.layerwise.driver import End
 from fleetune.models.artefact import Master
 
 SMALL = ("--text", "text.txt", "--windows", "4", "--length", "16")
-SIZES = {
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "num_hidden_layers": 2,
-}
 
 
 Events = list[dict[str, Any]]
@@ -39,8 +32,7 @@ Events = list[dict[str, Any]]
 @pytest.fixture
 def model(at: Path) -> str:
     """A tiny llama of which 12 matrices have rows of 96, and 2 of 256, with a tokenizer that GGUF holds."""
-    made = dataclasses.replace(tiny("llama", **SIZES), tokenizer=tokenizer())
-    models.save(made.net, made.tokenizer, at / "tiny")
+    dataclasses.replace(tiny("llama", **SIZES), tokenizer=tokenizer()).save(at / "tiny")
     return "tiny"
 
 
@@ -49,26 +41,14 @@ def told(events: Events) -> dict[str, Any]:
     return found
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """What a command that is refused says."""
-    code = main(list(args))
-    err = capsys.readouterr().err
-    assert code == 2, err
-    return err
-
-
-def exported(capsys: pytest.CaptureFixture[str], folder: Path) -> Path:
+def exported(capsys: Capture, folder: Path) -> Path:
     """The newest compressed model as a file with the name that `export` gives it."""
-    code, events, err = call(capsys, "export", "latest", "--to", "gguf")
-    assert code == 0, err
+    events = ok(capsys, "export", "latest", "--to", "gguf")
     return folder / events[0]["path"]
 
 
-def test_the_file_has_the_size_that_was_said(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, events, err = call(capsys, "compress", model, *SMALL, "--bytes", "140kB", "--method", "optq")
-    assert code == 0, err
+def test_the_file_has_the_size_that_was_said(model: str, at: Path, capsys: Capture) -> None:
+    events = ok(capsys, "compress", model, *SMALL, "--bytes", "140kB", "--method", "optq")
     found, limit = told(events), 140_000
     names = [event["event"] for event in events]
     assert names.index("start") < names.index("choosing") < names.index("budget") < names.index("block")
@@ -81,19 +61,17 @@ def test_the_file_has_the_size_that_was_said(
     assert sum(found["kinds"].values()) == 15, "the tied embedding is one of them"
 
 
-def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = dataclasses.replace(tiny("llama", tie_word_embeddings=False, **SIZES), tokenizer=tokenizer())
-    models.save(made.net, made.tokenizer, at / "tiny")
-    code, events, err = call(capsys, "compress", "tiny", *SMALL, "--bytes", "170kB")
-    assert code == 0, err
+def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: Capture) -> None:
+    dataclasses.replace(tiny("llama", tie_word_embeddings=False, **SIZES), tokenizer=tokenizer()).save(
+        at / "tiny"
+    )
+    events = ok(capsys, "compress", "tiny", *SMALL, "--bytes", "170kB")
     assert exported(capsys, at).stat().st_size == told(events)["bytes"]
     grids = Master(Path(events[-1]["folder"]) / "model").head.grids
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(grids)
 
 
-def test_a_budget_that_cannot_be_met_names_the_least_that_can(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_budget_that_cannot_be_met_names_the_least_that_can(model: str, at: Path, capsys: Capture) -> None:
     err = refused(capsys, "compress", model, *SMALL, "--bytes", "100kB")
     assert "no file of 100 kB can hold this model" in err
     assert not list(at.glob("runs/*")), "refused before a folder is made"
@@ -102,8 +80,7 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(
     err = refused(capsys, "compress", model, *SMALL, "--bpw", "3")
     assert "3 bits a weight are too few" in err
     bits = float(err.split("--bpw ")[1].split()[0])
-    code, events, err = call(capsys, "compress", model, *SMALL, "--bpw", str(bits))
-    assert code == 0, err
+    events = ok(capsys, "compress", model, *SMALL, "--bpw", str(bits))
     matrices = [t for t in gguf.GGUFReader(exported(capsys, at)).tensors if len(t.shape) == 2]
     assert 8 * sum(t.n_bytes for t in matrices) / sum(t.n_elements for t in matrices) <= bits
     head = Master(Path(events[-1]["folder"]) / "model").head
@@ -126,7 +103,7 @@ def asked_to_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str], asked_to_write: list[int]
+    model: str, at: Path, capsys: Capture, asked_to_write: list[int]
 ) -> None:
     flags = ("--length", "16", "--windows", "6")
     code, (checked,), err = call(capsys, "compress", model, *flags, "--dry-run")
@@ -134,15 +111,14 @@ def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
     assert asked_to_write == []
     assert "no calibration text is given: the model would write 6 windows itself" in err
     assert checked["text"] == "text of its own · 6 windows of 16 tokens"
-    code, events, err = call(capsys, "compress", model, *flags)
-    assert code == 0, err
+    events = ok(capsys, "compress", model, *flags)
     assert asked_to_write == [6]
     planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
     assert checked["memory"] == f"about {planned}"
 
 
 def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = (*SMALL, "--bytes", "150kB")
     code, events, _ = call(capsys, "compress", model, *flags)
@@ -155,8 +131,7 @@ def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
     monkeypatch.undo()
     monkeypatch.chdir(at)
     chosen = told(events)
-    code, events, err = call(capsys, "compress", "--resume", "2")
-    assert code == 0, err
+    events = ok(capsys, "compress", "--resume", "2")
     assert told(events)["kinds"] == chosen["kinds"]
     assert events[-1]["digest"] == whole
 
@@ -167,7 +142,6 @@ def test_a_choice_comes_back_as_it_was_kept_and_a_damaged_one_not_at_all(tmp_pat
     budget.save_choice(kept, tmp_path, "o")
     assert budget.saved_choice(tmp_path, "another") is None
     found = budget.saved_choice(tmp_path, "o")
-    assert found is not None
     assert dataclasses.replace(found, ends=[]) == dataclasses.replace(kept, ends=[])
     torch.testing.assert_close(found.ends[0].table, table)
     assert [end[:2] for end in found.ends] == [("b", 0.25), ("c", 1.0)]

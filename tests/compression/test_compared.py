@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_harness import LORA, call, tuned
+from command_harness import LORA, tuned
 
+from command_line import Capture, ok
+from command_line import call_json as call
 from fleetune import models
 from fleetune.data.encode import encode_all
 from fleetune.evaluation.losses import text_rows
@@ -22,14 +24,6 @@ from fleetune.tuning.result import finished
 RTN = ["--method", "rtn", "--set", "group=8"]
 TEXT = ["--eval-text", "text.txt"]
 NAMES = ["kl_divergence", "kl_divergence_error", "same_top", "same_top_error", "kl_tokens"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
 
 
 def expected(dense: Model, model: Model, rows: Any) -> list[float]:
@@ -61,9 +55,7 @@ def close(values: dict[str, float], wanted: list[float]) -> None:
     assert values["kl_divergence"] > 0
 
 
-def test_a_compressed_model_is_compared_with_the_dense_one(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_compressed_model_is_compared_with_the_dense_one(tiny: str, at: Path, capsys: Capture) -> None:
     code, told, err = call(capsys, "compress", tiny, *RTN, *TEXT)
     assert code == 0, err
     before, after = told[-1]["before"], told[-1]["after"]
@@ -84,24 +76,19 @@ def test_a_compressed_model_is_compared_with_the_dense_one(
 
 
 def test_a_run_is_compared_on_the_rows_that_it_was_not_calibrated_on(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, at: Path, capsys: Capture
 ) -> None:
     tuned(capsys, tiny, LORA)
-    code, told, err = call(capsys, "compress", "1", "--windows", "2", "--length", "16", "--set", "group=8")
-    assert code == 0, err
+    told = ok(capsys, "compress", "1", "--windows", "2", "--length", "16", "--set", "group=8")
     folder = Path(told[-1]["folder"])
     dense = finished.load(at / "runs" / "0001-fedit-tiny", offline=True)
     rows = encode_all(Compressed(folder).held_out(offline=True), dense.tokenizer, 512)[0]
     close(told[-1]["after"], expected(dense, models.load_artefact(folder / "model"), rows))
 
 
-# --- eval ---------------------------------------------------------------------------------------------------
-
-
 def other_tokens(at: Path) -> str:
     """A model whose tokenizer gives the tokens other numbers."""
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, at / "other")
+    models.tiny_llama().save(at / "other")
     file = at / "other" / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
@@ -113,16 +100,15 @@ def other_tokens(at: Path) -> str:
     return str(at / "other")
 
 
-@pytest.mark.parametrize("command", ["measure"])
 def test_a_reference_with_other_tokens_is_refused_before_a_model_is_loaded(
-    command: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_model(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
     other = other_tokens(at)
     monkeypatch.setattr(models, "load", no_model)
-    code, told, _ = call(capsys, command, tiny, "--reference", other, "--text", "text.txt")
+    code, told, _ = call(capsys, "measure", tiny, "--reference", other, "--text", "text.txt")
     assert code == 2
     assert "have different tokens" in told[-1]["message"]
     assert "the model that it was made from" in told[-1]["hint"]
@@ -132,15 +118,14 @@ LOSS = ["rows.jsonl", "--tasks", "loss"]
 
 
 def test_a_compressed_model_is_measured_in_the_type_and_on_the_device_that_are_named(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, at: Path, capsys: Capture
 ) -> None:
     assert call(capsys, "compress", tiny, *RTN)[0] == 0
     assert call(capsys, "export", "1", "--to", "hf", "--path", "plain")[0] == 0
     losses = {}
     for dtype in ("fp32", "bf16"):
         for subject in ("1", "runs/0001-rtn-tiny/model", "plain"):
-            code, seen, err = call(capsys, "eval", subject, *LOSS, "--dtype", dtype, "--device", "cpu")
-            assert code == 0, err
+            seen = ok(capsys, "eval", subject, *LOSS, "--dtype", dtype, "--device", "cpu")
             losses[subject, dtype] = seen[-1]["loss"]
         assert losses["1", dtype] == losses["runs/0001-rtn-tiny/model", dtype] == losses["plain", dtype]
     assert losses["1", "fp32"] != losses["1", "bf16"]

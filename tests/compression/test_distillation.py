@@ -47,7 +47,6 @@ def test_far_apart_and_sure_distributions_are_finite(beta: float) -> None:
     found = distillation.divergence(Q, P, beta)
     found.sum().backward()
     assert found.isfinite().all()
-    assert Q.grad is not None
     assert Q.grad.isfinite().all()
 
 

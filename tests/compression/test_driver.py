@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from spy_harness import text
-from torch import Tensor, nn
+from torch import Tensor
 
 from fleetune import compression, models
 from fleetune.compression.layerwise import driver
@@ -42,8 +42,6 @@ def test_a_killed_run_goes_on_with_the_next_block(tmp_path: Path) -> None:
     assert set(again) == set(whole)
     for name in whole:
         a, b = whole[name], again[name]
-        assert isinstance(a, Quantised)
-        assert isinstance(b, Quantised)
         assert torch.equal(a.codes, b.codes)
         assert torch.equal(a.scale, b.scale)
 
@@ -70,10 +68,8 @@ def test_a_part_gives_back_what_was_put(tmp_path: Path) -> None:
         for key in parts:
             left, right = parts[key], again[key]
             if isinstance(left, Quantised):
-                assert isinstance(right, Quantised)
                 assert torch.equal(left.dense(), right.dense())
             else:
-                assert isinstance(right, Tensor)
                 assert torch.equal(left, right)
                 assert right.dtype == torch.float32
 
@@ -83,7 +79,6 @@ def test_the_stated_error_is_that_of_the_outputs(tmp_path: Path) -> None:
     parts = driver.run(model, compression.make("rtn", {"group": 8, "bits": 3}), windows, tmp_path)
     name = linears_of(model)[0][1].__iter__().__next__()
     linear = dict(model.net.named_modules())[name]
-    assert isinstance(linear, nn.Linear)
     inputs: list[Tensor] = []
     handle = linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
     with torch.inference_mode():
@@ -91,7 +86,6 @@ def test_the_stated_error_is_that_of_the_outputs(tmp_path: Path) -> None:
             model.net(input_ids=window[None], use_cache=False)
     handle.remove()
     x, weight = torch.cat(inputs), parts[f"{name}.weight"]
-    assert isinstance(weight, Quantised)
     want = ((x @ (linear.weight - weight.dense()).T) ** 2).sum() / ((x @ linear.weight.T) ** 2).sum()
     assert parts.blocks[0].matrices[0].error == pytest.approx(want.item(), rel=1e-3)
 

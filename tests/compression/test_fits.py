@@ -110,7 +110,6 @@ def test_any_matrix_is_rounded_to_the_nearest_and_the_file_holds_it(
     h = torch.logspace(-2, 2, 512)[torch.arange(512) * 7 % 512] if weighted else None
     q = rounded(W, grid_of(kind), 32, h)
     of, got = SUPER_TYPES[kind], q.dense()
-    assert q.blocks is not None
     assert q.blocks.misfit(8, 512) == ""
     assert (q.bits, q.group) == (of.bits, of.group)
     raw = _ggml_blocks.PACKERS[kind.upper()](q)
@@ -130,7 +129,6 @@ def test_any_matrix_is_rounded_to_the_nearest_and_the_file_holds_it(
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_units_that_are_not_finite_do_not_fit(value: float) -> None:
     q = rounded(torch.randn(2, 256), grid_of("q4_k"), 32)
-    assert q.blocks is not None
     for part in ("d", "dmin"):
         unit = getattr(q.blocks, part).clone()
         unit[1, 0] = value
@@ -225,9 +223,6 @@ def test_the_bits_of_a_weight_are_those_of_the_file(kind: str) -> None:
         assert found == (8 * grid.block[1] / grid.block[0] if grid.block else None), bits
 
 
-# --- OPTQ -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", TYPES)
 def test_optq_is_the_surgeon_on_super_blocks(kind: str) -> None:
     """A super-block is fitted when it is reached, a group's multiples again when it is."""
@@ -275,9 +270,6 @@ def test_dead_inputs_and_matrices_that_nothing_reached() -> None:
         assert not dense(solved)[:, 256:].any()
         plain = dense(solver.solve(W.clone(), torch.zeros_like(H)))
         assert torch.equal(plain, dense(compression.make("rtn", {"grid": kind}).solve(W.clone(), H)))
-
-
-# --- settings -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["optq", "rtn"])

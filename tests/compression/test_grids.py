@@ -80,9 +80,6 @@ def test_nearest_is_the_nearest_code(kind: str) -> None:
     assert torch.equal((got - W).abs(), (every[:, None] - W[..., None]).abs().amin(2))  # no value is nearer
 
 
-# --- codebooks ------------------------------------------------------------------------------------------------
-
-
 def errors(x: np.ndarray, h: np.ndarray, scale: np.ndarray, book: np.ndarray) -> np.ndarray:
     """sum h (x - q)^2 of rows x [R, n] rounded to the nearest of scale [R] * book, in float64."""
     near = np.abs(x[..., None] - scale[:, None, None] * book).min(2)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_harness import call, tuned
+from command_harness import tuned
 from deploy_harness import tiny as wide
 from pruner_harness import tiny
 
 import fleetune
+from command_line import Capture, ok
+from command_line import call_json as call
 from fleetune import models
 from fleetune.compression.jobs import solve
 from fleetune.compression.methods import optq, rtn
@@ -22,7 +24,7 @@ from fleetune.errors import Interrupted
 from fleetune.models import artefact
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Silent
-from heard import Heard
+from heard import Heard, counting
 
 WORK = {
     "optq": "--method optq --set group=4 --windows 2 --length 16 --text text.txt",
@@ -87,11 +89,8 @@ def nothing_is_done_again(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", WORK)
-def test_a_kill_near_the_end_loses_nothing(
-    method: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, events, err = call(capsys, "compress", model, *WORK[method].split())
-    assert code == 0, err
+def test_a_kill_near_the_end_loses_nothing(method: str, model: str, at: Path, capsys: Capture) -> None:
+    events = ok(capsys, "compress", model, *WORK[method].split())
     want = events[-1]["digest"]
     for number, (point, (done, kill)) in enumerate(POINTS.items(), 2):
         with pytest.MonkeyPatch.context() as patch:
@@ -113,16 +112,12 @@ def test_a_kill_near_the_end_loses_nothing(
         assert json.loads((folder / "compress.json").read_text())["result"]["digest"] == want, point
 
 
-def test_a_finished_one_whose_model_is_gone_is_made_anew(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, first, err = call(capsys, "compress", model, *WORK["optq"].split())
-    assert code == 0, err
+def test_a_finished_one_whose_model_is_gone_is_made_anew(model: str, at: Path, capsys: Capture) -> None:
+    first = ok(capsys, "compress", model, *WORK["optq"].split())
     made = at / "runs" / "0001-optq-small" / "model"
     shutil.rmtree(made)
     made.mkdir()
-    code, again, err = call(capsys, "compress", "--resume", "latest")
-    assert code == 0, err
+    again = ok(capsys, "compress", "--resume", "latest")
     assert [e["event"] for e in again] == [e["event"] for e in first]
     assert again[-1]["digest"] == first[-1]["digest"]
 
@@ -135,12 +130,9 @@ def test_a_finished_one_whose_model_is_gone_is_made_anew(
         pytest.param("while parts are removed", marks=pytest.mark.faults),
     ],
 )
-def test_a_kill_while_the_base_is_compressed(
-    point: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_kill_while_the_base_is_compressed(point: str, model: str, at: Path, capsys: Capture) -> None:
     tuned(capsys, model)
-    code, _, err = call(capsys, "compress", "latest", "--method", "rtn", "--set", "group=4")
-    assert code == 0, err
+    ok(capsys, "compress", "latest", "--method", "rtn", "--set", "group=4")
     folder = next((at / "runs").glob("0002-*"))
     with pytest.MonkeyPatch.context() as patch:
         if point == "before it is written":
@@ -162,8 +154,7 @@ def test_a_kill_while_the_base_is_compressed(
 @pytest.fixture
 def little(at: Path) -> Path:
     """The folder that we are in, with a small model."""
-    model = wide()
-    models.save(model.net, model.tokenizer, at / "little")
+    wide().save(at / "little")
     (at / "text.txt").write_text("a few words of a text, some more of them. " * 60)
     return at
 
@@ -190,7 +181,7 @@ def test_a_compression_counts_the_rows_that_it_measures_on(little: Path) -> None
 def test_a_stop_while_measuring_is_heard_and_resumed_to_the_same_bits(little: Path, what: str) -> None:
     whole = fleetune.compress("little", method="rtn", eval_text="text.txt")
     with pytest.raises(Interrupted) as caught:
-        fleetune.compress("little", method="rtn", eval_text="text.txt", listener=Heard(stop_at=what))
+        fleetune.compress("little", method="rtn", eval_text="text.txt", listener=Heard(counting(what)))
     assert caught.value.hint == "fleetune compress --resume runs/0002-rtn-little"
     again = fleetune.resume_compression("latest")
     assert again.folder == Path("runs/0002-rtn-little")

@@ -21,12 +21,11 @@ from fleetune import adapters, models
 from fleetune.compression.importance import estimate
 from fleetune.data import Batches
 from fleetune.errors import FleetuneError
-from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model, digest, named_tensors
 from fleetune.models.families.widths import KeptUnits, block_widths, cut
 
 
-def test_a_head_is_credited_to_the_key_head_that_it_reads(tmp_path: Path) -> None:
+def test_a_head_is_credited_to_the_key_head_that_it_reads() -> None:
     """9 query heads on 3 key heads: by h // 3 the first key head matters least, by h % 3 the second."""
     model = tiny()
     scale = torch.tensor([9.0, 1, 1, 5, 5, 5, 6, 2, 6])
@@ -41,7 +40,7 @@ def test_a_head_is_credited_to_the_key_head_that_it_reads(tmp_path: Path) -> Non
     assert kept[1].heads == kept[2].heads == [1, 2]
 
 
-def test_spared_blocks_and_widths(tmp_path: Path) -> None:
+def test_spared_blocks_and_widths() -> None:
     model = tiny()
     before = copy.deepcopy(model.net)
     pruned = pruner().prune(model, rows(0, 4))
@@ -94,8 +93,7 @@ def test_alike_blocks_make_a_plain_directory(tmp_path: Path) -> None:
     assert [config[name] for name in sizes] == ["llama", 6, 2, 28, 4]
     net = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert torch.equal(logits(net), logits(plain.net))
-    odd = pruner().prune(tiny(), rows(0, 3))
-    models.save(odd.net, odd.tokenizer, tmp_path / "odd")
+    pruner().prune(tiny(), rows(0, 3)).save(tmp_path / "odd")
     with pytest.raises(ValueError, match="fleetune_llama"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "odd")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -120,7 +118,7 @@ def test_blocks_of_different_widths_are_saved_and_loaded(family: str, tmp_path: 
     assert models.load(str(tmp_path / "twice"), device="cpu").digest == odd.digest
 
 
-def test_importance_that_is_no_number_is_an_error(tmp_path: Path) -> None:
+def test_importance_that_is_no_number_is_an_error() -> None:
     model = tiny()
     model.net.model.norm.weight.fill_(math.inf)
     with pytest.raises(FleetuneError, match="importance in block 1 is not finite"):
@@ -133,21 +131,6 @@ LORA = {"recover": "lora", "lr": 1e-2, "steps": 12, "r": 4, "batch_size": 4}
 def recovered(values: dict[str, Any], folder: Path, on: Any = lambda *_: None, seed: int = 322) -> Model:
     made = pruner(**values)
     return made.train(made.prune(tiny(), rows(0, 8)), rows(0, 8), seed, folder, on)
-
-
-def test_lora_brings_the_loss_down_and_is_folded_in(tmp_path: Path) -> None:
-    pruned = pruner(**LORA).prune(tiny(), rows(0, 8))
-    before, loss = dict(named_tensors(copy.deepcopy(pruned.net))), response_loss(pruned, rows(0, 8))
-    model = recovered(LORA, tmp_path / "r")
-    assert model.attachment is None
-    assert response_loss(model, rows(0, 8)) < loss - 0.1
-    after = dict(named_tensors(model.net))
-    assert after.keys() == before.keys()
-    changed = {name for name in after if not torch.equal(after[name], before[name])}
-    assert changed == {n for n in after if n.endswith("proj.weight")}
-    for name in changed:
-        assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-4) <= 4
-    assert model.digest == digest(after.items())
 
 
 def test_lora_is_trained_as_the_formulas_say(tmp_path: Path) -> None:

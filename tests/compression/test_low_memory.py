@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from command_harness import call
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from command_line import call_json as call
+from command_line import ok
 from fleetune import compression, models
 from fleetune.common import memory
 from fleetune.compression.jobs import solve
@@ -48,8 +49,7 @@ def test_low_memory_gives_the_same_bytes(method: str, at: Path, capsys: pytest.C
     group = [] if method == "sparsegpt" else ["--set", "group=8"]
     done = []
     for more in ([], ["--low-memory"]):
-        code, events, err = call(capsys, "compress", name, "--method", method, *group, *text, *more)
-        assert code == 0, err
+        events = ok(capsys, "compress", name, "--method", method, *group, *text, *more)
         done.append(events[-1])
     same = ("before", "after", "error", "digest", "bytes")
     assert [done[0][k] for k in same] == [done[1][k] for k in same]
@@ -98,9 +98,6 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert many < whole / 3
 
 
-# The file -------------------------------------------------------------------------------------------
-
-
 @given(
     kinds=st.lists(st.sampled_from(TYPES), min_size=1, max_size=8),
     names=st.lists(st.text('abxyz.é"\\ ', min_size=1, max_size=6), min_size=8, max_size=8, unique=True),
@@ -119,9 +116,6 @@ def test_the_file_is_what_safetensors_writes(kinds: list[torch.dtype], names: li
         write_in_turn(ours, table, reversed(list(tensors.items())), {"master": note})
         save_file(tensors, theirs, metadata={"master": note})
         assert ours.read_bytes() == theirs.read_bytes()
-
-
-# The plan -------------------------------------------------------------------------------------------
 
 
 def llama(layers: int = 2, **sizes: int) -> LlamaConfig:

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command_harness import QUICK, ZEROTH, call
+from command_harness import QUICK, ZEROTH
 
+from command_line import Capture, ok, refused
+from command_line import call_json as call
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.runs import rundir
@@ -29,10 +31,7 @@ GKD = shlex.split(
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = models.tiny_llama(layers=3)
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
+    return str(models.tiny_llama(layers=3).save(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +48,7 @@ def a_run(made: Path) -> None:
         shutil.copytree(made, run.path, dirs_exist_ok=True)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> str:
-    """What is said, with the hint, of a command that cannot be carried out."""
-    found = main(list(args))
-    err = capsys.readouterr().err
-    assert found == code, err
-    assert err.startswith("error: ")
-    assert "Traceback" not in err
-    return err
-
-
-def test_a_run_that_something_was_made_from_stays(
-    tiny: str, made: Path, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_something_was_made_from_stays(tiny: str, made: Path, at: Path, capsys: Capture) -> None:
     a_run(made)
     a_run(made)
     for subject in ("runs/latest", "2"):  # a link that may soon point elsewhere, and a number
@@ -85,7 +72,7 @@ def test_a_run_that_something_was_made_from_stays(
 
 
 def test_a_run_is_recorded_by_a_name_that_stays_its_own(
-    tiny: str, made: Path, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, made: Path, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a_run(made)
     Path("elsewhere").symlink_to("runs/0001-fedkseed-tiny")
@@ -97,39 +84,34 @@ def test_a_run_is_recorded_by_a_name_that_stays_its_own(
         "../../elsewhere": "../../runs/0001-fedkseed-tiny",
     }
     for name, want in names.items():
-        code, told, err = call(capsys, "compress", name, *RTN, "--out", "..")
-        assert code == 0, err
+        told = ok(capsys, "compress", name, *RTN, "--out", "..")
         assert told[0]["model"] == want
         assert told[-1]["folder"].endswith("-rtn-fedkseed-tiny")
 
 
 def test_a_plain_result_is_compressed_further_and_codes_are_not(
-    tiny: str, made: Path, at: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, made: Path, at: Path, capsys: Capture
 ) -> None:
     a_run(made)
     assert call(capsys, "compress", "1", *RTN)[0] == 0
     assert call(capsys, "compress", tiny, *GKD)[0] == 0
     for subject in ("3", "latest", "runs/0003-gkd-tiny/model"):
-        code, told, err = call(capsys, "compress", subject, *RTN)
-        assert code == 0, err
+        told = ok(capsys, "compress", subject, *RTN)
         assert told[0]["model"] == "runs/0003-gkd-tiny/model", subject
         assert not told[0]["run"]
         assert told[-1]["folder"].endswith("-rtn-gkd-tiny")
     of = {e["name"]: e["of"] for e in call(capsys, "runs")[1] if e["event"] == "compressed"}
     assert of["0004-rtn-gkd-tiny"] == "0003-gkd-tiny"
     assert "is needed by runs/0004-rtn-gkd-tiny" in refused(capsys, "runs", "rm", "3")
-    code, _, err = call(capsys, "eval", "4", "rows.jsonl", "--tasks", "loss")
-    assert code == 0, err
+    ok(capsys, "eval", "4", "rows.jsonl", "--tasks", "loss")
     assert "compressed with rtn" in refused(capsys, "compress", "2", *RTN)
     assert "compressed with rtn" in refused(capsys, "compress", "runs/0004-rtn-gkd-tiny", *RTN)
     a_run(made)
-    code, told, err = call(capsys, "compress", "latest", *RTN)
-    assert (code, told[0]["model"]) == (0, "runs/0007-fedkseed-tiny"), "the run is the newer one"
+    told = ok(capsys, "compress", "latest", *RTN)
+    assert told[0]["model"] == "runs/0007-fedkseed-tiny", "the run is the newer one"
     shutil.rmtree("runs/0003-gkd-tiny/model")
     assert "is not finished" in refused(capsys, "compress", "3", *RTN)
 
-
-# --- one process at a time ----------------------------------------------------------------------------------
 
 HOLD = """
 import sys
@@ -150,7 +132,7 @@ def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
         yield other
 
 
-def test_a_compression_in_use_is_left_alone(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_compression_in_use_is_left_alone(tiny: str, at: Path, capsys: Capture) -> None:
     assert call(capsys, "compress", tiny, *RTN)[0] == 0
     folder = Path("runs/0001-rtn-tiny")
     before = sorted(p.name for p in folder.rglob("*"))

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_harness import call, pulled_after
+from command_harness import pulled_after
 from deploy_harness import tokenizer
-from pruner_harness import tiny
+from pruner_harness import SIZES, tiny
 from torch import Tensor
 
+from command_line import Capture, ok
+from command_line import call_json as call
 from fleetune import compression, models
 from fleetune.compression import distillation
 from fleetune.compression.jobs import scales
@@ -26,14 +28,6 @@ from fleetune.runs.compression_folder import CompressRequest
 from heard import Heard
 
 SMALL = ("--method", "optq", "--text", "text.txt", "--windows", "4", "--length", "32")
-SIZES = {
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "num_hidden_layers": 2,
-}
 GRIDS = [
     ("ggml", 4),
     ("iq4_nl", 4),
@@ -155,16 +149,13 @@ def model(at: Path) -> str:
     return "tiny"
 
 
-def after(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[float, str, Path]:
+def after(capsys: Capture, *flags: str) -> tuple[float, str, Path]:
     """The divergence on the text, the digest and the folder of a compression."""
-    code, events, err = call(capsys, "compress", *SMALL, "--eval-text", "text.txt", *flags)
-    assert code == 0, err
+    events = ok(capsys, "compress", *SMALL, "--eval-text", "text.txt", *flags)
     return events[-1]["after"]["kl_divergence"], events[-1]["digest"], Path(events[-1]["folder"])
 
 
-def test_training_brings_the_model_nearer_to_the_dense_one(
-    model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_brings_the_model_nearer_to_the_dense_one(model: str, capsys: Capture) -> None:
     flags = (model, "--set", "bits=3", "--set", "grid=asymmetric")
     plain, _, one = after(capsys, *flags)
     trained, _, two = after(capsys, *flags, "--train-scales", "40")
@@ -184,11 +175,10 @@ def test_little_text_is_said() -> None:
 
 
 def test_it_resumes_with_the_same_bits(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = (model, *SMALL, "--bytes", "150kB", "--train-scales", "9")
-    code, events, err = call(capsys, "compress", *flags)
-    assert code == 0, err
+    events = ok(capsys, "compress", *flags)
     whole, kept = events[-1]["digest"], at / "runs" / "0002-optq-tiny" / "parts" / "scales"
     with monkeypatch.context() as patch:
         patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(38))
@@ -196,8 +186,7 @@ def test_it_resumes_with_the_same_bits(
     assert code == 130
     assert kept.is_dir(), "stopped within the training"
     assert sum(event["event"] == "step" for event in events) < 9
-    code, events, err = call(capsys, "compress", "--resume", "2")
-    assert code == 0, err
+    events = ok(capsys, "compress", "--resume", "2")
     assert 0 < sum(event["event"] == "step" for event in events) < 9
     assert events[-1]["digest"] == whole
     assert not kept.exists()

@@ -4,31 +4,23 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_harness import call, tuned
+from command_harness import tuned
 from pruner_harness import tiny as pruned_one
 
+from command_line import Capture, ok
+from command_line import call_json as call
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.models.families import widths
 
-QUICK = [
-    "--length",
-    "64",
-    "--set",
-    "steps=4",
-    "--set",
-    "batch_size=2",
-    "--set",
-    "max_new_tokens=4",
-    "--set",
-    "lmbda=1",
-]
+QUICK = shlex.split("--length 64 --set steps=4 --set batch_size=2 --set max_new_tokens=4 --set lmbda=1")
 GKD = ["--method", "gkd", *QUICK]
 SELF = [*GKD, "--set", "teacher=same", "--set", "keep_layers=2"]
 ROWS = ["--data", "rows.jsonl"]
@@ -43,9 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / name) for name in made}
 
 
-def test_a_model_teaches_a_shallower_self(
-    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_teaches_a_shallower_self(tiny: dict[str, str], at: Path, capsys: Capture) -> None:
     assert main(["compress", tiny["deep"], *SELF, *ROWS, "--eval-text", "text.txt"]) == 0
     out, err = capsys.readouterr()
     assert "step 4/4  divergence" in err
@@ -59,40 +49,30 @@ def test_a_model_teaches_a_shallower_self(
     assert len(model.net.model.layers) == 2
     assert model.digest == result["digest"]
     assert len({result[when]["perplexity"] for when in ("before", "after", "teacher")}) == 3
-    code, seen, err = call(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
-    assert code == 0, err
+    seen = ok(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
     assert seen[-1]["perplexity"] == pytest.approx(result["after"]["perplexity"], rel=1e-5)
-    code, again, err = call(capsys, "compress", tiny["deep"], *SELF, *ROWS)
-    assert code == 0, err
+    again = ok(capsys, "compress", tiny["deep"], *SELF, *ROWS)
     assert again[-1]["digest"] == result["digest"]  # the same work, the same weights
     assert [e["step"] for e in again if e["event"] == "step"] == [1, 2, 3, 4]
 
 
-def test_runs_as_student_and_as_teacher(
-    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_as_student_and_as_teacher(tiny: dict[str, str], at: Path, capsys: Capture) -> None:
     """The held-out rows of the run that are not trained on measure both; eval finds them again."""
     tuned(capsys, tiny["deep"])
     learn = ["--set", "lr=1e-2", "--set", "steps=10", "--set", "lmbda=0"]
-    code, done, err = call(capsys, "compress", "latest", *GKD, *learn, "--set", f"teacher={tiny['other']}")
-    assert code == 0, err
+    done = ok(capsys, "compress", "latest", *GKD, *learn, "--set", f"teacher={tiny['other']}")
     before, after, teacher = (done[-1][when] for when in ("before", "after", "teacher"))
     assert after["divergence"] < before["divergence"]
     assert "divergence" not in teacher
-    code, seen, err = call(capsys, "eval", "2", "--tasks", "loss")
-    assert code == 0, err
+    seen = ok(capsys, "eval", "2", "--tasks", "loss")
     assert seen[-1]["loss"] == pytest.approx(after["loss"], rel=1e-5)
     assert seen[-1]["rows"] == 4
-    code, done, err = call(capsys, "compress", tiny["other"], *GKD, *ROWS, "--set", "teacher=1")
-    assert code == 0, err
+    done = ok(capsys, "compress", tiny["other"], *GKD, *ROWS, "--set", "teacher=1")
 
 
 PRUNER_BASE = ["--method", "llm-pruner", "--length", "64"]
 PRUNER = [*PRUNER_BASE, "--set", "first=1", "--set", "last=1", "--set", "round_to=4", "--set", "ratio=0.34"]
 FEW = ["--set", "steps=4", "--set", "batch_size=2"]
-ROWS = ["--data", "rows.jsonl"]
-
-
 KILL = """
 import os, signal, sys
 from fleetune.cli.main import main
@@ -108,7 +88,7 @@ main(sys.argv[1:])
 
 
 def test_a_model_is_pruned_trained_quantised_and_exported(
-    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
+    tiny: dict[str, str], at: Path, capsys: Capture
 ) -> None:
     text = ["--eval-text", "text.txt"]
     assert main(["compress", tiny["llama"], *PRUNER, *FEW, *ROWS, *text]) == 0
@@ -125,12 +105,10 @@ def test_a_model_is_pruned_trained_quantised_and_exported(
     assert model.digest == result["digest"]
     assert result["parameters"]["after"] == model.n_params < result["parameters"]["before"]
     assert len({result[when]["perplexity"] for when in ("before", "pruned", "after")}) == 3
-    code, seen, err = call(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
-    assert code == 0, err
+    seen = ok(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
     assert seen[-1]["perplexity"] == pytest.approx(result["after"]["perplexity"], rel=1e-5)
     solve = ["--method", "optq", "--set", "group=4", "--text", "text.txt", "--length", "32"]
-    code, _, err = call(capsys, "compress", "runs/0001-llm-pruner-llama/model", *solve, *text)
-    assert code == 0, err
+    ok(capsys, "compress", "runs/0001-llm-pruner-llama/model", *solve, *text)
     code, exported, err = call(capsys, "export", "latest", "--to", "hf", "--text", "text.txt")
     assert (code, exported.pop()["runtime"]) == (0, None), err
     assert "not run: transformers does not load blocks of different widths" in err
@@ -142,7 +120,7 @@ def test_a_model_is_pruned_trained_quantised_and_exported(
 
 
 @pytest.mark.faults
-def test_a_killed_one_goes_on(tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_one_goes_on(tiny: dict[str, str], at: Path, capsys: Capture) -> None:
     """Killed without a word after its third step: the kept steps are not done again."""
     more = [f"--set={x}" for x in ("batch_size=2", "steps=8", "save_every=2", "lr=1e-3")]
     args = ["compress", tiny["llama"], *PRUNER, *ROWS, *more]
@@ -150,8 +128,7 @@ def test_a_killed_one_goes_on(tiny: dict[str, str], at: Path, capsys: pytest.Cap
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = at / "runs" / "0001-llm-pruner-llama"
     assert sorted(p.name for p in (folder / "parts").iterdir()) == ["recovery"]
-    code, resumed, err = call(capsys, "compress", "--resume", "latest")
-    assert code == 0, err
+    resumed = ok(capsys, "compress", "--resume", "latest")
     assert [e["step"] for e in resumed if e["event"] == "step"] == [3, 4, 5, 6, 7, 8]
     assert not (folder / "parts").exists()
     _, whole, _ = call(capsys, *args)

@@ -54,10 +54,8 @@ VARIANTS = [
     "fedit:start=eva",
     "fedit:wire=fp16",
     "fedkseed:law=gaussian",
-    "fedkseed:wire=sums",
-    "fedkseed:pro=true,epoch_rounds=1",
     "fedkseed:backprop=0.5,backprop_lr=0.05",
-    "fwdllm:variance_gate=false,discriminative=false",
+    "fwdllm:patience=1,discriminative=false",
     "fwdllm:module=adapter,targets=query-value",
     "mezo:K=32,decay=200",
     "onebyte:wire=sign",
@@ -78,7 +76,7 @@ COLOURS = ("red", "green", "blue")
 
 
 def method(name: str) -> Method:
-    """The method of a case such as `fedkseed` or `fedkseed:law=rademacher,pro=true`."""
+    """The method of a case such as `fedkseed` or `fedkseed:law=gaussian,K=16`."""
     name, _, changes = name.partition(":")
     return methods.make(
         name,

@@ -14,7 +14,6 @@ from fleetune.models import tiny_llama
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.aggregation import MEAN, Mean, Rule
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, encode
-from fleetune.tuning.methods._zeroth import draw
 from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.rounds.fleets import Answer
 from fleetune.tuning.rounds.replies import Replies, Round
@@ -30,12 +29,11 @@ CASES: dict[str, dict[str, Any]] = {
     "fedpeptao": {"tokens": 1, "steps": 2, "layers_rule": "half"},
     "fedpeptao all": {"tokens": 1, "steps": 2, "layers_rule": "all"},
     "fedkseed": {"K": 8, "tau": 20},
-    "fedkseed sums": {"K": 32, "tau": 60, "wire": "sums"},
-    "fedkseed bp": {"K": 8, "tau": 20, "wire": "sums", "backprop": 1.0},
+    "fedkseed bp": {"K": 8, "tau": 20, "backprop": 1.0},
     "mezo": {"K": 32, "tau": 20},
     "onebyte": {"K": 32, "directions": 8},
     "onebyte sign": {"K": 32, "directions": 8, "wire": "sign"},
-    "fwdllm": {"r": 2, "alpha": 4, "P": 8, "variance_gate": False, "decay": 0, "discriminative": False},
+    "fwdllm": {"r": 2, "alpha": 4, "P": 8, "patience": 1, "decay": 0, "discriminative": False},
 }
 
 
@@ -52,21 +50,10 @@ def begun(case: str) -> tuple[Any, Any]:
     return method, method.init(tiny_llama(), 7)
 
 
-def walked(method: Any, client: int, state: Any = None) -> Payload:
-    """The reply in exact sums of a client that took all its steps."""
-    p = method.probabilities(state) if state is not None else None
-    c = np.random.default_rng(client).integers(-500, 500, method.tau)
-    return method.codec.reply(
-        draw(client, method.tau, p, method.K), c, method.K, {"n": ROWS[client], "loss": 1.0}
-    )
-
-
 def usual(method: Any, state: Any, client: int) -> Payload:
     """A reply of a usual size: a change of about 1e-3, a few hundred units."""
     kinds = method.kinds(state)
     sent, spec = kinds[client % len(kinds)]
-    if "sums" in spec.arrays:  # that a walk can give
-        return walked(method, client, state)
     rng, arrays = np.random.default_rng(client), {}
     for name, (kind, shape) in spec.arrays.items():
         step = rng.normal(size=[abs(n) for n in shape])
@@ -76,7 +63,7 @@ def usual(method: Any, state: Any, client: int) -> Payload:
             arrays[name] = LogCode.encode(300 * step, np.full(step.shape, 0.5))
         else:
             arrays[name] = (300 * step).astype(kind)
-    scalars: dict[str, Any] = {"n": ROWS[client], "loss": 1.0, "steps": 20, "kept": 0.5}
+    scalars: dict[str, Any] = {"n": ROWS[client], "loss": 1.0, "kept": 0.5}
     return Payload(arrays, {name: scalars[name] for name in spec.scalars})
 
 

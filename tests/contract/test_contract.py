@@ -203,7 +203,7 @@ def test_7_the_docstring_cites_the_paper_and_fields_are_explained(name):
 
 DEFAULTS = {  # the papers' own (specs: MeZO table and reference code; FedKSeed README; Shepherd's code)
     "mezo": {"lr": 1e-6, "eps": 1e-3, "batch_size": 16},
-    "fedkseed": {"lr": 3e-7, "eps": 5e-4, "batch_size": 1, "tau": 200, "K": 1024, "pro": False},
+    "fedkseed": {"lr": 3e-7, "eps": 5e-4, "batch_size": 1, "tau": 200, "K": 1024},
     "fwdllm": {
         "lr": 0.01,
         "h": 0.01,
@@ -211,8 +211,6 @@ DEFAULTS = {  # the papers' own (specs: MeZO table and reference code; FedKSeed 
         "P": 1,
         "threshold": 0.1,
         "decay": 3000,
-        "candidates": 10,
-        "variance_gate": True,
         "discriminative": True,
         "r": 8,
         "alpha": 16,

@@ -47,11 +47,7 @@ def philox4x64(counter: list[int], key: list[int]) -> list[int]:
     return counter
 
 
-SPECS = st.one_of(
-    st.just("iid"),
-    st.floats(1e-3, 1e3).map(lambda alpha: f"dirichlet:{alpha}:kind"),
-    st.integers(1, 3).map(lambda s: f"shards:kind:{s}"),
-)
+SPECS = st.one_of(st.just("iid"), st.floats(1e-3, 1e3).map(lambda alpha: f"dirichlet:{alpha}:kind"))
 
 
 @settings(max_examples=150)
@@ -67,8 +63,7 @@ def test_every_row_goes_to_one_client_and_all_get_enough(labels, spec, clients, 
     try:
         parts = partition(examples, spec, clients, seed, min_rows)
     except DataError:
-        shards = clients * int(spec[-1]) if spec.startswith("shards") else 0
-        assert clients * min_rows > len(labels) or shards > len(labels)
+        assert clients * min_rows > len(labels)
         return
     assert len(parts) == clients
     assert_exact_cover(parts, len(labels))
@@ -153,20 +148,6 @@ def test_shares_that_sum_to_just_below_one_lose_no_row():
     assert np.bincount(owner, minlength=10).sum() == 100
 
 
-def test_shards_are_contiguous_runs_of_the_sorted_rows():
-    examples = balanced(240, 3)
-    in_order = sorted(range(240), key=lambda i: (i % 3, i))
-    place = {row: position for position, row in enumerate(in_order)}
-    for spec, count in (("shards:kind", 2), ("shards:kind:4", 4)):
-        owned = []
-        for part in partition(examples, spec, 10, 5):
-            shards = sorted({place[row] // (24 // count) for row in part.tolist()})
-            assert len(shards) == count
-            assert len(part) == 24
-            owned += shards
-        assert sorted(owned) == list(range(10 * count))
-
-
 def test_column_makes_one_client_per_value():
     examples = rows("ccabbb")
     assert [part.tolist() for part in partition(examples, "column:kind", None, 0)] == [[2], [3, 4, 5], [0, 1]]
@@ -188,7 +169,6 @@ def test_golden_partitions():
     examples = balanced(24, 3)
     assert [part.tolist() for part in partition(examples, "iid", 3, 11)] == GOLDEN_IID
     assert [part.tolist() for part in partition(examples, "dirichlet:0.5:kind", 4, 11)] == GOLDEN_DIRICHLET
-    assert [part.tolist() for part in partition(examples, "shards:kind", 4, 11)] == GOLDEN_SHARDS
     assert hold_out(examples, 6, 11, "kind")[1].tolist() == GOLDEN_HELD
 
 
@@ -199,7 +179,6 @@ GOLDEN_DIRICHLET = [
     [1, 2, 3, 5, 8, 10, 18, 22, 23],
     [9, 11, 12, 15, 21],
 ]
-GOLDEN_SHARDS = [[2, 5, 8, 11, 14, 22], [13, 16, 17, 19, 20, 23], [1, 4, 7, 10, 18, 21], [0, 3, 6, 9, 12, 15]]
 GOLDEN_HELD = [0, 1, 2, 4, 5, 21]
 
 
@@ -217,9 +196,6 @@ GOLDEN_HELD = [0, 1, 2, 4, 5, 21]
         ("dirichlet:-1:kind", "greater than 0, got '-1'", "0.5"),
         ("dirichlet:nan:kind", "greater than 0, got 'nan'", "0.5"),
         ("dirichlet:inf:kind", "greater than 0, got 'inf'", "0.5"),
-        ("shards", "not complete", "shards:COLUMN"),
-        ("shards:kind:0", "at least 1, got 0", ""),
-        ("shards:kind:-2", "at least 1, got -2", ""),
         ("column:", "not complete", "column:COLUMN"),
     ],
 )
@@ -233,7 +209,6 @@ def test_a_wrong_spec_is_refused_without_data(spec, says, hints):
 def test_a_column_name_may_hold_a_colon():
     examples = [Example((("user", "q"),), "a", {"a:b": str(i % 2)}) for i in range(8)]
     assert [len(part) for part in partition(examples, "column:a:b", None, 0)] == [4, 4]
-    assert_exact_cover(partition(examples, "shards:a:b:2", 2, 0), 8)
     assert_exact_cover(partition(examples, "dirichlet:1:a:b", 2, 0), 8)
 
 
@@ -248,12 +223,11 @@ def test_a_column_name_may_hold_a_colon():
             "at most 10 clients",
         ),
         ("dirichlet:1:kind", 4, 3, "10 training rows cannot give 4 clients at least 3", "at most 3 clients"),
-        ("shards:kind:6", 2, 1, "10 rows cannot fill 2 x 6 shards", "fewer"),
         ("column:kind", 3, 1, "has 2 values with at least 1 rows, 3 clients were asked for", "fewer clients"),
         ("column:kind", None, 6, "has 0 values with at least 6 rows", "another column"),
         ("column:kinds", None, 1, "no column 'kinds' in the data; did you mean 'kind'?", "id, kind, site"),
         ("dirichlet:1:zzz", 2, 1, "no column 'zzz' in the data", "the columns are: id, kind, site"),
-        ("shards:site", 2, 1, "column 'site' is missing in 9 of 10 rows, first in row 1", "fill in 'site'"),
+        ("column:site", 2, 1, "column 'site' is missing in 9 of 10 rows, first in row 1", "fill in 'site'"),
     ],
 )
 def test_rows_that_do_not_allow_it(spec, clients, min_rows, says, hints):

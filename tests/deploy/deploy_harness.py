@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +33,7 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QUICK = [
-    "--limit",
-    "60",
-    "--held-out",
-    "8",
-    "--max-length",
-    "512",
-    "--samples",
-    "0",
-    "--rounds",
-    "1",
-    "--clients",
-    "2",
-]
+QUICK = shlex.split("--limit 60 --held-out 8 --max-length 512 --samples 0 --rounds 1 --clients 2")
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -197,6 +186,12 @@ def on_codebook(weight: torch.Tensor, bits: int, group: int, name: str = "iq4_nl
     )
 
 
+def write_codes(model: Model, folder: Path, quantised: Mapping[str, Quantised]) -> Path:
+    """Write the artefact of a model of which these matrices are on grids."""
+    artefact.write(folder, model, quantised, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
+    return folder
+
+
 def compressed(
     model: Model, folder: Path, bits: int = 4, group: int = 32, **grid: Any
 ) -> dict[str, Quantised]:
@@ -205,7 +200,7 @@ def compressed(
     for name, tensor in models.named_tensors(model.net):
         if name.split(".")[-2] in LAYER and tensor.dim() == 2:
             quantised[name] = rounded(tensor, bits, group, **grid)
-    artefact.write(folder, model, quantised, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
+    write_codes(model, folder, quantised)
     for name, tensor in models.named_tensors(model.net):
         if name in quantised:
             tensor.copy_(quantised[name].dense())

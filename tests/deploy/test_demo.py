@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from deploy_harness import tiny
 
+from command_line import ok
 from fleetune import models
 from fleetune.cli.commands import demo
-from fleetune.cli.main import main
 from fleetune.evaluation import answers, measures
 from fleetune.tuning.result.finished import held_out
 
@@ -20,12 +19,10 @@ def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model = tiny()
-    models.save(model.net, model.tokenizer, tmp_path / "little")
+    tiny().save(tmp_path / "little")
     monkeypatch.setattr(demo, "MODEL", "./little")
     monkeypatch.setattr(models, "pull", lambda name, **_: tmp_path / name)  # the network's part
-    assert main(["demo", "--quick", "--json"]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    told = ok(capsys, "demo", "--quick")
     done = [event for event in told if event["event"] == "done"]
     assert [Path(e.get("run") or e["folder"]).name for e in done] == [
         "0001-fedit-little",

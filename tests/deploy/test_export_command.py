@@ -3,39 +3,30 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
-from deploy_harness import QUICK, tiny
+from deploy_harness import QUICK, compressed, tiny
 
+from command_line import Capture, ok
+from command_line import call_json as call
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.deploy.export import write as export
+from fleetune.deploy.formats import gguf, hf
+from fleetune.errors import ModelError, StorageError, UsageError
 from fleetune.models.artefact import Master
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "little"
-    model = tiny("llama")
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
-
-
-@pytest.fixture
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
-    code = main([*args, "--json"])
-    out, err = capsys.readouterr()
-    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
+    return str(tiny("llama").save(tmp_path_factory.mktemp("models") / "little"))
 
 
 METHODS = {
@@ -46,15 +37,12 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_from_a_tuned_run_to_a_file_that_reads_back(
-    method: str, llama: str, at: Path, capsys: pytest.CaptureFixture[str]
+    method: str, llama: str, at: Path, capsys: Capture
 ) -> None:
-    code, tuned, err = call(capsys, "tune", llama, "demo", *METHODS[method], *QUICK)
-    assert code == 0, err
-    code, done, err = call(capsys, "compress", "latest", "--windows", "4", "--length", "32")
-    assert code == 0, err
+    tuned = ok(capsys, "tune", llama, "demo", *METHODS[method], *QUICK)
+    done = ok(capsys, "compress", "latest", "--windows", "4", "--length", "32")
     folder = Path(done[-1]["folder"])
-    code, exported, err = call(capsys, "export", "latest")  # the newer of the two: the compressed one
-    assert code == 0, err
+    exported = ok(capsys, "export", "latest")  # the newer of the two: the compressed one
     assert exported[-1]["to"] == "gguf"
     file = folder / f"{folder.name}.gguf"
     assert exported[-1]["path"] == str(file)
@@ -64,36 +52,28 @@ def test_from_a_tuned_run_to_a_file_that_reads_back(
     for name in master.head.grids:
         assert torch.equal(weights[name], master.weight(name))
     # on the held-out rows that it was not calibrated on, by the artefact and by the file
-    code, seen, err = call(capsys, "eval", "2", "--tasks", "loss")
-    assert code == 0, err
+    seen = ok(capsys, "eval", "2", "--tasks", "loss")
     assert seen[-1]["loss"] == pytest.approx(done[-1]["after"]["loss"], rel=1e-5)
-    code, through, err = call(capsys, "eval", str(file), "demo", "--limit", "8", "--tasks", "loss")
-    assert code == 0, err
-    code, direct, err = call(capsys, "eval", str(folder / "model"), "demo", "--limit", "8", "--tasks", "loss")
-    assert code == 0, err
+    through = ok(capsys, "eval", str(file), "demo", "--limit", "8", "--tasks", "loss")
+    direct = ok(capsys, "eval", str(folder / "model"), "demo", "--limit", "8", "--tasks", "loss")
     assert through[-1]["loss"] == pytest.approx(
         direct[-1]["loss"], rel=0.01
     )  # the embedding is Q8_0 in the file
     assert tuned[-1]["digest"]
 
 
-def test_a_run_and_a_model_are_exported_as_they_are(
-    llama: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_and_a_model_are_exported_as_they_are(llama: str, at: Path, capsys: Capture) -> None:
     assert call(capsys, "tune", llama, "demo", *METHODS["fedkseed"], *QUICK)[0] == 0
-    code, exported, err = call(capsys, "export", "latest", "--to", "gguf:f32")
-    assert code == 0, err
+    exported = ok(capsys, "export", "latest", "--to", "gguf:f32")
     assert exported[-1]["exact"] == exported[-1]["tensors"]
-    code, plain, _ = call(capsys, "export", "latest")
-    assert code == 0
+    plain = ok(capsys, "export", "latest")
     assert (plain[-1]["event"], plain[-1]["to"]) == ("export", "hf")
     assert plain[-1]["bytes"] == sum(file.stat().st_size for file in Path(plain[-1]["path"]).iterdir())
     assert exported[-1]["to"] == "gguf:f32"
     back = models.load(exported[-1]["path"])
     assert back.digest == plain[-1]["digest"]  # the tuned weights, byte for byte
     assert not list(at.glob("runs/*/.export-*"))
-    code, model, err = call(capsys, "export", llama, "--to", "gguf:f32", "--path", "little.gguf")
-    assert code == 0, err
+    model = ok(capsys, "export", llama, "--to", "gguf:f32", "--path", "little.gguf")
     assert models.load("./little.gguf").digest == models.load(llama).digest
     assert model[-1]["types"] == {"F32": 20}
     code, refused, _ = call(capsys, "export", llama)  # its place when none is given is taken
@@ -131,9 +111,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_a_clear_error(
-    case: str, llama: str, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_a_clear_error(case: str, llama: str, at: Path, capsys: Capture) -> None:
     args, text = BAD[case]
     code = main([a.format(model=llama) for a in args])
     out, err = capsys.readouterr()
@@ -142,3 +120,73 @@ def test_bad_input_is_a_clear_error(
     assert err.startswith("error: ")
     assert out == ""
     assert list(at.iterdir()) == []
+
+
+def test_encoders_are_refused(tmp_path: Path) -> None:
+    models.tiny_bert().save(tmp_path / "m")
+    with pytest.raises(UsageError, match="holds an encoder"):
+        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+
+
+def test_damaged_weights_are_said(tmp_path: Path) -> None:
+    tiny().save(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(ModelError, match="is damaged"):
+        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("to", "module", "links"), [("gguf", gguf, True), ("gguf", gguf, False), ("hf", hf, True)]
+)
+def test_of_two_exports_into_one_place_one_is_refused(
+    to: str, module: ModuleType, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, both = tmp_path / ("x" if to == "hf" else "x.gguf"), threading.Barrier(2, timeout=60)
+    write, done = module.write, dict[str, object]()
+
+    def together(*args: object, **named: object) -> object:
+        report = write(*args, **named)
+        both.wait()
+        return report
+
+    def run(name: str) -> None:
+        try:
+            done[name] = export(tmp_path / name, to, out)
+        except StorageError as error:
+            done[name] = error
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    for seed in range(2):
+        compressed(tiny(seed=seed), tmp_path / f"m{seed}")
+        export(tmp_path / f"m{seed}", to, tmp_path / f"alone{seed}" / out.name)
+    monkeypatch.setattr(module, "write", together)
+    threads = [threading.Thread(target=run, args=(f"m{seed}",)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (lost,) = [name for name, found in done.items() if isinstance(found, StorageError)]
+    assert str(out) in str(done[lost])
+    won = tmp_path / f"alone{1 - int(lost[1])}" / out.name
+    file = "model.safetensors" if to == "hf" else ""
+    assert (out / file).read_bytes() == (won / file).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["alone0", "alone1", "m0", "m1", out.name])
+
+
+def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressed(tiny(), tmp_path / "m")
+    write = gguf.write
+
+    def slow(*args: object, **named: object) -> object:
+        (tmp_path / "x.gguf").write_text("faster")
+        return write(*args, **named)
+
+    monkeypatch.setattr(gguf, "write", slow)
+    with pytest.raises(StorageError, match="has appeared meanwhile"):
+        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+    assert (tmp_path / "x.gguf").read_text() == "faster"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "x.gguf"]

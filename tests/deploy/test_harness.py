@@ -18,8 +18,6 @@ from fleetune.deploy import export, harness
 from fleetune.deploy.harness import MeasureJob, kept_gain
 from fleetune.errors import DataError, FleetuneError, UsageError
 
-# ---------------------------------------------------------------- kept gain
-
 
 def test_kept_gain() -> None:
     found = kept_gain(base=3.0, tuned=2.0, small_base=3.25, small_tuned=2.5)
@@ -37,9 +35,6 @@ def test_no_gain_is_nothing_to_keep_and_said_so() -> None:
     unknown = kept_gain(3.0, 2.0, math.inf, 2.5)
     assert unknown.value is None
     assert "not finite" in unknown.text
-
-
-# ---------------------------------------------------------------- bits
 
 
 def test_bits_of_artefacts_and_files_are_exact(tmp_path: Path) -> None:
@@ -60,9 +55,6 @@ def test_bits_of_artefacts_and_files_are_exact(tmp_path: Path) -> None:
     embedding = sum(n.values()) - linear - norms
     assert file.all == (4.5 * linear + 8.5 * embedding + 32 * norms) / sum(n.values())
     assert harness.bits(tmp_path / "bf16") == (16.0, 16.0)
-
-
-# ---------------------------------------------------------------- speed
 
 
 class Paced:
@@ -131,9 +123,6 @@ def test_no_gain_is_kept_where_the_gain_is_within_noise() -> None:
     alone = kept_gain(3.0, 2.0, 3.0, 2.5, (b[:1], t[:1], b[:1], t[:1]))
     assert alone.value is None
     assert "not measurable on 1 row:" in alone.text
-
-
-# ---------------------------------------------------------------- windows, losses, the process
 
 
 def test_windows_are_apart_and_the_last_may_be_short() -> None:

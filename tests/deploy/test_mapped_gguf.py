@@ -45,8 +45,6 @@ def test_a_gguf_file_is_read_where_it_is(file: Path) -> None:
         torch.testing.assert_close(mapped.net(input_ids=IDS).logits, whole.net(input_ids=IDS).logits)
 
 
-# Methods --------------------------------------------------------------------------------------------
-
 ROWS = [Encoded(np.arange(i, i + 12, dtype=np.int32), 4) for i in range(6)]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo": ("mezo", {"tau": 3}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 from deploy_harness import tiny
 
+from command_line import Capture, ok
+from command_line import call_json as call
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common import files
@@ -24,40 +27,16 @@ from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
 from fleetune.deploy import harness, llamacpp
 from fleetune.evaluation.losses import response_loss
-from fleetune.models.artefact import Master, Quantised
+from fleetune.models.artefact import Master
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed
 from fleetune.tuning.result import finished
 
-RUN = [
-    "--method",
-    "fedit",
-    "--set",
-    "r=2",
-    "--set",
-    "lr=1e-2",
-    "--limit",
-    "60",
-    "--held-out",
-    "8",
-    "--max-length",
-    "160",
-    "--samples",
-    "0",
-    "--rounds",
-    "1",
-    "--clients",
-    "2",
-    "--offline",
-]
+RUN = shlex.split(
+    "--method fedit --set r=2 --set lr=1e-2 --limit 60 --held-out 8 --max-length 160 --samples 0 --rounds 1 --clients 2"
+)
 FAST = ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--offline"]
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
-    code = main([*args, "--json"])
-    out, err = capsys.readouterr()
-    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +46,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (at / "text.txt").write_text("The heron stood still in the shallow water, and the evening went on. " * 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(at)
-        model = tiny()
-        models.save(model.net, model.tokenizer, at / "little")
-        assert main(["tune", "little", "demo", *RUN, "-qq"]) == 0
+        tiny().save(at / "little")
+        assert main(["tune", "little", "demo", *RUN, "--offline", "-qq"]) == 0
         assert main(["compress", "latest", "--windows", "4", "--length", "32", "-qq"]) == 0
         assert main(["export", "latest", "-qq"]) == 0
         yield at
@@ -91,7 +69,7 @@ def folder_of(at: Path) -> Path:
     return folder.parent
 
 
-def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: Capture) -> None:
     folder = folder_of(at)
     code, told, err = call(
         capsys, "measure", "latest", "--kept-gain", "--text", "text.txt", "--length", "64", *FAST
@@ -145,9 +123,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
     assert told == own.calibration == Master(path).head.calibration
     parts = driver.run(base, compression.make(compression.DEFAULT, {}), windows, at / "parts")
     for name, weight in parts.items():
-        assert isinstance(weight, Quantised)
         found = Master(path).quantised(name)
-        assert found is not None
         assert torch.equal(found.codes, weight.codes)
         assert torch.equal(found.scale, weight.scale)
     assert not (folder / "base" / "parts").exists()
@@ -160,7 +136,7 @@ def _calibrated_on(folder: Path) -> Any:
     return finished.held_out(Path(compression_folder.request_of(folder).model), offline=True)[::2]
 
 
-def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_of_other_windows_is_refused(at: Path, capsys: Capture) -> None:
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
     record = files.read_json(folder / "compress.json", "")
@@ -171,13 +147,10 @@ def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixt
     assert not (folder / "base").exists()
 
 
-def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_subjects_have_a_line_each(at: Path, capsys: Capture) -> None:
     folder, run = folder_of(at), rundir.find("1", at / "runs")
     asked = ["--data", "demo", "--limit", "2"]
-    code, told, err = call(
-        capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, *asked
-    )
-    assert code == 0, err
+    told = ok(capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, *asked)
     rows = told[-1]["rows"]
     files = [f"{folder.name}.gguf"] if llamacpp.available() else []
     assert [row["name"] for row in rows] == ["little", run.name, folder.name, *files, "model"]
@@ -186,7 +159,7 @@ def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_compressed_model_and_its_file_are_compared_with_what_was_compressed(
-    at: Path, capsys: pytest.CaptureFixture[str]
+    at: Path, capsys: Capture
 ) -> None:
     """Without a text on the rows: the number that `compress` stated; the tuned model is the reference, in every engine."""
     folder = folder_of(at)
@@ -209,18 +182,14 @@ def test_a_compressed_model_and_its_file_are_compared_with_what_was_compressed(
     assert json.loads((folder / harness.FILE).read_text())["reference"] == "runs/0001-fedit-little"
 
 
-def test_every_model_is_compared_with_a_reference_that_is_named(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_model_is_compared_with_a_reference_that_is_named(at: Path, capsys: Capture) -> None:
     folder = folder_of(at)
     text = ["--text", "text.txt", "--length", "64", "--windows", "3", *FAST]
-    code, told, err = call(capsys, "measure", "little", "2", "--reference", "little", *text)
-    assert code == 0, err
+    told = ok(capsys, "measure", "little", "2", "--reference", "little", *text)
     base, small = told[-1]["rows"][:2]
     assert (base["name"], base["kl_divergence"], base["same_top"]) == ("little", 0.0, 100.0)
     assert base["kl_tokens"] == small["kl_tokens"] == 3 * 63
-    code, told, _ = call(capsys, "measure", str(folder), "--reference", "1", *text)
-    assert code == 0
+    told = ok(capsys, "measure", str(folder), "--reference", "1", *text)
     rows = {row["name"]: row for row in told[-1]["rows"]}
     assert (
         rows["tuned"]["kl_divergence"] < 1e-9 < rows["compressed"]["kl_divergence"] < small["kl_divergence"]
@@ -234,13 +203,12 @@ def test_every_model_is_compared_with_a_reference_that_is_named(
 
 
 def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
-    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = next(folder_of(at).glob("*.gguf"))
     shutil.copy(file, "a.gguf")
     text = ["--text", "text.txt", "--length", "64"]
-    code, told, err = call(capsys, "measure", "a.gguf", *text, *FAST)
-    assert code == 0, err
+    told = ok(capsys, "measure", "a.gguf", *text, *FAST)
     rows = told[-1]["rows"]
     assert [row["engine"] for row in rows] == (["torch", "llama.cpp"] if llamacpp.available() else ["torch"])
     assert rows[0]["bytes"] == Path("a.gguf").stat().st_size
@@ -251,16 +219,12 @@ def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
     assert pip_install("llamacpp") in err
 
 
-# ---------------------------------------------------------------- export
-
-
-def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_is_run_where_it_is_for(at: Path, capsys: Capture) -> None:
     words = models.load("little").tokenizer
     count = len(words(Path("text.txt").read_text())["input_ids"])
     for to in ("hf", "gguf:f32"):
         place = "b.gguf" if to == "gguf:f32" else to
-        code, told, err = call(capsys, "export", "2", "--to", to, "--path", place, "--text", "text.txt")
-        assert code == 0, err
+        told = ok(capsys, "export", "2", "--to", to, "--path", place, "--text", "text.txt")
         found = told[-1]
         assert found["event"] == "check"
         if to == "hf" or llamacpp.available():
@@ -271,8 +235,6 @@ def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixtur
     assert (code, told[-1]["runtime"]) == (0, "transformers")
     assert told[-1]["ratio"] == pytest.approx(1, rel=1e-5)
 
-
-# ---------------------------------------------------------------- bad input
 
 BAD = {
     "a text of one token": (["measure", "little", "--text", "one.txt"], "1 tokens: nothing to predict"),
@@ -286,7 +248,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_a_clear_error(case: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_a_clear_error(case: str, at: Path, capsys: Capture) -> None:
     args, text = BAD[case]
     Path("one.txt").write_text("a")
     Path("empty.txt").touch()

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import fleetune
+from command_line import Capture, ok
 from fleetune import models
 from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
@@ -29,9 +30,9 @@ from fleetune.errors import Interrupted, LedgerError, ModelError, UsageError, Ve
 from fleetune.models.net.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View
-from fleetune.tuning.methods import _zeroth
+from fleetune.tuning.methods import _zeroth, mezo
 from fleetune.tuning.result import finished
-from heard import Heard
+from heard import Heard, counting
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -64,18 +65,7 @@ def load(file: Path) -> Model:
 def ledger_on(file: Path) -> tuple[Ledger, str]:
     """A ledger of 40 steps, and the digest of the weights that it leads to."""
     model = load(file)
-    made = _zeroth.new_ledger(
-        model,
-        5,
-        law="hashed",
-        K=64,
-        lr=0.02,
-        eps=0.01,
-        rule="constant",
-        method="mezo",
-        hyper={},
-        aggregation="mean",
-    )
+    made = mezo.Method(K=64, lr=0.02, eps=0.01).empty(model, 5)
     rng = np.random.default_rng(1)
     made = made.append(np.arange(40, dtype=np.uint64), rng.integers(-90, 90, 40), 1)
     view = _zeroth.place_at(model, made)
@@ -133,19 +123,10 @@ def test_a_patch_that_would_make_another_model_is_not_made(
         patch_make.of_ledger(file, ledger)
 
 
-def test_the_command_prints_json_for_a_devices_script(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from fleetune.cli.main import main
-
+def test_the_command_prints_json_for_a_devices_script(file: Path, tmp_path: Path, capsys: Capture) -> None:
     ledger_on(file)[0].save(tmp_path / "ledger.safetensors")
-    lines = []
-    for words in (
-        ["make", str(file), str(tmp_path / "ledger.safetensors"), "--to", str(tmp_path / "p")],
-        ["apply", str(file), str(tmp_path / "p")],
-    ):
-        assert main(["patch", *words, "--json"]) == 0
-        lines.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    made = ok(capsys, "patch", "make", file, tmp_path / "ledger.safetensors", "--to", tmp_path / "p")
+    lines = [made[-1], ok(capsys, "patch", "apply", file, tmp_path / "p")[-1]]
     assert [line["event"] for line in lines] == ["patch", "patched"]
     assert lines[0]["result"] == lines[1]["result"] == sha256(file)
 
@@ -177,9 +158,7 @@ def test_a_result_that_is_not_the_stated_one_is_not_kept(file: Path) -> None:
 
 def test_only_a_ledger_of_scales_makes_a_patch(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.load(str(file), device="cpu", base="mapped")
-    weights = _zeroth.new_ledger(
-        model, 5, law="hashed", K=64, lr=0.02, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
-    )
+    weights = mezo.Method(K=64, lr=0.02, eps=0.01).empty(model, 5)
     with pytest.raises(UsageError, match="moves all weights"):
         patch_make.of_ledger(file, weights)
     ledger, _ = ledger_on(file)
@@ -195,7 +174,7 @@ def test_a_stop_changes_nothing(file: Path, tmp_path: Path) -> None:
     made, before = patch_make.of_ledger(file, ledger_on(file)[0]), file.read_bytes()
     for out in (None, tmp_path / "new.gguf"):
         with pytest.raises(Interrupted, match="nothing was changed"):
-            patch.apply(file, made, out, Heard(stop_at="bytes written"))
+            patch.apply(file, made, out, Heard(counting("bytes written")))
     assert file.read_bytes() == before
     assert visible(file.parent) == ["m.gguf"]
     assert not (tmp_path / "new.gguf").exists()
@@ -227,7 +206,6 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
     drawn, command = random.Random(4), [sys.executable, "-c", code, str(file)]
     for _ in range(4):
         child = subprocess.Popen([*command, str(tmp_path / "p")], stdout=subprocess.PIPE)
-        assert child.stdout is not None
         child.stdout.readline()
         time.sleep(drawn.uniform(0, 0.3))
         child.send_signal(signal.SIGKILL)
@@ -239,9 +217,6 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
         file.with_name(".x").unlink(missing_ok=True)
     patch.apply(file, made)
     assert visible(file.parent) == ["m.gguf"], "what killed ones left is gone"
-
-
-# A run ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["fedkseed", "onebyte"])
@@ -272,9 +247,6 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
     made = patch_make.of_ledger(file, finished.ledger_of(Path(run.done.run)))
     assert made.result == sha256(out)
     assert len(made.file) < 20_000
-
-
-# Files of patches ------------------------------------------------------------------------------------
 
 
 def test_a_damaged_or_another_patch_is_named_as_such(file: Path, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from deploy_harness import compressed, tiny
 from serve_harness import little_file, lives, stand_in, starts
 
 import fleetune
+from command_line import FEW, Capture, call, refused
 from fleetune import models
-from fleetune.cli.main import main
 from fleetune.common.shell import pip_install
 from fleetune.deploy import export
 from fleetune.deploy import serve as serving_module
@@ -51,15 +51,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, model = tmp_path_factory.mktemp("models") / "plain", tiny()
     models.save(model.net, model.tokenizer, path)
     return path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-# Engines ----------------------------------------------------------------------------------------------
 
 
 def test_engines_are_told_all_but_the_key(at: Path) -> None:
@@ -124,9 +115,6 @@ def test_the_engine_of_the_wheel_serves_and_answers(plain: Path) -> None:
         assert talk.say("hello") == talk.turns[-1]["content"] != ""
 
 
-# serve ------------------------------------------------------------------------------------------------
-
-
 def _hearing() -> None:
     """Signals as in a terminal, also where these tests run in the background of a script, which ignores some."""
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -148,7 +136,6 @@ def serving(*args: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]
     )
     with process:
         try:
-            assert process.stdout is not None
             event: dict[str, Any] = {}
             while event.get("event") != "serving":
                 event = json.loads(process.stdout.readline())
@@ -187,7 +174,6 @@ def test_serve_ends_with_an_error_when_the_engine_does(at: Path) -> None:
     with serving("tiny.gguf") as (process, _):
         os.kill(starts(at / "bin")[0]["pid"], signal.SIGKILL)
         assert process.wait(20) == 1
-        assert process.stdout is not None
         assert "llama-server has ended (signal 9)" in json.loads(process.stdout.readlines()[-1])["message"]
 
 
@@ -220,23 +206,15 @@ def test_a_key_is_passed_on_and_made_off_this_machine(at: Path, monkeypatch: pyt
     ],
 )
 def test_serve_refuses_before_an_engine_is_started(
-    args: list[str],
-    message: str,
-    at: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    args: list[str], message: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else real(name))
     Path("cut.gguf").write_bytes(Path("tiny.gguf").read_bytes()[:-1])
     little_file(Path("lora.gguf"), "adapter")
-    code, _, err = call(capsys, "serve", "--port", "0", *args)
-    assert code == 2
+    err = refused(capsys, "serve", "--port", "0", *args)
     assert message in err
     assert not (at / "bin" / "started").exists()
-
-
-# What is served ---------------------------------------------------------------------------------------
 
 
 def served(model: object) -> dict[str, Any]:
@@ -263,9 +241,7 @@ def test_a_compressed_model_is_exported_and_an_export_that_is_there_is_taken(at:
     assert served("latest")["--model"] == str((folder / "kept.gguf").resolve())
 
 
-def test_codes_that_gguf_has_no_blocks_for_are_served_in_fp32(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_codes_that_gguf_has_no_blocks_for_are_served_in_fp32(at: Path, capsys: Capture) -> None:
     compressed(tiny(), at / "four", group=4)
     code, out, err = call(capsys, "chat", str(at / "four"), "--prompt", "hello")
     assert (code, out) == (0, "1:hello\n"), err
@@ -273,18 +249,7 @@ def test_codes_that_gguf_has_no_blocks_for_are_served_in_fp32(
 
 
 def test_a_finished_run_is_served_and_its_adapter_is_no_model(at: Path, plain: Path) -> None:
-    fleetune.tune(
-        str(plain),
-        "demo",
-        method="fedit",
-        settings={"lr": 0.05},
-        clients=2,
-        rounds=1,
-        limit=24,
-        held_out=4,
-        max_length=64,
-        samples=0,
-    )
+    fleetune.tune(plain, "demo", method="fedit", settings={"lr": 0.05}, limit=24, max_length=64, **FEW)
     start = served("latest")
     assert start["magic"] == "GGUF"
     assert start["--alias"].startswith("0001-fedit")
@@ -293,11 +258,8 @@ def test_a_finished_run_is_served_and_its_adapter_is_no_model(at: Path, plain: P
     assert served("1")["--alias"] == start["--alias"]
 
 
-# chat -------------------------------------------------------------------------------------------------
-
-
 def test_chat_answers_once_to_a_prompt_or_a_pipe(
-    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call(capsys, *CHAT, "--prompt", "hello")[:2] == (0, "1:hello\n")
     args = ["--system", "s", "--temperature", "1.5", "--seed", "7", "--max-tokens", "9", "--prompt", "hello"]
@@ -326,7 +288,7 @@ def test_chat_answers_once_to_a_prompt_or_a_pipe(
     ],
 )
 def test_what_cannot_be_answered_is_an_error(
-    args: list[str], code: int, message: str, at: Path, capsys: pytest.CaptureFixture[str]
+    args: list[str], code: int, message: str, at: Path, capsys: Capture
 ) -> None:
     found, _, err = call(capsys, *CHAT, *args)
     assert (found, message in err) == (code, True), err
@@ -355,9 +317,7 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return sit
 
 
-def test_chat_remembers_and_forgets(
-    at: Path, capsys: pytest.CaptureFixture[str], typed: Callable[..., None]
-) -> None:
+def test_chat_remembers_and_forgets(at: Path, capsys: Capture, typed: Callable[..., None]) -> None:
     typed("a", "", "b", "too long", "/help", "/new", "c", "/exit", "never")
     code, out, err = call(capsys, *CHAT, "--system", "s")
     assert (code, out) == (0, "2:a\n4:b\n2:c\n")

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy_harness import BLOCKS, LAYER, compressed, on_grid, tiny
+from deploy_harness import BLOCKS, LAYER, compressed, on_grid, tiny, write_codes
 from family_harness import save
 
 import fleetune
@@ -16,7 +18,6 @@ from fleetune.common import ggml
 from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.deploy import tunable_file
 from fleetune.errors import UsageError
-from fleetune.models import artefact
 from fleetune.runs.listener import Silent
 from fleetune.seeds.scale_view import moved_tensors
 
@@ -82,9 +83,6 @@ def test_another_file_in_its_place_is_refused_and_stays(other: Any, tmp_path: Pa
     assert place.read_bytes() == changed
 
 
-# What cannot be tuned -------------------------------------------------------------------------------
-
-
 def compression(folder: Path, model: Path, method: str = "rtn", **settings: Any) -> subject.Compressed:
     done = fleetune.compress(
         str(model),
@@ -110,9 +108,9 @@ def _text(folder: Path) -> str:
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     """A tiny model as a directory."""
-    model = tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64)
-    models.save(model.net, model.tokenizer, tmp_path / "plain")
-    return tmp_path / "plain"
+    return tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64).save(
+        tmp_path / "plain"
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,9 +153,7 @@ def test_of_a_file_of_several_types_those_that_can_be_are_tuned(tmp_path: Path) 
         if name.split(".")[-2] in LAYER:
             wide = ".mlp." in name
             quantised[name] = rounded(tensor, Grid("q4_k", 4), 32) if wide else on_grid(tensor, 4, 32)
-    head = artefact.ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest)
-    artefact.write(tmp_path / "codes", model, quantised, head)
-    found = subject.open(tmp_path / "codes")
+    found = subject.open(write_codes(model, tmp_path / "codes", quantised))
     assert isinstance(found, subject.Compressed)
     scales = ggml.scales_in(tunable_file.kinds_of(found))
     assert scales == {name.removesuffix(".weight"): 1 for name in quantised if ".mlp." not in name}
@@ -179,4 +175,29 @@ def test_only_layers_count() -> None:
     )
 
 
-# Writing it -----------------------------------------------------------------------------------------
+KILLED = """
+import os, signal, sys, time
+from fleetune import subject
+from fleetune.deploy import tunable_file
+found = subject.open(sys.argv[1])
+place = tunable_file.of(found, lambda _: None)
+whole = place.read_bytes()
+for delay in (0.02, 0.05, 0.1, 0.2, 0.35):
+    child = os.fork()
+    while not child:
+        place.unlink(missing_ok=True)
+        tunable_file.of(found, lambda _: None)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not place.exists() or place.read_bytes() == whole, delay
+place.unlink(missing_ok=True)
+tunable_file.of(found, lambda _: None)
+assert place.read_bytes() == whole
+"""
+
+
+def test_a_killed_process_leaves_the_whole_file_or_none(tmp_path: Path) -> None:
+    found = codes(tmp_path / "codes")
+    subprocess.run([sys.executable, "-c", KILLED, str(found.home)], check=True, timeout=120)
+    assert not list(found.home.glob(".*")), "what killed ones left is gone"

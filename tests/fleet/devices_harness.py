@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import fleetune
+from command_line import FEW
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import Interrupted
@@ -24,22 +25,11 @@ from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import Brings, Worker
-from fleetune.runs.listener import Listener, Silent
+from fleetune.runs.listener import Listener
 from fleetune.tuning.recipe import recipe as recipes
 
 QUICK = Pace(grace=60, poll=0.03)
-COMMON: dict[str, Any] = {
-    "model": "model",
-    "data": "rows.jsonl",
-    "clients": 2,
-    "rounds": 1,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "max_length": 48,
-    "device": "cpu",
-    "threads": 1,
-}
+COMMON: dict[str, Any] = FEW | {"model": "model", "data": "rows.jsonl", "max_length": 48}
 RECIPES = {
     "ledger": {**COMMON, "method": "fedkseed", "set": {"K": 4, "tau": 1, "lr": 1e-2}},
     "adapter": {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 1, "lr": 1e-2, "dropout": 0.0}},
@@ -57,8 +47,7 @@ def write_rows(path: str, first: int, last: int) -> None:
 
 def lay_out(place: Path, count: int) -> None:
     """Put a model, rows, a certificate, and the keys of so many devices into a folder."""
-    made = models.tiny_llama()
-    models.save(made.net, made.tokenizer, place / "model")
+    models.tiny_llama().save(place / "model")
     write_rows(str(place / "rows.jsonl"), 1, 31)
     keys.make_certificate(place / "certs", ["localhost", "127.0.0.1"])
     (place / "keys").mkdir()
@@ -69,8 +58,7 @@ def lay_out(place: Path, count: int) -> None:
 
 def simulated(kind: str, layers: int = 2, rows: int = 20) -> Path:
     """Tune a model in the working directory; its clients' rows are then in rows/."""
-    made = models.tiny_llama(layers=layers)
-    models.save(made.net, made.tokenizer, Path("model"))
+    models.tiny_llama(layers=layers).save(Path("model"))
     write_rows("rows.jsonl", 1, 1 + rows)
     recipe = recipes.make(RECIPES[kind])
     Path("recipe.toml").write_text(recipes.to_toml(recipe))
@@ -126,29 +114,6 @@ def numbered(folder: Path, count: int = 2) -> None:
         Path(f"state-{c}").mkdir()
         public = keys.make(Path(f"state-{c}/key")).public
         table.register([(public.fingerprint, f"device-{c}")])
-
-
-class Heard(Silent):
-    """A listener that keeps what it is told; `stop` is asked whether a stop is requested."""
-
-    def __init__(self, stop: Callable[[Heard], bool] = lambda heard: False) -> None:
-        self.events: list[Any] = []
-        self.notes: list[str] = []
-        self.stop = stop
-
-    def event(self, event: Any) -> None:
-        self.events.append(event)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.stop(self)
-
-    def of(self, name: str) -> list[Any]:
-        """The events of a name."""
-        return [e for e in self.events if e.event == name]
 
 
 class Direct:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices_harness import Device, Direct, Door, Heard, devices, free_port, simulated, worker, write_rows
+from devices_harness import Device, Direct, Door, devices, free_port, simulated, worker, write_rows
 
 from fleetune import data, models, subject
 from fleetune.cli.main import main
@@ -32,6 +32,7 @@ from fleetune.fleet.table import Devices
 from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.result import finished
 from fleetune.tuning.rounds.fleets import Answer
+from heard import Heard
 
 
 @pytest.fixture(scope="module", params=["ledger", pytest.param("adapter", marks=pytest.mark.slow)])
@@ -295,7 +296,7 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.
         divided("one.jsonl", 1)
 
 
-def test_events_are_as_the_schema_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_are_as_the_schema_says() -> None:
     from jsonschema import Draft202012Validator
 
     from fleetune.common.events import as_dict

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_loopback import FEDKSEED, folder, place
 
+from command_line import refused
 from fleetune.cli.main import main
 from fleetune.common.shell import pip_install
 from fleetune.errors import FleetError, UsageError
@@ -84,11 +85,9 @@ def test_a_device_reads_its_rows_before_it_looks_for_a_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl"]) == 2
-    assert "no file rows.jsonl" in capsys.readouterr().err
+    assert "no file rows.jsonl" in refused(capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl")
     Path("rows.jsonl").write_text('{"ask": "Why?", "say": "So."}\n')
-    assert main(["fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl"]) == 2
-    assert "rows.jsonl:1" in capsys.readouterr().err
+    assert "rows.jsonl:1" in refused(capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl")
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "uvicorn"])

@@ -16,7 +16,7 @@ from typing import Any
 import devices_harness
 import httpx
 import pytest
-from devices_harness import Device, Heard, free_port
+from devices_harness import Device, free_port
 
 import fleetune
 from fleetune import models
@@ -32,6 +32,7 @@ from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
+from heard import Heard
 
 CLIENTS = 3
 COMMON: dict[str, Any] = {**devices_harness.COMMON, "clients": CLIENTS, "rounds": 3}

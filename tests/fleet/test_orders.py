@@ -24,7 +24,7 @@ from fleetune.fleet.orders import WORDS, Declined, Device, Job, Order, Reply, in
 from fleetune.tuning.exchange.messages import Message, Payload, encode
 
 JOB = Job(
-    "a" * 32, "fedkseed", {"K": 64, "lr": 1e-3, "pro": False}, "m", "b" * 64, "fp32", 64, ("yes", "no"), 3
+    "a" * 32, "fedkseed", {"K": 64, "lr": 1e-3, "clip": 0.0}, "m", "b" * 64, "fp32", 64, ("yes", "no"), 3
 )
 DEVICE = Device(50, "c" * 64, 1 << 33, 2, "0.1.0")
 number = st.integers(0, 2**64 - 1)

@@ -31,7 +31,7 @@ def test_the_method_is_the_one_that_plan_recommends_and_is_said(tiny: str) -> No
 
 
 def test_the_method_has_the_settings_that_are_given(tiny: str) -> None:
-    chosen, _, _ = choose.method_for(recipe(tiny, set={"tau": 3, "K": 64, "pro": True}), offline=True)
+    chosen, _, _ = choose.method_for(recipe(tiny, set={"tau": 3, "K": 64, "backprop_steps": 3}), offline=True)
     assert chosen == "fedkseed"
     with pytest.raises(RecipeError, match="no method has all of the settings r, K"):
         choose.method_for(recipe(tiny, set={"r": 4, "K": 64}), offline=True)

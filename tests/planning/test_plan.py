@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.events import PlanRow
 from fleetune.data import Encoded, collate
 from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
@@ -116,9 +117,18 @@ def test_time_follows_the_rates() -> None:
 # --- what fits --------------------------------------------------------------------------------------------
 
 
-def _rows(ram: int | None, **peaks: int) -> list[plan.Row]:
+def _rows(ram: int | None, **peaks: int) -> list[PlanRow]:
+    same: dict[str, Any] = {
+        "model": "m",
+        "note": "",
+        "parts": {"weights": 5},
+        "trainable": 1,
+        "passes": 2,
+        "ram": ram,
+    }
+    same |= {"bytes_up": 1, "bytes_down": 1, "seconds": 60.0, "sending": None}
     return [
-        plan.Row(name, "", name in methods.entries(), peak, {"weights": 5}, 1, 1, 1, 2, 60.0, None, ram)
+        PlanRow(method=name, tunes=name in methods.entries(), peak=peak, fits=plan.fit(peak, ram), **same)
         for name, peak in peaks.items()
     ]
 

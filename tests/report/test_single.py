@@ -42,7 +42,7 @@ def test_page_is_whole_and_needs_nothing_else(run24: Path) -> None:
     for title in ("Result", "Training", "Fleet", "Samples", "Configuration", "Versions", "Run it again"):
         assert title in page.words
     drawings = re.findall(r"<svg .*?</svg>", text, re.S)
-    assert len(drawings) == 4
+    assert len(drawings) == 2
     for drawing in drawings:  # each can be read without seeing it, and on a telephone
         title, desc = re.search(r'aria-labelledby="(\S+) (\S+)"', drawing).groups()  # type: ignore[union-attr]
         assert re.search(rf'<title id="{title}">[^<]{{8,}}</title>', drawing)

@@ -34,17 +34,7 @@ def test_steps_are_one_two_or_five(span: float, count: int) -> None:
     assert count / 2.6 <= span / step <= count * (1 + 1e-6)
 
 
-def test_ticks_carry_units() -> None:
-    assert [t for _, t in svg.sizes([1.2e6], "x").ticks] == [
-        "0",
-        "0.2 MB",
-        "0.4 MB",
-        "0.6 MB",
-        "0.8 MB",
-        "1 MB",
-        "1.2 MB",
-    ]
-    assert [t for _, t in svg.sizes([3], "x").ticks] == ["0", "1 B", "2 B", "3 B"]
+def test_ticks_are_round_numbers() -> None:
     assert [t for _, t in svg.integers([0, 3], "x").ticks] == ["0", "1", "2", "3"]
     assert next(t for _, t in svg.numbers([2.386, 2.391], "x").ticks) == "2.386"
     assert [t for _, t in svg.counts([1], "x").ticks] == ["0", "1"]

@@ -44,7 +44,7 @@ def head(**changes: Any) -> LedgerHead:
         "eps": 1e-3,
         "lr": "constant",
         "method": "fedkseed",
-        "hyper": {"K": 16, "lr": 3e-7, "pro": False},
+        "hyper": {"K": 16, "lr": 3e-7, "clip": 0.0},
         "aggregation": "mean weighted by rows",
     }
     return LedgerHead(**{**known, **changes})

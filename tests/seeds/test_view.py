@@ -252,7 +252,7 @@ def slope_of(model: Model, view: View, batch: Batch, objective: Any = batch_loss
     ("law", "dtype", "many"),
     [
         *((law, "fp32", many) for law in LAWS for many in (0, 3)),
-        ("rademacher", "bf16", 20),  # folded
+        ("rademacher", "bf16", 20),
         ("hashed", "fp16", 1),
         ("hashed", "bf16", 20),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights at a point, a piece at a time: those of the definition, whatever kernels, threads, pieces and cached sums make them."""
+"""Weights at a point, a piece at a time: those of the definition, whatever kernels, threads and pieces make them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fleetune import seeds
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
 from fleetune.models import DTYPES, digest, named_tensors, tiny_llama
-from fleetune.seeds import noise, weights
+from fleetune.seeds import weights
 from fleetune.seeds.descent import two_point
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.weights import MovedWeights, kernels, layout
@@ -140,56 +140,6 @@ def test_a_stored_direction_is_that_of_the_law() -> None:
             z = direction("hashed", DIRECTION, slot.start, slot.tensor.numel())
             assert np.array_equal(view.stored.z[slot.name].numpy(), z)
         assert digest(view.tensors()) == digest(reference(named_tensors(net), "hashed", ENTRIES, EPS))
-
-
-# --- cached sums ----------------------------------------------------------------------------------------------
-
-
-def point(law: str, K: int, count: int, seed: int, scale: int = 3000) -> noise.Passes:
-    rng = np.random.default_rng(seed)
-    epochs, members = (rng.integers(0, top, 3 * count).astype(np.uint64) for top in (count, K))
-    return passes(law, K, epochs << np.uint64(32) | members, rng.integers(-scale, scale, 3 * count))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("law", "K"), [("rademacher", 1), ("hashed", 8)])
-def test_a_walk_of_points_has_the_bits_of_plain_passes(dtype: torch.dtype, law: str, K: int) -> None:
-    model = tiny_llama()
-    model.net.to(dtype)
-    view, direction = view_of(model.net, law), probe(law, K, 5)
-    # many passes, a few more, many others, fewer than are worth folding, none
-    for count, seed in ((60, 0), (61, 0), (64, 1), (3, 3), (0, 4), (30, 5)):
-        at = point(law, K, count, seed) if count else None
-        seen = []
-        for fold in (False, True):
-            view.place(at, fold=fold)
-            for eps in (0.0, 1e-3):
-                view.probe(direction if eps else None, eps)
-                seen.append(digest(view.tensors()))
-            view.probe(None)
-        assert seen[:2] == seen[2:]
-
-
-def test_many_passes_are_folded_and_few_are_computed() -> None:
-    view = view_of(tiny_llama().net, "rademacher")
-    first = point("rademacher", 1, 60, 0)
-    view.place(first)
-    assert view.point is None
-    assert view.folded.sums
-    more = passes("rademacher", 1, np.append(first.ids, np.uint64(7)), np.append(first.tables[:, 0], 5))
-    view.place(more)
-    assert view.point is not None
-    assert view.point.ids.tolist() == [7]
-
-
-def test_sums_that_could_pass_2_to_24_are_not_folded() -> None:
-    view = view_of(tiny_llama().net, "rademacher")
-    big = point("rademacher", 1, 40, 1, scale=1 << 22)
-    view.place(big, fold=False)
-    plain = digest(view.tensors())
-    view.place(big)
-    assert not view.folded.sums
-    assert digest(view.tensors()) == plain
 
 
 # --- the choice of kernels --------------------------------------------------------------------------------------

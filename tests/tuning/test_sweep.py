@@ -135,7 +135,7 @@ def test_methods_can_vary_and_a_setting_of_one_of_them_is_refused_for_the_others
 
 def test_the_file_gives_the_grid_back(tmp_path):
     values = {**BASE, "eval_data": 'a "b"\\c.jsonl'}
-    grid = sweep.make_grid(values, ["alpha=0.5,1e-2", "set.law=hashed,gaussian", "set.pro=true,false"], 2)
+    grid = sweep.make_grid(values, ["alpha=0.5,1e-2", "set.law=hashed,gaussian", "set.backprop=0.0,0.5"], 2)
     (tmp_path / "sweep.toml").write_text(sweep.to_toml(grid), encoding="utf-8")
     assert sweep.read(tmp_path) == grid
 

@@ -135,12 +135,6 @@ class Attachment:
     parts: tuple[Part, ...]
 
     @property
-    def added(self) -> int:
-        """Return how many parameters the net has beside the base's own: copies take the place of theirs."""
-        copies = {n for part in self.parts if isinstance(part, ParameterCopies) for n in part.parameters}
-        return sum(p.numel() for n, p in self.parameters.items() if n not in copies)
-
-    @property
     def words(self) -> str:
         """Say in words what it is: "with an adapter of 1.2 M parameters (Lora)"."""
         count = human_count(sum(p.numel() for p in self.parameters.values()))

@@ -35,7 +35,6 @@ def evaluate(
     answer_tokens: int = 96,
     text: str | Path | None = None,
     labels: Sequence[str] = (),
-    task_files: str | Path | None = None,
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
@@ -51,9 +50,7 @@ def evaluate(
     default is loss and rouge_l; for an encoder, loss and accuracy; with a `text`, perplexity too.  At most `limit` rows are
     measured, cut to the `max_length` of the run that the model comes from (512 tokens for others).  The event of a run has
     the loss of its base model on the same rows as well, and how sure the change is.  Losses are in nats per token (of an
-    encoder: per row); perplexity has no unit; the others are in percent.  Any other name is a task of lm-evaluation-harness,
-    of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its values are named
-    TASK.METRIC and have the harness's unit; the event has their standard errors.
+    encoder: per row); perplexity has no unit; the others are in percent.
     `base` is memory or mapped: where the base's weights are (a run: as while it was tuned).
     """
     found = subjects.open(model, out=out)  # before torch is imported
@@ -62,19 +59,12 @@ def evaluate(
     from fleetune.evaluation import measures
 
     heard, labels = heard_by(listener, progress), words(labels)
-    own, others = measures.divided(words(tasks))
-    if text and own and not {"perplexity", "ppl"} & set(own):
+    wanted = measures.check_tasks(words(tasks))
+    if text and wanted and "perplexity" not in wanted:
         problem = f"{text} is for the task perplexity, which --tasks does not name"
         raise RecipeError([problem], hint="fleetune eval --help")
-    wanted = measures.check_tasks(list(own))
-    harness = measures.HarnessTasks(others, task_files) if others else None
     where: dict[str, Any] = {"dtype": dtype, "device": device, "offline": offline}
     longest = found.max_length
-    if harness is not None and not own:  # which needs no rows
-        loaded = subjects.load_alone(found, base=base, **where)
-        scores = harness.evaluate(loaded, limit=limit)
-        heard.event(evaluated(found.argument, 0, {}, of=0, max_length=longest, harness=scores))
-        return measures.by_name(scores)
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     if labels and "accuracy" in wanted:
         answers = [example.response.strip() for example in given[:limit]]
@@ -100,20 +90,10 @@ def evaluate(
         texts=texts,
         told=told,
     )
-    scores = harness.evaluate(loaded, limit=limit) if harness is not None else []
     before = subjects.base_losses(found, loaded, measured, told) if rows else None  # makes `loaded` the base
-    heard.event(
-        evaluated(
-            found.argument,
-            len(measured),
-            values,
-            of=len(every),
-            max_length=longest,
-            rows_of=(before, rows),
-            harness=scores,
-        )
-    )
-    return values | measures.by_name(scores)
+    counts = {"of": len(every), "max_length": longest}
+    heard.event(evaluated(found.argument, len(measured), values, **counts, rows_of=(before, rows)))
+    return values
 
 
 def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:

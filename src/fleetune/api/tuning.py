@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Unpack, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from fleetune import models
 from fleetune import subject as subjects
@@ -23,7 +23,7 @@ from fleetune.subject import Compressed, Run
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.recipe import Recipe, RecipeOptions
+from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from fleetune.planning.plan import Plan
@@ -170,7 +170,7 @@ def tune(
     offline: bool = False,
     listener: Listener | None = None,
     progress: bool | None = None,
-    **options: Unpack[RecipeOptions],
+    **options: Any,
 ) -> TuneResult:
     """Tune a model over a simulated fleet in a new folder under `out`, and return the run.
 
@@ -235,7 +235,7 @@ def recipe_for(
     settings: Mapping[str, Setting],
     tokenizer: object,
     out: Path,
-    options: RecipeOptions,
+    options: Mapping[str, Any],
     listener: Listener,
 ) -> Recipe:
     """The recipe for what a caller handed over; the options are checked before any object is saved."""
@@ -293,7 +293,7 @@ def sweep(
     offline: bool = False,
     listener: Listener | None = None,
     progress: bool | None = None,
-    **options: Unpack[RecipeOptions],
+    **options: Any,
 ) -> SweepResult:
     """Tune over all combinations of the values in `vary`, each for `seeds` seeds, in a new folder under `out`.
 

@@ -639,22 +639,6 @@ class MeasureDone(Event, event="done"):
     kept: Mapping[str, Mapping[str, Any]]  # by measure: gain of tuning; value, the share that is left
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskScore:
-    """A metric of a task of lm-evaluation-harness, in the harness's own unit (an accuracy is a share of 1)."""
-
-    task: str  # name of the task, group or tag
-    metric: str  # name of the metric
-    filter: str  # how answers were read; none for as they are
-    value: float  # of the metric
-    stderr: float | None  # standard error, as the harness states it; null where it states none
-    rows: int | None  # questions asked; null for a group of tasks, as the next two
-    of: int | None  # questions that the task has
-    shots: int | None  # examples before each question
-    version: str | None  # of the task
-    higher_is_better: bool | None  # null where the harness does not say
-
-
 class EvalDone(Measures, event="eval"):
     """`eval`: the measures of one model."""
 
@@ -665,7 +649,6 @@ class EvalDone(Measures, event="eval"):
     loss_error: float | None = None  # standard error of the loss, over the rows
     base_loss: float | None = None  # of a run: loss of its base model on the same rows
     change_error: float | None = None  # standard error of `loss` less `base_loss`, taken row by row
-    harness: Sequence[TaskScore] | None = None  # of the tasks of lm-evaluation-harness
 
 
 def evaluated(
@@ -676,9 +659,8 @@ def evaluated(
     of: int,
     max_length: int,
     rows_of: tuple[RowLosses | None, RowLosses | None] = (None, None),
-    harness: Sequence[TaskScore] = (),
 ) -> EvalDone:
-    """The event for the measures of one model on the first `rows` of so many rows, and of tasks of the harness.
+    """The event for the measures of one model on the first `rows` of so many rows.
 
     `rows_of` are the losses of the rows under the base model and under this one, where they were measured.
     """
@@ -692,9 +674,7 @@ def evaluated(
             "base_loss": paired.ratio(base.sums, base.counts)[0],
             "change_error": change and change.error,
         }
-    return EvalDone(
-        model=model, rows=rows, of=of, max_length=max_length, harness=tuple(harness) or None, **values
-    )
+    return EvalDone(model=model, rows=rows, of=of, max_length=max_length, **values)
 
 
 # Planning, lists, ledgers, serving
@@ -886,13 +866,8 @@ class Failed(Event, event="error"):
     exit_code: int  # of the command
 
 
-class Stopped(Event, event="interrupted"):
-    """The command was stopped by Ctrl-C; `hint` resumes it."""
-
-    type: str  # Interrupted
-    message: str  # where it stopped
-    hint: str | None  # command that resumes
-    exit_code: int  # of the command: 130
+class Stopped(Failed, event="interrupted"):
+    """The command was stopped by Ctrl-C: `type` is Interrupted, `message` says where, `hint` resumes it."""
 
 
 # The headings of docs/events.md, and the first event under each.

@@ -6,8 +6,6 @@
                               p_v ~ Dir(ALPHA * 1_K), and a client that already holds N/K rows gets no more
                               (Hsu et al. 2019, arXiv 1909.06335; Li et al. 2021, arXiv 2102.02079; FedIT's
                               Shepherd).  The smaller ALPHA, the more a client's rows are of one kind.
-    shards:COLUMN[:S]         rows sorted by COLUMN and cut into S*K shards, S (default 2) at random per
-                              client (McMahan et al. 2016, arXiv 1602.05629; Shepherd)
     column:COLUMN             one client per value of COLUMN: clients that exist in the data
 
 Everything is a function of the 64-bit seed through the Philox generator, whose words are the same on every
@@ -33,22 +31,21 @@ from fleetune.errors import DataError, RecipeError, closest
 Indices = npt.NDArray[np.int64]
 Strata = list[tuple[str, Indices]]
 
-KINDS = ("iid", "dirichlet", "shards", "column")
+KINDS = ("iid", "dirichlet", "column")
 AUTO = "auto"  # column:client where the data name clients, else iid
-FORMS = "iid, dirichlet:ALPHA:COLUMN, shards:COLUMN, shards:COLUMN:S or column:COLUMN"
+FORMS = "iid, dirichlet:ALPHA:COLUMN or column:COLUMN"
 EVEN = 1e9  # an alpha above this is as even as this one, and could overflow
 DRAWS = 10  # Dirichlet draws before rows are moved to clients that got too few
 # Streams of one seed: far above the pass numbers that `Batches` uses, and apart from each other.
-HOLD_OUT, IID, SHARDS, DIRICHLET, TOP_UP = range(1 << 32, (1 << 32) + 5)
+HOLD_OUT, IID, DIRICHLET, TOP_UP = ((1 << 32) + i for i in (0, 1, 3, 4))
 
 
 class PartitionSpec(NamedTuple):
-    """A parsed partition: `alpha` only for dirichlet, `per_client` (S) only for shards."""
+    """A parsed partition: `alpha` only for dirichlet."""
 
     kind: str
     column: str = ""
     alpha: float = 0.0
-    per_client: int = 2
 
 
 def _philox(key: int, stream: int) -> np.random.Philox:
@@ -104,8 +101,6 @@ def partition(
     owner = np.empty(n, dtype=np.int64)
     if rule.kind == "iid":
         owner[keyed_order(seed, IID, n)] = np.arange(n) % clients
-    elif rule.kind == "shards":
-        owner = _shards(_strata(examples, rule.column), clients, rule.per_client, seed)
     else:
         owner = _dirichlet(_strata(examples, rule.column), clients, rule.alpha, seed, min_rows)
     return _lists(_top_up(owner, clients, min_rows, seed), clients)
@@ -163,13 +158,6 @@ def _parse(spec: str) -> PartitionSpec:
         return PartitionSpec(kind)
     if kind == "column" and rest:
         return PartitionSpec(kind, rest)
-    if kind == "shards" and rest:
-        column, _, last = rest.rpartition(":")
-        if not column or not last.lstrip("-").isdecimal():
-            return PartitionSpec(kind, rest)
-        if int(last) < 1:
-            raise RecipeError([f"partition {spec!r}: shards per client must be at least 1, got {last}"])
-        return PartitionSpec(kind, column, per_client=int(last))
     alpha, _, column = rest.partition(":")
     if kind == "dirichlet" and alpha and column:
         return PartitionSpec(kind, column, _alpha(spec, alpha))
@@ -245,23 +233,6 @@ def _natural(strata: Strata, column: str, clients: int | None, min_rows: int) ->
         )
     largest = sorted(range(len(able)), key=lambda v: (-len(able[v]), v))[:wanted]
     return [able[v] for v in sorted(largest)]
-
-
-def _shards(strata: Strata, clients: int, per_client: int, seed: int) -> Indices:
-    """Return the owner of each row: S*K contiguous shards of the sorted rows, S of them at random per client."""
-    in_order = np.concatenate([rows for _, rows in strata])
-    count = clients * per_client
-    if count > len(in_order):
-        raise DataError(
-            f"no rows for a shard: {len(in_order)} rows cannot fill {clients} x {per_client} shards",
-            hint="use fewer clients or fewer shards per client",
-        )
-    shard_owner = np.empty(count, dtype=np.int64)
-    shard_owner[keyed_order(seed, SHARDS, count)] = np.arange(count) // per_client
-    owner = np.empty(len(in_order), dtype=np.int64)
-    for shard, rows in enumerate(np.array_split(in_order, count)):
-        owner[rows] = shard_owner[shard]
-    return owner
 
 
 def _dirichlet(strata: Strata, clients: int, alpha: float, seed: int, min_rows: int) -> Indices:

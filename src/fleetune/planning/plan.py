@@ -25,6 +25,7 @@ import numpy as np
 
 from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
+from fleetune.common.events import PlanRow
 from fleetune.errors import FitError, UsageError
 from fleetune.models.cache.cache import PLACES, SHARE
 from fleetune.models.shapes import Shape, shape_of
@@ -225,31 +226,13 @@ NO_SCALES: Final[Mapping[str, int]] = MappingProxyType({})
 NO_KINDS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Row:
-    """The costs of one way to use a model, a device and round, in bytes and seconds; None where they are not known."""
-
-    method: str  # or the name of a comparison
-    note: str  # size of what is trained, such as r=8; "" for all weights
-    tunes: bool  # False for a row shown only for comparison, such as inference
-    peak: int | None  # peak memory; None (as `trainable`, `passes`) for a method without `footprint`
-    parts: dict[str, int]  # bytes of the peak, by part: weights, activations, ..
-    trainable: int | None  # number of trained weights; 0 for inference
-    bytes_up: int | None  # from the device, in a round
-    bytes_down: int | None  # to the device, in a round
-    passes: int | None  # times that a step goes through all weights
-    seconds: float | None  # computing of a round; None for inference
-    sending: float | None  # seconds to send bytes_up at the stated uplink
-    ram: int | None  # stated memory of the device
-
-    @property
-    def fits(self) -> str:
-        """ "yes", "yes, tight" (within a tenth), or "no: 3.9 GB short"; "" where the memory or the peak is not known."""
-        if self.ram is None or self.peak is None:
-            return ""
-        if self.peak > self.ram:
-            return f"no: {human_bytes(self.peak - self.ram)} short"
-        return "yes" if self.peak <= TIGHT * self.ram else "yes, tight"
+def fit(peak: int | None, ram: int | None) -> str:
+    """ "yes", "yes, tight" (within a tenth), or "no: 3.9 GB short"; "" where the memory or the peak is not known."""
+    if ram is None or peak is None:
+        return ""
+    if peak > ram:
+        return f"no: {human_bytes(peak - ram)} short"
+    return "yes" if peak <= TIGHT * ram else "yes, tight"
 
 
 # The table ------------------------------------------------------------------------------------------
@@ -264,42 +247,55 @@ def table(
     rates: Rates | None = None,
     train: str = "weights",
     scales: Mapping[str, int] = NO_SCALES,
-) -> list[Row]:
+    name: str = "",
+) -> list[PlanRow]:
     """Return the costs of every method and of the comparisons, on one device and for one of its rounds.
 
     A method is left out where it has no place on the model (query and value projections that are not found), or does not
     `train` scales where these are to be trained; `scales` as in `Shape`.
     `ram` in bytes, `uplink` in bytes a second.  `rates` None measures this machine, which takes some tenths
-    of a second.
+    of a second.  `name` is the model's.
     """
     shape = shape_of(config)._replace(scales=scales)
     speed = rates or device_cost.calibrate(work)
 
-    def row(name: str, footprint: Footprint, up: int | None, down: int | None) -> Row:
+    def row(method: str, footprint: Footprint, up: int | None, down: int | None) -> PlanRow:
         module, infers = footprint.module, footprint.gradient == "none"
         parts = device_cost.memory(shape, work, footprint)
-        seconds = None if infers else work.steps * device_cost.step_seconds(shape, work, footprint, speed)
-        return Row(
-            name,
-            module.note,
-            name not in device_cost.COMPARISON,
-            sum(parts.values()),
-            parts,
-            0 if infers else module.size or shape.params,
-            up,
-            down,
-            footprint.passes,
-            seconds,
-            up / uplink if up is not None and uplink else None,
-            ram,
+        peak = sum(parts.values())
+        return PlanRow(
+            model=name,
+            method=method,
+            note=module.note,
+            tunes=method not in device_cost.COMPARISON,
+            peak=peak,
+            parts=parts,
+            trainable=0 if infers else module.size or shape.params,
+            bytes_up=up,
+            bytes_down=down,
+            passes=footprint.passes,
+            seconds=None if infers else work.steps * device_cost.step_seconds(shape, work, footprint, speed),
+            sending=up / uplink if up is not None and uplink else None,
+            ram=ram,
+            fits=fit(peak, ram),
         )
 
     stated, unstated = _methods(shape, work, train)
-    rows = [row(name, footprint, *traffic(method, footprint)) for name, method, footprint in stated]
-    rows += [Row(name, "", True, None, {}, None, None, None, None, None, None, ram) for name in unstated]
-    for name, footprint in device_cost.COMPARISON.items():
+    rows = [row(each, footprint, *traffic(method, footprint)) for each, method, footprint in stated]
+    unknown = dict.fromkeys(("peak", "trainable", "bytes_up", "bytes_down", "passes", "seconds", "sending"))
+    same: dict[str, Any] = {
+        "model": name,
+        "note": "",
+        "tunes": True,
+        "parts": {},
+        "ram": ram,
+        "fits": "",
+        **unknown,
+    }
+    rows += [PlanRow(method=each, **same) for each in unstated]
+    for each, footprint in device_cost.COMPARISON.items():
         sent = None if footprint.gradient == "none" else shape.params * work.size
-        rows.append(row(name, footprint, sent, sent))
+        rows.append(row(each, footprint, sent, sent))
     return rows
 
 
@@ -332,7 +328,7 @@ def _methods(
 class Plan:
     """The costs of every method for a model on a device."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PlanRow, ...]
     about: tuple[tuple[str, str], ...]  # (label, text): the model and the work
     search: Search  # for what fits the device
 
@@ -363,20 +359,20 @@ def make(
     for what fits leaves them as they are.
     """
     work, scales = Workload(steps=steps, **asked), ggml.scales_in(kinds)
-    rows = table(config, work, ram=ram, uplink=uplink, train=train, scales=scales)
+    rows = table(config, work, ram=ram, uplink=uplink, train=train, scales=scales, name=name)
     search = Search(shape_of(config)._replace(scales=scales), ram, asked, train=train)
     about = describe(config, name, work, uplink, ggml.share(kinds))
     return Plan(tuple(rows), tuple(about.items()), search)
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
+def columns(rows: Sequence[PlanRow]) -> list[str]:
     """Return the headings of `cells`."""
     heads = ["method", "peak RAM", "up/round", "down/round", "passes/step", "round time"]
     ram = rows[0].ram
     return heads if ram is None else [*heads, f"fits {human_bytes(ram)}"]
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: PlanRow) -> list[str]:
     """Write a row as text.  The round's time includes the sending where an uplink was stated."""
     name = f"{row.method} ({row.note})" if row.note else row.method
     time = None if row.seconds is None else row.seconds + (row.sending or 0.0)
@@ -385,7 +381,7 @@ def cells(row: Row) -> list[str]:
     return [*shown, passes, human_time(time), *([row.fits] if row.ram is not None else [])]
 
 
-def order(rows: Sequence[Row]) -> list[str]:
+def order(rows: Sequence[PlanRow]) -> list[str]:
     """Return the methods of a table that can be counted, the one to begin with first.
 
     Methods state an order in which they are recommended (`RECOMMENDED`): those that learn most from a step.  They come
@@ -393,7 +389,7 @@ def order(rows: Sequence[Row]) -> list[str]:
     """
     entries = methods.entries()
 
-    def rank(row: Row) -> float:
+    def rank(row: PlanRow) -> float:
         slow = (row.sending or 0.0) > (row.seconds or 0.0)
         return math.inf if slow else entries[row.method].recommended or math.inf
 

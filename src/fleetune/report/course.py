@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show a run round by round, and its clients: loss, spread, whose data, who got better or worse, which replies did not count."""
+"""Show a run round by round, and its clients: loss, whose data, who got better or worse, which replies did not count."""
 
 from __future__ import annotations
 
@@ -14,21 +14,18 @@ from fleetune.report.page import TableCell, span, true_minus
 from fleetune.report.runlog import Event, Number, RunLog, Step, list_of, map_of, num_of, number, text_of
 
 EQUAL = 0.02  # bytes of rounds that differ by less than this share are told in a sentence
-MAX_DOTS = 4000  # above it the spread plot shows ranges in place of single clients
 MOST = 64  # clients that are drawn
 LISTED = 1000  # clients in a table
 NAMED = 3  # clients that the words name
 
 
 def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
-    """Return plots of the loss and its spread over the clients, the costs in words, and the table of all rounds."""
+    """Return a plot of the loss, the costs in words, and the table of all rounds."""
     measured = [s for s in steps if "loss" in s.losses]
     moved = [float(s.up or 0) + float(s.down or 0) for s in steps if s.up or s.down]
-    constant = not moved or max(moved) - min(moved) <= EQUAL * max(moved)
-    figures = _losses(measured, by_bytes=not constant) if len(measured) > 1 else ""
-    figures += _spread(run)
+    figures = _losses(measured) if len(measured) > 1 else ""
     words = [] if (peak := number(facts["peak_rss"])) is None else [f"Peak memory {human_bytes(peak)}."]
-    if moved and constant:
+    if moved and max(moved) - min(moved) <= EQUAL * max(moved):
         each = human_bytes(statistics.fmean(moved))
         words.insert(0, f"In every round the clients sent and received {each} together.")
     body = f'<div class="figures">{figures}</div>' if figures else ""
@@ -36,80 +33,23 @@ def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
     return body + told + (_every_round(steps) if run.rounds else "")
 
 
-def _losses(measured: Sequence[Step], *, by_bytes: bool) -> str:
-    """Draw the validation loss by round and, where rounds differ in them, by bytes exchanged."""
-    losses = [float(s.losses["loss"]) for s in measured]
+def _losses(measured: Sequence[Step]) -> str:
+    """Draw the validation loss by round."""
+    losses, rounds = [float(s.losses["loss"]) for s in measured], [float(s.round) for s in measured]
     tips = [f"round {s.round}: {show('loss', s.losses['loss'])}, {human_bytes(s.total)}" for s in measured]
     first, last = measured[0].round, measured[-1].round
     desc = f"From {losses[0]:.3f} in round {first} to {losses[-1]:.3f} in round {last}."
-    rounds, total = [float(s.round) for s in measured], [float(s.total or 0) for s in measured]
-    drawn = [("round", svg.integers(rounds, "round"), rounds, "Round 0 is the model before tuning.")]
-    if by_bytes:
-        axis = svg.sizes(total, "bytes sent and received so far")
-        drawn.append(("bytes exchanged", axis, total, "Cumulative, both ways, all clients."))
-    figures = ""
-    for name, x, places, words in drawn:
-        title, y = f"Validation loss by {name}", svg.numbers(losses, "validation loss")
-        plot = svg.Plot(f"loss-{name.split()[0]}", title, desc, x, y, right=50.0)
-        plot.end((places[-1], losses[-1]), f"{losses[-1]:.3f}", 0)
-        if first == 0:
-            plot.reference(losses[0], f"base {losses[0]:.3f}")
-        plot.line(list(zip(places, losses, strict=True)), 0, tips)
-        figures += page.figure(plot.svg(), title, words)
-    return figures
-
-
-def _spread(run: RunLog) -> str:
-    """Draw a dot a client or, for many, bands, with the medians of the rounds."""
-    rounds: dict[int, list[Event]] = {}
-    for event in run.clients:
-        if num_of(event, "loss") is not None:
-            rounds.setdefault(int(num_of(event, "round") or 0), []).append(event)
-    if not rounds:
-        return ""
-    losses = {r: sorted(float(num_of(e, "loss") or 0) for e in events) for r, events in rounds.items()}
-    quartiles = {r: _quartiles(values) for r, values in losses.items()}
-    every = [v for values in losses.values() for v in values]
-    desc = f"{len(every)} losses of clients in {len(rounds)} rounds, {min(every):.3f} to {max(every):.3f}."
-    x = svg.integers(list(map(float, rounds)), "round", pad=0.6)
-    y = svg.numbers(every, "training loss")
-    plot = svg.Plot("spread", "Training loss of each client by round", desc, x, y)
-    if len(every) > MAX_DOTS:
-        words = "Bands: all clients and their middle half. Line: median."
-        plot.band([(r, values[0], values[-1]) for r, values in losses.items()])
-        plot.band([(r, low, high) for r, (low, _, high) in quartiles.items()])
-    else:
-        words = "One dot per client. Line: median."
-        slot = min(0.6 * (svg.WIDTH - plot.left - plot.right) / (x.hi - x.lo), 70.0)
-        for r, events in rounds.items():
-            for i, event in enumerate(events):
-                loss = float(num_of(event, "loss") or 0)
-                aside = ((i * 0.618034 + 0.5) % 1 - 0.5) * slot
-                plot.dot(
-                    r,
-                    loss,
-                    0,
-                    f"round {r}, client {client_name(run, event.get('client'))}: {loss:.3f}",
-                    aside,
-                )
-    plot.line([(r, middle) for r, (_, middle, _) in quartiles.items()], -1)
-    rows: list[list[str | TableCell]] = []
-    for r, values in losses.items():
-        cells = [TableCell(f"{v:.3f}") for v in (values[0], *quartiles[r], values[-1])]
-        rows.append([str(r), TableCell(str(len(values))), *cells])
-    head = ["round", "clients", "lowest", "quarter", "median", "three quarters", "highest"]
-    words += (
-        " As the clients report it: the mean over their local steps of the round, on the rows they train on."
+    title, x, y = (
+        "Validation loss by round",
+        svg.integers(rounds, "round"),
+        svg.numbers(losses, "validation loss"),
     )
-    data = page.table("Training loss over the clients of a round", head, rows)
-    return page.figure(plot.svg(), "Training loss over the clients", words, data=data)
-
-
-def _quartiles(ordered: Sequence[float]) -> tuple[float, float, float]:
-    if len(ordered) < 2:
-        return (ordered[0],) * 3
-    low, middle, high = statistics.quantiles(ordered, n=4, method="inclusive")
-    return low, middle, high
+    plot = svg.Plot("loss-round", title, desc, x, y, right=50.0)
+    plot.end((rounds[-1], losses[-1]), f"{losses[-1]:.3f}", 0)
+    if first == 0:
+        plot.reference(losses[0], f"base {losses[0]:.3f}")
+    plot.line(list(zip(rounds, losses, strict=True)), 0, tips)
+    return page.figure(plot.svg(), title, "Round 0 is the model before tuning.")
 
 
 def _every_round(steps: Sequence[Step]) -> str:
@@ -221,8 +161,6 @@ def partition_words(run: RunLog) -> str:
         return f"Dirichlet α {rest[0]} over {rest[1]}"
     if kind == "column" and len(rest) == 1:
         return "the clients that the data names" if rest[0] == "client" else f"one client per {rest[0]}"
-    if kind == "shards" and rest:
-        return f"shards of {rest[0]}"
     return spec
 
 

@@ -139,7 +139,7 @@ def _identity(run: RunLog, facts: Mapping[str, object]) -> list[tuple[str, str]]
     model += [f"{human_count(params)} params"] if params is not None else []
     model += [dtype] if dtype else []
     share = f"trains {human_count(trained)}" if trained is not None and trained != params else ""
-    method = [str(facts["method"] or ""), _letters(run, str(facts["method"])), share]
+    method = [str(facts["method"] or ""), _letters(run), share]
     sizes = [n for v in list_of(run.start, "rows_per_client") if (n := number(v)) is not None]
     clients, partition = facts["clients"], partition_words(run)
     data = [
@@ -164,24 +164,18 @@ def _identity(run: RunLog, facts: Mapping[str, object]) -> list[tuple[str, str]]
     ]
 
 
-def _letters(run: RunLog, method: str) -> str:
-    """Return the method's own options: the table of the recipe that is called after it, or `set`.
-
-    If the run states which settings are not defaults, only these and the learning rate are shown.
-    """
-    sources = [v for key in (method, "set", "method", "fields") if isinstance(v := run.config.get(key), dict)]
-    shown = [(k, v) for k, v in (flat(sources[0]) if sources else []) if k != "name"]
-    if isinstance(run.env.get("given"), list):
-        named = {"lr", *(str(name).removeprefix("set.") for name in list_of(run.env, "given"))}
+def _letters(run: RunLog) -> str:
+    """Return the method's settings; where the run states which are not defaults, only these and the learning rate."""
+    shown = flat(map_of(run.config, "set"))
+    if isinstance(run.start.get("changed"), list):
+        named = {"lr", *(str(name).removeprefix("set.") for name in list_of(run.start, "changed"))}
         shown = [(k, v) for k, v in shown if k in named]
     return " · ".join(f"{k} {v}" for k, v in shown)
 
 
 def versions(run: RunLog) -> str:
     """Return what env.json says: versions, the machine, digests."""
-    return page.fact_list(
-        flat({k: v for k, v in run.env.items() if k not in ("given", rundir.STARTED_IN)}), "config"
-    )
+    return page.fact_list(flat({k: v for k, v in run.env.items() if k != rundir.STARTED_IN}), "config")
 
 
 def result(run: RunLog, facts: Mapping[str, object]) -> str:

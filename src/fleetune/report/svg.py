@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw plots as SVG text: lines, dots, bands and levels on two axes, and a row a name with bars or values before and after.
+"""Draw plots as SVG text: lines, bands and levels on two axes, and a row a name with bars or values before and after.
 
 A drawing is plain text for a page: no script, no font, no library.  Colours are classes `c0` ... `c7` and
 CSS variables that `style.css` defines for light and dark pages (the Okabe-Ito palette, "Color Universal
@@ -21,7 +21,6 @@ WIDTH = 460.0  # of a drawing: its text is about 12 px where two stand side by s
 WIDEST = 7.2  # advance of bold text, and of the larger text of a telephone: for names that must not be cut
 CHAR = 6.1  # mean advance of an 11 px system font, used to keep labels apart
 BETTER, WORSE, SAME = 0, 1, 7  # colours
-_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _TINY = 1e-18  # what is nearer to zero is drawn as zero
 
 
@@ -89,19 +88,11 @@ def counts(values: Iterable[float], label: str) -> PlotAxis:
     return _linear(lo, hi, max(1.0, nice_step(hi - lo, 5)), label, lambda v: f"{v:,.0f}", snap=True)
 
 
-def integers(values: Iterable[float], label: str, *, pad: float = 0.0) -> PlotAxis:
-    """Make a linear axis of whole numbers (rounds), `pad` units wider on both sides."""
+def integers(values: Iterable[float], label: str) -> PlotAxis:
+    """Make a linear axis of whole numbers (rounds)."""
     lo, hi = _range(values, zero=False)
     step = max(1.0, nice_step(hi - lo, 10))
-    return _linear(lo - pad, hi + pad, step, label, lambda v: f"{v:.0f}", snap=False)
-
-
-def sizes(values: Iterable[float], label: str) -> PlotAxis:
-    """Make a linear axis of bytes from zero, all ticks in one decimal unit."""
-    lo, hi = _range(values, zero=True)
-    scale, unit = next((s, u) for s, u in _UNITS if hi >= s or s == 1.0)
-    step = max(nice_step(hi - lo, 8), 1.0)
-    return _linear(lo, hi, step, label, lambda v: f"{v / scale:g} {unit}" if v else "0", snap=False)
+    return _linear(lo, hi, step, label, lambda v: f"{v:.0f}", snap=False)
 
 
 def _linear(
@@ -226,12 +217,6 @@ class Plot:
             if usable(x) and usable(y):
                 hit = f'<circle class="hit" cx="{fixed(self.px(x))}" cy="{fixed(self.py(y))}" r="10"/>'
                 self.marks.append(tipped(tip, hit + _marker(colour, self.px(x), self.py(y), kind)))
-
-    def dot(self, x: float, y: float, colour: int, tip: str, shift: float = 0.0) -> None:
-        """Draw one pale dot, moved `shift` pixels aside so that dots of equal x stay apart."""
-        cx, cy = fixed(self.px(x) + shift), fixed(self.py(y))
-        place = f'class="dot {_kind(colour)}" cx="{cx}" cy="{cy}" r="3"'
-        self.marks.append(f"<circle {place}><title>{escape(tip)}</title></circle>")
 
     def band(self, points: Sequence[tuple[float, float, float]], colour: int = 0) -> None:
         """Draw the area between two curves: points are (x, low, high)."""

@@ -26,7 +26,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,7 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fleetune.common.numba_cache import cached_njit
-from fleetune.seeds import noise
+from fleetune.seeds import kernels_torch, noise
 from fleetune.seeds.kernels_torch import Probe, checked
 from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH, Passes
 
@@ -80,44 +79,16 @@ def _place(end, run):
 
 
 @_inner
-def _sum_constants(acc, tile, key, ids, tables, words):
-    # sum of c * sign = sum of c - sum of 2c over the set bits (modulo 2^32 or 2^64, so exact); four a time,
-    # so that an accumulator is loaded and stored once for four passes.
-    total = acc.dtype.type(0)
-    for p in range(ids.size):
-        total += tables[p, 0]
-    acc[:] = total
-    twice = np.zeros(4, acc.dtype)
-    for first in range(0, ids.size, 4):
-        for p in range(4):
-            twice[p] = 0
-            if first + p < ids.size:
-                twice[p] = 2 * tables[first + p, 0]
-                _philox(words[p], u64(tile) * u64(32), ids[first + p], key)
-        a, b, c, d = twice[0], twice[1], twice[2], twice[3]
-        wa, wb, wc, wd = words[0], words[1], words[2], words[3]
-        for r in range(ROWS):
-            bit, i = BITS[r], u64(r * WIDTH)
-            for e in range(WIDTH):
-                acc[i + u64(e)] -= (
-                    (a if wa[e] & bit else 0)
-                    + (b if wb[e] & bit else 0)
-                    + (c if wc[e] & bit else 0)
-                    + (d if wd[e] & bit else 0)
-                )
-
-
-@_inner
 def _sum_tables(acc, tile, key, ids, tables, end, words):
     acc[:] = 0
     for p in range(ids.size):
-        _philox(words[0], u64(tile) * u64(32), ids[p], key)
-        table, w = tables[p], words[0]
+        _philox(words, u64(tile) * u64(32), ids[p], key)
+        table = tables[p]
         for r in range(ROWS):
             bit, i = BITS[r], u64(r * WIDTH)
             at = _place(end, u64(tile) * u64(ROWS) + u64(r))
             for e in range(WIDTH):
-                acc[i + u64(e)] += _signed(table[at + u64(e)], w[e], bit)
+                acc[i + u64(e)] += _signed(table[at + u64(e)], words[e], bit)
 
 
 @_inlined
@@ -221,9 +192,9 @@ def _rows(floats, codes, kinds, at, first, end, run, acc, grid, table, ends, wor
 
 
 @_inner
-def _edges(size):
-    # Room for the weights of a part of a tile or group, as if it were whole: like `floats` and `codes`.
-    a, b = np.empty((3, size), f32), np.empty((3, size), u16)
+def _edges():
+    # Room for the weights of a part of a tile, as if it were whole: like `floats` and `codes`.
+    a, b = np.empty((3, TILE), f32), np.empty((3, TILE), u16)
     return (a[0], a[1], a[2]), (b[0], b[1], b[2])
 
 
@@ -249,29 +220,22 @@ def _leave(edges, edges16, floats, codes, at, lo, n):
 
 @cached_njit
 def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
-    # A single int32 pass needs no accumulator.  Tables are `extended`, but for constants, [P, 1], that are summed.
-    # Parts of tiles are moved in a tile of their own.
-    key, ids, tables, ends, sums, grid, probe_id, probe = move
-    summed = ids.size > 1 or sums.size or (ids.size == 1 and tables.itemsize == 8)
+    # A single int32 pass needs no accumulator.  Tables are `extended`.  Parts of tiles are moved in a tile of their own.
+    key, ids, tables, ends, grid, probe_id, probe = move
+    summed = ids.size > 1 or (ids.size == 1 and tables.itemsize == 8)
     acc = np.empty(TILE if summed else 0, tables.dtype)
-    words, x, y = np.empty((5, WIDTH), u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
-    edges, edges16 = _edges(TILE)
+    words, x, y = np.empty((2, WIDTH), u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+    edges, edges16 = _edges()
     while lo < hi:
         tile, at = (start + lo) // TILE, (start + lo) % TILE
         n = min(TILE - at, hi - lo)
         if probe.size:
-            _philox(words[4], u64(tile) * u64(32), probe_id, key)
+            _philox(words[1], u64(tile) * u64(32), probe_id, key)
         if summed:
-            if tables.shape[1] == 1:
-                _sum_constants(acc, tile, key, ids, tables, words)
-            else:
-                _sum_tables(acc, tile, key, ids, tables, ends[0], words)
-            if sums.size:
-                for e in range(n):
-                    acc[at + e] += i32(sums[lo + e])
+            _sum_tables(acc, tile, key, ids, tables, ends[0], words[0])
         elif ids.size:
             if probe.size and probe_id == ids[0]:
-                words[0] = words[4]
+                words[0] = words[1]
             else:
                 _philox(words[0], u64(tile) * u64(32), ids[0], key)
         to, to16, begin, first, end = floats, codes, lo, 0, ROWS
@@ -280,81 +244,9 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
             _enter(edges, edges16, floats, codes, at, lo, n)
         run, table = u64(tile) * u64(ROWS), tables.reshape(tables.size)
         _rows(
-            to, to16, kinds, begin, first, end, run, acc, grid, table, ends, words[0], probe, words[4], x, y
+            to, to16, kinds, begin, first, end, run, acc, grid, table, ends, words[0], probe, words[1], x, y
         )
         if n < TILE:
-            _leave(edges, edges16, floats, codes, at, lo, n)
-        lo += n
-
-
-_LOG, _SIN, _COS = (tuple(f32(c) for c in p) for p in (noise.LOG_POLY, noise.SIN_POLY, noise.COS_POLY))
-_LN2_HIGH, _LN2_LOW, _ANGLE = f32(noise.LN2_HIGH), f32(noise.LN2_LOW), f32(noise.ANGLE)
-_SQRT_HALF = i32(noise.SQRT_HALF_BITS)
-
-
-@_inner
-def _horner(y, x, a, b):
-    return f32(f32(f32(f32(y * x) + a) * x) + b)
-
-
-@_inner
-def _normals(z, w):
-    # noise.normals for one group of 128: operation for operation.
-    for pair in range(2):
-        first, second = w[pair * 64 : pair * 64 + 32], w[pair * 64 + 32 : pair * 64 + 64]
-        zc, zs = z[pair * 64 : pair * 64 + 32], z[pair * 64 + 32 : pair * 64 + 64]
-        for j in range(32):
-            bits = f32(f32(f32(first[j]) * f32(2.0**-32)) + f32(2.0**-33)).view(np.int32)
-            e = i32(i32(bits - _SQRT_HALF) >> i32(23))
-            x = f32(i32(bits - i32(e << i32(23))).view(np.float32) - f32(1.0))
-            xx = f32(x * x)
-            log = _horner(_LOG[0], x, _LOG[1], _LOG[2])
-            log = _horner(log, x, _LOG[3], _LOG[4])
-            log = _horner(log, x, _LOG[5], _LOG[6])
-            log = _horner(log, x, _LOG[7], _LOG[8])
-            log = f32(f32(f32(log * x) * xx) + f32(f32(e) * _LN2_LOW))
-            log = f32(f32(x + f32(log - f32(f32(0.5) * xx))) + f32(f32(e) * _LN2_HIGH))
-            r = f32(np.sqrt(f32(f32(-2.0) * log)))
-            quadrant = u32(u32(second[j] + u32(1 << 29)) >> u32(30))
-            t = f32(f32(i32(second[j] - u32(quadrant << u32(30)))) * _ANGLE)
-            tt = f32(t * t)
-            sine = f32(f32(f32(_horner(_SIN[0], tt, _SIN[1], _SIN[2]) * tt) * t) + t)
-            cosine = f32(f32(_horner(_COS[0], tt, _COS[1], _COS[2]) * tt) * tt)
-            cosine = f32(f32(cosine - f32(f32(0.5) * tt)) + f32(1.0))
-            odd = (quadrant & u32(1)) != 0
-            c, s = (sine if odd else cosine), (cosine if odd else sine)
-            zc[j] = f32(r * (-c if quadrant == 1 or quadrant == 2 else c))
-            zs[j] = f32(r * (-s if quadrant >= 2 else s))
-
-
-@cached_njit
-def sweep_groups(floats, codes, kinds, start, lo, hi, move):
-    # Groups of 128, one by one; scale holds the probe's step or nothing.  The normals are a table without signs.
-    key, ids, coefficients, grid, probe_id, scale = move
-    words, z, x, y = np.empty(WIDTH, u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
-    acc, probe = np.empty(WIDTH if ids.size else 0, f32), np.empty(WIDTH if scale.size else 0, f32)
-    table, plain, ends = np.empty(0, i32), np.zeros(WIDTH, u32), (u64(0), u64(0))
-    edges, edges16 = _edges(WIDTH)
-    while lo < hi:
-        group, at = (start + lo) // WIDTH, (start + lo) % WIDTH
-        n = min(WIDTH - at, hi - lo)
-        acc[:] = 0
-        for p in range(ids.size):
-            _philox(words, u64(group) * u64(32), ids[p], key)
-            _normals(z, words)
-            for e in range(WIDTH):
-                acc[e] += f32(coefficients[p] * z[e])
-        if scale.size:
-            _philox(words, u64(group) * u64(32), probe_id, key)
-            _normals(z, words)
-            for e in range(WIDTH):
-                probe[e] = f32(scale[0] * z[e])
-        to, to16, begin = floats, codes, lo
-        if n < WIDTH:
-            to, to16, begin = edges, edges16, 0
-            _enter(edges, edges16, floats, codes, at, lo, n)
-        _rows(to, to16, kinds, begin, 0, 1, u64(0), acc, grid, table, ends, plain, probe, plain, x, y)
-        if n < WIDTH:
             _leave(edges, edges16, floats, codes, at, lo, n)
         lo += n
 
@@ -373,42 +265,28 @@ def sweep(
     *,
     gaussian: bool = False,
     minus: Tensor | None = None,
-    sums: Tensor | None = None,
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
     """Do what `kernels_torch.sweep` does, on a CPU; `threads` is torch's number by default."""
-    outputs = checked(out, base, start, passes, probe, minus, sums)
+    if gaussian:  # normal numbers are torch's to make
+        move = (start, run_key, passes, grid, probe)
+        return kernels_torch.sweep(out, base, *move, gaussian=True, minus=minus, block=block)
+    outputs = checked(out, base, start, passes, probe, minus)
     ids = _native(passes.ids, u64)
     probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
-    size, factor, kernel = len(ids), f32(grid), sweep_groups if gaussian else sweep_tiles
-    move: Move
-    if gaussian:
-        move = (u64(run_key), ids, _native(passes.tables[:, 0], f32), factor, u64(probe_id), step)
-    else:
-        tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else i64)
-        ends = (u64(tables.shape[1] - 1), u64(max(1, len(step)) - 1))
-        if size == 1 or tables.shape[1] > 1:
-            tables = _extended("passes", tables)
-        step = _extended("probe", step) if len(step) else step
-        cached = _NONE if sums is None else _arrays(sums)[0]
-        move = (u64(run_key), ids, tables, ends, cached, factor, u64(probe_id), step)
+    tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else i64)
+    ends = (u64(tables.shape[1] - 1), u64(max(1, len(step)) - 1))
+    tables = _extended("passes", tables) if len(ids) else tables
+    step = _extended("probe", step) if len(step) else step
+    moves = (u64(run_key), ids, tables, ends, f32(grid), u64(probe_id), step)
     for moved in outputs:
         if not moved.is_inference():
             # so that a backward that needs the old values says so
             torch.autograd.graph.increment_version(moved)
     floats, codes = zip(*(_arrays(tensor) for tensor in (out, minus, base)), strict=True)
     weights = floats, codes, (_KINDS[base.dtype], _KINDS[out.dtype], int(minus is not None))
-    _share(
-        kernel,
-        weights,
-        start,
-        base.numel(),
-        max(1, 8 * size if gaussian else size // 4),
-        move,
-        threads,
-        block,
-    )
+    _share(weights, start, base.numel(), max(1, len(ids) // 4), moves, threads, block)
 
 
 _NONE = np.zeros(0, f32)
@@ -442,23 +320,16 @@ def _arrays(tensor: Tensor | None) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _share(
-    kernel: Callable[..., None],
-    weights: Weights,
-    start: int,
-    size: int,
-    cost: int,
-    move: Move,
-    threads: int | None,
-    block: int | None,
+    weights: Weights, start: int, size: int, cost: int, move: Move, threads: int | None, block: int | None
 ) -> None:
-    """Run the kernel over all elements: here when the work is small, else on threads that take chunks in turn.
+    """Run `sweep_tiles` over all elements: here when the work is small, else on threads that take chunks in turn.
 
     cost: element-passes an element.
     """
     n_threads = max(1, threads if threads is not None else torch.get_num_threads())
     if block is None:
         if size * cost * (1 - 1 / n_threads) < SPLIT:
-            kernel(*weights, start, 0, size, move)
+            sweep_tiles(*weights, start, 0, size, move)
             return
         block = max(TILE, min(CHUNK, size // (4 * n_threads)))
     step = -(-block // TILE) * TILE
@@ -466,7 +337,7 @@ def _share(
 
     def work() -> None:
         while (lo := next(counter)) < size:
-            kernel(*weights, start, max(lo, 0), min(lo + step, size), move)
+            sweep_tiles(*weights, start, max(lo, 0), min(lo + step, size), move)
 
     helpers = [_pool(os.getpid(), n_threads - 1).submit(work) for _ in range(n_threads - 1)]
     work()

@@ -43,7 +43,6 @@ def sweep(
     *,
     gaussian: bool = False,
     minus: Tensor | None = None,
-    sums: Tensor | None = None,
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
@@ -52,11 +51,10 @@ def sweep(
     out, base: 1-D contiguous tensors of one size, type (fp32, bf16, fp16) and device, the same tensor or disjoint;
     start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).  gaussian: normal numbers
     (`noise.normals`) in the place of signs; sums of passes are then float32, in their order.  minus: gets the same with
-    -table, in one pass over the base, which then may be float32 too; disjoint from `out`.  sums: integers that are added
-    to the passes' sum: float32, of base's size, no total reaching 2^24.  threads has no effect here (torch has its own);
-    block: elements at a time.  ValueError for tensors or tables of another kind.
+    -table, in one pass over the base, which then may be float32 too; disjoint from `out`.
+    threads has no effect here (torch has its own); block: elements at a time.  ValueError for tensors or tables of another kind.
     """
-    outputs, device, unit = checked(out, base, start, passes, probe, minus, sums), base.device, TILE
+    outputs, device, unit = checked(out, base, start, passes, probe, minus), base.device, TILE
     if gaussian:
         unit, tables = WIDTH, passes.tables.astype(np.float32)
     else:
@@ -68,7 +66,7 @@ def sweep(
     with torch.inference_mode():
         for lo, hi, first, count in _blocks(base, start, unit, block):
             where = slice(start + lo - first * unit, start + hi - first * unit)
-            total, turned = None if sums is None else sums[lo:hi].clone(), None
+            turned = None
             acc = torch.zeros(count * WIDTH, device=device) if gaussian and len(passes.ids) else None
             for p, words in enumerate(_words(run_key, ids, first, count, device)):
                 if p < len(table):
@@ -76,21 +74,13 @@ def sweep(
                     acc = term if acc is None else acc.add_(term)
                 if p == probed and step is not None:
                     turned = _normals(words) * step[0, 0] if gaussian else _signed(words, step, first)
-            if acc is not None:
-                passed = acc.view(-1)[where].float()
-                total = passed if total is None else total.add_(passed)
             x = base[lo:hi].float()
-            _write(outputs, lo, hi, x if total is None else total.mul_(grid).add_(x), turned, where)
+            moved = x if acc is None else acc.view(-1)[where].float().mul_(grid).add_(x)
+            _write(outputs, lo, hi, moved, turned, where)
 
 
 def checked(
-    out: Tensor,
-    base: Tensor,
-    start: int,
-    passes: Passes,
-    probe: Probe | None,
-    minus: Tensor | None,
-    sums: Tensor | None,
+    out: Tensor, base: Tensor, start: int, passes: Passes, probe: Probe | None, minus: Tensor | None
 ) -> list[Tensor]:
     """Return the outputs of a sweep; ValueError for tensors or tables that do not fit each other."""
     dtype, outputs = out.dtype, [out] if minus is None else [out, minus]
@@ -103,10 +93,8 @@ def checked(
             raise ValueError(
                 f"out is {other.dtype} {list(other.shape)}, base is {base.dtype} {list(base.shape)}"
             )
-    if sums is not None and (sums.dtype, sums.shape, sums.device) != (torch.float32, base.shape, base.device):
-        raise ValueError(f"sums are {sums.dtype} {list(sums.shape)}, base is {base.dtype} {list(base.shape)}")
-    if not all(t.is_contiguous() for t in (*outputs, base, *([] if sums is None else [sums]))):
-        raise ValueError("out, base and sums must be contiguous")
+    if not all(t.is_contiguous() for t in (*outputs, base)):
+        raise ValueError("out and base must be contiguous")
     if start < 0:
         raise ValueError(f"start is {start}; a global index is 0 or more")
     P, tables = len(passes.ids), passes.tables

@@ -39,7 +39,6 @@ class ScaleView(View):
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], net: Any, **how: Any) -> None:
         super().__init__([(n, t) for n, t in named if in_blocks(t)], net, **how)
-        self.folds = True
         self._offsets: dict[str, Tensor] = {}
 
     @staticmethod
@@ -51,10 +50,6 @@ class ScaleView(View):
             for name, shape in _scales_of(weights.items())
         ]
         return [slot._replace(tensor=weights[slot.name]) for slot in layout(scales)]
-
-    def moved_slots(self) -> list[WeightSlot]:
-        """Return the scales."""
-        return [s._replace(tensor=torch.zeros(()).expand(_shape(_weight(s)))) for s in self.slots]
 
     def pulled_back(self, slot: WeightSlot, first: int, gradient: Tensor) -> tuple[int, Tensor]:
         """Return the gradient of p, from that of whole rows from element `first` on."""
@@ -76,7 +71,7 @@ class ScaleView(View):
 
     def piece(self, slot: WeightSlot, first: int, last: int, out: Tensor | None = None) -> Tensor:
         """Return elements first..last of a matrix at the view's point, as `View.piece` does."""
-        if self.point is None and self.direction is None and not self.folded.sums:
+        if self.point is None and self.direction is None:
             self.reached.add(slot.name)
             base = read_stored(slot, first, last)
             return base if out is None else out.copy_(base)
@@ -134,15 +129,7 @@ class ScaleView(View):
         lo, hi = top * per_row, end * per_row
         outs = [torch.empty_like(at) for _ in range(signs)]
         minus = outs[1] if signs == 2 else None
-        self.sweep(
-            outs[0],
-            at,
-            slot.start + lo,
-            self.point,
-            self.direction,
-            minus=minus,
-            sums=self.folded.of(slot, lo, hi),
-        )
+        self.sweep(outs[0], at, slot.start + lo, self.point, self.direction, minus=minus)
         offsets = self._offsets_of(slot)[lo:hi]
         return blocks, [on_grid(p, flat, offsets.float().add_(0.5).div_(256)).view_as(bits) for p in outs]
 

@@ -76,7 +76,6 @@ class View(MovedWeights):
             self.remove()
             self.slots = [slot._replace(tensor=new.get(slot.name, slot.tensor)) for slot in self.slots]
             self._install(self.net)
-        self.folded.forget()
         self.place(None)
 
     @property

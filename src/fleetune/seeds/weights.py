@@ -37,9 +37,6 @@ from fleetune.seeds.noise import EMPTY, TILE, Passes
 log = logging.getLogger(__name__)
 
 CALL = 16  # rows of a table that are made in about the time of a call
-FOLD = 16  # passes that are computed in each forward before they are folded
-PIECE = 1 << 20  # elements that are folded at a time
-EXACT = 1 << 24  # integers below this are exact in float32
 CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the cache until the product reads it
 
 
@@ -101,8 +98,6 @@ class MovedWeights:
         self.run_key, self.law, self.grid = run_key, law, grid
         self.threads: int | None = None  # torch's number
         self.device = self.slots[0].tensor.device
-        # whether sums of passes are cached, a number for each that is moved
-        self.folds = not any(isinstance(slot.tensor, LazyWeight) for slot in self.slots)
         self.kernels = kernels(self.device)
         self.point: Passes | None = None
         self.direction: Direction | None = None
@@ -110,7 +105,6 @@ class MovedWeights:
         self.reached: set[str] = set()
         self.heard: Callable[[], None] = lambda: None  # called before each piece of work, and may raise
         self.paired = 0  # rows of a half of the batch, while both signs of a probe run in one forward
-        self.folded = FoldedSums(self)
         self._scratch = torch.empty(0)
 
     @staticmethod
@@ -118,25 +112,13 @@ class MovedWeights:
         """Return the tensors that change, and where in a direction the numbers of each begin."""
         return layout(named)
 
-    def moved_slots(self) -> list[WeightSlot]:
-        """Return what directions move: here the weights themselves."""
-        return self.slots
-
     def pulled_back(self, slot: WeightSlot, first: int, gradient: Tensor) -> tuple[int, Tensor]:
         """Return the gradient of what is moved, from that of the elements from `first` on, and where it begins."""
         return slot.start + first, gradient
 
-    def place(self, passes: Passes | None, *, fold: bool = True) -> None:
-        """Set the point: the ledger's passes, or None for the base.
-
-        With `fold`, the sum of many passes is cached for the next forwards (see `FoldedSums`); without, each
-        pass is computed each time, in no more memory.
-        """
+    def place(self, passes: Passes | None) -> None:
+        """Set the point: the ledger's passes, which are computed in each forward, or None for the base."""
         self.point = passes if passes is not None and len(passes.ids) else None
-        if not fold:
-            self.folded.forget()
-        elif self.law != "gaussian" and self.folds:  # gaussian sums are floats, in a stated order
-            self.point = self.folded.rest(self.point)
 
     def probe(self, direction: Direction | None, eps: float = 0.0) -> None:
         """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None ends it."""
@@ -162,17 +144,16 @@ class MovedWeights:
         self.heard()
         self.reached.add(slot.name)
         base = read_stored(slot, first, last)
-        sums = self.folded.of(slot, first, last)
-        if self.point is None and self.direction is None and sums is None:
+        if self.point is None and self.direction is None:
             return base if out is None else out.copy_(base)
         if out is None:
             out = self._take(last - first, base.dtype)
         if self.stored is not None and self.direction is not None:
             x = torch.empty_like(base, dtype=torch.float32)
-            self.sweep(x, base.float(), slot.start + first, self.point, None, sums=sums)
+            self.sweep(x, base.float(), slot.start + first, self.point, None)
             self.stored.add(x, slot.name, first)
             return out.copy_(x)
-        self.sweep(out, base, slot.start + first, self.point, self.direction, sums=sums)
+        self.sweep(out, base, slot.start + first, self.point, self.direction)
         return out
 
     def signs(self, slot: WeightSlot, first: int, last: int) -> tuple[Tensor, ...]:
@@ -180,9 +161,9 @@ class MovedWeights:
         if not self.paired:
             return (self.piece(slot, first, last),)
         self.reached.add(slot.name)
-        base, sums = read_stored(slot, first, last), self.folded.of(slot, first, last)
+        base = read_stored(slot, first, last)
         plus, minus = self._take(2 * (last - first), base.dtype).view(2, -1).unbind()
-        self.sweep(plus, base, slot.start + first, self.point, self.direction, minus=minus, sums=sums)
+        self.sweep(plus, base, slot.start + first, self.point, self.direction, minus=minus)
         return plus, minus
 
     def sweep(
@@ -193,13 +174,12 @@ class MovedWeights:
         passes: Passes | None,
         probe: Direction | None,
         *,
-        grid: float | None = None,
-        **more: Any,
+        minus: Tensor | None = None,
     ) -> None:
-        """Set out = base moved by passes and by the probe, as `kernels_torch.sweep`, which takes `minus` and `sums` too."""
-        more |= {"gaussian": self.law == "gaussian", "threads": self.threads}
-        grid = self.grid if grid is None else grid
-        self.kernels.sweep(out, base, start, self.run_key, passes or EMPTY, grid, probe, **more)
+        """Set out = base moved by passes and by the probe, as `kernels_torch.sweep`."""
+        move = (start, self.run_key, passes or EMPTY, self.grid, probe)
+        gaussian = self.law == "gaussian"
+        self.kernels.sweep(out, base, *move, gaussian=gaussian, minus=minus, threads=self.threads)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of every trainable tensor at the view's point, in name order."""
@@ -282,90 +262,6 @@ class MovedWeights:
             with torch.inference_mode(False):  # or it could not be written to outside of that mode
                 self._scratch = torch.empty(size, dtype=dtype, device=self.device)
         return self._scratch[:size]
-
-
-class FoldedSums:
-    """The integer sums of some passes over the elements of tensors, and which passes were summed.
-
-    A view computes every pass of its point anew in each forward.  For a pool that is one pass whatever K is.  Independent
-    directions are a pass each, so beyond `FOLD` of them their sum is cached, 4 bytes a weight, and only what changed since
-    is computed.  The sums are integers in float32, exact below 2^24; where they could reach that, nothing is cached and
-    the view is slow but still exact.
-    """
-
-    def __init__(self, weights: MovedWeights) -> None:
-        self.weights = weights
-        self.folded: Passes | None = None
-        self.reach = 0  # the largest sum anywhere
-        self.sums: dict[str, Tensor] = {}
-
-    def rest(self, point: Passes | None) -> Passes | None:
-        """Return the passes that `point` has beside the sums; fold them in first when they are many.
-
-        The weights' `heard()` is called before each piece of that work; what it raises leaves no sums.
-        """
-        if self.folded is None and (point is None or len(point.ids) <= FOLD):
-            return point
-        left = difference(point, self.folded)
-        if len(left.ids) <= FOLD and self.reach + _most(left) < EXACT:
-            return left
-        if self.reach + _most(left) >= EXACT:
-            log.warning(
-                "slow: the sums of %d directions could pass 2^24: they are computed anew each time",
-                len(left.ids),
-            )
-            self.forget()
-            return point
-        try:
-            self._fold(left)
-        except BaseException:
-            self.forget()
-            raise
-        self.folded = point
-        return None
-
-    def of(self, slot: WeightSlot, first: int, last: int) -> Tensor | None:
-        """Return the sums of some elements of a tensor; None where there are none."""
-        sums = self.sums.get(slot.name)
-        return None if sums is None else sums[first:last]
-
-    def forget(self) -> None:
-        """Drop the sums and their memory."""
-        self.folded, self.reach, self.sums = None, 0, {}
-
-    def _fold(self, passes: Passes) -> None:
-        """Add passes to the sums, and measure the largest sum."""
-        self.reach = 0
-        for slot in self.weights.moved_slots():
-            if slot.name not in self.sums:
-                self.sums[slot.name] = torch.zeros(slot.tensor.numel(), device=slot.tensor.device)
-            sums = self.sums[slot.name]
-            for first in range(0, sums.numel(), PIECE):
-                self.weights.heard()
-                part = sums[first : first + PIECE]
-                self.weights.sweep(part, part, slot.start + first, passes, None, grid=1.0)
-            low, high = torch.aminmax(sums)
-            self.reach = max(self.reach, int(-low), int(high))
-
-
-def difference(new: Passes | None, old: Passes | None) -> Passes:
-    """Return the passes that lead from `old` to `new`, without those that cancel."""
-    sides = [(p, sign) for p, sign in ((new, 1), (old, -1)) if p is not None]
-    K = max(p.tables.shape[1] for p, _ in sides)
-    ids, where = np.unique(np.concatenate([p.ids for p, _ in sides]), return_inverse=True)
-    tables = np.zeros((len(ids), K), np.int64)
-    first = 0
-    for p, sign in sides:
-        np.add.at(tables, where[first : first + len(p.ids)], sign * p.tables.astype(np.int64))
-        first += len(p.ids)
-    nonzero = tables.any(axis=1)
-    left = Passes(ids[nonzero], tables[nonzero])
-    return Passes(left.ids, left.tables.astype(np.int32)) if _most(left) < 1 << 31 else left
-
-
-def _most(passes: Passes) -> int:
-    """Return the largest sum that these passes can make at any element."""
-    return int(np.abs(passes.tables.astype(np.int64)).max(axis=1, initial=0).sum())
 
 
 class StoredDirection:

@@ -20,6 +20,8 @@ from fleetune.deploy.formats import _gguf_vocabulary
 from fleetune.models import Model
 from fleetune.models.net import chat_template
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TALKS = (
     (("user", "hello"),),
     (("system", " be  brief "), ("user", "hell\no 12\n"), ("assistant", "he's. "), ("user", "<s> ▁é{}\n")),
@@ -72,11 +74,6 @@ def tuned_on(talk: tuple[tuple[str, str], ...], answer: str, words: PreTrainedTo
 
 def turns(talk: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in talk]
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 @pytest.mark.parametrize("kind", WORDS)

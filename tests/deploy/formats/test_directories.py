@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from deploy_harness import changed, compressed, on_grid, tiny
+from deploy_harness import write_codes as write
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -20,8 +21,8 @@ from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import compressed_tensors, gptq, hf
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.models import Model, artefact
-from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models import Model
+from fleetune.models.artefact import Quantised
 from fleetune.models.net import saving
 
 
@@ -39,18 +40,10 @@ def unsigned(words: torch.Tensor) -> list[list[int]]:
     return (words.to(torch.int64) & 0xFFFFFFFF).tolist()
 
 
-def write(model: Model, folder: Path, grids: dict[str, Quantised]) -> Path:
-    artefact.write(folder, model, grids, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
-    return folder
-
-
 def grids_of(model: Model, bits: int = 4, group: int = 32) -> dict[str, Quantised]:
     return {
         n: on_grid(t, bits, group) for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")
     }
-
-
-# ---------------------------------------------------------------- words
 
 
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 70), st.integers(0, 2**32 - 1))
@@ -59,9 +52,6 @@ def test_words_come_back(bits: int, rows: int, columns: int, seed: int) -> None:
         np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
     )
     assert torch.equal(hf.unwords(hf.words(codes, bits), bits, columns), codes)
-
-
-# ---------------------------------------------------------------- packers
 
 
 def test_compressed_tensors_golden() -> None:
@@ -170,9 +160,6 @@ def test_whole_rows_are_channels_and_layers_left_out_are_ignored(tmp_path: Path)
     assert found["ignore"] == ["lm_head", left]
 
 
-# ---------------------------------------------------------------- plain
-
-
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_a_plain_directory_gives_the_same_logits(tmp_path: Path, kind: str) -> None:
     model = tiny(kind)
@@ -205,9 +192,6 @@ def test_a_plain_directory_in_16_bits(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-# ---------------------------------------------------------------- refusals
-
-
 def refused(tmp_path: Path, model: Model, grids: dict[str, Quantised], to: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         export(write(model, tmp_path / "m", grids), to, tmp_path / "a")
@@ -229,9 +213,6 @@ def test_what_compressed_tensors_does_not_hold(tmp_path: Path) -> None:
     refused(
         tmp_path, model, grids_of(model), "compressed-tensors", "model.norm.weight has values beyond fp16"
     )
-
-
-# ---------------------------------------------------------------- reading back
 
 
 def one_tensor() -> Iterator[tuple[str, torch.Tensor]]:

@@ -23,18 +23,14 @@ from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.models import Model
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CLASSES = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
 IDS = torch.tensor([[1, *range(262, 287), *range(40, 70)]])  # longer than the windows
 LOCAL = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own for what the importer converts."""
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 def words() -> PreTrainedTokenizerBase:

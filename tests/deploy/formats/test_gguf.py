@@ -24,15 +24,13 @@ from fleetune.deploy.formats import gguf
 from fleetune.errors import FleetuneError, ModelError, UsageError
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead
+from fleetune.models.cache import cache
 from fleetune.models.families import rope
+from fleetune.models.gguf import header
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own for what the importer converts."""
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 def logits(net: PreTrainedModel) -> torch.Tensor:
@@ -184,9 +182,6 @@ def test_llama_3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
     assert stored.data.max() == 8
 
 
-# ---------------------------------------------------------------- refusals
-
-
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
     model = tiny()
     model.net.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5
@@ -198,8 +193,7 @@ def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
-    model = tiny()
-    models.save(model.net, model.tokenizer, tmp_path / "plain")
+    tiny().save(tmp_path / "plain")
     config = (tmp_path / "plain" / "config.json").read_text()
     (tmp_path / "plain" / "config.json").write_text(
         config.replace('"intermediate_size": 128', '"intermediate_size": 96')
@@ -216,9 +210,6 @@ def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match=r"holds model.layers.1.* does not have"):
         export(tmp_path / "plain", "gguf", tmp_path / "x.gguf")
-
-
-# ---------------------------------------------------------------- reading back
 
 
 def test_every_damaged_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
@@ -272,12 +263,56 @@ def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
     assert facts_of_base("elsewhere/model") == {}
 
 
-@pytest.mark.parametrize("name", ["my-Phi-3-mini"])
-def test_a_name_that_llamacpp_takes_for_another_vocabulary_is_spelt_otherwise(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_name_that_llamacpp_takes_for_another_vocabulary_is_spelt_otherwise(tmp_path: Path) -> None:
     """llama.cpp loads no file whose name has phi-3 in it and whose vocabulary lacks that model's tokens."""
     model = tiny()
     compressed(model, tmp_path / "model")
-    export(tmp_path / "model", "gguf", tmp_path / f"{name}.gguf")
-    assert "phi 3" in str(fields(tmp_path / f"{name}.gguf")["general.name"]).lower()
+    export(tmp_path / "model", "gguf", tmp_path / "my-Phi-3-mini.gguf")
+    assert "phi 3" in str(fields(tmp_path / "my-Phi-3-mini.gguf")["general.name"]).lower()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("head")
+    compressed(tiny(), folder / "m")
+    return export(folder / "m", "gguf", folder / "x.gguf").path
+
+
+def test_it_says_what_the_package_reads(file: Path) -> None:
+    head, reader = header.check(file), package.GGUFReader(file)
+    fields = {key: f.contents() for key, f in reader.fields.items() if not key.startswith("GGUF.")}
+    assert head.values == fields
+    assert [(t.name, t.kind, t.shape, t.offset, t.size) for t in head.tensors] == [
+        (t.name, t.tensor_type.name, tuple(t.shape[::-1].tolist()), t.data_offset, t.n_bytes)
+        for t in reader.tensors
+    ]
+    for ours, theirs in zip(head.tensors, reader.tensors, strict=True):
+        assert head.bytes(ours).tobytes() == theirs.data.tobytes()
+
+
+def made(path: Path, **values: str | int) -> Path:
+    """A file with one tensor and these values, a dot for each __."""
+    writer = package.GGUFWriter(path, "llama")
+    for key, value in values.items():
+        name = key.replace("__", ".")
+        writer.add_string(name, value) if isinstance(value, str) else writer.add_uint16(name, value)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("base", ["memory", "mapped"])
+def test_a_part_of_a_split_model_is_said_to_be_one_before_it_is_hashed(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache.sums, "sha256", lambda path: pytest.fail("hashed"))
+    path = made(tmp_path / "m-00002-of-00003.gguf", split__no=1, split__count=3)
+    with pytest.raises(ModelError, match=r"is a part of a split model"):
+        models.load(str(path), base=base)
+    with pytest.raises(ModelError, match=r"is a part of a split model"):
+        models.load_config(str(path))
+    header.check(path)  # llama.cpp finds the others
+    header.check_whole(made(tmp_path / "one.gguf", split__no=0, split__count=1))

@@ -136,12 +136,8 @@ def test_marks_template_and_logits(both: tuple[models.Model, models.Model]) -> N
     )
 
 
-# ---------------------------------------------------------------- rescaled frequencies
-
-
 def file_with(folder: Path, rescaled: dict[str, Any], **changed: Any) -> Path:
-    model = tiny(head_dim=32, rope_parameters=rescaled)
-    models.save(model.net, model.tokenizer, folder / "m")
+    tiny(head_dim=32, rope_parameters=rescaled).save(folder / "m")
     return export(folder / "m", "gguf:f32", folder / "x.gguf").path
 
 

@@ -36,10 +36,7 @@ def narrowed(found: list[tuple[int, int]], ratio: int = 2, whole: int = 2, **siz
     return model
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own for what the importer converts."""
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("quantised", [False, True])

@@ -26,14 +26,12 @@ from fleetune.errors import ModelError, UsageError
 from fleetune.models.families import table
 
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore"),
+]  # of transformers, about made-up sizes
 SAME = 1e-5  # nats: llama.cpp's cache of keys and values is fp16
 SEEN = 30 * SAME  # what one tensor in another order must be off by at least
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 def fields(path: Path) -> dict[str, Any]:
@@ -75,8 +73,6 @@ def test_longrope_s_long_factors_are_used_in_a_long_context(tmp_path: Path) -> N
     )
 
 
-# ---------------------------------------------------------------- codes and adapters
-
 LINEAR = ("llama", "phi3", "qwen2_moe", "granitemoeshared", "gpt_oss")  # each has another layout
 ROUNDED = 2e-2  # nats: llama.cpp rounds what goes into a quantised matrix to 8 bits
 
@@ -115,9 +111,6 @@ def test_an_adapter_beside_its_base(case: str, tmp_path: Path) -> None:
     assert divergence(model.net, base) > SEEN
 
 
-# ---------------------------------------------------------------- a window that llama.cpp does not have
-
-
 @pytest.mark.parametrize("family", ["mistral", "phi3"])
 def test_a_context_ends_where_a_window_would_matter(family: str, tmp_path: Path) -> None:
     save(family, tmp_path / "m")
@@ -133,8 +126,6 @@ def test_a_context_ends_where_a_window_would_matter(family: str, tmp_path: Path)
     assert fields(report.path)[f"{architecture}.context_length"] == 128
     assert report.notes == ()
 
-
-# ---------------------------------------------------------------- refusals
 
 OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True in a qwen3"),
@@ -221,9 +212,6 @@ def test_an_option_is_written_or_refused(case: str, tmp_path: Path) -> None:
         same += 1
     assert refused > 0
     assert same > 0
-
-
-# ---------------------------------------------------------------- names in directories
 
 
 def test_a_body_s_names_without_their_front(tmp_path: Path) -> None:

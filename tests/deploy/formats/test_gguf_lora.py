@@ -97,9 +97,6 @@ def test_base_file_and_adapter_file_make_the_merged_file(
         np.testing.assert_allclose(merged[name], want, atol=1e-6)
 
 
-# ---------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize(
     "settings",
     [

@@ -133,8 +133,6 @@ def test_what_gguf_has_no_place_for(tmp_path: Path) -> None:
         _gguf_vocabulary.read(tmp_path / "few", 264, NONE)
 
 
-# ---------------------------------------------------------------- the rules in llama.cpp itself
-
 CORPUS = """He's said: "HELLO, I'll've 12345 items"; they'D re-read x/y//z\n/\n  end.\r\n\tÜberGröße naïve ÉCOLE café's ΑΒγδ 你好世界 42nd\t
 print(foo_bar1234[0])  #  a   comment    with     spaces\n\n\nMcDonald isN'T iPhone12 don't DON'T  éé  ½ ²³ ١٢٣"""
 MARKED = " cafe\u0301s e\u0301"

@@ -27,20 +27,15 @@ from fleetune.models.loading import load_artefact
 from fleetune.runs.listener import Silent
 
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore"),
+]  # of transformers, about made-up sizes
 PARTED = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "ernie4_5_moe"]  # stored as a matrix an expert
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 def tensors(path: Path) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in package.GGUFReader(path).tensors}
-
-
-# ---------------------------------------------------------------- joining
 
 
 @pytest.mark.parametrize("case", PARTED)
@@ -76,9 +71,6 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         export(tmp_path / "m", "hf", tmp_path / "hf")
 
 
-# ---------------------------------------------------------------- what the file holds
-
-
 def test_three_stacked_tensors_and_a_router(tmp_path: Path) -> None:
     net = save("qwen3_moe", tmp_path / "m")
     found = tensors(export(tmp_path / "m", "gguf:f16", tmp_path / "x.gguf").path)
@@ -93,9 +85,6 @@ def test_three_stacked_tensors_and_a_router(tmp_path: Path) -> None:
     router = found["blk.2.ffn_gate_inp.weight"]  # in fp32, as llama.cpp's converter has it
     assert router.tensor_type.name == "F32"
     assert np.array_equal(router.data, own.gate.weight.numpy())
-
-
-# ---------------------------------------------------------------- adapters
 
 
 @pytest.mark.parametrize(
@@ -124,7 +113,6 @@ def test_codes_of_experts_reach_every_export(family: str, grid: str, tmp_path: P
     net = load_artefact(folder).net
     for name in master.head.experts:
         q, values = master.quantised(name), net.get_parameter(name)
-        assert q is not None
         assert torch.equal(values, q.dense())
         assert values.shape == q.shape
     report = export(folder, "gguf", tmp_path / "x.gguf")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deploy_harness import changed, on_codebook, on_grid, tiny, tokenizer
+from deploy_harness import changed, on_codebook, on_grid, tiny, tokenizer, write_codes
 from deploy_harness import compressed as coded
 from family_harness import CASES, LLAMA3, TEXT, build, save
 from safetensors.numpy import load_file
@@ -23,10 +23,13 @@ from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import hf, mlx
 from fleetune.errors import UsageError
-from fleetune.models import Model, artefact
-from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models import Model
+from fleetune.models.artefact import Quantised
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore"),
+]  # of transformers, about made-up sizes
 SAME, NEAR = 1e-10, 1e-5  # nats; the second where mlx-lm computes something otherwise, as docs/export.md says
 LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 3.0}}
 MLX = {
@@ -36,11 +39,6 @@ MLX = {
 OFF = {"gemma3_text"}
 RUN = [case for case, (family, _) in CASES.items() if family in mlx.ARCHITECTURES and "longrope" not in case]
 BLOCK = "model.layers.2"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 def config(case: str, **changes: Any) -> Any:
@@ -70,9 +68,6 @@ def stored(folder: Path) -> dict[str, np.ndarray]:
 def said(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return found
-
-
-# ---------------------------------------------------------------- golden bytes
 
 
 def matrix(codes: list[int], scale: list[float], zero: list[int], bits: int) -> Quantised:
@@ -135,9 +130,6 @@ def test_codes_scales_and_biases_are_the_masters(
     assert torch.equal(tensors["model.norm.weight"], model.net.model.norm.weight.half())
 
 
-# ---------------------------------------------------------------- what config.json states, refusals, notes
-
-
 def test_what_the_configuration_says(tmp_path: Path) -> None:
     coded(
         tiny(rope_parameters=LLAMA3, num_key_value_heads=4, tie_word_embeddings=False), tmp_path / "m", 4, 64
@@ -173,8 +165,7 @@ def test_layers_on_other_grids_are_named(tmp_path: Path) -> None:
     model, name = tiny(), "model.layers.1.mlp.down_proj"
     own = {n: on_grid(t, 4, 32) for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")}
     own[f"{name}.weight"] = on_grid(model.net.model.layers[1].mlp.down_proj.weight, 8, 128)
-    head = ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest)
-    artefact.write(tmp_path / "m", model, own, head)
+    write_codes(model, tmp_path / "m", own)
     found = said(export(tmp_path / "m", "mlx", tmp_path / "a").path)
     assert found["rope_scaling"] is None
     assert found["quantization"] == {"group_size": 32, "bits": 4, name: {"group_size": 128, "bits": 8}}
@@ -218,9 +209,6 @@ def test_what_a_family_has_no_place_for(case: str, changes: dict[str, Any], why:
     assert why in str(mlx.misfit(config(case, **changes)))
 
 
-# ---------------------------------------------------------------- layers of experts
-
-
 def decoded(tensors: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
     """The weights of 4-bit codes in groups of 32, by what mlx.core.quantize documents: the first code in the lowest bits."""
     codes = tensors[f"{layer}.weight"][..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & np.uint32(15)
@@ -260,7 +248,7 @@ def grids(folder: Path, family: str = "qwen3_moe", **kinds: Any) -> tuple[Model,
         elif name.endswith("_proj") and kinds:
             rounded = on_codebook if "name" in kinds else on_grid
             found[name] = changed(rounded(tensor.flatten(0, 1), **kinds), experts=len(tensor))
-    artefact.write(folder / "m", model, found, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
+    write_codes(model, folder / "m", found)
     for name, q in found.items():
         model.net.get_parameter(name).data.copy_(q.dense())
     return model, found
@@ -280,9 +268,6 @@ def test_codes_of_experts_that_have_no_place(kinds: dict[str, Any], why: str, tm
         export(tmp_path / "m", "mlx", tmp_path / "out" / "x")
     assert "use --to" in (caught.value.hint or "")
     assert list((tmp_path / "out").iterdir()) == []
-
-
-# ---------------------------------------------------------------- mlx-lm itself
 
 
 @pytest.mark.parametrize(

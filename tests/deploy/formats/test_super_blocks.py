@@ -30,14 +30,10 @@ from fleetune.models.cache.names import MASTER
 from fleetune.models.families.number_types import SUPER_TYPES, SUPER_WIDTH
 from fleetune.tuning.exchange.messages import decode
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TYPES = sorted(SUPER_TYPES)
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own for what the importer converts."""
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
 
 
 def drawn(kind: str, seed: int, R: int = 3, blocks: int = 2) -> Quantised:
@@ -76,9 +72,6 @@ def in_super_blocks(
     return model, found
 
 
-# --- bytes ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", TYPES)
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40)
@@ -90,9 +83,6 @@ def test_all_that_a_type_can_hold_is_read_as_the_same_weights(kind: str, seed: i
     assert raw.shape == (3, 2 * gguf.GGML_QUANT_SIZES[type_][1])
     read = gguf.quants.dequantize(raw, type_)
     assert np.array_equal(read.view(np.int32), q.dense().numpy().view(np.int32))
-
-
-# --- the artefact ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -108,14 +98,10 @@ def test_an_artefact_holds_the_file_s_own_numbers(kind: str, tmp_path: Path) -> 
     sent = weights_of(decode(block_message(tmp_path / "parts", 0, b"\0" * 8)).payload)
     assert parts
     for name, part in parts.items():
-        assert isinstance(part, Quantised)
         others = [master.quantised(name)]
         if name in again:
             others += [again[name], sent[name]]
         for q in others:
-            assert isinstance(q, Quantised)
-            assert q.blocks is not None
-            assert part.blocks is not None
             assert (q.bits, q.group, q.codebook, q.blocks.kind) == (of.bits, of.group, of.codebook, kind)
             assert torch.equal(q.codes, part.codes)
             for own, other in zip(part.blocks[1:], q.blocks[1:], strict=True):
@@ -156,9 +142,6 @@ def test_parts_that_are_no_super_blocks_are_refused(part: str, change, why: str,
     save_file(tensors, file, metadata={"format": "pt", "master": head})
     with pytest.raises(ModelError, match=why):
         Master(tmp_path / "m").quantised(name)
-
-
-# --- exports --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -20,9 +19,7 @@ from flower_app import CLIENTS, digest_of
 
 import fleetune
 from fleetune.cli.main import main
-from fleetune.errors import FleetError
 from fleetune.fleet import keys
-from fleetune.fleet.flower import simulate
 from fleetune.tuning.recipe import recipe as recipes
 
 BIN = Path(sys.executable).parent
@@ -33,20 +30,27 @@ programs = pytest.mark.skipif(
 
 @programs
 @pytest.mark.slow
-def test_a_simulation_in_two_processes_ends_in_the_digest_of_tune(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_simulation_in_two_processes_ends_in_the_digest_of_tune(place: Path) -> None:
     pytest.importorskip("ray")
-    simulated = fleetune.tune(recipes.make(recipes.read(Path("recipe.toml"))), out="simulated")
-    flags = ["--workers", "2", "--out", "real", "--offline"]
-    assert main(["fleet", "simulate", "-c", "recipe.toml", *flags]) == 0
+    values = recipes.read(Path("recipe.toml"))
+    values |= {name: str(place / values[name]) for name in ("model", "data")}
+    Path("recipe.toml").write_text(recipes.to_toml(recipes.make(values)))
+    simulated = fleetune.tune(recipes.make(values), out="simulated")
+    assert main(["fleet", "app", "app"]) == 0
+    flower = Programs(place)
+    try:
+        flower.superlink("--insecure", "--simulation", "--host", "127.0.0.1")
+        config = f"recipe='{place}/recipe.toml' out='{place}/real' simulate=true offline=true"
+        several = f"num-supernodes={CLIENTS} client-resources-num-cpus=1 init-args-num-cpus=2"
+        words = ["run", "app", "simulation", "--run-config", config, "--federation-config", several]
+        number, until = flower.flwr(*words)["run-id"], time.monotonic() + 300
+        while "the run is finished" not in (said := flower.log(number, "simulation")):
+            assert time.monotonic() < until, said
+            time.sleep(2)
+    finally:
+        for name in list(flower.running):
+            flower.end(name, signal.SIGTERM)
     assert digest_of("real") == simulated.done.digest
-    said = capsys.readouterr()
-    assert simulated.done.digest in said.out
-    assert not re.search(r"\x1b|^INFO", said.err)
-    recipe = recipes.make({**recipes.read(Path("recipe.toml")), "model": "nowhere/at-all"})
-    with pytest.raises(FleetError, match="nowhere"):
-        simulate.simulate(recipe, Path("real"), 1, offline=True, note=lambda line: None)
 
 
 def free_port() -> int:
@@ -56,7 +60,7 @@ def free_port() -> int:
 
 
 class Programs:
-    """A SuperLink with TLS and registered keys, and its SuperNodes, as processes in groups of their own."""
+    """A SuperLink and its SuperNodes, as processes in groups of their own."""
 
     def __init__(self, place: Path) -> None:
         self.place, self.port = place, free_port()
@@ -71,6 +75,7 @@ class Programs:
         (place / "flwr").mkdir()
         (place / "flwr" / "config.toml").write_text(
             f'[superlink.own]\naddress = "localhost:{self.port}"\nroot-certificates = "{place}/certs/ca.pem"\n'
+            f'[superlink.simulation]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
 
     def start(self, name: str, *words: str) -> None:
@@ -89,14 +94,9 @@ class Programs:
         assert found["success"], found
         return found
 
-    def superlink(self) -> None:
-        certificate = (
-            "--ssl-certfile certs/server.pem --ssl-keyfile certs/server.key --ssl-ca-certfile certs/ca.pem"
-        )
-        more = "--enable-supernode-auth --disable-runtime-dependency-installation"
-        self.start(
-            "superlink", "flower-superlink", "--port", str(self.port), *certificate.split(), *more.split()
-        )
+    def superlink(self, *words: str) -> None:
+        port = ["--port", str(self.port), "--disable-runtime-dependency-installation"]
+        self.start("superlink", "flower-superlink", *port, *words)
         until = time.monotonic() + 60
         while time.monotonic() < until:
             with socket.socket() as probe:
@@ -112,9 +112,9 @@ class Programs:
         config = f"{data} state='{self.place}/state-{number}'"
         self.start(f"node-{number}", "flower-supernode", *link.split(), *key.split(), config)
 
-    def log(self, run: str) -> str:
+    def log(self, run: str, link: str = "own") -> str:
         return subprocess.run(
-            ["flwr", "log", run, "own", "--show"], env=self.env, capture_output=True, text=True
+            ["flwr", "log", run, link, "--show"], env=self.env, capture_output=True, text=True
         ).stdout
 
     def end(self, name: str, how: signal.Signals) -> None:
@@ -139,7 +139,8 @@ def test_stock_supernodes_one_of_them_killed_end_in_the_digest_of_the_simulation
     keys.make_certificate(Path("certs"), ["localhost", "127.0.0.1"])
     flower = Programs(place)
     try:
-        flower.superlink()
+        tls = "--ssl-certfile certs/server.pem --ssl-keyfile certs/server.key --ssl-ca-certfile certs/ca.pem"
+        flower.superlink(*tls.split(), "--enable-supernode-auth")
         for c in range(CLIENTS):
             keys.make(Path(f"edge-{c}"))
             flower.flwr("supernode", "register", f"edge-{c}.pub", "own", "--name", f"edge-{c}")

@@ -28,7 +28,6 @@ from fleetune.tuning.exchange.aggregation import MEAN, REDUCE, Rule, Spool, cut,
 from fleetune.tuning.exchange.messages import LogCode, Payload
 from fleetune.tuning.methods import fedit
 from fleetune.tuning.methods._zeroth import draw
-from fleetune.tuning.methods.fedkseed import summed
 
 PAIRS = {"q": ("q.B", "q.A"), "v": ("v.B", "v.A")}
 
@@ -385,8 +384,9 @@ def test_fedkseed_combines_among_those_who_drew_the_direction(tmp_path: Path) ->
     payloads = [Payload({"codes": p.array("codes")[:8]}, p.scalars) for p in replies_of("fedkseed")]
     table = np.full((CLIENTS, method.K), np.nan)
     for c, p in enumerate(payloads):
-        k = draw(c, 8, None, method.K)
-        table[c, k] = summed(k, LogCode.decode(p.array("codes")), method.K)[k]
+        k = draw(c, 8, method.K)
+        table[c, k] = 0.0
+        np.add.at(table[c], k, LogCode.decode(p.array("codes")))
     assert np.isnan(table).any()
     ledger = after("fedkseed", payloads, parse("median"), tmp_path).ledger
     have = (~np.isnan(table)).sum(axis=0)

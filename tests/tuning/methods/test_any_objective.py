@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "decay": 0,
         "h": 0.02,
         "batch_size": 6,
-        "variance_gate": False,
+        "patience": 1,
     },
 }
 # How many tokens the model prefers to the right one, a token: whole numbers, so no gradient anywhere.

@@ -24,12 +24,11 @@ from fleetune.tuning.methods.fwdllm import Method, State, descent
 SIZES = {"a.weight": (40, 60), "b.weight": (25, 40)}  # an adapter of 3,400 numbers, for what needs no model
 
 
-def directions(seed: int, id: int, law: str = "gaussian") -> np.ndarray:
+def directions(seed: int, id: int) -> np.ndarray:
     """A direction over `SIZES` as one float64 vector: tensors in name order, each from a multiple of 4096 on."""
-    draw = noise.normals if law == "gaussian" else noise.signs
     parts, start = [], 0
     for shape in SIZES.values():
-        parts.append(draw(fwdllm.run_key(seed), id, start, math.prod(shape)).astype(np.float64))
+        parts.append(noise.normals(fwdllm.run_key(seed), id, start, math.prod(shape)).astype(np.float64))
         start += 4096
     return np.concatenate(parts)
 
@@ -82,7 +81,7 @@ def test_the_gate_is_the_published_variance_exactly_for_orthogonal_signs(n: int)
     """|sum of g_k v_k over a half|^2 is then d sum g_k^2, so nothing is left to chance."""
     g = np.random.default_rng(n).normal(size=n) * 3
     vectors = [x * v for x, v in zip(g, hadamard(n), strict=False)]
-    _, variance = descent("gaussian", np.arange(n, dtype=np.uint64), g, np.full(n, 8.0))
+    _, variance = descent(np.arange(n, dtype=np.uint64), g, np.full(n, 8.0))
     assert variance == pytest.approx(published_variance(vectors), rel=1e-12)
 
 
@@ -90,7 +89,7 @@ def test_a_direction_that_two_devices_tried_has_both_shares_of_the_mean_and_one_
     ids = np.array([5, 9, 5, 2], np.uint64)
     g, rows = np.array([1.0, 2.0, 3.0, 4.0]), np.array([8.0, 8.0, 24.0, 8.0])
     shares = {5: (8 * 1 + 24 * 3) / 48, 9: 8 * 2 / 48, 2: 8 * 4 / 48}
-    total, variance = descent("gaussian", ids, g, rows)
+    total, variance = descent(ids, g, rows)
     assert variance == pytest.approx(2 * sum(a * a for a in shares.values()), rel=1e-12)
     assert dict(zip(total.ids.tolist(), total.tables[:, 0].tolist(), strict=True)) == {
         id: round(-a * 2**20) for id, a in shares.items()
@@ -123,9 +122,9 @@ def test_the_server_keeps_the_adapter_and_asks_until_the_directions_agree() -> N
     np.testing.assert_allclose(flat(state.tensors), expected, atol=3e-6)
 
 
-def test_patience_ends_a_batch_and_without_the_gate_every_round_moves() -> None:
+def test_patience_ends_a_batch_and_with_none_every_round_moves() -> None:
     g = np.full((3, 2), 50.0)
-    for changes, moves in (({"patience": 3}, [0, 0, 1, 0, 0, 1]), ({"variance_gate": False}, [1] * 6)):
+    for changes, moves in (({"patience": 3}, [0, 0, 1, 0, 0, 1]), ({"patience": 1}, [1] * 6)):
         method, state, seen = Method(P=2, discriminative=False, **changes), start(), []
         for round_ in range(6):
             state = method.aggregate(state, iter(replies(state, method, g, round=round_)))
@@ -142,7 +141,7 @@ def test_no_reply_keeps_what_is_known_of_the_batch() -> None:
 
 
 def test_more_rows_weigh_more_in_the_gradient() -> None:
-    method = Method(P=2, variance_gate=False, decay=0, lr=0.1, discriminative=False)
+    method = Method(P=2, patience=1, decay=0, lr=0.1, discriminative=False)
     g = np.random.default_rng(1).normal(size=(3, 2)).astype(np.float32)
     rows = [8, 2, 5]
     answers = replies(start(), method, g, rows)
@@ -155,7 +154,7 @@ def test_more_rows_weigh_more_in_the_gradient() -> None:
 
 
 def test_no_slope_counts_more_than_the_clip() -> None:
-    method = Method(P=2, variance_gate=False, decay=0, lr=0.1, discriminative=False, clip=1.5)
+    method = Method(P=2, patience=1, decay=0, lr=0.1, discriminative=False, clip=1.5)
     g = np.array([[0.5, -3e38], [3e38, 1.0]], np.float32)
     moved = method.aggregate(start(), iter(replies(start(), method, g, [4, 4])))
     cut = method.aggregate(start(), iter(replies(start(), method, np.clip(g, -1.5, 1.5), [4, 4])))
@@ -176,20 +175,19 @@ LAST = np.random.default_rng(8).normal(size=3400)
 U = LAST / np.linalg.norm(LAST)
 
 
-@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
-def test_the_best_tenth_of_the_candidates_is_offered_in_order(law: str) -> None:
-    method, state = Method(law=law, candidates=5), start(last=named(LAST), round=6)
+def test_the_best_tenth_of_the_candidates_is_offered_in_order() -> None:
+    method, state = Method(), start(last=named(LAST), round=6)
     seeds = method.rank(state, 3)
     assert len(seeds) == 3 * fwdllm.SPARE
-    ids = [(7 << 32) + i for i in range(5 * len(seeds))]
-    v = np.stack([directions(11, id, law) for id in ids])
+    ids = [(7 << 32) + i for i in range(10 * len(seeds))]
+    v = np.stack([directions(11, id) for id in ids])
     cosine = v @ U / np.linalg.norm(v, axis=1)
     order = np.argsort(-cosine)[: len(seeds)]
     assert seeds.tolist() == [ids[i] for i in order]
 
 
 def test_only_odd_batches_are_ranked() -> None:
-    method = Method(P=4, variance_gate=False, lr=0.1, decay=0)
+    method = Method(P=4, patience=1, lr=0.1, decay=0)
     state, gradient = start(), np.random.default_rng(2).normal(size=3400)
     for batch in range(6):
         assert bool(len(state.seeds)) == (batch % 2 == 1)
@@ -204,7 +202,7 @@ def test_only_odd_batches_are_ranked() -> None:
         state = method.aggregate(state, iter(answers))
         report = method.report(state)
         assert (report["batch"], report["moved"]) == (batch + 1, 1)
-    off = Method(P=4, variance_gate=False, discriminative=False)
+    off = Method(P=4, patience=1, discriminative=False)
     state = start()
     for batch in range(3):
         state = off.aggregate(state, iter(replies(state, off, np.ones((5, 4)), round=batch)))
@@ -319,14 +317,12 @@ def test_accuracy_needs_no_gradient() -> None:
     ("settings", "said"),
     [
         ({"P": 0}, "P = 0"),
-        ({"candidates": 0}, "candidates = 0"),
         ({"h": 0}, "h, lr and threshold"),
         ({"threshold": -1}, "h, lr and threshold"),
         ({"decay": -1}, "decay and clip"),
         ({"clip": -1}, "decay and clip"),
         ({"module": "bitfit", "r": 4}, "bitfit has none"),
         ({"module": "adapter", "targets": "all-linear"}, "needs module=lora"),
-        ({"law": "hashed"}, "law = 'hashed' is none of gaussian, rademacher"),
         ({"module": "prefix"}, "module = 'prefix' is none of lora, adapter, bitfit"),
     ],
 )

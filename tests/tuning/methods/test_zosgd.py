@@ -53,7 +53,7 @@ def trained(method: Any, model: Model, rows: Any, rounds: int) -> Any:
     ],
 )
 def test_it_is_mezo_bit_for_bit(dtype: torch.dtype, law: str, rows: Any) -> None:
-    """Three rounds: from the base, from few passes, and (27 independent directions) from folded sums."""
+    """Three rounds: from the base, from few passes, and from 27 where directions are independent."""
     settings = SETTINGS | {"law": law}
     mine = trained(zosgd.Method(**settings), in_type(dtype), rows, 3)
     theirs = trained(mezo.Method(**settings), in_type(dtype), rows, 3)

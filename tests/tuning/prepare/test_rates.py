@@ -167,7 +167,7 @@ def test_a_rate_is_held_until_the_model_has_moved_so_often(name: str, moves: int
     """Against the rounds done by hand.  FwdLLM waits for more directions in between: its state counts its moves."""
     given = {
         **harness.QUICK[name],
-        **({"variance_gate": True, "threshold": 1e-9, "patience": 3, "P": 1} if name == "fwdllm" else {}),
+        **({"threshold": 1e-9, "patience": 3, "P": 1} if name == "fwdllm" else {}),
     }
     rows = harness.rows(model)
     bench = Bench(model, [rows[4:8], rows[8:12]], rows[:4], 7)

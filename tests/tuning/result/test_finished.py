@@ -15,7 +15,7 @@ from fleetune.errors import Interrupted, LedgerError
 from fleetune.models.net.model import Model
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger
-from fleetune.tuning.methods import _zeroth
+from fleetune.tuning.methods import mezo
 from fleetune.tuning.result import finished
 from heard import Heard
 
@@ -27,9 +27,7 @@ def model() -> Model:
 
 def ledger_on(model: Model, rounds: int, law: str = "rademacher") -> Ledger:
     """A ledger of one step a round, with the digest after every round."""
-    made = _zeroth.new_ledger(
-        model, 5, law=law, K=16, lr=0.02, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
-    )
+    made = mezo.Method(law=law, K=16, lr=0.02, eps=0.01).empty(model, 5)
     ids = np.arange(rounds, dtype=np.uint64)
     made = replace(
         made, ids=ids, coefficients=np.full(rounds, 3, np.int32), rounds=ids.astype(np.uint32) + np.uint32(1)
@@ -49,7 +47,7 @@ def test_a_replay_says_what_work_is_ahead_and_how_far_it_is(model: Model) -> Non
     assert done == sorted(done)
     assert len(done) > 3
     with pytest.raises(Interrupted, match="nothing was written"):
-        finished.rebuild(model, ledger, listener=Heard(stop=True))
+        finished.rebuild(model, ledger, listener=Heard(lambda _: True))
 
 
 def test_a_ledger_that_asks_for_endless_replays_is_refused_before_the_first(

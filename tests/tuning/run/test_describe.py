@@ -18,10 +18,10 @@ from fleetune.tuning.run import describe
 
 
 def test_what_decides_the_bits_is_compared() -> None:
-    before = {"torch": "2.6", "threads": 2, "given": ["rounds"], "gpu": "A"}
+    before = {"torch": "2.6", "threads": 2, "gpu": "A"}
     assert describe.machine_changes({}, before) == ""
     assert describe.machine_changes(before, before) == ""
-    told = describe.machine_changes(before, {"torch": "2.7", "threads": 1, "given": []})
+    told = describe.machine_changes(before, {"torch": "2.7", "threads": 1})
     assert told.startswith("since the last sitting there changed: torch 2.6 -> 2.7, threads 2 -> 1;")
 
 

@@ -20,7 +20,7 @@ from fleetune.errors import LedgerError, RecipeError, UsageError
 from fleetune.seeds.ledger import LedgerHead
 from fleetune.seeds.scale_view import ScaleView
 from fleetune.seeds.view import View
-from fleetune.tuning.methods import _zeroth
+from fleetune.tuning.methods import _zeroth, mezo
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished
@@ -88,9 +88,7 @@ def batches() -> Batches:
 def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(file: Path) -> None:
     model = models.load(str(file), device="cpu", base="mapped")
     model.trains = "scales"
-    made = _zeroth.new_ledger(
-        model, 5, law="hashed", K=64, lr=0.1, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
-    )
+    made = mezo.Method(K=64, lr=0.1, eps=0.01).empty(model, 5)
     payload = _zeroth.ledger_payload(made, 64, 0)
     assert payload.scalars["train"] == "scales"
     device = models.load(str(file), device="cpu", base="mapped")

@@ -10,7 +10,7 @@ from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common.display import change, is_noise
-from fleetune.common.events import EvalDone, TaskScore
+from fleetune.common.events import EvalDone
 from fleetune.errors import RecipeError
 
 HELP = "measure a model, a finished run or a compressed one"
@@ -31,8 +31,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--tasks",
         help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge; of an encoder loss,accuracy; with "
-        "--text perplexity too), and any task of "
-        "lm-evaluation-harness by its name: hellaswag, arc_easy",
+        "--text perplexity too)",
     )
     sub.add_argument(
         "--columns",
@@ -40,10 +39,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         metavar="NAME=COLUMN,..",
         help="which columns of DATA are which, as in prompt=question,response=answer (default: as the run read its own)",
     )
-    sub.add_argument("--limit", type=int, default=200, help="rows at most, of each task (default 200)")
-    sub.add_argument(
-        "--task-files", metavar="DIR", help="folder with lm-evaluation-harness tasks (YAML) of your own"
-    )
+    sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
     sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
     sub.add_argument(
         "--text",
@@ -75,7 +71,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             tasks=tasks,
             labels=args.labels or "",
             listener=listener,
-            **flags.options(args, "columns limit text answer_tokens task_files dtype device base"),
+            **flags.options(args, "columns limit text answer_tokens dtype device base"),
         )
     done = listener.last
     if isinstance(done, EvalDone) and not ui.json:
@@ -84,20 +80,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         named |= {
             "perplexity": "perplexity" if args.text else f"perplexity of the answers without prompts{rows}"
         }
-        if done.values:
-            ui.table(
-                ["task", "value"] if done.base_loss is None else ["task", "base", "value", "change"],
-                [_line(done, k, named[k], v) for k, v in done.values.items()],
-            )
-        if done.harness:
-            ui.table(["task", "metric", "value", "stderr", "questions"], [_score(s) for s in done.harness])
-
-
-def _score(score: TaskScore) -> list[object]:
-    how = "" if score.filter == "none" else f" ({score.filter})"
-    asked = "" if score.rows is None else f"{score.rows:,} of {score.of:,}" if score.of else f"{score.rows:,}"
-    error = "" if score.stderr is None else f"± {score.stderr:.4f}"
-    return [score.task, score.metric + how, round(score.value, 4), error, asked]
+        ui.table(
+            ["task", "value"] if done.base_loss is None else ["task", "base", "value", "change"],
+            [_line(done, k, named[k], v) for k, v in done.values.items()],
+        )
 
 
 def _line(done: EvalDone, name: str, label: str, value: float) -> list[object]:

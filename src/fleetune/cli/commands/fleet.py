@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,7 +29,6 @@ from fleetune.fleet.flower import shim
 from fleetune.fleet.table import Devices
 from fleetune.runs import compression_folder, rundir
 from fleetune.tuning import methods
-from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
@@ -57,7 +54,6 @@ status RUN                            how the run stands, and what each device d
 stop RUN                              end the server after this step; it can be resumed
 audit RUN                             check the log of all that was taken or refused
 app DIR                               write the app for a Flower of your own: flwr run DIR
-simulate -c recipe.toml               run it on Flower's simulation engine: several clients at a time (--resume RUN)
 """
 
 
@@ -83,12 +79,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         )
     )
     sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
-    sub.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="for simulate: clients at a time (default: one for each processor)",
-    )
     flags.add(sub)
 
 
@@ -219,37 +209,6 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
     ui.table(["client", "device", "rows", "tokens", "base", "tuned", "change", ""], rows, align="llrrrrrl")
     if done.path:
         ui.paths([("measures", done.path)])
-
-
-# A simulation -----------------------------------------------------------------------------------------
-
-
-def _simulate(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet.flower import simulate
-    from fleetune.planning import choose
-    from fleetune.tuning.result import finished, foundations
-
-    _no_words(args)
-    flower.check_installed("ray")
-    if args.workers is not None and args.workers < 1:
-        raise UsageError(f"--workers {args.workers} is no number of processes")
-    out = Path(args.out)
-    path = rundir.find(args.resume, out) if args.resume else None
-    if path is not None:
-        flags.check_resume(args, path, "fleetune fleet simulate --resume")
-        recipe = foundations.recipe_of(path)
-    else:
-        recipe = recipes.make(_values(args))
-        tuning.check_plain(recipe.model, out, recipes.trained(recipe))
-        recipe = tuning.with_file(recipe, out, ui.note)
-        recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
-        recipe, _ = choose.settled_base(recipe, ui.note, offline=args.offline)
-        recipe = replace(recipe, data=objects.data_name(recipe.data, out))
-    workers = args.workers or os.cpu_count() or 1
-    run = simulate.simulate(recipe, out, workers, resume=path, offline=args.offline, note=ui.note)
-    done = finished.read(run)
-    ui.event(done.done)
-    finish(ui, done)
 
 
 # A device ---------------------------------------------------------------------------------------------
@@ -461,5 +420,4 @@ ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
     "stop": _stop,
     "audit": _audit,
     "app": _app,
-    "simulate": _simulate,
 }

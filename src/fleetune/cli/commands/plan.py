@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import TYPE_CHECKING
 
 import fleetune
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
-from fleetune.common.events import PlanRow, PlanSettings
+from fleetune.common.events import PlanSettings
 from fleetune.common.shell import quoted
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
     plan = fleetune.plan(args.model, **flags.options(args, "ram uplink batch length steps dtype base train"))
     for row in plan.rows:
-        ui.event(PlanRow(model=args.model, **dataclasses.asdict(row), fits=row.fits))
+        ui.event(row)
     ui.header("fleetune plan", plan.about)
     ui.table(planning.columns(plan.rows), [planning.cells(row) for row in plan.rows])
     found = plan.settings()

@@ -3,7 +3,6 @@
 
     server_app.py, client_app.py    the two parts of the app; `fleetune fleet app` writes the folder that `flwr run` takes
     partition.py                    who a client of a simulation is, and which rows it has
-    simulate.py                     `fleetune fleet simulate`: start Flower's programs for one run, and stop them
     records.py, shim.py             bytes in Flower's messages; the files of the app
 
 This folder is the only place that imports `flwr`: `flwr.app`, `flwr.serverapp` and `flwr.clientapp` alone, which Flower
@@ -23,8 +22,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 
-def check_installed(*more: str) -> None:
-    """UsageError where Flower, or `more` that it needs for a simulation, is not installed."""
-    if missing := [name for name in ("flwr", *more) if importlib.util.find_spec(name) is None]:
-        extra = " 'flwr[simulation]'" if more else ""
-        raise UsageError(f"{', '.join(missing)} is not installed", hint=pip_install("flower") + extra)
+def check_installed() -> None:
+    """UsageError where Flower is not installed."""
+    if importlib.util.find_spec("flwr") is None:
+        raise UsageError("flwr is not installed", hint=pip_install("flower"))

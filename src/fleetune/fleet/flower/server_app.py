@@ -22,7 +22,7 @@ from fleetune.common.display import counted, show
 from fleetune.common.events import Event, RoundEvaluated, TuneDone
 from fleetune.errors import MessageError, RecipeError, UsageError
 from fleetune.fleet.audit import Audit
-from fleetune.fleet.flower import partition, shim
+from fleetune.fleet.flower import partition
 from fleetune.fleet.flower.client_app import RUN
 from fleetune.fleet.flower.records import pack, unpack
 from fleetune.fleet.keys import fingerprint
@@ -79,7 +79,7 @@ def main(grid: Grid, context: Context) -> None:
         found = running.start(
             fleets.settled(values_from(recipe)), out, Said(), offline=fleets.offline, fleets=fleets
         )
-    log.info("%s%s", shim.DONE, found.folder)
+    log.info("the run is finished: %s", found.folder)
 
 
 def values_from(text: str) -> dict[str, Any]:

@@ -39,8 +39,6 @@ grace = 60.0  # seconds to wait for a SuperNode that has gone
 round-deadline = 0.0  # seconds for a round; 0: as long as SuperNodes work
 """
 
-DONE: Final = "the run is finished: "  # in the app's log, before the folder of the run
-
 # Flower reads the text of these files, and looks for an assignment
 PART: Final = """\
 from fleetune.fleet.flower import {part} as installed

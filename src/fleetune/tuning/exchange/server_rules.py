@@ -10,12 +10,11 @@ A round moves the model w by `Delta = mean_k w_k - w`.  Plain averaging takes it
              v <- beta_2 v + (1 - beta_2) Delta^2
              w <- w + eta m / (sqrt(v) + tau)                       from m = 0, v = tau^2, no bias correction
 
-w is a dict of arrays of any shapes: an adapter, or a ledger's K coefficients (pass zeros to get the step
-alone).  Everything is float64 inside and out; the caller rounds once.  The numbers are the papers'
+w is a dict of arrays of any shapes.  Everything is float64 inside and out; the caller rounds once.  The numbers are the papers'
 (beta = beta_1 = 0.9, beta_2 = 0.99, tau = 1e-3, momentum with eta = 1).  Reddi et al. search eta for every
 task; 1e-3 is what OpenFedLLM (arXiv 2402.06954) sets for LoRA.
 
-`control` is SCAFFOLD's client variate (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II).
+`client_variate` is SCAFFOLD's client variate (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II).
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ TAU: Final = 1e-3
 
 # Every rule, and its usual server learning rate
 ETA: Final[Mapping[str, float]] = MappingProxyType({"avg": 1.0, "avgm": 1.0, "adam": 1e-3})
-# Adam's own learning rate for a ledger's sums of slopes: how far a direction's A_k moves a round, at most.
-SUMS_ETA: Final[Mapping[str, float]] = MappingProxyType({"adam": 0.1})
 
 
 def rate(rule: str, lr: float) -> float:
@@ -80,18 +77,6 @@ def step(
             change = m / (np.sqrt(v) + TAU)
         moved[name] = value.astype(np.float64) + eta * change
     return moved, kept
-
-
-def step_sums(
-    rule: str, mean: np.ndarray, moments: Mapping[str, np.ndarray], *, lr: float
-) -> tuple[np.ndarray, Tensors]:
-    """Return (step, moments): the rule's step along the mean of a round, for a ledger's sums of slopes float64[K].
-
-    `lr` 0 stands for the rule's own (`SUMS_ETA`, `ETA`).
-    """
-    zero = {"a": np.zeros(len(mean))}
-    moved, new = step(rule, zero, {"a": mean}, moments, lr=lr or SUMS_ETA.get(rule, 0.0))
-    return moved["a"], new
 
 
 def client_variate(

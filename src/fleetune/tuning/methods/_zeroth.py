@@ -54,18 +54,23 @@ class OfLedger(methods.Method):
         self, model: Model, key: int, *, rule: str = "constant", aggregation: str = "mean weighted by rows"
     ) -> Ledger:
         """Return the ledger before round 1; `rule` says how the rate goes, `aggregation` how replies become one."""
-        return new_ledger(
-            model,
-            key,
+        more = {"labels": settings.join_words(model.labels)} if model.labels else {}
+        more |= {} if model.trains == "weights" else {"train": model.trains}
+        head = LedgerHead(
+            base=model.digest,
+            tokenizer=model.tokenizer_digest,
+            tensors=moved_tensors(model),
+            run_key=run_key(key.to_bytes(8, "little")),
             law=self.law,
-            K=self.K,
-            lr=self.grid_lr,
+            K=self.K if self.law == POOL else 1,
+            grid=grid_of(self.grid_lr),
             eps=self.eps,
-            rule=rule,
+            lr=rule,
             method=type(self).__module__.rpartition(".")[2],
-            hyper=dataclasses.asdict(self),
+            hyper={**dataclasses.asdict(self), **more},
             aggregation=aggregation,
         )
+        return Ledger(head)
 
     def cannot_hide_rows(self) -> str:
         objective = getattr(self, "objective", "loss")
@@ -101,13 +106,9 @@ def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size:
         raise ValueError(f"tau = {tau} and batch_size = {batch_size} must be at least 1")
 
 
-def draw(key: int, count: int, p: np.ndarray | None, K: int) -> np.ndarray:
-    """Draw int64[count] members of a pool of K, uniformly or with the probabilities p [K]: the walk through it."""
-    u = uniforms(key, "walk", count)
-    if p is None:
-        return (u * K).astype(np.int64)
-    edges = np.cumsum(p.astype(np.float64))
-    return np.minimum(np.searchsorted(edges / edges[-1], u, side="right"), K - 1)
+def draw(key: int, count: int, K: int) -> np.ndarray:
+    """Draw int64[count] members of a pool of K: the walk through it."""
+    return np.asarray(uniforms(key, "walk", count) * K, np.int64)
 
 
 def rounded(steps: np.ndarray) -> np.ndarray:
@@ -123,39 +124,6 @@ def pool_ids(epoch: int, k: np.ndarray) -> np.ndarray:
 def grid_of(lr: float) -> float:
     """Return the grid of a ledger: lr / 256, in fp32."""
     return float(np.float32(lr) / np.float32(UNITS))
-
-
-def new_ledger(
-    model: Model,
-    key: int,
-    *,
-    law: str,
-    K: int,
-    lr: float,
-    eps: float,
-    rule: str,
-    method: str,
-    hyper: dict[str, object],
-    aggregation: str,
-) -> Ledger:
-    """Return an empty ledger on this base; `K` is the pool's size, the grid is lr / 256."""
-    more = {"labels": settings.join_words(model.labels)} if model.labels else {}
-    more |= {} if model.trains == "weights" else {"train": model.trains}
-    head = LedgerHead(
-        base=model.digest,
-        tokenizer=model.tokenizer_digest,
-        tensors=moved_tensors(model),
-        run_key=run_key(key.to_bytes(8, "little")),
-        law=law,
-        K=K if law == POOL else 1,
-        grid=grid_of(lr),
-        eps=eps,
-        lr=rule,
-        method=method,
-        hyper={**hyper, **more},
-        aggregation=aggregation,
-    )
-    return Ledger(head)
 
 
 def ledger_payload(ledger: Ledger, pool: int, epoch: int) -> Payload:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tune all weights in a federation, sending one scalar a step along K shared random directions (FedKSeed).
+"""Fine-tune all weights in a federation, sending one byte a step along K shared random directions (FedKSeed).
 
 Qin, Chen, Qian, Ding, Li, Deng: "Federated Full-Parameter Tuning of Billion-Sized Language Models with
-Communication Cost under 18 Kilobytes", ICML 2024, arXiv 2312.06353 (Algorithm 1; Pro: section 3.3).
+Communication Cost under 18 Kilobytes", ICML 2024, arXiv 2312.06353 (Algorithm 1).
 
 ## Algorithm
 
@@ -16,20 +16,17 @@ whatever the number of rounds, and K numbers carry it.
 ## Differences from the paper
 
 - The K directions are the +1/-1 directions of a pool (one pass over the weights replays them all; the paper's
-  way is K passes).  `law=rademacher` gives independent ones, `gaussian` the paper's.
-- Devices draw from the pool with a sampler that the server seeds, so a step is one byte (`wire=byte`) and
+  way is K passes).  `law=rademacher` gives independent ones, `gaussian` the paper's:
+  a pass each in every forward.
+- Devices draw from the pool with a sampler that the server seeds, so a step is one byte (`messages.LogCode`, unbiased) and
   the directions cost nothing; what is decoded is what the device itself steps by.
 - Where neither `lr` nor `server_lr` is given, the server steps by the square root of the clients asked times their mean
   (`for_clients`; the paper: by the mean).
-- Pro weights a scalar with 1/(K p_k).  The reference does not, so its estimate is biased towards the
-  directions that it favours.
+- Directions are drawn uniformly; FedKSeed-Pro (section 3.3), which favours those of large scalars, is not here.
 
 ## Options
 
-- `pro` draws the directions by the size of their scalars (section 3.3).
-- `wire=sums` sends exact sums, 4 bytes a direction, instead of one byte a step.
-- `epoch_rounds` renews the pool, so that training is not confined to one K-dimensional space.
-- `server` lets the server step with momentum or Adam over the K sums (K or 2 K numbers of state).
+- `server_lr` is how many times the clients' mean the server steps by.
 - `backprop` is the share of devices that back-propagate (ours): in a simulation every so many-th client, on real
   devices at most this share, of those in whose memory it fits.  Such a device reports its gradient projected
   on the K directions, p_k = z_k . g, after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K
@@ -42,17 +39,15 @@ whatever the number of rounds, and K numbers carry it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 
 from fleetune.common.settings import setting
 from fleetune.data import Batches
-from fleetune.errors import MessageError
 from fleetune.evaluation import objectives
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
@@ -61,12 +56,11 @@ from fleetune.seeds.descent import descend, descend_projected, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
 from fleetune.seeds.slopes import Slopes
-from fleetune.tuning.exchange import server_rules
 from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
-from fleetune.tuning.exchange.messages import REPORTED, LogCode, Payload, ReplySpec, Scalar
+from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _zeroth, norm
-from fleetune.tuning.methods._zeroth import INT32, UNITS, draw, pool_ids, rounded
+from fleetune.tuning.methods._zeroth import UNITS, draw, pool_ids, rounded
 
 KIND = "ledger"
 PAPER = "Qin et al., ICML 2024, arXiv 2312.06353"
@@ -78,13 +72,10 @@ MARK: Final = "backprop"  # a scalar of the message to a client that is to back-
 
 
 class State(NamedTuple):
-    """The server's state."""
+    """The ledger and the rounds done."""
 
     ledger: Ledger
-    round: int  # rounds done
-    size: np.ndarray  # for Pro: float64[K] sum of |g| seen along each direction,
-    seen: np.ndarray  # int64[K] and the number of these slopes
-    moments: dict[str, np.ndarray]  # the server rule's
+    round: int
 
 
 @dataclass(frozen=True)
@@ -102,10 +93,7 @@ class Method(_zeroth.OfLedger):
     eps: float = setting(5e-4, "ε", "size of the perturbation")
     batch_size: int = setting(1, "B", "rows a step")
     law: str = setting("hashed", "law", "directions: hashed, rademacher or gaussian")
-    epoch_rounds: int = setting(0, "E", "renew the pool every so many rounds (0: never)")
-    pro: bool = setting(False, "Pro", "draw directions by the size of their scalars")
     clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
-    wire: str = setting("byte", "wire", "byte: one byte a step; sums: exact sums, 4 bytes a direction")
     objective: str = setting("loss", "f", "loss, accuracy, rouge_l, f1 or package.module:function")
     backprop: float = setting(0.0, "β", "share of the clients that back-propagate, in whole percent")
     backprop_lr: float = setting(
@@ -114,11 +102,10 @@ class Method(_zeroth.OfLedger):
     backprop_steps: int = setting(
         10, "τ_b", "local steps of a client that back-propagates", only_if="backprop"
     )
-    server: str = setting("avg", "server", "the server's rule: avg, avgm or adam")
     server_lr: float = setting(
         0.0,
         "η_s",
-        "the server rule's learning rate, in units of lr (0: its own; with lr found: the root of the clients)",
+        "the server's step, times the mean of the clients (0: 1; with lr found: the root of the clients)",
     )
 
     def __post_init__(self) -> None:
@@ -127,11 +114,8 @@ class Method(_zeroth.OfLedger):
         _zeroth.check_pool(
             self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size
         )
-        if self.wire not in WIRES:
-            raise ValueError(f"wire = {self.wire!r} is neither byte nor sums")
-        if self.epoch_rounds < 0 or self.clip < 0:
-            raise ValueError("epoch_rounds and clip must be 0 or more")
-        plain = self.law == POOL and (self.objective, self.pro) == ("loss", False)
+        if self.clip < 0 or not 0 <= self.server_lr < 1e3:
+            raise ValueError("clip and server_lr must be 0 or more (and sane)")
         if not 0 <= self.backprop <= 1 or abs(self.share - Fraction(self.backprop)) > 1e-9:
             raise ValueError(f"backprop = {self.backprop} is not a share in whole percent, 0 to 1")
         if not 0 < self.backprop_lr < 1e3 or self.backprop_steps < 1:
@@ -139,35 +123,18 @@ class Method(_zeroth.OfLedger):
                 f"backprop_lr = {self.backprop_lr} must be positive (and sane) and "
                 f"backprop_steps = {self.backprop_steps} at least 1"
             )
-        if self.backprop and not plain:
+        if self.backprop and (self.law, self.objective) != (POOL, "loss"):
             raise ValueError(
                 "backprop projects the gradient of the loss on all directions of a pool: "
-                "it needs law=hashed, objective=loss and pro=false"
+                "it needs law=hashed and objective=loss"
             )
-        server_rules.check(self.server, lr=self.server_lr)
-
-    def written_out(self) -> Self:
-        lr = self.server_lr or server_rules.SUMS_ETA.get(self.server, 0.0)
-        return replace(self, server_lr=server_rules.rate(self.server, lr))
 
     def init(self, model: Model, key: int) -> State:
         how = "mean weighted by rows" + (" and precision" if self.backprop else "")
-        ledger = self.empty(model, key, aggregation=how)
-        return State(ledger, 0, np.zeros(self.K), np.zeros(self.K, np.int64), {})
+        return State(self.empty(model, key, aggregation=how), 0)
 
     def broadcast(self, state: State) -> Payload:
-        """Send the sums of every epoch so far (and the probabilities, for Pro)."""
-        payload = _zeroth.ledger_payload(state.ledger, self.K, self.epoch(state))
-        p = self.probabilities(state)
-        return payload if p is None else Payload({**payload.arrays, "p": p}, payload.scalars)
-
-    def epoch(self, state: State) -> int:
-        """Return the epoch of the pool that the coming round draws from."""
-        return state.round // self.epoch_rounds if self.epoch_rounds else 0
-
-    def probabilities(self, state: State) -> np.ndarray | None:
-        """Return Pro's float32[K]; None is uniform."""
-        return pro_probabilities(state.size, state.seen) if self.pro else None
+        return _zeroth.ledger_payload(state.ledger, self.K, 0)
 
     def expects(self, state: State) -> ReplySpec:
         """Return what client 0 sends; `kinds` has what every kind does."""
@@ -194,104 +161,90 @@ class Method(_zeroth.OfLedger):
 
     def reply_spec(self, kind: int) -> ReplySpec:
         """Return what the reply of a kind must look like."""
-        codec = self.codec
-        return ReplySpec({"projected": (codec.dtype, (self.K,))}) if kind else codec.spec(self.K, self.tau)
-
-    @property
-    def codec(self) -> Byte:
-        """The form in which integers are sent; it decides which integers a step may have."""
-        return WIRES[self.wire]
+        return ReplySpec({"projected": ("uint8", (self.K,))} if kind else {"codes": ("uint8", (-self.tau,))})
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau two-point steps along drawn directions, or back-propagate where `payload` says so; reply with integers."""
         view, position = self.opened(model, payload, batches)
-        epoch = len(payload.array("a")) - 1
         if payload.scalars.get(MARK) is True:
             taken = batches.steps(self.backprop_steps, self.batch_size)
             units = UNITS * self.backprop_lr / self.lr
-            walked = descend_projected(model, view, position, epoch, taken, units=units, clip=self.clip)
-            projected = self.codec.projection(walked.moved, key)
-            ids = pool_ids(epoch, np.arange(self.K))
-            for id, c in zip(ids, self.codec.integers(projected), strict=True):
-                position.move(int(id), int(c))
+            walked = descend_projected(model, view, position, 0, taken, units=units, clip=self.clip)
+            projected = LogCode.encode(walked.moved, uniforms(key, "rounding", self.K))
+            for k, c in enumerate(LogCode.decode(projected).tolist()):
+                position.move(k, c)
             position.place(view)
             return Payload({"projected": projected}, {"n": batches.n, "loss": walked.loss})
-        p = payload.arrays.get("p")
-        if p is not None and (p.shape != (self.K,) or not np.isfinite(p).all()):
-            raise MessageError(f"the probabilities are not of {self.K} directions")
-        k, weights = draw(key, self.tau, p, self.K), pro_weights(p, self.K)
         coins = uniforms(key, "rounding", self.tau)
         steps = descend(
             model,
             view,
             position,
-            pool_ids(epoch, k).tolist(),
+            draw(key, self.tau, self.K).tolist(),
             batches.steps(self.tau, self.batch_size),
             objectives.get(self.objective),
             eps=self.eps,
             clip=self.clip,
-            to_units=lambda j, g: self.codec.integer(-g * UNITS * weights[k[j]], coins[j], self.tau),
+            to_units=lambda j, g: int(
+                LogCode.decode(LogCode.encode(np.array([-g * UNITS]), coins[j : j + 1]))[0]
+            ),
         )
-        c = steps.coefficients
-        return self.codec.reply(k[: len(c)], c, self.K, {"n": batches.n, "loss": steps.loss})
+        codes = LogCode.encode(
+            steps.coefficients, np.zeros(len(steps.coefficients))
+        )  # levels: nothing is rounded
+        return Payload({"codes": codes}, {"n": batches.n, "loss": steps.loss})
+
+    def walk(self, reply: Reply) -> tuple[np.ndarray, np.ndarray]:
+        """Return what a walk's reply stands for: its integers summed along each direction, and how often each was drawn.
+
+        The directions follow from the client's key of the round, so they are never sent.
+        """
+        c, sums = LogCode.decode(reply.payload.array("codes")), np.zeros(self.K, np.int64)
+        k = draw(reply.key, len(c), self.K)
+        np.add.at(sums, k, c)
+        return sums, np.bincount(k, minlength=self.K)
 
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:
-        """Return the norm of the K sums in units of the expected one; MessageError for sums that no walk can give.
+        """Return the norm of the K sums in units of the expected one.
 
         A gradient g makes tau slopes of about |g|, or moves K sums by steps eta_b |g| / sqrt(K): either is |g| here.
         """
         if "projected" in reply.payload.arrays:
             unit = self.backprop_steps * self.backprop_lr / self.lr / math.sqrt(self.K)
-            return norm([self.codec.integers(reply.payload.array("projected"))]) / unit
-        p = self.probabilities(state)
-        self.codec.check(reply, p, self.K, self.tau)
-        return norm([summed(*self.codec.walk(reply, p, self.K), self.K)]) / math.sqrt(self.tau)
+            return norm([LogCode.decode(reply.payload.array("projected"))]) / unit
+        return norm([self.walk(reply)[0]]) / math.sqrt(self.tau)
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
-        """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once.
+        """Set A_k <- A_k + eta_s sum_c w_c a_{c,k} / sum_c w_c, rounded once.
 
         Another `rule` combines a_{c,k} over the clients that have drawn direction k.
         """
-        p, combined = self.probabilities(state), rule.combining({"a": np.zeros(self.K)})
-        size, seen = state.size.copy(), state.seen.copy()
-        units = UNITS * pro_weights(p, self.K)  # of a slope of 1 along each direction
+        ledger, combined = state.ledger, rule.combining({"a": np.zeros(self.K)})
         for reply in replies:
-            w = self.weight(reply.payload)
             if "projected" in reply.payload.arrays:
-                sums = self.codec.integers(reply.payload.array("projected"))
+                sums = LogCode.decode(reply.payload.array("projected"))
             else:
-                k, c = self.codec.walk(reply, p, self.K)
-                np.add.at(size, k, np.abs(c / units[k]))
-                np.add.at(seen, k, 1)
-                sums = summed(k, c, self.K)
+                sums, drawn = self.walk(reply)
                 if rule.name != "mean":  # along directions that were not drawn: what the rule has for none
-                    drawn = draw(reply.key, self.codec.steps(reply.payload), p, self.K)
-                    sums = np.where(np.bincount(drawn, minlength=self.K) > 0, sums, rule.absent)
-            combined.add(w, {"a": sums})
-        ledger, moments = state.ledger, state.moments
+                    sums = np.where(drawn > 0, sums, rule.absent)
+            combined.add(self.weight(reply.payload), {"a": sums})
         if combined.total:
             mean = combined.tensors()["a"] / UNITS  # the paper's: sums of slopes
-            step, moments = server_rules.step_sums(self.server, mean, moments, lr=self.server_lr)
-            ids = pool_ids(self.epoch(state), np.arange(self.K))
-            ledger = ledger.append(ids, rounded(step * UNITS), state.round + 1)
-        new = State(ledger, state.round + 1, size, seen, moments)
-        if self.epoch(new) > self.epoch(state):  # the next round draws from a pool of which nothing is known
-            new = new._replace(size=np.zeros(self.K), seen=np.zeros(self.K, np.int64), moments={})
-        return new
+            step = rounded((self.server_lr or 1.0) * mean * UNITS)
+            ledger = ledger.append(pool_ids(0, np.arange(self.K)), step, state.round + 1)
+        return State(ledger, state.round + 1)
 
     def weight(self, payload: Payload) -> float:
         """Return what a reply weighs: its rows n; in a mixed fleet n / (1 + (K - 1) / steps) after two-point steps."""
         n = payload.int("n")
         if not self.backprop or "projected" in payload.arrays:
             return float(n)
-        steps = self.codec.steps(payload)
+        steps = len(payload.array("codes"))
         return n * steps / (steps + self.K - 1) if steps else 0.0
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
-        if rule.name == PRIVATE and self.pro:
-            return "pro draws directions by the sizes of all clients' slopes, which no noise hides; set pro=false"
         if 0 < self.backprop < 1:
             return "a mixed fleet has replies of two precisions, which do not compare; set backprop to 0 or 1"
         met = asked if self.backprop else asked * (1 - (1 - 1 / self.K) ** self.tau)
@@ -310,9 +263,9 @@ class Method(_zeroth.OfLedger):
         """Return the method with a server that steps by sqrt(clients) times their mean.
 
         Clients walk along directions of their own, which hardly meet, so that the mean of C walks is as long as one of them
-        over sqrt(C).  A method with clients that back-propagate, whose steps agree, or with a rule of its own stays.
+        over sqrt(C).  A method with clients that back-propagate, whose steps agree, stays.
         """
-        if self.server != "avg" or self.backprop:
+        if self.backprop:
             return self
         return replace(self, server_lr=round(math.sqrt(clients), 3))
 
@@ -327,127 +280,8 @@ class Method(_zeroth.OfLedger):
         return self.tau
 
     def footprint(self, shape: Shape) -> Footprint:
-        none = np.zeros(self.K)
-        return Footprint("two-point", state=State(placeholder_ledger(self.K), 0, none, none, {}))
+        return Footprint("two-point", state=State(placeholder_ledger(self.K), 0))
 
     def footprints(self, shape: Shape) -> Sequence[Footprint]:
         works = self.footprint(shape), Footprint("backward", moments=0, projects=True)
         return works[: len(self.kind_names)]
-
-
-# Pro: directions drawn by the size of the slopes seen along them (section 3.3) ---------------------------
-
-
-def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Return float32[K]: the softmax of the min-max-scaled mean |g| of each direction (see `State`).
-
-    The most favoured direction is at most e times as likely as the least.  Sizes are cut at the 95 % quantile first:
-    in the reference one outlier flattens all other ones.
-    """
-    K = len(size)
-    if not seen.any():  # nothing is known of a new pool
-        return np.full(K, 1.0 / K, np.float32)
-    mean = size / np.maximum(seen, 1)
-    mean[seen == 0] = np.median(mean[seen > 0])
-    mean = np.minimum(mean, np.quantile(mean, 0.95))
-    scaled = (mean - mean.min()) / (np.ptp(mean) or 1.0)
-    return np.asarray(np.exp(scaled) / np.exp(scaled).sum(), np.float32)
-
-
-def pro_weights(p: np.ndarray | None, K: int) -> np.ndarray:
-    """Return float64[K], 1/(K p_k): keeps the mean step what uniform drawing (p None) would give."""
-    return np.ones(K) if p is None else 1.0 / (K * p.astype(np.float64))
-
-
-# How a client's steps are sent ----------------------------------------------------------------------------
-#
-# The steps of a client in a round are its walk: tau steps, step j the integer c_j along direction k_j of the pool.  A client
-# that back-propagates sends its projection instead: how far it moved along each direction, one integer each.
-
-
-class Byte:
-    """One byte a step (`LogCode`): a step is rounded to a level, without bias.
-
-    The directions are drawn from the client's key of the round, so the server draws them again and they are never sent.
-    """
-
-    dtype = "uint8"  # of the array that is sent
-
-    def spec(self, K: int, tau: int) -> ReplySpec:
-        """Return the form of a walk's reply."""
-        return ReplySpec({"codes": (self.dtype, (-tau,))})
-
-    def integer(self, units: float, u: float, tau: int) -> int:
-        """Return the integer that stands for a step of so many units; u, uniform in [0, 1), is the step's coin."""
-        return int(LogCode.decode(LogCode.encode(np.array([units]), np.array([u])))[0])
-
-    def reply(self, k: np.ndarray, c: np.ndarray, K: int, scalars: Mapping[str, Scalar]) -> Payload:
-        """Return the reply of a walk: c int64[steps] along the directions k."""
-        codes = LogCode.encode(c, np.zeros(len(c)))  # each c is a level, so nothing is rounded
-        return Payload({"codes": codes}, scalars)
-
-    def steps(self, payload: Payload) -> int:
-        """Return the number of steps of a walk's reply."""
-        return len(payload.array("codes"))
-
-    def walk(self, reply: Reply, p: np.ndarray | None, K: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (k, c) of a walk's reply, or what is equal to it in sum."""
-        c = self.integers(reply.payload.array("codes"))
-        return draw(reply.key, len(c), p, K), c
-
-    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
-        """Raise MessageError for a walk's reply that no steps along the drawn directions can give: here all can be."""
-
-    def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
-        """Return the array that is sent of a projection float64[K]."""
-        return LogCode.encode(moved, uniforms(key, "rounding", len(moved)))
-
-    def integers(self, array: np.ndarray) -> np.ndarray:
-        """Return int64: the integers that an array stands for."""
-        return LogCode.decode(array)
-
-
-class Sums(Byte):
-    """Exact sums: 4 bytes for each of the K directions, whatever the number of steps."""
-
-    dtype = "int32"
-
-    def spec(self, K: int, tau: int) -> ReplySpec:
-        return ReplySpec({"sums": (self.dtype, (K,))}, {**REPORTED, "steps": (int, 0, tau)})
-
-    def integer(self, units: float, u: float, tau: int) -> int:
-        top = INT32 // tau  # so that a sum of all steps fits its 32 bits
-        return max(-top, min(top, round(units)))
-
-    def reply(self, k: np.ndarray, c: np.ndarray, K: int, scalars: Mapping[str, Scalar]) -> Payload:
-        return Payload({"sums": summed(k, c, K).astype(np.int32)}, {**scalars, "steps": len(c)})
-
-    def steps(self, payload: Payload) -> int:
-        return payload.int("steps")
-
-    def walk(self, reply: Reply, p: np.ndarray | None, K: int) -> tuple[np.ndarray, np.ndarray]:
-        sums = self.integers(reply.payload.array("sums"))
-        return np.flatnonzero(sums), sums[sums != 0]
-
-    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
-        sums = self.integers(reply.payload.array("sums"))
-        most = np.bincount(draw(reply.key, self.steps(reply.payload), p, K), minlength=K) * (INT32 // tau)
-        if (beyond := np.flatnonzero(np.abs(sums) > most)).size:
-            k = int(beyond[0])
-            raise MessageError(f"the sum along direction {k} is {sums[k]}, its steps give {most[k]} at most")
-
-    def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
-        return np.asarray(np.clip(np.rint(moved), -INT32, INT32), np.int32)
-
-    def integers(self, array: np.ndarray) -> np.ndarray:
-        return array.astype(np.int64)
-
-
-WIRES: Final[Mapping[str, Byte]] = MappingProxyType({"byte": Byte(), "sums": Sums()})
-
-
-def summed(k: np.ndarray, c: np.ndarray, K: int) -> np.ndarray:
-    """Return int64[K]: the integers of a walk summed per direction."""
-    sums = np.zeros(K, np.int64)
-    np.add.at(sums, k, c)
-    return sums

@@ -39,7 +39,7 @@ the gradient has in common with the old one counts 3.25 times, which works like 
 ## Options
 
 - `module` is what is trained: LoRA, bottleneck adapters or the biases.
-- `variance_gate=false` moves in every round; `discriminative=false` draws all directions afresh.
+- `patience=1` moves in every round; `discriminative=false` draws all directions afresh.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from fleetune.evaluation import objectives
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.seeds.descent import two_point
-from fleetune.seeds.noise import EMPTY, LAWS, POOL, Passes, derive, passes, probe
+from fleetune.seeds.noise import EMPTY, Passes, derive, passes, probe
 from fleetune.seeds.view import View
 from fleetune.seeds.weights import CHUNK, kernels, layout
 from fleetune.tuning import methods
@@ -80,7 +80,8 @@ CLIENTS = 100
 SPARE = 4  # seeds sent for each that is used
 IDS: Final = np.zeros(0, np.uint64)
 NUMBERS: Final = np.zeros(0)
-INDEPENDENT_LAWS: Final = tuple(sorted(law for law in LAWS if law != POOL))
+CANDIDATES: Final = 10  # directions ranked for each that is sent
+LAW: Final = "gaussian"  # of the directions
 UNITS: Final = 1 << 20  # a coefficient's grid is lr / 2^20
 LIMIT: Final = 1 << 40  # and at most 2^20 in size: whatever a device says, sums are exact
 
@@ -122,19 +123,14 @@ class Method(methods.Method):
     lr: float = setting(0.01, "η", "learning rate of the server's SGD", found=True)
     decay: int = setting(3000, "T", "rounds over which the rate falls linearly to 0 (0: stays)")
     batch_size: int = setting(8, "B", "rows a device evaluates")
-    variance_gate: bool = setting(True, "gate", "ask for more directions until they agree")
-    threshold: float = setting(0.1, "σ²", "variance at which the server moves", only_if="variance_gate")
-    patience: int = setting(
-        10, "R", "rounds on one batch after which it moves anyway", only_if="variance_gate"
-    )
+    threshold: float = setting(0.1, "σ²", "variance at which the server moves")
+    patience: int = setting(10, "R", "rounds on one batch after which it moves anyway")
     discriminative: bool = setting(True, "rank", "every second batch, directions like the last gradient")
-    candidates: int = setting(10, "c", "directions ranked for each that is sent", only_if="discriminative")
     clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
-    law: str = setting("gaussian", "law", "gaussian or rademacher")
     objective: str = setting("loss", "f", "loss, accuracy, rouge_l, f1 or package.module:function")
 
     def __post_init__(self) -> None:
-        whole = {n: getattr(self, n) for n in ("r", "alpha", "P", "batch_size", "patience", "candidates")}
+        whole = {n: getattr(self, n) for n in ("r", "alpha", "P", "batch_size", "patience")}
         if low := [f"{name} = {value}" for name, value in whole.items() if value < 1]:
             raise ValueError(f"{', '.join(low)} must be at least 1")
         if not (0 < self.h < 1e3 and 0 < self.lr < 1e3 and self.threshold > 0):
@@ -146,9 +142,8 @@ class Method(methods.Method):
         if self.module != "lora" and self.targets != "query-value":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
         check_targets(self.targets)
-        for name, choices in (("law", INDEPENDENT_LAWS), ("module", tuple(MODULES))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} = {getattr(self, name)!r} is none of {', '.join(choices)}")
+        if self.module not in MODULES:
+            raise ValueError(f"module = {self.module!r} is none of {', '.join(MODULES)}")
 
     def init(self, model: Model, key: int) -> State:
         seed = key >> 1  # fits a signed 64-bit scalar
@@ -190,7 +185,7 @@ class Method(methods.Method):
         same = batches.repeat_batch(payload.int("batch"), self.batch_size, self.P)
         measured, loss = slopes_along(parameters, view, ids, self.h, same, lambda b: measure(model, b))
         g = self.cut(measured).astype(np.float32)
-        step, _ = descent(self.law, ids, g.astype(np.float64), np.full(self.P, float(batches.n)))
+        step, _ = descent(ids, g.astype(np.float64), np.full(self.P, float(batches.n)))
         view.place(step)
         write_to(parameters, view)
         return Payload({"g": g}, {"n": batches.n, "loss": loss})
@@ -202,7 +197,7 @@ class Method(methods.Method):
     def view(self, tensors: Mapping[str, np.ndarray], seed: int, rate: float, device: str = "cpu") -> View:
         """Return a view of the adapter from other points; its grid is the learning rate over 2^20."""
         named = [(n, torch.from_numpy(t.copy()).to(device)) for n, t in tensors.items()]
-        return View(named, nn.Module(), run_key=run_key(seed), law=self.law, grid=rate / UNITS)
+        return View(named, nn.Module(), run_key=run_key(seed), law=LAW, grid=rate / UNITS)
 
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return norm([self.cut(reply.payload.array("g"))])
@@ -226,11 +221,11 @@ class Method(methods.Method):
         parts.insert(0, (state.ids, state.g, state.rows))
         ids, g, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
         fresh = len(ids) - len(state.ids)
-        step, variance = descent(self.law, ids, g, rows)
+        step, variance = descent(ids, g, rows)
         state = state._replace(
             ids=ids, g=g, rows=rows, n=len(np.unique(ids)), variance=variance, asked=state.asked + 1, moved=0
         )
-        if not self.variance_gate or variance <= self.threshold or state.asked >= self.patience:
+        if variance <= self.threshold or state.asked >= self.patience:
             state = self.move(state, step)
         ranked = self.discriminative and state.batch % 2 and state.last
         seeds = self.rank(state, fresh) if ranked else IDS
@@ -239,7 +234,7 @@ class Method(methods.Method):
     def move(self, state: State, step: Passes) -> State:
         """Take a step of SGD and go on to the next batch."""
         view = self.view(state.tensors, state.seed, self.rate(state.round))
-        view.place(step, fold=False)
+        view.place(step)
         tensors = {name: seen.numpy() for name, seen in view.tensors()}
         last = {name: state.tensors[name] - tensor for name, tensor in tensors.items()}
         return state._replace(
@@ -256,8 +251,8 @@ class Method(methods.Method):
     def rank(self, state: State, used: int) -> np.ndarray:
         """Return the fresh directions most like the last gradient, best first."""
         first, keep = np.uint64((state.round + 1) << 32), SPARE * used
-        ids = first + np.arange(keep * self.candidates, dtype=np.uint64)
-        alike = cosines(state.last, ids, run_key(state.seed), self.law)
+        ids = first + np.arange(keep * CANDIDATES, dtype=np.uint64)
+        alike = cosines(state.last, ids, run_key(state.seed))
         return ids[np.argsort(-alike, kind="stable")[:keep]]
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
@@ -337,7 +332,7 @@ def slopes_along(
             write_to(parameters, view)
             return loss(batch)
 
-        plus, minus = two_point(view, probe(view.law, 1, int(ids[j])), h, seen)
+        plus, minus = two_point(view, probe(LAW, 1, int(ids[j])), h, seen)
         if math.isfinite(plus) and math.isfinite(minus):
             g[j] = (plus - minus) / (2 * h)
             losses.append((plus + minus) / 2)
@@ -345,7 +340,7 @@ def slopes_along(
     return g, float(np.mean(finite)) if finite else math.inf
 
 
-def descent(law: str, ids: np.ndarray, g: np.ndarray, rows: np.ndarray) -> tuple[Passes, float]:
+def descent(ids: np.ndarray, g: np.ndarray, rows: np.ndarray) -> tuple[Passes, float]:
     """Return -(sum_k rows_k g_k v_k) / (sum_k rows_k) as passes, and the variance 2 sum_k a_k^2 of that mean.
 
     a_k is the share of direction k in the mean (all its slopes together): g_k / n where rows are equal.
@@ -353,10 +348,10 @@ def descent(law: str, ids: np.ndarray, g: np.ndarray, rows: np.ndarray) -> tuple
     unique, where = np.unique(ids, return_inverse=True)
     a = np.bincount(where, rows * g) / rows.sum()
     units = np.rint(np.clip(-a * UNITS, -LIMIT, LIMIT)).astype(np.int64)
-    return passes(law, 1, unique, units), float(2 * (a @ a))
+    return passes(LAW, 1, unique, units), float(2 * (a @ a))
 
 
-def cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: str) -> np.ndarray:
+def cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int) -> np.ndarray:
     """Return float64[len(ids)], the cosine of each direction with `tensors`, in the memory of one chunk of a direction."""
     slots = layout((n, torch.from_numpy(t)) for n, t in tensors.items())
     size = slots[-1].start + slots[-1].tensor.numel()
@@ -370,7 +365,7 @@ def cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: s
         last = min(first + CHUNK, size)
         v = direction[: last - first]
         for k, id in enumerate(ids.tolist()):
-            sweep(v.zero_(), v, first, key, EMPTY, 0.0, probe(law, 1, id), gaussian=law == "gaussian")
+            sweep(v.zero_(), v, first, key, EMPTY, 0.0, probe(LAW, 1, id), gaussian=True)
             dots[k] += float(v @ flat[first:last])
             norms[k] += float(v.square() @ real[first:last])
     return dots / np.sqrt(norms * float(flat.double().square().sum()))

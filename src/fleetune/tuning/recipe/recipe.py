@@ -16,9 +16,9 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -169,7 +169,7 @@ class Recipe:
     )
     partition: str = Field(
         default="auto",
-        description="iid, dirichlet:ALPHA:COLUMN, shards:COLUMN or column:COLUMN; auto: column:client for a folder with one "
+        description="iid, dirichlet:ALPHA:COLUMN or column:COLUMN; auto: column:client for a folder with one "
         "file per client, or where columns name the client, else iid",
     )
     held_out: float = Field(
@@ -316,54 +316,6 @@ class Recipe:
     )
     answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
     threads: int = Field(default=0, ge=0, le=MOST_THREADS, description="processor threads (0: all)")
-
-
-class RecipeOptions(TypedDict, total=False):
-    """The options of a recipe but model, data, method and its settings, as keyword arguments of `fleetune.tune`.
-
-    `eval_data` may be rows, as `data`; a recipe has the name of the file that they are written into.
-    A test holds it against `Recipe`.
-    """
-
-    clients: int
-    rounds: int
-    within: str
-    participation: float
-    columns: str
-    partition: str
-    held_out: float
-    eval_data: str | Path | Iterable[Mapping[str, Any]]
-    labels: str
-    limit: int
-    max_length: int
-    seed: int
-    dtype: str
-    device: str
-    base: str
-    ram: str
-    train: str
-    kinds: str
-    drop: float
-    stragglers: float
-    deadline: float
-    over_selection: float
-    quorum: int
-    aggregation: str
-    privacy: str
-    epsilon: float
-    delta: float
-    noise: float
-    clip_norm: float
-    max_rows: int
-    eval_every: int
-    patience: int
-    keep: str
-    eval_rows: int
-    rouge_rows: int
-    samples: int
-    client_rows: int
-    answer_tokens: int
-    threads: int
 
 
 def fields() -> dict[str, tuple[Any, Any, str]]:

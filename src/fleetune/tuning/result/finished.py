@@ -153,7 +153,7 @@ def rebuild(
     passes = ledger.passes()
     work = counted(len(passes.ids), "pass", "passes")
     listener.note(f"{work} over {model.n_params:,} weights to rebuild")
-    view.place(passes, fold=False)
+    view.place(passes)
     return models.digest(told(view.pieces(), listener, model.n_params, work))
 
 

@@ -20,12 +20,10 @@ from fleetune.common import __version__
 from fleetune.common.display import change as change_text
 from fleetune.common.display import counted, human_time, show
 from fleetune.common.events import TuneStart
-from fleetune.common.files import read_json
 from fleetune.common.ggml import SCALES
 from fleetune.common.paired import Difference
 from fleetune.common.settings import Value
 from fleetune.data.encode import digest
-from fleetune.errors import StorageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
@@ -39,7 +37,6 @@ from fleetune.tuning.result import foundations
 from fleetune.tuning.rounds import watch
 
 if TYPE_CHECKING:
-    from fleetune.tuning.methods import Method
     from fleetune.tuning.prepare.prepare import TuneJob
     from fleetune.tuning.recipe.recipe import Recipe
     from fleetune.tuning.rounds.rounds import Outcome
@@ -68,21 +65,13 @@ def _computed_by(device: str) -> dict[str, Any]:
 
 
 def data_facts(job: TuneJob, run: Path) -> dict[str, Any]:
-    """Return what env.json says of the data and the recipe: digests, and the options that were not the defaults.
-
-    A statement of the defaults that is already there stays: the version that resumes a run may have others.
-    """
+    """Return what env.json says of the data: digests."""
     stated, parts = foundations.of_job(job), job.split
-    try:
-        told = read_json(run / rundir.ENVIRONMENT, "").get("given")
-    except StorageError:
-        told = None
     return {
         "data_sha256": job.files,
         "rows_sha256": stated.rows,
         "held_out_sha256": stated.held_out,
         "split_sha256": split_digest(parts.clients, parts.held),
-        "given": told if isinstance(told, list) else given(job.recipe),
         **foundations.note_start(run),
     }
 
@@ -305,7 +294,7 @@ def of_course(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> lis
     return found
 
 
-NO_CAUSE: Final = ("given", rundir.STARTED_IN, "processors")  # of env.json: what changes no bit of a result
+NO_CAUSE: Final = (rundir.STARTED_IN, "processors")  # of env.json: what changes no bit of a result
 
 
 def progress_words(run: Path, rounds: int) -> str:

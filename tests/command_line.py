@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as tests call it, and a run that is short."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fleetune.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+FEW: dict[str, Any] = {
+    "clients": 2,
+    "rounds": 1,
+    "held_out": 4,
+    "eval_rows": 4,
+    "samples": 0,
+    "threads": 1,
+    "device": "cpu",
+}
+
+
+def call(capsys: Capture, *args: object) -> tuple[int, str, str]:
+    """The exit code of a command, and what it wrote on stdout and stderr."""
+    capsys.readouterr()
+    code = main([str(a) for a in args])
+    return code, *capsys.readouterr()
+
+
+def call_json(capsys: Capture, *args: object) -> tuple[int, list[dict[str, Any]], str]:
+    """The exit code, the events and what was said of a command with --json."""
+    code, out, err = call(capsys, *args, "--json")
+    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
+
+
+def ok(capsys: Capture, *args: object) -> list[dict[str, Any]]:
+    """The events of a command that succeeds."""
+    code, told, err = call_json(capsys, *args)
+    assert code == 0, err
+    return told
+
+
+def refused(capsys: Capture, *args: object, code: int = 2) -> str:
+    """What is said, with the hint, of a command that cannot be carried out."""
+    found, _, err = call(capsys, *args)
+    assert found == code, err
+    assert f"\n{err}".count("\nerror: ") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def events(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
