@@ -291,7 +291,8 @@ def _divided(
     recipe: Recipe, entry: MethodEntry, method: Method, *, offline: bool, simulated: bool
 ) -> tuple[Recipe, Split]:
     """Return the settled recipe, and its rows in parts: of a fleet that is not simulated the held-out ones alone."""
-    parts = split(recipe, entry, offline=offline)
+    here = recipe if simulated or recipe.partition.startswith("column") else replace(recipe, clients=1)
+    parts = split(here, entry, offline=offline)  # the rows of real devices are there: these are for one
     recipe = replace(recipe, partition=parts.partition)
     if not simulated:
         parts = replace(parts, clients=[])

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from fleetune.errors import FleetuneError
+from fleetune.errors import FleetuneError, RecipeError
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.recipe import recipe as recipes
@@ -36,9 +36,12 @@ def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
     rows.  Without `keep`, the best round is kept, so no liar makes the result worse than the start.
     """
     keep = recipe.keep if "keep" in named or not recipe.eval_every else "best"
-    if (
-        recipe.privacy != "none"
-    ):  # every device counts once, within its clip; N is what the recipe says from now on
+    if recipe.privacy == "example":
+        raise RecipeError(
+            ["privacy = example is for fleetune tune: real devices do not add noise of their own yet"],
+            hint="--privacy client hides whether a device took part",
+        )
+    if recipe.privacy != "none":  # every device counts once; N is what the recipe says from now on
         return dataclasses.replace(recipe, clients=devices, keep=keep)
     rule = (
         aggregation.parse(recipe.aggregation) if "aggregation" in named else default_rule(recipe, devices)[0]
