@@ -72,11 +72,13 @@ class Privacy:
 
 @dataclass(frozen=True)
 class Measuring(Privacy):
-    """A mechanism that writes down the norm of each vector, and releases next to nothing; its clip is to be tiny."""
+    """A mechanism that writes down each vector's norm and size, and releases next to nothing; its clip is to be tiny."""
 
     seen: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
 
     def units(self, moves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.sizes.append(sum(move.size for move in moves.values()))
         self.seen.append(math.sqrt(sum(float(np.square(move).sum()) for move in moves.values())))
         return super().units(moves)
 

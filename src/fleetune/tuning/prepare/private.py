@@ -11,7 +11,8 @@ are sampled most often.  Which clients take part in a round is then no secret, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Final
@@ -35,6 +36,8 @@ MOST: Final = 100.0  # epsilon: beyond it, nothing is promised
 MEASURED: Final = 32  # held-out rows on which the clip is found, at most
 TINY: Final = 1e-30  # clip while it is found
 OPTIONS: Final = ("epsilon", "delta", "noise", "clip_norm")
+TOO_LOUD: Final = 3.0
+LOUD: Final = ": little can be learned; take more clients or rows, fewer numbers (K, r), or a larger epsilon"
 PAGE: Final = "what is promised, and what it costs: docs/privacy.md"
 
 
@@ -147,8 +150,11 @@ def rule_of(job: TuneJob) -> Rule:
     return Rule(PRIVATE, privacy=found.privacy)
 
 
-def settled(job: TuneJob, *, find: bool) -> TuneJob:
-    """Return the job with its delta, its noise and, where it is to be found, its clip; RecipeError for what cannot be kept."""
+def settled(job: TuneJob, *, find: bool, note: Callable[[str], None]) -> TuneJob:
+    """Return the job with its delta, its noise and, where it is to be found, its clip; RecipeError for what cannot be kept.
+
+    `note` is told how loud the noise is.
+    """
     recipe = job.recipe
     if recipe.privacy == NONE:
         return job
@@ -170,16 +176,25 @@ def settled(job: TuneJob, *, find: bool) -> TuneJob:
             [f"noise = {noise:g} spends more than epsilon = {recipe.epsilon:g} in the first round"],
             hint="leave --noise out: it follows from the budget",
         )
-    job = replace(job, recipe=replace(recipe, noise=noise))
-    return (
-        replace(job, recipe=replace(job.recipe, clip_norm=_clip(job)))
-        if find and not recipe.clip_norm
-        else job
+    known, job = recipe.noise and recipe.clip_norm, replace(job, recipe=replace(recipe, noise=noise))
+    if known:  # as of a run that is resumed
+        return job
+    measured = _measured(job)
+    numbers = measured.sizes[0]
+    loud = noise * math.sqrt(numbers) / (q * plain.privacy.N)
+    note(
+        f"privacy: noise of multiplier {noise:g} on {counted(numbers, 'number')}, {loud:.2g} times as long as the clip"
+        + (LOUD if loud > TOO_LOUD else "")
+    )
+    if not find or recipe.clip_norm:
+        return job
+    return replace(
+        job, recipe=replace(job.recipe, clip_norm=float(f"{median(filter(None, measured.seen)):.3g}"))
     )
 
 
-def _clip(job: TuneJob) -> float:
-    """Return the norm of the reply of a client that has some held-out rows, or the median norm of one of these rows."""
+def _measured(job: TuneJob) -> Measuring:
+    """Return what is seen of the reply of a client that has some held-out rows, or of each of these rows in its first step."""
     recipe, held = job.recipe, job.held[:MEASURED]
     measured = Measuring(TINY, 1.0, 1.0, len(held))
     bench, by_client = Bench(job.model, [held], (), recipe.seed), recipe.privacy == CLIENT
@@ -193,7 +208,7 @@ def _clip(job: TuneJob) -> float:
             ["no clip could be found: held-out rows do not move the model"],
             hint="give one, --clip-norm, or raise the learning rate",
         )
-    return float(f"{median(filter(None, measured.seen)):.3g}")
+    return measured
 
 
 def planned(job: TuneJob) -> str:
