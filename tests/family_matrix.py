@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fleetune
+from command_line import FEW
 from fleetune import models
 from fleetune.errors import FleetuneError
 from fleetune.tuning.result.finished import TuneResult
@@ -88,18 +89,7 @@ def tune(model: Path, column: Column, out: Path) -> TuneResult:
     words = ("no", "yes") if model.name in ENCODERS else ("up and down", "left and right")
     rows = [{"instruction": f"say {i}", "output": words[i % 2]} for i in range(ROWS)]
     return fleetune.tune(
-        model,
-        rows,
-        method=column.method,
-        settings=column.settings,
-        out=out,
-        clients=2,
-        rounds=1,
-        samples=0,
-        max_length=64,
-        device="cpu",
-        threads=1,
-        held_out=4,
+        model, rows, method=column.method, settings=column.settings, out=out, max_length=64, **FEW
     )
 
 

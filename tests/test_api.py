@@ -17,8 +17,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import fleetune
+from command_line import FEW
 from fleetune import errors, models
-from fleetune.common import events
 from fleetune.compression.methods import qronos
 from fleetune.deploy import harness
 from fleetune.evaluation import losses
@@ -26,49 +26,18 @@ from fleetune.runs.compression_folder import OPTIONS, CompressRequest
 from fleetune.tuning.methods import fedkseed
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.recipe import Recipe
+from heard import Heard
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
-FEW: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 1,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "threads": 1,
-    "device": "cpu",
-}
 SMALL = {"K": 16, "tau": 2, "lr": 1e-2, "batch_size": 2}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("api")
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, folder / "tiny")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def at(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "tiny").symlink_to(place / "tiny")
-    (tmp_path / "rows.jsonl").symlink_to(place / "rows.jsonl")
+def at(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "tiny").symlink_to(tiny)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-class Log(fleetune.Silent):
-    """A listener that keeps all events."""
-
-    def __init__(self) -> None:
-        self.events: list[events.Event] = []
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def event(self, event: events.Event) -> None:
-        self.events.append(event)
 
 
 def tune(model: object = "tiny", data: Any = "rows.jsonl", **given: Any) -> fleetune.TuneResult:
@@ -123,7 +92,7 @@ def test_options_of_compress_are_those_of_a_request() -> None:
 
 
 def test_a_run_gives_its_model_its_ledger_and_its_history(at: Path) -> None:
-    log = Log()
+    log = Heard()
     run = tune(rounds=2, listener=log)
     assert [type(e).__name__ for e in log.events if type(e).__name__ not in ("ClientReply", "Diverging")] == [
         "TuneStart",
@@ -208,7 +177,7 @@ def test_a_peft_model_is_tuned_from_its_merged_weights(at: Path) -> None:
     ids = torch.tensor([[1, 2, 3]])
     with torch.inference_mode():
         before = adapted(input_ids=ids).logits
-    log = Log()
+    log = Heard()
     run = tune(adapted, ROWS, tokenizer=base.tokenizer, listener=log)
     assert "merged into a copy" in log.notes[0]
     plain = fleetune.open(fleetune.open(run.folder).recipe.model)  # type: ignore[union-attr]
@@ -257,7 +226,7 @@ def test_wrong_objects_are_clear_errors(model: object, data: Any, want: str, at:
 
 def test_the_pipeline_goes_from_a_run_to_a_file(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "measured", harness.carry_out)  # here, and not in a process for each figure
-    run, log = tune(), Log()
+    run, log = tune(), Heard()
     small = fleetune.compress(run, settings={"group": 8}, windows=2, length=16, listener=log)
     assert [type(e).__name__ for e in log.events] == [
         "CompressStart",

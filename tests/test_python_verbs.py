@@ -10,43 +10,25 @@ from typing import Any
 
 import pytest
 
+import command_line
 import fleetune
-from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.events import SweepDone, SweepRun
 from fleetune.models.net.model import Model
 from fleetune.runs import listener
+from heard import Heard
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
-FEW: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 1,
-    "held_out": 2,
-    "samples": 0,
-    "threads": 1,
-    "device": "cpu",
-    "method": "mezo",
-    "max_length": 32,
-}
+FEW: dict[str, Any] = command_line.FEW | {"held_out": 2, "method": "mezo", "max_length": 32}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verbs")
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, folder / "tiny")
-    return folder
+def model(tiny: str) -> Model:
+    return fleetune.open(tiny).load()
 
 
-@pytest.fixture(scope="module")
-def model(place: Path) -> Model:
-    return fleetune.open(place / "tiny").load()
-
-
-def tune(place: Path, out: Path, **given: Any) -> fleetune.TuneResult:
-    return fleetune.tune(
-        place / "tiny", ROWS, **{**FEW, "settings": {"tau": 1, "lr": 1e-4}, "out": out, **given}
-    )
+def tune(tiny: str, out: Path, **given: Any) -> fleetune.TuneResult:
+    return fleetune.tune(tiny, ROWS, **{**FEW, "settings": {"tau": 1, "lr": 1e-4}, "out": out, **given})
 
 
 class Terminal(io.StringIO):
@@ -54,16 +36,13 @@ class Terminal(io.StringIO):
         return True
 
 
-# Progress -----------------------------------------------------------------------------------------
-
-
 def test_a_run_prints_on_a_terminal_and_nothing_into_a_pipe(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: dict[str, str] = {}
     for name, stream in (("terminal", Terminal()), ("pipe", io.StringIO())):
         monkeypatch.setattr(sys, "stdout", stream)
-        tune(place, tmp_path / name)
+        tune(tiny, tmp_path / name)
         said[name] = stream.getvalue()
     assert said["pipe"] == ""
     assert "\x1b" not in said["terminal"]
@@ -94,30 +73,13 @@ def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
     assert stream.getvalue().splitlines() == ["blocks 10/30", "blocks 20/30", "a client\\x1b[31m"]
 
 
-# Sweeps and runs ----------------------------------------------------------------------------------
-
-
-class Log(fleetune.Silent):
-    def __init__(self) -> None:
-        self.events: list[fleetune.events.Event] = []
-        self.stop = False
-
-    def event(self, event: fleetune.events.Event) -> None:
-        self.events.append(event)
-        self.stop = self.stop or isinstance(event, SweepRun)
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.stop
-
-
 def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = Log()
+    stops = Heard(lambda heard: any(isinstance(event, SweepRun) for event in heard.events))
     given: dict[str, Any] = {**FEW, "settings": {"tau": 1, "lr": 1e-4}, "out": tmp_path}
     with pytest.raises(fleetune.errors.Interrupted) as stopped:
-        fleetune.sweep(place / "tiny", ROWS, vary={"lr": [1e-5, 1e-4]}, listener=log, **given)
+        fleetune.sweep(tiny, ROWS, vary={"lr": [1e-5, 1e-4]}, listener=stops, **given)
     assert "fleetune sweep --resume" in stopped.value.hint
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     done = fleetune.resume_sweep("latest", out=tmp_path)
@@ -130,12 +92,12 @@ def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(
     assert fleetune.list_runs(done.folder) == list(done.runs)
     assert main(["sweep", "--resume", str(done.folder), "--out", str(tmp_path), "--json"]) == 0
     assert capsys.readouterr().out.count('"skipped": true') == 2
-    fleetune.resume_sweep(done, out=tmp_path, listener=(late := Log()))
+    fleetune.resume_sweep(done, out=tmp_path, listener=(late := Heard()))
     assert isinstance(late.events[-1], SweepDone)
 
 
-def test_finished_runs_are_listed_with_their_results(place: Path, tmp_path: Path) -> None:
-    first, second = tune(place, tmp_path), tune(place, tmp_path, seed=7)
+def test_finished_runs_are_listed_with_their_results(tiny: str, tmp_path: Path) -> None:
+    first, second = tune(tiny, tmp_path), tune(tiny, tmp_path, seed=7)
     (second.folder / "status").write_text("interrupted\n")
     found = fleetune.list_runs(tmp_path)
     assert [run.folder.name for run in found] == [first.folder.name]
@@ -143,12 +105,9 @@ def test_finished_runs_are_listed_with_their_results(place: Path, tmp_path: Path
     assert fleetune.list_runs(tmp_path / "nowhere") == []
 
 
-# Answers ------------------------------------------------------------------------------------------
-
-
-def test_a_model_answers_by_name_and_in_memory(place: Path, model: Model) -> None:
+def test_a_model_answers_by_name_and_in_memory(tiny: str, model: Model) -> None:
     asked: dict[str, Any] = {"max_tokens": 6, "system": "Be short."}
     answer = fleetune.generate(model, "hello", **asked)
-    assert fleetune.generate(place / "tiny", "hello", **asked) == answer
+    assert fleetune.generate(tiny, "hello", **asked) == answer
     drawn = {fleetune.generate(model, "hello", temperature=2.0, seed=s, max_tokens=6) for s in (1, 1, 2)}
     assert len(drawn) == 2

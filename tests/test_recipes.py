@@ -10,6 +10,7 @@ which `make slow` runs and compares.  Recipes that need other data or models say
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,12 @@ from typing import NamedTuple
 import pytest
 
 import fleetune
+from command_line import call
+from fleetune import recipes
 from fleetune import recipes as named_recipes
+from fleetune.cli.commands import tune
+from fleetune.cli.main import build_parser
+from fleetune.errors import RecipeError
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
 
@@ -59,7 +65,6 @@ def test_a_recipe_names_options_settings_and_a_method_that_exist(path: Path) -> 
 @pytest.mark.parametrize("path", PROMISING, ids=named)
 def test_a_recipe_gives_what_it_promises(path: Path, tmp_path: Path) -> None:
     promise = expected(path)
-    assert promise is not None
     done = fleetune.tune(recipe.make(recipe.read(path)), out=tmp_path).done
     base, tuned = done.base["loss"], done.tuned["loss"]
     assert base == pytest.approx(promise.base, rel=NEAR)
@@ -70,3 +75,42 @@ def test_a_recipe_gives_what_it_promises(path: Path, tmp_path: Path) -> None:
     assert 0.5 < change / (promise.tuned - promise.base) < 2, (
         "small steps change little, but they must change it"
     )
+
+
+def test_every_recipe_is_listed_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "recipes", "--json")
+    listed = {e["name"]: e for e in map(json.loads, out.splitlines())}
+    assert (code, sorted(listed)) == (0, sorted(p.stem for p in recipes.FOLDER.glob("*.toml")))
+    assert all(20 < len(e["about"]) < 200 for e in listed.values()), "one line each"
+    assert not any("Expected" in e["about"] for e in listed.values())
+    assert listed["fedit"]["expected"].startswith("validation loss ")
+    assert listed["case_study"]["sweeps"]
+    assert not listed["fedit"]["sweeps"]
+    code, out, _ = call(capsys, "recipes")
+    assert code == 0
+    assert listed["fedit"]["about"] in out
+
+
+def test_a_recipe_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (recipes.FOLDER / "fedpetuning_cross_silo.toml").read_text(encoding="utf-8")
+    assert call(capsys, "recipes", "fedpetuning-cross-silo")[:2] == (0, text)
+
+
+def test_a_run_takes_a_recipe_by_name_with_a_model_and_data_of_ones_own() -> None:
+    words = ["-c", "recipe:mezo", "tiny", "rows.jsonl", "--rounds", "1", "--set", "tau=2"]
+    made = tune.recipe_of(build_parser("tune").parse_args(["tune", *words]))
+    stated = recipes.named("mezo").values
+    assert (made.method, made.model, made.data, made.rounds) == ("mezo", "tiny", "rows.jsonl", 1)
+    assert made.set == {**stated["set"], "tau": "2"}
+    assert made.max_length == stated["max_length"]
+
+
+def test_a_file_of_the_name_is_taken_before_a_recipe_and_a_missing_one_is_told(at: Path) -> None:
+    (at / "fedit.toml").write_text("rounds = 2\n")
+    assert recipes.find("fedit.toml") == Path("fedit.toml")
+    assert recipes.find("recipe:fedit") == recipes.FOLDER / "fedit.toml"
+    assert recipes.find("other.toml") == Path("other.toml"), "the reader says that it is missing"
+    with pytest.raises(RecipeError) as error:
+        recipes.find("recipes/mezo.toml")
+    assert error.value.hint is not None
+    assert "recipe:mezo" in error.value.hint

@@ -12,6 +12,7 @@ import torch
 from adapters_harness import IDS, LEAVES, MASK, NETS, SPECS, each, on, out, stored, tiny, tuned
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fleetune import adapters, models
@@ -81,8 +82,7 @@ def test_peft_loads_decoder_modules_and_says_the_same(name: str, tmp_path: Path)
 def test_peft_loads_an_encoders_lora_with_its_head(net: str, tmp_path: Path) -> None:
     model = on(net, SPECS["lora everywhere"])
     adapters.save(model, tmp_path / "module")
-    base = NETS[net]()
-    models.save(base.net, base.tokenizer, tmp_path / "base")
+    NETS[net]().save(tmp_path / "base")
     encoder = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     theirs = PeftModel.from_pretrained(encoder, tmp_path / "module").eval()
     with torch.inference_mode():
@@ -147,3 +147,20 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         assert stored(model) == model.digest
     with pytest.raises(ModelError, match="not a usable adapter"):
         adapters.load(models.tiny_llama(), tmp_path / "nothing")
+
+
+def test_a_folder_chooses_no_start_and_no_size_that_its_numbers_do_not_have(tmp_path: Path) -> None:
+    """An orthogonal start takes a decomposition for each layer, before a tensor is compared."""
+    adapters.save(on("llama", Bottleneck(6)), tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    config = tmp_path / "module.json"
+    good = json.loads(config.read_text())
+    save_file({"x": torch.zeros(4096, 0)}, tmp_path / "module.safetensors")
+    lora = {"r": 4096, "alpha": 1.0, "init": "orthogonal"}
+    for module, spec, why in (
+        ("lora", lora, "'lora'"),
+        ("bottleneck", {"size": 4096}, "size is 4096, and none"),
+    ):
+        config.write_text(json.dumps(good | {"module": module, "spec": spec}))
+        with pytest.raises(ModelError, match=why):
+            adapters.load(models.tiny_llama(), tmp_path)

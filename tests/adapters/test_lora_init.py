@@ -61,9 +61,6 @@ def factors(arrays: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.nda
     }
 
 
-# ---------------------------------------------------------------- the formulas
-
-
 GOLDEN = {
     "default": "305d07ffe9463f4464c9b973a135106d8f653952aa06eb53e73d225c991bc4e0",
     "gaussian": "b2df537c9b0f81603c01f5793389b2055cc398a9efd3e779e098bfe256188e22",
@@ -179,9 +176,6 @@ def test_peft_starts_in_the_same_place(init: str) -> None:
         np.testing.assert_allclose(left, w - ALPHA / R * b @ a, atol=1e-5)
 
 
-# ---------------------------------------------------------------- the base, and what is left behind
-
-
 @taken
 def test_the_base_stays_and_comes_back_bit_for_bit(init: str) -> None:
     base, model = models.tiny_llama(), on(init)
@@ -254,9 +248,6 @@ def test_the_saved_adapter_is_a_plain_lora_on_the_plain_base(init: str, tmp_path
         torch.testing.assert_close(left, right, rtol=0, atol=2e-6)
 
 
-# ---------------------------------------------------------------- what a device is told
-
-
 @taken
 def test_a_device_that_is_told_the_start_has_the_servers_model(init: str) -> None:
     server = on(init)
@@ -306,9 +297,6 @@ def test_a_rank_that_no_start_can_have_leaves_the_model_alone() -> None:
         adapters.attach(model, adapters.Lora(r=2, alpha=4, init=init), seed=1)  # and it can be used again
 
 
-# ---------------------------------------------------------------- eva
-
-
 def batches(count: int) -> list[Batch]:
     random = np.random.default_rng(0)
     ids = [torch.from_numpy(random.integers(0, 250, (2, 12))) for _ in range(count)]
@@ -330,7 +318,7 @@ def inputs(seen: list[Batch], layer: str) -> np.ndarray:
 def eva(model: Model, seen: list[Batch], rank: int = R) -> dict[str, np.ndarray]:
     part = adapters.attachment_of(model).parts[0]
     assert isinstance(part, adapters.LoraPart)
-    return lora_init.directions(model, part.layers, rank, seen)
+    return lora_init.explained_directions(model, part.layers, rank, seen)
 
 
 @pytest.mark.parametrize("layer", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])

@@ -137,13 +137,11 @@ def test_gradients_pass_over_the_rounding_as_the_formula_says(file: Path, checkp
             codes = torch.empty(stored[weight].numbers)  # d = 1 and m = 0 leave the codes
             dequantise(codes, torch.from_numpy(raw).view(-1), stored[weight].kind)
             of_weight = plain.net.get_parameter(weight).grad
-            assert of_weight is not None
             g = of_weight.double().numpy().reshape(-1, BLOCK)
             sums = [(codes.double().numpy().reshape(-1, BLOCK) * g).sum(1)] + [g.sum(1)] * (
                 slopes.shape[1] - 1
             )
             want = np.stack(sums, 1) * slopes
-            assert parameter.grad is not None
             np.testing.assert_allclose(
                 parameter.grad.numpy().reshape(want.shape), want, rtol=1e-4, atol=1e-5 * np.abs(want).max()
             )
@@ -196,8 +194,6 @@ def test_the_plan_counts_the_scales_that_the_files_blocks_have(file: Path) -> No
     shape = shape_of(models.load_config(str(file)))
     planned = scales_module(shape._replace(scales=choose.scales_of(str(file))))
     unknown = scales_module(shape)
-    assert planned is not None
-    assert unknown is not None
     own = {name: array.shape for name, array in adapters.export(mapped(file)).items()}
     assert {math.prod(sizes) for sizes in planned.tensors.values()} == {
         math.prod(sizes) for sizes in own.values()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fleetune.cli.console import Ui, line_of
-from fleetune.common.display import clean, human_bytes, message_text
+from fleetune.common.display import clean, human_bytes, message_text, one_line
 from fleetune.common.events import RunRemoved
 from fleetune.errors import FitError, Interrupted, RecipeError, UsageError
 
@@ -127,6 +127,8 @@ def test_names_are_neither_markup_nor_escape_codes(
     assert plain.count(r"[red]m[/red]\x1b[2J\x07\u202e") >= 2
     assert clean("a\tb\nc\x00\x9b") == "a\tb\nc"
     assert message_text("a\tb\n  c\x00\nd\u2028") == "a\tb\n  c\\x00\\nd\\u2028"
+    marks = "\u061c\u200e\u200f"
+    assert (clean(marks), message_text(marks), one_line(marks)) == ("", *[r"\u061c\u200e\u200f"] * 2)
 
 
 def test_json_mode_puts_events_and_nothing_else_on_stdout() -> None:
@@ -272,7 +274,6 @@ def test_a_closed_pipe_ends_the_output_not_the_work(json_mode: bool) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=pipe, stdout=pipe, stderr=pipe, text=True
     ) as run:
-        assert run.stdout is not None
         run.stdout.close()
         run.stdout = None
         _, err = run.communicate("go\n", timeout=60)

@@ -34,6 +34,9 @@ LIGHT = [
     "tune --help",
     "runs",
     "tun",
+    "data check rows.jsonl",
+    "export 3 --to nonsense",
+    "export 3 --to gguf --path rows.jsonl",
 ]
 
 
@@ -179,14 +182,6 @@ def test_an_error_names_the_run_and_not_the_folder_on_the_way() -> None:
         raise UsageError(f"{scratch} holds plain weights", hint=f"not {scratch}")
     assert (str(caught.value), caught.value.message) == ("runs/0001-a holds plain weights",) * 2
     assert caught.value.hint == "not runs/0001-a"
-
-
-def test_latest_is_looked_for_where_the_runs_are(at: Path) -> None:
-    with pytest.raises(UsageError, match="no run 'latest' in runs"):
-        fleetune.open("latest")
-    (at / "runs" / "0001-mezo-m").mkdir(parents=True)
-    (at / "runs" / "0001-mezo-m" / "run.toml").write_text("")
-    assert fleetune.open("latest").folder == Path("runs/0001-mezo-m")  # type: ignore[union-attr]
 
 
 def completed(line: str, at: Path) -> list[str]:

@@ -9,36 +9,24 @@ import json
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import fleetune
+from command_line import FEW
 from fleetune import models
 from fleetune.api import tuning
 from fleetune.cli.main import main
-
-FEW: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 1,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "threads": 1,
-    "device": "cpu",
-    "limit": 16,
-}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, a run of it, and codes of it."""
     folder = tmp_path_factory.mktemp("plain")
-    tiny = models.tiny_llama()
-    models.save(tiny.net, tiny.tokenizer, folder / "tiny")
+    models.tiny_llama().save(folder / "tiny")
     with contextlib.chdir(folder):
-        fleetune.tune("tiny", "demo", method="fedit", settings={"r": 2, "steps": 1}, **FEW)
+        fleetune.tune("tiny", "demo", method="fedit", settings={"r": 2, "steps": 1}, limit=16, **FEW)
         fleetune.compress("tiny", method="rtn", settings={"group": 8})
     return folder
 
@@ -104,7 +92,7 @@ def test_what_was_exported_is_taken_as_it_is(tmp_path: Path) -> None:
     (run,) = fleetune.list_runs()
     written = fleetune.export(run, to="hf", path=tmp_path / "hf")
     again = fleetune.tune(
-        written, "demo", method="fedit", settings={"r": 2, "steps": 1}, out=tmp_path / "runs", **FEW
+        written, "demo", method="fedit", settings={"r": 2, "steps": 1}, out=tmp_path / "runs", limit=16, **FEW
     )
     assert fleetune.open(again).recipe.model == str(tmp_path / "hf")
     assert again.done.base["loss"] == pytest.approx(run.done.tuned["loss"], abs=1e-4)

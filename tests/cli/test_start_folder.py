@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,28 +17,14 @@ from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.subject import Run
 
-RECIPE = [
-    "--rounds",
-    "1",
-    "--clients",
-    "2",
-    "--samples",
-    "0",
-    "--client-rows",
-    "0",
-    "--max-length",
-    "48",
-    "--held-out",
-    "4",
-]
+RECIPE = shlex.split("--rounds 1 --clients 2 --samples 0 --client-rows 0 --max-length 48 --held-out 4")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, rows, an objective, and a run that was started in it with relative paths."""
     project = tmp_path_factory.mktemp("start") / "project"
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, project / "small")
+    models.tiny_llama().save(project / "small")
     rows = [{"prompt": f"count {i}", "response": f"{i} {i + 1}"} for i in range(16)]
     (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
@@ -79,7 +66,7 @@ def test_a_run_is_resumed_from_another_folder(elsewhere: Path, capsys: pytest.Ca
     assert f"result    {run}/adapter" in capsys.readouterr().out
 
 
-def test_a_run_is_repeated_from_another_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_repeated_from_another_folder(elsewhere: Path) -> None:
     assert main(["tune", "-c", str(run_in(elsewhere) / "run.toml"), "-qq"]) == 0
     digests = [
         next(e for e in rundir.events(run_in(p)) if e["event"] == "done")["digest"]

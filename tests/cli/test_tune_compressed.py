@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from deploy_harness import compressed, tiny
 
+import command_line
 import fleetune
 from fleetune import models
 from fleetune.api import tuning
@@ -23,16 +24,7 @@ from fleetune.deploy import harness
 from fleetune.planning import plan as planning
 from fleetune.tuning.recipe import recipe as recipes
 
-FEW: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 2,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "client_rows": 0,
-    "threads": 1,
-    "device": "cpu",
-}
+FEW: dict[str, Any] = command_line.FEW | {"rounds": 2, "client_rows": 0}
 CODES, FILE = "runs/0001-rtn-tiny", "runs/0001-rtn-tiny/0001-rtn-tiny.gguf"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo": ("mezo", {"tau": 4, "lr": 0.05}),
@@ -45,8 +37,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, codes of it, and rows."""
     folder = tmp_path_factory.mktemp("made")
-    model = tiny()
-    models.save(model.net, model.tokenizer, folder / "tiny")
+    tiny().save(folder / "tiny")
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with contextlib.chdir(folder):
@@ -214,9 +205,6 @@ def test_a_plan_counts_it_and_writes_nothing(at: Path) -> None:
 def _trained(plan: Any) -> int:
     """Numbers that fedpetuning trains."""
     return int(next(row for row in plan.rows if row.method == "fedpetuning").trainable)
-
-
-# What is refused ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,7 @@ ELSEWHERE = {  # these need an engine, a tokenizer with merges, the network, dev
 def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each command of the tour prints."""
     at = tmp_path_factory.mktemp("tour")
-    model = models.tiny_llama(layers=4)
-    models.save(model.net, model.tokenizer, at / "tiny")
+    models.tiny_llama(layers=4).save(at / "tiny")
     rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
     (at / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (at / "text.txt").write_text("a plain text of some words. " * 20, encoding="utf-8")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import signal
 import stat
@@ -18,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fleetune.common import folders, sums
 from fleetune.common.files import default_mode, read_bytes, read_text, regular, storage_error, write_atomic
-from fleetune.errors import StorageError
+from fleetune.errors import FleetuneError, StorageError
 
 
 @contextmanager
@@ -130,16 +132,12 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     path = tmp_path / "file"
     for wait in (0.0, 0.003, 0.011, 0.029, 0.05):
         with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None
             assert writer.stdout.readline() == b"going\n"
             time.sleep(wait)
             writer.send_signal(signal.SIGKILL)
         assert writer.returncode == -signal.SIGKILL
         content = path.read_bytes()
         assert content in (b"a" * 400_000, b"b" * 400_000)
-
-
-# --- regular files alone ------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -191,3 +189,85 @@ def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
         write_atomic(pipe, b"x")
     assert pipe.is_fifo()
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_the_list_is_that_of_sha256sum(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("b c", "a", "README.md", "in/d"):
+        (tmp_path / name).write_text(name)
+    sums.write(tmp_path)
+    assert [line[64:] for line in (tmp_path / sums.FILE).read_text().splitlines()] == [
+        "  a",
+        "  b c",
+        "  in/d",
+    ]
+    assert (tmp_path / sums.FILE).read_text().startswith(hashlib.sha256(b"a").hexdigest())
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "more").write_text("mine")
+    sums.check(tmp_path, remedy="")
+    (tmp_path / "a").write_text("b")
+    sums.check(tmp_path, remedy="", only=["in/d"])
+    (tmp_path / "in" / "d").unlink()
+    assert [name for name, _ in sums.faults(tmp_path)] == ["a", "in/d"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"\xff", b"abc  a\n", b"0" * 64 + b"  ../a\n", b"0" * 64 + b"  /a\n"]
+)
+def test_a_damaged_list_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / sums.FILE).write_bytes(content)
+    with pytest.raises(FleetuneError, match=sums.FILE) as caught:
+        sums.check(tmp_path, remedy="do it again")
+    assert caught.value.hint == "do it again"
+
+
+COUNT = """
+import sys
+from pathlib import Path
+from fleetune.common.folders import locked
+count = Path(sys.argv[1])
+for _ in range(150):
+    with locked(count):
+        before = int(count.read_text())
+        count.write_text(str(before + 1))
+"""
+
+
+def test_a_lock_is_had_by_one_though_its_file_goes_each_time(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    count.write_text("0")
+    several = [subprocess.Popen([sys.executable, "-c", COUNT, str(count)]) for _ in range(4)]
+    assert [one.wait(timeout=120) for one in several] == [0] * 4
+    assert count.read_text() == "600"
+    assert [p.name for p in tmp_path.iterdir()] == ["count"]
+
+
+def test_a_lock_that_its_holder_has_removed_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened before it was removed, locked after: whoever makes the file anew would have the target as well."""
+    real, opened, file = folders.lock, list[int](), tmp_path / ".m.lock"
+
+    def lock(handle: int) -> bool:
+        opened.append(handle)
+        if len(opened) == 1:
+            file.unlink()
+        return real(handle)
+
+    monkeypatch.setattr(folders, "lock", lock)
+    with folders.locked(tmp_path / "m"):
+        assert len(opened) == 2
+        assert file.is_file()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_whose_lock_is_not_had_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where locks are not to be had now, another process may have it."""
+
+    def lock(handle: int) -> bool:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(folders, "lock", lock)
+    with folders.locked(tmp_path / "m"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == [".m.lock"]

@@ -55,8 +55,7 @@ def test_a_broken_module_stops_nothing_but_itself(
     why: str, register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     register("odd", BROKEN[why])
     for command in COMMANDS:
         try:

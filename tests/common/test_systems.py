@@ -61,8 +61,7 @@ def stand_in(script: str, at: Path, *args: str) -> str:
 
 @pytest.mark.slow
 def test_every_module_and_command_works_without_what_windows_lacks(tmp_path: Path) -> None:
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     modules, *said = stand_in(EVERYTHING, tmp_path, *COMMANDS).split("=====\n")
     source = Path(memory.__file__).parents[1]
     files = [".".join(p.relative_to(source.parent).with_suffix("").parts) for p in source.rglob("*.py")]
@@ -96,7 +95,6 @@ def test_a_lock_is_had_by_one_and_waited_for(windows: bool, tmp_path: Path) -> N
     handle = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     assert lock(handle)
     with subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
         assert other.stdout.readline() == "False\n"
         for _ in range(2000):
             if (tmp_path / "asked").exists():

@@ -15,7 +15,7 @@ from fleetune.compression.training import learning_rate
 from fleetune.errors import Interrupted, StorageError, UsageError
 from fleetune.models import digest, named_tensors
 
-Stop = Callable[[int, int, float, float | None], None]
+Stop = Callable[[int, int, float], None]
 
 
 def run(folder: Path, on_step: Stop, **values: Any) -> str:
@@ -28,11 +28,11 @@ def run(folder: Path, on_step: Stop, **values: Any) -> str:
 def test_a_stopped_training_goes_on_bit_for_bit(error: type[Exception], tmp_path: Path) -> None:
     """Interrupted keeps the step it comes in; a crash falls back to the last that was kept."""
     whole: list[float] = []
-    want = run(tmp_path / "whole", lambda s, n, loss, _: whole.append(loss))
+    want = run(tmp_path / "whole", lambda s, n, loss: whole.append(loss))
     assert run(tmp_path / "again", lambda *_: None) == want
     seen: dict[int, float] = {}
 
-    def stop(step: int, steps: int, loss: float, mean: float | None) -> None:
+    def stop(step: int, steps: int, loss: float) -> None:
         seen[step] = loss
         if step == 5:
             raise error("now")
@@ -41,7 +41,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(error: type[Exception], tmp_path
         run(tmp_path / "p", stop)
     assert [p.name for p in (tmp_path / "p").iterdir()] == ["state.safetensors"]
     more: dict[int, float] = {}
-    got = run(tmp_path / "p", lambda step, n, loss, _: more.update({step: loss}))
+    got = run(tmp_path / "p", lambda step, n, loss: more.update({step: loss}))
     assert got == want
     assert min(more) == (6 if error is Interrupted else 5)
     assert [(seen | more)[s] for s in range(1, 9)] == whole

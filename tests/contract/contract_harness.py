@@ -54,6 +54,7 @@ VARIANTS = [
     "fedit:start=eva",
     "fedit:wire=fp16",
     "fedkseed:law=gaussian",
+    "fedkseed:pro=true",
     "fedkseed:backprop=0.5,backprop_lr=0.05",
     "fwdllm:patience=1,discriminative=false",
     "fwdllm:module=adapter,targets=query-value",

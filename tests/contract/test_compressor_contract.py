@@ -47,9 +47,6 @@ def ignore(*_: object) -> None:
     pass
 
 
-# --- every method ---------------------------------------------------------------------------------------------
-
-
 def the_paper_is_cited(case: str, tmp: Path) -> None:
     entry, cls = compression.entries()[case], compression.method_class(case)
     text = inspect.getdoc(inspect.getmodule(cls)) or ""
@@ -93,9 +90,6 @@ def it_has_a_page(case: str, tmp: Path) -> None:
     assert f"# {case}\n" in page
     assert compression.entries()[case].summary in page
     assert all(f"| `{s.name}` |" in page for s in settings.of(compression.method_class(case)))
-
-
-# --- solvers --------------------------------------------------------------------------------------------------
 
 
 def a_solver_is_deterministic_and_changes_nothing(case: str, tmp: Path) -> None:
@@ -151,9 +145,6 @@ def usable(Q: torch.Tensor, W: torch.Tensor) -> bool:
     return Q.shape == W.shape and bool(torch.isfinite(Q).all())
 
 
-# --- trainers -------------------------------------------------------------------------------------------------
-
-
 def a_trainer_calls_back_after_each_step_and_leaves_its_teacher(case: str, tmp: Path) -> None:
     seen: list[tuple[int, int, float]] = []
     student, teacher = distilled(case, tmp / "a", lambda step, n, loss: seen.append((step, n, loss)))
@@ -185,9 +176,6 @@ def a_trainer_states_what_it_takes(case: str, tmp: Path) -> None:
     assert chosen.disk(whole()) > 0
     with pytest.raises(RecipeError):
         chosen.check(whole(), teacher, 10**6)
-
-
-# --- pruners --------------------------------------------------------------------------------------------------
 
 
 def a_pruner_makes_a_smaller_model_the_same_each_time(case: str, tmp: Path) -> None:
@@ -241,8 +229,6 @@ CASES = [(case, check) for case in [*compression.entries(), *VARIANTS] for check
 def test_contract(case: str, check: Check, tmp_path: Path) -> None:
     check(case, tmp_path)
 
-
-# --- another package ------------------------------------------------------------------------------------------
 
 XNOR = '''
 """Replace each weight by its sign times the mean magnitude of its row.
@@ -313,8 +299,7 @@ def test_a_compressor_of_another_package_is_listed_and_compresses(
         assert "factor of the mean magnitude" in out
     assert cli.main(["compress", "--list"]) == 0
     assert other in capsys.readouterr().out
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     args = ["compress", "./tiny", "--method", other, "--set", "scale=0.5", "--json"]
     assert cli.main(args) == 0
     done = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -203,7 +203,7 @@ def test_7_the_docstring_cites_the_paper_and_fields_are_explained(name):
 
 DEFAULTS = {  # the papers' own (specs: MeZO table and reference code; FedKSeed README; Shepherd's code)
     "mezo": {"lr": 1e-6, "eps": 1e-3, "batch_size": 16},
-    "fedkseed": {"lr": 3e-7, "eps": 5e-4, "batch_size": 1, "tau": 200, "K": 1024},
+    "fedkseed": {"lr": 3e-7, "eps": 5e-4, "batch_size": 1, "tau": 200, "K": 1024, "pro": False},
     "fwdllm": {
         "lr": 0.01,
         "h": 0.01,

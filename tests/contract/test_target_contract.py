@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from deploy_harness import changed, compressed, on_codebook, on_grid, tiny
+from deploy_harness import write_codes as write
 
 from fleetune import adapters, models
 from fleetune.cli.main import main
@@ -26,7 +26,7 @@ from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.deploy.formats import Report
 from fleetune.errors import StorageError, UsageError
 from fleetune.models import artefact
-from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models.artefact import Quantised
 from fleetune.models.families import widths
 from fleetune.models.families.number_types import SUPER_TYPES
 
@@ -57,11 +57,6 @@ def npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "entry_points",
         lambda group: [*own(group=group), point] if group == point.group else own(group=group),
     )
-
-
-def write(model: models.Model, folder: Path, quantised: dict[str, Quantised]) -> Path:
-    artefact.write(folder, model, quantised, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
-    return folder
 
 
 def matrices(model: models.Model, bits: int = 4, group: int = 32, **grid: int) -> dict[str, Quantised]:
@@ -326,9 +321,6 @@ def test_9_a_model_is_no_adapter(to: str, tmp_path: Path, sources: dict[str, Pat
             export(sources["plain"], to, place(to, tmp_path))
 
 
-# ---------------------------------------------------------------- a target from another package
-
-
 def test_a_registered_target_is_in_the_help_and_in_hints(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(targets.every())[-1] == "npz"
     with pytest.raises(SystemExit):
@@ -337,15 +329,3 @@ def test_a_registered_target_is_in_the_help_and_in_hints(capsys: pytest.CaptureF
     with pytest.raises(UsageError, match="Did you mean 'npz'") as caught:
         targets.find("npzz")
     assert str(caught.value.hint).endswith(", npz")
-
-
-def test_no_package_takes_the_name_of_a_target(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "package" / "other_example.py").write_text('"""Another."""\n\nTARGETS = {"gguf": "mine"}\n')
-    importlib.invalidate_caches()
-    points = [EntryPoint("other", "other_example", targets.FORMATS.group)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    with caplog.at_level("WARNING"):
-        assert targets.every()["gguf"].format.module == "fleetune.deploy.formats.gguf"
-    assert "the export target 'gguf' of other_example is left out" in caplog.text

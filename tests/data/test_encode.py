@@ -11,12 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from fleetune.data import Batches, Encoded, Example, collate, encode_all, keyed_order, prompt_ids, stop_ids
-from fleetune.data.encode import encode
+from fleetune import models
+from fleetune.data import Batches, Encoded, Example, collate, keyed_order, stop_ids
+from fleetune.data.encode import begun, count_cut, encode, encode_all, encode_rows, prompt_ids, split_text
 from fleetune.errors import DataError
+from fleetune.evaluation.answers import generate
+from fleetune.evaluation.losses import response_loss
+from fleetune.models.net.model import Model
 
 CHATML = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
@@ -68,7 +73,7 @@ def tokenizer(template: str | None = CHATML, *, eos: str | None = "<|im_end|>", 
     """Byte-level BPE with one merge (two line breaks), special tokens of several families."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*alphabet, "ĊĊ"])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ")]))
+    core = Tokenizer(BPE(vocab=vocab, merges=[("Ċ", "Ċ")]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     names = ["<s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
@@ -109,16 +114,6 @@ def test_tokens_are_those_of_the_chat_template(example, template, eos, after_end
     assert row.n_prompt == len(prompt)
     assert row.ids.tolist() == whole[: len(whole) - after_end]  # what follows the end of turn is left out
     assert prompt_ids(example, tok, 10_000).tolist() == prompt
-
-
-def test_exact_text_and_mask_of_chatml():
-    tok = tokenizer()
-    prompt, answer = halves(encode(ASK, tok, 1000), tok)
-    assert prompt == (
-        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
-    assert answer == "It is 4.<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -186,21 +181,6 @@ def test_a_refusing_template_is_a_clear_error():
     assert "system turn" in (caught.value.hint or "")
 
 
-def test_the_middle_of_the_prompt_is_cut_first():
-    tok = tokenizer(None, eos="<|im_end|>")
-    example = Example((("user", "A" * 50 + "B" * 50),), "answer")  # 100 + 1 and 7 tokens
-    full = encode(example, tok, 1000)
-    assert len(full.ids) == full.n_prompt + 7
-    assert encode(example, tok, len(full.ids)).ids.tolist() == full.ids.tolist()
-    row = encode(example, tok, 60)
-    prompt, answer = halves(row, tok)
-    whole_prompt = halves(full, tok)[0]
-    assert answer == "answer<|im_end|>"
-    assert len(row.ids) == 60
-    assert prompt == whole_prompt[:26] + whole_prompt[-27:]  # of 53 tokens 26 and 27
-    assert len(encode(example, tok, len(full.ids) - 1).ids) == len(full.ids) - 1
-
-
 def test_a_long_answer_leaves_the_prompt_a_quarter_and_loses_its_end():
     tok = tokenizer(None)
     row = encode(Example((("user", "A" * 100),), "x" * 100), tok, 40)
@@ -238,7 +218,7 @@ TOKENIZER = tokenizer(None)
 
 def test_rows_without_a_token_of_their_answer_are_dropped_and_counted(caplog):
     known = {token: i for i, token in enumerate("FWahortu</>s")}  # characters it does not know vanish
-    core = Tokenizer(models.BPE(vocab=known, merges=[]))
+    core = Tokenizer(BPE(vocab=known, merges=[]))
     tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
     four, end = tok("Four")["input_ids"], tok.eos_token_id
     examples = [Example((("user", "What"),), answer) for answer in ("Four", "???", "Four Four", "!!!")]
@@ -254,7 +234,7 @@ def test_rows_without_a_token_of_their_answer_are_dropped_and_counted(caplog):
 
 def test_an_unknown_token_is_no_end_of_turn():
     known = {token: i for i, token in enumerate(["<unk>", "</s>", *"abc"])}
-    core = Tokenizer(models.BPE(vocab=known, merges=[], unk_token="<unk>"))
+    core = Tokenizer(BPE(vocab=known, merges=[], unk_token="<unk>"))
     tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
     row = encode(Example((("user", "a"),), "ab?"), tok, 100)
     assert row.ids[row.n_prompt :].tolist() == [2, 3, 0, 1]
@@ -324,6 +304,15 @@ def test_a_held_batch_is_the_same_in_every_round(n, size, number, key):
     ]
 
 
+def test_a_held_batch_takes_the_order_of_a_pass_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "fleetune.data.encode.keyed_order", lambda *key: made.append(key) or keyed_order(*key)
+    )
+    (batch,) = firsts(Batches(ROWS, 0, 7).repeat_batch(3, 8, 1))
+    assert (len(batch), made) == (8, [(0, 2, 10), (0, 3, 10)])
+
+
 def test_epochs_take_every_row_once():
     batches = Batches(ROWS, 0, key=7)
     assert batches.n == 10
@@ -351,3 +340,107 @@ GOLDEN_STEPS = [[8, 4, 1, 6], [3, 2, 7, 5], [9, 0, 2, 5]]
 def test_no_rows_is_an_error():
     with pytest.raises(DataError, match="no rows for a client"):
         Batches([], 0, key=1)
+
+
+TALE = "Once upon a time there was a small fox who lived by the sea."
+ASKED = Example((("user", "what is it?"),), "it is a fox")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return models.tiny_llama()
+
+
+def test_every_token_but_the_first_bears_the_loss_once() -> None:
+    for length in (1, 2, 3, 4, 5, 7, 8, 9, 50):
+        ids = list(range(length))
+        for most in (2, 3, 4, 8):
+            rows = list(split_text(ids, most))
+            assert max(map(len, rows)) <= most
+            assert Counter(t for row in rows for t in row[1:]) == Counter(ids[1:])
+            assert all(list(row) == list(range(row[0], row[-1] + 1)) for row in rows), (
+                "as they follow one another"
+            )
+
+
+def test_a_text_is_its_tokens_without_template_up_to_an_end(model: Model) -> None:
+    words = model.tokenizer
+    rows, kept = encode_all([Example((), TALE)], words, 512)
+    assert kept.tolist() == [0]
+    own = words(TALE)["input_ids"]
+    whole = own if own[-1] == words.eos_token_id else [*own, words.eos_token_id]
+    assert rows[0].ids.tolist() == whole
+    assert rows[0].n_prompt == 1
+    assert "<|im_start|>" not in words.decode(rows[0].ids)
+
+
+def test_a_long_text_is_cut_into_rows_and_none_of_it_is_lost(model: Model) -> None:
+    (whole,), _ = encode_all([Example((), TALE)], model.tokenizer, 512)
+    rows, kept = encode_all([ASKED, Example((), TALE), ASKED], model.tokenizer, 16)
+    assert kept.tolist() == [0, *[1] * (len(rows) - 2), len(rows) and 2]
+    texts = rows[1:-1]
+    assert len(texts) > 2
+    assert np.concatenate([texts[0].ids, *(row.ids[1:] for row in texts[1:])]).tolist() == whole.ids.tolist()
+    assert all(row.n_prompt == 1 and not row.left and not row.lost for row in texts)
+    assert np.isfinite(response_loss(model, texts))
+
+
+def test_beside_texts_conversations_are_as_alone(model: Model) -> None:
+    alone, _ = encode_all([ASKED], model.tokenizer, 64)
+    mixed, _ = encode_all([Example((), TALE), ASKED, Example((), "b c")], model.tokenizer, 64)
+    assert mixed[1].ids.tolist() == alone[0].ids.tolist()
+    assert mixed[1].n_prompt == alone[0].n_prompt
+
+
+def test_a_begin_of_a_text_is_what_the_model_continues(model: Model) -> None:
+    start = begun(Example((), TALE, {"client": "x"}))
+    assert start == Example(
+        (("text", "Once upon a time there was a"),), " small fox who lived by the sea.", {"client": "x"}
+    )
+    assert begun(start) is start
+    assert begun(ASKED) is ASKED
+    ids = prompt_ids(Example((), TALE), model.tokenizer, 512)
+    assert model.tokenizer.decode(ids, skip_special_tokens=True) == "Once upon a time there was a"
+    (whole,), _ = encode_all([Example((), TALE)], model.tokenizer, 512)
+    assert ids[:4].tolist() == whole.ids[:4].tolist()
+    assert len(generate(model, [Example((), TALE), Example((), "a"), ASKED], max_new_tokens=2)) == 3
+    assert len(begun(Example((), "long " * 500)).messages[0][1]) <= 200
+
+
+def test_an_encoder_needs_labels() -> None:
+    with pytest.raises(DataError, match="a plain text has no label"):
+        encode_rows(models.tiny_bert(labels=("a", "b")), [Example((), TALE)], 64)
+
+
+def test_what_is_cut_is_counted(model: Model) -> None:
+    rows, _ = encode_all(
+        [
+            ASKED,
+            Example((("user", "word " * 60),), "it"),
+            Example((("user", "a"),), "word " * 60),
+            Example((), "t " * 60),
+        ],
+        model.tokenizer,
+        80,
+    )
+    found = count_cut(rows)
+    assert (found.longer, found.prompts, found.answers) == (2, 1, 1)
+    whole, _ = encode_all(
+        [Example((("user", "a"),), "word " * 60), Example((("user", "word " * 60),), "it")],
+        model.tokenizer,
+        999,
+    )
+    assert found.longest == max(len(row.ids) for row in whole)
+    assert found.told(80).startswith(
+        f"2 of {len(rows)} rows are longer than max_length=80 and are cut: the prompt of 1, the answer of 1;"
+    )
+    assert count_cut(whole).told(999) == ""
+
+
+def test_texts_of_an_encoder_that_are_cut_are_counted() -> None:
+    model = models.tiny_bert(labels=("a", "b"))
+    examples = [Example((("user", "x"),), "a", texts=(text,)) for text in ("short", "word " * 80)]
+    rows, _ = encode_rows(model, examples, 16)
+    found = count_cut(rows)
+    assert (found.longer, found.prompts, found.answers, len(rows[1].ids)) == (1, 1, 0, 16)
+    assert found.longest == len(model.tokenizer("word " * 80, verbose=False)["input_ids"])

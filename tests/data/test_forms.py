@@ -90,8 +90,6 @@ def test_a_row_without_a_label_among_labelled_ones_is_not_a_text(tmp_path: Path)
         read(write(tmp_path / "a.jsonl", {"text": "u"}, {"text": "t", "label": 1}))
 
 
-# Tools, calls and parts that are not text -------------------------------------------------------------
-
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
 GAVE = {"role": "tool", "content": "5"}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
@@ -142,9 +140,6 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, name: str) -> N
     found = read(write(tmp_path / "a.jsonl", plain, {"messages": messages}), note=notes.append)
     assert found[1:] == ([expected] if expected else [])
     assert notes == [f"left out of the conversations: {told}"]
-
-
-# Columns ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -244,20 +239,6 @@ def test_a_column_of_the_mapped_name_is_hidden(tmp_path: Path) -> None:
         read(file, columns="text=body")
 
 
-# A folder with one file per client --------------------------------------------------------------------
-
-
-@pytest.fixture
-def devices(tmp_path: Path) -> Path:
-    folder = tmp_path / "devices"
-    folder.mkdir()
-    for name, count in (("oslo", 3), ("bonn", 5), ("dev-1", 4)):
-        write(folder / f"{name}.jsonl", *[{"q": f"{name} {i}", "a": "x"} for i in range(count)])
-    (folder / "README.md").write_text("not rows")
-    (folder / ".hidden.jsonl").write_text("not read")
-    return folder
-
-
 def test_auto_divides_by_clients_that_the_data_name(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"text": "t"})
     assert RowsSpec(file).rule == "iid"
@@ -266,7 +247,10 @@ def test_auto_divides_by_clients_that_the_data_name(tmp_path: Path) -> None:
     assert RowsSpec(str(tmp_path)).rule == "column:client"
 
 
-def test_rows_and_models_are_told_apart_by_their_names(devices: Path, tmp_path: Path) -> None:
+def test_rows_and_models_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    devices = tmp_path / "devices"
+    devices.mkdir()
+    write(devices / "oslo.jsonl", {"q": "q", "a": "x"})
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     assert [

@@ -17,9 +17,6 @@ from fleetune.errors import DataError
 QNLI = {"question": "Who?", "sentence": "It was she.", "label": "entailment"}
 
 
-# ---------------------------------------------------------------- which form
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 @pytest.mark.parametrize("labels", [("entailment", "not_entailment"), (0, 1), ("0", "1")])
 def test_qnli_reads_the_same_from_every_file_type_and_either_kind_of_label(
@@ -73,9 +70,6 @@ def test_a_bad_row_is_named_with_its_line_and_field(tmp_path: Path, row: dict[st
         read(write(tmp_path / "a.jsonl", [QNLI, row]))
 
 
-# ---------------------------------------------------------------- what an encoder reads
-
-
 def example(*texts: str, answer: str = "yes") -> Example:
     return Example((("user", "unused"),), answer, {}, texts)
 
@@ -88,7 +82,6 @@ def test_bert_marks_a_pair_with_segments_and_roberta_without() -> None:
     a, b, c, d = (letters[x] for x in "abcd")
     assert kept.tolist() == [0, 1]
     assert rows[0].ids.tolist() == [start, a, b, end, c, end]
-    assert rows[0].segments is not None
     assert rows[0].segments.tolist() == [0, 0, 0, 0, 1, 1]
     assert [row.target for row in rows] == [1, 0]  # of the label words no, yes
     assert rows[1].ids.tolist() == [start, d, end]
@@ -136,7 +129,6 @@ def test_batches_pad_texts_and_segments_and_hold_one_target_a_row() -> None:
     assert batch.input_ids[1].tolist()[3:] == [258] * 3
     assert batch.attention_mask.tolist() == [[1] * 6, [1] * 3 + [0] * 3]
     assert batch.labels.tolist() == [1, 0]
-    assert batch.token_type_ids is not None
     assert batch.token_type_ids.tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6]
 
 

@@ -107,14 +107,6 @@ def test_a_full_client_gets_no_more():
         assert skew(examples, parts) == pytest.approx(0.75)
 
 
-def test_rounding_favours_no_client():
-    sizes = np.zeros(5)
-    for seed in range(300):
-        examples = rows(i // 2 for i in range(60))  # 30 values of two rows each
-        sizes += [len(part) for part in partition(examples, "dirichlet:100:kind", 5, seed)]
-    assert (np.abs(sizes / 300 - 12) < 0.5).all(), sizes / 300
-
-
 def test_rows_move_from_the_richest_when_draws_do_not_give_enough():
     examples = balanced(60, 2)
     parts = partition(examples, "dirichlet:0.01:kind", 20, 0, min_rows=3)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 import test_contract
 from safetensors.numpy import load_file
 
+from command_line import ok
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import registry
@@ -53,8 +53,7 @@ def example() -> str:
 
 def test_the_example_tunes(fedmedian, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     args = [
         "tune",
         "./tiny",
@@ -68,8 +67,7 @@ def test_the_example_tunes(fedmedian, tmp_path, monkeypatch, capsys):
         "--rounds",
         "2",
     ]
-    assert main([*args, "--limit", "60", "--max-length", "96", "--samples", "0", "--json"]) == 0
-    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    done = ok(capsys, *args, "--limit", "60", "--max-length", "96", "--samples", "0")[-1]
     assert done["tuned"]["loss"] < done["base"]["loss"]
     assert (Path(done["result"]) / "adapter_model.safetensors").exists()
     assert main(["methods", fedmedian]) == 0
@@ -92,20 +90,15 @@ def test_the_example_keeps_the_contract(fedmedian: str, tmp_path: Path, check: C
 
 
 def test_the_example_is_listed_and_planned(fedmedian, tmp_path, capsys):
-    assert main(["methods", "--json"]) == 0
-    assert fedmedian in [json.loads(line).get("name") for line in capsys.readouterr().out.splitlines()]
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
-    assert main(["plan", str(tmp_path / "tiny"), "--json"]) == 0
-    told = map(json.loads, capsys.readouterr().out.splitlines())
+    assert fedmedian in [event.get("name") for event in ok(capsys, "methods")]
+    models.tiny_llama().save(tmp_path / "tiny")
+    told = ok(capsys, "plan", tmp_path / "tiny")
     rows = {event["method"]: event for event in told if event["event"] == "plan"}
     assert set(rows) >= {fedmedian, "fedit", "fedkseed", "inference"}
     assert rows[fedmedian]["note"] == "r=8"
     assert rows[fedmedian]["trainable"] * 2 == rows["fedit"]["trainable"]
     assert list(rows).index(fedmedian) < list(rows).index("inference")
 
-
-# --- the compressor and the command -----------------------------------------------------------------------------
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
 EXAMPLES = {"fleetune.compressors": ("magnitude", "\nclass Solver"), "fleetune.commands": ("count", "\nHELP")}
@@ -121,8 +114,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         points[group] = [EntryPoint(name, f"{name}_example", group)]
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "entry_points", lambda group: points.get(group, []))
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -130,9 +122,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_compressor_compresses(place: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["compress", "--list", "magnitude"]) == 0
     assert "share of each row" in capsys.readouterr().out
-    words = ["compress", "./tiny", "--method", "magnitude", "--set", "sparsity=0.25", "--json"]
-    assert main(words) == 0
-    folder = json.loads(capsys.readouterr().out.splitlines()[-1])["folder"]
+    folder = ok(capsys, "compress", "./tiny", "--method", "magnitude", "--set", "sparsity=0.25")[-1]["folder"]
     assert main(["export", folder, "--to", "hf", "--path", "small"]) == 0
     matrix = load_file("small/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert ((matrix == 0).sum(axis=1) == matrix.shape[1] // 4).all()

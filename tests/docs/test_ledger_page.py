@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -12,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from command_line import ok
 from fleetune import models
-from fleetune.cli.main import main
 from fleetune.models.net.model import Model
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger, LedgerHead
@@ -35,10 +34,7 @@ def replay(ledger: Path, base: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    model = models.tiny_llama(hidden=64)  # with matrices of whole tiles, too
-    models.save(model.net, model.tokenizer, folder)
-    return folder
+    return models.tiny_llama(hidden=64).save(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def on(model: Model, law: str, K: int, entries: list[tuple[int, int]]) -> Ledger:
@@ -55,11 +51,9 @@ def on(model: Model, law: str, K: int, entries: list[tuple[int, int]]) -> Ledger
 def test_it_rebuilds_a_tuned_model(tiny: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--method", "fedkseed", "--set", "K=64", "--set", "tau=3", "--set", "lr=1e-3", "--clients", "2"]
-    sizes = ["--rounds", "2", "--limit", "20", "--max-length", "48", "--samples", "0", "--json"]
-    assert main(["tune", str(tiny), "demo", *words, *sizes]) == 0
-    run = Path(json.loads(capsys.readouterr().out.splitlines()[-1])["run"])
-    assert main(["ledger", "verify", str(run), "--json"]) == 0
-    verified = json.loads(capsys.readouterr().out.splitlines()[-1])
+    sizes = ["--rounds", "2", "--limit", "20", "--max-length", "48", "--samples", "0"]
+    run = Path(ok(capsys, "tune", tiny, "demo", *words, *sizes)[-1]["run"])
+    verified = ok(capsys, "ledger", "verify", str(run))[-1]
     done = replay(run / "ledger.safetensors", tiny)
     assert done.stdout.strip() == verified["digest"], done.stderr
     stated = ledgers.load(run / "ledger.safetensors").head.checks

@@ -32,11 +32,6 @@ from fleetune.evaluation.losses import batch_loss
 from fleetune.models import Model, tiny_llama
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return tiny_llama(seed=3)
-
-
 def _argmax_loop(model: Model, prompt: np.ndarray, count: int) -> str:
     """Greedy decoding without cache, padding or `generate`."""
     ids = torch.from_numpy(prompt.astype(np.int64))[None]

@@ -61,7 +61,6 @@ def test_a_head_that_is_not_trained_has_one_pass_and_its_gradient_is_exact(
     assert all(n * v <= pieces[0] * pieces[1] and v <= pieces[1] for n, v in seen)
     expected, gradient = by_formula(head, rows, targets, weights)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
-    assert rows.grad is not None
     torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -70,7 +69,6 @@ def test_the_gradient_of_a_16_bit_head_is_as_near_as_its_bits_allow(pieces: tupl
     (head_nll(head, rows, targets, V) * weights).sum().backward()
     plain = made(torch.bfloat16)[1]
     (nn.functional.cross_entropy(head(plain).float(), targets, reduction="none") * weights).sum().backward()
-    assert rows.grad is not None
     assert plain.grad is not None
     assert rows.grad.dtype == torch.bfloat16
     torch.testing.assert_close(rows.grad, plain.grad, rtol=0.05, atol=0.02)  # bf16 has 8 bits
@@ -83,7 +81,6 @@ def test_logits_far_apart_do_not_overflow(pieces: tuple[int, int]) -> None:
     (losses * weights).sum().backward()
     expected, gradient = by_formula(head, rows, targets, weights)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-3)
-    assert rows.grad is not None
     torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-4, atol=1e-2)
 
 
@@ -95,7 +92,6 @@ def test_the_gradient_of_a_nearly_certain_token_does_not_cancel(pieces: tuple[in
     losses, gradient = by_formula(head, rows, targets, weights)
     certain = losses < 1e-2
     assert certain.any()
-    assert rows.grad is not None
     error = (rows.grad.double() - gradient)[certain].norm(dim=1) / gradient[certain].norm(dim=1)
     assert error.max() < 1e-5  # of W_y - p W_y in float32 nothing would be left
 
@@ -110,11 +106,8 @@ def test_logits_of_minus_infinity_are_harmless(few: int, pieces: tuple[int, int]
     with torch.inference_mode():
         found = head_nll(head, rows, targets, V)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-    assert rows.grad is not None
     torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-4, atol=1e-5)
 
-
-# ---------------------------------------------------------------- logits that a model changes after its head
 
 each_change = pytest.mark.parametrize(
     "change",
@@ -160,12 +153,10 @@ def test_changed_logits_have_their_loss_and_gradients(
     (losses * weights).sum().backward()
     with torch.inference_mode():
         measured = head_nll(head, rows, targets, V, change)
-    assert rows.grad is not None
     for found in (losses, measured):
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rows.grad.double(), back, rtol=1e-5, atol=1e-6)
     if trained:
-        assert head.weight.grad is not None
         torch.testing.assert_close(head.weight.grad.double(), own, rtol=1e-5, atol=1e-6)
 
 
@@ -178,7 +169,6 @@ def test_changed_logits_of_a_view_have_their_gradients(change: Change, pieces: t
     expected, back, own = in_float64(head, rows, targets, weights, change)
     losses = head_nll(head, rows, targets, V, change)
     (losses * weights).sum().backward()
-    assert rows.grad is not None
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rows.grad.double(), back, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(blocks.found.double(), own, rtol=1e-5, atol=1e-6)

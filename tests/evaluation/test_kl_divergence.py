@@ -82,9 +82,6 @@ def test_means_and_standard_errors_are_over_the_tokens() -> None:
     assert one.values() == {"kl_divergence": 0.5, "same_top": 100.0, "kl_tokens": 1}
 
 
-# --- the file -----------------------------------------------------------------------------------------------
-
-
 def cut(logits: np.ndarray, *sizes: int) -> Iterator[np.ndarray]:
     yield from np.split(logits, np.cumsum(sizes))
 
@@ -121,9 +118,6 @@ def test_only_the_first_tokens_are_kept_and_no_piece_after_them_is_made(
 def test_a_full_disk_is_said() -> None:
     with pytest.raises(StorageError, match="the disk is full"):
         write(FULL, cut(drawn(0, V=5000), 7), 7)
-
-
-# --- models -------------------------------------------------------------------------------------------------
 
 
 def rows() -> list[Encoded]:
@@ -163,7 +157,7 @@ def test_a_model_is_compared_token_by_token(
     assert (itself.kl_divergence, itself.same_top) == (0.0, 100.0)
 
 
-def test_a_caller_between_two_pieces_can_train(tmp_path: Path) -> None:
+def test_a_caller_between_two_pieces_can_train() -> None:
     """No mode of torch is left on while the caller has a piece, nor afterwards."""
     model = tiny_llama(seed=3)
     model.net.train()

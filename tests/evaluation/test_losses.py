@@ -34,11 +34,6 @@ from fleetune.seeds.noise import passes
 from fleetune.seeds.view import View
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return tiny_llama(seed=3)
-
-
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_token_losses_are_the_cross_entropies(
     tiny: Model, chunk: int, monkeypatch: pytest.MonkeyPatch

@@ -18,12 +18,6 @@ from fleetune.evaluation.losses import eval_mode, perplexity, response_loss
 from fleetune.evaluation.measures import TASKS, check_tasks, evaluate
 from fleetune.models import Model, tiny_llama
 
-
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return tiny_llama(seed=3)
-
-
 TEXT = "the river runs past the old stone mill, and the wind turns its wheel at night"
 
 

@@ -19,11 +19,6 @@ from fleetune.evaluation.objectives import BUILT_IN, get, loss_tensor, split
 from fleetune.models import Model, tiny_llama
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return tiny_llama(seed=3)
-
-
 def _examples(*labels: str) -> list[Example]:
     return [Example((("user", "why " * (i + 1)),), label, {}) for i, label in enumerate(labels)]
 
@@ -32,24 +27,12 @@ def _batch(model: Model, examples: list[Example]) -> Batch:
     return collate(encode_all(examples, model.tokenizer, 256)[0], 257)
 
 
-# --- built in ---------------------------------------------------------------------------------------------
-
-
 def test_a_batch_splits_into_prompts_and_references(tiny: Model) -> None:
     examples = _examples("yes", "no, never", "maybe")
     prompts, references = split(_batch(tiny, examples))
     for example, prompt, reference in zip(examples, prompts, references, strict=True):
         assert prompt.tolist() == prompt_ids(example, tiny.tokenizer, 256).tolist()
         assert tiny.tokenizer.decode(reference.tolist()) == example.response + "<|im_end|>"
-
-
-def test_loss_is_the_models_own(tiny: Model) -> None:
-    batch = _batch(tiny, _examples("yes", "no, never", "maybe"))
-    with torch.no_grad():
-        expected = float(tiny.net(**batch._asdict()).loss)
-    assert get()(tiny, batch) == pytest.approx(expected, abs=1e-6)
-    assert get("loss")(tiny, batch) == get()(tiny, batch)
-    assert isinstance(get()(tiny, batch), float)
 
 
 def test_loss_tensor_has_the_models_own_gradient() -> None:
@@ -127,8 +110,6 @@ def test_values_repeat_and_the_model_is_left_as_it_was() -> None:
     assert all(module.training for module in model.net.modules())
     assert all(torch.equal(p, q) for p, q in zip(model.net.parameters(), before, strict=True))
 
-
-# --- a function of one's own ------------------------------------------------------------------------------
 
 OWN = """
 import torch

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import struct
 import threading
@@ -19,7 +20,7 @@ import httpx
 import pytest
 
 from fault_report import Injected
-from fleetune.fleet import door, http_server, keys, line, link
+from fleetune.fleet import door, http_server, keys, line, link, server
 from fleetune.fleet.audit import FILE, Audit, verify
 from fleetune.fleet.door import (
     CHALLENGE,
@@ -62,15 +63,16 @@ class House:
         key: PrivateKey,
         *,
         by: PrivateKey | None = None,
-        host: str = "127.0.0.1",
+        address: str = "",
         stated: str = "",
         trusted: str = "",
     ) -> Head:
-        """The head by which a key comes in: signed by another (`by`), or for one host and stated to be of another."""
+        """The head by which a key comes in: signed by another (`by`), or for one address and stated to be of another."""
+        address = address or f"127.0.0.1:{self.port}"
         claim = {KEY: b64encode(key.public.pem).decode()}
         challenge = self.post("challenge", claim).headers.get(CHALLENGE, "")
-        signature = b64encode(keys.sign(by or key, door.signed_text(host, trusted, challenge))).decode()
-        return claim | {CHALLENGE: challenge, SIGNATURE: signature, HOST: stated or host, TRUSTED: trusted}
+        signature = b64encode(keys.sign(by or key, door.signed_text(address, trusted, challenge))).decode()
+        return claim | {CHALLENGE: challenge, SIGNATURE: signature, HOST: stated or address, TRUSTED: trusted}
 
     def come(self, key: PrivateKey, heartbeat: str = "30") -> Head:
         """Come in anew; the head of the device's requests."""
@@ -162,9 +164,14 @@ def forgeries(house: House) -> dict[str, Callable[[], httpx.Response]]:
             "challenge", {KEY: b64encode(house.stranger.public.pem).decode()}
         ),
         "its key, signed with another": lambda: house.post("session", house.signed(house.one, by=house.two)),
-        "signed for another server": lambda: house.post("session", house.signed(house.one, host="a.org")),
+        "signed for another server": lambda: house.post(
+            "session", house.signed(house.one, address=f"a.org:{house.port}")
+        ),
+        "signed for another server on this machine": lambda: house.post(
+            "session", house.signed(house.one, address=f"127.0.0.1:{house.port - 1}")
+        ),
         "for another server, said to be for this": lambda: house.post(
-            "session", house.signed(house.one, host="a.org", stated="127.0.0.1")
+            "session", house.signed(house.one, address="a.org:1", stated=f"127.0.0.1:{house.port}")
         ),
         "signed for a server that another certificate vouches for": lambda: house.post(
             "session", house.signed(house.one, trusted="ab" * 32)
@@ -225,6 +232,37 @@ def test_a_revoked_key_is_thrown_out_and_a_new_one_comes_in(house: House) -> Non
     assert house.stranger.public.fingerprint in house.door.online()
 
 
+@pytest.mark.parametrize("wrong", ["nothing", "a stray file", "a copy", "the rest is gone", "a new key too"])
+def test_a_removal_holds_whatever_else_is_wrong_and_though_nobody_waits_for_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """A stray file kept revoked devices in, as did an empty folder, and a server that was adding up."""
+    monkeypatch.setattr(server, "LOOK", 0.0)
+    house, folder = House(tmp_path), tmp_path / "known"
+    folder.mkdir()
+    for name in ("one", "two"):
+        shutil.copy(tmp_path / f"{name}.pub", folder)
+    with Served(Place("127.0.0.1", house.port, folder)) as served, house.http:
+        house.come(house.one)
+        house.come(house.two)
+        (folder / "two.pub").unlink()
+        if wrong == "the rest is gone":
+            (folder / "one.pub").unlink()
+        elif wrong != "nothing":
+            shutil.copy(tmp_path / "one.pub", folder / "copy.pub")
+        if wrong == "a stray file":
+            (folder / "copy.pub").write_text("no key")
+        if wrong == "a new key too":
+            shutil.copy(tmp_path / "stranger.pub", folder)
+        assert house.post("alive", house.heads["two"]).status_code == 410
+        assert house.post("session", house.signed(house.two)).status_code == 403
+        stays = 410 if wrong == "the rest is gone" else 204
+        assert house.post("alive", house.heads["one"]).status_code == stays
+        assert house.post("session", house.signed(house.stranger)).status_code == 403
+        assert any("two is revoked" in text for text in served._news)
+        assert len(served._news) == (1 if wrong == "nothing" else 2)  # what is wrong is said once
+
+
 def test_a_key_that_is_revoked_while_it_comes_in_stays_out(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +318,10 @@ def test_a_challenge_is_for_one_key_once_within_a_minute(monkeypatch: pytest.Mon
         (["a.example.org", "*.fleet.org", "10.0.0.1"], "10.0.0.1", True),
         (["a.example.org", "*.fleet.org", "10.0.0.1"], "b.example.org", False),
         (["a.example.org", "*.fleet.org", "10.0.0.1"], "fleet.org", False),
+        ([], "127.0.0.1", True),
         ([], "localhost", True),
+        ([], "127.0.0.2", False),
+        ([], "[::1]", False),
         ([], "fleet.org", False),
     ],
 )
@@ -290,7 +331,8 @@ def test_a_server_is_called_by_its_certificate(
     if certificate:
         keys.make_certificate(tmp_path, certificate)
     address = Address("127.0.0.1", 1, tmp_path / "server.pem" if certificate else None)
-    assert Door(address, None)._is_called(host) is called
+    assert Door(address, None)._is_called(f"{host}:1") is called
+    assert Door(address, None)._is_called(f"{host}:2") is (called and bool(certificate))  # a proxy's port
 
 
 def test_a_device_that_has_gone_is_known_to_have_whatever_interval_it_named(house: House) -> None:
@@ -568,7 +610,6 @@ def test_an_order_that_is_not_read_is_not_kept(house: House) -> None:
         until = time.monotonic() + 5
         while (sending := house.session(house.one).sending) is None and time.monotonic() < until:
             time.sleep(0.01)
-        assert sending is not None
         with house.raw("/fleet/exchange", house.heads["one"]):
             until = time.monotonic() + 5
             while not sending.done() and time.monotonic() < until:
@@ -645,6 +686,21 @@ def test_a_head_that_does_not_end_is_not_kept(house: House, begin: bytes) -> Non
         with contextlib.suppress(ConnectionError):
             answered = opened.recv(4096)
         assert sent < 50 * http_server.LONGEST_HEAD or answered[:12] == b"HTTP/1.1 400"
+
+
+def test_a_connection_that_does_not_greet_in_tls_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "HEAD", 0.3)
+    keys.make_certificate(tmp_path, ["127.0.0.1"])
+    house = House(tmp_path)
+    house.door = Door(
+        Address("127.0.0.1", house.port, tmp_path / "server.pem", tmp_path / "server.key"), None
+    )
+    house.door.open()
+    with house.http, socket.create_connection(("127.0.0.1", house.port), timeout=10) as opened:
+        assert opened.recv(1) == b""
+    house.door.close()
 
 
 def test_refusals_are_counted_in_bounded_memory() -> None:

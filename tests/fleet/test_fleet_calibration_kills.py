@@ -46,7 +46,7 @@ def test_kills_of_server_and_devices_change_no_code(place: Path) -> None:
     devices = [
         Process(
             f"device-{c}",
-            f"fleet join 127.0.0.1:{port} --data rows/client-{c:03d}.jsonl --model model --state state-{c} "
+            f"fleet join 127.0.0.1:{port} --data rows/client-{c:03d}.jsonl --calibrate --model model --state state-{c} "
             "--device cpu --threads 1",
         )
         for c in range(2)

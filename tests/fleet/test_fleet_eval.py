@@ -240,8 +240,8 @@ def test_a_device_that_claims_all_tokens_neither_decides_nor_seems_certain(lie: 
     assert done.tuned_error > 0.5 * abs(lie - done.median)
     assert 3.0 <= done.median <= 3.3
     assert done.largest_share > 0.9999
-    assert "believe the median" in disagreement(done)
-    assert disagreement(mean("m", each[:3])) == ""
+    assert "believe the median" in disagreement(done, each)
+    assert disagreement(mean("m", each[:3]), each[:3]) == ""
 
 
 WORSE = [
@@ -250,6 +250,7 @@ WORSE = [
     (3300, 4.50, 6.0),
 ]  # honest devices, of a run that made the model worse
 BETTER = [(3000, 4.0, tuned) for tuned in (3.1, 3.3, 3.0)]
+GOOD = [(3563, 3.8087, 2.9648), (3858, 3.6614, 2.9495)]
 SAME = [(3000, loss, loss) for loss in (3.1, 3.3, 3.0)]  # of a plain model
 
 
@@ -262,12 +263,16 @@ SAME = [(3000, loss, loss) for loss in (3.1, 3.3, 3.0)]  # of a plain model
         (WORSE[:2], [(15000, 4.45, 3.5)], "the change is -0."),
         (BETTER, [(3000, 4.0, 3.2)], ""),
         (BETTER, [(3000, 4.0, 9.0)], "the change is +0."),
+        (GOOD, [(3332, 3.92, 3.02)], ""),
+        (GOOD, [(2**40, 3.7, 4.05)], "the change is -0.0"),
+        (GOOD, [(2**40, 4.3, 2.3)], "the change is -1.6"),
         (SAME, [], ""),
         (SAME, [(3000, 9900.0, 9900.0)], "the loss is +2477 in the mean by tokens and +3.2 in the median"),
     ],
 )
 def test_few_devices_that_decide_the_mean_are_seen(honest: list[Any], lies: list[Any], told: str) -> None:
-    said = disagreement(mean("m", claims([*honest, *lies])))
+    each = claims([*honest, *lies])
+    said = disagreement(mean("m", each), each)
     assert said.startswith(told)
     assert bool(said) == bool(told)
 

@@ -37,9 +37,6 @@ from fleetune.tuning.run import run as running
 __all__ = ["device_place", "folder", "job", "place"]
 
 
-# Files --------------------------------------------------------------------------------------------
-
-
 def spoilt(data: bytes, count: int, seed: str) -> Iterator[bytes]:
     """The data cut at so many places, and with so many bits flipped."""
     rng = random.Random(seed)
@@ -147,9 +144,6 @@ def test_torn_files_of_a_device(device_place: Path, tmp_path: Path, job: Job, in
 
 def test_torn_files_of_a_device_at_a_few_places(device_place: Path, tmp_path: Path, job: Job) -> None:
     assert torn_device(device_place, tmp_path, job, 1) == 6
-
-
-# Disks --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.injects

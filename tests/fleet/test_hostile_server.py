@@ -34,13 +34,14 @@ from fleetune.errors import DataError, Interrupted, LedgerError, MessageError, S
 from fleetune.fleet import eval_device, eval_server, result
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import MARK, DeviceState
+from fleetune.fleet.door import Door
 from fleetune.fleet.orders import Declined, Job, Order, Reply
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import Silent
 from fleetune.seeds.ledger import Ledger
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
-from fleetune.tuning.methods import mezo
+from fleetune.tuning.methods import _zeroth, mezo
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.run import run as running
 
@@ -183,11 +184,14 @@ def pool(arrays: dict[str, np.ndarray], **scalars: Any) -> bytes:
 
 
 MEZO = {"method": "mezo", "set": {"tau": 1, "K": 16}}
+PRO = {"method": "fedkseed", "set": {"tau": 1, "K": 16, "pro": True}}
+CHANCES = {"a": np.zeros((1, 16), np.int8), "p": np.ones(1 << 22, np.float32)}
 BOMBS: dict[str, tuple[dict[str, Any], bytes]] = {
     "an adapter of another rank": ({}, lora(10**6)),
     "no arrays": ({}, encode(Message(1, bytes(8), Payload({}, {"seed": 1})))),
     "sums of another pool": (MEZO, pool({"a": np.zeros((1, 1 << 22), np.int8)}, grid=1e-9, step=0)),
     "many pools": (MEZO, pool({"a": np.ones((1 << 18, 16), np.int8)}, grid=1e-9, step=0)),
+    "probabilities of another pool": (PRO, pool(CHANCES, grid=float(np.float32(3e-7) / np.float32(256)))),
 }
 
 
@@ -408,6 +412,7 @@ def shapes_of(ids: list[int]) -> Iterator[bytes]:
 
 def test_no_byte_that_leaves_a_device_is_of_its_rows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In joining, training, evaluating, calibrating and failing: neither words, nor tokens, nor an unkeyed digest."""
+    monkeypatch.setattr(Door, "_is_called", lambda self, address: True)  # the wire has ports of its own
     recipe = {**RECIPES["adapter"], "data": "rows-0.jsonl", "clients": 2}
     streams: dict[str, bytearray] = {}
 
@@ -535,7 +540,7 @@ def test_folders_of_many_runs_fill_no_disk(tmp_path: Path, monkeypatch: pytest.M
     for i in range(3):
         own.renewed(own.run(f"{i:032x}") / "result")
     own.run(f"{1:032x}")
-    with pytest.raises(StorageError, match="3 runs have left folders"):
+    with pytest.raises(StorageError, match=r"3 runs have left folders .* in no other until some are removed"):
         own.run(f"{3:032x}")
 
 
@@ -710,8 +715,69 @@ def test_a_stop_is_heard_between_the_rows_of_an_evaluation(place: Path) -> None:
 
 
 def test_a_servers_last_words_are_one_line(place: Path) -> None:
-    for body in (b"", b"refused"):
-        device = worker()
-        words = "over\n  error: run this\r\x1b[2J\u202e"
-        device.answer(Order("end", reason=words, body=body).encode())
-        assert device.ended == "over error: run this ?[2J?"
+    device = worker()
+    whole = decode(Order("end", reason="over").encode()).payload.scalars
+    for words in ("over\n  error: run this", "over\x1b[2J", "over\u200f", "o" * 1001):
+        with pytest.raises(MessageError, match=r"malformed|reason = "):
+            device.answer(encode(Message(0, bytes(16), Payload({}, {**whole, "reason": words}))))
+    device.answer(Order("end", reason="over").encode())
+    assert device.ended == "over"
+
+
+def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place: Path) -> None:
+    """Behind weights that were placed, or in another type, they would be other sums of the same tokens."""
+    saved()
+    device = worker(calibrate=True)
+    rows = encode_rows(models.load("model", device="cpu"), data.read("rows-0.jsonl"), 48)[0]
+    whole = sum(len(row.ids) for row in rows)
+    stated, brought = result.digest_of(ADAPTER), result.packed(ADAPTER)
+
+    def begin(windows: int) -> str:
+        return ask(device, "begin", body({"windows": windows, "length": 1, **brought})).code
+
+    def block(number: int, order: bytes = b"") -> Reply:
+        return ask(device, "block", order, number)
+
+    assert take(device, task="calibrate", result=stated).what == "ready"
+    assert begin(whole) == ""
+    first = block(0).body
+    dense = driver.linears_of(models.load("model", device="cpu"))[0][1]
+    weights = {n: 5 * p.detach().numpy() for n, p in parameters_of(dense, ()).items()}
+    order = encode(Message(1, bytes(8), Payload(weights, {"grids": json.dumps(dict.fromkeys(weights))})))
+    behind = block(1, order).body
+    assert begin(whole + 1) == ""  # as many windows as before: all of them
+    assert block(0).code == "order"  # it stands in front of block 1
+    assert block(1, order).body == behind
+    DeviceState(Path("state")).remove(Path("state") / f"run-{RUN}" / "calibration")
+    assert begin(whole) == "order"  # its model is no longer the one that it began with
+    for dtype in ("bf16", "fp16"):
+        base = models.load("model", device="cpu", dtype=dtype).digest
+        assert take(device, task="calibrate", result=stated, base=base, dtype=dtype).what == "ready"
+        assert begin(whole) == f"calibrated {whole} 1"
+    assert take(device, task="calibrate", result=stated).what == "ready"
+    assert begin(whole) == ""
+    assert block(0).body == first
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_sums_are_made_in_any_type(place: Path, dtype: str) -> None:
+    saved()
+    device, base = worker(calibrate=True), models.load("model", device="cpu", dtype=dtype).digest
+    stated = result.digest_of(ADAPTER)
+    assert take(device, task="calibrate", result=stated, base=base, dtype=dtype).what == "ready"
+    assert ask(device, "begin", body({"windows": 150, "length": 1, **result.packed(ADAPTER)})).what == "done"
+    assert ask(device, "block", b"").what == "done"
+
+
+def test_a_device_makes_a_bounded_number_of_passes_in_all_forwards(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are made anew in each forward."""
+    monkeypatch.setattr(_zeroth, "MOST_SWEEPS", 300)
+    device, K = worker(), 16
+    for law, tau, code in (("gaussian", 3, ""), ("gaussian", 16, "settings"), ("rademacher", 16, "settings")):
+        settings = {"K": K, "law": law, "lr": 1e-6, "eps": 1e-3, "batch_size": 1, "tau": tau}
+        assert take(device, method="mezo", set=settings).what == "ready"
+        told = {"run_key": 7, "law": law, "grid": _zeroth.grid_of(1e-6), "step": 0}
+        sent = Payload({"a": np.ones((1, K), np.int32)}, told)
+        assert ask(device, "work", encode(Message(1, bytes(8), sent)), 1).code == code

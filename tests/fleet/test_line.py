@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import socket
+import ssl
 import threading
 import time
 import tracemalloc
@@ -17,6 +19,7 @@ from typing import Any, ClassVar
 import pytest
 
 from fleetune.common.memory import rss
+from fleetune.errors import UsageError
 from fleetune.fleet import keys, line
 from fleetune.fleet.line import Server, stay
 
@@ -99,11 +102,41 @@ def test_no_answer_fills_a_devices_memory(tmp_path: Path, handler: type[Quiet], 
     key, before = keys.make(tmp_path / "key"), rss()
     with hostile(handler) as address:
         server = Server(address)
-        with (way := line.Line(server, False)).http, pytest.raises(line.TooMuch, match=why):
+        with (way := line.Line(server, False)).http, pytest.raises(line.Odd, match=why):
             stayed(way, key, tmp_path, server)._send("", b"", "order")
         assert why in joined(address, tmp_path)[0]
     assert rss() - before < 30 * MILLION
     assert handler.asked.pop()["accept-encoding"] == "identity"
+
+
+def test_a_head_in_no_letters_of_a_server_is_answered_as_a_bad_one(tmp_path: Path) -> None:
+    class Accents(Quiet):
+        def answer(self) -> None:
+            self.send_response(204)
+            self.send_header("fleetune-challenge", "\xe9")
+            self.end_headers()
+
+    with hostile(Accents) as address:
+        assert joined(address, tmp_path)[0] == "the head of the server's answer is not in ASCII; trying again"
+
+
+def test_a_device_trusts_one_certificate(tmp_path: Path) -> None:
+    """A server that hands out two could be either, and a signature names one."""
+    one, two = (keys.make_certificate(tmp_path / name, ["127.0.0.1"]) for name in ("one", "two"))
+    both = tmp_path / "both.pem"
+    for second in (one, two):
+        both.write_text(one.read_text() + second.read_text())
+        with pytest.raises(UsageError, match="holds 2 certificates"):
+            Server("127.0.0.1:1", both).trust()
+        with pytest.raises(UsageError, match="holds 2 certificates"):
+            keys.trusted(both)
+    context = Server("127.0.0.1:1", one).trust()
+    assert isinstance(context, ssl.SSLContext)
+    assert [hashlib.sha256(held).hexdigest() for held in context.get_ca_certs(binary_form=True)] == [
+        keys.trusted(one)
+    ]
+    with pytest.raises(UsageError, match="cannot read the certificate"):
+        Server("127.0.0.1:1", tmp_path / "none.pem").trust()
 
 
 def test_an_order_may_be_as_large_as_the_device_says(tmp_path: Path) -> None:
@@ -128,7 +161,7 @@ def test_an_order_may_be_as_large_as_the_device_says(tmp_path: Path) -> None:
             )  # once; the server of the test has another
             tracemalloc.stop()
             most[0] -= 1
-            with pytest.raises(line.TooMuch):
+            with pytest.raises(line.Odd):
                 session._send("", b"", "order")
 
 

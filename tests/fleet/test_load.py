@@ -69,10 +69,10 @@ async def device(port: int, size: int) -> None:
 
     claim = {door.KEY: b64encode(key.public.pem).decode()}
     challenge = (await post("challenge", claim))[0][door.CHALLENGE]
-    signature = keys.sign(key, door.signed_text("127.0.0.1", "", challenge))
+    signature = keys.sign(key, door.signed_text(f"127.0.0.1:{port}", "", challenge))
     claim |= {
         door.CHALLENGE: challenge,
-        door.HOST: "127.0.0.1",
+        door.HOST: f"127.0.0.1:{port}",
         door.SIGNATURE: b64encode(signature).decode(),
     }
     head = {"authorization": f"Bearer {(await post('session', claim))[0][door.SESSION]}"}

@@ -8,7 +8,9 @@ has the same with processes that are killed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from typing import Any
 import devices_harness
 import httpx
 import pytest
+from deploy_harness import compressed, tiny
 from devices_harness import Device, free_port
 
 import fleetune
+from command_line import Capture, refused
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import Interrupted, UsageError
@@ -289,7 +293,7 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
         found = running.start(recipe, Path("real"), Watch(), offline=True, fleets=fleets)
         for one in (joined[0], third):
             one.leave.set()
-    assert any("the keys stay as they are" in n for n in notes)
+    assert any("no key is added" in n for n in notes)
     assert any("dev-0 is revoked" in n and "dev-2 may join" in n for n in notes)
     (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
     replies = [e for e in rundir.events(run) if e["event"] == "client"]
@@ -307,8 +311,7 @@ def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
     """No device is left that could come: every registered key has refused."""
     monkeypatch.setattr(server, "PUBLISHED", 0.0)
     split(FEDKSEED)
-    other = models.tiny_llama(seed=1)
-    models.save(other.net, other.tokenizer, Path("other"))
+    models.tiny_llama(seed=1).save(Path("other"))
     Path("one").mkdir()
     Path("one/dev-0.pub").write_bytes(Path("keys/dev-0.pub").read_bytes())
     odd = device(port := free_port(), 0)
@@ -330,4 +333,38 @@ def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
     assert main(["fleet", "status", "latest", "--out", "real"]) == 0
     assert f"fleet serve --resume {run} --port {port} --keys one --certificate certs --wait 1" in "".join(
         capsys.readouterr()
+    )
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_scales_of_a_compressed_model_are_tuned_to_the_same_digest(place: Path, capsys: Capture) -> None:
+    compressed(tiny(), Path("codes"))
+    recipe = {**COMMON, "model": "codes", "method": "mezo", "train": "scales", "set": {"tau": 2, "lr": 0.05}}
+    recipe["aggregation"] = "mean:1"  # what a mean is where rows are what devices say
+    split(recipe)
+    port = free_port()
+    joined = [device(port, number) for number in range(CLIENTS)]
+    for one in joined:
+        one.brings = dataclasses.replace(one.brings, model=f"copy-{one.number}.gguf")
+    simulated = fleetune.tune(recipes.make(recipe), out="simulated")
+    for one in joined:
+        shutil.copy("codes/codes.gguf", one.brings.model)
+    Path("codes/codes.gguf").unlink()
+    capsys.readouterr()
+    words = f"fleet serve -c recipe.toml --port {port} --keys keys --certificate certs --grace 20 --out real"
+    with devices_harness.devices(*joined):
+        assert main(words.split()) == 0
+    assert "codes/codes.gguf, now written" in capsys.readouterr().err
+    (run,) = fleetune.list_runs("real")
+    assert run.done.digest == simulated.done.digest
+    assert recipes.read(run.folder / "run.toml")["model"] == "codes/codes.gguf"
+
+
+def test_a_compressed_model_without_train_is_refused(place: Path, capsys: Capture) -> None:
+    compressed(tiny(), Path("codes"))
+    Path("recipe.toml").write_text(
+        recipes.to_toml(recipes.make({**COMMON, "model": "codes", "method": "mezo"}))
+    )
+    assert "codes is a compressed model: codes, not plain weights" in refused(
+        capsys, "fleet", "serve", "-c", "recipe.toml", "--port", "0"
     )

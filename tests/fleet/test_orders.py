@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetune.common.display import one_line
 from fleetune.errors import (
     DataError,
     FitError,
@@ -20,8 +21,9 @@ from fleetune.errors import (
     StorageError,
     UsageError,
 )
-from fleetune.fleet.orders import WORDS, Declined, Device, Job, Order, Reply, in_words, reason_of
+from fleetune.fleet.orders import WORDS, Declined, Device, Job, Order, Reply, in_words, job_of, reason_of
 from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.recipe import recipe as recipes
 
 JOB = Job(
     "a" * 32, "fedkseed", {"K": 64, "lr": 1e-3, "clip": 0.0}, "m", "b" * 64, "fp32", 64, ("yes", "no"), 3
@@ -40,10 +42,10 @@ crc = st.integers(0, 2**32 - 1)
     st.binary(max_size=99),
     st.tuples(st.integers(-1, 2**31 - 1), crc),
     small,
-    st.text(),
+    st.text(max_size=99).map(lambda text: one_line(text.encode("utf-8", "ignore").decode())),
 )
 def test_an_order_comes_back(what, round, client, key, body, kept, oldest, reason):
-    order = Order(what, round, client, key, body, kept, oldest, reason.encode("utf-8", "ignore").decode())
+    order = Order(what, round, client, key, body, kept, oldest, reason)
     assert Order.decode(order.encode()) == order
 
 
@@ -145,12 +147,26 @@ def test_a_job_comes_back():
         {"dtype": "fp8"},
         {"train": "all"},
         {"task": "calibrated"},
-        {"model": "m" * 5000},
+        {"model": "m" * 1001},
+        # what would write lines of its own on a device's console
+        {"model": "tiny)\n  try: this"},
+        {"set": {"objective": "x:y\r"}},
+        {"labels": ["a\u2028b"]},
+        {"model": "a\u200fb"},
+        {"model": "a\u061cb\x1b[2J"},
     ],
 )
 def test_a_job_of_another_form_or_size_is_refused(change):
     with pytest.raises(MessageError, match="the job is not as agreed"):
         Job.from_json(json.dumps(json.loads(JOB.to_json()) | change))
+
+
+def test_a_job_may_have_any_letters_of_a_line():
+    job = dataclasses.replace(JOB, model="modèle 模型", labels=("می\u200cخواهم", "👩\u200d🔬"))
+    assert Job.from_json(job.to_json()) == job
+    recipe = recipes.make({"model": "tiny", "data": "rows.jsonl", "method": "mezo"})
+    with pytest.raises(MessageError, match=r"model = .* it is no printable line"):
+        job_of(recipe, JOB.run, JOB.base, model="a\nb")
 
 
 @pytest.mark.parametrize("set_", ['{"lr": NaN}', '{"lr": 1e999}', '{"K": 1' + "0" * 5000 + "}"])
@@ -229,6 +245,9 @@ def test_a_device_comes_back_and_its_claim_of_rows_is_bounded():
         ("speed", -1.0),
         ("speed", float("nan")),
         ("speed", float("inf")),
+        ("speed", 1.7e308),
+        ("processor", "x86_64; dev-1 is revoked"),
+        ("torch", "2.13\n"),
         ("kinds", []),
         ("kinds", [True]),
         ("kinds", ["0"]),

@@ -17,7 +17,7 @@ from test_remote import JOB, Memory, link
 
 from fleetune.errors import Interrupted
 from fleetune.fleet.orders import Device, Order, Reply
-from fleetune.fleet.remote import Asking, Pace, RemoteFleet
+from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.tuning.rounds.fleets import Answer, Wanted
 
@@ -168,29 +168,6 @@ def test_a_run_waits_until_a_device_is_there(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         fleet.present()
 
-
-def test_it_is_said_who_is_waited_for_and_how_many_are_needed() -> None:
-    asking = Asking(3, {c: Order("work", 3, c) for c in range(9)}, goal=4)
-
-    def name(client: int) -> str:
-        return f"dev-{client}"
-
-    assert list(asking.word(name)) == []
-    asking.given(0, "n0")
-    asking.given(1, "n1")
-    asking.given(2, "n2")
-    assert asking.answered("n0", lost=False) == 0
-    asking.replies += 1
-    assert asking.answered("n1", lost=False) == 1
-    asking.decline(1, "on battery")
-    asking.next_word = 0.0
-    assert list(asking.word(name)) == [
-        "round 3: waiting for 3 of dev-1 (declined: on battery), dev-2 (at work), dev-3 (away), dev-4 (away), dev-5 (away)"
-        " and 3 more"
-    ]
-
-
-# Who does what ----------------------------------------------------------------------------------------
 
 EVERY_OTHER = Wanted(("two-point", "back-propagation"), lambda client: client % 2)
 

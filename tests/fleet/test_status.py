@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from fleet_run import EVIL, client
 
+from command_line import refused
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.errors import StorageError, UsageError
@@ -149,7 +150,6 @@ def test_what_goes_on_with_it_is_said_of_a_compression_and_an_evaluation_too(run
 
 def test_resume_takes_no_part_of_a_recipe(run, capsys):
     for more in (["--rounds", "3"], ["-c", "recipe.toml"], ["--set", "K=4"]):
-        assert main(["fleet", "serve", "--resume", "latest", "--out", str(run.parent), *more]) == 2
-        said = capsys.readouterr().err
+        said = refused(capsys, "fleet", "serve", "--resume", "latest", "--out", str(run.parent), *more)
         assert "follows the run's own recipe" in said
         assert f"fleetune fleet serve --resume {run}" in said

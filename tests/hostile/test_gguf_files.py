@@ -29,8 +29,7 @@ NAN = float("nan")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model as a GGUF file, with quantised and plain tensors."""
     root = tmp_path_factory.mktemp("honest-gguf")
-    model = tiny()
-    models.save(model.net, model.tokenizer, root / "tiny")
+    tiny().save(root / "tiny")
     return export(root / "tiny", "gguf:q8_0", root / "tiny.gguf").path
 
 

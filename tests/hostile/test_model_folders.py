@@ -27,7 +27,6 @@ from hostile import put, refusal
 Change = Callable[[Path], None]
 JSON = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 INDEX = "model.safetensors.index.json"
-FILES = (*JSON, "model.safetensors", "chat_template.jinja")
 ROWS = [data.Example((("user", "what is 2 and 2?"),), "four", {})]
 
 

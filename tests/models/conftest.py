@@ -30,6 +30,4 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A tiny model as a directory."""
-    tiny = models.tiny_llama()
-    models.save(tiny.net, tiny.tokenizer, tmp_path / "tiny")
-    return tmp_path / "tiny"
+    return models.tiny_llama().save(tmp_path / "tiny")

@@ -135,8 +135,7 @@ def test_what_older_files_hold_besides_is_passed_over(saved: Path) -> None:
 
 
 def test_an_encoder_has_the_head_of_another_task_but_no_blocks_left_over(tmp_path: Path) -> None:
-    bert = models.tiny_bert()
-    models.save(bert.net, bert.tokenizer, tmp_path / "bert")
+    models.tiny_bert().save(tmp_path / "bert")
     file = tmp_path / "bert" / "model.safetensors"
     tensors = {n: t for n, t in load_file(file).items() if not n.startswith("classifier")}
     other = {
@@ -256,8 +255,7 @@ def test_a_lack_of_memory_is_known_by_its_kind_its_words_or_its_cause() -> None:
 
 
 def test_a_model_without_memory_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = models.tiny_llama()
-    models.save(tiny.net, tiny.tokenizer, tmp_path / "m")
+    models.tiny_llama().save(tmp_path / "m")
 
     def full(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")

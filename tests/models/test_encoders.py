@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import fleetune
+from command_line import FEW
 from fleetune import models
 from fleetune.data import Example
 from fleetune.data.encode import encode, encode_rows
@@ -70,9 +71,6 @@ def trained_head(path: Path, labels: tuple[str, ...] = ("no", "yes")) -> models.
         model.net.classifier.bias.copy_(torch.arange(float(len(labels))) - 0.3)
     models.save(model.net, model.tokenizer, path)
     return model
-
-
-# ---------------------------------------------------------------- the head
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -135,8 +133,6 @@ def test_an_encoder_that_lacks_more_than_its_head_is_refused(tmp_path: Path) -> 
     with pytest.raises(ModelError, match=r"lacks 1 tensors .*bert\.encoder\.layer\.0\.output\.dense\.weight"):
         models.load(str(path), labels=("no", "yes"))
 
-
-# ---------------------------------------------------------------- accuracy
 
 PAIRS = [
     Example((("user", f"{q}|{s}"),), "yes" if s in q else "no", {}, (q, s))
@@ -201,9 +197,6 @@ def test_what_an_encoder_cannot_do_is_refused() -> None:
         label_accuracy(model, [Example((("user", "q"),), "maybe", {}, ("q",))])
 
 
-# ---------------------------------------------------------------- a run
-
-
 def data(path: Path, label: str = "label") -> str:
     rows = [
         {
@@ -224,12 +217,9 @@ def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
         data(tmp_path / "qnli.jsonl"),
         out=tmp_path / "runs",
         method="fedpetuning",
-        clients=2,
-        rounds=2,
-        held_out=6,
-        samples=2,
-        max_length=32,
         settings={"module": "bitfit", "batch_size": 4},
+        max_length=32,
+        **FEW | {"rounds": 2, "samples": 2},
     )
     assert set(found.done.base) == set(found.done.tuned) == {"loss", "accuracy"}
     run = found.folder
@@ -271,13 +261,7 @@ def test_a_label_word_may_have_a_comma(tmp_path: Path) -> None:
     names = ["a, b", "c\\,d", "e"]
     rows = [{"text": f"t{i}", "label": names[i % 3]} for i in range(18)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    few: dict[str, Any] = {
-        "method": "fedpetuning",
-        "clients": 2,
-        "rounds": 1,
-        "samples": 0,
-        "out": tmp_path / "runs",
-    }
+    few: dict[str, Any] = FEW | {"method": "fedpetuning", "out": tmp_path / "runs"}
     run = fleetune.tune(path, tmp_path / "a.jsonl", settings={"module": "bitfit"}, max_length=16, **few)
     recipe = fleetune.open(run).recipe
     assert recipe.labels == "a\\, b,c\\\\,d,e"

@@ -94,9 +94,6 @@ def test_a_base_that_memory_cannot_hold_stays_in_its_file(
         assert why.endswith("base mapped") == (base == "mapped")
 
 
-# The base, and what is refused ------------------------------------------------------------------------
-
-
 def settled_base(recipe: Recipe) -> tuple[Recipe, choose.CheckMemory, str]:
     told: list[str] = []
     found, check = choose.settled_base(recipe, told.append, offline=True)

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 import fleetune
+from command_line import ok
 from fleetune import models
 from fleetune.cli.main import build_parser, main
 from fleetune.errors import FitError, UsageError
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost, plan
 from fleetune.planning.device_cost import Workload
-from fleetune.planning.plan import Search, Settings
+from fleetune.planning.plan import Search
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint
 
@@ -110,24 +111,6 @@ def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
     )  # an evaluation is of 8 rows
 
 
-def test_only_what_tune_does_not_do_by_itself_is_said() -> None:
-    usual = Settings("fedpetuning", Workload(32, 512), 1, 1)
-    assert usual.options() == {"method": "fedpetuning"}
-    other = Settings("fedit", Workload(2, 256, 200, "bf16"), 1, 1)
-    assert other.options() == {
-        "method": "fedit",
-        "settings": {"batch_size": 2},
-        "max_length": 256,
-        "dtype": "bf16",
-    }
-    mapped = Settings("fedit", Workload(8, 512, 200, "fp32", "mapped"), 1, 1)
-    assert mapped.options() == {"method": "fedit", "base": "mapped"}
-    assert list(plan.axes(5)["batch"]) == [5, 2, 1]
-
-
-# --- the command and the function --------------------------------------------------------------------------
-
-
 def test_the_printed_command_makes_tune_use_what_was_planned(
     large: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,8 +118,7 @@ def test_the_printed_command_makes_tune_use_what_was_planned(
     ram = min(s.peak for s in every) * 10 // 9 + 1
     (wanted, *_) = [s.work for s in every if s.peak <= 0.9 * ram]
     assert wanted.base == "mapped"
-    assert main(["plan", large, "--ram", str(ram), "--json"]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()][-1]
+    told = ok(capsys, "plan", large, "--ram", str(ram))[-1]
     assert told["event"] == "plan_settings"
     assert (told["method"], told["dtype"], told["base"], told["ram"]) == (
         "fedit",

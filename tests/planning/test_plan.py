@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from fleetune import models
+from fleetune import adapters, models, seeds
 from fleetune.cli.main import main
 from fleetune.common.events import PlanRow
 from fleetune.data import Encoded, collate
 from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models import shapes, tiny_llama
-from fleetune.models.tiny import tiny_bert
+from fleetune.models import Model, shapes, tiny_llama
+from fleetune.models.tiny import tiny_bert, tiny_roberta
 from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
-from fleetune.tuning.exchange.messages import Message, encode
+from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,9 +43,6 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
 }
-
-
-# --- counting a model -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -93,9 +92,6 @@ def test_llama_7b_gives_the_figures_of_the_papers() -> None:
     assert "108 GB to tune with Adam" in text
 
 
-# --- time -------------------------------------------------------------------------------------------------
-
-
 def test_time_follows_the_rates() -> None:
     config = AutoConfig.for_model("llama", **SMALL, tie_word_embeddings=True)
     work = device_cost.Workload(batch=2, length=10, steps=7)
@@ -112,9 +108,6 @@ def test_time_follows_the_rates() -> None:
         for f in (1, 4)
     )
     assert [s / 4 for s in slow if s] == pytest.approx([s for s in fast if s])
-
-
-# --- what fits --------------------------------------------------------------------------------------------
 
 
 def _rows(ram: int | None, **peaks: int) -> list[PlanRow]:
@@ -158,16 +151,10 @@ def test_recommended_methods_come_first_unless_their_sending_is_slow() -> None:
     assert "fedit" not in plan.order(unknown)
 
 
-# --- work -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"length": -1}, {"steps": 0}, {"dtype": "int4"}])
 def test_work_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
         device_cost.Workload(**wrong)
-
-
-# --- the command ------------------------------------------------------------------------------------------
 
 
 def test_the_command_says_that_nothing_fits_after_the_table(tiny: str, capsys: Any) -> None:
@@ -180,14 +167,10 @@ def test_the_command_says_that_nothing_fits_after_the_table(tiny: str, capsys: A
     assert events[0]["peak"] == sum(events[0]["parts"].values())
 
 
-# --- memory -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("batch", [3])
 @pytest.mark.parametrize("method", ["fedit", "fedpetuning", "fedpeptao", "full SGD"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_what_autograd_keeps_is_counted(family: str, method: str, batch: int, dtype: str) -> None:
+def test_what_autograd_keeps_is_counted(family: str, method: str, dtype: str) -> None:
     deep = {
         "bert": lambda: tiny_bert(layers=12),
         "llama": lambda: tiny_llama(hidden=48, layers=12, heads=6, kv_heads=2),
@@ -199,9 +182,7 @@ def test_what_autograd_keeps_is_counted(family: str, method: str, batch: int, dt
     else:
         methods.make(method, {}).init(model, 1)
     model.net.train()
-    rows = [
-        Encoded(np.arange(40 - 3 * i, dtype=np.int32), 39 - 3 * i) for i in range(batch)
-    ]  # one scored token
+    rows = [Encoded(np.arange(40 - 3 * i, dtype=np.int32), 39 - 3 * i) for i in range(3)]  # one scored token
     if model.labels:
         rows = [Encoded(row.ids, 0, row.ids * 0, 1) for row in rows]
     stored = {p.untyped_storage().data_ptr() for p in model.net.parameters()}
@@ -218,9 +199,7 @@ def test_what_autograd_keeps_is_counted(family: str, method: str, batch: int, dt
     shape = shapes.shape_of(model.net.config)
     comparisons = device_cost.COMPARISON
     footprint = comparisons[method] if method in comparisons else methods.make(method, {}).footprint(shape)
-    expected = device_cost.activation_bytes(
-        shape, device_cost.Workload(batch, 40, 1, dtype), footprint.module
-    )
+    expected = device_cost.activation_bytes(shape, device_cost.Workload(3, 40, 1, dtype), footprint.module)
     assert expected == pytest.approx(bytes_kept, rel=0.03)
 
 
@@ -268,6 +247,107 @@ def test_the_copies_of_fedprox_and_scaffold_are_counted(name: str, more: dict[st
     shape, work = shapes.shape_of(LLAMA_7B), device_cost.Workload(batch=1, length=64)
     plain, kept = (methods.make(name, given) for given in ({}, more))
     module = plain.footprint(shape)
-    assert module is not None
     parts = [device_cost.memory(shape, work, method.footprint(shape)) for method in (plain, kept)]  # type: ignore[arg-type]
     assert sum(parts[1].values()) - sum(parts[0].values()) == copies * 4 * module.module.size
+
+
+@pytest.mark.parametrize(("word", "counted"), [("auto", 104), ("numba", 104), ("torch", 10)])
+def test_the_plan_counts_the_memory_of_the_chosen_kernels(
+    monkeypatch: pytest.MonkeyPatch, word: str, counted: int
+) -> None:
+    monkeypatch.setenv(seeds.VARIABLE, word)
+    rows = plan.table(tiny_llama().net.config, device_cost.Workload(), rates=device_cost.Rates(1e11, 1e10))
+    floor = {row.method: row.parts["floor"] for row in rows}
+    for name in ("mezo", "zosgd", "fedkseed", "onebyte"):
+        assert floor[name] - floor["inference"] == counted * device_cost.MIB
+    assert floor["full SGD"] == floor["inference"]
+
+
+def test_the_plan_counts_the_time_of_the_chosen_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, work, rates = (
+        tiny_llama().net.config,
+        device_cost.Workload(steps=5),
+        device_cost.Rates(1e11, 1e10),
+    )
+    seconds = {}
+    for word in ("auto", "numba", "torch"):
+        monkeypatch.setenv(seeds.VARIABLE, word)
+        seconds[word] = {row.method: row.seconds for row in plan.table(config, work, rates=rates)}
+    assert seconds["auto"] == seconds["numba"]
+    more = device_cost.SWEEP["torch"] - device_cost.SWEEP["numba"]
+    weights = 4 * shapes.shape_of(config).params
+    assert seconds["torch"]["mezo"] - seconds["numba"]["mezo"] == pytest.approx(5 * 2 * more * weights / 1e10)
+    assert seconds["torch"]["full SGD"] == seconds["numba"]["full SGD"]
+
+
+ADAPTED = ["fedit", "fedpetuning", "fedpeptao", "fwdllm"]
+MODELS = {"llama": tiny_llama, "bert": tiny_bert, "roberta": tiny_roberta}
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("name", ADAPTED)
+def test_what_a_method_trains_is_what_it_attaches(name: str, family: str) -> None:
+    model = MODELS[family]()
+    method = methods.make(name, {})
+    module = method.footprint(shapes.shape_of(model.net.config)).module
+    method.init(model, 1)
+    trained = {n: tuple(p.shape) for n, p in adapters.trainable(model).items()}
+    assert module.tensors == trained
+    assert module.size == sum(p.numel() for p in adapters.trainable(model).values())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "query-value", "LAST, 1.SECOND"])
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("name", ["fedit", "fedpetuning", "fwdllm"])
+def test_lora_on_other_layers_is_counted_as_it_is_attached(name: str, family: str, targets: str) -> None:
+    last, second = {"llama": ("down_proj", "self_attn.o_proj")}.get(family, ("dense", "attention.self.key"))
+    model = MODELS[family]()
+    named = targets.replace("LAST", last).replace("SECOND", second)
+    method = methods.make(name, {"targets": named})
+    module = method.footprint(shapes.shape_of(model.net.config)).module
+    method.init(model, 1)
+    assert module.tensors == {n: tuple(p.shape) for n, p in adapters.trainable(model).items()}
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=40),
+        st.tuples(st.sampled_from(["uint8", "int16", "float32"]), st.lists(st.integers(0, 300), max_size=2)),
+        max_size=20,
+    ),
+    st.dictionaries(
+        st.text(max_size=5), st.one_of(st.integers(0, 1 << 63), st.floats(allow_nan=False)), max_size=3
+    ),
+)
+@settings(max_examples=60)
+def test_message_bytes_is_the_length_of_the_message(arrays: Any, scalars: Any) -> None:
+    payload = Payload({n: np.zeros(shape, kind) for n, (kind, shape) in arrays.items()}, scalars)
+    told = {n: (kind, tuple(shape)) for n, (kind, shape) in arrays.items()}
+    assert plan.message_bytes(told, scalars) == len(encode(Message(1, bytes(8), payload)))
+
+
+def _filled(method: Any, model: Model) -> Any:
+    """A state whose sums need their full 32 bits."""
+    state = method.init(model, (1 << 63) + 5)
+    if not hasattr(state, "ledger"):
+        return state
+    ledger = state.ledger.append(np.zeros(1, np.uint64), np.array([1 << 20]), 1)
+    head = dataclasses.replace(ledger.head, run_key=(1 << 63) + 7)
+    state = state._replace(ledger=dataclasses.replace(ledger, head=head))
+    return state._replace(step=4096) if hasattr(state, "step") else state
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("name", methods.entries())
+def test_traffic_is_that_of_a_real_round(name: str, family: str) -> None:
+    model = MODELS[family]()
+    ids = np.arange(9, dtype=np.int32)
+    row = Encoded(ids, 0, ids * 0, 1) if model.labels else Encoded(ids, 4)
+    more = {"layers_rule": "all"} if name == "fedpeptao" else {}  # all layers travel, and nothing is measured
+    method = methods.make(name, more).sized(3, 2)
+    message = encode(Message(1, bytes(8), method.broadcast(_filled(method, model))))
+    (answer,) = LocalFleet(model, method, [[row] * plan.ROWS], 0, 0).ask(1, [0], message)
+    assert answer.data is not None, answer.reason
+    table = plan.table(model.net.config, device_cost.Workload(batch=2, length=9, steps=3), rates=RATES)
+    planned = next(r for r in table if r.method == name)
+    assert (planned.bytes_up, planned.bytes_down) == (len(answer.data), len(message))

@@ -7,7 +7,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 from report_harness import CATEGORIES, fake_run, lines_of, page_of, restated, write_lines
 
 from fleetune import report
@@ -15,18 +14,9 @@ from fleetune.common.display import human_bytes, human_time
 from fleetune.report import course, svg
 
 
-@pytest.fixture(scope="module")
-def run24(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("runs"))
-
-
 def drawing(text: str, ident: str) -> str:
     (found,) = [d for d in re.findall(r"<svg .*?</svg>", text, re.S) if f'"{ident}-t ' in d]
     return found
-
-
-def idents(run: Path) -> set[str]:
-    return set(re.findall(r'aria-labelledby="(\S+)-t ', report.write(run).read_text()))
 
 
 def test_rounds_are_those_of_the_metrics(run24: Path) -> None:
@@ -50,7 +40,6 @@ def test_rounds_are_those_of_the_metrics(run24: Path) -> None:
 def test_partition_is_that_of_the_metrics(run24: Path) -> None:
     page, events = page_of(run24), lines_of(run24)
     start = events[0]
-    assert isinstance(start["counts"], dict)
     table = next(t for t in page.tables if t[0][0] == "client")
     assert set(table[0][1:-1]) == set(CATEGORIES)
     for i, row in enumerate(table[1:]):
@@ -148,16 +137,6 @@ def test_client_losses_show_who_got_worse(tmp_path: Path) -> None:
     assert page.table("client", "before", "after")[0][:3] == ["south", "3.000", "3.250"]
     with_clients(run, rows="training", n=[2, 3], base=[1, 2], tuned=[0.5, 1])
     assert "Measured on 2 to 3 training rows of each, which were trained on" in page_of(run).text
-
-
-@pytest.mark.parametrize(
-    "damaged",
-    [{"rows": 3, "n": "x"}, {"n": [1], "base": [None], "tuned": [1]}, {"n": [1, 1], "base": [1, 1]}],
-)
-def test_client_losses_leave_out_a_damaged_record(tmp_path: Path, damaged: dict[str, object]) -> None:
-    assert "per-client" not in idents(
-        with_clients(fake_run(tmp_path, clients=2, rounds=1, asked=2), **damaged)
-    )
 
 
 def test_worst_tenth_is_of_one_client_at_least() -> None:

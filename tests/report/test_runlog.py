@@ -11,15 +11,11 @@ from pathlib import Path
 import pytest
 from report_harness import fake_run, lines_of, page_of, write_lines
 
+from command_line import ok
 from fleetune import report
 from fleetune.cli.main import main
 from fleetune.common import sums
 from fleetune.runs import metrics, rundir
-
-
-@pytest.fixture(scope="module")
-def run24(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("runs"))
 
 
 def test_summary_of_a_run(run24: Path) -> None:
@@ -142,7 +138,6 @@ def test_changed_records_are_told_wherever_they_are_shown(
         for words in ([], ["show", "2"], ["compare", "1", "2"]):
             assert main(["runs", *words, "--out", str(tmp_path)]) == 0
             assert (told in capsys.readouterr().err) is spoilt
-    assert main(["runs", "--out", str(tmp_path), "--json"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = ok(capsys, "runs", "--out", str(tmp_path))
     assert {r["name"]: r["intact"] for r in rows} == {"0001-fedit-a": True, "0002-fedit-b": False}
     assert told in (changed.parent / "report.html").read_text()

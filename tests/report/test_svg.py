@@ -75,7 +75,6 @@ def test_lines_are_broken_where_a_value_is_missing() -> None:
     plot = svg.Plot("a", "title", "description", svg.integers([0, 4], "round"), svg.numbers([1, 2], "loss"))
     plot.line([(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.5), (4, 1.0)], 0, ["t"] * 5)
     path = re.search(r'class="line c0" d="([^"]*)"', plot.svg())
-    assert path is not None
     assert re.sub(r"[\d. ]", "", path[1]) == "MLML"
     assert plot.svg().count('<circle class="mark') == 4
 

@@ -62,9 +62,6 @@ def refused(said: Said, *words: str) -> None:
         assert word in said.text, said.text
 
 
-# --- what a checkpoint stands on ------------------------------------------------------------------------------
-
-
 def only_newest(path: Path) -> list[Path]:
     """The memories that the newest checkpoint stands on; the checkpoints before it go."""
     *earlier, (round, _) = rundir.checkpoints(path)
@@ -128,8 +125,7 @@ def test_other_data_and_another_model_are_refused(copy, made, tmp_path: Path) ->
     rows = Path("data.jsonl").read_text()
     (tmp_path / "moved.jsonl").write_text(rows)
     (tmp_path / "other.jsonl").write_text(rows.replace("count to 7", "count to 8"))
-    other = models.tiny_llama(5, layers=3)
-    models.save(other.net, other.tokenizer, tmp_path / "other")
+    models.tiny_llama(5, layers=3).save(tmp_path / "other")
     for old, new, words in (
         ("data.jsonl", tmp_path / "other.jsonl", "the clients' rows have the digest"),
         ('"model"', f'"{tmp_path / "other"}"', "the base model has the digest"),
@@ -147,7 +143,6 @@ def test_a_checkpoint_states_what_it_stands_on(made) -> None:
     round, file = rundir.checkpoints(path)[-1]
     payload = checkpoint.decode(file.read_bytes())
     stated = checkpoint.stands_on(payload)
-    assert stated is not None
     assert stated[0] == checkpoint.stated_in(file)
     assert (stated[0].recipe["rounds"], stated[0].recipe["set.scaffold"]) == (3, True)
     assert stated[0].base == rundir.made_on(path)["base"]
@@ -169,10 +164,11 @@ def test_a_checkpoint_states_what_it_stands_on(made) -> None:
     ],
 )
 def test_a_torn_file_is_made_again_or_named(kind: str, state: str, file: str, outcome: str, copy) -> None:
-    """Cut in half, as a disk that was full or lost its power leaves it."""
+    """Cut in half, as a disk that was full or lost its power leaves it; a bit of a finished result is flipped."""
     folder, path = copy(kind, state)
     torn = rundir.checkpoints(path)[-1][1] if file == "checkpoints" else path / file
-    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    data = torn.read_bytes()
+    torn.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if state == "done" else data[: len(data) // 2])
     said = resume(kind, path)
     if outcome != "same":
         assert re.search(outcome, said.text), said.text
@@ -197,9 +193,6 @@ def test_lost_lines_are_told(tmp_path: Path) -> None:
     assert [json.loads(line)["round"] for line in record.file.read_bytes().splitlines()] == [0]
     record.file.unlink()
     assert "are lost" in Metrics(tmp_path).cut(3, size)
-
-
-# --- status, signals, reports ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -228,9 +221,6 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
     finally:
         signal.signal(number, before)
     assert "stopping after this step" in said[0]
-
-
-# --- links, modes, leftovers ----------------------------------------------------------------------------------
 
 
 def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path: Path) -> None:
@@ -279,7 +269,6 @@ def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path:
     foreign.mkdir()
     words = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         (left,) = tmp_path.glob(f"*{SUFFIX}")
         sweep(tmp_path)

@@ -74,9 +74,6 @@ def failing(code: int):
     return fail
 
 
-# --- numbers and names --------------------------------------------------------------------------------------
-
-
 def test_runs_are_numbered_and_latest_points_to_the_newest(tmp_path):
     out = tmp_path / "deep" / "runs"
     names = []
@@ -140,8 +137,6 @@ def test_latest_never_points_to_a_run_that_is_gone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- one process at a time ----------------------------------------------------------------------------------
-
 HOLD = """
 import sys
 from pathlib import Path
@@ -170,7 +165,6 @@ def test_a_second_process_is_refused_until_the_first_is_gone(run):
         assert f"{run.path} is in use by another process" in text
     run.close()
     with holder(run.path) as other:
-        assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with pytest.raises(UsageError, match="in use by another process"):
             RunDir(run.path)
@@ -191,12 +185,6 @@ def test_a_folder_is_held_by_one_and_is_left_as_it_was(tmp_path):
     with rundir.locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
-
-
-# --- small files --------------------------------------------------------------------------------------------
-
-
-# --- metrics ------------------------------------------------------------------------------------------------
 
 
 def test_events_are_recorded_one_a_line_and_read_back(run):
@@ -273,15 +261,11 @@ def test_cut_removes_temporary_files_and_checkpoints_of_later_rounds(run):
     assert (run.path / "run.toml").exists()
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------
-
-
 def test_the_last_checkpoints_are_kept_and_the_newest_is_restored(run):
     assert get(run) is None
     for r in range(5):
         put(run, r, state(r))
         found = get(run)
-        assert found is not None
         assert found[0] == r
         assert found[1].scalars == {"round": r}
         assert found[1].arrays["w"].tolist() == [r] * 50
@@ -308,13 +292,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, kind):
     newest = run.path / "checkpoints" / "round-000005.ckpt"
     newest.write_bytes(damages(newest.read_bytes())[kind])
     found = get(run)
-    assert found is not None
     assert (found[0], found[1].scalars["round"]) == (4, 4)
     assert "checkpoint round-000005.ckpt is not usable" in (run.path / "log.txt").read_text()
     run.cut(4)
     put(run, 5, state(55))
     again = get(run)
-    assert again is not None
     assert again[1].scalars["round"] == 55
 
 
@@ -329,9 +311,6 @@ def test_when_all_are_damaged_it_is_said_and_nothing_is_lost(run):
     for _, path in checkpoints(run.path):  # what the hint says
         path.unlink()
     assert get(run) is None
-
-
-# --- full and read-only disks -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

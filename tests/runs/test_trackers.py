@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 import fleetune
+from command_line import Capture
 from fleetune import Silent, models
-from fleetune.common.events import ClientReply, Event, RoundDone
+from fleetune.common.events import ClientReply, RoundDone
 from fleetune.errors import Interrupted, UsageError
 from fleetune.runs import rundir, trackers
 from fleetune.runs.trackers import Tracked
+from heard import Heard
 
 OPTIONS: dict[str, Any] = {
     "method": "mezo",
@@ -32,8 +34,7 @@ SECRET = "the otter's passphrase"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and rows of three clients."""
     folder = tmp_path_factory.mktemp("trackers")
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, folder / "tiny")
+    models.tiny_llama().save(folder / "tiny")
     rows = [
         {"instruction": f"Say {n}", "response": f"{SECRET} {n}.", "client": f"ward-{n % 3}"}
         for n in range(30)
@@ -46,25 +47,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return made
-
-
-class Hears(Silent):
-    """Keeps remarks, and stops the run when round `stop` is done."""
-
-    def __init__(self, stop: int = 0) -> None:
-        self.said: list[str] = []
-        self.stop, self.rounds = stop, list[RoundDone]()
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-    def event(self, event: Event) -> None:
-        if isinstance(event, RoundDone):
-            self.rounds.append(event)
-
-    @property
-    def stop_requested(self) -> bool:
-        return bool(self.stop) and len(self.rounds) >= self.stop
 
 
 def tune(at: Path, tracker: str | list[str], listener: Silent | None = None, **more: Any) -> Any:
@@ -88,9 +70,9 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_reads_the_losses_of_the_run(at: Path) -> None:
-    hears = Hears()
-    run = tune(at, "tensorboard", hears)
-    assert not hears.said, "nothing failed"
+    heard = Heard()
+    run = tune(at, "tensorboard", heard)
+    assert not heard.notes, "nothing failed"
     found = scalars(run.folder)
     history = run.history
     assert found["validation/loss"] == [
@@ -107,7 +89,7 @@ def test_tensorboard_reads_the_losses_of_the_run(at: Path) -> None:
 
 def test_a_resumed_run_goes_on_in_tensorboard_and_every_round_is_there_once(at: Path) -> None:
     with pytest.raises(Interrupted):
-        tune(at, "tensorboard", Hears(stop=2))
+        tune(at, "tensorboard", Heard(lambda heard: len(heard.of("round")) == 2))
     assert [step for step, _ in scalars(Path("runs/latest"))["validation/loss"]][:2] == [0, 1]
     rundir.checkpoints(Path("runs/latest"))[-1][1].unlink()  # its round, which was logged, is played again
     run = fleetune.resume_run("latest", tracker=["tensorboard"], offline=True)
@@ -141,17 +123,14 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Broken
 
 
-@pytest.mark.parametrize(("where", "error", "told"), [("log", SystemExit(7), "SystemExit: 7")])
-def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
-    at: Path, broken: Any, capfd: pytest.CaptureFixture[str], where: str, error: BaseException, told: str
-) -> None:
-    broken.where, broken.error = where, error
-    hears = Hears()
-    run = tune(at, ["json", "tensorboard"], hears, rounds=2)
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(at: Path, broken: Any, capfd: Capture) -> None:
+    broken.where, broken.error = "log", SystemExit(7)
+    heard = Heard()
+    run = tune(at, ["json", "tensorboard"], heard, rounds=2)
     assert run.done.rounds == 2
-    (said,) = hears.said
+    (said,) = heard.notes
     assert "the tracker json failed" in said
-    assert told in said
+    assert "SystemExit: 7" in said
     assert [step for step, _ in scalars(run.folder)["validation/loss"]] == [0, 1, 2], (
         "others are not disturbed"
     )
@@ -175,7 +154,7 @@ def test_a_failed_run_ends_as_failed_and_a_stopped_one_as_stopped(at: Path, brok
     with pytest.raises(RuntimeError):
         tune(at, "json", Fails(), rounds=1)
     with pytest.raises(Interrupted):
-        tune(at, "json", Hears(stop=1), rounds=2)
+        tune(at, "json", Heard(lambda heard: len(heard.of("round")) == 1), rounds=2)
     tune(at, "json", rounds=1)
     assert broken.ended == ["failed", "stopped", "done"]
 
@@ -211,9 +190,9 @@ def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss() -> N
 @pytest.mark.filterwarnings("default")
 def test_wandb_keeps_the_losses_of_the_run_in_its_offline_folder(at: Path) -> None:
     wandb = pytest.importorskip("wandb", reason="pip install 'fleetune[wandb]'")
-    hears = Hears()
-    run = tune(at, "wandb", hears)
-    assert not hears.said
+    heard = Heard()
+    run = tune(at, "wandb", heard)
+    assert not heard.notes
     wandb.teardown()  # its own process has written everything
     (file,) = (run.folder / "trackers" / "wandb").glob("offline-run-*/*.wandb")
     assert run.digest.encode() in file.read_bytes()

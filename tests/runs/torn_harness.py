@@ -119,8 +119,7 @@ def stopped_after(looks: int) -> Iterator[None]:
 
 def lay_out(place: Path) -> None:
     """Put the model, the rows and the texts that all jobs use into the folder `place`."""
-    made = models.tiny_llama(layers=3)
-    models.save(made.net, made.tokenizer, place / "model")
+    models.tiny_llama(layers=3).save(place / "model")
     rows = [
         {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
         for i in range(1, 31)

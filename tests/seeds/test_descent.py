@@ -65,9 +65,6 @@ def z_of(view: View, id: int) -> dict[str, np.ndarray]:
     }
 
 
-# --- the two-point estimate ---------------------------------------------------------------------------------
-
-
 def gradient_at(view: View, model: Model) -> dict[str, np.ndarray]:
     """Back-propagation in float64, of a net that holds the weights at the view's point."""
     moved = dict(view.tensors())
@@ -123,7 +120,6 @@ def test_plus_comes_first_and_the_view_is_left_clean(view: View) -> None:
     before, calls = digest(view.tensors()), list[tuple[int, float]]()
 
     def loss() -> float:
-        assert view.direction is not None
         calls.append((view.direction[0], float(view.direction[1][0])))
         return float(len(calls))
 
@@ -165,9 +161,6 @@ def test_a_position_is_the_sum_of_its_moves(tiny: Model, view: View) -> None:
 
 def empty() -> Position:
     return Position("hashed", K, np.zeros(0, np.uint64), np.zeros(0, np.int64))
-
-
-# --- descent ------------------------------------------------------------------------------------------------
 
 
 def walk(
@@ -244,9 +237,6 @@ def test_each_step_starts_where_the_last_one_ended(view: View) -> None:
             want.append(digest(view.tensors()))
     view.probe(None)
     assert seen == want
-
-
-# --- a gradient along the pool ------------------------------------------------------------------------------
 
 
 def dense(K: int, start: int, g: np.ndarray) -> np.ndarray:
@@ -351,8 +341,6 @@ def test_a_gradient_that_is_not_finite_is_no_step() -> None:
     assert not taken.moved.any()
 
 
-# --- draws --------------------------------------------------------------------------------------------------
-
 UNIFORMS_SHA = "945a3071fc154ed9e69079299f3d57b1490e9511c61233166ae9a1676c56d139"
 DRAWS = [
     (1, 1024, "3d3d64b58e1d0bdb9ab84b9804fe8f487ba9c48e2a3ea155129f3f2e67549499"),
@@ -383,6 +371,23 @@ def test_draws_never_change(key: int, pool: int, want: str) -> None:
     assert sha(k) == want
     assert k.dtype == np.int64
     assert (k == np.floor(uniforms(key, "walk", 500) * pool)).all()
+
+
+def test_draws_follow_their_probabilities() -> None:
+    n, pool = 1 << 17, 64
+    p = np.exp(np.linspace(-3, 1, pool)).astype(np.float32)
+    p[10] = 0.0
+    p /= p.sum()
+    k = draw(5, n, pool, p)
+    want = n * p.astype(float) / p.sum(dtype=float)
+    counts = np.bincount(k, minlength=pool)
+    assert counts[10] == 0
+    some = want > 0
+    chi2 = float(((counts - want)[some] ** 2 / want[some]).sum())
+    assert abs(chi2 - (pool - 2)) < 4 * math.sqrt(2 * (pool - 2))
+    assert (draw(5, 1000, pool, p * np.float32(3)) == k[:1000]).all()  # only the ratios count
+    even = draw(5, 5000, pool, np.full(pool, 1 / pool, np.float32))
+    assert (even == draw(5, 5000, pool)).mean() > 0.99
 
 
 def test_direction_ids_hold_the_epoch_above_the_member() -> None:

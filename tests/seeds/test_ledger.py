@@ -91,7 +91,7 @@ def rebuild(ledger: Ledger, backend: str = "numba", threads: int = 1) -> str:
 
 # --- the file -----------------------------------------------------------------------------------------------
 
-FILE_SHA = "5952c91caec009fcf11672685e02109ada008c1914d5a8a1ea59c8e614ac5b37"
+FILE_SHA = "ca73ac0efc0b79e6abd62216d8e97d00d3722d53531ea911e2c7d4a9d54e6e1e"
 FINGERPRINT = "e8dd2aa0b91ee00fe641faf218be32794d03616479246267c84166b1cd1dd39f"
 
 

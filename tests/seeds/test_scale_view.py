@@ -184,9 +184,6 @@ def test_only_blocks_are_moved_and_a_base_without_any_is_refused(file: Path) -> 
         moved_tensors(plain_one)
 
 
-# The grid -------------------------------------------------------------------------------------------
-
-
 def test_without_passes_nothing_moves() -> None:
     every = np.arange(1 << 16, dtype=np.uint16)
     finite = every[(every & 0x7C00) != 0x7C00]

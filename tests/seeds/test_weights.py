@@ -24,8 +24,8 @@ from view_harness import (
     view_of,
 )
 
+from command_line import Capture, refused
 from fleetune import seeds
-from fleetune.cli.main import main
 from fleetune.errors import UsageError
 from fleetune.models import DTYPES, digest, named_tensors, tiny_llama
 from fleetune.seeds import weights
@@ -135,14 +135,49 @@ def test_a_stored_direction_is_that_of_the_law() -> None:
     view = placed(view_of(net))
     with view.storing():
         view.probe(probe("hashed", K, DIRECTION), EPS)
-        assert view.stored is not None
         for slot in view.slots:
             z = direction("hashed", DIRECTION, slot.start, slot.tensor.numel())
             assert np.array_equal(view.stored.z[slot.name].numpy(), z)
         assert digest(view.tensors()) == digest(reference(named_tensors(net), "hashed", ENTRIES, EPS))
 
 
-# --- the choice of kernels --------------------------------------------------------------------------------------
+def moved_far(law: str) -> tuple[MovedWeights, int]:
+    """Weights at five passes from their base, and the number of passes."""
+    view = view_of(tiny_llama().net, law)
+    view.place(passes(law, 1, np.arange(5, dtype=np.uint64), np.arange(1, 6)))
+    return view, 5
+
+
+@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
+def test_many_passes_are_made_in_pieces_that_hear_a_stop(monkeypatch: pytest.MonkeyPatch, law: str) -> None:
+    (view, count), heard = moved_far(law), list[int]()
+    slot = max(view.slots, key=lambda slot: slot.tensor.numel())
+    size = slot.tensor.numel()
+    pieces = -(-size // 4096)
+    assert pieces > 1
+    view.probe(probe(law, 1, 5), EPS)
+    plus = view.piece(slot, 0, size).clone()
+    view.probe(probe(law, 1, 5), -EPS)
+    minus = view.piece(slot, 0, size).clone()
+    monkeypatch.setattr(weights, "WORK", count * 4096)
+    view.limit(lambda: heard.append(1))
+    assert torch.equal(view.piece(slot, 0, size), minus)
+    assert len(heard) == pieces
+    view.probe(probe(law, 1, 5), EPS)
+    view.paired = 1  # both signs in one forward
+    assert all(map(torch.equal, view.signs(slot, 0, size), (plus, minus)))
+    assert len(heard) == 2 * pieces
+
+
+def test_a_limit_is_of_passes_over_all_weights() -> None:
+    view, count = moved_far("gaussian")
+    view.limit(lambda: None, 2 * count)
+    for _ in range(2):
+        digest(view.tensors())
+    with pytest.raises(UsageError, match="more passes over the weights"):
+        digest(view.tensors())
+    view.limit(lambda: None)
+    digest(view.tensors())
 
 
 @pytest.mark.parametrize(
@@ -177,9 +212,6 @@ def test_numba_where_it_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert kernels(CPU).__name__ == "fleetune.seeds.kernels_torch"
 
 
-def test_another_word_is_refused_before_any_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_word_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv(seeds.VARIABLE, "moon")
-    assert main(["tune", "no such model", "no such data"]) == 2
-    assert "moon" in capsys.readouterr().err
+    assert "moon" in refused(capsys, "tune", "no such model", "no such data")

@@ -9,14 +9,15 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from command_line import call, events, ok, refused
 from fleetune import models, report
-from fleetune.cli.main import main
 from fleetune.errors import RecipeError
 from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun, SweepAxis
@@ -25,20 +26,6 @@ from fleetune.tuning import sweep
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
 
-BASE: dict[str, Any] = {
-    "model": "./tiny",
-    "data": "demo",
-    "method": "fedkseed",
-    "partition": "dirichlet:0.5:client",
-    "clients": 3,
-    "rounds": 2,
-    "limit": 60,
-    "held_out": 8,
-    "max_length": 64,
-    "samples": 0,
-    "seed": 5,
-    "set": {"K": 16, "tau": 2, "lr": 1e-3, "law": "rademacher"},
-}
 RECIPE = """\
 model = "./tiny"
 data = "demo"
@@ -57,33 +44,16 @@ tau = 2
 lr = 1e-3
 law = "rademacher"
 """
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, path)
-    return path
+BASE: dict[str, Any] = tomllib.loads(RECIPE.format(rounds=2))
 
 
 @pytest.fixture
-def at(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def at(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the tiny model and a recipe in it, as the working folder."""
     (tmp_path / "tiny").symlink_to(tiny)
     (tmp_path / "recipe.toml").write_text(RECIPE.format(rounds=2))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def events(out: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.splitlines()]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -92,9 +62,6 @@ def digests(folder: Path) -> dict[str, str]:
     for run in rundir.listing(folder):
         found[run.name] = next(e["digest"] for e in rundir.events(run) if e["event"] == "done")
     return found
-
-
-# Which runs ---------------------------------------------------------------------------------------
 
 
 def test_every_combination_once_and_whole_seeds_first():
@@ -142,14 +109,10 @@ def test_the_file_gives_the_grid_back(tmp_path):
 
 BAD = {
     "unknown name": (["--vary", "roundz=1,2"], "Did you mean 'rounds'"),
-    "unknown setting": (["--vary", "set.taus=1,2"], "Did you mean 'tau'"),
     "no values": (["--vary", "K="], "is not a list of values"),
     "no equals sign": (["--vary", "K"], "is not NAME=VALUE,VALUE"),
     "a value twice": (["--vary", "K=16,16"], "has a value twice"),
     "one thing by two names": (["--vary", "K=16,32", "--vary", "set.K=64"], "varies twice"),
-    "a setting of a wrong type": (["--vary", "K=16,many"], "K = 'many' is not an integer"),
-    "an option out of range": (["--vary", "participation=0.5,1.5"], "participation = 1.5"),
-    "what a method refuses": (["--vary", "law=hashed,rademacher", "--vary", "K=16,700"], "K=512 or K=1024"),
     "an alpha of nothing": (["--vary", "alpha=0.5,0"], "alpha must be a number greater than 0"),
     "alpha of no Dirichlet": (["--vary", "alpha=0.5,1", "--partition", "iid"], "partition = 'iid'"),
     "the seed by name": (["--vary", "seed=1,2"], "--seeds N"),
@@ -186,13 +149,8 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(at, capsys):
     assert not (at / "runs").exists()
 
 
-# Doing them ---------------------------------------------------------------------------------------
-
-
 def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
-    code, out, err = call(capsys, "sweep", "recipe.toml", "--vary", "alpha=0.5,2", "--seeds", "2", "--json")
-    assert code == 0, err
-    said = events(out)
+    said = ok(capsys, "sweep", "recipe.toml", "--vary", "alpha=0.5,2", "--seeds", "2")
     runs = [e for e in said if e["event"] == "run"]
     assert said[0]["event"] == "sweep"
     assert said[0]["axes"] == {"alpha": [0.5, 2]}
@@ -202,8 +160,7 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
     folder = Path(done["path"])
     assert (folder / "status").read_text() == "done\n"
 
-    _, out, _ = call(
-        capsys,
+    again = [
         "tune",
         "-c",
         "recipe.toml",
@@ -211,11 +168,10 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
         "dirichlet:2:client",
         "--seed",
         "6",
-        "--json",
         "--out",
         "alone",
-    )
-    assert digests(folder)["0004-alpha-2-seed-6"] == events(out)[-1]["digest"]
+    ]
+    assert digests(folder)["0004-alpha-2-seed-6"] == ok(capsys, *again)[-1]["digest"]
     assert len(set(digests(folder).values())) == 4
 
     for cell in done["cells"]:  # mean and spread against the runs' own records
@@ -233,8 +189,7 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
     assert {r["status"] for r in rows} == {"done"}
 
     assert f"fleetune runs --out {folder}" in call(capsys, "runs")[2]
-    code, out, _ = call(capsys, "runs", "--out", folder, "--json")
-    assert [e["name"] for e in events(out)] == [Path(e["run"]).name for e in runs]
+    assert [e["name"] for e in ok(capsys, "runs", "--out", folder)] == [Path(e["run"]).name for e in runs]
 
 
 @pytest.mark.faults
@@ -252,20 +207,17 @@ def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
     process.kill()
     process.wait()
     assert list(folder.glob("0002-*/checkpoints/*.ckpt")), "the second run did not start"
-    code, out, err = call(capsys, "sweep", "--resume", folder, "--json")
-    assert code == 0, err
-    assert events(out)[-1]["event"] == "done"
+    assert ok(capsys, "sweep", "--resume", folder)[-1]["event"] == "done"
     assert call(capsys, *args, "--out", "whole", "-qq")[0] == 0
     assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
 
 
-@pytest.mark.parametrize("error", [IndexError("too few directions")])
-def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch, error):
+def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch):
     real = prepare.prepare
 
     def failing(recipe: recipe.Recipe, *, offline: bool, measure: bool) -> prepare.TuneJob:
         if recipe.set["K"] == 8:
-            raise error
+            raise IndexError("too few directions")
         return real(recipe, offline=offline, measure=measure)
 
     monkeypatch.setattr(prepare, "prepare", failing)
@@ -288,18 +240,12 @@ def test_a_sweep_in_use_or_changed_is_refused(at, capsys):
     assert "in use by another process" in err
     text = (folder / "sweep.toml").read_text()
     (folder / "sweep.toml").write_text(text.replace("rounds = 1 ", "rounds = 2 "))
-    code, _, err = call(capsys, "sweep", "--resume", folder)
-    assert code == 2
+    err = refused(capsys, "sweep", "--resume", folder)
     assert "was made by another recipe" in err
-    code, _, err = call(capsys, "sweep", "--resume", folder, "--rounds", "3")
-    assert code == 2
+    err = refused(capsys, "sweep", "--resume", folder, "--rounds", "3")
     assert "takes no other option" in err
-    code, _, err = call(capsys, "sweep", "--resume", "7")
-    assert code == 2
+    err = refused(capsys, "sweep", "--resume", "7")
     assert "no sweep '7'" in err
-
-
-# The numbers --------------------------------------------------------------------------------------
 
 
 def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: list[float]) -> GridRun:
@@ -347,7 +293,6 @@ def test_a_final_measure_is_the_mean_over_seeds_with_the_spread_of_the_change(tm
     base, losses, runs = table(tmp_path / "a", np.random.default_rng(2))
     end = summary.final(1, 512, "loss", runs)
     by_seed = losses[:, 1, :, -1].mean(axis=0)  # over alpha
-    assert end is not None
     assert end.mean == pytest.approx(by_seed.mean())
     assert end.spread == pytest.approx(np.std(by_seed - base, ddof=1))
     assert end.number == 4

@@ -52,12 +52,12 @@ REMEDY: Final = (
     "copy the folder again from its run, which writes its own again: fleetune tune --resume RUN; "
     f"if it was changed on purpose, remove {sums.FILE} from it"
 )
+# by the name in module.json; LoRA is always in PEFT's layout
 KINDS: Final[Mapping[str, type[Any]]] = MappingProxyType(
     {
         "bottleneck": Bottleneck,
         "bitfit": Bitfit,
         "full": Full,
-        "lora": Lora,
         "prefix": Prefix,
         "prompt": Prompt,
         "scales": Scales,
@@ -113,7 +113,7 @@ def _check_size(spec: AdapterSpec, arrays: Mapping[str, np.ndarray]) -> None:
     """Raise ValueError for a size that no tensor has: memory for it would be taken before they are compared."""
     for name in {"r", "tokens", "size"} & _fields(spec).keys():
         size = _fields(spec)[name]
-        if not any(size in a.shape for a in arrays.values()):
+        if not any(size in a.shape for a in arrays.values() if a.size):
             raise ValueError(f"its {name} is {size}, and none of its tensors has that size")
 
 

@@ -15,7 +15,7 @@ with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  The first three d
 and are made of Philox words without a math library: equal bits on every machine.  `orthogonal` and the
 decompositions need one, so the server computes them once and sends them.
 
-`eva` (`directions`) is the only start that depends on data.  X is too large for memory: batch by batch,
+`eva` (`explained_directions`) is the only start that depends on data.  X is too large for memory: batch by batch,
 [S V' so far; new rows] is reduced to its best `WIDER` r rows, exact up to that many rows, else a close approximation.
 Unlike the paper, every layer has rank r (its rho = 1), and batches are read until the rows end.
 
@@ -42,7 +42,7 @@ from fleetune.models.net.model import Model
 from fleetune.seeds.noise import derive, normals, signs, words
 
 Factors = tuple[np.ndarray, np.ndarray]  # B [out, r], A [r, in], fp32
-WIDER: Final = 4  # rows stored between batches of `directions`, in ranks
+WIDER: Final = 4  # rows stored between batches of `explained_directions`, in ranks
 
 
 def default(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
@@ -93,7 +93,7 @@ def olora(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     return q[:, :r], upper[:r]
 
 
-def directions(
+def explained_directions(
     model: Model, layers: Mapping[str, nn.Module], rank: int, batches: Iterable[Batch]
 ) -> dict[str, np.ndarray]:
     """Return A [rank, in] fp32 of these LoRA layers, which are at a start with B A = 0, by the parameter's name.

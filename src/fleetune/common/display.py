@@ -14,13 +14,13 @@ from typing import NamedTuple
 from fleetune.common.paired import within_noise
 
 SAME = 1e-7  # relative: float noise of a measure, since kernels differ by less
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_FOREIGN = re.compile(r"\n(?!  )|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-_BREAK = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_FOREIGN = re.compile(r"\n(?!  )|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_BREAK = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def clean(text: str) -> str:
-    """Return `text` without control characters and direction overrides (newline and tab stay)."""
+    """Return `text` without control characters and marks of direction (newline and tab stay)."""
     return _CONTROL.sub("", text)
 
 

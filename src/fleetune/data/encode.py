@@ -290,8 +290,9 @@ class Batches:
         Batches follow one another as in `steps`, in an order that does not depend on the round.
         """
         size = min(batch_size, self.n)
-        places = range(number * size, (number + 1) * size)
-        batch = self._batch([int(keyed_order(0, i // self.n, self.n)[i % self.n]) for i in places])
+        first, begin = divmod(number * size, self.n)
+        orders = [keyed_order(0, first + more, self.n) for more in range(1 + (begin + size > self.n))]
+        batch = self._batch(np.concatenate(orders)[begin : begin + size].tolist())
         for self.step in range(count):
             yield self._counted(batch)
 

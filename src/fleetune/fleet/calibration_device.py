@@ -12,8 +12,9 @@ was doing.
 
 Sums over few tokens give these away: over fewer than an input is wide, each token can be tested for; and the difference of
 two sums over nearly the same tokens holds the others.  Sums behind other weights are other sums.  So they are over at least 4
-times the model's width and twice the widest input (`least_tokens`), of one result over one choice of windows of the same rows
-(`DeviceState.allow_calibration`), and behind one compressed form of each block (`DeviceState.allow_block`).
+times the model's width and twice the widest input (`least_tokens`), of one result on one base in one type, over one choice of
+windows of the same rows (`DeviceState.allow_calibration`), and behind one compressed form of each block
+(`DeviceState.allow_block`).
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Calibration:
         self.base = bytes.fromhex(model.digest)[:8]
         self.folder = own.run(job.run) / "calibration"
         self.heard: Callable[[], None] = lambda: None  # called before each piece of work, and may raise
+        self.changed = False  # whether the model is the base no longer
 
     def begin(self, message: bytes, on_step: Callable[[int], None]) -> bytes:
         """Take the result, and run the windows up to block 0; return their number.
@@ -70,11 +72,13 @@ class Calibration:
         """
         file, self.heard = self.folder / BEGIN, lambda: on_step(0)
         count, length = self._checked(decode(message).payload)
-        asked = digest([self.rows]), self.job.result, count, length
-        self.own.allow_calibration(*asked, note=False)
-        if not (file.exists() and file.read_bytes() == message):
+        asked = digest([self.rows]), self.job, count, length
+        known = self.own.allow_calibration(*asked, note=False)
+        if not (known and file.exists()):  # else the states are those of this job and these windows
             self.own.renewed(self.folder)
             write_atomic(file, message, mode=PRIVATE)
+            self.__dict__.pop("_windows", None)
+            self.__dict__.pop("_stream", None)
         try:
             windows, stream = self._windows, self._stream
         except Exception:
@@ -159,7 +163,13 @@ class Calibration:
         """The tuned model, with its weights merged as the server has them, and the states of the windows."""
         windows = self._windows
         scalars = decode((self.folder / BEGIN).read_bytes()).payload.scalars
-        result.put_on(self.model, result.placed(scalars, self.own, self.job), lambda: self.heard())
+        files = result.placed(scalars, self.own, self.job)
+        if self.changed:
+            raise MessageError(
+                "the model was made another for sums before: start this device anew for others"
+            )
+        self.changed = True
+        result.put_on(self.model, files, lambda: self.heard())
         finished.merge_weights(self.model)
         return HiddenStates(self.model, windows[:1])
 

@@ -121,6 +121,8 @@ def join(
             f"{host} is another machine: a device talks to it with TLS alone",
             hint="bring the server's ca.pem here and give it: --ca ca.pem",
         )
+    if home.ca is None and host == "localhost":  # its other address may be that of somebody else's server
+        address = f"127.0.0.1:{port}"
     _, held_out = brings.divided(note)
     note(f"this device {brings.part(len(held_out))}")
     with _alone(home.state):

@@ -57,7 +57,7 @@ class DeviceState:
         folder = self._own(self.folder / f"run-{run}")
         if not folder.exists() and sum(1 for _ in self.folder.glob("run-*")) >= RUNS:
             raise StorageError(
-                f"{RUNS} runs have left folders in {self.folder}",
+                f"{RUNS} runs have left folders in {self.folder}: this device takes part in no other until some are removed",
                 hint="remove those of runs that are over: run-*",
             )
         return folder
@@ -87,18 +87,20 @@ class DeviceState:
             raise StorageError(f"{folder} leads out of {self.folder}", hint="remove the link")
         return folder
 
-    def allow_calibration(self, rows: str, result: str, windows: int, length: int, *, note: bool) -> None:
-        """Tell whether sums of this result over so many windows of the rows with this digest may leave; `note` that they do.
+    def allow_calibration(self, rows: str, job: Job, windows: int, length: int, *, note: bool) -> bool:
+        """Allow sums of the job's result over so many windows of the rows with this digest, and `note` that they leave.
 
-        Declined where others did before: the difference of two sums over nearly the same tokens shows the tokens, and so do
-        sums of many results that are made for it.
+        Return whether they were noted before.  Declined where others were, of another result, base or type: the difference of
+        two sums over nearly the same tokens shows the tokens, and so do sums of many models that are made for it.
         """
-        file, wanted = self.folder / CALIBRATED, [self.keyed(rows), result, windows, length]
-        if not file.exists():
-            if note:
-                write_atomic(file, json.dumps({"on": wanted, "blocks": {}}), mode=PRIVATE)
-        elif (before := json.loads(read_text(file)))["on"] != wanted:
-            raise self._calibrated(before)
+        model = job.reading + job.train + job.result
+        file, wanted = self.folder / CALIBRATED, [self.keyed(rows), self.keyed(model), windows, length]
+        if known := file.exists():
+            if (before := json.loads(read_text(file)))["on"] != wanted:
+                raise self._calibrated(before)
+        elif note:
+            write_atomic(file, json.dumps({"on": wanted, "blocks": {}}), mode=PRIVATE)
+        return known
 
     def allow_block(self, block: int, message: str) -> None:
         """Note that the windows go through a compressed block whose message has this digest.

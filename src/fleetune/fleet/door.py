@@ -4,7 +4,7 @@
     POST /fleet/challenge      fleetune-key: base64 of the public key (PEM)
     204                        fleetune-challenge: a text that this key may sign within a minute, once
     POST /fleet/session        fleetune-key, fleetune-challenge; fleetune-signature: base64 of `signed_text`'s ECDSA signature;
-                               fleetune-host, fleetune-trusted: the server's name as the device calls it, and SHA-256 of the
+                               fleetune-host, fleetune-trusted: HOST:PORT as the device calls the server, and SHA-256 of the
                                certificate (ca.pem) that it trusts; fleetune-heartbeat: seconds;
                                fleetune-session: that of the device's last process, if it has one
     204                        fleetune-session: a secret that the requests below state as `authorization: Bearer ..`
@@ -21,7 +21,8 @@
     403 the key may not come in, or has not signed this      409 the key is there already, or a later request took over
     410 no such session: the server has begun anew           404, 411, 413 no request of a device
 
-A signature is of the server's name and certificate authority too, so that no server can use it to be the device elsewhere.
+A signature is of the server's name, port and certificate authority too, so that no server can use it to be the device
+elsewhere.  Behind a certificate the name tells servers apart, and a proxy may have another port; without one, the port does.
 Before a session is known, no body is read; an answer belongs to an open order of the device and has a bound (`link.py`).
 A device has one answer and one order on their way.  The state is in memory: a run's folder has all that a restarted server
 needs, and its devices come in again.  No clock of a device matters.
@@ -74,13 +75,20 @@ SESSIONS: Final = 1 << 12  # of devices that are there, where any key may come i
 KINDS: Final = 16  # of refusals that are told apart between two looks
 
 
-def signed_text(host: str, trusted: str, challenge: str) -> bytes:
-    """Return what a device signs to come in to the server that it calls `host`, and trusts by this hash of a certificate."""
-    return f"a device comes in to a Fleetune fleet\n{plain(host)}\n{trusted}\n{challenge}".encode()
+def signed_text(address: str, trusted: str, challenge: str) -> bytes:
+    """Return what a device signs to come in to the server at this HOST:PORT, which it trusts by this hash of a certificate."""
+    called = f"{plain(host_of(address))}:{address.rpartition(':')[2]}"
+    return f"a device comes in to a Fleetune fleet\n{called}\n{trusted}\n{challenge}".encode()
+
+
+def host_of(address: str) -> str:
+    """Return the name or address alone of HOST:PORT."""
+    return address.rpartition(":")[0].strip("[]")
 
 
 def plain(host: str) -> str:
-    """Return a name or an address in one form."""
+    """Return a name or an address in one form; localhost is 127.0.0.1, as a server listens there."""
+    host = "127.0.0.1" if host.lower() == "localhost" else host
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
@@ -182,8 +190,11 @@ class Door:
     Its requests run in a thread with an event loop; what every link has may be called from another.
     """
 
-    def __init__(self, address: Address, keys: Sequence[PublicKey] | None) -> None:
-        self.address, self.refusals, self.mail = address, Refusals(), Mail()
+    def __init__(
+        self, address: Address, keys: Sequence[PublicKey] | None, look: Callable[[], None] = lambda: None
+    ) -> None:
+        """Before a key or a session is believed, `look()` may `admit` others."""
+        self.address, self.refusals, self.mail, self._look = address, Refusals(), Mail(), look
         self.mail.ring = self._ring
         self._challenges = Challenges()
         self._numbers = itertools.count(1)
@@ -272,14 +283,14 @@ class Door:
 
     async def _session(self, request: Request) -> Response:
         _check_length(request, 0)
-        key, host = self._key(request), request.headers.get(HOST, "")
-        if not self._is_called(host):
+        key, called = self._key(request), request.headers.get(HOST, "")
+        if not self._is_called(called):
             raise HTTPException(403)
         challenge = request.headers.get(CHALLENGE, "")
         try:
             signature = b64decode(request.headers.get(SIGNATURE, ""), validate=True)
             trusted = request.headers.get(TRUSTED, "")
-            signed = keyring.has_signed(key, signature, signed_text(host, trusted, challenge))
+            signed = keyring.has_signed(key, signature, signed_text(called, trusted, challenge))
         except ValueError as error:
             raise HTTPException(403) from error
         if not signed or trusted != self._trusted or not self._challenges.use(key.fingerprint, challenge):
@@ -308,6 +319,7 @@ class Door:
     def _key(self, request: Request) -> PublicKey:
         """Return the key that a request states; HTTPException 403 where it may not come in."""
         stated = request.headers.get(KEY, "")
+        self._look()
         try:
             pem = b64decode(stated, validate=True) if len(stated) <= LONGEST_KEY else b""
             key = PublicKey("", pem)
@@ -315,11 +327,12 @@ class Door:
         except (KeyError, ValueError) as error:
             raise HTTPException(403) from error
 
-    def _is_called(self, host: str) -> bool:
-        """Tell whether this server is called so: by a name of its certificate, or on this machine alone."""
+    def _is_called(self, address: str) -> bool:
+        """Tell whether this server is called so: by a name of its certificate, or without one as it listens."""
+        host = plain(host_of(address))
         if self._hosts is None:
-            return keyring.is_loopback(host)
-        return plain(host) in self._hosts or f"*.{plain(host).partition('.')[2]}" in self._hosts
+            return (host, address.rpartition(":")[2]) == (plain(self.address.host), str(self.address.port))
+        return host in self._hosts or f"*.{host.partition('.')[2]}" in self._hosts
 
     async def _alive(self, request: Request) -> Response:
         _check_length(request, 0)
@@ -335,6 +348,7 @@ class Door:
         """Return the session of a request, heard now; HTTPException 410 where there is none."""
         way, _, stated = request.headers.get("authorization", "").partition(" ")
         key, _, secret = stated.partition(".")
+        self._look()
         session = self._sessions.get(key)
         if way != "Bearer" or session is None or not _same(session.secret, secret):
             raise HTTPException(410)

@@ -44,6 +44,7 @@ from fleetune.tuning.result import finished
 from fleetune.tuning.rounds.fleets import Answer
 
 FILE: Final = "eval-fleet.json"
+APART: Final = 3.0  # times the devices' median deviation: of honest ones, mean and median seldom are
 WORST: Final = 100.0  # nats per token: devices report less, and its perplexity is a number
 
 
@@ -84,7 +85,7 @@ def evaluate(
             found.append(one)
             listener.progress("devices", len(found), len(chosen))
         done = mean(subject.argument, found)
-        if warning := disagreement(done):
+        if warning := disagreement(done, found):
             listener.note(warning)
         if isinstance(subject, Run):
             done = replace(done, path=str(folder / FILE))
@@ -97,39 +98,7 @@ def evaluate(
 
 def measured(answer: Answer, name: str, device: Device, job: Job) -> DeviceEvaluated:
     """Return a device's figures, or why there are none: it can claim no more rows than it holds out, and no odd loss."""
-    status, reason = answer.status, answer.reason
-    if answer.data is not None:
-        tokens = device.held_out * job.max_length
-        most = tokens * WORST
-        spec = ReplySpec(
-            {},
-            {
-                "rows": (int, 1, device.held_out),
-                "tokens": (int, 1, tokens),
-                "base": (float, 0, most),
-                "tuned": (float, 0, most),
-            },
-        )
-        try:
-            payload = check(decode(answer.data), spec, round=0, base=bytes.fromhex(job.base)[:8])
-            rows, tokens = payload.int("rows"), payload.int("tokens")
-            base, tuned = payload.float("base"), payload.float("tuned")
-            if tokens > rows * job.max_length or max(base, tuned) > tokens * WORST:
-                raise MessageError(f"{rows} rows cannot have {tokens} tokens with such a loss")
-            return DeviceEvaluated(
-                client=answer.client,
-                name=name,
-                rows=rows,
-                tokens=tokens,
-                base=base / tokens,
-                tuned=tuned / tokens,
-                digest=device.held_out_digest,
-                status="ok",
-                reason="",
-            )
-        except MessageError as error:
-            status, reason = "refused", str(error)
-    return DeviceEvaluated(
+    none = DeviceEvaluated(
         client=answer.client,
         name=name,
         rows=0,
@@ -137,9 +106,31 @@ def measured(answer: Answer, name: str, device: Device, job: Job) -> DeviceEvalu
         base=None,
         tuned=None,
         digest=device.held_out_digest,
-        status=status,
-        reason=reason,
+        status=answer.status,
+        reason=answer.reason,
     )
+    if answer.data is None:
+        return none
+    tokens = device.held_out * job.max_length
+    most = tokens * WORST
+    spec = ReplySpec(
+        {},
+        {
+            "rows": (int, 1, device.held_out),
+            "tokens": (int, 1, tokens),
+            "base": (float, 0, most),
+            "tuned": (float, 0, most),
+        },
+    )
+    try:
+        payload = check(decode(answer.data), spec, round=0, base=bytes.fromhex(job.base)[:8])
+        rows, tokens = payload.int("rows"), payload.int("tokens")
+        base, tuned = payload.float("base"), payload.float("tuned")
+        if tokens > rows * job.max_length or max(base, tuned) > tokens * WORST:
+            raise MessageError(f"{rows} rows cannot have {tokens} tokens with such a loss")
+        return replace(none, rows=rows, tokens=tokens, base=base / tokens, tuned=tuned / tokens)
+    except MessageError as error:
+        return replace(none, status="refused", reason=str(error))
 
 
 def mean(model: str, found: Sequence[DeviceEvaluated]) -> FleetEvaluated:
@@ -185,13 +176,16 @@ def shares_of(tokens: Sequence[int]) -> list[float]:
     return [own / sum(counted) for own in counted]
 
 
-def disagreement(done: FleetEvaluated) -> str:
-    """Return a warning where mean and median say different things, else "": the former may be the work of few devices."""
-    for what, by_tokens, median in (
-        ("change", done.change, done.change_median),
-        ("loss", done.tuned, done.median),
+def disagreement(done: FleetEvaluated, found: Sequence[DeviceEvaluated]) -> str:
+    """Return a warning where mean and median are further apart than devices are, else "": few of them may decide the mean."""
+    good = [(float(one.base or 0.0), one.tuned) for one in found if one.tuned is not None]
+    for what, by_tokens, each in (
+        ("change", done.change, [tuned - base for base, tuned in good]),
+        ("loss", done.tuned, [tuned for _, tuned in good]),
     ):
-        if abs(by_tokens - median) > abs(median):
+        median = statistics.median(each)
+        spread = statistics.median(abs(own - median) for own in each)
+        if abs(by_tokens - median) > min(abs(median), APART * spread + abs(median) / 5):
             return (
                 f"the {what} is {by_tokens:+.4g} in the mean by tokens and {median:+.4g} in the median: believe the median, "
                 "which few devices cannot move far"
@@ -242,16 +236,5 @@ def _job(subject: Run | Compressed | Plain, run: str, offline: bool) -> tuple[Jo
             "devices, and measure that",
         )
     model = subject.load(offline=offline)
-    job = Job(
-        secrets.token_hex(16),
-        "",
-        {},
-        subject.name,
-        model.digest,
-        model.dtype,
-        subject.max_length,
-        (),
-        0,
-        "eval",
-    )
-    return job, Payload()
+    run, length = secrets.token_hex(16), subject.max_length
+    return Job(run, "", {}, subject.name, model.digest, model.dtype, length, (), 0, "eval"), Payload()

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fleetune.errors import FleetError
 
 LONGEST_HEAD: Final = 1 << 15  # bytes of a request's head
-HEAD: Final = 20.0  # seconds in which the head of a request has to arrive
+HEAD: Final = 20.0  # seconds in which the head of a request has to arrive, and before it the handshake of TLS
 KEEP: Final = 75  # seconds that a connection may be idle: longer than a device keeps it
 CONNECTIONS: Final = 1 << 16  # open files that are asked for
 RESERVE: Final = 256  # of them that are no connections
@@ -88,7 +88,9 @@ class HttpServer:
             time.sleep(0.01)
 
     async def _serve(self, opened: socket.socket) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        if self.address.certificate is not None:  # uvicorn has no option for it
+            loop.create_server = functools.partial(loop.create_server, ssl_handshake_timeout=HEAD)  # type: ignore[method-assign]
         await self._server.serve(sockets=[opened])
 
     def call(self, function: Callable[[], None]) -> None:

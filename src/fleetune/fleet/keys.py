@@ -195,19 +195,29 @@ def hosts_of(certificate: Path) -> list[str]:
     return [str(name.value) for name in names]
 
 
-def trusted(ca: Path | None) -> str:
-    """Return SHA-256 of the first certificate in a file (PEM), hexadecimal; "" without one, UsageError for one that is none."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives.hashes import SHA256
+def authority(ca: Path) -> bytes:
+    """Return the one certificate in a file (PEM) as DER; UsageError where there is none, or another beside it.
 
-    if ca is None or not ca.is_file():
-        return ""
+    A device says which one it trusts, and trusts no other: a server that it was given two for could be either.
+    """
     try:
-        return x509.load_pem_x509_certificates(ca.read_bytes())[0].fingerprint(SHA256()).hex()
+        found = x509.load_pem_x509_certificates(ca.read_bytes())
     except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UsageError(
-            f"{ca} is no certificate ({error})", hint="it is made beside server.pem: ca.pem"
+            f"cannot read the certificate {ca}: {why}",
+            hint="--ca is the server's ca.pem, which is made beside server.pem",
         ) from error
+    if len(found) != 1:
+        raise UsageError(
+            f"{ca} holds {len(found)} certificates", hint="--ca is that of one server: take out the others"
+        )
+    return found[0].public_bytes(forms.Encoding.DER)
+
+
+def trusted(ca: Path | None) -> str:
+    """Return SHA-256 of the certificate in a file, hexadecimal, as `authority`; "" where there is no file."""
+    return "" if ca is None or not ca.is_file() else hashlib.sha256(authority(ca)).hexdigest()
 
 
 def is_loopback(host: str) -> bool:

@@ -24,7 +24,7 @@ import httpx
 
 from fleetune.common.display import human_bytes
 from fleetune.common.files import PRIVATE, read_text, write_atomic
-from fleetune.errors import FleetError, FleetuneError, Interrupted, StorageError
+from fleetune.errors import FleetuneError, Interrupted, StorageError
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.door import (
     CHALLENGE,
@@ -36,6 +36,7 @@ from fleetune.fleet.door import (
     SESSION,
     SIGNATURE,
     TRUSTED,
+    host_of,
     signed_text,
 )
 from fleetune.fleet.keys import PrivateKey, is_loopback
@@ -80,28 +81,17 @@ class Server:
     heartbeat: float = 10.0  # seconds
     room: Callable[[], int] = lambda: FIRST  # bytes that the next order may have
 
-    @property
-    def host(self) -> str:
-        """The name or address alone."""
-        return self.address.rpartition(":")[0].strip("[]")
-
     def trust(self) -> ssl.SSLContext | bool:
-        """Return what a certificate is checked by; FleetError when it cannot be read."""
+        """Return what a certificate is checked by; UsageError as `keyring.authority`."""
         if self.certificate is None:
             return False
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        try:
-            context.load_verify_locations(cadata=self.certificate.read_text("ascii"))
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise FleetError(
-                f"cannot read the certificate {self.certificate}: {why}", hint="--ca is the server's ca.pem"
-            ) from error
+        context.load_verify_locations(cadata=keyring.authority(self.certificate))
         return context
 
 
-class TooMuch(httpx.HTTPError):
-    """An answer of a server that is larger than it may be, or compressed."""
+class Odd(httpx.HTTPError):
+    """An answer of a server that is larger than it may be, compressed, or with a head of other letters than a server's."""
 
 
 class Line:
@@ -113,14 +103,14 @@ class Line:
             verify=trust,
             timeout=PATIENCE,
             limits=httpx.Limits(keepalive_expiry=IDLE),
-            trust_env=not is_loopback(server.host),
+            trust_env=not is_loopback(host_of(server.address)),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
 
     def post(
         self, name: str, headers: Mapping[str, str], body: bytes = b"", most: int = SMALL
     ) -> tuple[httpx.Response, bytearray]:
-        """Make a request; return the head and the body of the answer, `TooMuch` for one of more than `most` bytes.
+        """Make a request; return the head and the body of the answer, `Odd` for one of more than `most` bytes.
 
         A small one has `PATIENCE` in all: a server that sends byte by byte is none.  The body is in memory once.
         httpx.HTTPStatusError where the server refuses.
@@ -133,13 +123,13 @@ class Line:
         response = self.http.send(request, stream=True)
         try:
             if "content-encoding" in response.headers:
-                raise TooMuch("the server compresses what it sends, which a device does not take")
+                raise Odd("the server compresses what it sends, which a device does not take")
+            if not all(response.headers.get(name, "").isascii() for name in (CHALLENGE, SESSION, ORDER)):
+                raise Odd("the head of the server's answer is not in ASCII")
             data, until = bytearray(), time.monotonic() + PATIENCE
             for piece in response.iter_raw():
                 if len(data) + len(piece) > most:
-                    raise TooMuch(
-                        f"the server sends more than the {human_bytes(most)} that this device takes"
-                    )
+                    raise Odd(f"the server sends more than the {human_bytes(most)} that this device takes")
                 if most <= SMALL and time.monotonic() > until:
                     raise httpx.ReadTimeout("the server does not end its answer", request=request)
                 data += piece
@@ -167,10 +157,10 @@ class _Stay:
         key = {KEY: b64encode(self.key.public.pem).decode()}
         challenge = self.line.post("challenge", key)[0].headers.get(CHALLENGE, "")
         trusted = keyring.trusted(self.server.certificate)
-        text = signed_text(self.server.host, trusted, challenge)
+        text = signed_text(self.server.address, trusted, challenge)
         stated = {
             CHALLENGE: challenge,
-            HOST: self.server.host,
+            HOST: self.server.address,
             TRUSTED: trusted,
             SIGNATURE: b64encode(keyring.sign(self.key, text)).decode(),
             HEARTBEAT: f"{self.server.heartbeat:g}",
@@ -294,7 +284,7 @@ def stay(
 ) -> None:
     """Answer the server's orders until `over()`: refused, cut off or without a server, try again and again.
 
-    FleetError when the certificate cannot be read.
+    UsageError when the certificate cannot be read.
     """
     trust = server.trust()
     wait, said = 0.0, ""
@@ -331,7 +321,7 @@ def _why(error: Exception, *, tls: bool = True) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         status = error.response.status_code
         return REFUSED.get(status, f"the server answered {status}")
-    if isinstance(error, TooMuch):
+    if isinstance(error, Odd):
         return str(error)
     if not isinstance(error, httpx.HTTPError):
         return f"{type(error).__name__}: {error}"

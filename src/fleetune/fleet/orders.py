@@ -28,22 +28,28 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, field
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from fleetune.errors import MessageError, cut_reason
+from fleetune.common.display import one_line
+from fleetune.common.memory import is_out_of_memory
+from fleetune.errors import (
+    DataError,
+    FitError,
+    FleetError,
+    LedgerError,
+    MessageError,
+    ModelError,
+    StorageError,
+    UsageError,
+    cut_reason,
+)
 from fleetune.models.cache import names
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar, decode, encode
-from fleetune.tuning.recipe.recipe import label_words, problem_text
-
-if TYPE_CHECKING:
-    from fleetune.tuning.prepare.prepare import TuneJob
-from types import MappingProxyType
-
-from fleetune.common.memory import is_out_of_memory
-from fleetune.errors import DataError, FitError, FleetError, LedgerError, ModelError, StorageError, UsageError
+from fleetune.tuning.recipe.recipe import Recipe, label_words, problem_text
 
 T = TypeVar("T")
 
@@ -56,7 +62,17 @@ REFUSED: Final = b"refused"  # body of an "end" for a device that cannot take pa
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
 MAX_NAMES: Final = 16  # of an order's or an answer's parts
-MAX_TEXT: Final = 4096  # characters of one, but for bodies
+MAX_TEXT: Final = 1000  # characters of one, but for bodies
+
+
+def _in_a_line(text: str) -> str:
+    """Return a text that can stand in a line of a console; ValueError for one that could end the line or turn its direction."""
+    if one_line(text) != text:
+        raise ValueError("it is no printable line")
+    return text
+
+
+Printable = AfterValidator(_in_a_line)
 
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -66,13 +82,14 @@ Id = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # it names a folder on the
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 OptionalDigest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{0,64}$")]  # of a method or a setting
-Label = Annotated[str, Field(min_length=1, max_length=200)]
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Line = Annotated[str, Field(pattern=r"^[ -~]{0,64}$")]  # printable ASCII
+Label = Annotated[str, Field(min_length=1, max_length=200), Printable]
+Text = Annotated[str, Field(max_length=MAX_TEXT), Printable]
+ODD: Final = "[^A-Za-z0-9 ()@._+-]"  # what no `Line` has
+Line = Annotated[str, Field(pattern=f"^[{ODD[2:]}{{0,64}}$")]  # that a console shows among the server's words
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Setting = bool | Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | Number | Text
 Kinds = Annotated[tuple[Annotated[int, Field(ge=0, lt=1000)], ...], Field(min_length=1, max_length=1000)]
-Speed = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Speed = Annotated[float, Field(ge=0, le=1e12)]
 Dtype = Annotated[str, Field(pattern="^(fp32|bf16|fp16)$")]
 Task = Annotated[str, Field(pattern="^(tune|eval|calibrate)$")]
 Trained = Annotated[str, Field(pattern="^(weights|scales)$")]
@@ -133,21 +150,11 @@ def is_path(model: str) -> bool:
     return not names.can_be_fetched(model)
 
 
-def job_of(job: TuneJob, run: str) -> Job:
-    """Return what devices are told of a run."""
-    recipe, model = job.recipe, job.model
-    return Job(
-        run,
-        recipe.method,
-        dict(recipe.set),
-        recipe.model,
-        model.digest,
-        recipe.dtype,
-        recipe.max_length,
-        label_words(recipe.labels),
-        recipe.rounds,
-        train=recipe.train,
-    )
+def job_of(recipe: Recipe, run: str, base: str, **other: Any) -> Job:
+    """Return what devices are told of a run with this recipe; MessageError where it has words that no device would take."""
+    same = ("method", "model", "dtype", "max_length", "rounds", "train")
+    told = {name: getattr(recipe, name) for name in same} | {"set": dict(recipe.set)} | other
+    return _made(Job, {**told, "run": run, "base": base, "labels": label_words(recipe.labels)}, "the job")
 
 
 @dataclass(frozen=True, config=EXACT)
@@ -207,7 +214,7 @@ class Reply:
     round: Count = 0
     body: bytes = b""  # the method's reply, or a `Device` as JSON
     kept: Kept = NOTHING_KEPT  # round and CRC-32 of what the device remembers now
-    seconds: Annotated[float, Field(ge=0, lt=1e9)] = 0.0
+    seconds: Annotated[float, Field(ge=0, lt=1e7)] = 0.0
     rss: Bytes = 0
     code: Annotated[str, Field(max_length=60)] = ""  # why it is not done: one of `WORDS`, with its numbers
     reason: Text = ""  # the same in words; it is not sent

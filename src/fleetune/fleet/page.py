@@ -16,13 +16,13 @@ import asyncio
 import base64
 import hmac
 import json
+import re
 import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -115,7 +115,7 @@ class LivePage:
                 if given and not await self._made_wait():
                     return Response(status_code=429)
                 return Response(status_code=401, headers={"www-authenticate": 'Basic realm="fleetune"'})
-        elif not is_loopback(urlsplit(f"//{request.headers.get('host', '')}").hostname or ""):
+        elif not is_loopback(re.sub(r":\d*$", "", request.headers.get("host", "").lower())):
             return Response("this page is shown on this machine alone", 400)  # another site's name for it
         response = await call_next(request)
         response.headers["cache-control"] = "no-store"

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from fleetune.common.display import counted
 from fleetune.common.events import ClientReply
-from fleetune.errors import FleetError, MessageError
+from fleetune.errors import FleetError, MessageError, cut_reason
 from fleetune.fleet.link import Link, answer_in
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
 from fleetune.fleet.table import Devices, apart
@@ -283,7 +283,8 @@ class RemoteFleet(Fleet):
     def end(self, reason: str) -> None:
         """Tell every device that is there that the run is over, and wait a moment until they know."""
         here = self.link.online()
-        told = {n for key in here if (n := self._push(key, Order("end", reason=reason), here)) is not None}
+        end = Order("end", reason=cut_reason(reason))
+        told = {n for key in here if (n := self._push(key, end, here)) is not None}
         until = time.monotonic() + FAREWELL
         while told and time.monotonic() < until:
             told -= {number for number, _ in self.link.pull(told)}

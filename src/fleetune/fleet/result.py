@@ -17,14 +17,13 @@ from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, MessageError, UsageError
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.orders import Job
+from fleetune.fleet.orders import Job, job_of
 from fleetune.models.net.model import Model
 from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.noise import POOL
 from fleetune.tuning.exchange.messages import Scalar
 from fleetune.tuning.methods._zeroth import MOST_PASSES, MOST_POOLS
-from fleetune.tuning.recipe.recipe import label_words
 from fleetune.tuning.result import finished
 
 FILE: Final = "file "  # begins the name of a file's bytes in a message
@@ -46,21 +45,8 @@ FILES: Final = frozenset(
 
 def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
     """Return what devices are told of a finished run whose result is measured, or calibrated in so many steps."""
-    recipe = finished.recipe_of(folder)
-    return Job(
-        run,
-        recipe.method,
-        dict(recipe.set),
-        recipe.model,
-        rundir.made_on(folder)["base"],
-        recipe.dtype,
-        recipe.max_length,
-        label_words(recipe.labels),
-        steps,
-        task,
-        digest_of(finished.result_of(folder)),
-        recipe.train,
-    )
+    recipe, base = finished.recipe_of(folder), rundir.made_on(folder)["base"]
+    return job_of(recipe, run, base, rounds=steps, task=task, result=digest_of(finished.result_of(folder)))
 
 
 def digest_of(result: Path) -> str:

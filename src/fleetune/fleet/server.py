@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import secrets
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -119,16 +121,20 @@ class Served:
     _next_word: float = field(init=False, default=0.0)  # to `fleet status`
     _next_refusals: float = field(init=False, default=0.0)  # to the log
     _complaint: str = field(init=False, default="")
+    _looking: threading.Lock = field(init=False, default_factory=threading.Lock)  # at the folder of keys
+    _files: Mapping[str, bytes] = field(init=False)  # of the keys, when all of them were read
+    _news: list[str] = field(init=False, default_factory=list)  # of the keys, not told yet
     _page: LivePage | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._keys = self.place.check()
+        self._files = _files(self.place.keys)
 
     def __enter__(self) -> Served:
         certificate = self.place.certificate
         files = (certificate / "server.pem", certificate / "server.key") if certificate else (None, None)
         address = Address(self.place.host, self.place.port, *files)
-        self._door = Door(address, self._keys)
+        self._door = Door(address, self._keys, self._read_keys_again)
         if self.page is not None:
             from fleetune.fleet import page
 
@@ -199,7 +205,7 @@ class Served:
                 f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
             )
         devices = Devices(run.path)
-        told = job_of(job, devices.run)
+        told = job_of(job.recipe, devices.run, job.model.digest)
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
         kinds = wanted(job.method, job.recipe.kinds)
         return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds)
@@ -225,7 +231,10 @@ class Served:
         audit = Audit(folder)
 
         def look() -> None:
-            self._read_keys_again(devices, listener)
+            self._read_keys_again()
+            while self._news:
+                devices.register([(k.fingerprint, k.name) for k in self._keys or []])
+                listener.note(self._news.pop(0))
             self._log_refusals(audit)
             if self._publish(folder) or listener.stop_requested:
                 hint = f"{AGAIN[job.task]} {folder}{self.flags()}" if job.task in AGAIN else None
@@ -246,32 +255,36 @@ class Served:
         self._fleet.wait_for(count)
         return self._fleet
 
-    def _read_keys_again(self, devices: Devices, listener: Listener) -> None:
-        """Let in devices whose keys were added to the folder, and throw out those whose keys were removed."""
+    def _read_keys_again(self) -> None:
+        """Let in devices whose keys were added to the folder, and throw out those whose keys were removed; from any thread.
+
+        Where anything is wrong with the folder, nobody is let in, but those whose files are gone or changed are thrown out.
+        """
         folder = self.place.keys
         if folder is None or time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + LOOK
-        try:
-            found = keyring.registered(folder)
-        except UsageError as error:
-            found = self._keys or []
-            if error.message != self._complaint:
-                listener.note(f"the keys stay as they are: {error.message}")
-            self._complaint = error.message
-        if found != self._keys:
-            before, now = set(self._keys or []), set(found)
-            self._keys = found
+        with self._looking:
+            self._next_look = time.monotonic() + LOOK
+            files, complaint = _files(folder), ""
+            try:
+                found, self._files = keyring.registered(folder), files
+            except UsageError as error:
+                complaint = error.message
+                found = [k for k in self._keys or [] if files.get(k.name) == self._files.get(k.name, b"")]
+            if complaint not in ("", self._complaint):
+                self._news.append(f"no key is added: {complaint}")
+            self._complaint = complaint
+            before, now, self._keys = set(self._keys or []), set(found), found
+            if before == now:
+                return
             self._door.admit(found)
-            devices.register([(k.fingerprint, k.name) for k in found])
-            changed = [f"{k.name} may join" for k in now - before] + [
-                f"{k.name} is revoked" for k in before - now
-            ]
-            listener.note(f"keys: {', '.join(sorted(changed))}")
+            changed = [f"{k.name} may join" for k in now - before]
+            changed += [f"{k.name} is revoked" for k in before - now]
+            self._news.append(f"keys: {', '.join(sorted(changed))}")
             if self._fleet is not None and not self._fleet.round and len(found) < self._count:
-                listener.note(
+                self._news.append(
                     f"the run waits for {self._count} devices, and {len(found)} keys are left: stop it, and go on with "
-                    f"--wait {len(found)}"
+                    f"--wait {max(1, len(found))}"
                 )
 
     def _log_refusals(self, audit: Audit) -> None:
@@ -317,6 +330,15 @@ class Served:
         words += " --model PATH" if own_model else ""
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")
+
+
+def _files(folder: Path | None) -> dict[str, bytes]:
+    """Return the files of a folder of keys that can be read, by the keys' names."""
+    found = {}
+    for path in folder.glob("*.pub") if folder is not None else ():
+        with contextlib.suppress(OSError):
+            found[path.stem] = path.read_bytes()
+    return found
 
 
 def check_count(wanted: int, registered: int) -> None:

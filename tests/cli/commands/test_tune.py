@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from command_line import call, events, ok, refused
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.runs import rundir
@@ -27,33 +27,6 @@ from fleetune.tuning.methods import fedkseed
 
 QUICK = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "1", "--answer-tokens", "4"]
 ZO = ["--method", "fedkseed", "--clients", "3", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-3"]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, path)
-    return str(path)
-
-
-@pytest.fixture
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def events(out: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.splitlines()]
-
-
-# What it says of itself -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError("x.so: failed to map segment from shared object")])
@@ -104,18 +77,14 @@ def test_every_recipe_field_is_a_flag(capsys):
     assert all(f"--{n.replace('_', '-')}" in text for n in recipe.fields() if n not in ("model", "data"))
 
 
-# A whole run ------------------------------------------------------------------------------------
-
-
-def test_a_run_from_start_to_ledger(tiny, at, capsys):
-    code, out, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "2", "--json")
-    assert code == 0, err
-    kinds = [e["event"] for e in events(out)]
+def test_a_run_from_start_to_ledger(tiny, at, capsys, monkeypatch):
+    told = ok(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "2")
+    kinds = [e["event"] for e in told]
     assert kinds[0] == "start"
     assert kinds[-1] == "done"
     assert kinds.count("client") == 6
     assert kinds.count("round") == 2
-    done = events(out)[-1]
+    done = told[-1]
     run = Path(done["run"])
     files = "run.toml env.json metrics.jsonl ledger.safetensors eval.json samples.md report.html status"
     assert all((run / name).exists() for name in files.split())
@@ -124,31 +93,25 @@ def test_a_run_from_start_to_ledger(tiny, at, capsys):
 
     digests = set()
     for threads, backend in ((2, "numba"), (1, "torch")):
-        code, out, _ = call(
-            capsys, "ledger", "replay", run, "--json", "--threads", threads, "--backend", backend
-        )
-        digests.add(events(out)[-1]["digest"])
+        monkeypatch.setenv("FLEETUNE_KERNELS", backend)
+        digests.add(ok(capsys, "ledger", "replay", run, "--threads", threads)[-1]["digest"])
     ledger = ledgers.load(run / "ledger.safetensors")
     order = np.random.default_rng(0).permutation(len(ledger))
     shuffled = ledgers.Ledger(
         ledger.head, ledger.ids[order], ledger.coefficients[order], ledger.rounds[order]
     )
     shuffled.save(at / "shuffled.safetensors")
-    _, out, _ = call(capsys, "ledger", "replay", at / "shuffled.safetensors", "--json", "--model", tiny)
-    digests.add(events(out)[-1]["digest"])
-    code, out, _ = call(capsys, "ledger", "verify", run, "--json")
-    assert code == 0
-    digests.add(events(out)[-1]["digest"])
+    for more in (("replay", at / "shuffled.safetensors", "--model", tiny), ("verify", run)):
+        digests.add(ok(capsys, "ledger", *more)[-1]["digest"])
     assert digests == {done["digest"]}
 
 
 def test_bad_clients_do_not_stop_a_round(tiny, at, capsys):
     weather = ["--drop", "0.3", "--stragglers", "0.5", "--deadline", "3", "--clients", "12"]
-    code, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, *weather, "--rounds", "2", "--json")
-    assert code == 0
-    statuses = [e["status"] for e in events(out) if e["event"] == "client"]
+    told = ok(capsys, "tune", tiny, "demo", *ZO, *QUICK, *weather, "--rounds", "2")
+    statuses = [e["status"] for e in told if e["event"] == "client"]
     assert set(statuses) == {"ok", "dropped", "late"}
-    assert all(e["reason"] for e in events(out) if e["event"] == "client" and e["status"] != "ok")
+    assert all(e["reason"] for e in told if e["event"] == "client" and e["status"] != "ok")
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, *clients: int, error: BaseException | None = None) -> None:
@@ -165,8 +128,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, *clients: int, error: BaseException 
 
 def test_an_objective_that_ends_the_process_is_an_error_of_the_recipe(tiny, at, capsys):
     (at / "now.py").write_text("import sys\ndef f(model, batch):\n    sys.exit(0)\n")
-    code, _, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--set", f"objective={at}/now.py:f")
-    assert code == 2
+    err = refused(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--set", f"objective={at}/now.py:f")
     assert "it ended the process, SystemExit: 0" in err
 
 
@@ -218,8 +180,7 @@ def test_a_round_whose_only_client_fails_leaves_the_model_and_the_run_goes_on(ti
 def test_a_fleet_that_cannot_work_ends_the_run(tiny, at, capsys, monkeypatch, rounds, clients):
     broken(monkeypatch, 0, 1, 2)
     args = [*ZO, *QUICK, "--clients", clients, "--rounds", rounds]
-    code, _, err = call(capsys, "tune", tiny, "demo", *args)
-    assert code == 4
+    err = refused(capsys, "tune", tiny, "demo", *args, code=4)
     last = min(3, int(rounds))
     assert (
         f"every client failed, {last} round{'s' * (last > 1)} in a row; the first of round {last}: IndexError"
@@ -228,9 +189,6 @@ def test_a_fleet_that_cannot_work_ends_the_run(tiny, at, capsys, monkeypatch, ro
     assert [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == last - 1
     call(capsys, "tune", "--resume", "latest")  # gets further: the same rounds do not stop it for ever
     assert rounds == "1" or [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == 4
-
-
-# Stops ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +223,7 @@ def test_ctrl_c_says_how_to_resume_and_the_bits_are_the_same(tiny, at, capsys, w
     assert "fleetune tune --resume runs/0001-" in err
     assert "Traceback" not in err
     assert (at / "runs" / "latest" / "status").read_text() == "interrupted\n"
-    code, out, _ = call(capsys, "tune", "--resume", "latest", "--json")
-    assert code == 0
-    assert events(out)[-1]["digest"] == whole
+    assert ok(capsys, "tune", "--resume", "latest")[-1]["digest"] == whole
     lines = [json.loads(x) for x in (at / "runs" / "latest" / "metrics.jsonl").read_text().splitlines()]
     assert [e["round"] for e in lines if e["event"] == "round"] == list(range(1, 9))
 
@@ -278,23 +234,17 @@ def test_kill_9_then_resume_gives_the_same_bits(tiny, at, capsys, whole):
     wait_for_round(at, 3)
     process.kill()
     process.communicate()
-    code, out, _ = call(capsys, "tune", "--resume", "latest", "--json")
-    assert code == 0
-    assert events(out)[-1]["digest"] == whole
+    assert ok(capsys, "tune", "--resume", "latest")[-1]["digest"] == whole
     code, _, err = call(capsys, "tune", "--resume", "latest")
     assert code == 0
     assert "finished already" in err
 
-
-# Bad input: a clear error, the right code, nothing half-written -----------------------------------
 
 BAD = {  # command line: exit code, words of the error
     "tune {tiny}": (2, "data is missing"),
     "tune {tiny} rowz.jsonl": (2, "rows.jsonl"),
     "tune {tiny} broken.jsonl": (2, "broken.jsonl:2"),
     "tune {tiny} demo --method fedkseeed": (2, "Did you mean 'fedkseed'"),
-    "tune {tiny} demo --set taus=3": (2, "Did you mean 'tau'"),
-    "tune {tiny} demo --set tau=many": (2, "is not an integer"),
     "tune {tiny} demo --set K=1000": (2, "try K=512 or K=1024"),
     "tune {tiny} demo --model other": (2, "two values of model"),
     "tune rows.jsonl {tiny}": (2, "MODEL and DATA are swapped"),
@@ -336,8 +286,7 @@ def test_bad_input_is_a_clear_error_and_leaves_nothing_behind(line, tiny, at, ca
 def test_a_data_file_whose_name_is_not_utf_8_is_refused_before_a_folder_is_made(tiny, at, capsys):
     name = "d\udcff.jsonl"
     (at / name).write_text('{"instruction": "a", "response": "b"}\n' * 20)
-    code, _, err = call(capsys, "tune", tiny, name, *ZO, *QUICK, "--rounds", "1")
-    assert code == 2
+    err = refused(capsys, "tune", tiny, name, *ZO, *QUICK, "--rounds", "1")
     assert "is not text in UTF-8" in err
     assert not (at / "runs").exists()
 
@@ -353,17 +302,14 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, at, capsys, monkeypatc
         real(path, data, mode=mode)
 
     monkeypatch.setattr(rd, "write_atomic", full)
-    code, _, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3")
-    assert code == 1
+    err = refused(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3", code=1)
     assert "the disk is full" in err
     assert "free some space, then: fleetune tune --resume runs/0001" in err.replace(str(at) + "/", "")
     assert "Traceback" not in err
     monkeypatch.setattr(rd, "write_atomic", real)
-    code, out, _ = call(capsys, "tune", "--resume", "latest", "--json")
-    assert code == 0
-    resumed = events(out)[-1]["digest"]
-    _, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3", "--json", "--out", "whole")
-    assert events(out)[-1]["digest"] == resumed
+    resumed = ok(capsys, "tune", "--resume", "latest")[-1]["digest"]
+    whole = ok(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3", "--out", "whole")
+    assert whole[-1]["digest"] == resumed
 
 
 def test_a_read_only_folder_is_said_before_any_work(tiny, at, capsys, monkeypatch):
@@ -374,8 +320,7 @@ def test_a_read_only_folder_is_said_before_any_work(tiny, at, capsys, monkeypatc
 
     monkeypatch.setattr(rundir.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(models, "load", refuse)
-    code, _, err = call(capsys, "tune", tiny, "demo", *ZO)
-    assert code == 1
+    err = refused(capsys, "tune", tiny, "demo", *ZO, code=1)
     assert "read-only" in err
     assert "can write to" in err
 

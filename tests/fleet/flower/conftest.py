@@ -23,8 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(server_app, name, 0.0)
     for name in ("task_id", "run_id", "node_id"):  # of this process, as Flower's programs set it
         monkeypatch.setattr(f"flwr.supercore.task_identity.TaskIdentity._{name}", 1)
-    made = models.tiny_llama()
-    models.save(made.net, made.tokenizer, tmp_path / "model")
+    models.tiny_llama().save(tmp_path / "model")
     rows = [
         {
             "instruction": f"count to {i}",

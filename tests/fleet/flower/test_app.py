@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import logging
+import secrets
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 from flower_app import CLIENTS, CONFIG, RECIPE, GridHere, digest_of, run
 from flwr.app import ConfigRecord, Context, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fleetune
 from fleetune.cli.main import main
@@ -161,3 +164,38 @@ def test_of_flower_only_what_it_documents_is_used() -> None:
                 own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
                 assert own or node.attr == "__version__", f"{file.name}: {ast.unparse(node)}"
     assert {name for name in used if name.partition(".")[0] in ("flwr", "ray")} == PUBLIC
+
+
+records = pytest.importorskip("fleetune.fleet.flower.records")
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 3 * 1000), st.integers(0, 3 * 1000), st.integers(1, 1000))
+def test_bytes_come_back_whatever_their_length(head: int, common: int, piece: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "PIECE", piece)
+        data = secrets.token_bytes(head + common)
+        packed = records.pack(data, common)
+        assert records.unpack(packed) == data
+        assert all(len(record["data"]) <= piece for record in packed.values())
+
+
+def test_records_of_another_kind_are_refused() -> None:
+    from flwr.app import ConfigRecord, RecordDict
+
+    for odd in (
+        {"x": ConfigRecord({"data": b""})},
+        {"0": ConfigRecord({"data": "text"})},
+        {"0": ConfigRecord({"n": 1})},
+    ):
+        with pytest.raises(MessageError):
+            records.unpack(RecordDict(odd))
+
+
+def test_what_the_orders_of_a_round_end_with_is_one_object_for_all_devices() -> None:
+    """Flower stores equal objects once."""
+    body = secrets.token_bytes(3 << 20)
+    orders = [Order("work", 1, 10**c, c, body) for c in range(8)]  # heads of unlike lengths
+    packs = [records.pack(o.encode(), o.common).values() for o in orders]
+    stored = {record.object_id: len(record["data"]) for packed in packs for record in packed}
+    assert len(body) < sum(stored.values()) < 1.1 * len(body)

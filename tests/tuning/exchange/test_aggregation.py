@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,9 +18,6 @@ from hypothesis import strategies as st
 from methods_harness import CLIENTS, begun, bits
 from methods_harness import mean_of as float32_mean
 
-import fleetune
-from fleetune import errors, models
-from fleetune.models import tiny_llama
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.aggregation import MEAN, REDUCE, Rule, Spool, cut, parse, product_mean, trimmed
@@ -406,11 +402,11 @@ def test_scaffolds_mean_moves_by_the_combined_change(tmp_path: Path) -> None:
     }  # within the bound of the door
     lying = [*payloads[:4], Payload(lie, payloads[4].scalars)]
     moved = {}
-    for rule in (MEAN, parse("median")):
+    for rule in (MEAN, parse("norm-clip")):
         honest, other = (after("fedit scaffold", p, rule, tmp_path) for p in (payloads, lying))
         assert other.seen.tolist() == honest.seen.tolist() == list(range(CLIENTS))
         moved[rule.name] = methods.norm(other.c[n] - honest.c[n] for n in other.c)
-    assert moved["median"] < 0.7 * moved["mean"]
+    assert moved["norm-clip"] < 0.7 * moved["mean"]
 
 
 def test_memory_does_not_grow_with_the_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,6 +430,8 @@ def test_memory_does_not_grow_with_the_clients(tmp_path: Path, monkeypatch: pyte
 
 REFUSED = [
     ("fedit", {"average": "product"}, "median", 10, "use average=separate"),
+    ("fedit", {"scaffold": True}, "median", 10, "a median leaves out adds up"),
+    ("fedpetuning", {"scaffold": True}, "trimmed-mean", 10, "use aggregation=norm-clip"),
     ("fedpetuning", {}, "sign-vote", 10, "signs do not say how far"),
     ("fedpeptao", {}, "sign-vote", 10, "signs do not say how far"),
     ("fedkseed", {"backprop": 0.5}, "norm-clip", 10, "set backprop to 0 or 1"),
@@ -461,26 +459,3 @@ def test_a_method_of_ones_own_keeps_its_rule() -> None:
         cannot_combine = methods.Method.cannot_combine
 
     assert "leave aggregation out" in Own().rule_problem(parse("median"), 9)
-
-
-class Stop(fleetune.Silent):
-    """Stop after the first round; keep the header."""
-
-    shown: dict[str, str]
-
-    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        self.shown = dict(rows)
-
-    def event(self, event: Any) -> None:
-        if event.event == "round":
-            raise errors.Interrupted("stopped")
-
-
-@pytest.fixture
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    model = tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
-    rows = [{"instruction": f"say {n}", "output": f"{n} {n}"} for n in range(24)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path

@@ -39,15 +39,6 @@ SMALL_BODY = bytes.fromhex(
 )
 
 
-def wrap(body: bytes) -> bytes:
-    """A body with a right head: what an attacker can make without effort."""
-    return b"FT1" + zlib.crc32(body).to_bytes(4, "little") + body
-
-
-def packed(*parts: Any) -> bytes:
-    return wrap(msgpack.packb(list(parts)))
-
-
 def assert_same(left: Message, right: Message) -> None:
     assert (left.round, left.base) == (right.round, right.base)
     a, b = left.payload, right.payload
@@ -212,23 +203,14 @@ REFUSED: list[tuple[Message, str]] = [
     (replace(reply(), round=6), "reply is for round 6, this is round 7"),
     (replace(reply(), base=b"\1" * 8), f"on base {'01' * 8}, this run's base is {BASE.hex()}"),
     (reply(a=None), r"arrays differ from the agreed: \[\] more, \['a'\] missing"),
-    (reply(z=np.zeros(1, np.uint8)), r"arrays differ from the agreed: \['z'\] more, \[\] missing"),
     (reply(n=None), r"scalars differ from the agreed: \[\] more, \['n'\] missing"),
-    (reply(z=1), r"scalars differ from the agreed: \['z'\] more, \[\] missing"),
-    (reply(a=np.zeros((2, 5))), "array 'a' is float64, agreed was float32"),
     (reply(codes=np.zeros(2, np.int8)), "array 'codes' is int8, agreed was uint8"),
     (reply(a=np.zeros((3, 5), np.float32)), r"array 'a' has shape \(3, 5\), agreed was \(2, -9\)"),
-    (reply(a=np.zeros((2, 5, 1), np.float32)), "array 'a' has shape"),
     (reply(codes=np.zeros(4, np.uint8)), r"array 'codes' has shape \(4,\), agreed was \(-3,\)"),
     (reply(a=np.array([[1, np.nan], [np.inf, 1]], np.float32)), "'a' holds 2 values that are not finite"),
     (reply(a=np.array([[-np.inf], [0]], np.float32)), "'a' holds 1 values that are not finite"),
-    (reply(a=np.array([[0, 3e38], [0, 1]], np.float32)), r"'a' holds 3e\+38, agreed was -1e\+09 to 1e\+09"),
     (reply(a=np.array([[0], [-1.1e9]], np.float32)), r"'a' holds 1\.1e\+09, agreed"),
-    (reply(n=4.0), "scalar 'n' is float, agreed was int"),
-    (reply(n=True), "scalar 'n' is bool, agreed was int"),
-    (reply(loss=1), "scalar 'loss' is int, agreed was float"),
     (reply(n=0), "scalar 'n' is 0, agreed was 1 to 10"),
-    (reply(loss=float("nan")), "scalar 'loss' is nan, agreed was"),
     (reply(loss=-1.1e9), "scalar 'loss' is -1"),
 ]
 

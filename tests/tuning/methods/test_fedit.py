@@ -67,9 +67,6 @@ def weights(model: Model) -> dict[str, np.ndarray]:
     return {n: p.detach().double().numpy() for n, p in model.net.named_parameters()}
 
 
-# ---------------------------------------------------------------- layers, and how a device trains
-
-
 def lora_layers_of(model: Model) -> set[str]:
     return {n.split(".")[-3] for n in adapters.trainable(model) if ".lora_A." in n}
 
@@ -130,9 +127,6 @@ def test_a_device_trains_as_one_of_fedpetuning_with_the_same_settings(more: dict
     for name in more:
         without = trained("fedit", as_paper | {n: v for n, v in common.items() if n != name})
         assert any(not np.array_equal(fedit[n], without[n]) for n in fedit), name
-
-
-# ---------------------------------------------------------------- unlike ranks
 
 
 def test_devices_of_unlike_ranks_are_sent_and_send_their_own() -> None:
@@ -205,9 +199,6 @@ def test_what_does_not_fit_the_global_rank_is_told() -> None:
     replies, _, _ = round_of(model, method, state)
     assert method.aggregate(state, iter(replies)).cut > 1e-4
     assert method.aggregate(state, iter(replies[:1])).cut < 1e-9
-
-
-# ---------------------------------------------------------------- starts
 
 
 CASES = [("fedit", {"r": 4, "alpha": 12, "dropout": 0.0}), ("fedpetuning", {"size": 4})]

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FedKSeed: a device's walk and the server's step in float64, mixed fleets."""
+"""FedKSeed: a device's walk and the server's step in float64, Pro's weights, mixed fleets."""
 
 from __future__ import annotations
 
+import math
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import contract_harness as harness
@@ -18,10 +21,11 @@ from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, load
 from fleetune.seeds.view import View
 from fleetune.seeds.weights import kernels, layout
+from fleetune.tuning.exchange.aggregation import Spool, parse
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, check
 from fleetune.tuning.methods import Reply, fedkseed, make
 from fleetune.tuning.methods._zeroth import UNITS, draw
-from fleetune.tuning.methods.fedkseed import Method, State
+from fleetune.tuning.methods.fedkseed import Method, State, pro_weights
 from law_definition import slow_places
 
 K = 64
@@ -34,9 +38,6 @@ def tiny(**changes: Any) -> Method:
 def begun(method: Method) -> tuple[models.Model, State]:
     model = models.tiny_llama()
     return model, method.init(model, harness.key())
-
-
-# --- an ordinary model in float64, whose weights are written --------------------------------------------------
 
 
 class Norm(torch.nn.Module):
@@ -106,30 +107,33 @@ def batches(model: models.Model, count: int, size: int, key: int, client: int) -
     return list(Batches(fleet.clients[client], fleet.pad_id, key, client=client).steps(count, size))
 
 
-# --- a device -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("changes", [{}, {"clip": 0.3}])
+@pytest.mark.parametrize("changes", [{}, {"pro": True}, {"clip": 0.3}])
 def test_a_devices_walk_is_algorithm_1_in_float64(changes: dict[str, Any]) -> None:
-    """a_k <- a_k - g along drawn directions, rounded to a level of a byte, from a point that is not the base."""
+    """a_k <- a_k - g / (K p_k) along drawn directions, rounded to a level of a byte, from a point that is not the base."""
     method = tiny(**changes)
     model, state = begun(method)
     rng = np.random.default_rng(1)
     state = state._replace(
-        ledger=state.ledger.append(np.arange(K, dtype=np.uint64), rng.integers(-300, 300, K), 1), round=1
+        ledger=state.ledger.append(np.arange(K, dtype=np.uint64), rng.integers(-300, 300, K), 1),
+        round=1,
+        size=rng.uniform(0.0, 4.0, K),
+        seen=np.ones(K, np.int64),
     )
     reply = harness.reply(harness.fleet(model, method), method, state, client=1, round=2)
+    drawn = method.probabilities(state)
+    p = np.full(K, 1 / K) if drawn is None else drawn
+    assert (p.max() > 1.5 * p.min()) == method.pro
     reference, unit = Reference(state.ledger.head.run_key), method.lr
     x, moved = unit / UNITS * state.ledger.coefficients.astype(np.float64), np.zeros(K)
-    picks, taken = draw(reply.key, method.tau, K), LogCode.decode(reply.payload.array("codes")) / UNITS
+    picks, taken = draw(reply.key, method.tau, K, drawn), LogCode.decode(reply.payload.array("codes")) / UNITS
     steps = zip(picks, taken, batches(model, method.tau, method.batch_size, reply.key, 1), strict=True)
     for k, step, b in steps:
         g = reference.two_point(x + unit * moved, int(k), method.eps, b)
         g = max(-0.3, min(0.3, g)) if method.clip else g
-        assert step == pytest.approx(-g, rel=1 / 8, abs=2 / UNITS)  # the next level at most
+        assert step == pytest.approx(-g / (K * p[k]), rel=1 / 8, abs=2 / UNITS)  # the next level at most
         moved[k] += step
     assert np.abs(moved).max() > 0.2
-    assert np.array_equal(method.walk(reply)[0], np.rint(moved * UNITS))
+    assert np.array_equal(method.walk(reply, drawn)[0], np.rint(moved * UNITS))
 
 
 def test_a_device_that_back_propagates_walks_by_projected_gradients_in_float64() -> None:
@@ -153,9 +157,6 @@ def test_the_mean_two_point_step_is_the_projected_gradient() -> None:
     two_point = np.array([reference.two_point(x, k, 1e-5, b) for k in range(K)])
     assert np.abs(two_point).max() > 10
     np.testing.assert_allclose(two_point, reference.slopes(x, b), rtol=0, atol=2e-5)
-
-
-# --- the server -----------------------------------------------------------------------------------------------
 
 
 def of_round(ledger: Ledger, number: int) -> np.ndarray:
@@ -182,7 +183,7 @@ def test_the_servers_step_is_the_weighted_mean_in_float64(lr: float) -> None:
         np.testing.assert_allclose(of_round(state.ledger, number), expected, rtol=0, atol=0.5 / UNITS + 1e-6)
 
 
-@pytest.mark.parametrize("changes", ["server_lr=0.5", "backprop=0.5,backprop_lr=0.05"])
+@pytest.mark.parametrize("changes", ["server_lr=0.5", "pro=true", "backprop=0.5,backprop_lr=0.05"])
 def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(changes: str, tmp_path) -> None:
     name = f"fedkseed:tau=6,{changes}"
     model, whole, _ = harness.train(name, tmp_path / "whole", 3)
@@ -201,7 +202,67 @@ def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(chan
     assert models.digest(again.tensors()) == models.digest(view.tensors()) != models.digest(named)
 
 
-# --- mixed fleets ---------------------------------------------------------------------------------------------
+def test_pro_probabilities_are_the_softmax_of_scaled_sizes() -> None:
+    """Section 3.3 by hand: unseen directions count as the median, an outlier as the 95 % quantile."""
+    method = tiny(pro=True)
+    _, state = begun(method)
+    np.testing.assert_array_equal(method.probabilities(state), np.full(K, 1 / K, np.float32))
+    size, seen = np.arange(K, dtype=np.float64), np.full(K, 2)
+    size[0], seen[0] = 0.0, 0
+    size[63] = 1e6
+    mean = [s / 2 for s in size]
+    mean[0] = sorted(mean[1:])[31]
+    ordered = sorted(mean)
+    top = ordered[59] + 0.85 * (ordered[60] - ordered[59])  # 0.95 of the way along 63 gaps
+    mean = [min(m, top) for m in mean]
+    scaled = [(m - min(mean)) / (max(mean) - min(mean)) for m in mean]
+    expected = [math.exp(s) / sum(map(math.exp, scaled)) for s in scaled]
+    p = method.probabilities(state._replace(size=size, seen=seen))
+    np.testing.assert_allclose(p, expected, rtol=1e-5)
+    assert p.max() / p.min() == pytest.approx(math.e, rel=1e-5)
+
+
+def test_the_weights_of_pro_make_the_mean_step_that_of_uniform_drawing() -> None:
+    rng = np.random.default_rng(7)
+    p = np.exp(rng.random(K)).astype(np.float32)
+    p, g = p / p.sum(), rng.normal(size=K) + 1.0
+    exact = float((p.astype(np.float64) * pro_weights(p, K) * g).sum())
+    assert exact == pytest.approx(g.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_pro_learns_the_sizes_of_the_slopes_that_devices_saw(rule: str, tmp_path) -> None:
+    """The weight 1/(K p_k) is taken off again: a size is the |g| that a device measured."""
+    method = tiny(pro=True, tau=4)
+    _, state = begun(method)
+    state = state._replace(size=np.linspace(1.0, 3.0, K), seen=np.ones(K, np.int64), round=1)
+    p = method.probabilities(state).astype(np.float64)
+    key = next(k for k in range(50) if len(set(draw(k, 4, K, p).tolist())) == 4)
+    picks, g = draw(key, 4, K, p), np.array([0.5, -2.0, 8.0, -0.25])
+    codes = LogCode.encode(-g * UNITS / (K * p[picks]), np.zeros(4))
+    replies = [Reply(0, key, Payload({"codes": codes}, {"n": 3, "loss": 1.0}))]
+    with closing(Spool(tmp_path, 1 << 10)) as spool:
+        new = method.aggregate(state, replies, replace(parse(rule), spool=spool))
+    np.testing.assert_allclose((new.size - state.size)[picks], np.abs(g), rtol=0.13)
+    assert (new.seen - state.seen)[picks].tolist() == [1] * 4
+    assert (new.seen - state.seen).sum() == 4
+    assert set(np.flatnonzero(of_round(new.ledger, 2))) == set(picks.tolist())
+
+
+@pytest.mark.parametrize(
+    "p", [np.ones(K - 1), np.ones((K, 1)), np.zeros(K), np.full(K, -0.1), np.full(K, np.nan)]
+)
+def test_a_device_refuses_what_is_no_probability_of_each_direction(p: np.ndarray) -> None:
+    method = tiny(pro=True)
+    model, state = begun(method)
+    sent, fleet = method.broadcast(state), harness.fleet(model, method)
+    payload = Payload({**sent.arrays, "p": p.astype(np.float32)}, sent.scalars)
+    with pytest.raises(MessageError, match="probabilities are not of 64 directions"):
+        method.local(model, payload, Batches(fleet.clients[0], fleet.pad_id, 1, client=0), 1, {})
+    with pytest.raises(MessageError, match="'p' is missing"):
+        method.local(
+            model, tiny().broadcast(state), Batches(fleet.clients[0], fleet.pad_id, 1, client=0), 1, {}
+        )
 
 
 def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
@@ -271,9 +332,6 @@ def test_both_kinds_enter_one_ledger_by_precision() -> None:
     np.testing.assert_allclose(of_round(new.ledger, 1) * UNITS, expected, rtol=0, atol=0.5 + 1e-9)
 
 
-# --- what cannot be -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -283,6 +341,7 @@ def test_both_kinds_enter_one_ledger_by_precision() -> None:
         ({"backprop": -0.1}, "whole percent"),
         ({"backprop": 0.5, "law": "gaussian"}, "law=hashed"),
         ({"backprop": 0.5, "objective": "accuracy"}, "objective=loss"),
+        ({"backprop": 0.5, "pro": True}, "pro=false"),
         ({"backprop_lr": 0.0}, "backprop_lr"),
         ({"backprop_steps": 0}, "backprop_steps"),
         ({"server_lr": -1.0}, "server_lr"),

@@ -73,9 +73,6 @@ def hadamard(n: int) -> np.ndarray:
     return rows
 
 
-# ---------------------------------------------------------------- the gate
-
-
 @pytest.mark.parametrize("n", [2, 8, 30])
 def test_the_gate_is_the_published_variance_exactly_for_orthogonal_signs(n: int) -> None:
     """|sum of g_k v_k over a half|^2 is then d sum g_k^2, so nothing is left to chance."""
@@ -169,8 +166,6 @@ def test_the_rate_falls_linearly_to_nothing() -> None:
     assert method.broadcast(start(round=25)).float("rate") == pytest.approx(0.1)
 
 
-# ---------------------------------------------------------------- the ranking
-
 LAST = np.random.default_rng(8).normal(size=3400)
 U = LAST / np.linalg.norm(LAST)
 
@@ -218,10 +213,26 @@ def test_devices_draw_different_seeds_of_the_offer_and_the_server_knows_which() 
     assert len({tuple(method.directions(None, key).tolist()) for key in range(50)}) == 50
 
 
-# ---------------------------------------------------------------- a device
-
-
 SIZELESS = {"targets": "query-value", "r": 8, "alpha": 16}  # the defaults, which are all that bitfit takes
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        np.zeros((1 << 26, 0), np.uint64),
+        np.zeros(4, np.int64),
+        np.full(4, np.nan),
+        np.zeros((2, 2), np.uint64),
+        np.zeros((1 << 20) + 1, np.uint64),
+    ],
+    ids=lambda seeds: f"{seeds.dtype}{list(seeds.shape)}",
+)
+def test_seeds_of_another_form_are_refused(seeds: np.ndarray) -> None:
+    model, method = models.tiny_llama(), quick()
+    sent = method.broadcast(method.init(model, 5))
+    batches = Batches(harness.rows(model), pad_id(model), 1)
+    with pytest.raises(MessageError, match="uint64 of one axis"):
+        method.local(model, Payload({**sent.arrays, "seeds": seeds}, sent.scalars), batches, 77, {})
 
 
 def quick(**changes: Any) -> Method:
@@ -308,9 +319,6 @@ def test_accuracy_needs_no_gradient() -> None:
     g = method.local(model, method.broadcast(state), Batches(rows, 258, 1), 1, {}).array("g")
     assert np.any(g)
     np.testing.assert_allclose(g * 8, np.rint(g * 8), atol=1e-5)  # eighths / (2 h), h = 1/2
-
-
-# ---------------------------------------------------------------- a run
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,6 @@ def tiny(**changes: Any) -> Method:
     return Method(**({"K": K, "directions": 5, "lr": 1e-3, "eps": 1e-3, "batch_size": 3} | changes))
 
 
-# --- the byte ---------------------------------------------------------------------------------------------
-
-
 def table() -> list[int]:
     """The code's magnitudes by its rule, in other arithmetic: 0, 1, .., then 9/8 of the last, cut to integers."""
     sizes = [0, 1]
@@ -62,9 +59,6 @@ def test_a_direction_is_one_byte_or_one_bit_of_the_message(wire: str, size: Any,
         assert reply.payload.array("codes").nbytes == size(n)
     assert lengths[41] - lengths[8] == size(41) - size(8)
     assert lengths[8] - size(8) < 60
-
-
-# --- the step ---------------------------------------------------------------------------------------------
 
 
 def answer(model: Model, chosen: Method, state: State, rows: Sequence[Encoded], key: int) -> Reply:
@@ -175,9 +169,6 @@ def test_directions_are_different_within_a_machine_and_between_machines_and_roun
     assert len({tuple(vote.draw(r, 1, 0)) for r in range(20)}) == 20
 
 
-# --- the vote ---------------------------------------------------------------------------------------------
-
-
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(1, 5)), min_size=1, max_size=7))
 @settings(max_examples=60)
 def test_the_majority_of_rows_decides_each_direction_and_a_tie_is_no_step(votes: Any) -> None:
@@ -210,9 +201,6 @@ def test_one_liar_moves_a_mean_but_not_a_vote(rows: Any) -> None:
         with_liar = chosen.aggregate(state, [*honest, fake(honest[0].key, lie, 12)])
         without = chosen.aggregate(state, honest)
         assert np.array_equal(sums(with_liar), sums(without)) == bounded
-
-
-# --- machines that come and go ------------------------------------------------------------------------------
 
 
 class Machine:

@@ -44,7 +44,6 @@ def after_backward(
         for batch, rate in zip(batches, how.rates(len(ROWS)), strict=True):
             loss_tensor(model, batch).backward()  # type: ignore[no-untyped-call]
             for name, parameter in parameters.items():
-                assert parameter.grad is not None
                 parameter.grad.add_(parameter.detach() - origin[name], alpha=how.mu)
             if how.clip:
                 nn.utils.clip_grad_norm_(parameters.values(), how.clip)

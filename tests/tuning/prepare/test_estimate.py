@@ -111,14 +111,13 @@ def test_the_search_for_a_rate_counts() -> None:
     assert "--set lr=NUMBER" in str(refused.value.hint)
 
 
-@pytest.mark.parametrize("name", ["fedit"])
-def test_measuring_leaves_the_model_as_it_was(name: str) -> None:
+def test_measuring_leaves_the_model_as_it_was() -> None:
     model: Model = models.tiny_llama()
     rows, before = harness.rows(model), harness.logits(model)
-    found = estimate.of(recipe(name), harness.method(name), model, [rows[:12], rows[12:24]], rows[24:])
+    found = estimate.of(recipe("fedit"), harness.method("fedit"), model, [rows[:12], rows[12:24]], rows[24:])
     assert found.step > 0
     assert found.evaluation > 0
-    assert found.steps == harness.method(name).local_steps(12)
+    assert found.steps == harness.method("fedit").local_steps(12)
     assert model.attachment is None
     assert torch.equal(harness.logits(model), before)
 
@@ -126,8 +125,7 @@ def test_measuring_leaves_the_model_as_it_was(name: str) -> None:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path

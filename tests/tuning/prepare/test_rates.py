@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import command_line
 import fleetune
 from fleetune import adapters, models
 from fleetune.data import collate
@@ -24,7 +25,6 @@ from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import pad_id, token_losses
 from fleetune.models.net.model import Model
 from fleetune.runs import rundir
-from fleetune.runs.listener import Silent
 from fleetune.seeds import slopes
 from fleetune.seeds.noise import probe, run_key
 from fleetune.seeds.slopes import Probe, Slopes, along, rate
@@ -35,6 +35,7 @@ from fleetune.tuning.prepare.rates import Search, rounded
 from fleetune.tuning.prepare.trial import Bench, Size, Trials, Tried, climb, hold, loss_after
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
+from heard import Heard
 
 HOW = Probe(law="hashed", K=128, eps=1e-3, key=5, batch=5)
 LOSSES = st.lists(st.floats(0.1, 50), min_size=2, max_size=12)
@@ -42,9 +43,6 @@ LOSSES = st.lists(st.floats(0.1, 50), min_size=2, max_size=12)
 
 def of(gradient: float, noise: float, curvature: float) -> Slopes:
     return Slopes(gradient, noise, curvature, (), ())
-
-
-# Formulas ---------------------------------------------------------------------------------------------
 
 
 @given(LOSSES, st.integers(0, 1000))
@@ -94,9 +92,6 @@ def test_rounding_keeps_within_a_quarter_and_is_stable(value: float) -> None:
     assert len(f"{found:.9e}".rstrip("0").split("e")[0].replace(".", "").rstrip("0")) <= 2
 
 
-# On a model -------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def model() -> Model:
     return models.tiny_llama()
@@ -136,9 +131,6 @@ def direction_of(model: Model, k: int) -> dict[str, torch.Tensor]:
         return {n: (t - dict(named)[n]).round().clone() for n, t in view.tensors()}
     finally:
         view.remove()
-
-
-# Trials -----------------------------------------------------------------------------------------------
 
 
 def test_rates_are_tried_up_and_down_until_clearly_worse() -> None:
@@ -217,18 +209,7 @@ def test_where_the_published_rate_moves_nothing_it_is_searched_for_in_any_run(na
     assert [s.due for s in searches(recipe_of(name, 1))] == [True]
 
 
-# Whole runs -------------------------------------------------------------------------------------------
-
-FEW: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 2,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "threads": 1,
-    "device": "cpu",
-    "settings": {"K": 16, "tau": 4, "batch_size": 2},
-}
+FEW: dict[str, Any] = command_line.FEW | {"rounds": 2, "settings": {"K": 16, "tau": 4, "batch_size": 2}}
 
 
 @pytest.fixture
@@ -256,25 +237,15 @@ def test_a_run_records_what_was_found_and_repeats_it(place: Path) -> None:
     assert fleetune.tune("tiny", "rows.jsonl", **FEW).digest == first.digest
 
 
-class Notes(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-
 def test_a_run_that_back_propagates_finds_its_rate_or_says_that_it_does_not(place: Path) -> None:
     few = {**FEW, "method": "fedit", "settings": {"r": 2, "steps": 1, "batch_size": 2}}
     runs = {}
     for rounds in (6, 2):
-        heard = Notes()
+        heard = Heard()
         run = fleetune.tune("tiny", "rows.jsonl", **{**few, "rounds": rounds}, listener=heard)
         folder = Path(run.done.run)
         found = [e["rate"] for e in rundir.events(folder) if e["event"] == "rate"]
-        runs[rounds] = (run.digest, recipes.read(folder / "run.toml"), found, heard.said)
+        runs[rounds] = (run.digest, recipes.read(folder / "run.toml"), found, heard.notes)
     digest, written, found, said = runs[6]
     assert found == [written["set"]["lr"]] != [3e-4]
     assert "finding lr on training rows .." in said
@@ -314,16 +285,11 @@ def test_with_a_rate_that_is_found_the_server_steps_by_the_root_of_the_clients(
     assert prepare.prepare(job.recipe).recipe.set["server_lr"] == step  # a run that is repeated
 
 
-@pytest.mark.parametrize(
-    ("given", "why"),
-    [({"set": {"backprop_lr": "auto"}}, "backprop_lr=auto does nothing: it is used only with backprop")],
-)
-def test_auto_is_refused_where_no_device_would_use_the_rate(given: dict[str, Any], why: str) -> None:
-    recipe = recipes.make({"model": "m", "data": "d", "method": "fedkseed", **given})
-    with pytest.raises(RecipeError, match=why):
-        prepare.check(recipe)
-    some = {"set": {"backprop_lr": "auto", "backprop": 0.5}}
-    prepare.check(recipes.make({"model": "m", "data": "d", "method": "fedkseed", "kinds": "0,1", **some}))
+def test_auto_is_refused_where_no_device_would_use_the_rate() -> None:
+    with pytest.raises(RecipeError, match="backprop_lr=auto does nothing: it is used only with backprop"):
+        prepare.check(recipe_of("fedkseed", backprop_lr="auto"))
+    some = recipe_of("fedkseed", backprop_lr="auto", backprop=0.5)
+    prepare.check(dataclasses.replace(some, kinds="0,1"))
 
 
 def test_auto_is_refused_where_it_cannot_be_found(place: Path) -> None:
@@ -331,14 +297,3 @@ def test_auto_is_refused_where_it_cannot_be_found(place: Path) -> None:
         fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"lr": "auto", "objective": "rouge_l"}})
     with pytest.raises(RecipeError, match="K = 'auto' is not an integer"):
         fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"K": "auto"}})
-
-
-def test_rounding_of_coarse_weights_is_not_taken_for_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
-    seen = [of(1.0, 1.0, 10.0)]
-    monkeypatch.setattr(slopes, "measure", lambda model, rows, how, *_: asked.append(how.eps) or seen)
-    for dtype in ("fp32", "bf16"):
-        method: Any = methods.make("fedkseed", {})
-        coarse = dataclasses.replace(models.tiny_llama(), dtype=dtype)
-        rates.from_slopes(method, "lr", coarse, [], 1, 2, lambda *_: None)
-    assert asked == [5e-4, 2e-3]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from command_line import Capture
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.data.encode import encode_all
@@ -26,8 +27,7 @@ RUN = shlex.split(
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with a model and rows of which 9 have long answers."""
     monkeypatch.chdir(tmp_path)
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    models.tiny_llama().save(tmp_path / "tiny")
     rows = [{"instruction": "say", "response": "word " * (40 if i < 9 else 2)} for i in range(20)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path
@@ -37,9 +37,7 @@ def done_of(at: Path) -> dict[str, Any]:
     return next(e for e in rundir.events(rundir.listing(at / "runs")[-1]) if e["event"] == "done")
 
 
-def test_eval_of_a_run_gives_the_loss_that_the_run_ended_with(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_eval_of_a_run_gives_the_loss_that_the_run_ended_with(at: Path, capsys: Capture) -> None:
     assert main(["tune", "tiny", "data.jsonl", *RUN, "--max-length", "32"]) == 0
     capsys.readouterr()
     assert main(["eval", "1", "--tasks", "loss", "--device", "cpu", "--json"]) == 0

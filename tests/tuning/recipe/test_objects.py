@@ -57,8 +57,7 @@ class Method(mezo.Method):
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(methods.REGISTRY, "_given", {})
-    tiny = models.tiny_llama()
-    models.save(tiny.net, tiny.tokenizer, "tiny")
+    models.tiny_llama().save("tiny")
 
 
 def test_it_is_tuned_with_its_own_functions_and_settings() -> None:

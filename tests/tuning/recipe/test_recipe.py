@@ -82,9 +82,6 @@ def test_any_recipe_comes_back_from_its_toml(tmp_path_factory, given_values):
         assert getattr(recipe, name) == value
 
 
-# --- problems -----------------------------------------------------------------------------------------------
-
-
 def test_all_problems_are_told_at_once():
     with pytest.raises(RecipeError) as caught:
         make(
@@ -168,9 +165,6 @@ def test_a_name_that_run_toml_cannot_hold_is_refused(name, value):
         make({**given_values, section: {key: value} if key else value})
     assert caught.value.problems == [f"{name} = {value!r} is not text in UTF-8, and a run writes it down"]
     "\n".join(caught.value.problems).encode()  # what is said can be printed
-
-
-# --- files --------------------------------------------------------------------------------------------------
 
 
 def test_reading_says_what_is_wrong_with_a_file(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from command_line import refused
 from fleetune import models
 from fleetune.errors import Interrupted, LedgerError
 from fleetune.models.net.model import Model
@@ -53,7 +54,6 @@ def test_a_replay_says_what_work_is_ahead_and_how_far_it_is(model: Model) -> Non
 def test_a_ledger_that_asks_for_endless_replays_is_refused_before_the_first(
     model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fleetune.cli.main import main
 
     assert len(finished.stated_points(ledger_on(model, finished.REPLAYS))) == finished.REPLAYS
     many = ledger_on(model, finished.REPLAYS + 1)
@@ -61,8 +61,9 @@ def test_a_ledger_that_asks_for_endless_replays_is_refused_before_the_first(
         finished.verify(model, many, listener=Heard())
     many.save(tmp_path / "l")
     monkeypatch.setattr(finished, "base_of", None)
-    assert main(["ledger", "verify", str(tmp_path / "l"), "--model", "any"]) == 1
-    assert "at most 256 replays and 1,048,576 passes" in capsys.readouterr().err
+    assert "at most 256 replays and 1,048,576 passes" in refused(
+        capsys, "ledger", "verify", str(tmp_path / "l"), "--model", "any", code=1
+    )
     monkeypatch.setattr(finished, "PASSES", 5)
     with pytest.raises(LedgerError, match="takes more work"):
         finished.stated_points(ledger_on(model, 3))  # 1 + 2 + 3

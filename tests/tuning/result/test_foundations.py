@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Capture
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.tuning.run import run as jobs
@@ -41,8 +42,7 @@ lr = [1e-3, 1e-2]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
     place = tmp_path_factory.mktemp("made")
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, place / "tiny")
+    models.tiny_llama().save(place / "tiny")
     rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(24)]
     (place / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (place / "sweep.toml").write_text(SWEEP)
@@ -61,12 +61,7 @@ def reverse(file: Path) -> None:
     file.write_text("".join(file.read_text().splitlines(keepends=True)[::-1]))
 
 
-# A run -----------------------------------------------------------------------------------------------
-
-
-def test_a_run_whose_data_changed_is_not_measured_on_them(
-    at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_whose_data_changed_is_not_measured_on_them(at: Path, capsys: Capture) -> None:
     assert main(["tune", "tiny", "data.jsonl", *RUN]) == 0
     assert main(["eval", "1", "--tasks", "loss"]) == 0
     shutil.copy("data.jsonl", "kept.jsonl")
@@ -85,11 +80,8 @@ def test_a_run_whose_data_changed_is_not_measured_on_them(
     assert main(["eval", "1", "--tasks", "loss"]) == 0
 
 
-# A sweep ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
-def half(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], int]:
+def half(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Callable[[], int]:
     """A sweep of which one of two runs is finished; what continues it."""
     tune = jobs.tune
     begun: list[object] = []
@@ -108,14 +100,13 @@ def half(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("what", ["data", "base"])
 def test_a_sweep_that_goes_on_with_other_rows_or_another_base_says_that_losses_do_not_compare(
-    what: str, at: Path, half: Callable[[], int], capsys: pytest.CaptureFixture[str]
+    what: str, at: Path, half: Callable[[], int], capsys: Capture
 ) -> None:
     if what == "data":
         reverse(at / "data.jsonl")
     else:
         shutil.rmtree("tiny") if not Path("tiny").is_symlink() else Path("tiny").unlink()
-        model = models.tiny_llama(seed=9)
-        models.save(model.net, model.tokenizer, at / "tiny")
+        models.tiny_llama(seed=9).save(at / "tiny")
     capsys.readouterr()
     assert half() == 0
     said = capsys.readouterr().err.replace("\n", " ")

@@ -40,8 +40,7 @@ OPTIONS: dict[str, Any] = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, data, and a run of either kind."""
     folder = tmp_path_factory.mktemp("provenance")
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, folder / "tiny")
+    models.tiny_llama().save(folder / "tiny")
     rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.MonkeyPatch.context() as patch:
@@ -63,9 +62,6 @@ def tune(method: str, settings: dict[str, Any], **more: Any) -> fleetune.TuneRes
 
 def folder_of(method: str) -> Path:
     return next(Path("runs").glob(f"000?-{method}-tiny"))
-
-
-# Settings ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["fedit", "mezo"])
@@ -96,9 +92,6 @@ def test_what_stands_for_another_value_is_written_out_and_means_the_same() -> No
     assert settled(by_column).clients == 0
 
 
-# Data -------------------------------------------------------------------------------------------------
-
-
 def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -> None:
     env = files.read_json(folder_of("fedit") / "env.json", "")
     assert env["data_sha256"] == {"data.jsonl": hashlib.sha256(Path("data.jsonl").read_bytes()).hexdigest()}
@@ -114,9 +107,6 @@ def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -
         foundations.of_job(job).held_out,
     )
     assert {"tokenizers", "jinja2", "threads"} <= set(env)
-
-
-# The tuned model --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["fedit", "mezo"])

@@ -123,17 +123,54 @@ def test_a_method_knows_the_rows_that_a_client_took_its_steps_on(tmp_path: Path)
 
 def test_steps_that_a_claim_stands_for_make_no_reply_short(tmp_path: Path) -> None:
     """A method that divides by the steps of the rows: who claims more rows goes no further for it."""
-
-    @dataclass(frozen=True)
-    class Stepping(Averaging):
-        def distance(self, state: State, sent: Payload, reply: Reply) -> float:
-            return float(np.linalg.norm(reply.payload.array("w"))) / np.sqrt(reply.payload.int("n"))
-
     far = with_liars(lambda r, c, w: told(w - 7.0, 4 * ROWS), 0)
     fleet = Devices(lambda r, c, w: far(r, c, w) if c == 0 else told(w + 1.0), declared={0: 4 * ROWS})
-    x = float(play(tmp_path, fleet, Stepping(), rule=Rule(times=4.0)).state.tensors["w"].mean())
+    x = float(play(tmp_path, fleet, Walking(), rule=Rule(times=4.0)).state.tensors["w"].mean())
     W = (7 - 7 * x) / (x + 7)
     assert pytest.approx(allowed(SIZE) / 7, abs=0.1) == W  # weights are whole rows
+
+
+@dataclass(frozen=True)
+class Walking(Averaging):
+    """A method that divides by the steps of the rows."""
+
+    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
+        return float(np.linalg.norm(reply.payload.array("w"))) / np.sqrt(reply.payload.int("n"))
+
+
+@pytest.mark.parametrize("clients", [2, 3, 8])
+@pytest.mark.parametrize("rule", [Rule(times=1.0), Rule("median"), Rule("norm-clip")])
+def test_rows_that_are_claimed_excuse_no_distance(rule: Rule, clients: int, tmp_path: Path) -> None:
+    """A claim of 2^31 rows used to excuse 14,654 times the distance; four times the median's rows excuse twice."""
+    most = allowed(SIZE) * 2
+    for times, refused in ((0.9 * most, []), (1.1 * most, [1])):
+        moves = {1: told(np.full(SIZE, -times), ANY)}
+        fleet = Devices(
+            lambda r, c, w, moves=moves: moves.get(c, told(w + 1.0)),
+            clients,
+            declared={1: ANY},  # type: ignore[misc]
+        )
+        (folder := tmp_path / f"{times}").mkdir()
+        assert list(play(folder, fleet, Walking(), rule=rule).refused()) == refused
+
+
+@pytest.mark.parametrize(("rows", "far"), [((10, 40), 7.0), ((40, 10), 0.3)])
+def test_of_two_devices_no_honest_one_is_refused_for_a_claim_of_either(
+    rows: tuple[int, int], far: float, tmp_path: Path
+) -> None:
+    """Four times the steps go up to four times as far; and who claims them goes half as far as it does."""
+    fleet = Devices(lambda r, c, w: told(w + (far if c else 1.0), rows[c]), 2, declared=dict(enumerate(rows)))
+    assert not play(tmp_path, fleet, Walking(), rule=Rule("median")).refused()
+
+
+def test_a_reply_of_which_no_row_may_count_is_refused(tmp_path: Path) -> None:
+    """One that may count 0.6 rows used to count one."""
+    rows = dict.fromkeys(range(1, 8), 1) | {0: 4}
+    fleet = Devices(
+        lambda r, c, w: told(w - 1.6 * allowed(SIZE), 4) if c == 0 else told(w + 1.0, 1), declared=rows
+    )
+    played = play(tmp_path, fleet, Walking(), rule=Rule(times=1.0))
+    assert played.refused() == {0: "it goes so far that not one of its rows may count"}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from toy import BASE, Averaging, Devices, State, honest, play, start, told, with_liars
 
 import fleetune
+from command_line import FEW
 from fleetune import Silent
 from fleetune.common.events import Recorded, RoundDone, as_dict
 from fleetune.errors import FleetError, RecipeError, StorageError
@@ -155,6 +156,24 @@ def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path:
     assert np.array_equal(kept.tensors["w"], good.tensors["w"])
 
 
+@pytest.mark.parametrize(("clients", "broken", "error"), [(1, 1, 0.0), (2, 1, 0.0), (4, 3, 1.0)])
+def test_few_replies_that_are_not_finite_withdraw_no_round_and_neither_does_a_rise_within_noise(
+    clients: int, broken: int, error: float, tmp_path: Path
+) -> None:
+    """One device's NaN ended the run of all, and a round was withdrawn for 0.001 of its loss."""
+
+    def reply(round: int, client: int, w: np.ndarray) -> Payload:
+        lost = round == 3 and client < broken
+        return told(np.full(w.shape, np.nan)) if lost else honest(round, client, w)
+
+    def evaluate(state: State) -> dict[str, float]:
+        return {"loss": 1.0 + 0.01 * float(state.tensors["w"].mean()), "change_error": error}
+
+    run = create(tmp_path, "averaging", "toy")
+    play(tmp_path, Devices(reply, clients), rounds_=4, evaluate=evaluate, run=run)
+    assert [r for r, _ in checkpoints(run.path)][-1] == 4
+
+
 def tuned(out: Path, rounds_: int, **more: Any) -> TuneResult:
     """A whole run of three clients on the tiny llama."""
     return fleetune.tune(
@@ -163,14 +182,8 @@ def tuned(out: Path, rounds_: int, **more: Any) -> TuneResult:
         out=out,
         method="fedit",
         settings={"r": 2, "steps": 1, "lr": 1e-2},
-        clients=3,
-        rounds=rounds_,
-        held_out=3,
-        samples=0,
-        threads=1,
-        device="cpu",
         offline=True,
-        **more,
+        **FEW | {"clients": 3, "rounds": rounds_, "held_out": 3} | more,
     )
 
 
@@ -200,8 +213,6 @@ def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(
     assert (run / weights).read_bytes() == (once.folder / weights).read_bytes()
     assert resume(run, Silent(), offline=True).digest == tuned(tmp_path / "whole", 4).digest
 
-
-# Early stop and the best round: each round adds 1 to w, and `losses` says what that makes of the loss -----------------
 
 FELL_THEN_ROSE = (9.0, 7.0, 5.0, 6.0, 4.0, 4.5, 4.0, 8.0, 9.0, 3.0, 2.0)  # by round; 4 is the best until 9
 

@@ -15,9 +15,9 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.events import ClientReply, Diverging, RoundEvaluated, as_dict
-from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
 from fleetune.tuning.rounds.watch import Watch
+from heard import Heard
 
 
 @dataclass
@@ -63,7 +63,6 @@ def test_a_loss_above_the_start_by_more_than_noise_is_said_at_once_and_once() ->
         watch, evaluated(0, 4.0), evaluated(1, 4.019), evaluated(2, 4.03), evaluated(3, 9.0)
     )
     assert (nothing, within, again) == (None, None, None)
-    assert rose is not None
     assert rose.round == 2
     assert "has risen to 4.030 from 4.000 before tuning, by more than noise (0.020)" in rose.text
     assert "--set lr=0.0003" in rose.text
@@ -74,7 +73,6 @@ def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is
     told = (evaluated(0, 4.0), evaluated(1, 3.0), evaluated(2, 3.49), evaluated(3, 3.51))
     *before, lost = heard(Watch(Some(), "loss", ()), *told)
     assert before == [None] * 3
-    assert lost is not None
     assert "from 3.000 after round 1" in lost.text
     assert "--set lr=0.001" in lost.text
     assert "--keep best" in lost.text
@@ -84,7 +82,6 @@ def test_a_client_whose_loss_is_twice_what_it_was_is_said_before_the_round_ends(
     watch = Watch(Clipped(), "loss", ())
     *calm, blown = heard(watch, evaluated(0, 4.0), replied(1, 5.0), replied(2, 9.9), replied(2, 10.1))
     assert calm == [None] * 3
-    assert blown is not None
     assert blown.text.startswith(
         "round 2: the training loss of client 0 is 10.100, and was 5.000; lower the learning rate"
     )
@@ -96,7 +93,6 @@ def test_a_client_whose_loss_is_twice_what_it_was_is_said_before_the_round_ends(
 def test_a_reply_that_is_not_finite_is_said_at_once() -> None:
     watch = Watch(Some(), "loss", ())
     found = watch.heard(replied(1, None, "refused", "2752 values that are not finite"))
-    assert found is not None
     assert "lower the learning rate" in found.text
     assert Watch(Some(), "loss", ()).heard(replied(1, None, "refused", "too far")) is None
 
@@ -111,28 +107,16 @@ def test_after_a_resume_it_knows_what_it_heard() -> None:
     assert Watch(Some(), "loss", said).heard(evaluated(3, 9.0)) is None
 
 
-# Whole runs -------------------------------------------------------------------------------------------
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watch")
-    model = models.tiny_llama()
-    models.save(model.net, model.tokenizer, folder / "tiny")
+    models.tiny_llama().save(folder / "tiny")
     rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
 
-def tune(place: Path, out: Path, listener: Notes | None = None, **more: Any) -> fleetune.TuneResult:
+def tune(place: Path, out: Path, listener: Heard | None = None, **more: Any) -> fleetune.TuneResult:
     options: dict[str, Any] = {
         "method": "fedit",
         "settings": {"r": 2, "steps": 1, "lr": 3.0},
@@ -149,7 +133,7 @@ def tune(place: Path, out: Path, listener: Notes | None = None, **more: Any) -> 
 
 
 def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place: Path, tmp_path: Path) -> None:
-    notes = Notes()
+    notes = Heard()
     run = tune(place, tmp_path, notes)
     assert run.done.tuned["loss"] > run.done.base["loss"]  # type: ignore[operator]
     said = [text for text in notes.notes if "has risen" in text]

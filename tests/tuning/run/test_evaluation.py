@@ -14,8 +14,6 @@ import pytest
 import fleetune
 from fleetune import models
 from fleetune.common import files
-from fleetune.common.events import ClientReply, Event, RoundDone
-from fleetune.errors import Interrupted
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import tiny_bert, tiny_llama
 from fleetune.runs import rundir
@@ -25,6 +23,7 @@ from fleetune.tuning.prepare import estimate, prepare
 from fleetune.tuning.recipe import recipe
 from fleetune.tuning.recipe.defaults import given, settled
 from fleetune.tuning.run import evaluation
+from heard import Heard
 
 FAST: dict[str, Any] = {"samples": 0, "max_length": 64, "rounds": 1, "offline": True, "listener": Silent()}
 SITES = ("north", "south", "west")
@@ -82,14 +81,13 @@ def test_losses_before_and_after_are_those_of_the_clients_own_rows(places: Path,
 
 
 def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_few(places: Path) -> None:
-    for more in ({"partition": "column:site", "held_out": 3},):
-        job = job_of(places, **more)
-        kind, own = evaluation.client_rows(job) or ("", [])
-        assert kind == "training"
-        for rows, chosen in zip(job.rows, own, strict=True):
-            assert {id(r) for r in chosen} <= {id(r) for r in rows}
-        _, again = evaluation.client_rows(job) or ("", [])
-        assert [[id(r) for r in rows] for rows in again] == [[id(r) for r in rows] for rows in own]
+    job = job_of(places, partition="column:site", held_out=3)
+    kind, own = evaluation.client_rows(job) or ("", [])
+    assert kind == "training"
+    for rows, chosen in zip(job.rows, own, strict=True):
+        assert {id(r) for r in chosen} <= {id(r) for r in rows}
+    _, again = evaluation.client_rows(job) or ("", [])
+    assert [[id(r) for r in rows] for rows in again] == [[id(r) for r in rows] for rows in own]
 
 
 @pytest.mark.parametrize(
@@ -117,48 +115,16 @@ def test_many_clients_are_measured_only_where_it_is_asked_for(
     assert [len(rows) for rows in own] == [6, 6, 6]
 
 
-class Stop(Silent):
-    """Stop after the first round."""
-
-    def event(self, event: Event) -> None:
-        if isinstance(event, RoundDone):
-            raise Interrupted("enough")
-
-
-class Heard(Silent):
-    """Keep what the clients did."""
-
-    def __init__(self) -> None:
-        self.replies: list[ClientReply] = []
-        self.steps: Counter[int] = Counter()
-
-    def event(self, event: Event) -> None:
-        if isinstance(event, ClientReply):
-            self.replies.append(event)
-
-    def step(self, client: int, step: int) -> None:
-        self.steps[client] += 1
-
-
-@pytest.mark.parametrize("method", ["fedkseed"])
-def test_steps_and_tokens_are_counted(method: str, places: Path, tmp_path: Path) -> None:
-    heard = Heard()
-    settings = {"batch_size": 4} if method == "fedit" else {"K": 8, "tau": 3, "batch_size": 2}
-    tune(places, tmp_path, method=method, clients=2, held_out=4, listener=heard, settings=settings)
-    assert (
-        {r.client: r.steps for r in heard.replies}
-        == dict(heard.steps)
-        == dict.fromkeys((0, 1), 4 if method == "fedit" else 3)
-    )
+def test_steps_and_tokens_are_counted(places: Path, tmp_path: Path) -> None:
+    heard, steps = Heard(), Counter[int]()
+    heard.step = lambda client, step: steps.update([client])  # type: ignore[method-assign]
+    settings = {"K": 8, "tau": 3, "batch_size": 2}
+    tune(places, tmp_path, "fedkseed", clients=2, held_out=4, listener=heard, settings=settings)
+    assert {r.client: r.steps for r in heard.of("client")} == dict(steps) == {0: 3, 1: 3}
     job = job_of(places, clients=2, held_out=4)
-    for reply in heard.replies:
-        rows = job.rows[reply.client]
-        if method == "fedit":  # one epoch: every row once
-            assert reply.tokens == sum(len(row.ids) for row in rows)
-        else:
-            assert (
-                6 * min(len(r.ids) for r in rows) <= (reply.tokens or 0) <= 6 * max(len(r.ids) for r in rows)
-            )
+    for reply in heard.of("client"):
+        lengths = [len(row.ids) for row in job.rows[reply.client]]
+        assert 6 * min(lengths) <= reply.tokens <= 6 * max(lengths)
 
 
 def test_a_setting_that_is_written_at_its_default_is_not_changed(places: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetune import models
+from command_line import Capture
 from fleetune.cli.main import main
 from fleetune.models import tiny_llama
 
@@ -20,8 +20,7 @@ MARK = "zanzibar"  # in every prompt and every answer
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     at = tmp_path_factory.mktemp("private")
-    model = tiny_llama()
-    models.save(model.net, model.tokenizer, at / "llama")
+    tiny_llama().save(at / "llama")
     rows = [{"instruction": f"what is {MARK} {n}?", "output": f"{MARK} is {n}"} for n in range(12)]
     (at / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return at
@@ -49,9 +48,7 @@ def holding(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in files if MARK.encode() in p.read_bytes()}
 
 
-def test_no_samples_keeps_no_text_anywhere(
-    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_samples_keeps_no_text_anywhere(places: Path, tmp_path: Path, capsys: Capture) -> None:
     assert (
         tune(places, tmp_path, "--no-samples", "--rouge-rows", "2", "--answer-tokens", "4", "--set", "r=1")
         == 0
@@ -67,7 +64,7 @@ def test_no_samples_keeps_no_text_anywhere(
 
 
 def test_text_that_is_kept_is_the_owners_alone_and_is_told(
-    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    places: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     assert tune(places, tmp_path, "--samples", "2", "--answer-tokens", "4") == 0
     (run,) = tmp_path.glob("0001-*")

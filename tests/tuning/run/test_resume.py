@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is given more rounds ends in the bits of one that had as many from the start."""
+"""A run that is given more rounds ends in the bits of one that had them from the start; a resumed run says how far it is."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import command_line
 import fleetune
 from fleetune import models
+from fleetune.cli.main import main
 from fleetune.common import sums
-from fleetune.errors import RecipeError, UsageError
+from fleetune.common.events import Event, RoundEvaluated
+from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.run import resume
+from fleetune.tuning.run import describe, resume
 
 FEW: dict[str, Any] = {
     "clients": 3,
@@ -38,8 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny = models.tiny_llama()
-    models.save(tiny.net, tiny.tokenizer, "tiny")
+    models.tiny_llama().save("tiny")
 
 
 def tuned(rounds: int, method: str = "fedit", out: str = "runs", **more: Any) -> Any:
@@ -66,19 +69,17 @@ def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method: 
     assert told(longer.folder) == told(whole.folder)
     assert not list(sums.faults(longer.folder))
     assert longer.done.tuned == whole.done.tuned
-    for name in ("samples.md",):
-        assert (longer.folder / name).read_text() == (whole.folder / name).read_text()
+    assert (longer.folder / "samples.md").read_text() == (whole.folder / "samples.md").read_text()
     assert recipes.make(recipes.read(longer.folder / "run.toml")).rounds == 3
     assert "given more rounds: 3 in all" in (longer.folder / "log.txt").read_text()
     again = fleetune.resume_run(longer)  # by its own recipe, which has them now
     assert again.digest == whole.digest
 
 
-@pytest.mark.parametrize("written", [4])
-def test_a_kill_while_it_is_written_down_costs_nothing(written: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After any number of the files: what is left is never taken for a finished run that has the rounds."""
+def test_a_kill_while_it_is_written_down_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After four of the files: what is left is never taken for a finished run that has the rounds."""
     whole, short = tuned(3, out="whole"), tuned(1)
-    left = iter(range(written))
+    left = iter(range(4))
 
     def until_killed(function: Any) -> Any:
         def called(*args: Any, **more: Any) -> Any:
@@ -125,3 +126,49 @@ def test_what_cannot_be_longer_says_why_and_stays_as_it_is() -> None:
         fleetune.resume_run(short, rounds=3)
     assert rundir.status_of(short.folder) == "done"
     assert fleetune.resume_run(short).digest == digest
+
+
+def test_what_decides_the_bits_is_compared() -> None:
+    before = {"torch": "2.6", "threads": 2, "gpu": "A"}
+    assert describe.machine_changes({}, before) == ""
+    assert describe.machine_changes(before, before) == ""
+    told = describe.machine_changes(before, {"torch": "2.7", "threads": 1})
+    assert told.startswith("since the last sitting there changed: torch 2.6 -> 2.7, threads 2 -> 1;")
+
+
+SHORT: dict[str, Any] = command_line.FEW | {
+    "method": "fedit",
+    "settings": {"r": 2, "batch_size": 2, "lr": 1e-2},
+    "limit": 30,
+    "max_length": 64,
+    "rounds": 2,
+}
+
+
+class After(fleetune.Silent):
+    """Stop when a round has been measured; the run goes on after the one before it, whose checkpoint is written."""
+
+    def __init__(self, round: int) -> None:
+        self.round = round
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, RoundEvaluated) and event.round == self.round:
+            raise Interrupted("enough")
+
+
+def stopped(after: int) -> None:
+    with pytest.raises(Interrupted):
+        fleetune.tune("tiny", "demo", listener=After(after + 1), **SHORT)
+
+
+def test_a_run_without_a_round_is_timed_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    """To the same bits; later the rounds that are done tell the time."""
+    whole = fleetune.tune("tiny", "demo", out="whole", **SHORT)
+    for after in (0, 1):
+        stopped(after)
+        capsys.readouterr()
+        assert main(["tune", "--resume", "latest"]) == 0
+        told = capsys.readouterr().err
+        assert bool(re.search(r"^ time +about .*: 2 rounds × ", told, re.MULTILINE)) == (after == 0)
+        assert bool(re.search(r"after round 1 of 2: about .* left, 1 round of", told)) == (after == 1)
+        assert fleetune.list_runs()[0].digest == whole.digest

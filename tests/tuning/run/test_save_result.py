@@ -148,9 +148,6 @@ def test_an_encoder_with_a_new_head_says_so(places: Path, tmp_path: Path) -> Non
     assert "head is new" in new.report.read_text()
 
 
-# --- objectives ---------------------------------------------------------------------------------------------
-
-
 def test_a_custom_objective_is_measured_before_and_after(places: Path, tmp_path: Path) -> None:
     objective = f"{places}/own.py:size"
     settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4}
@@ -171,9 +168,6 @@ def test_an_accuracy_that_is_trained_is_measured(objective: str, places: Path, t
     done = tune(places, tmp_path, settings=settings).done
     assert set(done.base) == set(done.tuned) == {"loss", "accuracy"}
     assert 0 <= (done.base["accuracy"] or 0) <= 100
-
-
-# --- labels -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,9 +195,6 @@ def test_label_words_are_checked_before_the_model_is_loaded(
     assert ("a comma in a word: \\," in caught.value.hint) == ("another answer" in says)
 
 
-# --- nothing moved ------------------------------------------------------------------------------------------
-
-
 def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, capsys: Any) -> None:
     words = "--method fedkseed --rounds 1 --clients 2 --samples 0 --held-out 6 --offline -q --set tau=2"
     line = ["tune", str(places / "llama"), str(places / "rows.jsonl"), *words.split(), "--out", str(tmp_path)]
@@ -221,9 +212,8 @@ def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, ca
     assert "nothing moved" in (tmp_path / "latest" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("method", ["fedit"])
-def test_a_fleet_that_gave_too_few_replies_says_so(method: str, places: Path, tmp_path: Path) -> None:
-    done = tune(places, tmp_path, method, clients=3, drop=0.9, quorum=3, rounds=2).done
+def test_a_fleet_that_gave_too_few_replies_says_so(places: Path, tmp_path: Path) -> None:
+    done = tune(places, tmp_path, "fedit", clients=3, drop=0.9, quorum=3, rounds=2).done
     assert done.moved is False
     assert re.search("nothing moved: (none of 6 clients gave|no round had 3 good replies)", done.remarks[-1])
 

@@ -151,7 +151,7 @@ class SuperNodes:
         fleet = RemoteFleet(
             link,
             devices,
-            job_of(job, devices.run),
+            job_of(job.recipe, devices.run, job.model.digest),
             job.recipe.seed,
             self.pace,
             note=listener.note,

@@ -38,7 +38,7 @@ from torch import nn
 
 from fleetune import adapters, data
 from fleetune.adapters.lora_init import FROM_WEIGHTS as FROM_WEIGHTS
-from fleetune.adapters.lora_init import directions
+from fleetune.adapters.lora_init import explained_directions
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, collate, encode_rows
 from fleetune.evaluation.losses import pad_id
@@ -179,6 +179,8 @@ class Trained(methods.Method):
             return (
                 "signs do not say how far the numbers of a module go; use aggregation=median or trimmed-mean"
             )
+        if self.scaffold and rule.name != "norm-clip":
+            return f"what a {rule.name} leaves out adds up in scaffold's variates; use aggregation=norm-clip"
         return ""
 
 
@@ -462,7 +464,7 @@ def start_from_rows(model: Model, source: str) -> None:
     spec, part = attachment.spec, attachment.parts[0]
     assert isinstance(spec, adapters.Lora)
     assert isinstance(part, adapters.LoraPart)
-    adapters.load_(model, adapters.export(model) | directions(model, part.layers, spec.r, batches))
+    adapters.load_(model, adapters.export(model) | explained_directions(model, part.layers, spec.r, batches))
 
 
 def check_targets(targets: str) -> None:

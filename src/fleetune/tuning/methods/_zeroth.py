@@ -32,6 +32,7 @@ INT32 = (1 << 31) - 1
 MOST_SUMS = 1 << 20  # in a message, of all pools so far; a device takes 40 bytes for each
 MOST_POOLS = 1 << 12  # a pass over all weights for each
 MOST_PASSES = 1 << 15  # of a law without pools: one for each direction
+MOST_SWEEPS = 1 << 22  # passes in all forwards of a round or an evaluation: 10,000 directions in 400 forwards
 MOST = 1e3  # of a learning rate and a perturbation: far beyond any that learns
 UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hundreds to thousands
 
@@ -106,9 +107,13 @@ def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size:
         raise ValueError(f"tau = {tau} and batch_size = {batch_size} must be at least 1")
 
 
-def draw(key: int, count: int, K: int) -> np.ndarray:
-    """Draw int64[count] members of a pool of K: the walk through it."""
-    return np.asarray(uniforms(key, "walk", count) * K, np.int64)
+def draw(key: int, count: int, K: int, p: np.ndarray | None = None) -> np.ndarray:
+    """Draw int64[count] members of a pool of K, uniformly or with the probabilities p [K]: the walk through it."""
+    u = uniforms(key, "walk", count)
+    if p is None:
+        return np.asarray(u * K, np.int64)
+    edges = np.cumsum(p.astype(np.float64))
+    return np.minimum(np.searchsorted(edges / edges[-1], u, side="right"), K - 1)
 
 
 def rounded(steps: np.ndarray) -> np.ndarray:
@@ -158,7 +163,7 @@ def open_view(
         raise MessageError(f"the message trains {train!r:.40}, which is none of {', '.join(TRAINS)}")
     model.trains = str(train)
     view = view_of(model, payload.int("run_key"), law, grid)
-    view.heard = batches.heard
+    view.limit(batches.heard, MOST_SWEEPS)
     return view, Position(law, a.shape[1] if law == POOL else 1, ids, a[epochs, k].astype(np.int64))
 
 
@@ -179,13 +184,13 @@ def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
     return made
 
 
-def place_at(model: Model, ledger: Ledger, heard: Callable[[], None] = lambda: None) -> View:
+def place_at(model: Model, ledger: Ledger, heard: Callable[[], None] | None = None) -> View:
     """Put `model` at the point of a ledger (its stored weights stay the base's).
 
-    `heard()` is called before each piece of that work and of what is done with the view, and may raise.
+    `heard()`, on a device, is called before each piece of that work and of the view's, and may raise: `View.limit`.
     """
     model.trains = ledger.head.trains
     view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
-    view.heard = heard
+    view.limit(heard or (lambda: None), MOST_SWEEPS if heard else 0)
     view.place(ledger.passes())
     return view

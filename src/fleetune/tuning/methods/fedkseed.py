@@ -2,7 +2,7 @@
 """Fine-tune all weights in a federation, sending one byte a step along K shared random directions (FedKSeed).
 
 Qin, Chen, Qian, Ding, Li, Deng: "Federated Full-Parameter Tuning of Billion-Sized Language Models with
-Communication Cost under 18 Kilobytes", ICML 2024, arXiv 2312.06353 (Algorithm 1).
+Communication Cost under 18 Kilobytes", ICML 2024, arXiv 2312.06353 (Algorithm 1; Pro: section 3.3).
 
 ## Algorithm
 
@@ -22,10 +22,12 @@ whatever the number of rounds, and K numbers carry it.
   the directions cost nothing; what is decoded is what the device itself steps by.
 - Where neither `lr` nor `server_lr` is given, the server steps by the square root of the clients asked times their mean
   (`for_clients`; the paper: by the mean).
-- Directions are drawn uniformly; FedKSeed-Pro (section 3.3), which favours those of large scalars, is not here.
+- Pro weights a scalar with 1/(K p_k).  The reference does not, so its estimate is biased towards the
+  directions that it favours.
 
 ## Options
 
+- `pro` draws the directions by the size of their scalars (section 3.3).
 - `server_lr` is how many times the clients' mean the server steps by.
 - `backprop` is the share of devices that back-propagate (ours): in a simulation every so many-th client, on real
   devices at most this share, of those in whose memory it fits.  Such a device reports its gradient projected
@@ -48,6 +50,7 @@ import numpy as np
 
 from fleetune.common.settings import setting
 from fleetune.data import Batches
+from fleetune.errors import MessageError
 from fleetune.evaluation import objectives
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
@@ -76,6 +79,8 @@ class State(NamedTuple):
 
     ledger: Ledger
     round: int
+    size: np.ndarray  # for Pro: float64[K] sum of |g| seen along each direction,
+    seen: np.ndarray  # int64[K] and the number of these slopes
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Method(_zeroth.OfLedger):
     eps: float = setting(5e-4, "ε", "size of the perturbation")
     batch_size: int = setting(1, "B", "rows a step")
     law: str = setting("hashed", "law", "directions: hashed, rademacher or gaussian")
+    pro: bool = setting(False, "Pro", "draw directions by the size of their scalars")
     clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
     objective: str = setting("loss", "f", "loss, accuracy, rouge_l, f1 or package.module:function")
     backprop: float = setting(0.0, "β", "share of the clients that back-propagate, in whole percent")
@@ -123,18 +129,24 @@ class Method(_zeroth.OfLedger):
                 f"backprop_lr = {self.backprop_lr} must be positive (and sane) and "
                 f"backprop_steps = {self.backprop_steps} at least 1"
             )
-        if self.backprop and (self.law, self.objective) != (POOL, "loss"):
+        if self.backprop and (self.law, self.objective, self.pro) != (POOL, "loss", False):
             raise ValueError(
                 "backprop projects the gradient of the loss on all directions of a pool: "
-                "it needs law=hashed and objective=loss"
+                "it needs law=hashed, objective=loss and pro=false"
             )
 
     def init(self, model: Model, key: int) -> State:
         how = "mean weighted by rows" + (" and precision" if self.backprop else "")
-        return State(self.empty(model, key, aggregation=how), 0)
+        return State(self.empty(model, key, aggregation=how), 0, np.zeros(self.K), np.zeros(self.K, np.int64))
 
     def broadcast(self, state: State) -> Payload:
-        return _zeroth.ledger_payload(state.ledger, self.K, 0)
+        """Send the sums (and the probabilities, for Pro)."""
+        payload, p = _zeroth.ledger_payload(state.ledger, self.K, 0), self.probabilities(state)
+        return payload if p is None else Payload({**payload.arrays, "p": p}, payload.scalars)
+
+    def probabilities(self, state: State) -> np.ndarray | None:
+        """Return Pro's float32[K]; None is uniform."""
+        return pro_probabilities(state.size, state.seen) if self.pro else None
 
     def expects(self, state: State) -> ReplySpec:
         """Return what client 0 sends; `kinds` has what every kind does."""
@@ -177,18 +189,22 @@ class Method(_zeroth.OfLedger):
                 position.move(k, c)
             position.place(view)
             return Payload({"projected": projected}, {"n": batches.n, "loss": walked.loss})
-        coins = uniforms(key, "rounding", self.tau)
+        p = payload.array("p") if self.pro else None
+        if p is not None and not (p.shape == (self.K,) and ((p > 0) & (p <= 1)).all()):
+            raise MessageError(f"the probabilities are not of {self.K} directions")
+        drawn, coins = draw(key, self.tau, self.K, p), uniforms(key, "rounding", self.tau)
+        weights = pro_weights(p, self.K)[drawn]
         steps = descend(
             model,
             view,
             position,
-            draw(key, self.tau, self.K).tolist(),
+            drawn.tolist(),
             batches.steps(self.tau, self.batch_size),
             objectives.get(self.objective),
             eps=self.eps,
             clip=self.clip,
             to_units=lambda j, g: int(
-                LogCode.decode(LogCode.encode(np.array([-g * UNITS]), coins[j : j + 1]))[0]
+                LogCode.decode(LogCode.encode(np.array([-g * UNITS * weights[j]]), coins[j : j + 1]))[0]
             ),
         )
         codes = LogCode.encode(
@@ -196,15 +212,15 @@ class Method(_zeroth.OfLedger):
         )  # levels: nothing is rounded
         return Payload({"codes": codes}, {"n": batches.n, "loss": steps.loss})
 
-    def walk(self, reply: Reply) -> tuple[np.ndarray, np.ndarray]:
-        """Return what a walk's reply stands for: its integers summed along each direction, and how often each was drawn.
+    def walk(self, reply: Reply, p: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what a walk's reply stands for: its integers summed along each direction, and its steps (k, c).
 
         The directions follow from the client's key of the round, so they are never sent.
         """
         c, sums = LogCode.decode(reply.payload.array("codes")), np.zeros(self.K, np.int64)
-        k = draw(reply.key, len(c), self.K)
+        k = draw(reply.key, len(c), self.K, p)
         np.add.at(sums, k, c)
-        return sums, np.bincount(k, minlength=self.K)
+        return sums, k, c
 
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         """Return the norm of the K sums in units of the expected one.
@@ -214,7 +230,7 @@ class Method(_zeroth.OfLedger):
         if "projected" in reply.payload.arrays:
             unit = self.backprop_steps * self.backprop_lr / self.lr / math.sqrt(self.K)
             return norm([LogCode.decode(reply.payload.array("projected"))]) / unit
-        return norm([self.walk(reply)[0]]) / math.sqrt(self.tau)
+        return norm([self.walk(reply, self.probabilities(state))[0]]) / math.sqrt(self.tau)
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Set A_k <- A_k + eta_s sum_c w_c a_{c,k} / sum_c w_c, rounded once.
@@ -222,11 +238,16 @@ class Method(_zeroth.OfLedger):
         Another `rule` combines a_{c,k} over the clients that have drawn direction k.
         """
         ledger, combined = state.ledger, rule.combining({"a": np.zeros(self.K)})
+        size, seen, p = state.size.copy(), state.seen.copy(), self.probabilities(state)
+        units = UNITS * pro_weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
             if "projected" in reply.payload.arrays:
                 sums = LogCode.decode(reply.payload.array("projected"))
             else:
-                sums, drawn = self.walk(reply)
+                sums, k, c = self.walk(reply, p)
+                drawn = np.bincount(k, minlength=self.K)
+                np.add.at(size, k, np.abs(c / units[k]))
+                seen += drawn
                 if rule.name != "mean":  # along directions that were not drawn: what the rule has for none
                     sums = np.where(drawn > 0, sums, rule.absent)
             combined.add(self.weight(reply.payload), {"a": sums})
@@ -234,7 +255,7 @@ class Method(_zeroth.OfLedger):
             mean = combined.tensors()["a"] / UNITS  # the paper's: sums of slopes
             step = rounded((self.server_lr or 1.0) * mean * UNITS)
             ledger = ledger.append(pool_ids(0, np.arange(self.K)), step, state.round + 1)
-        return State(ledger, state.round + 1)
+        return State(ledger, state.round + 1, size, seen)
 
     def weight(self, payload: Payload) -> float:
         """Return what a reply weighs: its rows n; in a mixed fleet n / (1 + (K - 1) / steps) after two-point steps."""
@@ -245,6 +266,8 @@ class Method(_zeroth.OfLedger):
         return n * steps / (steps + self.K - 1) if steps else 0.0
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if rule.name == PRIVATE and self.pro:
+            return "pro draws directions by the sizes of all clients' slopes, which no noise hides; set pro=false"
         if 0 < self.backprop < 1:
             return "a mixed fleet has replies of two precisions, which do not compare; set backprop to 0 or 1"
         met = asked if self.backprop else asked * (1 - (1 - 1 / self.K) ** self.tau)
@@ -280,8 +303,29 @@ class Method(_zeroth.OfLedger):
         return self.tau
 
     def footprint(self, shape: Shape) -> Footprint:
-        return Footprint("two-point", state=State(placeholder_ledger(self.K), 0))
+        none = np.zeros(self.K)
+        return Footprint("two-point", state=State(placeholder_ledger(self.K), 0, none, none))
 
     def footprints(self, shape: Shape) -> Sequence[Footprint]:
         works = self.footprint(shape), Footprint("backward", moments=0, projects=True)
         return works[: len(self.kind_names)]
+
+
+def pro_probabilities(size: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Return float32[K]: the softmax of the min-max-scaled mean |g| of each direction (see `State`).
+
+    The most favoured direction is at most e times as likely as the least.  Sizes are cut at the 95 % quantile first:
+    in the reference one outlier flattens all other ones.
+    """
+    if not seen.any():
+        return np.full(len(size), 1.0 / len(size), np.float32)
+    mean = size / np.maximum(seen, 1)
+    mean[seen == 0] = np.median(mean[seen > 0])
+    mean = np.minimum(mean, np.quantile(mean, 0.95))
+    scaled = (mean - mean.min()) / (np.ptp(mean) or 1.0)
+    return np.asarray(np.exp(scaled) / np.exp(scaled).sum(), np.float32)
+
+
+def pro_weights(p: np.ndarray | None, K: int) -> np.ndarray:
+    """Return float64[K], 1/(K p_k): keeps the mean step what uniform drawing (p None) would give."""
+    return np.ones(K) if p is None else 1.0 / (K * p.astype(np.float64))

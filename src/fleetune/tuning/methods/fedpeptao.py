@@ -36,6 +36,9 @@ Every layer has a prompt of its own: keys and values that its attention finds in
   for the whole run).  So eta K_k, the way that a device could go, is the sum of the rates that it used.
 - rho is the share of the devices seen so far that answered, and a new device starts at c_k = c.  With rho fixed and
   c_k = 0, c starts far too small, and the correction pulls back what was just learned.
+- A score is of 256 rows at most (the code: a batch): its eigenvalues take a time that grows with the cube of the rows.
+- Under another rule than the mean, c_k = D_k / (sum of the steps' eta), and c moves by the combination of c_k - c: what a
+  median leaves out would stay in the variates of its device, and add up.
 - Prompts have no dropout.  They start small, yet the model with untrained ones is not the base: a run reports both.
 - Curvature is measured with 20 Hessian products on two rows (the code: 50 on a batch, which is
   `lanczos=50 curvature_rows=0`).
@@ -94,6 +97,7 @@ PAPER = "Che et al., EMNLP 2023, arXiv 2310.15080"
 SENDS = "the prompts of the layers that matter, up and down"
 
 LIPSCHITZ: Final = "lipschitz"  # the rule that needs the Hessian
+SCORED: Final = 256  # rows of a score, at most
 SHIFT: Final = 1e-5  # added to a similarity's eigenvalues, so that 1/lambda stays below 1e5 (published code)
 log = logging.getLogger(__name__)
 
@@ -123,7 +127,7 @@ class Method(_adapter.Trained):
     lr: float = setting(4e-2, "η", "AdamW learning rate, falling to 0 in a round", found=True)
     epochs: int = setting(2, "E", "local epochs a round", only_if="steps=0")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
-    batch_size: int = setting(8, "B", "rows a step, and of a score")
+    batch_size: int = setting(8, "B", "rows a step, and of a score (256 at most)")
     weight_decay: float = setting(0.1, "λ", "AdamW weight decay")
     clip: float = setting(1.0, "C", "largest norm of a gradient (0: any)")
     layers_rule: str = setting("lipschitz", "rule", "lipschitz, half, all or a number of layers")
@@ -198,7 +202,8 @@ class Method(_adapter.Trained):
         if warm:
             if model.attachment is not None:
                 adapters.detach(model)
-            scores["scores"] = layer_scores(model, next(batches.repeat_batch(0, self.batch_size, 1)))
+            few = next(batches.repeat_batch(0, min(self.batch_size, SCORED), 1))
+            scores["scores"] = layer_scores(model, few, batches.heard)
         self.attach(model, seed, sorted({i for i in map(layer_of, w) if i is not None}))
         adapters.load_(model, w)
         loss = self.train(model, batches, key, {})
@@ -250,11 +255,12 @@ class Method(_adapter.Trained):
     def step(self, state: State, replies: Iterable[Reply], rule: Rule) -> State:
         """Take every device's momentum step from wbar, averaged (section 4.2; no momentum in the first round)."""
         w, answered, c_k = state.tensors, 0, dict(state.c_k)
-        w_k, mean, changes = rule.combining(w), rule.combining(), rule.combining()
+        past = state.c_k if rule.name == "mean" else NOTHING
+        w_k, mean, changes = rule.combining(w), MEAN.combining(), rule.combining()
         for reply in replies:
             answered += 1
             n, sent = reply.payload.int("n"), reply.payload.arrays
-            old = {x: state.c_k.get(f"{reply.client}/{x}", state.c[x]) for x in w}  # a new device starts at c
+            old = {x: past.get(f"{reply.client}/{x}", state.c[x]) for x in w}  # a new device starts at c
             new = rounded(client_variate(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
             c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
             w_k.add(n, {x: sent[x] for x in w})
@@ -263,8 +269,9 @@ class Method(_adapter.Trained):
         if not answered:
             return state
         rho = min(1.0, answered * len(w) / len(c_k))  # the share of the devices seen so far that answered
-        c = {x: state.c[x] + rho * change for x, change in changes.tensors().items()}
-        own, wbar, v, eta_s = mean.tensors(), w_k.tensors(), state.v, state.eta_s
+        moved, wbar, v, eta_s = changes.tensors(), w_k.tensors(), state.v, state.eta_s
+        c = {x: state.c[x] + rho * change for x, change in moved.items()}
+        own = mean.tensors() if rule.name == "mean" else {x: state.c[x] + moved[x] for x in w}
         if state.steps:
             eta_s = max(0.99 * eta_s, min(1e-4, self.server_lr))
             beta = self.beta
@@ -350,10 +357,10 @@ def score(outputs: Tensor, mask: Tensor) -> float:
     return float((eigenvalues.log() + 1 / eigenvalues).sum())
 
 
-def layer_scores(model: Model, batch: Batch) -> np.ndarray:
+def layer_scores(model: Model, batch: Batch, heard: Callable[[], None] = lambda: None) -> np.ndarray:
     """Return float64[L], the score of every layer on one batch; `model` must carry no prompts.
 
-    A layer's output is what it hands on, also the last one's (which a decoder's list of hidden states has normed).
+    `heard()` is called before each, and may raise.  A layer's output is what it hands on: a decoder's list has the last normed.
     """
     outputs: list[Tensor] = []
     hooks = [
@@ -370,7 +377,11 @@ def layer_scores(model: Model, batch: Batch) -> np.ndarray:
         for hook in hooks:
             hook.remove()
     mask = batch.attention_mask.double()
-    return np.array([score(h, mask) for h in outputs])
+    scores = []
+    for h in outputs:
+        heard()
+        scores.append(score(h, mask))
+    return np.array(scores)
 
 
 class Spectrum(NamedTuple):

@@ -57,6 +57,7 @@ from torch import nn
 from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, keyed_order
+from fleetune.errors import MessageError
 from fleetune.evaluation import objectives
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
@@ -78,6 +79,7 @@ SENDS = "the adapter down; one number a direction up"
 CLIENTS = 100
 
 SPARE = 4  # seeds sent for each that is used
+MOST_SEEDS: Final = 1 << 20  # in a message
 IDS: Final = np.zeros(0, np.uint64)
 NUMBERS: Final = np.zeros(0)
 CANDIDATES: Final = 10  # directions ranked for each that is sent
@@ -181,7 +183,10 @@ class Method(methods.Method):
         tensors = {n: payload.array(n) for n in parameters}
         adapters.check_form(model, tensors)
         view = self.view(tensors, payload.int("seed"), payload.float("rate"), model.device)
-        ids = self.directions(payload.arrays.get("seeds"), key)
+        seeds = payload.arrays.get("seeds", IDS)
+        if seeds.dtype != np.uint64 or seeds.ndim != 1 or len(seeds) > MOST_SEEDS:
+            raise MessageError(f"the seeds are {seeds.dtype} {list(seeds.shape)}, uint64 of one axis are")
+        ids = self.directions(seeds, key)
         same = batches.repeat_batch(payload.int("batch"), self.batch_size, self.P)
         measured, loss = slopes_along(parameters, view, ids, self.h, same, lambda b: measure(model, b))
         g = self.cut(measured).astype(np.float32)

@@ -18,7 +18,7 @@ measured instead of quoted; there is no reason to train with it.
 
 - Stored weights are not written and the step is a ledger entry, as for every zeroth-order method here; so the
   update itself is no pass over z.
-- Rademacher directions (Spall's own) by default.
+- Signs as directions by default, MeZO's `hashed`; Spall's own are independent, as those of `law=rademacher`.
 
 ## Options
 

@@ -17,7 +17,8 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds.rounds import share_of
 
-# The first that fits: one liar of three leads clipped adapters, and of noisy slopes a median learns less (docs/safety.md)
+# The first that fits (docs/safety.md).  Adapters: median first, because under clipping one liar in three still leads.
+# Ledgers: norm-clip first, because the median of noisy slopes learns less.
 DEFAULT_RULES: Final = {"adapter": ("median", "norm-clip"), "ledger": ("norm-clip", "sign-vote")}
 FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
 
@@ -85,10 +86,7 @@ def options_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def settled_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as `options_of` names them with what they leave open written out.
-
-    Options that no method takes stay as they are.
-    """
+    """Return options, named as by `options_of`, with what they leave open written out; those that no method takes stay."""
     found = dict(options)
     given = {name.removeprefix("set."): v for name, v in found.items() if name.startswith("set.")}
     try:

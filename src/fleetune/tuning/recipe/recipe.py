@@ -37,6 +37,7 @@ AUTO_METHOD: Final = "auto"  # the method of a recipe that names none
 SHOWN: Final = 80  # characters of a refused value
 WORDS: Final = {
     "Input should be": "must be",
+    "Value error, ": "",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
 }

@@ -7,14 +7,14 @@ their median (`allowed`) is refused.  How far a reply goes is the method's to sa
 2019, arXiv 1911.07963 ("norm thresholding"), cut such an update down to the bound; here it is left out, since what is
 known to be wrong need not be used in part.
 
-- Rows weigh in a mean, and are what a client says of itself.  Where the rule bounds them (`mean:TIMES`), a reply counts at
-  most so many times the median rows of those that were asked, and its rows times its distance stay within the bound
-  too: no reply moves the mean further than one of the median rows may.  That distance is computed as if the client had the
-  median number of rows; otherwise claiming more rows, and so more steps, would make the reply look closer.
+- Rows are what a client says of itself, and excuse a longer way: more steps.  Under every rule but the plain mean, they
+  excuse at most that of `TIMES` the median rows of those that were asked.  Where the rule bounds them (`mean:TIMES`), a reply
+  counts at most so many times these, and its rows times its `reach`, the distance of the same reply from a client with the
+  median rows, stay within the bound too: no reply moves the mean further than one of the median rows may.
 - Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
   may send fewer than it was asked for, and the slack is not its to choose.
-- With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Where rows are
-  what devices say (`mean:TIMES`), two are held against the one that goes less far: better too little is learned than anything.
+- With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Under every rule
+  but the plain mean, two are held against the one that goes less far: better too little is learned than anything.
   There a kind is also held against the replies of all kinds, which may differ `APART` times more: liars may be a whole kind.
 - The median is not known before the last reply has come.  Until then replies lie on disk, so memory does not grow with
   their number.
@@ -28,6 +28,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
@@ -35,7 +36,7 @@ from fleetune.common.events import ClientReply
 from fleetune.common.memory import rss
 from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning.exchange.aggregation import FEWEST, IN_MEMORY, MEAN, Rule, Spool, usual
+from fleetune.tuning.exchange.aggregation import FEWEST, IN_MEMORY, MEAN, TIMES, Rule, Spool, usual
 from fleetune.tuning.exchange.messages import NotFiniteError, Payload, ReplySpec, check, decode
 from fleetune.tuning.methods import Method, Reply
 from fleetune.tuning.rounds.fleets import Answer
@@ -94,6 +95,7 @@ class Replies:
         self.reason = ""  # of the first that failed
         self._spool = Spool(run.path, IN_MEMORY)
         self.rule = replace(rule, spool=self._spool)
+        self.doubted = rule.name != "mean" or rule.times < math.inf  # rows are what devices say
         self.most = min(max_rows or math.inf, rule.times * round.usual if rule.times < math.inf else math.inf)
         self._in_hand: Kept | None = None
 
@@ -110,8 +112,8 @@ class Replies:
 
     @property
     def mostly_not_finite(self) -> bool:
-        """Whether more replies are refused for not being finite than count."""
-        return self.not_finite > self.accepted
+        """Whether the replies of most that were asked, and of two at least, are refused for not being finite."""
+        return self.not_finite > max(1, self.asked / 2)
 
     # As they come ---------------------------------------------------------------------------------------
 
@@ -122,22 +124,21 @@ class Replies:
             self.bytes_down += answer.sent
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
-        self._compare()
+        if (
+            self.rule.privacy is None
+        ):  # else no client may decide whether another counts: the clip is the bound
+            self._compare()
         self.kept.sort(key=lambda kept: kept.answer.client)
 
     def _compare(self) -> None:
-        """Refuse replies that go too far beside the others, and let rows weigh less.
-
-        Not of a private sum, where no client may decide whether another counts: its clip is the bound.
-        """
-        if self.rule.privacy is not None:
-            return
-        claimed = self.rule.times < math.inf
-        bounded = claimed or self.rule.name != "mean"  # two are then held against the one that goes less far
-        for kept, reason in too_far(self.kept, FEWEST - bounded):
+        """Refuse replies that go too far beside the others, and let rows weigh less."""
+        for kept, reason in too_far(self.kept, FEWEST - self.doubted):
             self._refuse(kept, reason)
-        if claimed:
-            self.kept = lighter(self.kept)
+        for kept, rows in lighter(self.kept) if self.rule.times < math.inf else ():
+            if rows:
+                self.kept[self.kept.index(kept)] = kept._replace(n=rows)
+            else:
+                self._refuse(kept, "it goes so far that not one of its rows may count")
 
     def _take(self, answer: Answer) -> None:
         payload, status, reason = None, answer.status, cut_reason(answer.reason)
@@ -161,8 +162,9 @@ class Replies:
             return self.method.distance(asked.state, sent, _reply(answer, payload, rows))
 
         try:
-            distance = distance_with(payload.int("n") if n else 0)
-            reach = distance_with(asked.usual) if n and self.rule.times < math.inf else distance
+            rows = payload.int("n") if n else 0
+            distance = distance_with(min(rows, int(TIMES * asked.usual)) if self.doubted else rows)
+            reach = distance_with(asked.usual) if n and self.doubted else distance
         except (MessageError, MemoryError):
             raise
         except FAULTS as error:
@@ -264,15 +266,12 @@ def _rows_of(payload: Payload, rows: int, most: float) -> int:
     return int(min(claimed, most))
 
 
-def lighter(kept: Sequence[Kept]) -> list[Kept]:
-    """Return the replies with fewer rows where rows times reach are more than `bound` times the medians of their kind."""
+def lighter(kept: Sequence[Kept]) -> list[tuple[Kept, int]]:
+    """Return the replies whose rows times reach are more than `bound` times the medians of their kind, and how many are not."""
     found = []
-    for kind in dict.fromkeys(k.kind for k in kept):
-        same = [k for k in kept if k.kind == kind]
+    for same in by_kind(kept):
         middle = usual_distance([k.reach for k in same], FEWEST - 1) * usual([k.n for k in same])
-        for k in same:
-            most = k.bound * middle / k.reach if k.n and k.reach else k.n
-            found.append(k._replace(n=int(min(k.n, max(1.0, most)))))
+        found += [(k, int(k.bound * middle / k.reach)) for k in same if k.n * k.reach > k.bound * middle]
     return found
 
 
@@ -280,19 +279,30 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
     """Return the replies that go too far, each with the reason: more than `bound` times the median of their kind.
 
     The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.  A kind of fewer
-    than `fewest` that do has none.  Where two are enough, no median is more than `APART` times that of all kinds.
+    than `fewest` that do has none.  Where two are enough, no median is more than `APART` times that of all kinds; and of two,
+    one is refused that goes too far by `reach` as well: the other may look short by its claim, or it has many more rows.
     """
     found = []
-    for kind in dict.fromkeys(k.kind for k in kept):
-        same = [k for k in kept if k.kind == kind]
-        middle = usual_distance([k.distance for k in same], fewest)
+    for same in by_kind(kept):
+        ways = [attrgetter("distance")]
+        if sum(k.distance > 0 for k in same) < FEWEST:
+            ways.append(attrgetter("reach"))
+        middles = [usual_distance([far(k) for k in same], fewest) for far in ways]
         if fewest < FEWEST:
-            middle = min(middle, APART * usual_distance([k.distance for k in kept], fewest))
+            everyone = [APART * usual_distance([far(k) for k in kept], fewest) for far in ways]
+            middles = list(map(min, middles, everyone))
         for k in same:
-            if not k.distance <= k.bound * middle:
-                times = f"{k.distance / middle:.3g} times as far as the median of the round"
-                found.append((k, f"it goes {times}, {k.bound:.3g} at most"))
+            if not any(far(k) <= k.bound * middle for far, middle in zip(ways, middles, strict=True)):
+                times = min(far(k) / middle for far, middle in zip(ways, middles, strict=True))
+                found.append(
+                    (k, f"it goes {times:.3g} times as far as the median of the round, {k.bound:.3g} at most")
+                )
     return found
+
+
+def by_kind(kept: Sequence[Kept]) -> list[list[Kept]]:
+    """Return the replies of each kind."""
+    return [[k for k in kept if k.kind == kind] for kind in dict.fromkeys(k.kind for k in kept)]
 
 
 def agreed(spec: ReplySpec) -> int:

@@ -32,7 +32,7 @@ from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.rounds.checkpoint import Course, StandsOn, Totals
 from fleetune.tuning.rounds.fleets import Fleet
 from fleetune.tuning.rounds.replies import Replies, Round
-from fleetune.tuning.rounds.watch import advice
+from fleetune.tuning.rounds.watch import advice, noise_of
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ def share_of(clients: int, participation: float) -> int:
 def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) -> int:
     """Count failed rounds in a row, `before` and this one; FleetError when they are too many.
 
-    A round fails when every client fails, or when more replies are not finite than are good.
+    A round fails when every client fails, or when most replies are not finite.
     """
     all_failed = replies.failed >= replies.asked > 0 and not replies.accepted
     if not all_failed and not replies.mostly_not_finite:
@@ -323,16 +323,18 @@ def _check_model(replies: Replies, run: RunDir, hooks: Hooks) -> None:
     """Raise ModelLostError when most replies are not finite because of the model that was sent.
 
     That it is the model, and not these clients, is seen on the validation rows: its loss is not finite, or higher than that
-    of the round before.  The round before is then the last good one: its model is kept and the newer checkpoint removed.
+    of the round before by more than noise.  The round before is then the last good one: its model is kept and the newer
+    checkpoint removed.
     """
     if replies.rule.privacy is not None or not replies.mostly_not_finite:
         return
     number = replies.round.number
-    loss = hooks.evaluate(replies.round.state).get("loss", 0.0)
+    now = hooks.evaluate(replies.round.state)
+    loss = now.get("loss", 0.0)
     if (saved := checkpoint.saved(run, number - 2)) is None:
         return
     before, _ = checkpoint.unpack(saved, replies.round.state)
-    if not loss <= hooks.evaluate(before).get("loss", 0.0):
+    if not loss <= hooks.evaluate(before).get("loss", 0.0) + noise_of(loss, now.get("change_error")):
         run.withdraw(number - 1)
         raise ModelLostError(
             f"{replies.not_finite} of {replies.asked} replies of round {number} are not finite, and round {number - 1} "

@@ -30,6 +30,11 @@ def advice(method: Any, factor: int) -> str:
     return words + (", or limit the steps with --set clip=.." if getattr(method, "clip", None) == 0 else "")
 
 
+def noise_of(loss: float, error: float | None) -> float:
+    """Return by how much a loss may rise by chance, given the standard error of its change, if that is known."""
+    return UNKNOWN_NOISE * abs(loss) if error is None else ERRORS * error
+
+
 class Watch:
     """Hears the events of a run; `heard` gives the event that says that it diverges, once."""
 
@@ -88,7 +93,7 @@ class Watch:
         self._evaluated(event.round, loss)
         if loss is None or not math.isfinite(loss) or not math.isfinite(lowest):
             return ""
-        noise = UNKNOWN_NOISE * abs(self.first) if event.change_error is None else ERRORS * event.change_error
+        noise = noise_of(self.first, event.change_error)
         if loss - lowest <= max(noise, SMALL * abs(self.first), (self.first - lowest) / 2):
             return ""
         since = "before tuning" if not best else f"after round {best}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every zeroth-order method minimises any function: each steps by the values that the function gave it."""
+"""What holds of every method: any objective, the largest integers of a reply, and checkpoints that change no bit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fleetune import models
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import Batches, encode_all
 from fleetune.errors import RecipeError
 from fleetune.evaluation import objectives
 from fleetune.models import Model, tiny_llama
+from fleetune.models.net import layers
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, encode
 from fleetune.tuning.methods import Reply
@@ -126,3 +128,72 @@ def test_a_fault_of_an_objective_is_one_line_unless_more_is_wanted(
     assert answer.status == "failed"
     assert answer.reason.endswith("failed: KeyError: 'nothing' (mine.py:2)")
     assert ("Traceback" in caplog.text) == verbose
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("mezo", {"tau": 3, "K": 16}),
+    ("zosgd", {"tau": 3, "K": 16}),
+    ("fedkseed", {"tau": 3, "K": 16}),
+    ("fedkseed", {"tau": 3, "K": 16, "server_lr": 64.0}),
+    ("onebyte", {"directions": 3, "K": 16}),
+    ("onebyte", {"directions": 3, "K": 16, "wire": "sign"}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda c: str(c).replace(" ", ""))
+@pytest.mark.parametrize("end", ["min", "max"])
+def test_the_largest_integers_that_pass_the_door_are_taken(
+    name: str, settings: dict[str, Any], end: str
+) -> None:
+    method, model = methods.make(name, settings), tiny_llama()
+    state = method.init(model, 5)
+    for _ in range(3):
+        spec = method.expects(state)
+        arrays = {
+            n: np.full(
+                [3 if side is None else abs(side) for side in shape], getattr(np.iinfo(kind), end), kind
+            )
+            for n, (kind, shape) in spec.arrays.items()
+        }
+        scalars = {n: 3 if kind is int else 1.0 for n, (kind, _, _) in spec.scalars.items()}
+        state = method.aggregate(state, iter([Reply(0, 9, Payload(arrays, scalars))]))
+    assert np.abs(state.ledger.coefficients.astype(np.int64)).max(initial=0) < 1 << 31
+
+
+BASE = b"12345678"
+ROWS = [Encoded(np.arange(i, i + 12, dtype=np.int32), 4) for i in range(6)]
+FAST: dict[str, Any] = {"lr": 1e-2, "batch_size": 3}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fedit": ("fedit", {"dropout": 0.2}),
+    "fedpeptao": ("fedpeptao", {"layers_rule": "half", "tokens": 3}),
+} | {
+    module: ("fedpetuning", {"module": module})
+    for module in ("full", "prefix", "adapter", "lora", "bitfit", "prompt")
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_change_no_bit_of_a_reply(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, settings = KINDS[kind]
+    monkeypatch.setattr(layers, "SMALL", 0)  # else so small a batch keeps its activations
+    real, runs = layers.checkpoint, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(layers, "checkpoint", counted)
+    sent, used = [], []
+    for on in (True, False):
+        model, before = models.tiny_llama(seed=2), runs
+        method: Any = methods.make(name, {**FAST, **settings, "checkpointing": on})
+        fleet = LocalFleet(model, method, [ROWS], 7, 0)
+        state = method.init(model, 5)
+        message = encode(Message(1, BASE, method.kinds(state)[0][0]))
+        (answer,) = fleet.ask(1, [0], message)
+        assert answer.data is not None, answer.reason
+        sent.append(answer.data)
+        used.append(runs - before)
+    assert sent[0] == sent[1]
+    assert used[0] > 0 == used[1]

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that the tests of a module share."""
+
+from __future__ import annotations
+
+import pytest
+
+from fleetune.models import Model, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Model:
+    return tiny_llama(seed=3)

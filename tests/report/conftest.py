@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of 24 clients, made once for a module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from report_harness import fake_run
+
+
+@pytest.fixture(scope="module")
+def run24(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_run(tmp_path_factory.mktemp("runs"))
