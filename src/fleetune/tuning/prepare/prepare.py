@@ -284,7 +284,7 @@ def prepare(
         rows = "training" if recipe.privacy == private.NONE else "held-out"
         note(rates.told(names, job.method, search, job.estimate, rows))
     job = _with_rates(job, names, given, search, progress) if find and search else job
-    return private.settled(job, find=find, note=note)
+    return replace(job, recipe=private.settled(job, find=find, note=note))
 
 
 def _divided(

@@ -15,19 +15,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from fleetune.common.display import counted
+from fleetune.data import Encoded
 from fleetune.errors import RecipeError
+from fleetune.models.net.model import Model
 from fleetune.privacy import accountant
 from fleetune.privacy.mechanism import Measuring, Privacy
 from fleetune.tuning.exchange.aggregation import PRIVATE, Rule, parse
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.trial import Bench, restored
 from fleetune.tuning.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    from fleetune.tuning.prepare.prepare import TuneJob
 
 NONE: Final = "none"  # of a recipe's `privacy`
 CLIENT: Final = "client"
@@ -39,6 +38,30 @@ OPTIONS: Final = ("epsilon", "delta", "noise", "clip_norm")
 TOO_LOUD: Final = 3.0
 LOUD: Final = ": little can be learned; take more clients or rows, fewer numbers (K, r), or a larger epsilon"
 PAGE: Final = "what is promised, and what it costs: docs/privacy.md"
+
+
+class Job(Protocol):
+    """What is needed of a job (`prepare.TuneJob`)."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return its recipe."""
+
+    @property
+    def method(self) -> Method:
+        """Return its method."""
+
+    @property
+    def model(self) -> Model:
+        """Return its model."""
+
+    @property
+    def rows(self) -> Sequence[Sequence[Encoded]]:
+        """Return the rows of every client, where they are here."""
+
+    @property
+    def held(self) -> list[Encoded]:
+        """Return held-out rows."""
 
 
 def problems(recipe: Recipe) -> list[str]:
@@ -121,7 +144,7 @@ class Account:
         )
 
 
-def account(job: TuneJob) -> Account | None:
+def account(job: Job) -> Account | None:
     """Return the account of a settled job; None where it has no privacy."""
     return _account(job.recipe, job.method, _sizes(job), clients_of(job))
 
@@ -142,7 +165,7 @@ def of_rows(recipe: Recipe, method: Method, n: int) -> Privacy:
     return Privacy(recipe.clip_norm, recipe.noise, min(1.0, getattr(method, "batch_size", 8) / n), n)
 
 
-def rule_of(job: TuneJob) -> Rule:
+def rule_of(job: Job) -> Rule:
     """Return how the replies of a settled job are combined."""
     found = account(job)
     if found is None or found.level != CLIENT:
@@ -150,14 +173,14 @@ def rule_of(job: TuneJob) -> Rule:
     return Rule(PRIVATE, privacy=found.privacy)
 
 
-def settled(job: TuneJob, *, find: bool, note: Callable[[str], None]) -> TuneJob:
-    """Return the job with its delta, its noise and, where it is to be found, its clip; RecipeError for what cannot be kept.
+def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
+    """Return the recipe with its delta, its noise and, where it is to be found, its clip; RecipeError for what cannot be kept.
 
     `note` is told how loud the noise is.
     """
     recipe = job.recipe
     if recipe.privacy == NONE:
-        return job
+        return recipe
     hidden = clients_of(job) if recipe.privacy == CLIENT else sum(_sizes(job))
     recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"), client_rows=0)
     if recipe.delta * hidden >= 1:
@@ -176,9 +199,9 @@ def settled(job: TuneJob, *, find: bool, note: Callable[[str], None]) -> TuneJob
             [f"noise = {noise:g} spends more than epsilon = {recipe.epsilon:g} in the first round"],
             hint="leave --noise out: it follows from the budget",
         )
-    known, job = recipe.noise and recipe.clip_norm, replace(job, recipe=replace(recipe, noise=noise))
+    known, recipe = recipe.noise and recipe.clip_norm, replace(recipe, noise=noise)
     if known:  # as of a run that is resumed
-        return job
+        return recipe
     measured = _measured(job)
     numbers = measured.sizes[0]
     loud = noise * math.sqrt(numbers) / (q * plain.privacy.N)
@@ -187,13 +210,11 @@ def settled(job: TuneJob, *, find: bool, note: Callable[[str], None]) -> TuneJob
         + (LOUD if loud > TOO_LOUD else "")
     )
     if not find or recipe.clip_norm:
-        return job
-    return replace(
-        job, recipe=replace(job.recipe, clip_norm=float(f"{median(filter(None, measured.seen)):.3g}"))
-    )
+        return recipe
+    return replace(recipe, clip_norm=float(f"{median(filter(None, measured.seen)):.3g}"))
 
 
-def _measured(job: TuneJob) -> Measuring:
+def _measured(job: Job) -> Measuring:
     """Return what is seen of the reply of a client that has some held-out rows, or of each of these rows in its first step."""
     recipe, held = job.recipe, job.held[:MEASURED]
     measured = Measuring(TINY, 1.0, 1.0, len(held))
@@ -211,7 +232,7 @@ def _measured(job: TuneJob) -> Measuring:
     return measured
 
 
-def planned(job: TuneJob) -> str:
+def planned(job: Job) -> str:
     """Return what a run is about to promise, for its header."""
     found, rounds = account(job), job.recipe.rounds
     assert found is not None
@@ -221,10 +242,10 @@ def planned(job: TuneJob) -> str:
     return f"{found.promise(allowed)}{last} · {found.privacy.text}{sampled}"
 
 
-def clients_of(job: TuneJob) -> int:
+def clients_of(job: Job) -> int:
     """Return N, the public number of clients."""
     return len(job.rows) or job.recipe.clients
 
 
-def _sizes(job: TuneJob) -> list[int]:
+def _sizes(job: Job) -> list[int]:
     return [len(rows) for rows in job.rows]
