@@ -133,6 +133,16 @@ def test_a_move_within_the_clip_stays_to_the_grid() -> None:
     assert far == pytest.approx(2 * move, rel=1e-4, abs=P.grid)
 
 
+def test_the_grid_lengthens_no_vector_of_many_numbers() -> None:
+    """Rounding to the nearest would: by up to half a unit in each of these numbers, which together go past the clip."""
+    d = 1 << 18
+    unit = P.grid / P.clip
+    for fraction in (0.51, 0.9):
+        value = (math.floor(1 / math.sqrt(d) / unit) + fraction) * unit * P.clip
+        y = units_of({"w": np.full(d, value)}, P.clip, P.grid)["w"]
+        assert sum(int(v) ** 2 for v in y.tolist()) <= (Fraction(P.clip) / Fraction(P.grid)) ** 2
+
+
 # The noise ------------------------------------------------------------------------------------------------
 
 
