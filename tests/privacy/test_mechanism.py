@@ -135,12 +135,11 @@ def test_a_move_within_the_clip_stays_to_the_grid() -> None:
 
 def test_the_grid_lengthens_no_vector_of_many_numbers() -> None:
     """Rounding to the nearest would: by up to half a unit in each of these numbers, which together go past the clip."""
-    d = 1 << 18
-    unit = P.grid / P.clip
-    for fraction in (0.51, 0.9):
-        value = (math.floor(1 / math.sqrt(d) / unit) + fraction) * unit * P.clip
-        y = units_of({"w": np.full(d, value)}, P.clip, P.grid)["w"]
-        assert sum(int(v) ** 2 for v in y.tolist()) <= (Fraction(P.clip) / Fraction(P.grid)) ** 2
+    most = P.clip / P.grid
+    d = next(d for d in range(1 << 18, 1 << 19) if 0.6 < most / math.sqrt(d) % 1 < 0.9)
+    y = units_of({"w": np.full(d, 1e3)}, P.clip, P.grid)["w"]
+    assert y[0] == int(most / math.sqrt(d))
+    assert sum(int(v) ** 2 for v in y.tolist()) <= (Fraction(P.clip) / Fraction(P.grid)) ** 2
 
 
 # The noise ------------------------------------------------------------------------------------------------
