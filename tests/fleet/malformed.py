@@ -241,7 +241,7 @@ WORK: dict[str, Case] = {
     "a nonce of a megabyte": Case(lambda h: h.outer(nonce=bytes(MILLION)), "nonce = "),
     "ready for work": Case(lambda h: h.reply(what="ready"), "'work' was answered with 'ready'"),
     "failed for no reason": Case(lambda h: h.outer(what="failed"), "the reason '' is none"),
-    "failed, at length": Case(lambda h: h.outer(what="failed", code="\x1b[2J" + "why " * 1000), "at most 60"),
+    "failed, at length": Case(lambda h: h.outer(what="failed", code="\x1b[2J" + "why " * 900), "at most 60"),
     "failed, in a book": Case(lambda h: h.outer(what="failed", code="why " * MILLION), "exceeds max_str_len"),
     "refused": Case(lambda h: h.outer(what="refused", code="fault"), "answered with 'refused'"),
     "an order": Case(

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fleet over Flower on this machine, with TLS and keys: it ends in the digest of the simulation.
+"""A fleet on this machine, with TLS and keys: it ends in the digest of the simulation.
 
-It runs every part of Flower that is used, so a release that changes one fails here.  The devices are threads; `make faults`
-has the same with processes that are killed.
+The devices are threads; `make faults` has the same with processes that are killed.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def rebuild(ledger: Ledger, backend: str = "numba", threads: int = 1) -> str:
 # --- the file -----------------------------------------------------------------------------------------------
 
 FILE_SHA = "ca73ac0efc0b79e6abd62216d8e97d00d3722d53531ea911e2c7d4a9d54e6e1e"
-FINGERPRINT = "e8dd2aa0b91ee00fe641faf218be32794d03616479246267c84166b1cd1dd39f"
+FINGERPRINT = "32046e527ec0e13aeea6d0da9139e2e64e2679b690f4a53fff5ba54b92476eb9"
 
 
 def test_the_file_is_these_bytes() -> None:

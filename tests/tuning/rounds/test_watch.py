@@ -14,7 +14,7 @@ import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
-from fleetune.common.events import ClientReply, Diverging, RoundEvaluated, as_dict
+from fleetune.common.events import ClientReply, Diverging, RoundDone, RoundEvaluated, as_dict
 from fleetune.runs.rundir import events
 from fleetune.tuning.rounds.watch import Watch
 from heard import Heard
@@ -78,23 +78,40 @@ def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is
     assert "--keep best" in lost.text
 
 
-def test_a_client_whose_loss_is_twice_what_it_was_is_said_before_the_round_ends() -> None:
-    watch = Watch(Clipped(), "loss", ())
-    *calm, blown = heard(watch, evaluated(0, 4.0), replied(1, 5.0), replied(2, 9.9), replied(2, 10.1))
-    assert calm == [None] * 3
+def ended(round: int) -> RoundDone:
+    return RoundDone(
+        round=round, clients=1, accepted=1, bytes_up=1, bytes_down=1, bytes_total=2, seconds=0.0, rss=1
+    )
+
+
+def test_a_loss_that_is_twice_what_it_was_is_said_before_the_model_is_evaluated() -> None:
+    calm = [evaluated(0, 4.0), replied(1, 5.0), ended(1), replied(2, 9.9), ended(2), replied(3, 10.1)]
+    *before, blown = heard(Watch(Clipped(), "loss", ()), *calm, ended(3))
+    assert before == [None] * 6
     assert blown.text.startswith(
-        "round 2: the training loss of client 0 is 10.100, and was 5.000; lower the learning rate"
+        "round 3: the median client's loss is 10.100, 2.02 times its first; lower the learning rate"
     )
     assert "clip" not in blown.text  # it has one
-    first = heard(Watch(Some(), "loss", ()), evaluated(0, 4.0), replied(1, 8.1))[-1]
+    first = heard(Watch(Some(), "loss", ()), evaluated(0, 4.0), replied(1, 8.1), ended(1))[-1]
     assert first is not None  # of a first reply the base's loss is the measure
 
 
-def test_a_reply_that_is_not_finite_is_said_at_once() -> None:
-    watch = Watch(Some(), "loss", ())
-    found = watch.heard(replied(1, None, "refused", "2752 values that are not finite"))
-    assert "lower the learning rate" in found.text
-    assert Watch(Some(), "loss", ()).heard(replied(1, None, "refused", "too far")) is None
+def test_replies_that_are_not_finite_are_said_in_their_round() -> None:
+    lost = replied(1, None, "refused", "2752 values that are not finite")
+    *_, found = heard(Watch(Some(), "loss", ()), evaluated(0, 4.0), lost, ended(1))
+    assert "the median client's reply is not finite; lower the learning rate" in found.text
+    assert heard(Watch(Some(), "loss", ()), replied(1, None, "refused", "too far"), ended(1)) == [None] * 2
+
+
+@pytest.mark.parametrize("lie", [(1e9, "ok", ""), (None, "refused", "1 value that is not finite")])
+def test_what_one_of_several_clients_says_is_no_divergence(lie: tuple[Any, str, str]) -> None:
+    """A loss of 1e9 used to be said, and then nothing of the validation loss any more."""
+    honest = [replied(1, 3.0, client=c) for c in (1, 2)]
+    *before, rose = heard(
+        Watch(Some(), "loss", ()), evaluated(0, 4.0), *honest, replied(1, *lie), ended(1), evaluated(1, 9.0)
+    )
+    assert before == [None] * 5
+    assert "has risen to 9.000" in rose.text
 
 
 def test_after_a_resume_it_knows_what_it_heard() -> None:

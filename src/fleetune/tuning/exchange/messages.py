@@ -76,10 +76,10 @@ class Payload:
         return taken
 
     def int(self, name: str) -> int:
-        """Return the scalar `name` as an integer; MessageError if it is missing or something else."""
+        """Return the scalar `name` as an integer of 0 or more; MessageError if it is missing or something else."""
         value = self.scalars.get(name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise MessageError(f"scalar '{name}' is {value!r}, expected an integer")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise MessageError(f"scalar '{name}' is {value!r}, expected an integer, none below 0")
         return value
 
     def float(self, name: str) -> float:

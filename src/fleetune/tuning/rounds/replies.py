@@ -8,9 +8,9 @@ their median (`allowed`) is refused.  How far a reply goes is the method's to sa
 known to be wrong need not be used in part.
 
 - Rows are what a client says of itself, and excuse a longer way: more steps.  Under every rule but the plain mean, they
-  excuse at most that of `TIMES` the median rows of those that were asked.  Where the rule bounds them (`mean:TIMES`), a reply
-  counts at most so many times these, and its rows times its `reach`, the distance of the same reply from a client with the
-  median rows, stay within the bound too: no reply moves the mean further than one of the median rows may.
+  excuse at most `EXCUSED` times the way from the median rows of those that were asked.  Where the rule bounds them
+  (`mean:TIMES`), a reply counts at most so many times these, and its rows times its `reach`, the distance of the same reply
+  from a client with the median rows, stay within the bound too: no reply moves the mean further than a usual one may.
 - Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
   may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Under every rule
@@ -36,7 +36,7 @@ from fleetune.common.events import ClientReply
 from fleetune.common.memory import rss
 from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning.exchange.aggregation import FEWEST, IN_MEMORY, MEAN, TIMES, Rule, Spool, usual
+from fleetune.tuning.exchange.aggregation import FEWEST, IN_MEMORY, MEAN, Rule, Spool, usual
 from fleetune.tuning.exchange.messages import NotFiniteError, Payload, ReplySpec, check, decode
 from fleetune.tuning.methods import Method, Reply
 from fleetune.tuning.rounds.fleets import Answer
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 # docs/safety.md has what honest replies reach
 FURTHEST: Final = 4.0  # times the median distance of a round's replies, for replies of many numbers
 APART: Final = 4.0  # times as far: honest replies of one kind, by the median of all kinds
+EXCUSED: Final = 2.0  # times as far, by rows that a client says it has: random steps do so where they are four times as many
 FEW: Final = 8  # numbers in a reply with which it may go twice as far: few slopes vary by chance
 
 
@@ -163,7 +164,7 @@ class Replies:
 
         try:
             rows = payload.int("n") if n else 0
-            distance = distance_with(min(rows, int(TIMES * asked.usual)) if self.doubted else rows)
+            distance = distance_with(rows)
             reach = distance_with(asked.usual) if n and self.doubted else distance
         except (MessageError, MemoryError):
             raise
@@ -177,7 +178,7 @@ class Replies:
                 len(data),
                 frozenset(payload.arrays),
                 allowed(agreed(spec)),
-                distance,
+                max(distance, reach / EXCUSED),
                 n,
                 reach,
             )
@@ -292,11 +293,10 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
             everyone = [APART * usual_distance([far(k) for k in kept], fewest) for far in ways]
             middles = list(map(min, middles, everyone))
         for k in same:
-            if not any(far(k) <= k.bound * middle for far, middle in zip(ways, middles, strict=True)):
-                times = min(far(k) / middle for far, middle in zip(ways, middles, strict=True))
-                found.append(
-                    (k, f"it goes {times:.3g} times as far as the median of the round, {k.bound:.3g} at most")
-                )
+            times = min(far(k) / middle for far, middle in zip(ways, middles, strict=True))
+            if not times <= k.bound:
+                reason = f"it goes {times:.3g} times as far as the median of the round, {k.bound:.3g} at most"
+                found.append((k, reason))
     return found
 
 

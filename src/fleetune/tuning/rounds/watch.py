@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notice as soon as it shows that a run diverges, and say once what to change.
 
-It shows in a client's reply (its loss is a multiple of what it was, or its numbers are not finite) or in the validation: the
-loss has risen from its lowest by more than noise, and by more than half of what the run had gained.  The second part leaves
-out the ups and downs of training, which are larger than the noise of the rows.  The noise is two standard errors of the
-change from the base, row by row.  Events recorded before a resume count too.
+It shows in the clients' replies (most are not finite, or the losses of most are a multiple of what they were; one may lie) or
+in the validation: the loss has risen from its lowest by more than noise, and by more than half of what the run had gained.
+The second part leaves out the ups and downs of training, which are larger than the noise of the rows.  The noise is two
+standard errors of the change from the base, row by row.  Events recorded before a resume count too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from fleetune.common.events import ClientReply, Diverging, Event, RoundEvaluated
+from fleetune.common.events import ClientReply, Diverging, Event, RoundDone, RoundEvaluated
 from fleetune.common.paired import ERRORS
 
 BLOWN_UP: Final = 2.0  # times a client's first loss, or the base's validation loss
@@ -49,10 +49,11 @@ class Watch:
         self.first = self.lowest = math.nan  # validation loss before round 1, and the lowest so far
         self.best = 0
         self.clients: dict[int, float] = {}  # the first loss that each stated
+        self.now: dict[int, float | None] = {}  # the last of a round; infinity of a reply that is not finite
         for event in past:
             self.told |= event["event"] == Diverging.event
-            if event["event"] == ClientReply.event and event.get("status") == "ok":
-                self._client(int(event["client"]), event.get("loss"))
+            if event["event"] == ClientReply.event and isinstance(event.get("loss"), float):
+                self.clients.setdefault(int(event["client"]), event["loss"])
             elif event["event"] == RoundEvaluated.event:
                 self._evaluated(int(event["round"]), event.get("loss"))
                 if event["round"] == 0 and start is not None:
@@ -66,7 +67,10 @@ class Watch:
         """Return what there is to say after an event, None for nothing."""
         text = ""
         if isinstance(event, ClientReply):
-            text = self._of_reply(event)
+            lost = math.inf if "not finite" in event.reason else None
+            self.now[event.client] = event.loss if isinstance(event.loss, float) else lost
+        elif isinstance(event, RoundDone):
+            text = self._of_replies(event.round)
         elif isinstance(event, RoundEvaluated):
             text = self._of_round(event)
         if not text or self.told:
@@ -74,19 +78,17 @@ class Watch:
         self.told = True
         return Diverging(round=event.round, text=text)  # type: ignore[attr-defined]
 
-    def _of_reply(self, event: ClientReply) -> str:
-        if event.status != "ok":
-            if "not finite" not in event.reason:
-                return ""
-            return f"round {event.round}: the reply of client {event.client} is not finite; {advice(self.method, 10)}"
-        before = self.clients.get(event.client, self.first)
-        self._client(event.client, event.loss)
-        if not isinstance(event.loss, float) or not event.loss > BLOWN_UP * before > 0:
+    def _of_replies(self, round: int) -> str:
+        now, before = {c: x for c, x in self.now.items() if x is not None}, self.clients
+        told = sorted((x / first, x) for c, x in now.items() if (first := before.get(c, self.first)) > 0)
+        self.now, self.clients = {}, {c: x for c, x in now.items() if x < math.inf} | before
+        times, loss = told[(len(told) - 1) // 2] if told else (0.0, 0.0)
+        if times <= BLOWN_UP:
             return ""
-        return (
-            f"round {event.round}: the training loss of client {event.client} is {event.loss:.3f}, and was {before:.3f}; "
-            f"{advice(self.method, 10)}"
+        what = (
+            "reply is not finite" if times == math.inf else f"loss is {loss:.3f}, {times:.3g} times its first"
         )
+        return f"round {round}: the median client's {what}; {advice(self.method, 10)}"
 
     def _of_round(self, event: RoundEvaluated) -> str:
         loss, lowest, best = event.loss, self.lowest, self.best
@@ -103,10 +105,6 @@ class Watch:
             f"round {event.round}: the validation loss has risen to {loss:.3f} from {lowest:.3f} {since}, by more than noise "
             f"({noise:.3f}); {words}{keeps}"
         )
-
-    def _client(self, client: int, loss: Any) -> None:
-        if isinstance(loss, float) and math.isfinite(loss):
-            self.clients.setdefault(client, loss)
 
     def _evaluated(self, round: int, loss: Any) -> None:
         if not isinstance(loss, float) or not math.isfinite(loss):
