@@ -112,7 +112,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('tuning/rounds/replies.py', '_rows_of',
            'return int(min(claimed, most))', 'return claimed',
            'tuning/rounds/test_replies.py -k times_the_median'),
-    Mutant('tuning/rounds/replies.py', 'Replies.gather',
+    Mutant('tuning/rounds/replies.py', 'Replies._compare',
            'lighter(self.kept) if self.rule.times < math.inf else ()', '()',
            'tuning/rounds/test_replies.py -k no_weight'),
     Mutant('tuning/rounds/replies.py', 'Replies._checked',

@@ -50,6 +50,7 @@ from fleetune.data.partition import keyed_order
 from fleetune.errors import DataError
 from fleetune.models.families.foreign import reason
 from fleetune.models.net.chat_template import LINE, is_plain
+from fleetune.privacy.mechanism import Privacy, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +95,29 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor
     labels: torch.Tensor
     token_type_ids: torch.Tensor | None = None
+    drawn: Drawn | None = None  # where rows are hidden
+
+    def single_rows(self) -> Iterator[Batch]:
+        """Yield each row that counts as a batch without padding on its right."""
+        for i in range(len(self.labels) if self.drawn is None else self.drawn.rows):
+            width, ids, labels = (
+                int(self.attention_mask[i].sum()),
+                self.token_type_ids,
+                self.labels[i : i + 1],
+            )
+            yield Batch(
+                self.input_ids[i : i + 1, :width],
+                self.attention_mask[i : i + 1, :width],
+                labels[:, :width] if labels.ndim == 2 else labels,
+                None if ids is None else ids[i : i + 1, :width],
+            )
+
+
+class Drawn(NamedTuple):
+    """A Poisson sample of rows: how their sum is released, and how many there are; of a batch of none, the row is not counted."""
+
+    privacy: Privacy
+    rows: int
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -185,7 +209,8 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: str | torch.device = "
         arrays[2] = np.array([row.target for row in rows], dtype=np.int64)
     if rows[0].segments is not None:
         arrays.append(segments)
-    return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+    tensors = [torch.from_numpy(array).to(device) for array in arrays]
+    return Batch(tensors[0], tensors[1], tensors[2], tensors[3] if len(tensors) > 3 else None)
 
 
 def digest(parts: Iterable[Iterable[Encoded]]) -> str:
@@ -215,13 +240,15 @@ class Batches:
         key: int,
         device: str | torch.device = "cpu",
         client: int = 0,
+        private: Privacy | None = None,
     ) -> None:
-        """Take a client's rows; DataError if there are none."""
+        """Take a client's rows; DataError if there are none.  `private` hides each: batches are then Poisson samples."""
         if not rows:
             raise DataError("no rows for a client", hint="use fewer clients, or more data")
         self.n, self.client = len(rows), client
         self.step = self.taken = self.tokens = 0
         self.on_step: Callable[[int, int], None] = lambda client, step: None
+        self.private = private
         self._rows = rows
         self._pad_id = pad_id
         self._key = key
@@ -233,6 +260,9 @@ class Batches:
         A batch may end one pass and begin the next, so that all batches are of one size.
         """
         size = min(batch_size, self.n)
+        if self.private is not None:
+            yield from self._samples(count)
+            return
         queue: list[int] = []
         number = 0
         for self.step in range(count):
@@ -244,6 +274,9 @@ class Batches:
 
     def epochs(self, epochs: int, batch_size: int) -> Iterator[Batch]:
         """Yield batches of every row once per epoch; the last batch of an epoch may be smaller."""
+        if self.private is not None:
+            yield from self._samples(epochs * -(-self.n // batch_size))
+            return
         self.step = -1
         for epoch in range(epochs):
             order = self._order(epoch)
@@ -262,6 +295,13 @@ class Batches:
         batch = self._batch(np.concatenate(orders)[begin : begin + size].tolist())
         for self.step in range(count):
             yield self._counted(batch)
+
+    def _samples(self, count: int) -> Iterator[Batch]:
+        """Yield so many batches, each of every row with the probability of `private`, by a draw that nobody can repeat."""
+        assert self.private is not None
+        for self.step in range(count):
+            rows = sample(range(self.n), self.private.q)
+            yield self._counted(self._batch(rows or [0])._replace(drawn=Drawn(self.private, len(rows))))
 
     def heard(self) -> None:
         """Report the step that is taken: a method calls it between long pieces of work, which may end here."""

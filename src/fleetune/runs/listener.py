@@ -173,6 +173,8 @@ class Progress(Silent):
             parts += [f"change {event.loss - self._before:+.3f}"] if self._before is not None else []
             self._before = event.loss
         parts += [f"accuracy {show('accuracy', event.accuracy)}"] if event.accuracy is not None else []
+        spent = ((last and last.report) or {}).get("epsilon")
+        parts += [f"epsilon {spent:.3g}"] if spent is not None else []
         if last is not None:
             parts += [f"sent {human_bytes(last.bytes_up)}", f"received {human_bytes(last.bytes_down)}"]
             parts += [f"time {human_time(last.seconds)}"]

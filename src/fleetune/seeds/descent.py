@@ -26,7 +26,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -34,10 +34,12 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.data import Batch
+from fleetune.data.encode import Drawn
 from fleetune.evaluation.losses import batch_loss, row_losses
 from fleetune.evaluation.objectives import Objective, loss_tensor
 from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
+from fleetune.privacy.mechanism import PrivateSum
 from fleetune.seeds.noise import derive, fwht, passes, philox4x32, places, probe
 from fleetune.seeds.view import Tape, Unpaired, View
 from fleetune.seeds.weights import CHUNK, MovedWeights
@@ -46,14 +48,15 @@ log = logging.getLogger(__name__)
 
 # tokens of a step up to which both signs run in one forward: it reads the base once, in the memory of twice the activations;
 # beyond, making the weights takes little of a step
+T = TypeVar("T")
 PAIRED: Final = 512
 _COMPARED: Final[WeakSet[nn.Module]] = WeakSet()  # nets whose first step was taken both ways
 _UNPAIRED: Final[WeakSet[nn.Module]] = WeakSet()  # nets that were seen not to keep the signs' rows apart
 
 
 def two_point(
-    view: View, direction: tuple[int, np.ndarray], eps: float, loss: Callable[[], float]
-) -> tuple[float, float]:
+    view: View, direction: tuple[int, np.ndarray], eps: float, loss: Callable[[], T]
+) -> tuple[T, T]:
     """Return (l+, l-): `loss()` at the view's point + eps z and - eps z.  The point is restored."""
     try:
         view.probe(direction, eps)
@@ -78,11 +81,33 @@ def slope(
 
     g is not finite where a loss was not.
     """
+    if batch.drawn is not None:
+        return _private_slope(model, view, direction, batch, batch.drawn, eps), 0.0
     plus, minus = _losses(model, view, direction, batch, objective, eps)
     g = (plus - minus) / (2 * eps)
     if clip and math.isfinite(g):
         g = max(-clip, min(clip, g))
     return g, (plus + minus) / 2
+
+
+def _private_slope(
+    model: Model, view: View, direction: tuple[int, np.ndarray], batch: Batch, drawn: Drawn, eps: float
+) -> float:
+    """Return the mean slope with each row hidden: DPZero's (Zhang et al. 2024, arXiv 2310.09639, Algorithm 1).
+
+    d_i = (l_i+ - l_i-) / (2 eps) of every row is cut to the clip; the noise is not of the direction's generator, as it is in
+    the published code, where a published seed takes it off again.
+    """
+
+    def mean_losses() -> np.ndarray:
+        sums, counts = row_losses(model, batch)
+        return np.asarray(sums / np.maximum(counts, 1))
+
+    plus, minus = two_point(view, direction, eps, mean_losses)
+    total = PrivateSum(drawn.privacy, {"g": np.zeros(1)})
+    for slope in ((plus - minus) / (2 * eps))[: drawn.rows]:
+        total.add(1.0, {"g": np.array([slope])})
+    return float(total.tensors()["g"][0])
 
 
 def _losses(
@@ -124,9 +149,10 @@ def _in_one_forward(
 ) -> tuple[float, float] | None:
     """Return what `two_point` does of the loss, from one forward of every row twice; None where the net cannot."""
     rows = len(batch.labels)
-    twice = Batch(
-        *(torch.cat([part, part]) for part in (batch.input_ids, batch.attention_mask, batch.labels))
+    ids, mask, labels = (
+        torch.cat([part, part]) for part in (batch.input_ids, batch.attention_mask, batch.labels)
     )
+    twice = Batch(ids, mask, labels)
     try:
         view.probe(direction, eps)
         view.paired = rows
@@ -259,6 +285,19 @@ class Projected(NamedTuple):
     loss: float
 
 
+def _projected(model: Model, batch: Batch, projection: Projection) -> tuple[np.ndarray, float]:
+    """Return the gradient along the pool float64 [K], and the mean loss; where rows are hidden, with noise, and 0."""
+    if batch.drawn is None:
+        loss = loss_tensor(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return projection.take(), loss.item()
+    total = PrivateSum(batch.drawn.privacy, {"p": np.zeros(len(projection.sums))})
+    for row in batch.single_rows():
+        loss_tensor(model, row).backward()  # type: ignore[no-untyped-call]
+        total.add(1.0, {"p": projection.take()})
+    return total.tensors()["p"], 0.0
+
+
 def descend_projected(
     model: Model,
     view: View,
@@ -284,10 +323,8 @@ def descend_projected(
     with Tape(view, projection.add), by_layer(model.net), torch.enable_grad():
         for batch in batches:
             view.place(passes(view.law, K, ids, np.concatenate([begun, np.rint(moved).astype(np.int64)])))
-            loss = loss_tensor(model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            p = projection.take()
-            if math.isfinite(value := loss.item()) and np.isfinite(p).all():
+            p, value = _projected(model, batch, projection)
+            if math.isfinite(value) and np.isfinite(p).all():
                 losses.append(value)
                 moved -= units / K * (np.clip(p, -clip, clip) if clip else p)
     position.place(view)

@@ -288,6 +288,8 @@ class RunScreen:
         before = metrics.loss_before(self.resumed, event.round) if self.resumed else None
         self.resumed = None
         notes = [f"accuracy {show('accuracy', event.accuracy)}"] if event.accuracy is not None else []
+        if last and last.report and "epsilon" in last.report:
+            notes.append(f"epsilon {last.report['epsilon']:.3g}")
         if last and last.accepted < last.clients:
             notes.append(f"{last.accepted} of {last.clients} clients")
         self.ui.round_line(

@@ -37,6 +37,7 @@ from typing import Final
 import numpy as np
 
 from fleetune.common.files import storage_error
+from fleetune.privacy.mechanism import Privacy, PrivateSum
 
 Tensors = dict[str, np.ndarray]
 NOTHING: Final[Mapping[str, np.ndarray]] = MappingProxyType({})
@@ -144,10 +145,13 @@ class Rule:
     share: Fraction = SHARE  # of trimmed-mean
     times: float = math.inf  # of mean: the median rows of a round, which a reply counts at most
     spool: Spool | None = None  # where vectors lie; only the mean needs none
+    privacy: Privacy | None = None  # of private
 
     @property
     def text(self) -> str:
         """Return the rule as a recipe has it."""
+        if self.privacy is not None:
+            return self.privacy.text
         if self.times < math.inf:
             return f"{self.name}:{self.times:g}"
         return self.name if self.share == SHARE else f"{self.name}:{float(self.share)}"
@@ -155,19 +159,22 @@ class Rule:
     @property
     def absent(self) -> float:
         """Return what stands for a number that a client could not have: nothing, which the mean counts as 0."""
-        return 0.0 if self.name == "mean" else math.nan
+        return 0.0 if self.name in ("mean", PRIVATE) else math.nan
 
     def combining(
         self, start: Mapping[str, np.ndarray] = NOTHING, sums: Mapping[str, np.ndarray] = NOTHING
-    ) -> Mean | Robust:
-        """Return an empty combination of moves from `start`, or of moves as such; its `sums` begin with `sums`."""
+    ) -> Mean | Robust | PrivateSum:
+        """Return an empty combination of moves from `start`; its `sums` begin with `sums`."""
         if self.name == "mean":
             return Mean(sums)
+        if self.privacy is not None:
+            return PrivateSum(self.privacy, start)
         assert self.spool is not None
         return Robust(self, self.spool, start, sums)
 
 
 MEAN: Final = Rule()
+PRIVATE: Final = "private"  # a sum with noise: the recipe's `privacy` chooses it
 
 
 def parse(text: str) -> Rule:

@@ -24,7 +24,7 @@ import numpy as np
 from fleetune.common.registry import Member, Registry
 from fleetune.common.settings import Setting, Value, of
 from fleetune.common.settings import make as make_of
-from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, Rule
+from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from fleetune.tuning.exchange.footprint import Footprint
 
 REGISTRY = Registry("method", __name__, "fleetune.methods", ("KIND", "PAPER", "SENDS"), "fleetune methods")
+
+
+OWN_DIRECTIONS = "every device tries directions of its own, so noise would hide each number alone; use fedkseed, mezo or fedit"
 
 
 class Reply(NamedTuple):
@@ -105,7 +108,13 @@ class Method(ABC):
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         """Return why `rule`, not the mean, does not fit replies of `asked` clients, and what to do; "" where it does."""
-        return "this method has a rule of its own; leave aggregation out"
+        return (
+            OWN_DIRECTIONS if rule.name == PRIVATE else "this method has its own rule; leave aggregation out"
+        )
+
+    def cannot_hide_rows(self) -> str:
+        """Return why local steps cannot hide each row (`Batch.drawn`), and what to do; "" where they can."""
+        return "its steps do not hide rows; use fedit, mezo or fedkseed"
 
     def written_out(self) -> Self:
         """Return this method with what 0 or "" stands for in place, which a later version may choose otherwise."""
@@ -174,7 +183,7 @@ class Method(ABC):
         """Return why replies of `asked` clients cannot be combined by `rule`, and what to do; "" where they can."""
         if rule.name == "mean":
             return ""
-        if asked < FEWEST and self.has_own("cannot_combine"):
+        if rule.name != PRIVATE and asked < FEWEST and self.has_own("cannot_combine"):
             return f"{asked} clients are asked in a round, and of fewer than {FEWEST} none can be outvoted; ask more"
         return self.cannot_combine(rule, asked)
 

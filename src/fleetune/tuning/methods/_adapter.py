@@ -40,14 +40,15 @@ from fleetune import adapters, data
 from fleetune.adapters.lora_init import FROM_WEIGHTS as FROM_WEIGHTS
 from fleetune.adapters.lora_init import explained_directions
 from fleetune.common.settings import setting
-from fleetune.data import Batches, collate, encode_rows
+from fleetune.data import Batch, Batches, collate, encode_rows
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
+from fleetune.privacy.mechanism import Privacy, PrivateSum
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import server_rules
-from fleetune.tuning.exchange.aggregation import MEAN, Rule, Tensors
+from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, norm
@@ -133,7 +134,7 @@ class Trained(methods.Method):
         """Train the module, and return the mean loss of the steps; `correction` is SCAFFOLD's c - c_k by name, {} for none."""
         parameters = adapters.trainable(model)
         away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in correction.items()}
-        steps = Steps(list(parameters.values()), self, model.device)
+        steps = Steps(list(parameters.values()), self, model.device, whole=batches.private is not None)
         taken = batches.steps if self.steps else batches.epochs
         checkpoints, losses = by_layer(model.net) if self.checkpointing else nullcontext(), []
         with adapters.training(model, key), checkpoints, steps.in_backward():
@@ -141,13 +142,17 @@ class Trained(methods.Method):
                 taken(self.steps or self.epochs, self.batch_size), self.rates(batches.n), strict=True
             ):
                 steps.rate = rate
-                loss = loss_tensor(model, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
+                if batch.drawn is None:
+                    loss = loss_tensor(model, batch)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    losses.append(loss.item())
+                else:
+                    hide_rows(model, batch, batch.drawn.privacy, parameters)
+                    losses.append(0.0)
                 steps.after_backward()
                 with torch.no_grad():
                     for name, direction in away.items():
                         parameters[name].sub_(direction, alpha=rate)
-                losses.append(loss.item())
         return float(np.mean(losses))
 
     def distance(self, state: Any, sent: Payload, reply: Reply) -> float:
@@ -164,7 +169,12 @@ class Trained(methods.Method):
         _, walk = self.walked(reply.payload.int("n"))
         return moved / (math.sqrt(sum(w_k[n].size for n in tensors)) * walk)
 
+    def cannot_hide_rows(self) -> str:
+        return "scaffold remembers what rows did; set scaffold=false" if self.scaffold else ""
+
     def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if rule.name == PRIVATE and self.scaffold:
+            return "scaffold remembers a variate of every device, which no noise hides; set scaffold=false"
         if rule.name == "sign-vote":
             return (
                 "signs do not say how far the numbers of a module go; use aggregation=median or trimmed-mean"
@@ -334,9 +344,10 @@ class Steps:
     which needs all of it, or on an accelerator, which takes many small steps slowly, all are taken after backward.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], how: Trained, device: str) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], how: Trained, device: str, *, whole: bool) -> None:
+        """With `whole`, all steps are taken after backward."""
         self.how, self.rate = how, how.own_lr
-        self.at_once = not how.clip and device == "cpu"
+        self.at_once = not how.clip and device == "cpu" and not whole
         self.groups = [[p] for p in parameters] if self.at_once else [parameters]
         self.optimizers = [
             torch.optim.AdamW(g, how.own_lr, weight_decay=how.weight_decay) for g in self.groups
@@ -369,6 +380,22 @@ class Steps:
         optimizer.param_groups[0]["lr"] = self.rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def hide_rows(model: Model, batch: Batch, privacy: Privacy, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Leave the mean gradient with each row hidden: DP-SGD's (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1)."""
+    total = PrivateSum(privacy, {name: np.zeros(tuple(p.shape)) for name, p in parameters.items()})
+    for row in batch.single_rows():
+        loss_tensor(model, row).backward()  # type: ignore[no-untyped-call]
+        grads = {
+            n: np.zeros(tuple(p.shape)) if p.grad is None else p.grad.double().cpu().numpy()
+            for n, p in parameters.items()
+        }
+        total.add(1.0, grads)
+        for p in parameters.values():
+            p.grad = None
+    for name, mean in total.tensors().items():
+        parameters[name].grad = torch.from_numpy(mean).to(parameters[name])
 
 
 def prox_(parameter: nn.Parameter, origin: torch.Tensor, mu: float) -> None:

@@ -73,6 +73,14 @@ class OfLedger(methods.Method):
         )
         return Ledger(head)
 
+    def cannot_hide_rows(self) -> str:
+        objective = getattr(self, "objective", "loss")
+        return (
+            ""
+            if objective == "loss"
+            else f"objective {objective!r} is of a batch, not of a row; use the loss"
+        )
+
     def opened(self, model: Model, payload: Payload, batches: Batches) -> tuple[View, Position]:
         """Return `open_view` by the method's settings."""
         return open_view(model, payload, batches, law=self.law, K=self.K, lr=self.grid_lr)

@@ -59,7 +59,7 @@ from fleetune.seeds.descent import descend, descend_projected, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
 from fleetune.seeds.slopes import Slopes
-from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, Rule
+from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _zeroth, norm
@@ -237,8 +237,8 @@ class Method(_zeroth.OfLedger):
 
         Another `rule` combines a_{c,k} over the clients that have drawn direction k.
         """
-        ledger, combined, p = state.ledger, rule.combining(), self.probabilities(state)
-        size, seen = state.size.copy(), state.seen.copy()
+        ledger, combined = state.ledger, rule.combining({"a": np.zeros(self.K)})
+        size, seen, p = state.size.copy(), state.seen.copy(), self.probabilities(state)
         units = UNITS * pro_weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
             if "projected" in reply.payload.arrays:
@@ -266,10 +266,12 @@ class Method(_zeroth.OfLedger):
         return n * steps / (steps + self.K - 1) if steps else 0.0
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if rule.name == PRIVATE and self.pro:
+            return "pro draws directions by the sizes of all clients' slopes, which no noise hides; set pro=false"
         if 0 < self.backprop < 1:
             return "a mixed fleet has replies of two precisions, which do not compare; set backprop to 0 or 1"
         met = asked if self.backprop else asked * (1 - (1 - 1 / self.K) ** self.tau)
-        if rule.name != "norm-clip" and met < FEWEST:
+        if rule.name not in ("norm-clip", PRIVATE) and met < FEWEST:
             return (
                 f"a direction of {self.K} is drawn by {met:.1f} of {asked} clients in a round, and {FEWEST} are needed "
                 "to compare; lower K or raise tau, or use aggregation=norm-clip"

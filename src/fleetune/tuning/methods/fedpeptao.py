@@ -85,7 +85,7 @@ from fleetune.models.net.layers import check_separate, layers_of
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.seeds.descent import uniforms
-from fleetune.tuning.exchange.aggregation import MEAN, Rule
+from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import REPORTED, Payload, ReplySpec
 from fleetune.tuning.exchange.server_rules import Tensors, client_variate
@@ -278,6 +278,16 @@ class Method(_adapter.Trained):
             v = {x: beta * v[x] + (1 - beta) * (w[x] - wbar[x]) + (c[x] - own[x]) for x in w}
         tensors = rounded({x: wbar[x] - eta_s * v[x] for x in w})
         return state._replace(tensors=tensors, steps=state.steps + 1, eta_s=eta_s, v=v, c=c, c_k=c_k)
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if rule.name == PRIVATE:
+            return (
+                "it keeps a variate of every device, which no noise hides; use fedpetuning with module=prefix"
+            )
+        return super().cannot_combine(rule, asked)
+
+    def cannot_hide_rows(self) -> str:
+        return "it scores layers by rows, which no noise hides; use fedpetuning with module=prefix"
 
     def report(self, state: State) -> dict[str, float]:
         return {"layers": float(len(state.layers))}

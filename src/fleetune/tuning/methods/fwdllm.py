@@ -66,11 +66,11 @@ from fleetune.seeds.noise import EMPTY, Passes, derive, passes, probe
 from fleetune.seeds.view import View
 from fleetune.seeds.weights import CHUNK, kernels, layout
 from fleetune.tuning import methods
-from fleetune.tuning.exchange.aggregation import MEAN, Rule, clipped, size_of
+from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, clipped, size_of
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.exchange.server_rules import Tensors
-from fleetune.tuning.methods import Reply, norm
+from fleetune.tuning.methods import OWN_DIRECTIONS, Reply, norm
 from fleetune.tuning.methods._adapter import check_targets
 
 KIND = "adapter"
@@ -261,6 +261,8 @@ class Method(methods.Method):
         return ids[np.argsort(-alike, kind="stable")[:keep]]
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if rule.name == PRIVATE:
+            return OWN_DIRECTIONS
         if rule.name != "norm-clip":
             return "every device tries directions of its own, so no two slopes compare; use aggregation=norm-clip"
         return ""

@@ -125,7 +125,7 @@ class Method(_zeroth.OfLedger):
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Take the mean over devices of each step's integer, weighted by rows (or what `rule` makes of them)."""
-        combined = rule.combining()
+        combined = rule.combining({"c": np.zeros(self.tau)})
         for reply in replies:
             combined.add(float(reply.payload.int("n")), {"c": reply.payload.array("c")})
         if not combined.total:

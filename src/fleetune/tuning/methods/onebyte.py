@@ -54,7 +54,7 @@ from fleetune.models.shapes import Shape
 from fleetune.seeds.descent import slope, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
-from fleetune.tuning.exchange.aggregation import MEAN, Rule
+from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _zeroth, norm
@@ -165,7 +165,7 @@ class Method(_zeroth.OfLedger):
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Take the mean over whoever answered, or their majority, for each direction of the pool."""
-        run_key, combined = state.ledger.head.run_key, rule.combining()
+        run_key, combined = state.ledger.head.run_key, rule.combining({"slopes": np.zeros(self.K)})
         for reply in replies:
             sent = np.full(self.K, rule.absent)
             sent[self.draw(state.round, run_key, reply.key)] = self.decode(reply.payload.array("codes"))
@@ -173,11 +173,15 @@ class Method(_zeroth.OfLedger):
         if not combined.total:
             return State(state.ledger, state.round + 1)
         mean = combined.tensors()["slopes"]
-        steps = mean if self.wire == "byte" else UNITS * np.sign(mean)
+        voted = np.zeros(self.K)
+        voted[self.draw(state.round, run_key, 0)] = UNITS  # in a vote all machines draw the same
+        steps = mean if self.wire == "byte" else voted * np.sign(mean)
         ids = pool_ids(self.epoch(state.round), np.arange(self.K))
         return State(state.ledger.append(ids, rounded(FINER * steps), state.round + 1), state.round + 1)
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if rule.name == PRIVATE:
+            return ""
         if self.wire == "byte" and rule.name != "norm-clip":
             return (
                 "every machine tries directions of its own, so that no two slopes compare; "

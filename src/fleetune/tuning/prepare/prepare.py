@@ -38,7 +38,7 @@ from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method, MethodEntry
-from fleetune.tuning.prepare import estimate, rates
+from fleetune.tuning.prepare import estimate, private, rates
 from fleetune.tuning.prepare.estimate import Estimate
 from fleetune.tuning.prepare.rates import Search
 from fleetune.tuning.recipe import recipe as recipes
@@ -203,7 +203,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
             problems += error.problems
         except ValueError as error:
             problems.append(str(error))
-    problems += label_problems(recipe)
+    problems += label_problems(recipe) + private.problems(recipe)
     if not problems:
         method = methods.make(recipe.method, recipe.set)
         problems += rates.problems(recipe, method)
@@ -281,20 +281,24 @@ def prepare(
         job, search = _timed(job, searches, note)
     job = replace(job, recipe=replace(job.recipe, within=""))
     if names and (find or search is None):
-        note(rates.told(names, job.method, search, job.estimate))
-    return _with_rates(job, names, given, search, progress) if find and search else job
+        rows = "training" if recipe.privacy == private.NONE else "held-out"
+        note(rates.told(names, job.method, search, job.estimate, rows))
+    job = _with_rates(job, names, given, search, progress) if find and search else job
+    return replace(job, recipe=private.settled(job, find=find, note=note))
 
 
 def _divided(
     recipe: Recipe, entry: MethodEntry, method: Method, *, offline: bool, simulated: bool
 ) -> tuple[Recipe, Split]:
     """Return the settled recipe, and its rows in parts: of a fleet that is not simulated the held-out ones alone."""
-    parts = split(recipe, entry, offline=offline)
+    here = recipe if simulated or recipe.partition.startswith("column") else replace(recipe, clients=1)
+    parts = split(here, entry, offline=offline)  # the rows of real devices are there: these are for one
     recipe = replace(recipe, partition=parts.partition)
     if not simulated:
         parts = replace(parts, clients=[])
     recipe = settled(recipe) if simulated else replace(settled(recipe), clients=recipe.clients)
     if clients := len(parts.clients) or recipe.clients:
+        private.check(recipe, method, clients)
         check_aggregation(recipe, method, clients)
         _check_quorum(recipe, clients)
     return recipe, parts
@@ -403,7 +407,8 @@ def _with_rates(
 ) -> TuneJob:
     """Return the job with the learning rates that are found on training rows: from here on none changes."""
     recipe = rates.for_clients(job.recipe, job.method, given, job.asked)[0] if "lr" in names else job.recipe
-    recipe, found = rates.find(recipe, names, job.model, job.train, job.asked, progress, search.size)
+    rows = job.train if recipe.privacy == private.NONE else job.held
+    recipe, found = rates.find(recipe, names, job.model, rows, job.asked, progress, search.size)
     return replace(job, recipe=recipe, method=methods.make(recipe.method, recipe.set), found_rates=found)
 
 

@@ -304,7 +304,9 @@ def _taken(
     return count * min(trial.STEPS, steps) * (TRIED + held), aside * (1 + TRIED + held)
 
 
-def told(names: Sequence[str], method: Method, search: Search | None, run: Estimate | None) -> str:
+def told(
+    names: Sequence[str], method: Method, search: Search | None, run: Estimate | None, rows: str = "training"
+) -> str:
     """Say that these rates are sought, how long that takes where it is long, or that the published ones are taken."""
     sought = " and ".join(names)
     if search is None:
@@ -313,7 +315,7 @@ def told(names: Sequence[str], method: Method, search: Search | None, run: Estim
             f"{published} as published, not searched for: a search is long beside a run as short as this one; "
             f"--set {names[0]}=auto searches, --set {names[0]}=NUMBER is yours"
         )
-    words = f"finding {sought} on training rows"
+    words = f"finding {sought} on {rows} rows"
     if run is None or run.search < LONG:
         return f"{words} .."
     return f"{words}: about {human_time(run.search)}; --set {names[0]}=NUMBER leaves the search out"
@@ -321,7 +323,7 @@ def told(names: Sequence[str], method: Method, search: Search | None, run: Estim
 
 def for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:
     """Return the run with the server's step for the mean of so many clients, unless that is given or is not their mean."""
-    mean = aggregation.parse(recipe.aggregation).name in ("mean", "norm-clip")
+    mean = aggregation.parse(recipe.aggregation).name in ("mean", "norm-clip")  # private sums are means, too
     if not (mean and method.server_setting) or method.server_setting in given:
         return recipe, method
     method = method.for_clients(clients)

@@ -25,6 +25,7 @@ from fleetune import adapters
 from fleetune.data import Batches, Encoded
 from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.models.net.model import Model
+from fleetune.privacy.mechanism import Privacy
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
 from fleetune.tuning.methods import Method, Reply
@@ -83,12 +84,12 @@ class Bench:
         """Return the method's first state."""
         return method.init(self.model, derive(self.seed, "init"))
 
-    def round(self, method: Method, state: Any, number: int) -> list[Reply]:
-        """Return the good replies of all clients of the trial."""
+    def round(self, method: Method, state: Any, number: int, private: Privacy | None = None) -> list[Reply]:
+        """Return the good replies of all clients of the trial; `private` hides their rows."""
         kinds, good = method.kinds(state), []
         for client, rows in enumerate(self.clients):
             key = derive(self.seed, "try", number, client)
-            batches = Batches(rows, pad_id(self.model), key, self.model.device, client)
+            batches = Batches(rows, pad_id(self.model), key, self.model.device, client, private)
             payload = replace(kinds[method.kind_of(client)][0])  # its own: it takes the arrays out
             reply = method.local(self.model, payload, batches, key, {})
             if all(np.isfinite(a).all() for a in reply.arrays.values() if a.dtype.kind == "f"):

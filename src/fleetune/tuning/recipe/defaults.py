@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from fleetune.errors import FleetuneError
+from fleetune.errors import FleetuneError, RecipeError
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.recipe import recipe as recipes
@@ -36,11 +36,18 @@ def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
     Without a rule, the recipe gets one of `DEFAULT_RULES`; a plain mean gets bounded weights, since devices state their own
     rows.  Without `keep`, the best round is kept, so no liar makes the result worse than the start.
     """
+    keep = recipe.keep if "keep" in named or not recipe.eval_every else "best"
+    if recipe.privacy == "example":
+        raise RecipeError(
+            ["privacy = example is for fleetune tune: real devices do not add noise of their own yet"],
+            hint="--privacy client hides whether a device took part",
+        )
+    if recipe.privacy != "none":  # every device counts once; N is what the recipe says from now on
+        return dataclasses.replace(recipe, clients=devices, keep=keep)
     rule = (
         aggregation.parse(recipe.aggregation) if "aggregation" in named else default_rule(recipe, devices)[0]
     )
     rule = aggregation.Rule(times=aggregation.ONCE) if rule == aggregation.MEAN else rule
-    keep = recipe.keep if "keep" in named or not recipe.eval_every else "best"
     return dataclasses.replace(recipe, aggregation=rule.text, keep=keep)
 
 
@@ -55,6 +62,8 @@ def default_rule(recipe: Recipe, devices: int) -> tuple[aggregation.Rule, str]:
 
 def about_rule(recipe: Recipe, count: int) -> str:
     """Return which rule combines the replies of so many devices; for a mean, why no rule against liars is used."""
+    if recipe.privacy != "none":
+        return "replies are summed with noise; every device counts once, within its clip (docs/privacy.md)"
     rule = aggregation.parse(recipe.aggregation)
     if rule.name != aggregation.MEAN.name:
         return (

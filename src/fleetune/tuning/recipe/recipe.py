@@ -251,6 +251,36 @@ class Recipe:
         description="how replies become one: mean[:TIMES], weighted by rows (at most TIMES the median's), or against "
         "liars: median, trimmed-mean[:SHARE], norm-clip, sign-vote; fleet serve chooses where none is given (docs/safety.md)",
     )
+    privacy: str = Field(
+        default="none",
+        pattern="^(none|client|example)$",
+        description="differential privacy: client hides whether any one client took part, example any one row of a client "
+        "(docs/privacy.md)",
+    )
+    epsilon: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="privacy budget; the noise follows from it and the rounds",
+    )
+    delta: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="chance that epsilon does not hold (0: a tenth of 1 / clients, or rows)",
+    )
+    noise: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="noise multiplier: deviation of the noise over clip_norm (0: from epsilon)",
+    )
+    clip_norm: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="largest L2 norm of a client's reply, or of a row's gradient (0: found on held-out rows)",
+    )
     max_rows: int = Field(
         default=0, ge=0, le=MOST_ROWS, description="rows that a client counts at most (0: any number)"
     )

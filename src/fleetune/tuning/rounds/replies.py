@@ -85,8 +85,10 @@ class Replies:
         emit: Callable[[ClientReply], None],
         rule: Rule = MEAN,
         max_rows: int = 0,
+        private: bool = False,
     ) -> None:
-        self.method, self.round, self.emit = method, round, emit
+        """With `private`, nothing that a client says of its rows is recorded."""
+        self.method, self.round, self.emit, self.private = method, round, emit, private
         self.kinds = method.kinds(round.state)
         self.kept: list[Kept] = []
         self.asked = self.failed = self.not_finite = 0  # failed: refused ones included
@@ -123,6 +125,14 @@ class Replies:
             self.bytes_down += answer.sent
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
+        if (
+            self.rule.privacy is None
+        ):  # else no client may decide whether another counts: the clip is the bound
+            self._compare()
+        self.kept.sort(key=lambda kept: kept.answer.client)
+
+    def _compare(self) -> None:
+        """Refuse replies that go too far beside the others, and let rows weigh less."""
         for kept, reason in too_far(self.kept, FEWEST - self.doubted):
             self._refuse(kept, reason)
         for kept, rows in lighter(self.kept) if self.rule.times < math.inf else ():
@@ -130,7 +140,6 @@ class Replies:
                 self.kept[self.kept.index(kept)] = kept._replace(n=rows)
             else:
                 self._refuse(kept, "it goes so far that not one of its rows may count")
-        self.kept.sort(key=lambda kept: kept.answer.client)
 
     def _take(self, answer: Answer) -> None:
         payload, status, reason = None, answer.status, cut_reason(answer.reason)
@@ -221,7 +230,7 @@ class Replies:
     def _record(
         self, answer: Answer, payload: Payload | None, status: str, reason: str, size: int = 0
     ) -> None:
-        scalars = payload.scalars if payload else {}
+        scalars = payload.scalars if payload and not self.private else {}
         self.emit(
             ClientReply(
                 round=self.round.number,

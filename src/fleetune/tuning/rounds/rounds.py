@@ -21,6 +21,7 @@ from fleetune.common.events import Recorded, RoundDone, round_evaluated
 from fleetune.common.memory import rss
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
+from fleetune.privacy.mechanism import sample as poisson_sample
 from fleetune.runs import rundir
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
@@ -75,6 +76,8 @@ class RoundPlan:
     patience: int = 0  # evaluated rounds in a row without a better one after which the run ends; 0: never
     keep_best: bool = False  # whether the best evaluated round's state is the result
     max_rows: int = 0  # that a reply counts at most; 0: any number
+    budget: int | None = None  # rounds after which the privacy budget is spent; None: there is none
+    spent: Callable[[int], float] | None = None  # epsilon after so many rounds
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
     """
     last, state, totals, course = _start(run, fleet, state, plan, hooks)
     failures = 0
-    for r in range(last + 1, plan.rounds + 1):
+    rounds = plan.rounds if plan.budget is None else min(plan.rounds, plan.budget)
+    for r in range(last + 1, rounds + 1):
         if plan.patience and course.stale >= plan.patience:
             break
         began = time.monotonic()
@@ -131,10 +135,10 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
                 bytes_total=totals.bytes_up + totals.bytes_down,
                 seconds=round(seconds, 3),
                 rss=rss(),
-                report=method.report(new) or None,
+                report=method.report(new) | ({"epsilon": plan.spent(r)} if plan.spent else {}) or None,
             )
         )
-        if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
+        if r == rounds or (plan.eval_every and r % plan.eval_every == 0):
             hooks.emit(evaluated := round_evaluated(r, measured := hooks.evaluate(new)))
             if evaluated.loss is not None and not math.isfinite(evaluated.loss):
                 raise ModelLostError(f"the model's loss after round {r} is not finite", r - 1, state)
@@ -223,13 +227,16 @@ def _played(
     """Return the state that a round gives, and its replies."""
     present = fleet.present()
     goal = share_of(len(present), plan.participation)
-    chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection)
+    if plan.rule.privacy is None:
+        chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection)
+    else:  # the draw that the accountant counts on; nobody can repeat it
+        chosen, goal = poisson_sample(present, plan.rule.privacy.q), len(present)
     kinds = {client: fleet.kind(client) for client in chosen}
     if plan.rule.times < math.inf:
         kinds = of_two(kinds)
     middle = int(usual([fleet.rows[client] for client in chosen]))
     asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, middle)
-    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows) as replies:
+    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, plan.spent is not None) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
         messages = {client: coded[kind] for client, kind in kinds.items()}
         replies.gather(fleet.ask(r, chosen, messages, goal if len(chosen) > goal else 0))
@@ -284,7 +291,11 @@ def _aggregated(method: Method, replies: Replies, plan: RoundPlan) -> Any:
     """Return the new state, or the old one where too few replies are good; ModelLostError when it is not finite."""
     number, state = replies.round.number, replies.round.state
     new = replies.aggregate()
-    if replies.mostly_not_finite or replies.accepted < plan.quorum:
+    if (
+        plan.rule.privacy is not None
+    ):  # released as it is, noise alone included: whether to is no client's choice
+        pass
+    elif replies.mostly_not_finite or replies.accepted < plan.quorum:
         log.warning(
             "round %d: %d good replies (quorum %d), %d not finite; the model stays",
             number,
@@ -315,7 +326,7 @@ def _check_model(replies: Replies, run: RunDir, hooks: Hooks) -> None:
     of the round before by more than noise.  The round before is then the last good one: its model is kept and the newer
     checkpoint removed.
     """
-    if not replies.mostly_not_finite:
+    if replies.rule.privacy is not None or not replies.mostly_not_finite:
         return
     number = replies.round.number
     now = hooks.evaluate(replies.round.state)

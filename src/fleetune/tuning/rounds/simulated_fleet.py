@@ -19,6 +19,7 @@ from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded
 from fleetune.errors import FAULTS, FitError, Interrupted, StorageError, fault
 from fleetune.models.net.model import Model
+from fleetune.privacy.mechanism import Privacy
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
@@ -89,6 +90,7 @@ class LocalFleet(Fleet):
     on_step: Callable[[int, int], None] = lambda client, step: None
     memories: Memories = field(default_factory=Memories)
     kinds: Wanted | None = None  # None: as the method spreads them
+    private: Callable[[int], Privacy] | None = None  # how a client with so many rows hides each
     batches: Batches | None = None  # of the client that works, or has worked last
 
     @property
@@ -162,6 +164,8 @@ class LocalFleet(Fleet):
             raise _ListenerError(error) from error
 
     def _work(self, client: int, key: int, message: bytes) -> bytes:
-        self.batches = Batches(self.clients[client], self.pad_id, key, self.model.device, client)
+        rows = self.clients[client]
+        private = self.private(len(rows)) if self.private else None
+        self.batches = Batches(rows, self.pad_id, key, self.model.device, client, private)
         received = decode(message)
         return work(self.method, self.model, self.batches, key, received, self.memories, self._step)

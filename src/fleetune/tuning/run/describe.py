@@ -30,6 +30,7 @@ from fleetune.runs.rundir import RunDir
 from fleetune.seeds.scale_view import moved_tensors, scales_share
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
+from fleetune.tuning.prepare import private
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.defaults import given
 from fleetune.tuning.result import foundations
@@ -149,6 +150,7 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
         ("data", f"{Path(recipe.data).name} · {_rows_words(job)} held out"),
         *(("rows", remark) for remark in job.about_rows()),
         ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{rule}"),
+        *([("privacy", private.planned(job))] if recipe.privacy != private.NONE else []),
         *([("time", job.estimate.text)] if job.estimate else []),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
@@ -282,6 +284,8 @@ def of_course(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> lis
     if recipe.keep == "best":
         best = f"round {outcome.round}" if outcome.round else "the start, since no round was better"
         found.append(f"the result is the best of {counted(outcome.last, 'round')}{early}: {best}")
+    elif early and not (recipe.patience and outcome.course.stale >= recipe.patience):
+        found.append(f"stopped after round {outcome.last} of {recipe.rounds}: the privacy budget is spent")
     elif early:
         found.append(
             f"stopped early after round {outcome.last} of {recipe.rounds}: "

@@ -22,6 +22,7 @@ from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.methods import entry
+from fleetune.tuning.prepare import private
 from fleetune.tuning.prepare.prepare import check, prepare, timed
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe import recipe as recipes
@@ -129,6 +130,11 @@ def longer(recipe: Recipe, run: Path, rounds: int) -> Recipe:
     if any(event["event"] == "done" and event.get("stopped_early") for event in rundir.events(run)):
         raise UsageError(
             f"{run} ended before its last round, since patience = {recipe.patience} was over: more rounds would not be run",
+            hint=onwards,
+        )
+    if recipe.privacy != private.NONE:
+        raise UsageError(
+            f"{run} has a privacy budget for {counted(had, 'round')}, which more rounds would exceed",
             hint=onwards,
         )
     if not rundir.checkpoints(run):

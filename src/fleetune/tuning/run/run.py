@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import threading
@@ -27,6 +28,8 @@ from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange import aggregation
+from fleetune.tuning.exchange.aggregation import Rule
+from fleetune.tuning.prepare import private
 from fleetune.tuning.prepare.prepare import CheckMemory, TuneJob, check, prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.objects import data_name
@@ -86,6 +89,7 @@ class Simulated:
             step,
             memories,
             wanted(job.method, recipe.kinds),
+            functools.partial(private.of_rows, recipe, job.method) if recipe.privacy == "example" else None,
         )
 
 
@@ -174,7 +178,9 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     known = evaluation.of_base(run.path) if rundir.checkpoints(run.path) else {}
     base = None if known else _base(job, run)
     params = model.n_params  # before a module is attached to it
-    first = _first(job)
+    account = private.account(job)
+    rule = private.rule_of(job)
+    first = _first(job, rule)
     fleet = fleets.make(job, run, listener, step)
     start = None if base else known.get("start", {}).get("loss")
     watch = Watch(method, job.objective, rundir.events(run.path) if known else (), start)
@@ -188,11 +194,13 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.eval_every,
         bytes.fromhex(model.digest)[:8],
         stands_on,
-        aggregation.parse(recipe.aggregation),
+        rule,
         recipe.over_selection,
         recipe.patience,
         recipe.keep == "best",
         recipe.max_rows,
+        account.rounds_within(recipe.rounds) if account else None,
+        account.spent if account else None,
     )
     hooks = rounds.Hooks(
         sitting.begin,
@@ -209,7 +217,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         rounds.keep_best_of(lost, run, plan)
         if lost.round:  # else there is only the base
             method.apply(model, lost.state)
-            save(job, run, lost.state, lost.round)
+            save(job, run, lost.state, lost.round, lost.round + 1)
         raise
     method.apply(model, outcome.state)
     measured = sitting.measured if outcome.round == sitting.round else None
@@ -285,13 +293,12 @@ class _Sitting:
         return start
 
 
-def _first(job: TuneJob) -> Any:
+def _first(job: TuneJob, rule: Rule) -> Any:
     """Return the state before round 1; a ledger states the rule by which replies are combined."""
     state = job.method.init(job.model, derive(job.recipe.seed, "init"))
-    rule = aggregation.parse(job.recipe.aggregation)
     if job.entry.kind != "ledger" or rule == aggregation.MEAN:
         return state
-    head = dataclasses.replace(state.ledger.head, aggregation=rule.text)
+    head = dataclasses.replace(state.ledger.head, aggregation=rule.text, privacy=job.recipe.privacy)
     return state._replace(ledger=dataclasses.replace(state.ledger, head=head))
 
 

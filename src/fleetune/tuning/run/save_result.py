@@ -18,6 +18,7 @@ from fleetune.runs import metrics, rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.view import View
+from fleetune.tuning.prepare import private
 from fleetune.tuning.prepare.prepare import TuneJob
 from fleetune.tuning.rounds import rounds
 from fleetune.tuning.run import describe, evaluation, model_card
@@ -40,7 +41,7 @@ def finish(
     state, totals = outcome.state, outcome.totals
     tuned = evaluation.answer(job, run, "tuned", *measured)
     clients = _clients(job, run)
-    result = save(job, run, state, outcome.round)
+    result = save(job, run, state, outcome.round, outcome.last)
     record = evaluation.read(run)
     if record["samples"]:
         run.write("samples.md", describe.samples_page(record), private=True)
@@ -107,6 +108,8 @@ def _about(
     elif word := describe.of_change(job, start or base, tuned, change, outcome):
         words.append(word)
     words += describe.of_course(job, outcome, tuned)
+    if account := private.account(job):
+        words.append(account.statement(outcome.last))
     answered = min(job.recipe.rouge_rows, len(job.prompts)) or None
     return {
         "start": start,
@@ -119,8 +122,11 @@ def _about(
     }
 
 
-def save(job: TuneJob, run: RunDir, state: Any, round: int) -> dict[str, Any]:
-    """Write the ledger or the adapter of a state; return the fields of the last event that say where, and what it is."""
+def save(job: TuneJob, run: RunDir, state: Any, round: int, played: int) -> dict[str, Any]:
+    """Write the ledger or the adapter of a state; return the fields of the last event that say where, and what it is.
+
+    `round` is the state's; as many as `played` have spent privacy.
+    """
     if job.entry.kind == "adapter":
         path = run.path / "adapter"
         adapters.save(job.model, path, private=True)
@@ -130,7 +136,11 @@ def save(job: TuneJob, run: RunDir, state: Any, round: int) -> dict[str, Any]:
         view, path = job.model.attachment, run.path / "ledger.safetensors"
         assert isinstance(view, View)
         digest, listed, more = models.digest(view.pieces()), path, {"entries": len(state.ledger)}
-        state.ledger.with_check(round, digest).save(path)
+        ledger = state.ledger
+        if account := private.account(job):
+            head = dataclasses.replace(ledger.head, privacy=account.statement(played))
+            ledger = dataclasses.replace(ledger, head=head)
+        ledger.with_check(round, digest).save(path)
         size = path.stat().st_size
     sha256 = sums.sha256(listed)
     return {"result": str(path), "result_bytes": size, "digest": digest, "result_sha256": sha256, **more}

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Release a sum of vectors, one of each client or row, with differential privacy: the Gaussian mechanism on integers.
+
+Client level: a vector is a client's whole reply of a round.  Example level: it is the gradient of one row, or the difference of
+its two losses along a direction, in one local step.
+
+McMahan, Ramage, Talwar, Zhang: "Learning Differentially Private Recurrent Language Models", ICLR 2018, arXiv 1710.06963
+(DP-FedAvg), with the noise of Canonne, Kamath, Steinke: "The Discrete Gaussian for Differential Privacy", NeurIPS 2020,
+arXiv 2004.00010.  Kairouz et al. 2021, arXiv 2102.06387, sum such integers in federated learning.  Example level: Abadi et al.
+2016, arXiv 1607.00133 (DP-SGD), and Zhang et al. 2024, arXiv 2310.09639 (DPZero).
+
+A round begins at w.  Client k moves it by x_k, all numbers of its reply as one vector, and
+
+    y_k = trunc(x_k min(1, C / |x_k|) / g)          integers, |y_k| <= C / g
+    w'  = w + g / (q N) (sum_k y_k + e)             e_i ~ discrete Gaussian of deviation s = z C / g
+
+- q is the probability with which the server lets each of N clients take part, N a public number of clients: the
+  denominator never depends on who took part.  Every client counts once, whatever rows it claims.
+- Adding or removing one client moves the sum by at most C / g (L2), so a round is a Gaussian mechanism of noise multiplier z
+  (subsampled by q).  `accountant.py` composes the rounds.
+- The grid g = z C / 2^24 makes s = 2^24: rounding is far below the noise, the sums are exact in any order, and no bit of a
+  float tells what was added (Mironov 2012).  Truncation only shortens, so the bound holds for the integers themselves.
+- The noise comes from the operating system's generator, `os.urandom`.  No seed of the run, which a ledger publishes, decides
+  any of it: whoever could draw it again could subtract it.
+- Acceptance probabilities are float64, so each noise is within a factor 1 +- 2^-48 of its probability: 10^-8 of epsilon for a
+  million numbers a round.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+S: Final = 1 << 24  # deviation of the noise, in units of the grid
+AT_ONCE: Final = 1 << 17  # numbers of noise that are drawn together
+MARGIN: Final = 1 - 2.0**-20  # of the bound: a norm in float64 is nearer to the true one
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """How a sum is released; all of it is public and fixed before round 1."""
+
+    clip: float  # C, L2 norm of the vector of one client, or row
+    noise: float  # z, noise multiplier: deviation over clip
+    q: float  # with which each of N takes part, by a draw of its own; 1: all do
+    N: int
+
+    @property
+    def grid(self) -> float:
+        """Return g, the size of a unit."""
+        return self.noise * self.clip / S
+
+    @property
+    def text(self) -> str:
+        """Return the mechanism in words."""
+        how = f"Poisson sampling at {self.q:.4g} of {self.N:,}" if self.q < 1 else f"all {self.N:,}"
+        return (
+            f"{how}, clipped to {self.clip:.4g} (L2), discrete Gaussian noise of multiplier {self.noise:.4g}, "
+            f"over {self.q * self.N:g}"
+        )
+
+    def units(self, moves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return y_k, the integers int64 of one vector, which `moves` holds in named parts."""
+        return units_of(moves, self.clip, self.grid)
+
+
+@dataclass(frozen=True)
+class Measuring(Privacy):
+    """A mechanism that writes down each vector's norm and size, and releases next to nothing; its clip is to be tiny."""
+
+    seen: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def units(self, moves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.sizes.append(sum(move.size for move in moves.values()))
+        self.seen.append(math.sqrt(sum(float(np.square(move).sum()) for move in moves.values())))
+        return super().units(moves)
+
+
+class PrivateSum:
+    """A sum under `Privacy`, of vectors that are added one at a time; it combines the replies of a round, too."""
+
+    total = 1.0  # never 0: noise is released where nobody took part, too
+
+    def __init__(self, privacy: Privacy, start: Mapping[str, np.ndarray]) -> None:
+        """`start` is where moves begin, one array for each that a vector has."""
+        self._privacy = privacy
+        self._start = {name: np.asarray(t, np.float64) for name, t in start.items()}
+        self._sums = {name: np.zeros(t.shape, np.int64) for name, t in start.items()}
+
+    def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
+        """Count `tensors` once, whatever the weight `n`."""
+        moves = {name: np.asarray(tensors[name], np.float64) - t for name, t in self._start.items()}
+        for name, units in self._privacy.units(moves).items():
+            self._sums[name] += units
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Return the new tensors, float64; the noise is drawn here, anew at every call."""
+        unit = self._privacy.grid / (self._privacy.q * self._privacy.N)
+        return {
+            name: self._start[name] + unit * (total + discrete_gaussian(total.size).reshape(total.shape))
+            for name, total in self._sums.items()
+        }
+
+    def sums(self) -> dict[str, np.ndarray]:
+        """Methods that need sums beside the combination are refused before a run (`Method.cannot_combine`)."""
+        raise NotImplementedError("a private round releases one sum")
+
+
+def units_of(moves: Mapping[str, np.ndarray], clip: float, grid: float) -> dict[str, np.ndarray]:
+    """Return int64 arrays y with |y| <= clip / grid over all of them: the moves, cut to `clip` and truncated to the grid.
+
+    Moves that are not finite become 0.
+    """
+    top = float(
+        np.max([np.abs(move).max(initial=0.0) for move in moves.values()], initial=0.0)
+    )  # NaN where one is
+    if not 0.0 < top < math.inf:
+        return {name: np.zeros(move.shape, np.int64) for name, move in moves.items()}
+    norm = top * math.sqrt(sum(float(np.square(move / top).sum()) for move in moves.values()))
+    factor = min(1.0, clip / norm) * MARGIN / grid
+    return {name: np.trunc(move * factor).astype(np.int64) for name, move in moves.items()}
+
+
+def sample(members: Sequence[int], q: float) -> list[int]:
+    """Return each of the clients or rows with probability q, by the system's generator; all where q is 1.  There may be none."""
+    bits = 53
+    return [member for member in members if q >= 1 or secrets.randbits(bits) < q * (1 << bits)]
+
+
+# The discrete Gaussian of deviation 2^24 (Canonne, Kamath, Steinke 2020, Algorithms 1 to 3, with t = s = 2^24) ---------------
+
+
+def discrete_gaussian(count: int) -> np.ndarray:
+    """Return int64[count] of the discrete Gaussian: P(x) proportional to exp(-x^2 / (2 s^2)), s = `S`."""
+    found = np.empty(count, np.int64)
+    done = 0
+    while done < count:
+        y = _discrete_laplace(min(AT_ONCE, 2 * (count - done) + 64))
+        far = (np.abs(y) - S) / S  # (|Y| - s^2 / t) / s
+        y = y[_bernoulli_exp(far * far / 2)][: count - done]
+        found[done : done + len(y)] = y
+        done += len(y)
+    return found
+
+
+def _discrete_laplace(count: int) -> np.ndarray:
+    """Return at most int64[count] with P(x) proportional to exp(-|x| / s): those of so many tries that were accepted."""
+    words = _words(count)
+    u = (words & np.uint64(S - 1)).astype(np.int64)  # uniform in [0, s)
+    negative = (words >> np.uint64(63)).astype(bool)
+    v = np.floor(_exponentials(count)).astype(np.int64)  # P(V >= v) = exp(-v)
+    x = u + S * v
+    taken = _bernoulli_exp(u / S) & ~(negative & (x == 0))  # zero has one sign
+    return np.asarray(np.where(negative, -x, x)[taken])
+
+
+def _bernoulli_exp(gamma: np.ndarray) -> np.ndarray:
+    """Return bool: true with probability exp(-gamma)."""
+    return np.asarray(_exponentials(len(gamma)) > gamma)
+
+
+def _exponentials(count: int) -> np.ndarray:
+    """Return float64[count] of the exponential distribution of mean 1."""
+    return np.asarray(-np.log((_words(count) + 0.5) * 2.0**-64))
+
+
+def _words(count: int) -> np.ndarray:
+    """Return uint64[count] from the system's generator."""
+    return np.frombuffer(os.urandom(8 * count), np.uint64)

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decide how a recipe's differential privacy is kept: its noise, its clip and its delta, all before round 1.
+
+What is decided is written into the recipe, so a resumed run has the same.  The clip, and learning rates, are found on held-out
+rows: those are the server's own, and no part of the guarantee.
+
+Client level: the server adds the noise, once a round.  Example level: a client adds it in each local step, to the sum over a
+Poisson sample of its rows; of clients with unlike numbers of rows, the account is that of the one with the fewest, whose rows
+are sampled most often.  Which clients take part in a round is then no secret, so every round counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Final, Protocol
+
+from fleetune.common.display import counted
+from fleetune.data import Encoded
+from fleetune.errors import RecipeError
+from fleetune.models.net.model import Model
+from fleetune.privacy import accountant
+from fleetune.privacy.mechanism import Measuring, Privacy
+from fleetune.tuning.exchange.aggregation import PRIVATE, Rule, parse
+from fleetune.tuning.methods import Method
+from fleetune.tuning.prepare.trial import Bench, restored
+from fleetune.tuning.recipe.recipe import Recipe
+
+NONE: Final = "none"  # of a recipe's `privacy`
+CLIENT: Final = "client"
+FEWEST: Final = 10  # clients: the mean of fewer is lost in the noise that hides one of them
+MOST: Final = 100.0  # epsilon: beyond it, nothing is promised
+MEASURED: Final = 32  # held-out rows on which the clip is found, at most
+TINY: Final = 1e-30  # clip while it is found
+OPTIONS: Final = ("epsilon", "delta", "noise", "clip_norm")
+TOO_LOUD: Final = 3.0
+LOUD: Final = ": little can be learned; take more clients or rows, fewer numbers (K, r), or a larger epsilon"
+PAGE: Final = "what is promised, and what it costs: docs/privacy.md"
+
+
+class Job(Protocol):
+    """What is needed of a job (`prepare.TuneJob`)."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return its recipe."""
+
+    @property
+    def method(self) -> Method:
+        """Return its method."""
+
+    @property
+    def model(self) -> Model:
+        """Return its model."""
+
+    @property
+    def rows(self) -> Sequence[Sequence[Encoded]]:
+        """Return the rows of every client, where they are here."""
+
+    @property
+    def held(self) -> list[Encoded]:
+        """Return held-out rows."""
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """Say what is wrong with a recipe's privacy, whatever the number of its clients."""
+    given = [name for name in OPTIONS if getattr(recipe, name)]
+    if recipe.privacy == NONE:
+        return [f"{given[0]} does nothing without privacy: add --privacy client"] if given else []
+    found, level = [], f"privacy = {recipe.privacy}"
+    if not recipe.epsilon and not recipe.noise:
+        found.append(f"{level} needs a budget, such as --epsilon 8, or a noise multiplier, such as --noise 1")
+    if recipe.epsilon > MOST:
+        found.append(
+            f"epsilon = {recipe.epsilon:g} promises nothing: 8 is usual, 1 is strong, {MOST:g} is the most"
+        )
+    if recipe.privacy == CLIENT and recipe.aggregation != "mean":
+        found.append(
+            f"aggregation = {recipe.aggregation} compares single replies, which a private sum does not: leave aggregation out"
+        )
+    if recipe.privacy == CLIENT and (recipe.over_selection > 1 or recipe.quorum > 1):
+        found.append(
+            f"over_selection and quorum let replies decide whether others count, which {level} does not allow"
+        )
+    return found
+
+
+def check(recipe: Recipe, method: Method, clients: int) -> None:
+    """Raise RecipeError where so many clients cannot have the recipe's privacy."""
+    if recipe.privacy == NONE:
+        return
+    found = []
+    rule = Rule(PRIVATE) if recipe.privacy == CLIENT else None
+    if why := method.rule_problem(rule, clients) if rule else method.cannot_hide_rows():
+        found.append(f"privacy = {recipe.privacy} does not fit method = {recipe.method!r}: {why}")
+    if rule and clients < FEWEST:
+        found.append(
+            f"privacy = client hides one of {counted(clients, 'client')}, and the mean of fewer than {FEWEST} is lost in the "
+            "noise: take hundreds, or --privacy example"
+        )
+    if rule and recipe.delta * clients >= 1:
+        found.append(f"delta = {recipe.delta:g} must be below 1 / {clients:,} clients: leave it out")
+    if found:
+        raise RecipeError(found, hint=PAGE)
+    accountant.version()
+
+
+@dataclass(frozen=True)
+class Account:
+    """The mechanism of a run, and how often it releases: of the client with the fewest rows where rows are hidden."""
+
+    level: str
+    privacy: Privacy
+    per_round: int  # releases
+    delta: float
+    budget: float  # epsilon; infinity where only the noise was given
+
+    def spent(self, rounds: int) -> float:
+        """Return epsilon after so many rounds."""
+        return accountant.epsilon(self.privacy.noise, self.privacy.q, rounds * self.per_round, self.delta)
+
+    def rounds_within(self, rounds: int) -> int:
+        """Return how many of the rounds the budget allows."""
+        p, most = self.privacy, rounds * self.per_round
+        return accountant.releases_within(self.budget, p.noise, p.q, most, self.delta) // self.per_round
+
+    def promise(self, rounds: int) -> str:
+        """Return what is guaranteed after so many rounds."""
+        what = "client" if self.level == CLIENT else "row"
+        each = "" if self.per_round == 1 else f" of {counted(self.per_round, 'step')}"
+        return (
+            f"epsilon {self.spent(rounds):.3g} at delta {self.delta:g} for adding or removing one {what}, after "
+            f"{counted(rounds, 'round')}{each}"
+        )
+
+    def statement(self, rounds: int) -> str:
+        """Return the whole guarantee, for the console, the cards and the ledger's head."""
+        what = "clients" if self.level == CLIENT else "rows of the client with the fewest"
+        return (
+            f"differential privacy: {self.promise(rounds)}; {what}: {self.privacy.text} ({accountant.version()}); held-out rows, "
+            "numbers of rows and settings are outside"
+        )
+
+
+def account(job: Job) -> Account | None:
+    """Return the account of a settled job; None where it has no privacy."""
+    return _account(job.recipe, job.method, _sizes(job), clients_of(job))
+
+
+def _account(recipe: Recipe, method: Method, sizes: Sequence[int], clients: int) -> Account | None:
+    if recipe.privacy == NONE:
+        return None
+    budget = recipe.epsilon or float("inf")
+    if recipe.privacy == CLIENT:
+        privacy = Privacy(recipe.clip_norm, recipe.noise, recipe.participation, clients)
+        return Account(CLIENT, privacy, 1, recipe.delta, budget)
+    n = min(sizes)
+    return Account(recipe.privacy, of_rows(recipe, method, n), method.local_steps(n), recipe.delta, budget)
+
+
+def of_rows(recipe: Recipe, method: Method, n: int) -> Privacy:
+    """Return the mechanism of a local step of a client with n rows."""
+    return Privacy(recipe.clip_norm, recipe.noise, min(1.0, getattr(method, "batch_size", 8) / n), n)
+
+
+def rule_of(job: Job) -> Rule:
+    """Return how the replies of a settled job are combined."""
+    found = account(job)
+    if found is None or found.level != CLIENT:
+        return parse(job.recipe.aggregation)
+    return Rule(PRIVATE, privacy=found.privacy)
+
+
+def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
+    """Return the recipe with its delta, its noise and, where it is to be found, its clip; RecipeError for what cannot be kept.
+
+    `note` is told how loud the noise is.
+    """
+    recipe = job.recipe
+    if recipe.privacy == NONE:
+        return recipe
+    hidden = clients_of(job) if recipe.privacy == CLIENT else sum(_sizes(job))
+    recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"), client_rows=0)
+    if recipe.delta * hidden >= 1:
+        raise RecipeError(
+            [f"delta = {recipe.delta:g} must be below 1 / {hidden:,} rows: leave it out"], hint=PAGE
+        )
+    plain = _account(replace(recipe, noise=1.0), job.method, _sizes(job), clients_of(job))
+    assert plain is not None
+    q, releases = plain.privacy.q, recipe.rounds * plain.per_round
+    try:
+        noise = recipe.noise or accountant.noise_for(recipe.epsilon, q, releases, recipe.delta)
+    except ValueError as error:
+        raise RecipeError([str(error)], hint="raise --epsilon, or lower --rounds") from error
+    if recipe.epsilon and accountant.epsilon(noise, q, plain.per_round, recipe.delta) > recipe.epsilon:
+        raise RecipeError(
+            [f"noise = {noise:g} spends more than epsilon = {recipe.epsilon:g} in the first round"],
+            hint="leave --noise out: it follows from the budget",
+        )
+    known, recipe = recipe.noise and recipe.clip_norm, replace(recipe, noise=noise)
+    if known:  # as of a run that is resumed
+        return recipe
+    measured = _measured(job)
+    numbers = measured.sizes[0]
+    loud = noise * math.sqrt(numbers) / (q * plain.privacy.N)
+    note(
+        f"privacy: noise of multiplier {noise:g} on {counted(numbers, 'number')}, {loud:.2g} times as long as the clip"
+        + (LOUD if loud > TOO_LOUD else "")
+    )
+    if not find or recipe.clip_norm:
+        return recipe
+    return replace(recipe, clip_norm=float(f"{median(filter(None, measured.seen)):.3g}"))
+
+
+def _measured(job: Job) -> Measuring:
+    """Return what is seen of the reply of a client that has some held-out rows, or of each of these rows in its first step."""
+    recipe, held = job.recipe, job.held[:MEASURED]
+    measured = Measuring(TINY, 1.0, 1.0, len(held))
+    bench, by_client = Bench(job.model, [held], (), recipe.seed), recipe.privacy == CLIENT
+    with restored(job.model):
+        state = bench.begin(job.method)
+        replies = bench.round(job.method, state, 1, None if by_client else measured)
+        if by_client:
+            job.method.aggregate(state, iter(replies), Rule(PRIVATE, privacy=measured))
+    if not any(measured.seen):
+        raise RecipeError(
+            ["no clip could be found: held-out rows do not move the model"],
+            hint="give one, --clip-norm, or raise the learning rate",
+        )
+    return measured
+
+
+def planned(job: Job) -> str:
+    """Return what a run is about to promise, for its header."""
+    found, rounds = account(job), job.recipe.rounds
+    assert found is not None
+    allowed = found.rounds_within(rounds)
+    last = "" if allowed == rounds else f", after which the budget of {found.budget:g} is spent"
+    sampled = "" if found.privacy.q < 1 else "; no amplification by sampling"
+    return f"{found.promise(allowed)}{last} · {found.privacy.text}{sampled}"
+
+
+def clients_of(job: Job) -> int:
+    """Return N, the public number of clients."""
+    return len(job.rows) or job.recipe.clients
+
+
+def _sizes(job: Job) -> list[int]:
+    return [len(rows) for rows in job.rows]

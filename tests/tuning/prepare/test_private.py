@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs with differential privacy: what they promise, what they refuse, and that local steps hide rows as the papers say."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fleetune
+from command_line import FEW
+from fleetune import adapters, models
+from fleetune.data import Batches, encode_all
+from fleetune.data.forms import Example
+from fleetune.errors import RecipeError, UsageError
+from fleetune.evaluation.objectives import batch_loss, loss_tensor
+from fleetune.models.net.model import Model
+from fleetune.privacy import mechanism
+from fleetune.privacy.mechanism import Privacy
+from fleetune.runs import rundir
+from fleetune.seeds import ledger as ledgers
+from fleetune.seeds.descent import Position, descend_projected, slope
+from fleetune.seeds.noise import POOL, probe
+from fleetune.tuning.methods import _adapter, _zeroth, make
+from fleetune.tuning.recipe import recipe as recipes
+
+LEVELS: dict[str, dict[str, Any]] = {
+    "fedkseed": {"K": 16, "tau": 2, "lr": 1e-3},
+    "mezo": {"K": 16, "tau": 2, "lr": 1e-3},
+    "onebyte": {"K": 16, "directions": 2, "lr": 1e-3},
+    "fedit": {"r": 2, "lr": 1e-2, "steps": 1, "batch_size": 2},
+}
+SMALL: dict[str, Any] = FEW | {
+    "clients": 12,
+    "rounds": 2,
+    "limit": 40,
+    "max_length": 48,
+    "privacy": "client",
+    "epsilon": 8.0,
+}
+
+pytestmark = pytest.mark.usefixtures("at")
+
+
+def tuned(tiny: str, method: str = "fedkseed", **more: Any) -> Any:
+    return fleetune.tune(tiny, "demo", method=method, settings=LEVELS[method], **SMALL | more)
+
+
+def by_renyi(z: float, q: float, releases: int, delta: float) -> float:
+    """An account of its own: Renyi divergences of whole orders (Mironov et al. 2019), Canonne et al.'s conversion."""
+
+    def of(a: int) -> float:
+        if q >= 1:
+            return a / (2 * z * z)
+        k = np.arange(a + 1)
+        chosen = [math.log(math.comb(a, i)) for i in k.tolist()]
+        logs = chosen + k * math.log(q) + (a - k) * math.log1p(-q) + k * (k - 1) / (2 * z * z)
+        return float(np.logaddexp.reduce(logs)) / (a - 1)
+
+    def at(a: int) -> float:
+        return releases * of(a) + math.log((a - 1) / a) - (math.log(delta) + math.log(a)) / (a - 1)
+
+    return min(map(at, range(2, 100)))
+
+
+@pytest.mark.parametrize("method", LEVELS)
+@pytest.mark.parametrize("level", ["client", "example"])
+def test_a_run_states_what_it_promises_wherever_it_is_read(tiny: str, method: str, level: str) -> None:
+    """Console, record, ledger's head or card; and epsilon follows from the record, by an account of the test's own."""
+    more = {"participation": 0.5} if level == "client" else {}
+    run = tuned(tiny, method, privacy=level, **more)
+    recipe = recipes.make(recipes.read(run.folder / "run.toml"))
+    assert min(recipe.noise, recipe.clip_norm, recipe.delta) > 0
+    spent = [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
+    assert len(spent) == 2
+    assert 0 < spent[0] < spent[1] <= 8.0 < spent[1] * 1.1
+    steps, q = 1, recipe.participation
+    if level == "example":
+        (start,) = (e for e in rundir.events(run.folder) if e["event"] == "start")
+        n, own = min(start["rows_per_client"]), make(method, recipe.set)
+        steps, q = own.local_steps(n), min(1.0, getattr(own, "batch_size", 8) / n)
+    assert spent[1] <= by_renyi(recipe.noise, q, 2 * steps, recipe.delta) < 1.5 * spent[1] + 0.5
+    promise = f"epsilon {spent[1]:.3g} at delta {recipe.delta:g}"
+    (remark,) = (r for r in run.done.remarks if r.startswith("differential privacy"))
+    assert promise in remark
+    stated = (
+        (run.folder / "adapter" / "README.md").read_text()
+        if method == "fedit"
+        else ledgers.load(run.folder / "ledger.safetensors").head.privacy
+    )
+    assert promise in stated
+    assert f"{recipe.noise:.4g}" in stated
+    told = [e for e in rundir.events(run.folder) if e["event"] == "client"]
+    assert all(e["n"] is None and e["loss"] is None for e in told)
+    assert "per_client" not in json.loads((run.folder / "eval.json").read_text())
+
+
+def test_no_seed_repeats_the_noise_or_the_sample(tiny: str) -> None:
+    """Whoever has the recipe, and so every seed, cannot take the noise off; a resumed run goes on with its count."""
+    one, other = (tuned(tiny, participation=0.5, out=f"runs{i}") for i in range(2))
+    assert one.digest != other.digest
+    assert recipes.read(one.folder / "run.toml") == recipes.read(other.folder / "run.toml")
+    with pytest.raises(UsageError, match="privacy budget for 2 rounds"):
+        fleetune.resume_run(one, rounds=3)
+    text = (one.folder / "run.toml").read_text()
+    (one.folder / "run.toml").write_text(re.sub(r"(?m)^epsilon = \S+", "epsilon = 80.0", text))
+    with pytest.raises(RecipeError, match="epsilon"):
+        fleetune.resume_run(one)
+
+
+def test_a_run_ends_where_its_budget_does(tiny: str) -> None:
+    run = tuned(tiny, rounds=6, noise=1.0, epsilon=8.0)
+    assert run.done.rounds < 6
+    assert any("the privacy budget is spent" in r for r in run.done.remarks)
+    spent = [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
+    assert spent[-1] <= 8.0
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"epsilon": 0.0}, "needs a budget"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"epsilon": 1e6}, "promises nothing"),
+        ({"epsilon": math.nan}, "epsilon"),
+        ({"delta": 0.2}, "below 1 / 12"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+        ({"noise": 0.01}, "in the first round"),
+        ({"clients": 3}, "fewer than 10"),
+        ({"aggregation": "median"}, "leave aggregation out"),
+        ({"quorum": 2}, "quorum"),
+        ({"privacy": "none"}, "does nothing without privacy"),
+        ({"method": "fwdllm", "settings": {}}, "directions of its own"),
+        ({"method": "fedpeptao", "settings": {}}, "variate"),
+        ({"method": "fedit", "settings": {"scaffold": True}}, "scaffold=false"),
+        ({"method": "fedit", "settings": {"average": "product"}}, "average=separate"),
+        ({"privacy": "example", "method": "fwdllm", "settings": {}}, "hide rows"),
+        ({"privacy": "example", "settings": {"objective": "accuracy:yes,no"}}, "use the loss"),
+    ],
+)
+def test_what_cannot_be_promised_is_refused_before_work(
+    tiny: str, options: dict[str, Any], word: str
+) -> None:
+    given = SMALL | {"method": "fedkseed", "settings": LEVELS["fedkseed"]} | options
+    with pytest.raises(RecipeError, match=word):
+        fleetune.tune(tiny, "demo", **given)
+    assert not list(Path("runs").glob("*"))
+
+
+# Local steps that hide rows --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows() -> tuple[Model, Any]:
+    model = models.tiny_llama()
+    texts = [Example((("user", f"Say {n}."),), f"It is {n * 'a'} {n}.") for n in range(1, 6)]
+    return model, encode_all(texts, model.tokenizer, 48)[0]
+
+
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechanism, "discrete_gaussian", lambda count: np.zeros(count, np.int64))
+
+
+def single(model: Model, rows: Any, i: int) -> Any:
+    return next(Batches(rows[i : i + 1], 0, 1).steps(1, 1))
+
+
+@pytest.mark.parametrize("clip", [1e4, 0.5])
+def test_a_slope_is_the_mean_of_the_rows_clipped_slopes(
+    rows: tuple[Model, Any], clip: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DPZero's Algorithm 1, of all rows (q = 1), against slopes of each row alone."""
+    model, encoded = rows
+    silent(monkeypatch)
+    view = _zeroth.view_of(model, 1, POOL, 1e-6)
+    direction, eps = probe(POOL, 16, 3), 1e-3
+    each = [
+        slope(model, view, direction, single(model, encoded, i), batch_loss, eps=eps, clip=0.0)[0]
+        for i in range(5)
+    ]
+    hidden = Batches(encoded, 0, 1, private=Privacy(clip, 1.0, 1.0, 5))
+    (batch,) = hidden.steps(1, 5)
+    found, told = slope(model, view, direction, batch, batch_loss, eps=eps, clip=0.0)
+    assert told == 0.0
+    assert found == pytest.approx(np.clip(each, -clip, clip).mean(), rel=1e-4, abs=2e-3)
+
+
+def test_a_gradient_is_the_mean_of_the_rows_clipped_gradients(
+    rows: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DP-SGD's Algorithm 1, over all that is trained; and along the pool, whose vector of K is clipped as one."""
+    model, encoded = rows
+    silent(monkeypatch)
+    adapters.attach(model, adapters.Lora(2, 4, 0.0, "all-linear", "gaussian"), seed=1)
+    parameters = adapters.trainable(model)
+    each = []
+    for i in range(5):
+        loss_tensor(model, single(model, encoded, i)).backward()
+        each.append({n: p.grad.double().numpy().copy() for n, p in parameters.items()})
+        for p in parameters.values():
+            p.grad = None
+    norms = [math.sqrt(sum((g**2).sum() for g in grads.values())) for grads in each]
+    clip = float(np.median(norms))
+    (batch,) = Batches(encoded, 0, 1, private=Privacy(clip, 1.0, 1.0, 5)).steps(1, 5)
+    _adapter.hide_rows(model, batch, Privacy(clip, 1.0, 1.0, 5), parameters)
+    for name, p in parameters.items():
+        expected = sum(g[name] * min(1, clip / n) for g, n in zip(each, norms, strict=True)) / 5
+        assert p.grad is not None
+        assert torch.allclose(p.grad.double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-6 * clip)
+    adapters.detach(model)
+
+
+def test_a_projection_hides_each_row(rows: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of a back-propagating client of fedkseed: the mean over rows of p, each cut to the clip."""
+    model, encoded = rows
+    silent(monkeypatch)
+    view = _zeroth.view_of(model, 1, POOL, 1e-6)
+
+    def moved(batch: Any) -> np.ndarray:
+        none = np.zeros(0, np.uint64)
+        start = Position(POOL, 16, none, none.astype(np.int64))
+        return descend_projected(model, view, start, 0, [batch], units=-16.0, clip=0.0).moved
+
+    each = [moved(single(model, encoded, i)) for i in range(5)]
+    norms = [float(np.linalg.norm(p)) for p in each]
+    clip = float(np.median(norms))
+    (batch,) = Batches(encoded, 0, 1, private=Privacy(clip, 1.0, 1.0, 5)).steps(1, 5)
+    expected = sum(p * min(1, clip / n) for p, n in zip(each, norms, strict=True)) / 5
+    assert moved(batch) == pytest.approx(expected, rel=1e-3, abs=1e-4 * clip)
+
+
+def test_rows_are_drawn_each_by_itself(rows: tuple[Model, Any]) -> None:
+    """A batch may have no row; then one stands in, and does not count.  The step is taken all the same."""
+    _, encoded = rows
+    sizes = [b.drawn.rows for b in Batches(encoded, 0, 1, private=Privacy(1.0, 1.0, 0.2, 5)).steps(400, 1)]
+    assert {0, 1, 2} <= set(sizes)
+    assert np.mean(sizes) == pytest.approx(1.0, abs=5 * math.sqrt(5 * 0.16 / 400))
