@@ -176,7 +176,7 @@ def walk(
     position, answers = empty(), None if callable(losses) else iter(losses)
     objective = (lambda m, b: losses()) if answers is None else (lambda m, b: next(answers))
     how: dict[str, Any] = {"eps": eps, "clip": clip, "to_units": to_units}
-    batches: Any = [None] * steps
+    batches = [batch_of()] * steps
     taken = descend(None, view, position, list(range(steps)), batches, objective, **how)  # type: ignore[arg-type]
     assert view.direction is None
     here = digest(view.tensors())

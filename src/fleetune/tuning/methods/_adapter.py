@@ -344,7 +344,9 @@ class Steps:
     which needs all of it, or on an accelerator, which takes many small steps slowly, all are taken after backward.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], how: Trained, device: str, *, whole: bool) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], how: Trained, device: str, *, whole: bool = False
+    ) -> None:
         """With `whole`, all steps are taken after backward."""
         self.how, self.rate = how, how.own_lr
         self.at_once = not how.clip and device == "cpu" and not whole
