@@ -64,7 +64,7 @@ class Place:
     host: str = "127.0.0.1"
     port: int = PORT
     keys: Path | None = None  # folder with the devices' public keys
-    certificate: Path | None = None  # folder with server.pem and server.key
+    certificate: Path | None = None  # folder with server.pem, server.key and ca.pem
 
     def check(self) -> list[PublicKey] | None:
         """Return the registered keys, None for any; UsageError for a place that others reach without TLS and keys."""
@@ -82,6 +82,11 @@ class Place:
                     hint=f"make it: fleetune fleet keys certificate {quoted(self.certificate)} {self.called()}",
                 )
         if self.certificate:
+            if not (self.certificate / "ca.pem").is_file():
+                raise UsageError(
+                    f"{self.certificate} has no ca.pem",
+                    hint="put the one that devices trust beside server.pem",
+                )
             keyring.hosts_of(self.certificate / "server.pem")
         return keyring.registered(self.keys) if self.keys else None
 
