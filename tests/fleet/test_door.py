@@ -711,6 +711,13 @@ def test_a_connection_that_does_not_greet_in_tls_is_closed(
     house.door.close()
 
 
+def test_what_a_stranger_states_as_a_key_is_logged_as_a_hash_alone(house: House) -> None:
+    """No control characters of a token, such as C1's, reach the audit log."""
+    for token in ('x"}\x85{"t": 1\x9b2J', "f" * 63, "F" * 64, "0" * 64 + "0"):
+        house.post("alive", {"authorization": f"Bearer {token}.secret".encode("latin-1")})  # type: ignore[dict-item]
+    assert {key for _, _, key in house.door.refusals.taken()} == {""}
+
+
 def test_refusals_are_counted_in_bounded_memory() -> None:
     refusals = door.Refusals()
     for i in range(1000):

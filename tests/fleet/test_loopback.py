@@ -132,7 +132,7 @@ def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(
     for c, own in enumerate(unlike):
         for folder in ("clients", "rows"):
             Path(f"{folder}/client-00{c}.jsonl").write_text("".join(own))
-    steps = {"set": FEDIT["set"] | {"steps": 0, "batch_size": 8}}
+    steps = {"set": FEDIT["set"] | {"steps": 0, "batch_size": 8, "scaffold": False}}
     written = recipes.to_toml(recipes.make(FEDIT | steps | {"data": "clients", "eval_data": "rows.jsonl"}))
     lines = [line for line in written.splitlines() if not line.startswith("aggregation")]
     Path("recipe.toml").write_text("\n".join([given, *lines]))

@@ -36,6 +36,7 @@ import hashlib
 import hmac
 import ipaddress
 import itertools
+import re
 import secrets
 import threading
 import time
@@ -467,7 +468,8 @@ def _claimed(request: Request) -> str:
     """Return the hash of the key that a request claims, "" for none."""
     bearer, stated = request.headers.get("authorization", ""), request.headers.get(KEY, "")
     if bearer:
-        return bearer.partition(" ")[2].partition(".")[0][:64]
+        stated = bearer.partition(" ")[2].partition(".")[0]
+        return stated if re.fullmatch("[0-9a-f]{64}", stated) else ""  # written into the audit log
     try:
         return keyring.fingerprint(b64decode(stated, validate=True)) if 0 < len(stated) <= LONGEST_KEY else ""
     except ValueError:

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 FURTHEST: Final = 4.0  # times the median distance of a round's replies, for replies of many numbers
 APART: Final = 4.0  # times as far: honest replies of one kind, by the median of all kinds
 EXCUSED: Final = 2.0  # times as far, by rows that a client says it has: random steps do so where they are four times as many
+STEPS: Final = "; with many more rows, it takes more steps: --set steps=N gives all clients as many"
 FEW: Final = 8  # numbers in a reply with which it may go twice as far: few slopes vary by chance
 
 
@@ -296,7 +297,7 @@ def too_far(kept: Sequence[Kept], fewest: int = FEWEST) -> list[tuple[Kept, str]
             times = min(far(k) / middle for far, middle in zip(ways, middles, strict=True))
             if not times <= k.bound:
                 reason = f"it goes {times:.3g} times as far as the median of the round, {k.bound:.3g} at most"
-                found.append((k, reason))
+                found.append((k, reason + STEPS if k.reach > k.distance else reason))
     return found
 
 
