@@ -82,12 +82,12 @@ class Place:
                     hint=f"make it: fleetune fleet keys certificate {quoted(self.certificate)} {self.called()}",
                 )
         if self.certificate:
+            keyring.hosts_of(self.certificate / "server.pem")
             if not (self.certificate / "ca.pem").is_file():
                 raise UsageError(
                     f"{self.certificate} has no ca.pem",
                     hint="put the one that devices trust beside server.pem",
                 )
-            keyring.hosts_of(self.certificate / "server.pem")
         return keyring.registered(self.keys) if self.keys else None
 
     def called(self) -> str:
