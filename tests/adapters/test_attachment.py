@@ -199,6 +199,8 @@ def test_a_parent_that_reads_16_bit_parameters_sees_them_rounded() -> None:
         (Prefix(3, layers=[2]), r"layers \[2\]"),
         (Prefix(3, layers=[]), r"layers \[\]"),
         (Prompt(0), "0 tokens"),
+        (Prefix(4097), "4097 tokens"),
+        (Prompt(4097), "4097 tokens"),
         (Lora(0, 8.0), "r = 0"),
         (Lora(4, 8.0, 1.0), r"dropout = 1\.0"),
         (Lora(4, 8.0, init="magic"), "no LoRA start named 'magic'"),

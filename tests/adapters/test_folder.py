@@ -149,6 +149,15 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         adapters.load(models.tiny_llama(), tmp_path / "nothing")
 
 
+def test_a_configuration_is_read_up_to_a_size(tmp_path: Path) -> None:
+    """Millions of targets were compared with every layer."""
+    adapters.save(on("llama", Bottleneck(6)), tmp_path)
+    config = tmp_path / "module.json"
+    config.write_text(config.read_text() + " " * (1 << 20))
+    with pytest.raises(ModelError, match="more than 1,048,576 bytes"):
+        adapters.load(models.tiny_llama(), tmp_path)
+
+
 def test_a_folder_chooses_no_start_and_no_size_that_its_numbers_do_not_have(tmp_path: Path) -> None:
     """An orthogonal start takes a decomposition for each layer, before a tensor is compared."""
     adapters.save(on("llama", Bottleneck(6)), tmp_path)

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from fleetune import adapters, models
+from fleetune.adapters import lora
 from fleetune.adapters.lora import DroppedLinear
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
@@ -98,6 +99,12 @@ def test_merge_into_16_bits_rounds_once() -> None:
         delta = torch.from_numpy(arrays[b]) @ torch.from_numpy(arrays[a]) * 2
         expected = (stored[f"{layer}.weight"].float() + delta).bfloat16()
         assert torch.equal(weights[f"{layer}.weight"], expected)
+
+
+def test_a_target_that_is_named_often_is_one() -> None:
+    """PEFT compares every module with every target."""
+    net = models.tiny_llama().net
+    assert lora._targets(net, ["q_proj", "self_attn.q_proj"] * 9) == ["q_proj", "self_attn.q_proj"]
 
 
 def test_a_model_with_an_adapter_is_not_saved_as_a_model(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_forged_identities_are_refused_and_logged(house: House, tmp_path: Path, 
         logged = (
             json.loads((tmp_path / FILE).read_text().splitlines()[-1]) if (tmp_path / FILE).exists() else {}
         )
-        if status not in (403, 410) or logged.get("status") != status or logged.get("requests") != 1:
+        if status not in (403, 410, 421) or logged.get("status") != status or logged.get("requests") != 1:
             faults.append(f"{name}: {status}, {logged}")
     injected("forged identities", len(tried), survived=len(tried) - len(faults))
     assert not faults, "\n".join(faults)
@@ -261,6 +261,13 @@ def test_a_removal_holds_whatever_else_is_wrong_and_though_nobody_waits_for_devi
         assert house.post("session", house.signed(house.stranger)).status_code == 403
         assert any("two is revoked" in text for text in served._news)
         assert len(served._news) == (1 if wrong == "nothing" else 2)  # what is wrong is said once
+
+
+def test_a_device_that_means_another_server_is_told_so(house: House) -> None:
+    for other in ({"address": f"a.org:{house.port}"}, {"trusted": "ab" * 32}):
+        assert house.post("session", house.signed(house.one, **other)).status_code == 421
+    assert "another server" in line.REFUSED[421]
+    assert house.post("session", house.signed(house.stranger, trusted="ab" * 32)).status_code == 403
 
 
 def test_a_key_that_is_revoked_while_it_comes_in_stays_out(
@@ -484,11 +491,12 @@ def test_a_spoilt_file_of_the_last_session_keeps_no_device_out(
     with (way := line.Line(device, False)).http:
         line._Stay(way, house.one, tmp_path, device)._come_in()
     kept = (tmp_path / line.FILE).read_text()
-    assert kept.startswith(f"{device.address} {house.one.public.fingerprint}.")
+    assert kept.startswith(f"{device.address}  {house.one.public.fingerprint}.")
     stay = line._Stay(way, house.one, tmp_path, device)
-    assert stay._before() == kept.partition(" ")[2]
+    assert stay._before("") == kept.rpartition(" ")[2]
+    assert stay._before("ab" * 32) == ""  # nor does another at this address
     stay.server = line.Server("localhost:1")
-    assert stay._before() == ""  # no other server learns it
+    assert stay._before("") == ""  # no other server learns it
     assert house.one.public.fingerprint in house.door.online()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import runpy
@@ -20,7 +21,7 @@ from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.events import DeviceEvaluated
 from fleetune.data.encode import digest, encode_rows
-from fleetune.errors import DataError, FleetError, MessageError
+from fleetune.errors import DataError, FleetError, FleetuneError, MessageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.fleet import eval_server, keys, result, status
 from fleetune.fleet.device_state import DeviceState
@@ -147,6 +148,19 @@ def test_files_of_a_result_stay_in_their_folder_and_are_those_of_a_result(tmp_pa
 
 JOB = Job("a" * 32, "fedkseed", {}, "m", "b" * 64, "fp32", 48, (), 0, "eval", "c" * 64)
 TOLD = Told(9, "d" * 64, 1, 1, "0", held_out=4, held_out_digest="e" * 64)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "module.json", "SHA256SUMS"])
+def test_a_text_of_a_result_has_a_size_and_a_list_names_a_file_once(tmp_path: Path, name: str) -> None:
+    """Millions of targets were compared with every layer, and millions of lines with one file."""
+    own = DeviceState(tmp_path)
+    with pytest.raises(MessageError, match="1,048,576 bytes"):
+        result.placed({result.FILE + name: bytes((1 << 20) + 1)}, own, JOB)
+    line = f"{hashlib.sha256(b'{}').hexdigest()}  module.json\n".encode()
+    for times, why in ((1, "the job states"), (2, "damaged")):
+        files = {result.FILE + "module.json": b"{}", result.FILE + "SHA256SUMS": line * times}
+        with pytest.raises(FleetuneError, match=why):
+            result.placed(files, own, JOB)
 
 
 def claimed(**change: object) -> DeviceEvaluated:

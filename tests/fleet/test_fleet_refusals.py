@@ -48,6 +48,7 @@ __all__ = ["folder", "place"]  # fixtures
         (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--max-load", "50"], "no share of the processors"),
         (["join", "192.168.1.9:8470", "--data", "rows.jsonl"], "with TLS alone"),
         (["join", "nowhere", "--data", "rows.jsonl"], "is not HOST:PORT"),
+        (["join", "::1:23575", "--data", "rows.jsonl"], "[::1]:8470"),
         (["join", "127.0.0.1:1"], "which rows"),
         (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--rounds", "3"], "rounds is the server's to say"),
         (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--key", "rows.jsonl"], "not an OpenSSH key"),
@@ -63,6 +64,15 @@ def test_what_cannot_be_is_refused_before_any_work(
     Path("recipe.toml").write_text(recipes.to_toml(recipes.make(FEDKSEED)))
     assert main(["fleet", *words]) in (2, 4)
     assert what in capsys.readouterr().err
+
+
+def test_a_certificate_has_the_file_that_devices_trust_beside_it(place: Path) -> None:
+    Path("certs/ca.pem").rename("ca.pem")
+    try:
+        with pytest.raises(UsageError, match=r"has no ca\.pem"):
+            Place(certificate=Path("certs")).check()
+    finally:
+        Path("ca.pem").rename("certs/ca.pem")
 
 
 def test_the_line_for_devices_names_the_server_as_its_certificate_does(place: Path) -> None:

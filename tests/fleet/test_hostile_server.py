@@ -166,6 +166,21 @@ def test_a_folder_is_emptied_where_this_device_made_it(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"on": 1, "blocks": {}, "rows": [], "known": []}'])
+def test_what_was_noted_and_is_damaged_allows_nothing_and_is_named(tmp_path: Path, text: str) -> None:
+    own, job = DeviceState(tmp_path), Job(RUN, "fedit", {}, "m", "b" * 64, "fp32", 8, (), 0, "eval", "c" * 64)
+    (tmp_path / "secret").write_bytes(bytes(32))
+    for name, call in (
+        ("calibrated.json", lambda: own.allow_calibration("r", job, 1, 8, note=False)),
+        ("calibrated.json", lambda: own.allow_block(0, "m")),
+        ("measured.json", lambda: own.allow_measurement("r", job)),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(StorageError) as caught:
+            call()
+        assert name in str(caught.value.hint)
+
+
 # Memory -----------------------------------------------------------------------------------------------
 
 
@@ -720,8 +735,8 @@ def test_a_servers_last_words_are_one_line(place: Path) -> None:
     for words in ("over\n  error: run this", "over\x1b[2J", "over\u200f", "o" * 1001):
         with pytest.raises(MessageError, match=r"malformed|reason = "):
             device.answer(encode(Message(0, bytes(16), Payload({}, {**whole, "reason": words}))))
-    device.answer(Order("end", reason="over").encode())
-    assert device.ended == "over"
+    device.answer(Order("end", reason=f"over{80 * ' '}connected{2 * chr(0x3000)}to").encode())
+    assert device.ended == "over connected to"
 
 
 def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place: Path) -> None:

@@ -7,6 +7,7 @@ they share is in `attachment.py`.  PEFT is imported in this package alone.
 """
 
 from fleetune.adapters.attachment import (
+    MOST_TOKENS,
     AdapterSpec,
     attach,
     attachment_of,
@@ -21,7 +22,7 @@ from fleetune.adapters.attachment import (
 )
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
-from fleetune.adapters.folder import load, save
+from fleetune.adapters.folder import MOST_JSON, load, save
 from fleetune.adapters.lora import (
     ALL_LINEAR,
     INITS,
@@ -39,6 +40,8 @@ from fleetune.adapters.scales import Scales, moved_scales
 __all__ = [
     "ALL_LINEAR",
     "INITS",
+    "MOST_JSON",
+    "MOST_TOKENS",
     "QUERY_VALUE",
     "AdapterSpec",
     "Bitfit",

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ from fleetune.errors import MessageError, ModelError
 from fleetune.models.lazy import into_memory
 from fleetune.models.net.layers import head_of
 from fleetune.models.net.model import Model, allow_copies, named_tensors
+
+MOST_TOKENS: Final = (
+    4096  # of a prompt or prefix: a forward's time grows with their square, and none is stopped inside
+)
 
 
 class Part:

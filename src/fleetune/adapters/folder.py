@@ -48,6 +48,7 @@ from fleetune.models.net.model import Model
 
 FRONT: Final = "base_model.model."  # of PEFT's tensor names
 VERSION: Final = 1
+MOST_JSON: Final = 1 << 20  # bytes of a configuration; a large model's layers, all named, are a fifth of it
 REMEDY: Final = (
     "copy the folder again from its run, which writes its own again: fleetune tune --resume RUN; "
     f"if it was changed on purpose, remove {sums.FILE} from it"
@@ -91,6 +92,8 @@ def load(model: Model, path: Path) -> None:
     try:
         ours = (path / "module.json").is_file()
         file = "module.json" if ours else "adapter_config.json"
+        if (path / file).stat().st_size > MOST_JSON:
+            raise ValueError(f"{file} has more than {MOST_JSON:,} bytes")
         config = json.loads((path / file).read_text(encoding="utf-8"))
         tensors = load_file(path / ("module.safetensors" if ours else "adapter_model.safetensors"))
         spec, arrays = _from_ours(config, tensors) if ours else _from_peft(config, tensors, model)

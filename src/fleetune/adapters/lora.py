@@ -257,11 +257,13 @@ def _targets(net: Any, targets: str | Sequence[str]) -> list[str]:
         return leaves
     if targets == QUERY_VALUE:
         return _query_value(net, leaves)
-    wanted = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
-    unknown = [t for t in wanted if not any(n == t or n.endswith("." + t) for n in linear)]
+    given = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else targets
+    wanted = list(dict.fromkeys(given))  # each once: PEFT compares every module with every one
+    ends = {".".join(parts[i:]) for parts in (name.split(".") for name in linear) for i in range(len(parts))}
+    unknown = [t for t in wanted if t not in ends]
     if unknown or not wanted:
         raise ModelError(
-            f"the model has no linear layer named '{', '.join(unknown)}' that LoRA can be put on",
+            f"the model has no linear layer named '{', '.join(unknown[:5])}' that LoRA can be put on",
             hint="choose from " + ", ".join(leaves),
         )
     return wanted

@@ -30,7 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleetune import models
-from fleetune.adapters.attachment import Part
+from fleetune.adapters.attachment import MOST_TOKENS, Part
 from fleetune.errors import ModelError
 from fleetune.models.net.layers import OTHER_MODULE, Layer, attention_layers, body_of, is_causal
 from fleetune.models.net.model import Model
@@ -51,10 +51,10 @@ class Prefix:
         """Attach keys and values of their own to the attention of these layers."""
         every = _layers(model.net)
         wanted = range(len(every)) if self.layers is None else sorted(set(self.layers))
-        if self.tokens < 1 or not wanted or not set(wanted) <= set(range(len(every))):
+        if not 1 <= self.tokens <= MOST_TOKENS or not wanted or not set(wanted) <= set(range(len(every))):
             raise ModelError(
                 f"a prefix of {self.tokens} tokens in layers {list(wanted)} is not possible",
-                hint=f"1 token or more; layers among 0 to {len(every) - 1}",
+                hint=f"1 to {MOST_TOKENS:,} tokens; layers among 0 to {len(every) - 1}",
             )
         parameters: dict[str, nn.Parameter] = {}
         for layer in (every[i] for i in wanted):

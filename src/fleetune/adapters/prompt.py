@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune import models
-from fleetune.adapters.attachment import Part
+from fleetune.adapters.attachment import MOST_TOKENS, Part
 from fleetune.errors import ModelError
 from fleetune.models.net.layers import body_of, is_causal
 from fleetune.models.net.model import Model
@@ -31,8 +31,10 @@ class Prompt:
 
     def put_on(self, model: Model, seed: int) -> PromptPart:
         """Hook the base model's input and output."""
-        if self.tokens < 1:
-            raise ModelError(f"a prompt of {self.tokens} tokens is not possible", hint="1 token or more")
+        if not 1 <= self.tokens <= MOST_TOKENS:
+            raise ModelError(
+                f"a prompt of {self.tokens} tokens is not possible", hint=f"1 to {MOST_TOKENS:,} tokens"
+            )
         table = model.net.get_input_embeddings().weight
         u = models.uniform(f"prompt/{seed}", (self.tokens,), 1.0)
         pieces = torch.from_numpy(((u.astype("float64") + 1) / 2 * len(model.tokenizer)).astype("int64"))

@@ -29,6 +29,11 @@ def one_line(text: str) -> str:
     return _BREAK.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def single_spaced(text: str) -> str:
+    """Return a text whose runs of blanks are one: else a padded one fills a line, and seems to begin another."""
+    return re.sub(r"(?<=\S)[^\S\n]{2,}", " ", text.strip())
+
+
 def message_text(text: str) -> str:
     """Return a message with its own line breaks, which two spaces follow, and all else that drives a terminal as escapes.
 

@@ -58,11 +58,12 @@ def faults(folder: Path, only: Collection[str] = ()) -> Iterator[tuple[str, str]
         return
     except (OSError, ValueError):
         lines = [""]
-    for line in lines:
-        if (match := LINE.fullmatch(line)) is None or ".." in match[2].split("/"):
-            yield FILE, f"{folder / FILE} is damaged: it is not a list of digests and files"
-            return
-        expected, name = match.groups()
+    matches = [match for line in lines if (match := LINE.fullmatch(line)) and ".." not in match[2].split("/")]
+    stated = {match[2]: match[1] for match in matches}
+    if len(stated) < len(lines):  # a line is none, or a file is named twice
+        yield FILE, f"{folder / FILE} is damaged: it is not a list of digests and files"
+        return
+    for name, expected in stated.items():
         if only and name not in only:
             continue
         if not (file := folder / name).is_file():

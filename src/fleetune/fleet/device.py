@@ -114,8 +114,11 @@ def join(
     keyring.check_installed()
     conditions.check()
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise UsageError(f"'{address}' is not HOST:PORT", hint=f"e.g. 192.168.1.10:{PORT}")
+    if not host or not port.isdigit() or (":" in host and not (host[0] == "[" and host[-1] == "]")):
+        raise UsageError(
+            f"'{address}' is not HOST:PORT",
+            hint=f"e.g. 192.168.1.10:{PORT}; of an IPv6 address: [::1]:{PORT}",
+        )
     if not keyring.is_loopback(host) and home.ca is None:
         raise UsageError(
             f"{host} is another machine: a device talks to it with TLS alone",

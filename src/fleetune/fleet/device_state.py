@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune.common.files import PRIVATE, read_bytes, read_text, storage_error, write_atomic
+from fleetune.common.files import PRIVATE, read_bytes, read_json, storage_error, write_atomic
 from fleetune.errors import StorageError
 from fleetune.fleet.orders import Declined, Job
 
@@ -96,7 +96,7 @@ class DeviceState:
         model = job.reading + job.train + job.result
         file, wanted = self.folder / CALIBRATED, [self.keyed(rows), self.keyed(model), windows, length]
         if known := file.exists():
-            if (before := json.loads(read_text(file)))["on"] != wanted:
+            if (before := _noted(file, on=list, blocks=dict))["on"] != wanted:
                 raise self._calibrated(before)
         elif note:
             write_atomic(file, json.dumps({"on": wanted, "blocks": {}}), mode=PRIVATE)
@@ -108,7 +108,7 @@ class DeviceState:
         Declined for another than before: the sums behind it would be more of the same tokens, as many as a server likes.
         """
         file = self.folder / CALIBRATED
-        before = json.loads(read_text(file))
+        before = _noted(file, on=list, blocks=dict)
         if before["blocks"].setdefault(str(block), message) != message:
             raise self._calibrated(before)
         write_atomic(file, json.dumps(before), mode=PRIVATE)
@@ -125,7 +125,7 @@ class DeviceState:
         tell them all.  Any choice of the server makes a measurement different, not only its result.
         """
         file = self.folder / MEASURED
-        before = json.loads(read_text(file)) if file.exists() else {"rows": {}, "known": []}
+        before = _noted(file, rows=dict, known=list) if file.exists() else {"rows": {}, "known": []}
         hint = f"to allow it, for a server that you would give the rows: remove {file}"
         cut = [job.max_length, list(job.labels)]
         if (first := before["rows"].setdefault(self.keyed(rows), cut)) != cut:
@@ -134,3 +134,12 @@ class DeviceState:
         if len(known) > MOST_MEASUREMENTS:
             raise Declined("measured", MOST_MEASUREMENTS, hint=hint)
         write_atomic(file, json.dumps({"rows": before["rows"], "known": sorted(known)}), mode=PRIVATE)
+
+
+def _noted(file: Path, **kinds: type) -> dict[str, Any]:
+    """Return what was noted in a file; StorageError, which names it, where it is damaged."""
+    hint = f"if nothing else wrote into it: remove {file}, which allows its rows anew"
+    found = read_json(file, hint)
+    if not all(type(found.get(name)) is kind for name, kind in kinds.items()):
+        raise StorageError(f"{file} is damaged", hint=hint)
+    return found

@@ -19,7 +19,8 @@
     204                        there was none
 
     403 the key may not come in, or has not signed this      409 the key is there already, or a later request took over
-    410 no such session: the server has begun anew           404, 411, 413 no request of a device
+    410 no such session: the server has begun anew           421 the device means a server of another name or ca.pem
+    404, 411, 413 no request of a device
 
 A signature is of the server's name, port and certificate authority too, so that no server can use it to be the device
 elsewhere.  Behind a certificate the name tells servers apart, and a proxy may have another port; without one, the port does.
@@ -286,7 +287,7 @@ class Door:
         _check_length(request, 0)
         key, called = self._key(request), request.headers.get(HOST, "")
         if not self._is_called(called):
-            raise HTTPException(403)
+            raise HTTPException(421)
         challenge = request.headers.get(CHALLENGE, "")
         try:
             signature = b64decode(request.headers.get(SIGNATURE, ""), validate=True)
@@ -294,8 +295,10 @@ class Door:
             signed = keyring.has_signed(key, signature, signed_text(called, trusted, challenge))
         except ValueError as error:
             raise HTTPException(403) from error
-        if not signed or trusted != self._trusted or not self._challenges.use(key.fingerprint, challenge):
+        if not signed or not self._challenges.use(key.fingerprint, challenge):
             raise HTTPException(403)
+        if trusted != self._trusted:
+            raise HTTPException(421)
         before = self._sessions.get(key.fingerprint)
         known = request.headers.get(SESSION, "")
         if before is not None and before.online and not _same(before.secret, known.partition(".")[2]):

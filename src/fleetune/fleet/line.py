@@ -45,9 +45,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FILE: Final = (
-    "session"  # in the device's state: HOST:PORT and the last session there, which a new process replaces
-)
+FILE: Final = "session"  # in a device's state: HOST:PORT, hash of the ca.pem, last session there, which a new process replaces
 LONGEST: Final = 20.0  # seconds between two tries
 PATIENCE: Final = 30.0  # seconds without a byte from the server; it answers within half of it
 SLOWEST: Final = (
@@ -64,6 +62,7 @@ REFUSED: Final[Mapping[int, str]] = {
     403: "the server does not know this device's key: bring its .pub file into the server's folder of keys",
     409: "a device with this key is connected already, or one that has gone is not yet given up",
     410: "the server was started anew",
+    421: "this is another server: its certificate is for other names, or it listens elsewhere, or its ca.pem is not --ca",
 }
 NO_TLS: Final = (
     "WRONG_VERSION_NUMBER",
@@ -164,19 +163,22 @@ class _Stay:
             TRUSTED: trusted,
             SIGNATURE: b64encode(keyring.sign(self.key, text)).decode(),
             HEARTBEAT: f"{self.server.heartbeat:g}",
-            SESSION: self._before(),
+            SESSION: self._before(trusted),
         }
         self.session = self.line.post("session", key | stated)[0].headers.get(SESSION, "")
         try:
-            write_atomic(self.file, f"{self.server.address} {self.session}", mode=PRIVATE)
+            write_atomic(self.file, f"{self.server.address} {trusted} {self.session}", mode=PRIVATE)
         except StorageError as error:  # without it, a restarted device waits until this stay is given up
             log.warning("%s", error.message)
 
-    def _before(self) -> str:
-        """Return the last session of this device at this server; it is a secret to all others."""
-        text = read_text(self.file, errors="replace") if self.file.exists() else ""
-        address, _, session = text.partition(" ")
-        return session if address == self.server.address and text.isascii() and text.isprintable() else ""
+    def _before(self, trusted: str) -> str:
+        """Return the last session of this device at this server; it is a secret to all others, at the same address too."""
+        text, here = "", f"{self.server.address} {trusted} "
+        if self.file.exists():
+            text = read_text(self.file, errors="replace")
+        return (
+            text.removeprefix(here) if text.startswith(here) and text.isascii() and text.isprintable() else ""
+        )
 
     def _bearer(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.session}"}

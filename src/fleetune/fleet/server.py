@@ -64,7 +64,7 @@ class Place:
     host: str = "127.0.0.1"
     port: int = PORT
     keys: Path | None = None  # folder with the devices' public keys
-    certificate: Path | None = None  # folder with server.pem and server.key
+    certificate: Path | None = None  # folder with server.pem, server.key and ca.pem
 
     def check(self) -> list[PublicKey] | None:
         """Return the registered keys, None for any; UsageError for a place that others reach without TLS and keys."""
@@ -83,6 +83,11 @@ class Place:
                 )
         if self.certificate:
             keyring.hosts_of(self.certificate / "server.pem")
+            if not (self.certificate / "ca.pem").is_file():
+                raise UsageError(
+                    f"{self.certificate} has no ca.pem",
+                    hint="put the one that devices trust beside server.pem",
+                )
         return keyring.registered(self.keys) if self.keys else None
 
     def called(self) -> str:

@@ -29,7 +29,7 @@ import torch
 
 from fleetune import models
 from fleetune.common import __version__
-from fleetune.common.display import counted, human_bytes, human_time, show
+from fleetune.common.display import counted, human_bytes, human_time, show, single_spaced
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import at_most, rss, usable_memory
@@ -174,7 +174,7 @@ class Worker:
         if order.what == "end":
             if self.loaded is not None and self.loaded.job.task == "calibrate":
                 self.loaded.calibration.remove()
-            self.ended = order.reason or "the run is over"
+            self.ended = single_spaced(order.reason) or "the run is over"
             if order.body == REFUSED:
                 self.error = FleetError(f"the server refuses this device: {self.ended}")
             return Reply("done", order.nonce, order.round).encode()
@@ -210,7 +210,7 @@ class Worker:
             raise
         except FAULTS as error:
             self.error = error if isinstance(error, FleetuneError) else FleetError(fault(error))
-            self.ended = self.error.message
+            self.ended = self.error.message = single_spaced(self.error.message)
             return self._without("refused", order, error)
 
     def _without(self, what: Literal["refused", "failed"], order: Order, error: BaseException) -> bytes:

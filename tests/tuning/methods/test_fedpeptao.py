@@ -209,6 +209,8 @@ def test_what_cannot_be_is_said_before_the_run() -> None:
         ({"beta": 1}, r"not in \[0, 1\)"),
         ({"tokens": 0}, "at least 1"),
         ({"lanczos": 1}, "lanczos at least 2"),
+        ({"lanczos": 301}, "lanczos 300"),
+        ({"tokens": 4097}, "tokens may be 4096 at most"),
         ({"lr": 0}, "lr = 0.0 must be positive"),
     ):
         with pytest.raises(RecipeError, match=words):

@@ -143,6 +143,7 @@ def test_lora_has_alpha_equal_to_its_rank_on_query_and_value() -> None:
         ({"module": "magic"}, "none of full, prefix"),
         ({"places": "sideways"}, "neither houlsby nor pfeiffer"),
         ({"size": -1}, "must be positive"),
+        ({"module": "prompt", "size": 4097}, "4096 tokens at most"),
         ({"module": "bitfit", "size": 4}, "no size to choose"),
         ({"module": "prefix", "targets": "all-linear"}, "needs module=lora"),
         ({"module": "lora", "places": "pfeiffer"}, "needs module=adapter"),

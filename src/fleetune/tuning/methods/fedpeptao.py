@@ -97,6 +97,9 @@ PAPER = "Che et al., EMNLP 2023, arXiv 2310.15080"
 SENDS = "the prompts of the layers that matter, up and down"
 
 LIPSCHITZ: Final = "lipschitz"  # the rule that needs the Hessian
+MOST_PRODUCTS: Final = (
+    300  # of a measurement of curvature: their eigenvalues are found in one step, which hears no stop
+)
 SCORED: Final = 256  # rows of a score, at most
 SHIFT: Final = 1e-5  # added to a similarity's eigenvalues, so that 1/lambda stays below 1e5 (published code)
 log = logging.getLogger(__name__)
@@ -150,6 +153,11 @@ class Method(_adapter.Trained):
         if self.tokens < 1 or self.warmup < 1 or self.lanczos < 2 or self.curvature_rows < 0:
             raise ValueError(
                 "tokens and warmup must be at least 1, lanczos at least 2, curvature_rows 0 or more"
+            )
+        if self.tokens > adapters.MOST_TOKENS or self.lanczos > MOST_PRODUCTS:
+            raise ValueError(
+                f"tokens may be {adapters.MOST_TOKENS} at most, and lanczos {MOST_PRODUCTS}: "
+                f"{self.tokens} and {self.lanczos} are more"
             )
         if not (0 <= self.beta < 1 and 0 <= self.server_lr < 1e3):
             raise ValueError(

@@ -93,6 +93,8 @@ class Method(_adapter.Averaged):
             raise ValueError(f"places = {self.places!r} is neither houlsby nor pfeiffer")
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
+        if self.module in ("prefix", "prompt") and self.size > adapters.MOST_TOKENS:
+            raise ValueError(f"size = {self.size}: a {self.module} has {adapters.MOST_TOKENS} tokens at most")
         if self.start != "default" and self.module != "lora":
             raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
         if self.targets != "query-value" and self.module != "lora":
