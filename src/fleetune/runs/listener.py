@@ -42,7 +42,7 @@ class Listener(Protocol):
         """Show a remark."""
 
     def step(self, client: int, step: int) -> None:
-        """Note that a client of a round is about to take a local step."""
+        """Note that a client of a round is about to take a local step, or goes on with it: a long one is told several times."""
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
         """Note that `done` of `total` parts (`what`: "blocks", "steps", "rows") are finished."""
