@@ -172,7 +172,7 @@ def test_a_message_that_is_none_fails_the_round_and_no_more(
         (
             {
                 "method": "fedpeptao",
-                "set": {"steps": 1, "batch_size": 1, "lanczos": 3000, "curvature_rows": 40},
+                "set": {"steps": 1, "batch_size": 1, "lanczos": 300, "curvature_rows": 400},
             },
             "work 240001 25600",
             "asked for 240,001 rows' work",
