@@ -118,10 +118,8 @@ def units_of(moves: Mapping[str, np.ndarray], clip: float, grid: float) -> dict[
 
     Moves that are not finite become 0.
     """
-    top = float(
-        np.max([np.abs(move).max(initial=0.0) for move in moves.values()], initial=0.0)
-    )  # NaN where one is
-    if not 0.0 < top < math.inf:
+    top = float(np.max([np.abs(move).max(initial=0.0) for move in moves.values()], initial=0.0))
+    if not 0.0 < top < math.inf:  # NaN where one is
         return {name: np.zeros(move.shape, np.int64) for name, move in moves.items()}
     norm = top * math.sqrt(sum(float(np.square(move / top).sum()) for move in moves.values()))
     factor = min(1.0, clip / norm) * MARGIN / grid

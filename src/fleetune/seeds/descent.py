@@ -45,10 +45,10 @@ from fleetune.seeds.view import Tape, Unpaired, View
 from fleetune.seeds.weights import CHUNK, MovedWeights
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # tokens of a step up to which both signs run in one forward: it reads the base once, in the memory of twice the activations;
 # beyond, making the weights takes little of a step
-T = TypeVar("T")
 PAIRED: Final = 512
 _COMPARED: Final[WeakSet[nn.Module]] = WeakSet()  # nets whose first step was taken both ways
 _UNPAIRED: Final[WeakSet[nn.Module]] = WeakSet()  # nets that were seen not to keep the signs' rows apart
