@@ -276,6 +276,12 @@ class Averaged(Trained):
                 memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
         return Payload(sent, {"n": batches.n, "loss": loss})
 
+    def begins(self, sent: Payload) -> Tensors:
+        return group(sent.arrays)
+
+    def moved(self, sent: Payload, reply: Reply) -> Tensors:
+        return dict(reply.payload.arrays)
+
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Take the mean weighted by rows, the server's step, and SCAFFOLD's c if it is on; no reply gives the state back.
 
