@@ -52,11 +52,12 @@ from fleetune.models.cache import names
 from fleetune.privacy.mechanism import Sealed
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar, decode, encode
 from fleetune.tuning.recipe.recipe import Recipe, label_words, problem_text
+from fleetune.tuning.rounds.fleets import STEPS, Step
 
 T = TypeVar("T")
 
 TASKS: Final[Mapping[str, tuple[str, ...]]] = {  # and the orders that belong to each
-    "tune": ("work", "keys", "shares", "masked", "reveal"),
+    "tune": ("work", *STEPS),
     "eval": ("eval",),
     "calibrate": ("begin", "block"),
 }
@@ -98,7 +99,7 @@ Trained = Annotated[str, Field(pattern="^(weights|scales)$")]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 Kept = tuple[Annotated[int, Field(ge=-1, lt=1 << 31)], Crc]
 
-What = Literal["job", "work", "keys", "shares", "masked", "reveal", "eval", "begin", "block", "end"]
+What = Literal["job", "work", Step, "eval", "begin", "block", "end"]
 
 EXACT: Final = ConfigDict(strict=True, extra="forbid")
 

@@ -81,6 +81,7 @@ from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.prepare import usual_threads
+from fleetune.tuning.rounds.fleets import STEPS
 from fleetune.tuning.rounds.local_work import Memories, work
 from fleetune.tuning.rounds.sealed import FILE, Participant
 
@@ -272,7 +273,8 @@ class Worker:
         told = [f"{human_time(seconds)}", f"{human_bytes(len(body))} to send", f"memory {human_bytes(rss())}"]
         if isinstance(loss := decode(body).payload.scalars.get("loss"), float):
             told.insert(0, f"loss {show('loss', loss)}")
-        self.note(f"{_title(order, loaded.job.rounds)}: {' · '.join(told)}")
+        if order.what not in STEPS:
+            self.note(f"{_title(order, loaded.job.rounds)}: {' · '.join(told)}")
         return Reply("done", order.nonce, order.round, body, kept, seconds, rss()).encode()
 
     def _bounded(self) -> AbstractContextManager[None]:
@@ -315,7 +317,10 @@ class Worker:
     def _sum(self, loaded: Loaded, order: Order) -> bytes:
         if loaded.job.secure is None:
             raise MessageError(f"the job has no secure sum, and the order is {order.what}")
-        return self._participant(loaded).answer(order.what, order.round, order.client, order.take())
+        said = self._participant(loaded).answer(order.what, order.round, order.client, order.take())
+        if order.what == "reveal":
+            self.note(f"{_title(order, loaded.job.rounds)}: added to the others' by a secure sum")
+        return said
 
     def _measure(self, loaded: Loaded, order: Order) -> bytes:
         self.loaded = None  # the model is the tuned one afterwards: another order begins with the job
@@ -355,7 +360,7 @@ class Worker:
 
 WORK: Final[Mapping[str, Callable[[Worker, Loaded, Order], bytes]]] = {
     "work": Worker._train,
-    **dict.fromkeys(("keys", "shares", "masked", "reveal"), Worker._sum),
+    **dict.fromkeys(STEPS, Worker._sum),
     "eval": Worker._measure,
     "begin": Worker._begin,
     "block": Worker._block,

@@ -16,7 +16,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 from fleetune.common.events import ClientReply
 from fleetune.tuning.methods import Method
@@ -28,6 +28,7 @@ def outrun(goal: int) -> str:
 
 
 Step = Literal["keys", "shares", "masked", "reveal"]  # of a secure sum
+STEPS: Final = get_args(Step)
 
 
 class Answer(NamedTuple):
