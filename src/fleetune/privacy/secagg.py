@@ -100,10 +100,6 @@ class Member:
         return _public(self.mask) + _public(self.cipher) + hashlib.sha256(self.seed).digest()
 
     @property
-    def _holders(self) -> list[int]:
-        return sorted([self.number, *self.peers])
-
-    @property
     def _t(self) -> int:
         return threshold(len(self.peers) + 1, self.least)
 
@@ -113,11 +109,10 @@ class Member:
             raise MessageError("the sum has other members than it had")
         if self.number in peers or len(set(peers.values())) < len(peers) or self.keys() in peers.values():
             raise MessageError("a member of the sum is there twice")
+        n, t = len(peers) + 1, threshold(len(peers) + 1, self.least)
+        if not t <= n < 2 * t:
+            raise MessageError(f"{n} members hold shares, of which {t} lay a secret open")
         self.peers = dict(peers)
-        if not self._t <= len(self._holders) < 2 * self._t:
-            raise MessageError(
-                f"the sum has {len(peers) + 1} members, and {self.least} at least are to be added"
-            )
         own = self._own()
         return {
             v: AESGCM(self._cipher_key(v, self.number, v)).encrypt(bytes(12), _held(own, v), None)

@@ -291,7 +291,7 @@ class Averaged(Trained):
         w, c, seen = group(sent), group(sent, "c/"), set(state.seen.tolist())
         zeros = {n: np.zeros(tensor.shape) for n, tensor in w.items()}
         before = {n: len(seen) * np.asarray(state.c.get(n, 0.0), np.float64) + zeros[n] for n in w}
-        combined, variates = rule.combining(w), rule.combining(sums=before)  # sum of c_k of the devices seen
+        combined, variates = rule.combining(w), (rule if self.scaffold else MEAN).combining(sums=before)
         for reply in replies:
             n, w_k = reply.payload.int("n"), reply.payload.arrays
             combined.add(float(n), w_k)
