@@ -147,7 +147,9 @@ def _of_file(path: Path, parents: Parents) -> Links:
         run = path.parent if (path.parent / "run.toml").is_file() else None
         if not parents.base and run is None:
             raise UsageError(f"which base model does {path} belong to?", hint="name it: --from MODEL")
-        yield from _of_ledger(path, parents.base or finished.recipe_of(path.parent).model, parents)
+        base = parents.base or finished.recipe_of(path.parent).model
+        yield from _files_of_base(base)
+        yield from _of_ledger(path, base, parents)
         return
     whole = path if path.suffix == export.GGUF else path.parent
     if path.name == sums.FILE or is_master(whole) or is_adapter(whole):
@@ -215,8 +217,15 @@ def _of_run(run: Run, parents: Parents) -> Links:
     yield from _declared_by(run)
 
 
+def _files_of_base(name: str) -> Links:
+    """Compare the files of a base model, where they were listed when it was fetched."""
+    if not name.endswith(export.GGUF):
+        yield from _files(Path(name) if Path(name).is_dir() else models.resolve(name, offline=True))
+
+
 def _files_of_run(run: Run) -> Links:
-    """Compare the files of a run, and its result with what its last event states of it."""
+    """Compare the files of a run and of its base, and its result with what its last event states of it."""
+    yield from _files_of_base(run.recipe.model)
     yield from _files(run.folder)
     done, result = finished.stated_by(run.folder), run.result
     if result.is_dir():
