@@ -174,8 +174,7 @@ def _write_tuned(run: Run, out: Path, listener: Listener | None = None, *, offli
 
     LedgerError where a ledger does not rebuild the weights that it states.
     """
-    of_weights = run.recipe.train != SCALES and not run.result.is_dir()
-    stated = run.ledger().final_check() if of_weights else None
+    stated = None if run.result.is_dir() else run.ledger().final_check()
     model = run.load(offline=offline)
     card = model_card.of_run(run.folder, encoder=bool(model.labels))
     if listener is not None:

@@ -26,7 +26,6 @@ from fleetune import subject as subjects
 from fleetune.common import sums
 from fleetune.common.display import counted, show
 from fleetune.common.events import LinkVerified
-from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
 from fleetune.deploy import export, release, targets
 from fleetune.deploy.difference import Difference, difference
@@ -147,9 +146,7 @@ def _of_file(path: Path, parents: Parents) -> Links:
         run = path.parent if (path.parent / "run.toml").is_file() else None
         if not parents.base and run is None:
             raise UsageError(f"which base model does {path} belong to?", hint="name it: --from MODEL")
-        base = parents.base or finished.recipe_of(path.parent).model
-        yield from _files_of_base(base)
-        yield from _of_ledger(path, base, parents)
+        yield from _of_ledger(path, parents.base or finished.recipe_of(path.parent).model, parents)
         return
     whole = path if path.suffix == export.GGUF else path.parent
     if path.name == sums.FILE or is_master(whole) or is_adapter(whole):
@@ -178,6 +175,7 @@ def _of_ledger(path: Path, base: str, parents: Parents) -> Links:
             hint=f"fleetune ledger replay {quoted(path)}   prints the digest of what it rebuilds, to compare yourself",
         )
     finished.stated_points(ledger)  # too many are refused before the base is loaded
+    yield from _files_of_base(base)
     model = finished.base_of(ledger, base, offline=parents.offline)
     yield _proven("base", f"{base} has the weights and the tokenizer that it was made on: {model.digest}")
     digest, checks = finished.verify(model, ledger, listener=parents.listener)
@@ -208,9 +206,10 @@ def _of_adapter(folder: Path, parents: Parents) -> Links:
 
 def _of_run(run: Run, parents: Parents) -> Links:
     run = parents.run(run)
-    result = run.result
     yield from _files_of_run(run)
+    result = run.result
     if result.is_dir():
+        yield from _files_of_base(run.recipe.model)
         yield from _base_of_adapter(run, run.load(offline=parents.offline))
     else:
         yield from _of_ledger(result, run.recipe.model, parents)
@@ -224,8 +223,7 @@ def _files_of_base(name: str) -> Links:
 
 
 def _files_of_run(run: Run) -> Links:
-    """Compare the files of a run and of its base, and its result with what its last event states of it."""
-    yield from _files_of_base(run.recipe.model)
+    """Compare the files of a run, and its result with what its last event states of it."""
     yield from _files(run.folder)
     done, result = finished.stated_by(run.folder), run.result
     if result.is_dir():
@@ -249,14 +247,14 @@ def _merged(run: Run, parents: Parents) -> Iterator[LinkVerified | Model]:
     """Yield the links of a run, then its model with the tuning in its stored weights: one replay for all."""
     run = parents.run(run)
     yield from _files_of_run(run)
-    if run.recipe.train == SCALES and not run.result.is_dir():  # it states digests of scales, not of weights
-        yield from _of_ledger(run.result, run.recipe.model, parents)
+    yield from _files_of_base(run.recipe.model)
     model = run.load(offline=parents.offline)
     if run.result.is_dir():
         yield from _base_of_adapter(run, model)
+    base = model.digest
     finished.merge_weights(model)
-    if not run.result.is_dir() and run.recipe.train != SCALES:
-        base, tuned = model.digest, models.digest(models.named_tensors(model.net))
+    if not run.result.is_dir():
+        tuned = models.digest(models.named_tensors(model.net))
         finished.require_digest(tuned, run.ledger().final_check(), run.result)
         yield _proven(
             "base", f"{run.recipe.model} has the weights and the tokenizer that it was made on: {base}"
@@ -287,10 +285,11 @@ def _declared_by(run: Run) -> Links:
 
 
 def _of_compressed(found: Compressed, parents: Parents) -> Links:
-    if found.folder is None and compression_folder.is_one(found.model.parent):
-        found = Compressed(found.model.parent)
-    model, request = found.model, found.request
+    model = found.artefact or found.home / "model"
     yield from _files(model)
+    if compression_folder.is_one(model.parent):
+        found = Compressed(model.parent)
+    model, request = found.model, found.request
     if found.folder is not None:
         stated = compression_folder.record(found.folder).get("result", {}).get("result_sha256")
         if stated not in (None, now := sums.sha256(model / sums.FILE)):
@@ -409,6 +408,7 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
     elif isinstance(source, Run):
         source = parents.run(source)
         yield from _files_of_run(source)
+        yield from _files_of_base(source.recipe.model)
     target = _same(path, source, parents)
     if isinstance(source, Run):
         base = rundir.made_on(source.folder)["base"]
