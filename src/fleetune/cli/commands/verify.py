@@ -46,4 +46,4 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             for link in fleetune.verify(args.subject, *args.sources, **given):
                 rows.append((link.state, link.what, link.words))
         finally:
-            ui.table(["", "", ""], sorted(rows, key=lambda row: row[0] != PROVEN), align="lll")
+            ui.table(["", "what", "statement"], sorted(rows, key=lambda row: row[0] != PROVEN), align="lll")
