@@ -194,7 +194,8 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
         noise = recipe.noise or accountant.noise_for(recipe.epsilon, q, releases, recipe.delta)
     except ValueError as error:
         raise RecipeError([str(error)], hint="raise --epsilon, or lower --rounds") from error
-    if recipe.epsilon and accountant.epsilon(noise, q, plain.per_round, recipe.delta) > recipe.epsilon:
+    given = recipe.noise and recipe.epsilon
+    if given and accountant.epsilon(noise, q, plain.per_round, recipe.delta) > recipe.epsilon:
         raise RecipeError(
             [f"noise = {noise:g} spends more than epsilon = {recipe.epsilon:g} in the first round"],
             hint="leave --noise out: it follows from the budget",

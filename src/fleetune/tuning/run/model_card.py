@@ -139,7 +139,7 @@ def _about(run: Path, recipe: Recipe, done: Mapping[str, Any]) -> str:
         "## Method",
         _method(recipe, start, done, of_devices=_of_devices(run)),
         "## Digests",
-        _table(["SHA-256 of", ""], [[what, f"`{hex}`"] for what, hex in _digests(run, done)]),
+        _table(["SHA-256 of", ""], [[what, f"`{hex}`"] for what, hex in _digests(run, recipe, done)]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -154,10 +154,11 @@ def _results(done: Mapping[str, Any]) -> str:
 
 def _data(run: Path, recipe: Recipe, start: Mapping[str, Any]) -> list[list[str]]:
     counts = [int(n) for n in start.get("rows_per_client", ())]
+    clients = counted(int(start.get("clients", 0)), "client")
     of = "their own rows of real devices" if _of_devices(run) else recipe.partition
     rows = [
         ["data of the server" if _of_devices(run) else "data", describe.public(recipe.data)],
-        ["training rows", f"{sum(counts):,} of {counted(len(counts), 'client')} ({of})"],
+        ["training rows", f"{f'{sum(counts):,}' if counts else 'those'} of {clients} ({of})"],
         ["held-out rows", f"{start.get('held_out', 0):,}"],
         ["tokens per row, max.", f"{recipe.max_length:,}"],
     ]
@@ -191,12 +192,13 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
     )
 
 
-def _digests(run: Path, done: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _digests(run: Path, recipe: Recipe, done: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = rundir.made_on(run)
     named = [("base weights, as loaded", found["base"]), ("tokenizer", found["tokenizer"])]
     if stands_on := foundations.stated_by(run):
         named += [
-            ("training rows, as text", stands_on.rows_text),
+            # by which a guessed row or client could be confirmed
+            ("training rows, as text", stands_on.rows_text if recipe.privacy == "none" else ""),
             ("held-out rows, as text", stands_on.held_out_text),
         ]
     named += [("tuned weights or adapter", str(done.get("digest", "")))]
