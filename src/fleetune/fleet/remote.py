@@ -169,12 +169,10 @@ class RemoteFleet(Fleet):
         while asking.goes_on():
             self.look()
             here = self._greet()
-            for (
-                number,
-                order,
-                reply,
-            ) in self._answers():  # before those who have left since they answered are lost
+            for number, order, reply in self._answers():  # also of those that have left since
                 yield from self._taken(asking, number, order, reply)
+            if not asking.goes_on():
+                break
             asking.lost(self._lost(asking.sent, here))
             self._give_out(asking, here)
             yield from self._given_up(asking)

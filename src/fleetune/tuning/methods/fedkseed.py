@@ -246,9 +246,7 @@ class Method(_zeroth.OfLedger):
             else:
                 sums, k, c = self.walk(reply, p)
                 drawn = np.bincount(k, minlength=self.K)
-                if (
-                    self.pro
-                ):  # else nobody needs them: of a private run, they would tell what each client sent
+                if self.pro:  # in a checkpoint they tell what clients sent, without noise
                     np.add.at(size, k, np.abs(c / units[k]))
                     seen += drawn
                 if rule.name != "mean":  # along directions that were not drawn: what the rule has for none
