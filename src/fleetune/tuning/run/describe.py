@@ -35,6 +35,7 @@ from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.defaults import given
 from fleetune.tuning.result import foundations
 from fleetune.tuning.rounds import watch
+from fleetune.tuning.rounds.releases import released
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob
@@ -153,10 +154,16 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
         ("data", f"{Path(recipe.data).name} · {_rows_words(job)} held out"),
         *(("rows", remark) for remark in job.about_rows()),
         ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{rule}"),
-        *([("privacy", private.planned(job))] if recipe.privacy != private.NONE else []),
+        *([("privacy", _promise(job, run.path))] if recipe.privacy != private.NONE else []),
         *([("time", job.estimate.text)] if job.estimate else []),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
+
+
+def _promise(job: TuneJob, run: Path) -> str:
+    """Return what a private run is about to promise, by the rounds and releases that it has behind it."""
+    done = max((round for round, _ in rundir.checkpoints(run)), default=0)
+    return private.planned(job, done, released(run))
 
 
 def _rows_words(job: TuneJob) -> str:
