@@ -218,7 +218,8 @@ class Served:
         )
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
         kinds = wanted(job.method, job.recipe.kinds)
-        return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds)
+        apart = job.recipe.privacy in private.BY_CLIENT
+        return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds, apart)
 
     def gather(
         self,
@@ -229,6 +230,7 @@ class Served:
         count: int,
         listener: Listener,
         kinds: Wanted = ONE,
+        apart: bool = False,
     ) -> RemoteFleet:
         """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
@@ -260,6 +262,7 @@ class Served:
             note=listener.note,
             audit=audit.write,
             kinds=kinds,
+            apart=apart,
         )
         self._count = count
         self._fleet.wait_for(count)

@@ -163,6 +163,7 @@ class SuperNodes:
             note=listener.note,
             audit=Audit(run.path).write,
             kinds=wanted(job.method, job.recipe.kinds),
+            apart=job.recipe.privacy in private.BY_CLIENT,
         )
         fleet.wait_for(self.count(job))
         return fleet
