@@ -304,7 +304,7 @@ class Batches:
             yield self._counted(self._batch(rows or [0])._replace(drawn=Drawn(self.private, len(rows))))
 
     def heard(self) -> None:
-        """Report the step that is taken: a method calls it between long pieces of work, which may end here."""
+        """Report the step that is taken, or that goes on: `on_step` may raise."""
         self.on_step(self.client, self.step)
 
     def _counted(self, batch: Batch) -> Batch:

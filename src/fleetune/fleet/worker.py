@@ -32,6 +32,7 @@ from fleetune.common import __version__
 from fleetune.common.display import counted, human_bytes, human_time, show, single_spaced
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import SCALES
+from fleetune.common.hearing import hearing
 from fleetune.common.memory import at_most, rss, usable_memory
 from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded, Example
@@ -139,7 +140,7 @@ class Loaded:
 
 
 class Worker:
-    """Answers orders; `note(text)` is told what happens, `on_step(client, step)` is called before every local step."""
+    """Answers orders; `note(text)` is told what happens, `on_step(client, step)` is called before every piece of work."""
 
     def __init__(
         self,
@@ -178,7 +179,8 @@ class Worker:
             if order.body == REFUSED:
                 self.error = FleetError(f"the server refuses this device: {self.ended}")
             return Reply("done", order.nonce, order.round).encode()
-        return self._ready(order) if order.what == "job" else self._once(order, digest)
+        with hearing(lambda: self.on_step(order.client, 0)):
+            return self._ready(order) if order.what == "job" else self._once(order, digest)
 
     # The job ----------------------------------------------------------------------------------------------
 
@@ -285,16 +287,13 @@ class Worker:
             loaded.held_words,
             order.body,
             self.own,
-            lambda: self.on_step(order.client, 0),
         )
 
     def _begin(self, loaded: Loaded, order: Order) -> bytes:
-        return loaded.calibration.begin(order.body, lambda step: self.on_step(order.client, step))
+        return loaded.calibration.begin(order.body)
 
     def _block(self, loaded: Loaded, order: Order) -> bytes:
-        return loaded.calibration.block(
-            order.round, order.body, lambda step: self.on_step(order.client, step)
-        )
+        return loaded.calibration.block(order.round, order.body)
 
     @staticmethod
     def _stand_on(memories: Memories, order: Order) -> None:

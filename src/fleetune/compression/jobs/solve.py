@@ -312,9 +312,10 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
         listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
-        progress.stop_if_asked(
-            listener, f"stopped in block {block}; finished blocks are kept", resume_command
-        )
+        stop_if_asked()
+
+    def stop_if_asked() -> None:
+        progress.stop_if_asked(listener, "stopped in a block; finished blocks are kept", resume_command)
 
     plan = _plan(listener, job, parts, origin)
     if left := driver.experts_left(model, taken=job.takes_experts):
