@@ -39,6 +39,7 @@ KINDS = {  # what is injected -> what it means that it was survived
     "damaged model folders": "refused with an error of Fleetune's, or loaded, within 10 s of processor time",
     "damaged GGUF files": "refused with an error of Fleetune's, or loaded, within 10 s of processor time",
     "damaged data files": "refused with an error of Fleetune's, or read, within 10 s of processor time",
+    "one bit of what a model was made from": "`fleetune verify` finds it, and names the place: base, ledger, adapter, artefact, file, release",
     "mutated messages": "refused with a reason, or within what was agreed",
 }
 COUNTS: pytest.StashKey[dict[str, list[int]]] = pytest.StashKey()

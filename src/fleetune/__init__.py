@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from fleetune.api.deployment import compress as compress
     from fleetune.api.deployment import export as export
     from fleetune.api.deployment import measure as measure
+    from fleetune.api.deployment import release as release
     from fleetune.api.deployment import resume_compression as resume_compression
     from fleetune.api.deployment import serve as serve
+    from fleetune.api.deployment import verify as verify
     from fleetune.api.evaluation import evaluate as evaluate
     from fleetune.api.evaluation import generate as generate
     from fleetune.api.names import compressors as compressors
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
     load_ledger = _ledger.load
 
 _PLACES: Final = {
-    "fleetune.api.deployment": "chat compress export measure resume_compression serve",
+    "fleetune.api.deployment": "chat compress export measure release resume_compression serve verify",
     "fleetune.api.evaluation": "evaluate generate",
     "fleetune.api.names": "compressors list_runs methods open targets",
     "fleetune.api.tuning": "plan resume_run resume_sweep sweep tune",

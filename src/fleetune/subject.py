@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -49,6 +49,7 @@ class Run:
     """A tuning run, finished or not."""
 
     folder: Path
+    base: str = ""  # where its base model lies now, if its recipe names another place
 
     @property
     def name(self) -> str:
@@ -65,7 +66,8 @@ class Run:
         """The recipe that made it."""
         from fleetune.tuning.result import finished
 
-        return finished.recipe_of(self.folder)
+        recipe = finished.recipe_of(self.folder)
+        return replace(recipe, model=self.base) if self.base else recipe
 
     @property
     def max_length(self) -> int:
@@ -91,7 +93,7 @@ class Run:
         """
         from fleetune.tuning.result import finished
 
-        return finished.load(self.folder, device=device, offline=offline, base=base)
+        return finished.load(self.folder, device=device, offline=offline, base=base, model=self.base or None)
 
     def held_out(self, *, offline: bool = False) -> list[Example]:
         """Read the rows that the run never trained on; UsageError when its data has other rows now."""

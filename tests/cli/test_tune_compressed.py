@@ -105,7 +105,7 @@ def test_the_run_is_the_one_of_the_exported_file(way: str, at: Path) -> None:
         for word in ("make", FILE, "2", "--to", "p"), ("apply", "device.gguf", "p"):
             said("patch", *word)
         assert sha256(Path("device.gguf")) == sha256(out)
-        said("ledger", "verify", "2")
+    said("verify", "tuned.gguf", "--from", "2")
     assert fleetune.evaluate(run, tasks=["loss"])["loss"] == pytest.approx(done.done.tuned["loss"], rel=1e-5)
     assert "now written" not in said("tune", "-c", f"runs/{run.name}/run.toml", "-q")
 

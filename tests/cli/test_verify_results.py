@@ -167,10 +167,14 @@ def test_a_ledger_alone_is_compared_with_its_own_digest(at: Path) -> None:
     stated = ledger.final_check()
     assert stated
     assert stated in command("ledger", "replay", "good.safetensors", "--model", "./tiny")
-    assert "1 of 1 stated digests" in command("ledger", "verify", "good.safetensors", "--model", "./tiny")
+    assert "1 of 1 stated digests" in command("verify", "good.safetensors", "--from", "./tiny")
     replace(ledger, coefficients=-ledger.coefficients).save(Path("bad.safetensors"))
-    for words in (("verify",), ("replay",), ("export", "--to", "new")):
-        use = partial(command, "ledger", words[0], "bad.safetensors", "--model", "./tiny", *words[1:])
+    ledger = partial(command, "ledger")
+    for use in (
+        partial(command, "verify", "bad.safetensors", "--from", "./tiny"),
+        partial(ledger, "replay", "bad.safetensors", "--model", "./tiny"),
+        partial(ledger, "export", "bad.safetensors", "--model", "./tiny", "--to", "new"),
+    ):
         assert "states" in refused(use, "the ledger", "bad.safetensors").message
     assert not Path("new").exists()
 
@@ -181,7 +185,6 @@ def test_a_model_in_the_cache_is_compared_by_pull_and_export(file: str, at: Path
     shutil.copytree("tiny", target)
     cache._write_source(target, "index", sha256={})
     assert loading.pull("smollm2-135m", offline=True) == target
-    command("verify", "smollm2-135m")
     flip(target / file)
     for use in (
         lambda: loading.pull("smollm2-135m", offline=True),

@@ -49,9 +49,9 @@ TOUR = {
     "tune tiny nowhere.jsonl": {"Failed"},
     "eval 1 --tasks loss,rouge,f1,em,perplexity --limit 2 --answer-tokens 2 --device cpu": {"EvalDone"},
     "ledger show 1": {"LedgerShown"},
-    "ledger verify 1": {"LedgerVerified"},
     "ledger replay 1": {"DigestFound"},
-    "verify 1": {"FilesVerified"},
+    "verify 1": {"LinkVerified", "Verified"},
+    "release 1": {"Released"},
     "ledger compact 1 --to small.safetensors": {"LedgerWritten"},
     "ledger scale 1 --factor 2 --to double.safetensors": {"LedgerWritten"},
     "ledger diff 1 double.safetensors": {"LedgerDifference"},
@@ -120,6 +120,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(at)
         patch.setenv("FLEETUNE_HOME", str(at / "home"))
+        patch.setenv("XDG_CONFIG_HOME", str(at / "config"))
         patch.setattr(harness, "measured", harness.carry_out)  # here, and not in a process for each figure
         for command in TOUR:
             found[command] = _printed(command, patch)
@@ -164,9 +165,9 @@ def test_every_event_is_seen(lines: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def test_a_line_with_another_field_is_not_valid(lines: dict[str, list[dict[str, Any]]]) -> None:
-    line = lines["ledger verify 1"][0]
+    line = lines["verify 1"][-1]
     whole = Draft202012Validator(SCHEMA)
     assert whole.is_valid(line)
     assert not whole.is_valid({**line, "another": 1})
-    assert not whole.is_valid({k: v for k, v in line.items() if k != "digest"})
-    assert not whole.is_valid({**line, "checks": "two"})
+    assert not whole.is_valid({k: v for k, v in line.items() if k != "subject"})
+    assert not whole.is_valid({**line, "proven": "two"})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The replay on docs/ledger.md rebuilds what `fleetune ledger verify` rebuilds, without Fleetune."""
+"""The replay on docs/ledger.md rebuilds what `fleetune verify` rebuilds, without Fleetune."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_it_rebuilds_a_tuned_model(tiny: Path, tmp_path: Path, monkeypatch, caps
     words = ["--method", "fedkseed", "--set", "K=64", "--set", "tau=3", "--set", "lr=1e-3", "--clients", "2"]
     sizes = ["--rounds", "2", "--limit", "20", "--max-length", "48", "--samples", "0"]
     run = Path(ok(capsys, "tune", tiny, "demo", *words, *sizes)[-1]["run"])
-    verified = ok(capsys, "ledger", "verify", str(run))[-1]
+    verified = ok(capsys, "ledger", "replay", str(run))[-1]
     done = replay(run / "ledger.safetensors", tiny)
     assert done.stdout.strip() == verified["digest"], done.stderr
     stated = ledgers.load(run / "ledger.safetensors").head.checks

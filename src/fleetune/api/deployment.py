@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
 from fleetune.api.names import Rows, Setting
-from fleetune.common.events import Serving
+from fleetune.common.events import LinkVerified, Released, Serving, Verified
 from fleetune.common.settings import parse_bytes
 from fleetune.compression.jobs import job
 from fleetune.deploy import serve as serving
@@ -155,6 +155,48 @@ def export(
     from fleetune.deploy import export as exporting
 
     return exporting.export(subject, to, place, file, heard_by(listener, progress), offline=offline)
+
+
+def verify(
+    name: str | Path,
+    *sources: object,
+    signer: str = "",
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+) -> Iterator[LinkVerified]:
+    """Yield what is proven, and what only declared, of a run, compression, model, release, file or folder.
+
+    What can be made again exactly is made again and compared.  `sources` are what it was made from, where that lies elsewhere:
+    a base model, a run, a compression.  `signer` (a fingerprint, a public key or its file) is whose release it must be.
+    FleetuneError, which names the place, at the first thing that differs; UsageError where nothing can be verified.
+    """
+    from fleetune.deploy import verify as verifying
+
+    watching = heard_by(listener, None)
+    parents = verifying.Parents.of(sources, Path(out), watching, offline=offline)
+    states = []
+    for link in verifying.links(str(name), parents, signer=signer):
+        watching.event(link)
+        states.append(link.state)
+        yield link
+    proven = states.count(verifying.PROVEN)
+    watching.event(Verified(subject=str(name), proven=proven, declared=len(states) - proven))
+
+
+def release(
+    run: object, *, to: str | Path | None = None, key: str | Path | None = None, out: str | Path = "runs"
+) -> Released:
+    """Write a finished run as one signed folder `to` (default: `release` in the run), ready to upload.
+
+    `key` is an ed25519 key as `ssh-keygen` makes it, without a password; by default one of your own, made once.
+    """
+    from fleetune.deploy import release as releasing
+
+    found = subjects.open(run, out=out)
+    if not isinstance(found, subjects.Run):
+        raise UsageError(f"{found.argument} is not a run, and runs are released", hint="fleetune runs")
+    return releasing.write(found, Path(to) if to else None, Path(key).expanduser() if key else None)
 
 
 def measure(

@@ -41,7 +41,7 @@ examples:
   fleetune tune --resume latest                                continue after a stop
   fleetune sweep recipe.toml --vary K=64,512 --seeds 3         a grid of runs on one page
   fleetune eval latest --tasks loss,rouge                      measure the tuned model
-  fleetune ledger verify latest                                prove what a model was made from
+  fleetune verify latest                                       prove what a model was made from
   fleetune compress latest                                     4 bits a weight, solved block by block
   fleetune export latest --to gguf                             one file for llama.cpp, read back bit for bit
   fleetune measure latest --kept-gain                          size, speed, and what of the tuning is kept

@@ -787,12 +787,29 @@ class ModelRemoved(Event, event="model_removed"):
     bytes: int  # that are free now
 
 
-class FilesVerified(Event, event="verified"):
-    """`verify`: files were compared with the digests that were written with them."""
+class LinkVerified(Event, event="link"):
+    """`verify`: one statement on what a model was made from."""
+
+    state: str  # proven (rebuilt or compared byte for byte) or declared (its maker says so)
+    what: str  # that the statement is on
+    words: str  # the statement
+
+
+class Verified(Event, event="verified"):
+    """`verify`: nothing differs."""
+
+    subject: str  # name or path
+    proven: int  # number of statements
+    declared: int  # number of statements
+
+
+class Released(Event, event="released"):
+    """`release`: a signed folder was written."""
 
     folder: str  # path
-    files: int  # how many are listed
-    faults: Sequence[str]  # what is wrong with each that is not as it was written
+    bytes: int  # of all files
+    signer: str  # fingerprint of the key that signed it, as ssh-keygen prints it
+    key: str  # path of the private key
 
 
 class LedgerShown(Event, event="ledger"):
@@ -816,13 +833,6 @@ class DigestFound(Event, event="digest"):
     """`ledger replay` and `ledger export`: SHA-256 of the rebuilt weights."""
 
     digest: str  # SHA-256, hexadecimal
-
-
-class LedgerVerified(Event, event="verified"):
-    """`ledger verify`: every digest that the ledger states was found again."""
-
-    digest: str  # SHA-256 of the rebuilt weights
-    checks: int  # number of digests that the ledger states
 
 
 class LedgerDifference(Event, event="difference"):

@@ -2,7 +2,7 @@
 """Export a run, a compressed model or a plain model, and check the file in the runtime that it is for.
 
 The whole file or folder appears, or nothing does.  A format may hold where the model comes from, as strings; no time and no path
-is among them, so the same work gives the same bytes, and `fleetune ledger verify` or the artefact itself proves the digests:
+is among them, so the same work gives the same bytes, and `fleetune verify` proves the digests:
 
     fleetune.method           the tuning or compression method
     fleetune.settings         its settings, as canonical JSON
@@ -170,13 +170,17 @@ def _with_other_scales(run: Run, target: Target, out: Path, listener: Listener, 
 
 
 def _write_tuned(run: Run, out: Path, listener: Listener | None = None, *, offline: bool) -> str:
-    """Write the run's tuned weights as a plain directory; return the digest of its weights."""
+    """Write the run's tuned weights as a plain directory; return their digest.
+
+    LedgerError where a ledger does not rebuild the weights that it states.
+    """
+    stated = None if run.result.is_dir() else run.ledger().final_check()
     model = run.load(offline=offline)
     card = model_card.of_run(run.folder, encoder=bool(model.labels))
     if listener is not None:
         for note in _gguf_vocabulary.give_template(model.tokenizer):
             listener.note(f"note: {note}")
-    return finished.export_hf(model, out, card=card)
+    return finished.export_hf(model, out, card=card, stated=stated)
 
 
 def _done(report: Report, listener: Listener) -> ExportDone:

@@ -86,7 +86,7 @@ def _rerun_section(run: RunLog) -> str:
         lines.insert(0, (run.resume, "go on where it stopped"))
     if (run.path / "ledger.safetensors").is_file():
         ledger = shlex.quote(run.shown_path + "/ledger.safetensors")
-        lines.append((f"fleetune ledger verify {ledger}", "rebuild the tuned weights and check their digest"))
+        lines.append((f"fleetune verify {ledger}", "rebuild the tuned weights and check their digest"))
     lines.append((f"fleetune eval {where}", "measure the result again"))
     rows = "".join(f"<div><dt><code>{esc(line)}</code></dt><dd>{esc(why)}</dd></div>" for line, why in lines)
     return f'<dl class="commands">{rows}</dl>'

@@ -59,10 +59,10 @@ def test_a_ledger_that_asks_for_endless_replays_is_refused_before_the_first(
     many = ledger_on(model, finished.REPLAYS + 1)
     with pytest.raises(LedgerError, match="257 rounds takes more work than a run asks for"):
         finished.verify(model, many, listener=Heard())
-    many.save(tmp_path / "l")
+    many.save(tmp_path / "ledger.safetensors")
     monkeypatch.setattr(finished, "base_of", None)
     assert "at most 256 replays and 1,048,576 passes" in refused(
-        capsys, "ledger", "verify", str(tmp_path / "l"), "--model", "any", code=1
+        capsys, "verify", str(tmp_path / "ledger.safetensors"), "--from", "any/any", code=1
     )
     monkeypatch.setattr(finished, "PASSES", 5)
     with pytest.raises(LedgerError, match="takes more work"):

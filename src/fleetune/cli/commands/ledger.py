@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune ledger`: show, verify, replay, diff, merge, truncate, drop, scale, compact, export."""
+"""`fleetune ledger`: show, replay, diff, merge, truncate, drop, scale, compact, export."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common.display import counted, human_bytes
-from fleetune.common.events import DigestFound, LedgerDifference, LedgerShown, LedgerVerified, LedgerWritten
-from fleetune.common.shell import quoted
-from fleetune.errors import LedgerError, UsageError
+from fleetune.common.events import DigestFound, LedgerDifference, LedgerShown, LedgerWritten
+from fleetune.errors import UsageError
 from fleetune.seeds import ledger as ledgers
 
 if TYPE_CHECKING:
     from fleetune.seeds.ledger import Ledger, LedgerHead
 
 
-HELP = "show, verify, replay, compare and combine seed ledgers"
+HELP = "show, replay, compare and combine seed ledgers"
 ORDER = 60
 VERBS = """\
 show FILE               what a ledger holds: base, method, law, entries, digests
-verify FILE             rebuild the weights, and compare them with every digest that it states
 replay FILE             rebuild the weights, and print their digest (--round N: those after round N)
 diff FILE FILE          what differs between two ledgers: head, rounds, direction of the change
 export FILE --to DIR    write the tuned model as a Hugging Face directory
@@ -40,7 +38,6 @@ compact FILE --to F     steps along one direction added up: the same weights, a 
 """
 EXAMPLES = """\
 fleetune ledger show latest
-fleetune ledger verify latest
 fleetune ledger diff 1 2
 fleetune ledger truncate latest --round 5 --to short.safetensors
 """
@@ -175,31 +172,6 @@ def _digest(ui: Ui, digest: str) -> None:
     ui.paths([("digest", digest)])
 
 
-def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
-    from fleetune.tuning.result import finished
-
-    ledger = loaded[0]
-    if not ledger.head.checks:
-        raise LedgerError(
-            f"{paths[0]} states no digest, so there is nothing to verify",
-            hint=f"fleetune ledger replay {quoted(args.files[0])}   prints the digest of what it rebuilds, to compare yourself",
-        )
-    finished.stated_points(ledger)  # too many are refused before the base is loaded
-    model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline, base=args.base)
-    with console_listener(ui) as listener:
-        digest, checks = finished.verify(model, ledger, listener=listener)
-    wrong = [r for r, ok in checks.items() if not ok]
-    if wrong:
-        raise LedgerError(
-            f"after round {wrong[0]} the ledger states other weights than it rebuilds ({len(wrong)} of {len(checks)} checks)",
-            hint="the ledger was changed after it was made: get it again from its origin",
-        )
-    if ledger.final_check() is None:
-        ui.note(f"the last digest is stated after round {max(checks)}: the rounds after it are not verified")
-    ui.event(LedgerVerified(digest=digest, checks=len(checks)))
-    ui.paths([("verified", f"{len(checks)} of {len(checks)} stated digests found again"), ("digest", digest)])
-
-
 def _diff(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
     changes = loaded[0].diff(loaded[1])
     for c in changes:
@@ -246,7 +218,6 @@ def _derive(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
 ACTIONS: dict[str, Callable[[argparse.Namespace, Ui, Sequence[Path], Sequence[Ledger]], None]] = {
     "show": _show,
     "replay": _replay,
-    "verify": _verify,
     "diff": _diff,
     "export": _export,
     **dict.fromkeys(("merge", "compact", "truncate", "drop", "scale"), _derive),

@@ -23,6 +23,7 @@ from fleetune.common.settings import Value
 from fleetune.models.cache import names
 from fleetune.runs import rundir
 from fleetune.tuning import methods
+from fleetune.tuning.prepare import private
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished, foundations
@@ -44,6 +45,20 @@ def of_run(run: Path, *, encoder: bool = False) -> str:
     about = _about(run, recipe, finished.stated_by(run))
     title = f"# {base.rpartition('/')[2]}, tuned with {recipe.method}"
     return f"{head}\n{title}\n\n{about}\n{LOAD.format(auto=auto, here=HERE)}"
+
+
+def of_release(run: Path) -> str:
+    """Return the card of a run's release: the run itself, which stands on its base model."""
+    recipe = finished.recipe_of(run)
+    base, adapter = base_name(recipe), finished.result_of(run).is_dir()
+    head = _front_matter(recipe, library="peft" if adapter else "fleetune", tags=())
+    what = (
+        "an adapter (`adapter/`; PEFT loads most)"
+        if adapter
+        else "a seed ledger, from which the weights are rebuilt,"
+    )
+    about = _about(run, recipe, finished.stated_by(run))
+    return f"{head}\n# {base.rpartition('/')[2]}, tuned with {recipe.method}\n\n{about}\n{USE.format(what=what, base=base)}"
 
 
 def complete(adapter: Path, done: Mapping[str, Any]) -> int:
@@ -195,10 +210,9 @@ def _digests(run: Path, done: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = rundir.made_on(run)
     named = [("base weights, as loaded", found["base"]), ("tokenizer", found["tokenizer"])]
     if stands_on := foundations.stated_by(run):
-        named += [
-            ("training rows, as text", stands_on.rows_text),
-            ("held-out rows, as text", stands_on.held_out_text),
-        ]
+        if finished.recipe_of(run).privacy == private.NONE:  # or the digest would confirm a guess of the rows
+            named += [("training rows, as text", stands_on.rows_text)]
+        named += [("held-out rows, as text", stands_on.held_out_text)]
     named += [("tuned weights or adapter", str(done.get("digest", "")))]
     named += [("the run's ledger, or its adapter's SHA256SUMS", str(done.get("result_sha256", "")))]
     return [(what, hex) for what, hex in named if hex]
@@ -229,4 +243,14 @@ from transformers import {auto}, AutoTokenizer
 model = {auto}.from_pretrained("{here}")
 tokenizer = AutoTokenizer.from_pretrained("{here}")
 ```
+"""
+
+
+USE: Final = """## Use it
+
+This folder is {what} and stands on its base model, {base}.  Check it first; `--signer` takes the fingerprint of its maker's key:
+
+    fleetune verify FOLDER --from {base} --signer SHA256:..
+    fleetune export FOLDER --to hf
+    fleetune chat FOLDER
 """

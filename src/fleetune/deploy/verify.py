@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prove what a model was made from: base -> ledger or adapter -> codes -> file.
+
+Every link that can be made again exactly is made again, and compared byte for byte: the weights of a ledger from its base, an
+exported file by the exporter that wrote it, the codes of a method that needs no text.  Other codes are bound by a digest to
+the weights that they were solved from; that they are this method's is declared, as are the data, the devices and the measures
+of a run.  The first link that differs ends it, with an error that names the place.
+
+What something was made from is looked for beside it, then among the runs; `Parents` names what lies elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fleetune import compression, models
+from fleetune import subject as subjects
+from fleetune.common import sums
+from fleetune.common.display import counted, show
+from fleetune.common.events import LinkVerified
+from fleetune.common.shell import quoted
+from fleetune.deploy import export, release, targets
+from fleetune.deploy.difference import Difference, difference
+from fleetune.deploy.targets import Target
+from fleetune.errors import LedgerError, ModelError, UsageError
+from fleetune.models import artefact
+from fleetune.models.artefact import ArtefactHead, Master, Quantised
+from fleetune.models.cache.names import is_adapter, is_master
+from fleetune.models.gguf import header
+from fleetune.models.net.model import Model, stored_tensors
+from fleetune.runs import compression_folder, rundir
+from fleetune.runs.listener import Listener, Silent
+from fleetune.seeds import ledger as ledgers
+from fleetune.subject import Compressed, Plain, Run, Subject
+from fleetune.tuning.result import finished
+from fleetune.tuning.run import describe
+
+PROVEN: Final = "proven"
+DECLARED: Final = "declared"
+AGAIN: Final = "get it again from where it was made, or make it again"
+FROM: Final = "name what it was made from: --from RUN, COMPRESSION or MODEL"
+
+Links = Iterator[LinkVerified]
+
+
+@dataclass(frozen=True)
+class Parents:
+    """What a model was made from, where that does not lie beside it, and where runs are looked for."""
+
+    out: Path
+    base: str = ""  # the base model
+    source: Run | Compressed | None = None
+    offline: bool = False
+    listener: Listener = dataclasses.field(default_factory=Silent)
+
+    @staticmethod
+    def of(names: Sequence[object], out: Path, listener: Listener, *, offline: bool) -> Parents:
+        """Find what these names mean: plain models are the base, others the source."""
+        found = [subjects.open(name, out) for name in names]
+        base = next((each.name for each in found if isinstance(each, Plain)), "")
+        source = next((each for each in found if not isinstance(each, Plain)), None)
+        return Parents(out, base, source, offline, listener)
+
+    def run(self, run: Run) -> Run:
+        """Return a run with its base where it lies now."""
+        return dataclasses.replace(run, base=self.base) if self.base else run
+
+
+def links(name: str, parents: Parents, *, signer: str = "") -> Links:
+    """Yield what is proven and what is declared of `name`: a run, a compression, a model, a release, a file or a folder.
+
+    With `signer` (a fingerprint, a public key or its file) it must be a release that this key has signed.  FleetuneError (of a
+    ledger LedgerError, of a model ModelError) at the first thing that differs; UsageError where nothing can be verified.
+    """
+    path = Path(name)
+    if signer or (path / release.SIGNATURE).is_file():
+        yield from _of_release(path, parents, signer)
+    elif name != rundir.LATEST and path.is_file():
+        yield from _of_file(path, parents)
+    elif is_adapter(path):
+        yield from _of_adapter(path, parents)
+    else:
+        found = subjects.open(name, parents.out)
+        if isinstance(found, Run):
+            yield from _of_run(found, parents)
+        elif isinstance(found, Compressed):
+            yield from _of_compressed(found, parents)
+        else:
+            folder = path if path.is_dir() else models.resolve(name, offline=True)
+            yield from _of_folder(folder, parents)
+
+
+def _proven(what: str, words: str) -> LinkVerified:
+    return LinkVerified(state=PROVEN, what=what, words=words)
+
+
+def _declared(what: str, words: str) -> LinkVerified:
+    return LinkVerified(state=DECLARED, what=what, words=words)
+
+
+# ---------------------------------------------------------------- files as they were written
+
+
+def _files(folder: Path) -> Links:
+    """Compare files with the list in their folder; ModelError that names all that are not as they were written."""
+    if not (folder / sums.FILE).is_file():
+        return
+    if found := [words for _, words in sums.faults(folder)]:
+        raise ModelError("\n  ".join(found), hint=AGAIN)
+    count = (folder / sums.FILE).read_bytes().count(b"\n")
+    yield _proven(f"files of {folder.name}", f"{count}, all as they were written")
+
+
+def _of_release(folder: Path, parents: Parents, signer: str) -> Links:
+    key = release.check(folder, signer)
+    yield _proven("signature", f"{key} has signed the list of all files")
+    if not signer:
+        yield _declared("signer", "compare that fingerprint with the one that you know, or give it: --signer")
+    yield from _of_run(Run(folder), parents)
+
+
+def _of_folder(folder: Path, parents: Parents) -> Links:
+    """A plain model or any other folder: by what it was made from, else by the lists in it."""
+    if (source := _source_of(folder, parents)) is not None:
+        yield from _of_export(folder, source, parents)
+        return
+    lists = sorted(file.parent for file in folder.rglob(sums.FILE))
+    if not lists:
+        raise UsageError(f"{folder} does not say what it was made from, and has no {sums.FILE}", hint=FROM)
+    for place in lists:
+        yield from _files(place)
+    yield _declared("origin", "these files are those that were written; what made them is not known here")
+
+
+def _of_file(path: Path, parents: Parents) -> Links:
+    """A ledger, or a model's file."""
+    if path.suffix != export.GGUF and _is_ledger(path):
+        run = path.parent if (path.parent / "run.toml").is_file() else None
+        if not parents.base and run is None:
+            raise UsageError(f"which base model does {path} belong to?", hint="name it: --from MODEL")
+        yield from _of_ledger(path, parents.base or finished.recipe_of(path.parent).model, parents)
+        return
+    whole = path if path.suffix == export.GGUF else path.parent
+    if path.name == sums.FILE or is_master(whole) or is_adapter(whole):
+        yield from links(str(whole), parents)
+        return
+    if (source := _source_of(whole, parents)) is None:
+        raise UsageError(f"{path} does not say what it was made from, or that is not here", hint=FROM)
+    yield from _of_export(whole, source, parents)
+
+
+def _is_ledger(path: Path) -> bool:
+    """Whether a file is to be read as a ledger: it says so, or has the name of a run's."""
+    with path.open("rb") as file:
+        return path.name == finished.RESULT["ledger"] or ledgers.NAME.encode() in file.read(1 << 16)
+
+
+# ---------------------------------------------------------------- weights from a base
+
+
+def _of_ledger(path: Path, base: str, parents: Parents) -> Links:
+    """Rebuild the weights after every round of which a ledger states a digest."""
+    ledger = ledgers.load(path)
+    if not ledger.head.checks:
+        raise LedgerError(
+            f"{path} states no digest, so there is nothing to verify",
+            hint=f"fleetune ledger replay {quoted(path)}   prints the digest of what it rebuilds, to compare yourself",
+        )
+    finished.stated_points(ledger)  # too many are refused before the base is loaded
+    yield from _files_of_base(base)
+    model = finished.base_of(ledger, base, offline=parents.offline)
+    yield _proven("base", f"{base} has the weights and the tokenizer that it was made on: {model.digest}")
+    digest, checks = finished.verify(model, ledger, listener=parents.listener)
+    if wrong := [r for r, same in checks.items() if not same]:
+        raise LedgerError(
+            f"after round {wrong[0]} {path} states other weights than it rebuilds ({len(wrong)} of {len(checks)} checks)",
+            hint="the ledger was changed after it was made: get it again from its origin",
+        )
+    found = f"{len(checks)} of {len(checks)} stated digests found again"
+    yield _proven(
+        "weights", f"rebuilt from base and {counted(len(ledger), 'entry', 'entries')}; {found}: {digest}"
+    )
+    if ledger.final_check() is None:
+        yield _declared("later rounds", f"no digest is stated after round {max(checks)}")
+
+
+def _of_adapter(folder: Path, parents: Parents) -> Links:
+    if (folder.parent / "run.toml").is_file():
+        yield from _of_run(Run(folder.parent), parents)
+        return
+    if not (folder / sums.FILE).is_file():
+        raise UsageError(f"{folder} has no {sums.FILE}", hint="verify the run that it is of")
+    yield from _files(folder)
+    yield _declared(
+        "base", "an adapter alone proves neither its base nor its run: verify the run, or a release"
+    )
+
+
+def _of_run(run: Run, parents: Parents) -> Links:
+    run = parents.run(run)
+    yield from _files_of_run(run)
+    result = run.result
+    if result.is_dir():
+        yield from _files_of_base(run.recipe.model)
+        yield from _base_of_adapter(run, run.load(offline=parents.offline))
+    else:
+        yield from _of_ledger(result, run.recipe.model, parents)
+    yield from _declared_by(run)
+
+
+def _files_of_base(name: str) -> Links:
+    """Compare the files of a base model, where they were listed when it was fetched."""
+    if not name.endswith(export.GGUF):
+        yield from _files(Path(name) if Path(name).is_dir() else models.resolve(name, offline=True))
+
+
+def _files_of_run(run: Run) -> Links:
+    """Compare the files of a run, and its result with what its last event states of it."""
+    yield from _files(run.folder)
+    done, result = finished.stated_by(run.folder), run.result
+    if result.is_dir():
+        yield from _files(result)
+    listed = result / sums.FILE if result.is_dir() else result
+    if (stated := done.get("result_sha256")) and stated != (now := sums.sha256(listed)):
+        raise ModelError(
+            f"{run.folder} states {stated:.16}.. of {listed.name}, which is {now:.16}..", hint=AGAIN
+        )
+
+
+def _base_of_adapter(run: Run, model: Model) -> Links:
+    """Of a run whose adapter was loaded, which compares digests of the base."""
+    words = f"{run.recipe.model} has the weights and the tokenizer that it was made on: {model.digest}"
+    yield _proven("base", words)
+    stated = finished.stated_by(run.folder).get("digest", "")
+    yield _declared("adapter", f"that training made it: nothing repeats that exactly; {stated}")
+
+
+def _merged(run: Run, parents: Parents) -> Iterator[LinkVerified | Model]:
+    """Yield the links of a run, then its model with the tuning in its stored weights: one replay for all."""
+    run = parents.run(run)
+    yield from _files_of_run(run)
+    yield from _files_of_base(run.recipe.model)
+    model = run.load(offline=parents.offline)
+    if run.result.is_dir():
+        yield from _base_of_adapter(run, model)
+    base = model.digest
+    finished.merge_weights(model)
+    if not run.result.is_dir():
+        tuned = models.digest(models.named_tensors(model.net))
+        finished.require_digest(tuned, run.ledger().final_check(), run.result)
+        yield _proven(
+            "base", f"{run.recipe.model} has the weights and the tokenizer that it was made on: {base}"
+        )
+        yield _proven("weights", f"rebuilt from base and ledger, as it states: {tuned}")
+    yield from _declared_by(run)
+    yield model
+
+
+def _declared_by(run: Run) -> Links:
+    """What a run says of itself, and nobody can compute again from the result."""
+    done, recipe = finished.stated_by(run.folder), run.recipe
+    start = next((e for e in rundir.events(run.folder) if e["event"] == "start"), {})
+    rows = [int(n) for n in start.get("rows_per_client", ())]
+    of = f"{sum(rows):,} training rows of {counted(len(rows), 'client')}"
+    yield _declared("data, clients", f"{describe.public(recipe.data)}; {of}; {recipe.method}")
+    measures = [
+        f"{n} {show(n, done.get('base', {}).get(n))} -> {show(n, v)}"
+        for n, v in done.get("tuned", {}).items()
+    ]
+    yield _declared("measures", f"{', '.join(measures)} on {done.get('rows', 0):,} held-out rows")
+    for remark in done.get("remarks", ()):
+        if str(remark).startswith("differential privacy"):
+            yield _declared("privacy", str(remark).partition(": ")[2])
+
+
+# ---------------------------------------------------------------- codes from weights
+
+
+def _of_compressed(found: Compressed, parents: Parents) -> Links:
+    model = found.artefact or found.home / "model"
+    yield from _files(model)
+    if compression_folder.is_one(model.parent):
+        found = Compressed(model.parent)
+    model, request = found.model, found.request
+    if found.folder is not None:
+        stated = compression_folder.record(found.folder).get("result", {}).get("result_sha256")
+        if stated not in (None, now := sums.sha256(model / sums.FILE)):
+            raise ModelError(
+                f"{found.folder} states {stated:.16}.. of its model's files, not {now:.16}..", hint=AGAIN
+            )
+    source: Run | str | None = parents.source if isinstance(parents.source, Run) else found.run
+    if source is None and not (request and request.run):
+        source = parents.base or (request.model if request else None)
+    if not found.holds_codes:
+        made = (
+            f"{request.method} of {describe.public(request.model)}"
+            if request
+            else "what made it is not known"
+        )
+        yield _declared("weights", f"{made}; nothing repeats that exactly")
+        return
+    master = Master(model)
+    if source is not None:
+        yield from _bound(master, source, request.dtype if request else "fp32", parents)
+        return
+    yield _declared("compressed from", f"weights {master.head.base}, which are not here (--from)")
+    yield _declared("codes", _made(master.head))
+
+
+def _made(head: ArtefactHead) -> str:
+    settings = ", ".join(f"{n} {v}" for n, v in head.settings.items())
+    text = ", ".join(f"{n} {v}" for n, v in head.calibration.items())
+    made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({settings})"
+    return f"{made}; calibrated on {text}" if text else made
+
+
+def _bound(master: Master, source: Run | str, dtype: str, parents: Parents) -> Links:
+    """Compare an artefact with the weights that it was made from: their digest, what has no codes, and codes that are exact."""
+    model: Model | None = None
+    if isinstance(source, Run):
+        for each in _merged(source, parents):
+            if isinstance(each, LinkVerified):
+                yield each
+            else:
+                model = each
+        assert model is not None
+    else:
+        model = models.load(source, dtype=dtype, device="cpu", offline=parents.offline)
+    head, name = master.head, source.folder if isinstance(source, Run) else source
+    for what, stated, now in (
+        ("weights", head.base, models.digest(models.named_tensors(model.net))),
+        ("tokenizer", head.tokenizer, model.tokenizer_digest),
+    ):
+        if stated != now:
+            raise ModelError(
+                f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}..",
+                hint=FROM,
+            )
+    yield _proven("compressed from", f"{name}: {head.base}")
+    own = dict(stored_tensors(model.net))
+    left = [n for n in master.names if n not in head.grids]
+    same = sum(torch.equal(master.weight(n), own[n]) for n in left if n in own)
+    yield _proven("other tensors", f"{same} of {len(left)} that hold no codes are the source's, bit for bit")
+    if _solved_again(master, own):
+        yield _proven("codes", f"{_made(head)}: solved again, every code and scale is equal")
+    else:
+        yield _declared("codes", _made(head))
+
+
+def _solved_again(master: Master, own: Mapping[str, Tensor]) -> bool:
+    """Whether a method that needs no text gives these codes again here; False for any other method."""
+    try:
+        solver = compression.make(master.head.method, master.head.settings)
+    except UsageError:  # settings beside the method's own: a budget, trained scales
+        return False
+    if not isinstance(solver, compression.Solver) or solver.data:
+        return False
+    for name in master.head.grids:
+        found, weights = master.quantised(name), own[name]
+        if weights.dim() != 2 or found is None:
+            return False
+        weight = solver.solve(
+            weights.detach().float(), torch.zeros(weights.shape[1], weights.shape[1])
+        ).weight
+        if not isinstance(weight, Quantised):
+            return False
+        again, there = (artefact.stored(name, each) for each in (weight, found))
+        if again.keys() != there.keys() or not all(torch.equal(again[n], there[n]) for n in there):
+            return False
+    return True
+
+
+# ---------------------------------------------------------------- a file from codes or weights
+
+
+def _source_of(path: Path, parents: Parents) -> Subject | None:
+    """Return what an exported file or folder was made from: what is named, what it lies in, the artefact that it states."""
+    if parents.source is not None:
+        return parents.source
+    place = path.absolute().parent
+    if (place / "run.toml").is_file() and path.name != finished.RESULT["adapter"]:
+        return Run(path.parent)
+    if compression_folder.is_one(place):
+        return None if path.name in ("model", "base") else Compressed(path.parent)
+    for folder in (path.parent, path.parent / "model"):
+        if is_master(folder):
+            return Compressed(None, folder)
+    if path.suffix == export.GGUF and (stated := header.read(path).values.get("fleetune.artefact_digest")):
+        for folder in compression_folder.listing(parents.out):
+            listed = folder / "model" / sums.FILE
+            if listed.is_file() and str(stated) in listed.read_text(encoding="utf-8"):
+                return Compressed(folder)
+    return Plain(parents.base) if parents.base else None
+
+
+def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
+    """Write an export again from its source, and compare."""
+    if isinstance(source, Compressed):
+        yield from _of_compressed(source, parents)
+    elif isinstance(source, Run):
+        source = parents.run(source)
+        yield from _files_of_run(source)
+        yield from _files_of_base(source.recipe.model)
+    target = _same(path, source, parents)
+    if isinstance(source, Run):
+        base = rundir.made_on(source.folder)["base"]
+        yield _proven(
+            "base", f"{source.recipe.model} has the weights and the tokenizer that it was made on: {base}"
+        )
+        what = "adapter" if source.result.is_dir() else "ledger, and are those that it states"
+        yield _proven(
+            "weights", f"made from base and {what}: {finished.stated_by(source.folder).get('digest', '')}"
+        )
+        yield from _declared_by(source)
+    words = f"written again as {target} from {source.argument}: every byte is equal"
+    yield _proven(path.name, words)
+
+
+def _same(path: Path, source: Subject, parents: Parents) -> str:
+    """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs."""
+    nearest = Difference(-1, "")
+    for target, name in _ways(path, source):
+        with TemporaryDirectory() as place:
+            made = Path(place) / name
+            try:
+                export.export(source, target.name, made, None, Silent(), offline=parents.offline)
+            except UsageError as error:
+                if isinstance(error, ModelError):
+                    raise
+                continue  # no target of this source
+            except FileExistsError:
+                continue
+            found = difference(path, made)
+        if not found.words:
+            return target.name
+        nearest = max(nearest, found)
+    if not nearest.words:
+        raise UsageError(f"{source.argument} is exported as nothing like {path}", hint=FROM)
+    raise ModelError(
+        f"{path} is not what {source.argument} gives: {nearest.words}",
+        hint="export it again; a file that was renamed holds its first name: give it that",
+    )
+
+
+def _ways(path: Path, source: Subject) -> list[tuple[Target, str]]:
+    """Return the targets that `path` may be of, with the name that the file had: one where its own name tells."""
+    if isinstance(source, Run):
+        home, stem = source.folder, ""
+    else:
+        home, stem = (
+            (source.home, "") if isinstance(source, Compressed) else (Path("."), rundir.of_model(source.name))
+        )
+    able = [
+        target
+        for target in targets.every().values()
+        if target.suffix == ("" if path.is_dir() else path.suffix)
+        and (target.takes != "codes" or isinstance(source, Compressed))
+        and (target.takes != "adapter" or isinstance(source, Run))
+    ]
+    usual = {target.name: target.place(home, stem).name for target in able}
+    if named := [target for target in able if usual[target.name] == path.name]:
+        return [(target, path.name) for target in named]
+    names = {path.name} if path.is_dir() else {path.name, *usual.values()}
+    own = header.read(path).values.get("general.name") if path.suffix == export.GGUF else None
+    names = {name for name in names if name == path.name or Path(name).stem == own}
+    return [(target, name) for name in sorted(names, key=lambda name: name != path.name) for target in able]
