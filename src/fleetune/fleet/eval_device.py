@@ -35,12 +35,7 @@ BATCH: Final = 1  # rows at a time: a device that has trained has the memory for
 
 
 def measure(
-    job: Job,
-    model: Model,
-    held: Sequence[Encoded],
-    words: str,
-    order: bytes,
-    own: DeviceState,
+    job: Job, model: Model, held: Sequence[Encoded], words: str, order: bytes, own: DeviceState
 ) -> bytes:
     """Return the answer to an order `eval`; the model is the base, and afterwards the tuned model.
 

@@ -155,6 +155,7 @@ def digest(tensors: Iterable[tuple[str, Tensor | Pieces]]) -> str:
 
 def _pieces(tensor: Tensor | Pieces) -> Iterator[Tensor]:
     """Yield the values in row-major order as flat CPU tensors of about CHUNK bytes."""
+    heard()
     if isinstance(tensor, Pieces):
         yield from tensor.parts
         return

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from fleetune.common import settings
-from fleetune.data import Batches
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.net.model import Model
 from fleetune.seeds.descent import Position, uniforms

@@ -438,12 +438,7 @@ def ritz(Q: np.ndarray, HQ: np.ndarray) -> Spectrum:
 
 
 def spectrum_and_change(
-    model: Model,
-    batch: Batch,
-    came: dict[str, np.ndarray],
-    *,
-    lanczos: int,
-    key: int,
+    model: Model, batch: Batch, came: dict[str, np.ndarray], *, lanczos: int, key: int
 ) -> tuple[Spectrum, float]:
     """Return (spectrum of H at the model's prompts P, L), on one batch, in eval mode.
 
