@@ -61,7 +61,7 @@ def _place(path: Path, at: int) -> str:
     for name, start, end in _tensors(path):
         if start <= at < end:
             return f"in {name}"
-    return "in its head" if path.suffix in (GGUF, SAFETENSORS) else "its text"
+    return "in its head" if path.suffix in (GGUF, SAFETENSORS) else "in its text"
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, int, int]]:

@@ -46,4 +46,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             for link in fleetune.verify(args.subject, *args.sources, **given):
                 rows.append((link.state, link.what, link.words))
         finally:
-            ui.table(["", "what", "statement"], sorted(rows, key=lambda row: row[0] != PROVEN), align="lll")
+            if rows:
+                ui.table(
+                    ["", "what", "statement"], sorted(rows, key=lambda row: row[0] != PROVEN), align="lll"
+                )
