@@ -18,7 +18,7 @@ from command_line import Capture, ok, refused
 from fault_report import Injected
 from fleetune import errors, models
 from fleetune.common import sums
-from fleetune.deploy.difference import difference
+from fleetune.deploy.rewrite import difference
 from fleetune.models import artefact
 from fleetune.models.cache import cache
 from fleetune.seeds import ledger as ledgers
@@ -103,7 +103,7 @@ def test_one_flipped_bit_is_found_and_named(part: str, places: int, made: Path, 
         number = int(np.searchsorted(ends, place, side="right"))
         file, at = files[number], place - int(ends[number] - files[number].stat().st_size)
         with flipped(file, at, int(rng.integers(8))), pytest.raises(errors.FleetuneError) as caught:
-            list(fleetune.verify(name, *sources, offline=True))
+            fleetune.verify(name, *sources, offline=True)
         known = {file.name, sums.FILE, "base digest", "tokenizer digest", "tiny"}
         assert any(word in caught.value.message for word in known), (str(file), at, caught.value.message)
         if (

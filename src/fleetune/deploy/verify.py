@@ -15,7 +15,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 import torch
@@ -25,11 +24,10 @@ from fleetune import compression, models
 from fleetune import subject as subjects
 from fleetune.common import sums
 from fleetune.common.display import counted, show
-from fleetune.common.events import LinkVerified
+from fleetune.common.events import LinkVerified, Verified
 from fleetune.common.shell import quoted
-from fleetune.deploy import export, release, targets
-from fleetune.deploy.difference import Difference, difference
-from fleetune.deploy.targets import Target
+from fleetune.deploy import export, release
+from fleetune.deploy.rewrite import written_again
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import artefact
 from fleetune.models.artefact import ArtefactHead, Master, Quantised
@@ -72,6 +70,17 @@ class Parents:
     def run(self, run: Run) -> Run:
         """Return a run with its base where it lies now."""
         return dataclasses.replace(run, base=self.base) if self.base else run
+
+
+def told(name: str, parents: Parents, *, signer: str = "") -> Links:
+    """Yield `links`, and let the listener hear of each, and of the end."""
+    states = []
+    for link in links(name, parents, signer=signer):
+        parents.listener.event(link)
+        states.append(link.state)
+        yield link
+    proven = states.count(PROVEN)
+    parents.listener.event(Verified(subject=name, proven=proven, declared=len(states) - proven))
 
 
 def links(name: str, parents: Parents, *, signer: str = "") -> Links:
@@ -423,7 +432,7 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
         source = parents.run(source)
         yield from _files_of_run(source)
         yield from _files_of_base(source.recipe.model, parents)
-    target = _same(path, source, parents)
+    target = written_again(path, source, offline=parents.offline)
     if isinstance(source, Run):
         yield _base(source.recipe.model, rundir.made_on(source.folder)["base"])
         what = "adapter" if source.result.is_dir() else "ledger, and are those that it states"
@@ -433,53 +442,3 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
         yield from _declared_by(source)
     words = f"written again as {target} from {source.argument}: every byte is equal"
     yield _proven(path.name, words)
-
-
-def _same(path: Path, source: Subject, parents: Parents) -> str:
-    """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs."""
-    nearest = Difference(-1, "")
-    for target, name in _ways(path, source):
-        with TemporaryDirectory() as place:
-            made = Path(place) / name
-            try:
-                export.export(source, target.name, made, None, Silent(), offline=parents.offline)
-            except UsageError as error:
-                if isinstance(error, ModelError):
-                    raise
-                continue  # no target of this source
-            except FileExistsError:
-                continue
-            found = difference(path, made)
-        if not found.words:
-            return target.name
-        nearest = max(nearest, found)
-    if not nearest.words:
-        raise UsageError(f"{source.argument} is exported as nothing like {path}", hint=FROM)
-    raise ModelError(
-        f"{nearest.words}: {source.argument} gives something else",
-        hint="export it again; a file that was renamed holds its first name: give it that",
-    )
-
-
-def _ways(path: Path, source: Subject) -> list[tuple[Target, str]]:
-    """Return the targets that `path` may be of, with the name that the file had: one where its own name tells."""
-    if isinstance(source, Run):
-        home, stem = source.folder, ""
-    else:
-        home, stem = (
-            (source.home, "") if isinstance(source, Compressed) else (Path("."), rundir.of_model(source.name))
-        )
-    able = [
-        target
-        for target in targets.every().values()
-        if target.suffix == ("" if path.is_dir() else path.suffix)
-        and (target.takes != "codes" or isinstance(source, Compressed))
-        and (target.takes != "adapter" or isinstance(source, Run))
-    ]
-    usual = {target.name: target.place(home, stem).name for target in able}
-    if named := [target for target in able if usual[target.name] == path.name]:
-        return [(target, path.name) for target in named]
-    names = {path.name} if path.is_dir() else {path.name, *usual.values()}
-    own = header.read(path).values.get("general.name") if path.suffix == export.GGUF else None
-    names = {name for name in names if name == path.name or Path(name).stem == own}
-    return [(target, name) for name in sorted(names, key=lambda name: name != path.name) for target in able]
