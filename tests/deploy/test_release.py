@@ -148,3 +148,5 @@ def test_a_private_run_declares_its_epsilon_and_tells_no_digest_of_rows(
     text = "".join(p.read_text(encoding="latin-1") for p in place.iterdir() if p.is_file())
     assert "rows_sha256" not in text
     assert "training rows, as text" not in text
+    assert "uplink" not in text  # how many clients took part
+    assert "bytes_up" not in text

@@ -52,6 +52,7 @@ NAMESPACE: Final = b"file"
 HASH: Final = b"sha512"
 ARMOUR: Final = ("-----BEGIN SSH SIGNATURE-----", "-----END SSH SIGNATURE-----")
 PRIVATE_FACTS: Final = ("run", "result", "per_client", "peak_rss")  # of the last event: paths, clients
+TRAFFIC: Final = ("bytes_up", "bytes_down")  # of a private run it tells how many clients took part
 
 
 def write(run: Run, out: Path | None = None, key: Path | None = None) -> Released:
@@ -74,7 +75,8 @@ def write(run: Run, out: Path | None = None, key: Path | None = None) -> Release
         (folder / "run.toml").write_text(recipes.to_toml(replace(run.recipe, **public)), encoding="utf-8")
         (folder / rundir.ENVIRONMENT).write_text(json_text(_environment(run)), encoding="utf-8")
         start = next((e for e in rundir.events(run.folder) if e["event"] == "start"), {})
-        told = {n: v for n, v in done.items() if n not in PRIVATE_FACTS} | {"result": result.name, "run": "."}
+        left_out = PRIVATE_FACTS + (TRAFFIC if run.recipe.privacy == private.CLIENT else ())
+        told = {n: v for n, v in done.items() if n not in left_out} | {"result": result.name, "run": "."}
         lines = [{**start, "model": public["model"]}, told]
         (folder / metrics.FILE).write_text(
             "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
