@@ -48,6 +48,8 @@ __all__ = ["folder", "place"]  # fixtures
         (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--max-load", "50"], "no share of the processors"),
         (["join", "192.168.1.9:8470", "--data", "rows.jsonl"], "with TLS alone"),
         (["join", "nowhere", "--data", "rows.jsonl"], "is not HOST:PORT"),
+        (["join", "127.0.0.1:99999", "--data", "rows.jsonl"], "is not HOST:PORT"),
+        (["join", "127.0.0.1:0", "--data", "rows.jsonl"], "is not HOST:PORT"),
         (["join", "::1:23575", "--data", "rows.jsonl"], "[::1]:8470"),
         (["join", "127.0.0.1:1"], "which rows"),
         (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--rounds", "3"], "rounds is the server's to say"),

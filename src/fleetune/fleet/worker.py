@@ -480,5 +480,5 @@ def _model(job: Job, brings: Brings) -> str:
 def _processor(device: str | torch.device) -> str:
     """Return the kind of processor behind a device of torch's, with the instructions that torch uses on it."""
     if str(device) == "cuda":
-        return re.sub(ODD, " ", torch.cuda.get_device_name())[:64]
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return re.sub(f"{ODD}+", " ", torch.cuda.get_device_name())[:64].strip()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}".strip()

@@ -246,8 +246,9 @@ class Method(_zeroth.OfLedger):
             else:
                 sums, k, c = self.walk(reply, p)
                 drawn = np.bincount(k, minlength=self.K)
-                np.add.at(size, k, np.abs(c / units[k]))
-                seen += drawn
+                if self.pro:  # in a checkpoint they tell what clients sent, without noise
+                    np.add.at(size, k, np.abs(c / units[k]))
+                    seen += drawn
                 if rule.name != "mean":  # along directions that were not drawn: what the rule has for none
                     sums = np.where(drawn > 0, sums, rule.absent)
             combined.add(self.weight(reply.payload), {"a": sums})
