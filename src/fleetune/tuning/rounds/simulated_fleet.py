@@ -33,7 +33,7 @@ from fleetune.tuning.rounds.sealed import Participant
 log = logging.getLogger(__name__)
 
 
-class _ListenerError(Exception):
+class _ListenerError(BaseException):
     """Carries what `on_step` raised past the code that works for a client."""
 
     def __init__(self, original: BaseException) -> None:
