@@ -212,7 +212,11 @@ class Summing:
             np.add(total, vector, out=total)
 
         survivors = self._ask(fleet, round, "masked", arrived, added, 8 * numbers)
-        taking_part: dict[str, Collection[int]] = {"members": keys, "shared": shares, "survivors": self._enough(survivors)}
+        taking_part: dict[str, Collection[int]] = {
+            "members": keys,
+            "shared": shares,
+            "survivors": self._enough(survivors),
+        }
         payload = Payload(
             {name: np.array(sorted(of), np.uint32) for name, of in taking_part.items()}
             | {
