@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -88,6 +89,23 @@ def test_what_is_typed_is_answered(line: str) -> None:
     assert words in (out if want == 0 else err)
     assert (err if want == 0 else out) == ""
     assert "usage:" not in err
+
+
+def test_a_traceback_drives_no_terminal() -> None:
+    shown = logging.StreamHandler(written := io.StringIO())
+    shown.setFormatter(cli._Formatter("%(levelname)s: %(message)s"))
+    log = logging.Logger("a server's words")
+    log.addHandler(shown)
+    try:
+        raise ValueError(f"\x1b[2J\x1b]0;x\x07\nconnected\n{' ' * 90}error: run\u2028this")
+    except ValueError:
+        log.exception("failed")
+    head, *lines = written.getvalue().splitlines()
+    assert head == "ERROR: failed"
+    assert all(line.startswith("  ") for line in lines)
+    assert written.getvalue().replace("\n", "").isprintable()
+    assert "    raise ValueError(" in written.getvalue()
+    assert lines[-1] == r"        error: run\u2028this"
 
 
 @pytest.mark.parametrize("line", ["tun", "methods nosuch"])

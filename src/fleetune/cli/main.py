@@ -23,7 +23,7 @@ from typing import Any, Final, NoReturn
 
 from fleetune.cli.console import Ui
 from fleetune.common import __version__
-from fleetune.common.display import message_text
+from fleetune.common.display import message_text, one_line, single_spaced
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.registry import Registry
 from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault, suggest
@@ -191,10 +191,14 @@ def _run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Writes names of files in a message so that they cannot drive a terminal."""
+    """Writes names of files, and a server's words, in a message or a traceback so that they cannot drive a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return message_text(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        lines = [(line, line.lstrip(" ")) for line in super().formatException(ei).split("\n")]
+        return "\n".join(" " * min(8, 2 + len(a) - len(b)) + single_spaced(one_line(b)) for a, b in lines)
 
 
 def _set_environment(args: argparse.Namespace) -> None:

@@ -35,33 +35,23 @@ BATCH: Final = 1  # rows at a time: a device that has trained has the memory for
 
 
 def measure(
-    job: Job,
-    model: Model,
-    held: Sequence[Encoded],
-    words: str,
-    order: bytes,
-    own: DeviceState,
-    heard: Callable[[], None],
+    job: Job, model: Model, held: Sequence[Encoded], words: str, order: bytes, own: DeviceState
 ) -> bytes:
     """Return the answer to an order `eval`; the model is the base, and afterwards the tuned model.
 
     `words` is the digest of the held-out rows before they were encoded.  The files of the job's result go into the run's
-    folder; without a result the base alone is measured.  `heard()` is called before each piece of work, and may raise.
+    folder; without a result the base alone is measured.
     """
     own.allow_measurement(words, job)
     received = decode(order)
-
-    def losses() -> tuple[np.ndarray, np.ndarray]:
-        return all_row_losses(model, held, BATCH, lambda done, of: heard())
-
-    base, counts = losses()
+    base, counts = all_row_losses(model, held, BATCH)
     tuned = base
     if job.result:
         try:
-            result.put_on(model, result.placed(received.payload.scalars, own, job), heard)
+            result.put_on(model, result.placed(received.payload.scalars, own, job))
         finally:
             own.remove(own.run(job.run) / result.FOLDER)
-        tuned, _ = losses()
+        tuned, _ = all_row_losses(model, held, BATCH)
     tokens = int(counts.sum())
     most = TIMES * math.log(max(2, model.net.config.vocab_size))
 
