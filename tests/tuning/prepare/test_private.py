@@ -171,6 +171,26 @@ def test_what_cannot_be_promised_is_refused_before_work(
     assert not list(Path("runs").glob("*"))
 
 
+def test_the_time_of_a_private_run_counts_no_rows_of_clients(tiny: str) -> None:
+    """They are not measured."""
+    given = {k: v for k, v in SMALL.items() if k not in ("privacy", "epsilon")}
+    for private in ({}, {"privacy": "client", "epsilon": 8.0, "clip_norm": 1.0}):
+        recipe = recipes.make(
+            {
+                "model": tiny,
+                "data": "demo",
+                "method": "fedkseed",
+                "set": LEVELS["fedkseed"],
+                **given,
+                **private,
+            }
+        )
+        found = prepare.prepare(recipe).estimate
+        assert found is not None
+        assert (found.client_rows == 0) is bool(private)
+        assert ("rows of clients" in found.text) is not bool(private)
+
+
 # Local steps that hide rows --------------------------------------------------------------------------------
 
 

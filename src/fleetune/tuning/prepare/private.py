@@ -213,7 +213,6 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
     if recipe.privacy == NONE:
         return recipe
     hidden = clients_of(job) if recipe.privacy in BY_CLIENT else sum(_sizes(job))
-    recipe = replace(recipe, client_rows=0)
     if recipe.epsilon or recipe.noise:
         recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"))
         recipe = _with_noise(job, recipe, hidden)
