@@ -751,7 +751,7 @@ def stops_at(device: Worker, number: int, what: str, content: bytes, round: int 
         ask(device, what, content, round)
 
 
-FORWARD: dict[str, Any] = {"method": "fwdllm", "set": {"r": 2, "P": 2, "batch_size": 4}}
+FORWARD: dict[str, Any] = {"method": "fwdllm", "set": {"r": 2, "P": 1, "batch_size": 2}}
 
 
 @pytest.mark.parametrize("objective", ["loss", "accuracy", "rouge_l"])
