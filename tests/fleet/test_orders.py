@@ -154,6 +154,8 @@ def test_a_job_comes_back():
         {"labels": ["a\u2028b"]},
         {"model": "a\u200fb"},
         {"model": "a\u061cb\x1b[2J"},
+        {"model": "tiny" + "\u3164" * 40 + "error: this"},
+        {"labels": ["yes" + " \u200b" * 40 + "error: this"]},
     ],
 )
 def test_a_job_of_another_form_or_size_is_refused(change):

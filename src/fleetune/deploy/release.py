@@ -125,8 +125,9 @@ def check(folder: Path, signer: str = "") -> str:
     if found := [words for _, words in sums.faults(folder)]:
         raise ModelError("\n  ".join(found), hint=hint)
     listed = {line[66:] for line in (folder / sums.FILE).read_text(encoding="utf-8").splitlines()}
-    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    if odd := sorted(there - listed - {sums.FILE, SIGNATURE, rundir.LOCK}):
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+    there = {name for name in there if not name.startswith(".")}  # the hub adds .gitattributes
+    if odd := sorted(there - listed - {sums.FILE, SIGNATURE}):
         raise ModelError(f"{folder / odd[0]} is not of the release: nobody signed it", hint="remove it")
     return fingerprint(key)
 

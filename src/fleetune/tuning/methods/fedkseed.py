@@ -179,7 +179,7 @@ class Method(_zeroth.OfLedger):
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau two-point steps along drawn directions, or back-propagate where `payload` says so; reply with integers."""
-        view, position = self.opened(model, payload, batches)
+        view, position = self.opened(model, payload)
         if payload.scalars.get(MARK) is True:
             taken = batches.steps(self.backprop_steps, self.batch_size)
             units = UNITS * self.backprop_lr / self.lr

@@ -184,7 +184,7 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
     if recipe.privacy == NONE:
         return recipe
     hidden = clients_of(job) if recipe.privacy == CLIENT else sum(_sizes(job))
-    recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"), client_rows=0)
+    recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"))
     if recipe.delta * hidden >= 1:
         raise RecipeError(
             [f"delta = {recipe.delta:g} must be below 1 / {hidden:,} rows: leave it out"], hint=PAGE
@@ -196,7 +196,8 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
         noise = recipe.noise or accountant.noise_for(recipe.epsilon, q, releases, recipe.delta)
     except ValueError as error:
         raise RecipeError([str(error)], hint="raise --epsilon, or lower --rounds") from error
-    if recipe.epsilon and accountant.epsilon(noise, q, plain.per_round, recipe.delta) > recipe.epsilon:
+    given = recipe.noise and recipe.epsilon
+    if given and accountant.epsilon(noise, q, plain.per_round, recipe.delta) > recipe.epsilon:
         raise RecipeError(
             [f"noise = {noise:g} spends more than epsilon = {recipe.epsilon:g} in the first round"],
             hint="leave --noise out: it follows from the budget",

@@ -86,8 +86,11 @@ def split_digest(clients: Sequence[np.ndarray], held: np.ndarray) -> str:
 
 
 def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
-    """Return the first event: who takes part with what; `rows` of every client, `params` the base model's weights."""
-    recipe, parts = job.recipe, job.split
+    """Return the first event: who takes part with what; `rows` of every client, `params` the base model's weights.
+
+    With privacy it tells of no client's rows.
+    """
+    recipe, parts, hidden = job.recipe, job.split, job.recipe.privacy != private.NONE
     if job.entry.kind == "ledger":
         tensors = [math.prod(shape) for _, shape, _ in moved_tensors(job.model)]
     else:
@@ -95,7 +98,7 @@ def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
     shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
     values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
     names = sorted({v for part in values for v in part})
-    few = 1 < len(names) <= 40
+    few = 1 < len(names) <= 40 and not hidden
     return TuneStart(
         method=recipe.method,
         model=recipe.model,
@@ -105,7 +108,7 @@ def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
         clients=len(rows),
         rounds=recipe.rounds,
         partition=recipe.partition,
-        rows_per_client=list(rows),
+        rows_per_client=[] if hidden else list(rows),
         held_out=len(job.held),
         column=shown if few else parts.column,
         counts={name: [part.count(name) for part in values] for name in names} if few else None,

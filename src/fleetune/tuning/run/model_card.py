@@ -169,10 +169,11 @@ def _results(done: Mapping[str, Any]) -> str:
 
 def _data(run: Path, recipe: Recipe, start: Mapping[str, Any]) -> list[list[str]]:
     counts = [int(n) for n in start.get("rows_per_client", ())]
+    clients = counted(int(start.get("clients", 0)), "client")
     of = "their own rows of real devices" if _of_devices(run) else recipe.partition
     rows = [
         ["data of the server" if _of_devices(run) else "data", describe.public(recipe.data)],
-        ["training rows", f"{sum(counts):,} of {counted(len(counts), 'client')} ({of})"],
+        ["training rows", f"{f'{sum(counts):,}' if counts else 'those'} of {clients} ({of})"],
         ["held-out rows", f"{start.get('held_out', 0):,}"],
         ["tokens per row, max.", f"{recipe.max_length:,}"],
     ]
