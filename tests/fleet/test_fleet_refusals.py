@@ -39,8 +39,14 @@ __all__ = ["folder", "place"]  # fixtures
         (["eval", "model", "--rounds", "3"], "eval takes no rounds"),
         (["eval", "model", "--host", "0.0.0.0"], "needs TLS and registered keys"),
         (["eval", "model", "--wait", "-1"], "cannot be negative"),
-        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "1.5"], "neither a share"),
-        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "nan"], "neither a share"),
+        (
+            ["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "1.5"],
+            "must be a whole number of rows",
+        ),
+        (
+            ["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "nan"],
+            "must be a whole number of rows",
+        ),
         (
             ["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "1", "--eval-data", "x"],
             "both given",

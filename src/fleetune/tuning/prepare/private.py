@@ -184,7 +184,7 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
     if recipe.privacy == NONE:
         return recipe
     hidden = clients_of(job) if recipe.privacy == CLIENT else sum(_sizes(job))
-    recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"), client_rows=0)
+    recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"))
     if recipe.delta * hidden >= 1:
         raise RecipeError(
             [f"delta = {recipe.delta:g} must be below 1 / {hidden:,} rows: leave it out"], hint=PAGE
