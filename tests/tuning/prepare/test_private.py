@@ -18,7 +18,7 @@ from command_line import FEW
 from fleetune import adapters, models
 from fleetune.data import Batches, encode_all
 from fleetune.data.forms import Example
-from fleetune.errors import RecipeError, UsageError
+from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.evaluation.objectives import batch_loss, loss_tensor
 from fleetune.models.net.model import Model
 from fleetune.privacy import mechanism
@@ -138,6 +138,25 @@ def test_a_run_ends_where_its_budget_does(tiny: str) -> None:
     assert any("the privacy budget is spent" in r for r in run.done.remarks)
     spent = [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
     assert spent[-1] <= 8.0
+
+
+def test_a_run_that_has_lost_a_checkpoint_ends_with_what_it_has_released(tiny: str) -> None:
+    """The last round was released again, and the account did not know."""
+    run = tuned(tiny)
+    spent = [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
+    lost = run.folder / "ledger.safetensors"
+    rundir.checkpoints(run.folder)[-1][1].unlink()
+    lost.unlink()
+    again = fleetune.resume_run(run)
+    promise = f"epsilon {spent[1]:.3g} at delta {recipes.read(run.folder / 'run.toml')['delta']:g}"
+    stated = (*again.done.remarks, ledgers.load(lost).head.privacy)
+    assert again.done.rounds == 1
+    assert sum(promise in s and "after 1 round (2 releases" in s for s in stated) == 2
+    assert "stopped after round 1 of 2: the privacy budget is spent" in stated
+    (run.folder / "releases").unlink()
+    lost.unlink()
+    with pytest.raises(StorageError, match="releases is gone"):
+        fleetune.resume_run(run)
 
 
 @pytest.mark.parametrize(
