@@ -17,7 +17,9 @@ from fleetune import errors
 from fleetune.common import sums
 from fleetune.deploy import release
 
-ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
+ROWS = [
+    {"instruction": f"say {i}", "response": f"{i} it is", "who": ("Mercy", "Hope")[i % 2]} for i in range(24)
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,9 @@ def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> fleetune.TuneRes
         ROWS,
         method="fedkseed",
         settings={"K": 16, "tau": 2},
+        partition="column:who",
         out=tmp_path_factory.mktemp("runs"),
-        **FEW,
+        **FEW | {"clients": 0},
     )
 
 
@@ -60,7 +63,7 @@ def test_a_release_is_a_run_that_another_machine_verifies(
             assert str(tmp_path) not in (text := file.read_text(encoding="latin-1")), file
             assert str(run.folder.parent) not in text, file
             assert str(Path(tiny).parent) not in text, file
-            assert '"event": "client"' not in text
+            assert not any(word in text for word in ("Mercy", "bytes_up", '"per_client"', '"t": '))
 
 
 def test_the_key_is_made_once_and_ssh_keygen_agrees(
