@@ -24,11 +24,13 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> fleetune.TuneResult:
+    file = tmp_path_factory.mktemp("objectives") / "mine.py"
+    file.write_text("from fleetune.evaluation.losses import batch_loss as mine\n")
     return fleetune.tune(
         tiny,
         ROWS,
         method="fedkseed",
-        settings={"K": 16, "tau": 2},
+        settings={"K": 16, "tau": 2, "objective": f"{file}:mine"},
         partition="column:who",
         out=tmp_path_factory.mktemp("runs"),
         **FEW | {"clients": 0},
@@ -63,6 +65,7 @@ def test_a_release_is_a_run_that_another_machine_verifies(
             assert str(tmp_path) not in (text := file.read_text(encoding="latin-1")), file
             assert str(run.folder.parent) not in text, file
             assert str(Path(tiny).parent) not in text, file
+            assert "objectives" not in text.replace("docs/objectives.md", ""), file
             assert not any(word in text for word in ("Mercy", "bytes_up", '"per_client"', '"t": '))
 
 

@@ -75,11 +75,14 @@ def write(run: Run, out: Path | None = None, key: Path | None = None) -> Release
     with staged(place) as folder:
         (folder / model_card.CARD).write_text(model_card.of_release(run.folder), encoding="utf-8")
         public: dict[str, Any] = {n: describe.public(getattr(run.recipe, n)) for n in describe.NAMED}
+        public["set"] = {n: v for n, v in describe.settings_of(run.recipe).items() if n in run.recipe.set}
         (folder / "run.toml").write_text(recipes.to_toml(replace(run.recipe, **public)), encoding="utf-8")
         (folder / rundir.ENVIRONMENT).write_text(json_text(_environment(run)), encoding="utf-8")
         start = next((e for e in rundir.events(run.folder) if e["event"] == "start"), {})
         events = [{n: v for n, v in event.items() if n in FACTS.split()} for event in (start, done)]
-        lines = [events[0] | {"model": public["model"]}, events[1] | {"result": result.name}]
+        remarks = [model_card.public_text(str(remark)) for remark in done.get("remarks", ())]
+        told = {"result": result.name, "remarks": remarks}
+        lines = [events[0] | {"model": public["model"]}, events[1] | told]
         (folder / metrics.FILE).write_text(
             "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
         )
