@@ -138,6 +138,8 @@ def run(setting: Setting) -> Result:
         parts = [rest[i * EACH : (i + 1) * EACH] for i in range(clients)]
         for job in jobs:
             _utility(result, job, parts, q, tested)
+    if not quick:
+        _large(result, [read[i] for i in chosen])
     for job in jobs:
         longer = dataclasses.replace(job.recipe, set=job.recipe.set | AUDIT[job.recipe.method])
         audited = dataclasses.replace(job, recipe=longer)
@@ -176,6 +178,38 @@ def _utility(result: Result, job: Job, clients: list[Any], q: float, tested: lis
         goal, note = 0.75 if epsilon == 8 else None, f"losses; {before:.3f} before"
         row = Row(name, after, plain, "nats", kept, "gain", goal, note=note)
         _tell(result, row, mechanism=rule.text, settings=job.recipe.set)
+
+
+def _large(result: Result, read: list[Any]) -> None:
+    """Utility on SmolLM2-135M: the same replies of one round with and without noise; how far the server steps is found first."""
+    model, count, N = models.load("smollm2-135m", dtype="fp32", device="cpu", offline=True), 20, 1000
+    rows, _ = encode_rows(model, read[: HELD + EACH * count], LENGTH)
+    held, tested, more = rows[: 2 * EACH], rows[2 * EACH : HELD], rows[HELD:]
+    settings = METHODS["fedkseed"] | {"lr": 1e-6, "backprop_lr": 3e-4}
+    options = {"model": "smollm2-135m", "data": "demo", "method": "fedkseed", "set": settings}
+    job = Job(model, recipes.make(options), held)
+    rules = {epsilon: job.rule(epsilon, N, count / N, 1) for epsilon in EPSILONS}
+    with restored(model):
+
+        def loss(state: Any, replies: list[Reply], rate: float, rule: Rule, rows: list[Encoded]) -> float:
+            method = dataclasses.replace(job.method, server_lr=rate)  # type: ignore[call-arg]
+            method.apply(model, method.aggregate(state, iter(replies), rule))
+            return token_mean(*job.losses(rows))
+
+        state, replies = job.replies([held[:EACH], held[EACH:]], (N, N + 1))
+        tried = {rate: loss(state, replies, rate, Rule(), tested[:16]) for rate in (0.1, 0.3, 1.0, 3.0, 10.0)}
+        rate = min(tried, key=tried.__getitem__)
+        state, replies = job.replies([more[i::count] for i in range(count)], range(count))
+        before = plain = loss(state, [], 1.0, Rule(), tested[16:])
+        for epsilon, rule in rules.items():
+            after = loss(state, replies, rate, rule, tested[16:])
+            plain = plain if epsilon else after
+            name, kept = (
+                f"Gain kept, SmolLM2-135M: {_kind(job, epsilon)}",
+                (before - after) / (before - plain),
+            )
+            row = Row(name, after, plain, "nats", kept, "gain", note=f"losses; {before:.3f} before")
+            _tell(result, row, mechanism=rule.text, tried=tried)
 
 
 def _leaks(result: Result, job: Job, rows: list[Encoded], shadows: int) -> None:
