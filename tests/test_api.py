@@ -50,7 +50,7 @@ def tune(model: object = "tiny", data: Any = "rows.jsonl", **given: Any) -> flee
 def test_the_public_names_are_these() -> None:
     functions = (
         "chat compress compressors evaluate export generate list_runs load_ledger measure methods open plan "
-        "resume_compression resume_run resume_sweep serve sweep targets tune"
+        "release resume_compression resume_run resume_sweep serve sweep targets tune verify"
     )
     classes = (
         "CompressResult Compressed Conversation ExportResult Ledger Listener MeasureResult Model Plain Plan Progress Recipe "

@@ -250,7 +250,7 @@ def open(name: object, out: str | Path = "runs") -> Subject:
     """
     if isinstance(name, Run | Compressed | Plain):
         return name
-    text, runs = _text_of(name), Path(out)
+    text, runs = text_of(name), Path(out)
     path = Path(text)
     try:
         path.exists()
@@ -276,7 +276,7 @@ def open_weights(name: object, out: str | Path = "runs") -> Run | Plain:
     """
     if isinstance(name, Run | Plain):
         return name
-    text, runs = name.argument if isinstance(name, Compressed) else _text_of(name), Path(out)
+    text, runs = name.argument if isinstance(name, Compressed) else text_of(name), Path(out)
     if text == "latest":
         run = _run(text, runs)
         done = [p for p in compression_folder.listing(runs) if compression_folder.is_complete(p)]
@@ -301,7 +301,7 @@ def open_weights(name: object, out: str | Path = "runs") -> Run | Plain:
     )
 
 
-def _text_of(name: object) -> str:
+def text_of(name: object) -> str:
     """The name or path in what a caller handed over: a result has a folder, an export's has a path."""
     if isinstance(name, str | Path):
         return str(name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -68,6 +69,11 @@ TOLD = {  # command line: exit code, words on stdout or stderr
     "tune m rows.jsonl --lr=1e-4": (2, "fleetune tune --help; a setting of the method: --set NAME=VALUE"),
     "tune m rows.jsonl more.jsonl": (2, "unknown argument 'more.jsonl'"),
     "tune m rows.jsonl --round 1": (2, "unknown argument '--round'. Did you mean '--rounds'?"),
+    "eval latest --data rows.jsonl": (
+        2,
+        "unknown argument '--data': DATA is given without an option\n  try:",
+    ),
+    "measure --model=m latest": (2, "'--model=m': FOLDER|RUN|MODEL is given without an option"),
     "eval m --limit 1,000": (2, "--limit: invalid int value: '1,000'"),
     "tune m rows.jsonl --dtype bfloat16": (2, "is none of fp32, bf16, fp16. Did you mean 'bf16'?"),
     "tune m rows.jsonl --rounds many": (2, "rounds = 'many': must be a valid integer"),
@@ -86,6 +92,23 @@ def test_what_is_typed_is_answered(line: str) -> None:
     assert words in (out if want == 0 else err)
     assert (err if want == 0 else out) == ""
     assert "usage:" not in err
+
+
+def test_a_traceback_drives_no_terminal() -> None:
+    shown = logging.StreamHandler(written := io.StringIO())
+    shown.setFormatter(cli._Formatter("%(levelname)s: %(message)s"))
+    log = logging.Logger("a server's words")
+    log.addHandler(shown)
+    try:
+        raise ValueError(f"\x1b[2J\x1b]0;x\x07\nconnected\n{' ' * 90}error: run\u2028this")
+    except ValueError:
+        log.exception("failed")
+    head, *lines = written.getvalue().splitlines()
+    assert head == "ERROR: failed"
+    assert all(line.startswith("  ") for line in lines)
+    assert written.getvalue().replace("\n", "").isprintable()
+    assert "    raise ValueError(" in written.getvalue()
+    assert lines[-1] == r"        error: run\u2028this"
 
 
 @pytest.mark.parametrize("line", ["tun", "methods nosuch"])

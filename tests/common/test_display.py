@@ -7,7 +7,18 @@ from collections.abc import Callable
 
 import pytest
 
-from fleetune.common.display import change, human_bytes, human_count, human_time, improved, metric, show
+from fleetune.common.display import (
+    change,
+    human_bytes,
+    human_count,
+    human_time,
+    improved,
+    message_text,
+    metric,
+    one_line,
+    show,
+    single_spaced,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +78,22 @@ def test_the_words_have_the_error_and_better_is_said_beyond_noise_alone() -> Non
     assert improved("loss", 4.0, 3.9, 0.04) is True
     assert improved("loss", 4.0, 4.1, 0.04) is False
     assert improved("loss", 4.0, 3.9, 0.051) is None
+
+
+@pytest.mark.parametrize(
+    "pad", [" \u200b", "\u3164", "\u2800", "\uffa0\u115f", "\u2060 ", "\u200d", "\xa0\ufeff", " \ufe0f"]
+)
+def test_padding_of_letters_that_are_not_seen_is_one_blank_or_escaped(pad: str) -> None:
+    padded = f"over{pad * 40}error: it is not"
+    assert single_spaced(padded) == "over error: it is not"
+    if "\ufe0f" not in pad:  # which stands before blanks in an emoji
+        for shown in (one_line(padded), message_text(padded)):
+            assert r"\u" in shown or r"\xa0" in shown
+            assert not set(pad) & set(shown) - {" ", "\xa0"}
+
+
+@pytest.mark.parametrize(
+    "text", ["می\u200cخواهم", "👩\u200d🔬 lab", "❤\ufe0f yes", "two  blanks", "x\u2800y"]
+)
+def test_letters_of_a_word_stay(text: str) -> None:
+    assert one_line(text) == message_text(text) == text

@@ -12,6 +12,7 @@ from solver_harness import curvature, damped, dense, relative_error, work
 from spy_harness import FAMILIES, Spy, compressed_inputs, inputs_of, model_of, text
 from torch import Tensor
 
+import fleetune
 from fleetune import compression, models
 from fleetune.compression import Corrector, Solved
 from fleetune.compression.layerwise import driver, hessian
@@ -19,7 +20,9 @@ from fleetune.compression.layerwise.activations import HiddenStates, StatesInTur
 from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians
+from fleetune.errors import Interrupted
 from fleetune.models.artefact import Quantised
+from heard import Heard
 
 
 @pytest.mark.parametrize("family", ["llama", *FAMILIES])
@@ -243,3 +246,25 @@ def test_u_of_a_wide_layer_is_put_together_of_halves(C: int) -> None:
     assert torch.equal(U, U.triu())
     assert (U.diagonal() > 0).all()
     torch.testing.assert_close(U.T @ U, torch.linalg.inv(damped(H, 0.05)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["optq", "qronos"])
+def test_ctrl_c_is_heard_between_windows(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models.tiny_llama().save(Path("little"))
+    Path("text.txt").write_text("one two three four five six seven " * 200)
+    ran, forward = list[int](), HiddenStates.forward
+    monkeypatch.setattr(HiddenStates, "forward", lambda *args: (ran.append(1), forward(*args))[1])
+    with pytest.raises(Interrupted, match="stopped in a block; finished blocks are kept"):
+        fleetune.compress(
+            "little",
+            text="text.txt",
+            method=method,
+            settings={"group": 8},
+            windows=12,
+            length=16,
+            listener=Heard(lambda heard: len(ran) == 3),
+        )
+    assert len(ran) == 3

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -231,6 +232,19 @@ def test_rows_that_do_not_allow_it(spec, clients, min_rows, says, hints):
     assert hints in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize("fields", [{"site": ""}, {"site": " "}, {}])
+def test_a_row_whose_client_is_empty_is_refused_as_one_without(fields):
+    """An empty cell of a CSV is "", null in JSON is no field: neither is the name of a client."""
+    examples = [Example((("user", "q"),), "a", {"site": site}) for site in "aabb"]
+    examples[2] = Example((("user", "q"),), "a", fields)
+    for refused in (
+        lambda: partition(examples, "column:site", None, 0),
+        lambda: hold_out(examples, 1, 0, "site"),
+    ):
+        with pytest.raises(DataError, match="column 'site' is missing in 1 of 4 rows, first in row 3"):
+            refused()
+
+
 @settings(max_examples=150)
 @given(
     labels=st.lists(st.sampled_from("abcd"), min_size=2, max_size=80),
@@ -266,7 +280,8 @@ def test_hold_out_shares_by_largest_remainder():
 
 
 @pytest.mark.parametrize(
-    ("part", "says"), [(0.0, "between 0 and 1"), (1.0, "between"), (1.5, "between"), (-3, "-3")]
+    ("part", "says"),
+    [(1.5, "1.5: must be a whole number of rows"), (math.nan, "nan"), (-0.1, "-0.1"), (-3, "-3")],
 )
 def test_hold_out_refuses_numbers_that_cannot_be(part, says):
     with pytest.raises(RecipeError, match=says):

@@ -46,7 +46,7 @@ FILES = {  # of the compression
 
 def proven(*words: str, **given: object) -> dict[str, str]:
     """What is proven of something, with the words."""
-    links = list(fleetune.verify(*words, offline=True, **given))  # type: ignore[arg-type]
+    links = fleetune.verify(*words, offline=True, **given)  # type: ignore[arg-type]
     return {link.what: link.words for link in links if link.state == "proven"}
 
 

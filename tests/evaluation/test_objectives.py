@@ -245,6 +245,14 @@ def test_accuracy_refuses_answers_that_no_word_covers(tiny: Model) -> None:
     assert get("accuracy")(tiny, _batch(tiny, _examples("yes", "yes"))) == -1.0
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("loss", 8), ("accuracy", 64), ("accuracy:yes,no", 16), ("rouge_l", 136), ("f1:64", 72), ("f1:4", 8)],
+)
+def test_an_objective_is_counted_in_rows(name: str, rows: int) -> None:
+    assert objectives.rows_of(name, 8) == rows
+
+
 def test_the_mean_over_rows_is_weighted_by_rows(tiny: Model, tmp_path: Path) -> None:
     (tmp_path / "rows.py").write_text("def length(model, batch): return float(len(batch.labels))")
     rows, _ = encode_all(_examples("yes", "no", "no", "yes", "no"), tiny.tokenizer, 64)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.datastructures import URL
+from starlette.requests import Request
 
 from fault_report import Injected
 from fleetune.fleet import door, http_server, keys, line, link, server
@@ -719,6 +721,23 @@ def test_what_a_stranger_states_as_a_key_is_logged_as_a_hash_alone(house: House)
     for token in ('x"}\x85{"t": 1\x9b2J', "f" * 63, "F" * 64, "0" * 64 + "0"):
         house.post("alive", {"authorization": f"Bearer {token}.secret".encode("latin-1")})  # type: ignore[dict-item]
     assert {key for _, _, key in house.door.refusals.taken()} == {""}
+
+
+def test_what_a_request_calls_the_server_is_not_in_the_log(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starlette 0.40 makes a request's URL, and its path, of the Host that it states; a malformed one has no URL."""
+
+    def url(request: Request) -> URL:
+        return URL(f"http://{request.headers['host']}{request.scope['path']}")
+
+    monkeypatch.setattr(Request, "url", property(url))
+    for host in ("127.0.0.1/joined-device-d1?", "[", "x/\x9b2J"):
+        lines = f"POST /fleet/session HTTP/1.1\r\nhost: {host}\r\ncontent-length: 0\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", house.port), timeout=10) as opened:
+            opened.sendall(lines.encode("latin-1"))
+            assert b" 403 " in opened.recv(4096)
+        assert house.door.refusals.taken() == {(403, "/fleet/session", ""): 1}
 
 
 def test_refusals_are_counted_in_bounded_memory() -> None:

@@ -39,8 +39,14 @@ __all__ = ["folder", "place"]  # fixtures
         (["eval", "model", "--rounds", "3"], "eval takes no rounds"),
         (["eval", "model", "--host", "0.0.0.0"], "needs TLS and registered keys"),
         (["eval", "model", "--wait", "-1"], "cannot be negative"),
-        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "1.5"], "neither a share"),
-        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "nan"], "neither a share"),
+        (
+            ["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "1.5"],
+            "must be a whole number of rows",
+        ),
+        (
+            ["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "nan"],
+            "must be a whole number of rows",
+        ),
         (
             ["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "1", "--eval-data", "x"],
             "both given",
@@ -48,6 +54,8 @@ __all__ = ["folder", "place"]  # fixtures
         (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--max-load", "50"], "no share of the processors"),
         (["join", "192.168.1.9:8470", "--data", "rows.jsonl"], "with TLS alone"),
         (["join", "nowhere", "--data", "rows.jsonl"], "is not HOST:PORT"),
+        (["join", "127.0.0.1:99999", "--data", "rows.jsonl"], "is not HOST:PORT"),
+        (["join", "127.0.0.1:0", "--data", "rows.jsonl"], "is not HOST:PORT"),
         (["join", "::1:23575", "--data", "rows.jsonl"], "[::1]:8470"),
         (["join", "127.0.0.1:1"], "which rows"),
         (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--rounds", "3"], "rounds is the server's to say"),

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,17 +22,19 @@ import numpy as np
 import pytest
 import torch
 from devices_harness import RECIPES, Device, devices, door, free_port
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import fleetune
-from fleetune import data, models, subject
+from fleetune import adapters, data, models, subject
 from fleetune.common import sums
+from fleetune.common.hearing import hearing
 from fleetune.common.memory import peak_rss, release_memory, rss
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.experts import parameters_of
 from fleetune.compression.layerwise.federated import from_lower_triangle
 from fleetune.data.encode import digest, encode_rows
 from fleetune.errors import DataError, Interrupted, LedgerError, MessageError, StorageError
-from fleetune.fleet import eval_device, eval_server, result
+from fleetune.fleet import calibration_device, eval_device, eval_server, result
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import MARK, DeviceState
 from fleetune.fleet.door import Door
@@ -39,6 +42,7 @@ from fleetune.fleet.orders import Declined, Job, Order, Reply
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import Silent
 from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.view import View
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.methods import _zeroth, mezo
@@ -710,23 +714,124 @@ def test_a_ledger_is_replayed_in_the_passes_of_any_run_and_a_stop_is_heard(
         return tmp_path / "ledger"
 
     with pytest.raises(LedgerError, match=f"takes {most + 1:,} passes over the weights, {most:,} at most"):
-        result.put_on(model, saved(most + 1), lambda: None)
+        result.put_on(model, saved(most + 1))
 
     def stop() -> None:
         raise Interrupted("stopped")
 
-    with pytest.raises(Interrupted):
-        result.put_on(model, saved(40, stated=True), stop)
+    with pytest.raises(Interrupted), hearing(stop):
+        result.put_on(model, saved(40, stated=True))
     with pytest.raises(LedgerError, match="states no digest"):
-        result.put_on(model, saved(40), lambda: None)
+        result.put_on(model, saved(40))
+
+
+def heard_of(device: Worker, what: str, content: bytes, round: int = 0) -> int:
+    """How often a device may stop in an order, of whose blocks of a model none runs unheard; the last of them is a stop."""
+    heard, ran = list[int](), list[int]()
+    before = register_module_forward_pre_hook(
+        lambda module, args: ran.append(len(heard)) if type(module).__name__.endswith("Layer") else None
+    )
+    with before:
+        device.on_step = lambda client, number: heard.append(number)
+        assert ask(device, what, content, round).what in ("done", "ready")
+    assert ran == sorted(set(ran))
+    assert 0 < len(ran) <= len(heard)
+    return len(heard)
+
+
+def stops_at(device: Worker, number: int, what: str, content: bytes, round: int = 0) -> None:
+    left = iter(range(number))
+
+    def step(client: int, step: int) -> None:
+        if next(left, None) is None:
+            raise Interrupted("stopped")
+
+    device.on_step = step
+    with pytest.raises(Interrupted):
+        ask(device, what, content, round)
+
+
+FORWARD: dict[str, Any] = {"method": "fwdllm", "set": {"r": 2, "P": 1, "batch_size": 2}}
+
+
+@pytest.mark.parametrize("objective", ["loss", "accuracy", "rouge_l"])
+def test_a_stop_is_heard_before_each_block_of_a_model_whatever_the_objective(
+    place: Path, objective: str
+) -> None:
+    settings = FORWARD["set"] | {"objective": objective}
+    model, method = models.load("model", device="cpu"), methods.make("fwdllm", settings)
+    sent = encode(Message(1, bytes(8), method.broadcast(method.init(model, 5))))
+    device = worker()
+    assert take(device, method="fwdllm", set=settings).what == "ready"
+    count = heard_of(device, "work", sent, 1)
+    (Path("state") / "answer").unlink()
+    for number in (0, count // 3):
+        stops_at(device, number, "work", sent, 1)
+
+
+def test_the_last_move_of_many_directions_is_made_in_pieces_that_hear_a_stop(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, method = models.load("model", device="cpu"), methods.make("fwdllm", FORWARD["set"])
+    sent = encode(Message(1, bytes(8), method.broadcast(method.init(model, 5))))
+    device, moved = worker(), list[int]()
+    assert take(device, **FORWARD).what == "ready"
+    place_, heard = View.place, list[int]()
+
+    def place_and_count(view: View, passes: Any) -> None:
+        place_(view, passes)
+        moved.append(len(heard))
+
+    monkeypatch.setattr(View, "place", place_and_count)
+    device.on_step = lambda client, number: heard.append(1)
+    assert ask(device, "work", sent, 1).what == "done"
+    assert len(heard) - moved[-1] >= len(adapters.export(model))
 
 
 def test_a_stop_is_heard_between_the_rows_of_an_evaluation(place: Path) -> None:
-    device, heard = worker(held_out=4), list[int]()
+    device = worker(held_out=4)
     assert take(device, task="eval", method="").what == "ready"
-    device.on_step = lambda client, number: heard.append(number)
-    assert ask(device, "eval", body()).what == "done"
-    assert len(heard) == 4
+    assert heard_of(device, "eval", body()) >= 4
+
+
+def test_a_stop_is_heard_between_the_windows_of_a_calibration(place: Path) -> None:
+    saved()
+    device = worker(calibrate=True)
+    wanted = {"task": "calibrate", "result": result.digest_of(ADAPTER)}
+    assert take(device, **wanted).what == "ready"
+    begin = body({"windows": 1 << 30, "length": 4, **result.packed(ADAPTER)})
+    stops_at(device, 3, "begin", begin)
+    device = worker(calibrate=True)
+    assert take(device, **wanted).what == "ready"
+    assert device.loaded is not None
+    windows = sum(len(row.ids) for row in device.loaded.rows) // 4  # as many as there are tokens for
+    assert heard_of(device, "begin", begin) >= windows
+    assert decode(ask(device, "begin", begin).body).payload.int("windows") == windows
+    assert heard_of(device, "block", b"") == windows
+    stops_at(device, windows // 2, "block", b"", 0)
+
+
+def test_a_device_has_so_many_windows_at_most(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved()
+    monkeypatch.setattr(calibration_device, "MOST", 200)
+    device = worker(calibrate=True)
+    assert take(device, task="calibrate", result=result.digest_of(ADAPTER)).what == "ready"
+    began = ask(device, "begin", body({"windows": 400, "length": 1, **result.packed(ADAPTER)}))
+    assert decode(began.body).payload.int("windows") == 200
+    assert decode(ask(device, "block", b"").body).payload.int("tokens") == 200
+
+
+def test_a_stop_is_heard_while_rows_are_read_and_encoded(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fleetune.data.encode.CHUNK", 4)
+    content, device, heard = json.dumps(job()).encode(), worker(), list[str]()
+    device.on_step = lambda client, number: heard.append(traceback.extract_stack(limit=4)[0].name)
+    assert ask(device, "job", content).what == "ready"
+    assert heard.count("_collect") == 12
+    assert heard.count("_chunks") == 12 // 4
+    for number in range(0, len(heard), 3):
+        stops_at(worker(), number, "job", content)
 
 
 def test_a_servers_last_words_are_one_line(place: Path) -> None:

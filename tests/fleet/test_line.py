@@ -246,3 +246,37 @@ def test_last_words_to_a_server_take_a_few_seconds(
             began = time.monotonic()
             session.end()
             assert time.monotonic() - began < 5
+
+
+class Holds(Quiet):
+    """Gives one order, and takes every piece of its answer in its own time."""
+
+    def answer(self) -> None:
+        if self.headers.get(line.ORDER):
+            time.sleep(3)
+        self.send_response(200)
+        self.send_header(*((line.ORDER, "1") if self.path.endswith("exchange") else (line.SESSION, "s.x")))
+        self.end_headers()
+
+
+def test_a_server_that_takes_its_time_does_not_hold_a_device_that_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line, "FAREWELL", 0.3)
+    monkeypatch.setattr(line, "PIECE", 1 << 10)
+    began, done, stopped = time.monotonic(), list[bytearray](), threading.Event()
+
+    def answer(order: bytearray) -> bytes:
+        done.append(order)
+        stopped.set()
+        return bytes(1 << 22)
+
+    with hostile(Holds) as address:
+        key, said = keys.make(tmp_path / "key"), list[str]()
+        stay(Server(address), key, tmp_path, answer, over=stopped.is_set, note=said.append)
+        assert len(done) == 1
+        assert time.monotonic() - began < 2.5
+        until = time.monotonic() + 2  # nor does a request of it go on
+        while any(thread.name == "request" for thread in threading.enumerate()):
+            assert time.monotonic() < until
+            time.sleep(0.05)

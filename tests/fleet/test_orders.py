@@ -154,6 +154,8 @@ def test_a_job_comes_back():
         {"labels": ["a\u2028b"]},
         {"model": "a\u200fb"},
         {"model": "a\u061cb\x1b[2J"},
+        {"model": "tiny" + "\u3164" * 40 + "error: this"},
+        {"labels": ["yes" + " \u200b" * 40 + "error: this"]},
     ],
 )
 def test_a_job_of_another_form_or_size_is_refused(change):
@@ -248,6 +250,10 @@ def test_a_device_comes_back_and_its_claim_of_rows_is_bounded():
         ("speed", 1.7e308),
         ("processor", "x86_64; dev-1 is revoked"),
         ("torch", "2.13\n"),
+        ("torch", "2.13" + 20 * " " + "round 9"),
+        ("version", " 1"),
+        ("processor", "x86 "),
+        ("processor", 65 * "x"),
         ("kinds", []),
         ("kinds", [True]),
         ("kinds", ["0"]),

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from test_remote import JOB, Memory, link
 
 from fleetune.errors import Interrupted
+from fleetune.fleet import remote
 from fleetune.fleet.orders import Device, Order, Reply
-from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.remote import ASKED, Asking, Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.tuning.rounds.fleets import Answer, Wanted
 
@@ -142,6 +144,133 @@ def test_where_all_decline_the_deadline_ends_the_round(tmp_path: Path) -> None:
     there, fleet, _ = made(tmp_path, 2, dataclasses.replace(PACE, deadline=0.1, again=60))
     there.declining = {"k0": "busy 75", "k1": "battery"}
     assert {c: a.status for c, a in asked(fleet, 1).items()} == {0: "declined", 1: "declined"}
+
+
+@dataclass
+class Clock:
+    """The time of the server, which goes on while it sleeps."""
+
+    now: float = 1e3
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 0.05
+
+
+@dataclass
+class Moody(Memory):
+    """Devices that decline, leave, come back, take their time or die of the work: each by what it is, and by the clock alone."""
+
+    clock: Clock = field(default_factory=Clock)
+    moods: dict[str, tuple[str, float]] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
+    began: float = math.inf
+
+    def online(self) -> Mapping[str, str]:
+        def gone(key: str) -> bool:
+            mood, number = self.moods.get(key, ("", 0.0))
+            return mood == "away" and self.began <= self.clock.now < self.began + number
+
+        self.away = {key for key in self.devices if gone(key)}
+        return super().online()
+
+    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        slow = {k: self.began + n for k, (mood, n) in self.moods.items() if mood == "slow"}
+        held = {n: q for n, q in self.queue.items() if self.clock.now < slow.get(q[0], 0.0)}
+        self.queue = {n: q for n, q in self.queue.items() if n not in held}
+        yield from list(super().pull(numbers))
+        self.queue |= held
+
+    def answer(self, key: str, order: Order) -> bytes:
+        mood, number = self.moods.get(key, ("", 0.0))
+        if order.what == "work":
+            self.asked[key] = self.asked.get(key, 0) + 1
+            if mood == "declines" and self.asked[key] <= number:
+                return Reply("declined", order.nonce, order.round, code="battery").encode()
+            if mood == "dies" and self.asked[key] <= number:
+                self.marks[key] = self.marks.get(key, 0) + 1
+        return super().answer(key, order)
+
+
+MOOD = st.one_of(
+    st.tuples(st.just("works"), st.just(0.0)),
+    st.tuples(st.sampled_from(["declines", "dies"]), st.integers(1, 12).map(float)),
+    st.tuples(st.just("away"), st.sampled_from([0.1, 0.5, 1.5, 5.0])),
+    st.tuples(st.just("slow"), st.sampled_from([0.3, 0.9, 2.0, 4.0])),
+)
+
+
+def of_first(moods: Sequence[tuple[str, float]], folder: Path, deadline: float) -> list[tuple[str, str, int]]:
+    """What becomes of the first device in two rounds, and how often it is asked, beside others of these moods."""
+    clock = Clock()
+    there = Moody(link(len(moods)).devices, random.Random(0), clock=clock)
+    devices, pace, found = Devices(folder), Pace(grace=1.0, deadline=deadline, again=0.2), []
+    devices.register([(key, key) for key in there.devices])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "time", clock)
+        patch.setattr(remote, "Asking", lambda *args, **more: Asking(*args, began=clock.now, **more))
+        fleet = RemoteFleet(there, devices, JOB, 42, pace, note=lambda text: None, apart=True)
+        fleet.wait_for(len(moods))
+        there.moods = {f"k{i}": mood for i, mood in enumerate(moods)}
+        for round in (1, 2):
+            assert list(fleet.present()) == list(range(len(moods)))
+            there.began, there.asked = clock.now, {}
+            answers = {a.client: a for a in fleet.ask(round, range(len(moods)), b"x")}
+            found.append((answers[0].status, answers[0].reason, there.asked.get("k0", 0)))
+            there.began = math.inf
+            clock.now += 10  # all are back
+            for _ in range(3):
+                fleet.ready()
+                list(fleet._answers())
+    return found
+
+
+@settings(max_examples=40)
+@given(MOOD, st.lists(MOOD, max_size=3), st.sampled_from([0.0, 3.0]))
+def test_where_devices_stand_apart_what_becomes_of_one_is_its_own_doing(
+    tmp_path_factory: pytest.TempPathFactory,
+    mood: tuple[str, float],
+    others: list[tuple[str, float]],
+    deadline: float,
+) -> None:
+    """One that declined was asked again if no other worked, and one that came back late was left out if another had come."""
+    alone = of_first([mood], tmp_path_factory.mktemp("alone"), deadline)
+    assert of_first([mood, *others], tmp_path_factory.mktemp("among"), deadline) == alone
+    expected = {
+        "works": "ok",
+        "declines": "ok" if mood[1] < ASKED else "declined",
+        "away": "ok" if mood[1] < 1.0 else "dropped",
+    }
+    assert alone[0][0] == expected.get(mood[0], alone[0][0])
+
+
+def test_one_that_comes_back_first_does_not_leave_the_others_out(tmp_path: Path) -> None:
+    there, fleet, _ = made(tmp_path, 2)
+    fleet.apart = True
+    there.away = {"k0", "k1"}
+    assert {a.status for a in fleet.ask(1, [0, 1], b"x")} == {"dropped"}
+    there.away = {"k1"}
+    there.marks["k0"] = 4
+    assert list(fleet.present()) == [0, 1]
+    fleet.look = lambda: setattr(there, "away", set())
+    assert {a.status for a in fleet.ask(2, [0, 1], b"x")} == {"ok"}
+
+
+def test_an_answer_that_has_come_counts_though_its_device_has_left(tmp_path: Path) -> None:
+    """It was dropped where both were seen in the same look, and the device waited for."""
+    there, fleet, _ = made(tmp_path, 2, dataclasses.replace(PACE, grace=0.1))
+
+    def push(key: str, data: bytes, common: int, room: int) -> str:
+        there.number += 1
+        there.done[str(there.number)] = there.answer(key, Order.decode(data))
+        there.away.add(key)
+        return str(there.number)
+
+    there.push = push  # type: ignore[method-assign]
+    assert {a.status for a in fleet.ask(1, [0, 1], b"x")} == {"ok"}
+    assert sum(o.what == "work" for o in there.seen) == 2
 
 
 def test_a_run_waits_until_a_device_is_there(tmp_path: Path) -> None:

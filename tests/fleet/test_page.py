@@ -15,6 +15,8 @@ import pytest
 from devices_harness import free_port
 from fleet_run import EVIL
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.datastructures import URL
+from starlette.requests import Request
 
 from fleetune.errors import UsageError
 from fleetune.fleet import keys, page
@@ -86,6 +88,14 @@ def test_page_changes_nothing_and_has_no_other_path(live: LivePage) -> None:
         ("", 400),
     ):
         assert get(live, "metrics", Host=host).status_code in (status, 503 if status == 200 else status)
+
+
+def test_page_answers_a_path_whatever_the_host_is_said_to_be(
+    live: LivePage, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live.run = run
+    monkeypatch.setattr(Request, "url", property(lambda request: URL("http://x/joined?/status")))
+    assert get(live, "status").json()["round"] == 3
 
 
 def test_page_with_a_password_says_nothing_without(

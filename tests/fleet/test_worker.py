@@ -178,6 +178,16 @@ def test_a_message_that_is_none_fails_the_round_and_no_more(
             "asked for 240,001 rows' work",
         ),
         (
+            {"method": "fwdllm", "set": {"P": 1, "batch_size": 161, "objective": "accuracy"}},
+            "work 25921 25600",  # 161 answers of 161 rows
+            "at most",
+        ),
+        (
+            {"method": "fwdllm", "set": {"P": 200, "batch_size": 8, "objective": "rouge_l"}},
+            "work 27200 25600",
+            "at most",
+        ),
+        (
             {"method": "fedkseed", "set": {"backprop": 0.5, "backprop_steps": 10**9}},
             "work 1000000000 25600",
             "at most",

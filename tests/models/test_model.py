@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fleetune import models
+from fleetune import adapters, models
+from fleetune.common.hearing import hearing
 from fleetune.models.net import model as weights
 
 
@@ -112,3 +115,22 @@ def test_uniform_is_pinned() -> None:
     assert -0.5 <= wide.min() < -0.499
     assert 0.499 < wide.max() < 0.5
     assert abs(wide.mean()) < 0.01
+
+
+def test_each_block_is_heard_of_before_it_runs_once() -> None:
+    model, heard = models.tiny_llama(layers=3), list[str]()
+    again = dataclasses.replace(model, name="the same net")
+    adapters.attach(again, adapters.Lora(2, 4), seed=1)
+    ids = torch.tensor([[1, 2, 3]])
+    with hearing(lambda: heard.append("outer")):
+        with hearing(lambda: heard.append("inner")):
+            again.net(input_ids=ids)
+        heard.append("-")
+        again.net(input_ids=ids)
+        other = threading.Thread(target=lambda: again.net(input_ids=ids))  # another thread's work is its own
+        other.start()
+        other.join()
+    again.net(input_ids=ids)
+    inner, outer = " ".join(heard).split("-")
+    assert 3 <= inner.count("inner") == outer.count("outer") <= 4
+    assert "outer" not in inner

@@ -26,6 +26,7 @@ from view_harness import (
 
 from command_line import Capture, refused
 from fleetune import seeds
+from fleetune.common.hearing import hearing
 from fleetune.errors import UsageError
 from fleetune.models import DTYPES, digest, named_tensors, tiny_llama
 from fleetune.seeds import weights
@@ -160,23 +161,23 @@ def test_many_passes_are_made_in_pieces_that_hear_a_stop(monkeypatch: pytest.Mon
     view.probe(probe(law, 1, 5), -EPS)
     minus = view.piece(slot, 0, size).clone()
     monkeypatch.setattr(weights, "WORK", count * 4096)
-    view.limit(lambda: heard.append(1))
-    assert torch.equal(view.piece(slot, 0, size), minus)
-    assert len(heard) == pieces
-    view.probe(probe(law, 1, 5), EPS)
-    view.paired = 1  # both signs in one forward
-    assert all(map(torch.equal, view.signs(slot, 0, size), (plus, minus)))
+    with hearing(lambda: heard.append(1)):
+        assert torch.equal(view.piece(slot, 0, size), minus)
+        assert len(heard) == pieces
+        view.probe(probe(law, 1, 5), EPS)
+        view.paired = 1  # both signs in one forward
+        assert all(map(torch.equal, view.signs(slot, 0, size), (plus, minus)))
     assert len(heard) == 2 * pieces
 
 
 def test_a_limit_is_of_passes_over_all_weights() -> None:
     view, count = moved_far("gaussian")
-    view.limit(lambda: None, 2 * count)
+    view.limit(2 * count)
     for _ in range(2):
         digest(view.tensors())
     with pytest.raises(UsageError, match="more passes over the weights"):
         digest(view.tensors())
-    view.limit(lambda: None)
+    view.limit(0)
     digest(view.tensors())
 
 

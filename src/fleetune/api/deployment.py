@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
 from fleetune.api.names import Rows, Setting
-from fleetune.common.events import LinkVerified, Released, Serving, Verified
+from fleetune.common.events import LinkVerified, Released, Serving
 from fleetune.common.settings import parse_bytes
 from fleetune.compression.jobs import job
 from fleetune.deploy import serve as serving
@@ -158,14 +158,14 @@ def export(
 
 
 def verify(
-    name: str | Path,
+    name: object,
     *sources: object,
     signer: str = "",
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
-) -> Iterator[LinkVerified]:
-    """Yield what is proven, and what only declared, of a run, compression, model, release, file or folder.
+) -> list[LinkVerified]:
+    """Return what is proven, and what only declared, of a run, compression, model, release, file or folder.
 
     What can be made again exactly is made again and compared.  `sources` are what it was made from, where that lies elsewhere:
     a base model, a run, a compression.  `signer` (a fingerprint, a public key or its file) is whose release it must be.
@@ -173,15 +173,8 @@ def verify(
     """
     from fleetune.deploy import verify as verifying
 
-    watching = heard_by(listener, None)
-    parents = verifying.Parents.of(sources, Path(out), watching, offline=offline)
-    states = []
-    for link in verifying.links(str(name), parents, signer=signer):
-        watching.event(link)
-        states.append(link.state)
-        yield link
-    proven = states.count(verifying.PROVEN)
-    watching.event(Verified(subject=str(name), proven=proven, declared=len(states) - proven))
+    parents = verifying.Parents.of(sources, Path(out), heard_by(listener, None), offline=offline)
+    return list(verifying.told(subjects.text_of(name), parents, signer=signer))
 
 
 def release(

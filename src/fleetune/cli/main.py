@@ -18,12 +18,12 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from fleetune.cli.console import Ui
 from fleetune.common import __version__
-from fleetune.common.display import message_text
+from fleetune.common.display import message_text, one_line, single_spaced
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.registry import Registry
 from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault, suggest
@@ -78,10 +78,24 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if unknown:
         sub = _by_name(parser)[args.command]
         flags = [flag for action in sub._actions for flag in action.option_strings]
-        told = (f"unknown argument '{word}'.{suggest(word.partition('=')[0], flags)}" for word in unknown)
+        said = [word for word in unknown if word.startswith("-")] or unknown  # a word after one is its value
+        words_of = {
+            f"--{word.lower()}": str(action.metavar)
+            for action in sub._actions
+            for word in str(action.metavar).split("|")
+            if not action.option_strings
+        }
+        told = (_of_unknown(word, word.partition("=")[0], words_of, flags) for word in said)
         setting = "; a setting of the method: --set NAME=VALUE" if "--set" in flags else ""
         raise UsageError("\n  ".join(told), hint=f"fleetune {command} --help{setting}")
     return args
+
+
+def _of_unknown(word: str, name: str, words_of: Mapping[str, str], flags: Sequence[str]) -> str:
+    """Say what is wrong with an argument; `words_of` are the options that are none: what they would name is a word."""
+    if name in words_of:
+        return f"unknown argument '{word}': {words_of[name]} is given without an option"
+    return f"unknown argument '{word}'.{suggest(name, flags)}"
 
 
 def command_in(words: Sequence[str]) -> str:
@@ -178,10 +192,14 @@ def _run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Writes names of files in a message so that they cannot drive a terminal."""
+    """Writes names of files, and a server's words, in a message or a traceback so that they cannot drive a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return message_text(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        lines = [(line, line.lstrip(" ")) for line in super().formatException(ei).split("\n")]
+        return "\n".join(" " * min(8, 2 + len(a) - len(b)) + single_spaced(one_line(b)) for a, b in lines)
 
 
 def _set_environment(args: argparse.Namespace) -> None:

@@ -15,8 +15,14 @@ from fleetune.common.paired import within_noise
 
 SAME = 1e-7  # relative: float noise of a measure, since kernels differ by less
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_FOREIGN = re.compile(r"\n(?!  )|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_BREAK = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# letters that are no white space, and look like it or like nothing
+_EMPTY = r"\xad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200d\u2060-\u2064\u2800\u3164\ufeff\uffa0"
+_PADDING = rf"[{_EMPTY}](?=[\s{_EMPTY}])|(?<=[\s{_EMPTY}])[{_EMPTY}]"  # such a letter in a run of blanks
+_FOREIGN = re.compile(
+    rf"\n(?!  )|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|{_PADDING}"
+)
+_BREAK = re.compile(rf"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|{_PADDING}")
+_BLANKS = re.compile(rf"(?<=[^\s{_EMPTY}\ufe00-\ufe0f])(?:[^\S\n]|[{_EMPTY}\ufe00-\ufe0f]){{2,}}")
 
 
 def clean(text: str) -> str:
@@ -25,13 +31,13 @@ def clean(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a name as it can stand in a line or a table: line ends, tabs and control characters as escapes (`\\n`)."""
+    """Return a name as it can stand in a line or a table: line ends, tabs, control characters and padding as escapes (`\\n`)."""
     return _BREAK.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def single_spaced(text: str) -> str:
     """Return a text whose runs of blanks are one: else a padded one fills a line, and seems to begin another."""
-    return re.sub(r"(?<=\S)[^\S\n]{2,}", " ", text.strip())
+    return _BLANKS.sub(" ", text).strip()
 
 
 def message_text(text: str) -> str:

@@ -168,9 +168,9 @@ class TuneStart(Recorded, event="start"):
     rounds: int  # number of rounds to run
     partition: str  # rule that divides the rows among the clients
     column: str | None  # column of `counts`, or that the rows are divided by; null for none
-    rows_per_client: Sequence[int]  # training rows of each client, in order
+    rows_per_client: Sequence[int]  # training rows of each client, in order; empty with privacy
     held_out: int  # number of held-out rows
-    counts: Mapping[str, Sequence[int]] | None = None  # training rows of each client, by value of `column`
+    counts: Mapping[str, Sequence[int]] | None = None  # the same, by value of `column`; null with privacy
     names: Sequence[str] | None = None  # names of the clients, where the data has them (column:COLUMN)
     changed: Sequence[str] | None = None  # options that are not at their defaults; set.NAME is of the method
     held_out_digest: str | None = None  # SHA-256 of the encoded held-out rows: where equal, losses compare
@@ -207,8 +207,8 @@ class ClientReply(Recorded, event="client"):
     rss: int  # resident memory of the process now, bytes
     status: str  # ok, refused (by the check of replies), failed, dropped, declined or late
     reason: str  # of any status but ok; else ""
-    steps: int | None = None  # local steps that it made; of simulated clients
-    tokens: int | None = None  # tokens of the rows in these steps, prompts included; of simulated clients
+    steps: int | None = None  # local steps that it made; of simulated clients without privacy
+    tokens: int | None = None  # tokens of the rows in these steps, prompts included; likewise
 
 
 class RoundDone(Recorded, event="round"):

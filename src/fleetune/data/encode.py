@@ -45,6 +45,7 @@ import numpy.typing as npt
 import torch
 
 from fleetune.common.display import counted
+from fleetune.common.hearing import heard
 from fleetune.data.forms import Example
 from fleetune.data.partition import keyed_order
 from fleetune.errors import DataError
@@ -304,7 +305,7 @@ class Batches:
             yield self._counted(self._batch(rows or [0])._replace(drawn=Drawn(self.private, len(rows))))
 
     def heard(self) -> None:
-        """Report the step that is taken: a method calls it between long pieces of work, which may end here."""
+        """Report the step that is taken, or that goes on: `on_step` may raise."""
         self.on_step(self.client, self.step)
 
     def _counted(self, batch: Batch) -> Batch:
@@ -379,6 +380,7 @@ def _chunks(examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
     start = 0
     for i in range(1, len(examples) + 1):
         if i == len(examples) or i - start == CHUNK or is_text(examples[i]) != is_text(examples[start]):
+            heard()
             yield start, i
             start = i
 
@@ -522,6 +524,7 @@ def _columns(examples: Sequence[Example]) -> Iterator[list[list[str]]]:
         example.texts or ("\n".join(content for _, content in example.messages),) for example in examples
     ]
     for start in range(0, len(texts), CHUNK):
+        heard()
         for _, run in itertools.groupby(texts[start : start + CHUNK], len):
             yield [list(column) for column in zip(*run, strict=True)]
 

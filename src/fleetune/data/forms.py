@@ -312,6 +312,11 @@ class Example:
     texts: tuple[str, ...] = ()  # what an encoder reads, one text or a pair (none: the turns, a line each)
     where: str = field(default="", compare=False)  # "file:line"; "" for a row that is in no file
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What is read and trained on: two rows with the same are equal."""
+        return self.messages, self.response, self.texts
+
 
 def form_of(fields: Mapping[str, object], mapped: Collection[str] = ()) -> str:
     """Return the form that the fields indicate, "" if none; it has all `mapped` fields.  BadRow where two fit."""

@@ -111,23 +111,16 @@ def hold_out(
 ) -> tuple[Indices, Indices]:
     """Set rows aside for evaluation: (training rows, held-out rows), two sorted int64 index arrays.
 
-    `fraction_or_count` is a float in (0, 1), of which at least one row comes, or an int number of rows (0
+    `fraction_or_count` is a share below 1, of which at least one row comes, or a whole number of rows (0
     for none).  With `column`, each of its values gives its share to within one row (largest remainder),
     and keeps a row for training as long as others can give instead.  RecipeError for a number that cannot
     be, DataError for an unknown column or too few rows.  Deterministic in `seed`.
     """
     n = len(examples)
-    if isinstance(fraction_or_count, int):
-        count = fraction_or_count
-    elif 0 < fraction_or_count < 1:
-        count = max(1, round(fraction_or_count * n))
-    else:
-        raise RecipeError(
-            [f"the held-out fraction must be between 0 and 1, got {fraction_or_count}"],
-            hint="give a fraction such as 0.1, or a whole number of rows such as 100",
-        )
-    if count < 0:
-        raise RecipeError([f"the number of held-out rows must be at least 0, got {count}"])
+    if why := held_out_problem(fraction_or_count):
+        raise RecipeError([f"held_out = {fraction_or_count}: {why}"])
+    share = 0 < fraction_or_count < 1
+    count = max(1, round(fraction_or_count * n)) if share else int(fraction_or_count)
     if count >= n:
         raise DataError(
             f"cannot hold out {count} of {counted(n, 'row')}: none would be left for training",
@@ -143,6 +136,14 @@ def hold_out(
     for (_, rows), quota in zip(strata, quotas, strict=True):
         aside[rows[np.argsort(rank[rows])[:quota]]] = True
     return np.flatnonzero(~aside), np.flatnonzero(aside)
+
+
+def held_out_problem(number: float) -> str:
+    """Say why `held_out` cannot be this number; "" for a share below 1 and for a whole number of rows."""
+    fits = number >= 0 and (number < 1 or float(number).is_integer())
+    return (
+        "" if fits else "must be a whole number of rows, such as 100, or a share of them below 1, such as 0.1"
+    )
 
 
 def _parse(spec: str) -> PartitionSpec:
@@ -183,8 +184,8 @@ def _alpha(spec: str, written: str) -> float:
 
 
 def _strata(examples: Sequence[Example], column: str) -> Strata:
-    """Return the values of `column` in sorted order, each with its rows; DataError if any row lacks it."""
-    missing = [i for i, example in enumerate(examples) if column not in example.meta]
+    """Return the values of `column` in sorted order, each with its rows; DataError if any row lacks it, or has it empty."""
+    missing = [i for i, example in enumerate(examples) if not example.meta.get(column, "").strip()]
     if not missing:
         values = np.array([example.meta[column] for example in examples], dtype=object)
         names, codes = np.unique(values, return_inverse=True) if len(values) else (values, np.zeros(0, int))
@@ -312,6 +313,21 @@ class Split:
     partition: str = "iid"  # as it was done: never `auto`
     notes: tuple[str, ...] = ()  # what of the rows was left out
 
+    def trained_too(self) -> list[int]:
+        """Return which held-out rows equal one that a client trains on."""
+        training = {self.examples[i].content for part in self.clients for i in part.tolist()}
+        return [i for i in self.held.tolist() if self.examples[i].content in training]
+
+    def about_held(self) -> list[str]:
+        """Say which held-out rows are trained on too; [] where none is."""
+        if not (found := self.trained_too()):
+            return []
+        shown = ", ".join(str(i + 1) for i in found[:5]) + (", .." if len(found) > 5 else "")
+        are = "row is" if len(self.held) == 1 else "rows are"
+        return [
+            f"{len(found):,} of {len(self.held):,} held-out {are} trained on too (rows {shown}): the held-out loss flatters"
+        ]
+
 
 @dataclass(frozen=True)
 class RowsSpec:
@@ -356,8 +372,7 @@ def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: b
         examples = [*examples, *more]
         held = np.arange(len(train), len(examples))
     else:
-        aside = int(rows.held_out) if rows.held_out >= 1 else rows.held_out
-        train, held = hold_out(examples, aside, rows.seed, column)
+        train, held = hold_out(examples, rows.held_out, rows.seed, column)
     if not len(held) or not len(train):
         raise DataError(
             f"the rows are too few: {len(examples)} in all, {len(train)} to train on and {len(held)} held out",

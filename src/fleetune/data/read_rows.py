@@ -21,6 +21,7 @@ from typing import Final, TypeVar
 
 from fleetune.common import sums
 from fleetune.common.display import counted
+from fleetune.common.hearing import heard
 from fleetune.data import forms, sources
 from fleetune.data.forms import (
     FIELDS,
@@ -182,6 +183,7 @@ def _collect(
     found: list[T] = []
     problems: list[Problem] = []
     for row in itertools.islice(rows, limit):
+        heard()
         try:
             if isinstance(row, Problem):
                 raise BadRow(row.what, row.fix)

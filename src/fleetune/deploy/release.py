@@ -52,6 +52,7 @@ NAMESPACE: Final = b"file"
 HASH: Final = b"sha512"
 ARMOUR: Final = ("-----BEGIN SSH SIGNATURE-----", "-----END SSH SIGNATURE-----")
 PRIVATE_FACTS: Final = ("run", "result", "per_client", "peak_rss")  # of the last event: paths, clients
+TRAFFIC: Final = ("bytes_up", "bytes_down")  # of a private run it tells how many clients took part
 
 
 def write(run: Run, out: Path | None = None, key: Path | None = None) -> Released:
@@ -74,7 +75,8 @@ def write(run: Run, out: Path | None = None, key: Path | None = None) -> Release
         (folder / "run.toml").write_text(recipes.to_toml(replace(run.recipe, **public)), encoding="utf-8")
         (folder / rundir.ENVIRONMENT).write_text(json_text(_environment(run)), encoding="utf-8")
         start = next((e for e in rundir.events(run.folder) if e["event"] == "start"), {})
-        told = {n: v for n, v in done.items() if n not in PRIVATE_FACTS} | {"result": result.name, "run": "."}
+        left_out = PRIVATE_FACTS + (TRAFFIC if run.recipe.privacy == private.CLIENT else ())
+        told = {n: v for n, v in done.items() if n not in left_out} | {"result": result.name, "run": "."}
         lines = [{**start, "model": public["model"]}, told]
         (folder / metrics.FILE).write_text(
             "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
@@ -123,8 +125,9 @@ def check(folder: Path, signer: str = "") -> str:
     if found := [words for _, words in sums.faults(folder)]:
         raise ModelError("\n  ".join(found), hint=hint)
     listed = {line[66:] for line in (folder / sums.FILE).read_text(encoding="utf-8").splitlines()}
-    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    if odd := sorted(there - listed - {sums.FILE, SIGNATURE, rundir.LOCK}):
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+    there = {name for name in there if not name.startswith(".")}  # the hub adds .gitattributes
+    if odd := sorted(there - listed - {sums.FILE, SIGNATURE}):
         raise ModelError(f"{folder / odd[0]} is not of the release: nobody signed it", hint="remove it")
     return fingerprint(key)
 

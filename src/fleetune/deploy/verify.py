@@ -15,7 +15,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 import torch
@@ -25,11 +24,10 @@ from fleetune import compression, models
 from fleetune import subject as subjects
 from fleetune.common import sums
 from fleetune.common.display import counted, show
-from fleetune.common.events import LinkVerified
+from fleetune.common.events import LinkVerified, Verified
 from fleetune.common.shell import quoted
-from fleetune.deploy import export, release, targets
-from fleetune.deploy.difference import Difference, difference
-from fleetune.deploy.targets import Target
+from fleetune.deploy import export, release
+from fleetune.deploy.rewrite import written_again
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import artefact
 from fleetune.models.artefact import ArtefactHead, Master, Quantised
@@ -74,6 +72,17 @@ class Parents:
         return dataclasses.replace(run, base=self.base) if self.base else run
 
 
+def told(name: str, parents: Parents, *, signer: str = "") -> Links:
+    """Yield `links`, and let the listener hear of each, and of the end."""
+    states = []
+    for link in links(name, parents, signer=signer):
+        parents.listener.event(link)
+        states.append(link.state)
+        yield link
+    proven = states.count(PROVEN)
+    parents.listener.event(Verified(subject=name, proven=proven, declared=len(states) - proven))
+
+
 def links(name: str, parents: Parents, *, signer: str = "") -> Links:
     """Yield what is proven and what is declared of `name`: a run, a compression, a model, a release, a file or a folder.
 
@@ -104,6 +113,10 @@ def _proven(what: str, words: str) -> LinkVerified:
 
 def _declared(what: str, words: str) -> LinkVerified:
     return LinkVerified(state=DECLARED, what=what, words=words)
+
+
+def _base(name: str, digest: str) -> LinkVerified:
+    return _proven("base", f"{name} has the weights and the tokenizer that it was made on: {digest}")
 
 
 # ---------------------------------------------------------------- files as they were written
@@ -175,9 +188,9 @@ def _of_ledger(path: Path, base: str, parents: Parents) -> Links:
             hint=f"fleetune ledger replay {quoted(path)}   prints the digest of what it rebuilds, to compare yourself",
         )
     finished.stated_points(ledger)  # too many are refused before the base is loaded
-    yield from _files_of_base(base)
+    yield from _files_of_base(base, parents)
     model = finished.base_of(ledger, base, offline=parents.offline)
-    yield _proven("base", f"{base} has the weights and the tokenizer that it was made on: {model.digest}")
+    yield _base(base, model.digest)
     digest, checks = finished.verify(model, ledger, listener=parents.listener)
     if wrong := [r for r, same in checks.items() if not same]:
         raise LedgerError(
@@ -209,17 +222,22 @@ def _of_run(run: Run, parents: Parents) -> Links:
     yield from _files_of_run(run)
     result = run.result
     if result.is_dir():
-        yield from _files_of_base(run.recipe.model)
+        yield from _files_of_base(run.recipe.model, parents)
         yield from _base_of_adapter(run, run.load(offline=parents.offline))
     else:
         yield from _of_ledger(result, run.recipe.model, parents)
     yield from _declared_by(run)
 
 
-def _files_of_base(name: str) -> Links:
+def _files_of_base(name: str, parents: Parents) -> Links:
     """Compare the files of a base model, where they were listed when it was fetched."""
-    if not name.endswith(export.GGUF):
-        yield from _files(Path(name) if Path(name).is_dir() else models.resolve(name, offline=True))
+    if name.endswith(export.GGUF):
+        return
+    try:
+        folder = Path(name) if Path(name).is_dir() else models.resolve(name, offline=parents.offline)
+    except ModelError as error:
+        raise ModelError(error.message, hint="name where the base lies: --from MODEL") from error
+    yield from _files(folder)
 
 
 def _files_of_run(run: Run) -> Links:
@@ -237,17 +255,16 @@ def _files_of_run(run: Run) -> Links:
 
 def _base_of_adapter(run: Run, model: Model) -> Links:
     """Of a run whose adapter was loaded, which compares digests of the base."""
-    words = f"{run.recipe.model} has the weights and the tokenizer that it was made on: {model.digest}"
-    yield _proven("base", words)
+    yield _base(run.recipe.model, model.digest)
     stated = finished.stated_by(run.folder).get("digest", "")
-    yield _declared("adapter", f"that training made it: nothing repeats that exactly; {stated}")
+    yield _declared("adapter", f"made by training, which nothing repeats exactly: {stated}")
 
 
 def _merged(run: Run, parents: Parents) -> Iterator[LinkVerified | Model]:
     """Yield the links of a run, then its model with the tuning in its stored weights: one replay for all."""
     run = parents.run(run)
     yield from _files_of_run(run)
-    yield from _files_of_base(run.recipe.model)
+    yield from _files_of_base(run.recipe.model, parents)
     model = run.load(offline=parents.offline)
     if run.result.is_dir():
         yield from _base_of_adapter(run, model)
@@ -256,9 +273,7 @@ def _merged(run: Run, parents: Parents) -> Iterator[LinkVerified | Model]:
     if not run.result.is_dir():
         tuned = models.digest(models.named_tensors(model.net))
         finished.require_digest(tuned, run.ledger().final_check(), run.result)
-        yield _proven(
-            "base", f"{run.recipe.model} has the weights and the tokenizer that it was made on: {base}"
-        )
+        yield _base(run.recipe.model, base)
         yield _proven("weights", f"rebuilt from base and ledger, as it states: {tuned}")
     yield from _declared_by(run)
     yield model
@@ -270,6 +285,7 @@ def _declared_by(run: Run) -> Links:
     start = next((e for e in rundir.events(run.folder) if e["event"] == "start"), {})
     rows = [int(n) for n in start.get("rows_per_client", ())]
     of = f"{sum(rows):,} training rows of {counted(len(rows), 'client')}"
+    of = of if rows else f"{counted(int(start.get('clients', 0)), 'device')}, which keep their rows"
     yield _declared("data, clients", f"{describe.public(recipe.data)}; {of}; {recipe.method}")
     measures = [
         f"{n} {show(n, done.get('base', {}).get(n))} -> {show(n, v)}"
@@ -347,8 +363,15 @@ def _bound(master: Master, source: Run | str, dtype: str, parents: Parents) -> L
     yield _proven("compressed from", f"{name}: {head.base}")
     own = dict(stored_tensors(model.net))
     left = [n for n in master.names if n not in head.grids]
-    same = sum(torch.equal(master.weight(n), own[n]) for n in left if n in own)
-    yield _proven("other tensors", f"{same} of {len(left)} that hold no codes are the source's, bit for bit")
+    odd = [n for n in left if n not in own or not torch.equal(master.weight(n), own[n])]
+    if odd and head.grids:
+        raise ModelError(
+            f"{master.folder}: {odd[0]}, which holds no codes, is not that of {name}", hint=AGAIN
+        )
+    yield _proven("other tensors", f"{len(left) - len(odd)} are those of the source, bit for bit")
+    if odd:
+        yield _declared("pruned tensors", f"{len(odd)} by {head.method}")
+        return
     if _solved_again(master, own):
         yield _proven("codes", f"{_made(head)}: solved again, every code and scale is equal")
     else:
@@ -408,13 +431,10 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
     elif isinstance(source, Run):
         source = parents.run(source)
         yield from _files_of_run(source)
-        yield from _files_of_base(source.recipe.model)
-    target = _same(path, source, parents)
+        yield from _files_of_base(source.recipe.model, parents)
+    target = written_again(path, source, offline=parents.offline)
     if isinstance(source, Run):
-        base = rundir.made_on(source.folder)["base"]
-        yield _proven(
-            "base", f"{source.recipe.model} has the weights and the tokenizer that it was made on: {base}"
-        )
+        yield _base(source.recipe.model, rundir.made_on(source.folder)["base"])
         what = "adapter" if source.result.is_dir() else "ledger, and are those that it states"
         yield _proven(
             "weights", f"made from base and {what}: {finished.stated_by(source.folder).get('digest', '')}"
@@ -422,53 +442,3 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
         yield from _declared_by(source)
     words = f"written again as {target} from {source.argument}: every byte is equal"
     yield _proven(path.name, words)
-
-
-def _same(path: Path, source: Subject, parents: Parents) -> str:
-    """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs."""
-    nearest = Difference(-1, "")
-    for target, name in _ways(path, source):
-        with TemporaryDirectory() as place:
-            made = Path(place) / name
-            try:
-                export.export(source, target.name, made, None, Silent(), offline=parents.offline)
-            except UsageError as error:
-                if isinstance(error, ModelError):
-                    raise
-                continue  # no target of this source
-            except FileExistsError:
-                continue
-            found = difference(path, made)
-        if not found.words:
-            return target.name
-        nearest = max(nearest, found)
-    if not nearest.words:
-        raise UsageError(f"{source.argument} is exported as nothing like {path}", hint=FROM)
-    raise ModelError(
-        f"{path} is not what {source.argument} gives: {nearest.words}",
-        hint="export it again; a file that was renamed holds its first name: give it that",
-    )
-
-
-def _ways(path: Path, source: Subject) -> list[tuple[Target, str]]:
-    """Return the targets that `path` may be of, with the name that the file had: one where its own name tells."""
-    if isinstance(source, Run):
-        home, stem = source.folder, ""
-    else:
-        home, stem = (
-            (source.home, "") if isinstance(source, Compressed) else (Path("."), rundir.of_model(source.name))
-        )
-    able = [
-        target
-        for target in targets.every().values()
-        if target.suffix == ("" if path.is_dir() else path.suffix)
-        and (target.takes != "codes" or isinstance(source, Compressed))
-        and (target.takes != "adapter" or isinstance(source, Run))
-    ]
-    usual = {target.name: target.place(home, stem).name for target in able}
-    if named := [target for target in able if usual[target.name] == path.name]:
-        return [(target, path.name) for target in named]
-    names = {path.name} if path.is_dir() else {path.name, *usual.values()}
-    own = header.read(path).values.get("general.name") if path.suffix == export.GGUF else None
-    names = {name for name in names if name == path.name or Path(name).stem == own}
-    return [(target, name) for name in sorted(names, key=lambda name: name != path.name) for target in able]

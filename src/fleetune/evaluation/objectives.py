@@ -69,6 +69,7 @@ Objective = Callable[[Model, Batch], float]
 Score = Callable[[Sequence[str], Sequence[str]], float]
 
 MAX_NEW_TOKENS = 128  # FedKSeed's evaluation
+TOKENS = 8  # are generated in about the time of a row's forward
 
 
 def get(name: str = "loss") -> Objective:
@@ -88,6 +89,15 @@ def label_words(name: str) -> list[str]:
     """Return the label words that an objective names: ["yes", "no"] of accuracy:yes,no, else none."""
     kind, _, argument = name.partition(":")
     return settings.split_words(argument) if kind == "accuracy" and argument else []
+
+
+def rows_of(name: str, rows: int) -> int:
+    """Return how many rows' forwards the objective of that name takes for a batch of so many, at most."""
+    kind, _, argument = name.partition(":")
+    if kind == "accuracy":  # each row with each choice
+        return rows * (len(label_words(name)) or rows)
+    generates = kind in ("rouge_l", "f1")
+    return rows * (1 + int(argument or MAX_NEW_TOKENS) // TOKENS if generates else 1)
 
 
 def mean_value(model: Model, rows: Sequence[Encoded], name: str, *, batch_size: int) -> float:

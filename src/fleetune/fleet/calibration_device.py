@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -52,6 +52,7 @@ ASKED: Final = frozenset(
     {"windows", "length"} | {result.FILE + name for name in result.FILES}
 )  # in the order `begin`
 LONGEST: Final = 1 << 17  # tokens of a window
+MOST: Final = 1 << 14  # windows
 
 
 class Calibration:
@@ -61,16 +62,14 @@ class Calibration:
         self.model, self.rows, self.own, self.job = model, rows, own, job
         self.base = bytes.fromhex(model.digest)[:8]
         self.folder = own.run(job.run) / "calibration"
-        self.heard: Callable[[], None] = lambda: None  # called before each piece of work, and may raise
         self.changed = False  # whether the model is the base no longer
 
-    def begin(self, message: bytes, on_step: Callable[[int], None]) -> bytes:
+    def begin(self, message: bytes) -> bytes:
         """Take the result, and run the windows up to block 0; return their number.
 
-        `on_step(number)` is called before each piece of work, and may raise.  Declined for windows of too few tokens, and
-        for others than before.
+        Declined for windows of too few tokens, and for others than before.
         """
-        file, self.heard = self.folder / BEGIN, lambda: on_step(0)
+        file = self.folder / BEGIN
         count, length = self._checked(decode(message).payload)
         asked = digest([self.rows]), self.job, count, length
         known = self.own.allow_calibration(*asked, note=False)
@@ -87,7 +86,6 @@ class Calibration:
             raise
         self.own.allow_calibration(*asked, note=True)
         if self._stands() is None:
-            self.heard()
             with torch.inference_mode():
                 self._save(0, stream.first_block_inputs(windows))
         return encode(Message(0, self.base, Payload({}, {"windows": len(windows)})))
@@ -99,7 +97,7 @@ class Calibration:
             raise MessageError(f"the order to calibrate holds {odd[0]!r:.60}, which is no part of one")
         if count < 1 or not 1 <= length <= LONGEST:
             raise MessageError(f"{count} windows of {length} tokens were asked for")
-        count = min(count, sum(len(row.ids) for row in self.rows) // length)
+        count = min(count, MOST, sum(len(row.ids) for row in self.rows) // length)
         if count * length < (least := self.least_tokens()):
             raise Declined("few-tokens", least)
         return count, length
@@ -113,17 +111,16 @@ class Calibration:
         return max(4 * int(width), 2 * widest)
 
     @torch.inference_mode()
-    def block(self, number: int, message: bytes, on_step: Callable[[int], None]) -> bytes:
+    def block(self, number: int, message: bytes) -> bytes:
         """Return the sums of a block; `message` is the compressed block before it, b"" for block 0.
 
         MessageError when the device stands elsewhere.
         """
-        stands, self.heard = self._stands(), lambda: on_step(number)
+        stands = self._stands()
         if stands is None or not 0 <= number < len(self._blocks):
             raise MessageError(f"block {number} was asked for, and this device has not begun")
         stream = self._stream
         if stands == number - 1:
-            self.heard()
             weights = weights_of(decode(message).payload)
             shapes = {name: p.shape for name, p in parameters_of(self._blocks[stands][1], ()).items()}
             if {name: weight.shape for name, weight in weights.items()} != shapes:
@@ -140,7 +137,6 @@ class Calibration:
                 f"the device stands in front of block {stands}, and was asked for block {number}"
             )
         stream.states = self._load(number)
-        self.heard()
         H = stream.hessians(number, self._blocks[number][1])
         stream.states = []
         return message_of(H, self._windows.numel(), number, self.base)
@@ -154,9 +150,8 @@ class Calibration:
     @cached_property
     def _windows(self) -> Tensor:
         """The device's calibration windows, int64 [n, length]; DataError when its rows do not fill one."""
-        payload = decode((self.folder / BEGIN).read_bytes()).payload
-        ids = [np.asarray(row.ids) for row in self.rows]
-        return driver.windows(ids, payload.int("length"), payload.int("windows"))
+        count, length = self._checked(decode((self.folder / BEGIN).read_bytes()).payload)
+        return driver.windows([np.asarray(row.ids) for row in self.rows], length, count)
 
     @cached_property
     def _stream(self) -> HiddenStates:
@@ -169,7 +164,7 @@ class Calibration:
                 "the model was made another for sums before: start this device anew for others"
             )
         self.changed = True
-        result.put_on(self.model, files, lambda: self.heard())
+        result.put_on(self.model, files)
         finished.merge_weights(self.model)
         return HiddenStates(self.model, windows[:1])
 

@@ -114,7 +114,8 @@ def join(
     keyring.check_installed()
     conditions.check()
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or (":" in host and not (host[0] == "[" and host[-1] == "]")):
+    numbered = port.isascii() and port.isdigit() and 1 <= int(port) <= 65535
+    if not host or not numbered or (":" in host and not (host[0] == "[" and host[-1] == "]")):
         raise UsageError(
             f"'{address}' is not HOST:PORT",
             hint=f"e.g. 192.168.1.10:{PORT}; of an IPv6 address: [::1]:{PORT}",

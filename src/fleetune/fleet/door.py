@@ -370,7 +370,7 @@ class Door:
     async def _refuse(self, request: Request, error: Exception) -> Response:
         """Count a request that is refused, and end its connection."""
         status = error.status_code if isinstance(error, HTTPException) else 500
-        self.refusals.note(status, request.url.path[:64] if status != 404 else "", _claimed(request))
+        self.refusals.note(status, request.scope["path"][:64] if status != 404 else "", _claimed(request))
         return Response(status_code=status, headers={"connection": "close"})
 
     # Answers and orders -----------------------------------------------------------------------------------

@@ -35,33 +35,23 @@ BATCH: Final = 1  # rows at a time: a device that has trained has the memory for
 
 
 def measure(
-    job: Job,
-    model: Model,
-    held: Sequence[Encoded],
-    words: str,
-    order: bytes,
-    own: DeviceState,
-    heard: Callable[[], None],
+    job: Job, model: Model, held: Sequence[Encoded], words: str, order: bytes, own: DeviceState
 ) -> bytes:
     """Return the answer to an order `eval`; the model is the base, and afterwards the tuned model.
 
     `words` is the digest of the held-out rows before they were encoded.  The files of the job's result go into the run's
-    folder; without a result the base alone is measured.  `heard()` is called before each piece of work, and may raise.
+    folder; without a result the base alone is measured.
     """
     own.allow_measurement(words, job)
     received = decode(order)
-
-    def losses() -> tuple[np.ndarray, np.ndarray]:
-        return all_row_losses(model, held, BATCH, lambda done, of: heard())
-
-    base, counts = losses()
+    base, counts = all_row_losses(model, held, BATCH)
     tuned = base
     if job.result:
         try:
-            result.put_on(model, result.placed(received.payload.scalars, own, job), heard)
+            result.put_on(model, result.placed(received.payload.scalars, own, job))
         finally:
             own.remove(own.run(job.run) / result.FOLDER)
-        tuned, _ = losses()
+        tuned, _ = all_row_losses(model, held, BATCH)
     tokens = int(counts.sum())
     most = TIMES * math.log(max(2, model.net.config.vocab_size))
 
@@ -94,7 +84,7 @@ def divided(
     examples = data.read(source, columns=columns, note=note, offline=offline)
     if eval_data:
         held = data.read(eval_data, columns=columns, note=note, offline=offline)
-        if shared := len({_content(e) for e in held} & {_content(e) for e in examples}):
+        if shared := len({e.content for e in held} & {e.content for e in examples}):
             raise DataError(
                 f"{shared} rows of {eval_data} are rows of {source} as well: they would be trained on",
                 hint="take them out of one of the files; or hold rows of one file out: --held-out",
@@ -102,10 +92,10 @@ def divided(
         return examples, held
     if not held_out:
         return examples, []
-    train, aside = data.hold_out(examples, int(held_out) if held_out >= 1 else held_out, SEED)
+    train, aside = data.hold_out(examples, held_out, SEED)
     held = [examples[i] for i in aside.tolist()]
-    known = {_content(e) for e in held}
-    training = [e for i in train.tolist() if _content(e := examples[i]) not in known]
+    known = {e.content for e in held}
+    training = [e for i in train.tolist() if (e := examples[i]).content not in known]
     if not training:
         raise DataError(
             f"every row of {source} is equal to a held-out one: none is left to train on",
@@ -116,8 +106,4 @@ def divided(
 
 def digest(rows: Sequence[Example]) -> str:
     """Return the SHA-256 of rows' words, however a job has them encoded."""
-    return hashlib.sha256(json.dumps([_content(row) for row in rows]).encode()).hexdigest()
-
-
-def _content(example: Example) -> tuple[object, ...]:
-    return (example.messages, example.response, example.texts)
+    return hashlib.sha256(json.dumps([row.content for row in rows]).encode()).hexdigest()

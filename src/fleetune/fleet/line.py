@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import re
 import ssl
@@ -22,7 +23,7 @@ from typing import Final, TypeVar
 
 import httpx
 
-from fleetune.common.display import human_bytes
+from fleetune.common.display import human_bytes, single_spaced
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.errors import FleetuneError, Interrupted, StorageError
 from fleetune.fleet import keys as keyring
@@ -52,7 +53,9 @@ SLOWEST: Final = (
     8192  # bytes per second: a slower line may not have carried a piece to the server in that time
 )
 IDLE: Final = 60.0  # seconds that an idle connection is kept: the server keeps it longer
-FAREWELL: Final = 5.0  # seconds for the last words of a device that leaves
+FAREWELL: Final = (
+    5.0  # seconds for the last answer of a device that leaves, which is on its disk too; and for its leave
+)
 PIECE: Final = 1 << 20  # bytes of an answer in one request
 QUIET: Final = 1.6  # heartbeats until a request that lasts needs another beside it: the server takes two for a device's end
 AGAIN: Final = 1.0  # seconds before a device says that it could not read an order: it is given it again
@@ -105,6 +108,7 @@ class Line:
             trust_env=not is_loopback(host_of(server.address)),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
+        self.until = math.inf  # when no answer is waited for any longer
 
     def post(
         self, name: str, headers: Mapping[str, str], body: bytes = b"", most: int = SMALL
@@ -114,7 +118,9 @@ class Line:
         A small one has `PATIENCE` in all: a server that sends byte by byte is none.  The body is in memory once.
         httpx.HTTPStatusError where the server refuses.
         """
-        patience = httpx.Timeout(PATIENCE, read=PATIENCE + len(body) / SLOWEST)  # what is sent is on its way
+        most_wait = PATIENCE + len(body) / SLOWEST  # what is sent is on its way
+        left = max(0.1, self.until - time.monotonic())
+        patience = httpx.Timeout(min(PATIENCE, left), read=min(most_wait, left))
         headers = {**headers, "accept-encoding": "identity"}
         request = self.http.build_request(
             "POST", f"/fleet/{name}", content=body, headers=headers, timeout=patience
@@ -231,7 +237,7 @@ class _Stay:
 
     def within(self, seconds: float, call: Callable[[], object]) -> None:
         """Make a call of a device that leaves, and wait so long for it."""
-        until = time.monotonic() + seconds
+        self.line.until = until = time.monotonic() + seconds
         self.waited(call, lambda: time.monotonic() > until)
 
     def answer_all(self, answer: Callable[[bytearray], bytes], over: Callable[[], bool]) -> None:
@@ -249,7 +255,7 @@ class _Stay:
                 self.over.wait(AGAIN)  # a server that has nothing keeps the request for a while
             data = self._answer(answer, order) if number else b""
         if number:
-            self.within(PATIENCE + len(data) / SLOWEST, lambda: self._send(number, data, "nothing"))
+            self.within(FAREWELL, lambda: self._send(number, data, "nothing"))
 
     def _answer(self, answer: Callable[[bytearray], bytes], order: bytearray) -> bytes:
         """Return the answer to an order; none, after a moment, where it cannot be read: it comes again."""
@@ -258,7 +264,7 @@ class _Stay:
         except Interrupted:
             raise
         except FleetuneError as error:
-            log.warning("an order could not be answered: %s", error.message)
+            log.warning("an order could not be answered: %s", single_spaced(error.message))
             self.over.wait(AGAIN)
             return b""
 

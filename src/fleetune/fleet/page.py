@@ -135,7 +135,7 @@ class LivePage:
 
     def _answer(self, request: Request) -> Response:
         """Answer a request, in a thread of its own."""
-        path = request.url.path
+        path = request.scope["path"]  # an URL is made of what the Host says
         with self._lock:
             until, response = self._made.get(path, (0.0, Response()))
             began = time.monotonic()

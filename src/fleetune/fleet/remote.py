@@ -61,7 +61,10 @@ class RemoteFleet(Fleet):
         note: Callable[[str], None] = log.info,
         audit: Callable[..., None] = lambda what, **fields: None,
         kinds: Wanted = ONE,
+        apart: bool = False,
     ) -> None:
+        """Where a sum is private, devices stand `apart`: none has a say in whether another is asked, asked again or given up."""
+        self.apart = apart
         self.link, self.devices, self.job, self.seed, self.pace = link, devices, job, seed, pace
         self.look, self.note, self.audit, self.kinds = look, note, audit, kinds
         self._ready: dict[str, str] = {}  # key -> mark of the session in which the device took the job
@@ -88,14 +91,15 @@ class RemoteFleet(Fleet):
     def present(self) -> Sequence[int]:
         """Return the clients that may be asked: those that have joined, and were not waited for in vain since.
 
-        Where nobody is there it waits until somebody is.
+        `apart`: all that have ever joined.  Where nobody is there it waits until somebody is.
         """
         next_word = time.monotonic()
         while True:
             self._greet()
             self.devices.give_kinds(self.kinds)
-            if there := [c for c, rows in enumerate(self.devices.rows) if rows and c not in self._gone]:
-                return there
+            joined = [c for c, rows in enumerate(self.devices.rows) if rows]
+            if there := self.ready() if self.apart else [c for c in joined if c not in self._gone]:
+                return joined if self.apart else there
             self._check_prospect(1)
             if time.monotonic() >= next_word:
                 next_word += WORD
@@ -165,11 +169,13 @@ class RemoteFleet(Fleet):
         while asking.goes_on():
             self.look()
             here = self._greet()
+            for number, order, reply in self._answers():  # also of those that have left since
+                yield from self._taken(asking, number, order, reply)
+            if not asking.goes_on():
+                break
             asking.lost(self._lost(asking.sent, here))
             self._give_out(asking, here)
             yield from self._given_up(asking)
-            for number, order, reply in self._answers():
-                yield from self._taken(asking, number, order, reply)
             for word in asking.word(lambda client: self.devices.members[client].name):
                 self.note(word)
             time.sleep(self.pace.poll)
@@ -222,9 +228,10 @@ class RemoteFleet(Fleet):
                 self._gone.add(client)
                 why = f"{lost} times lost at work" if lost >= ASKED else f"not there for {now - since:.0f} s"
                 yield self._without(asking.orders[client], "dropped", why)
-        if asking.heard:
+        if asking.heard and not self.apart:
             yield from self._that_declined(asking)
         else:
+            yield from self._that_declined(asking, ASKED)
             asking.ask_again(self.pace.again)
 
     def _left(self, asking: Asking, reason: str) -> Iterator[Answer]:
@@ -239,10 +246,10 @@ class RemoteFleet(Fleet):
         for client in slow.values():
             yield self._without(asking.orders[client], "late", reason)
 
-    def _that_declined(self, asking: Asking) -> Iterator[Answer]:
-        declined, asking.declined = asking.declined, {}
-        for client, found in declined.items():
-            yield self._without(asking.orders[client], "declined", found.reason)
+    def _that_declined(self, asking: Asking, asked: int = 0) -> Iterator[Answer]:
+        """Yield, without an answer, those that have declined, and were asked so often in this round."""
+        for client in [c for c in asking.declined if asking.times[c] >= asked]:
+            yield self._without(asking.orders[client], "declined", asking.declined.pop(client).reason)
 
     # Devices come and go ----------------------------------------------------------------------------------
 
@@ -522,4 +529,6 @@ class Pace:
     grace: float = 60.0  # seconds for a device that has gone, before the round goes on without it
     deadline: float = 0.0  # seconds for a round; 0: as long as devices work
     poll: float = 0.05  # seconds between two looks
-    again: float = 30.0  # seconds until devices that declined are asked again, where no other has worked
+    again: float = (
+        30.0  # seconds until devices that declined are asked again, where no other has worked or has a say
+    )

@@ -7,7 +7,7 @@ there, and the digest of the weights is compared with the one that it states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +24,7 @@ from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.noise import POOL
 from fleetune.tuning.exchange.messages import Scalar
-from fleetune.tuning.methods._zeroth import MOST_PASSES, MOST_POOLS
+from fleetune.tuning.methods._zeroth import MOST_PASSES, MOST_POOLS, MOST_SWEEPS
 from fleetune.tuning.result import finished
 
 FILE: Final = "file "  # begins the name of a file's bytes in a message
@@ -99,11 +99,11 @@ def placed(scalars: Mapping[str, Scalar], own: DeviceState, job: Job) -> Path:
     return result
 
 
-def put_on(model: Model, result: Path, heard: Callable[[], None]) -> None:
+def put_on(model: Model, result: Path) -> None:
     """Make `model`, the base, the tuned model; its stored weights stay the base's.
 
-    `heard()` is called before each piece of a replay, and may raise.  LedgerError when the ledger belongs to another base,
-    takes more passes than a device makes to follow any run, or rebuilds other weights than it states.
+    LedgerError when the ledger belongs to another base, takes more passes than a device makes to follow any run, or
+    rebuilds other weights than it states.
     """
     if result.is_dir():
         adapters.load(model, result)
@@ -113,7 +113,7 @@ def put_on(model: Model, result: Path, heard: Callable[[], None]) -> None:
     most = MOST_POOLS if ledger.head.law == POOL else MOST_PASSES
     if (count := ledger.count_passes()) > most:
         raise LedgerError(f"the ledger takes {count:,} passes over the weights, {most:,} at most on a device")
-    view = finished.place_at(model, ledger, heard)
+    view = finished.place_at(model, ledger, MOST_SWEEPS)
     if (stated := ledger.final_check()) is None:
         raise LedgerError("the ledger states no digest of its weights")
     finished.require_digest(models.digest(view.pieces()), stated, "the ledger")

@@ -32,6 +32,7 @@ from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare import prepare
+from fleetune.tuning.prepare.private import CLIENT
 from fleetune.tuning.recipe import defaults
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds.fleets import ONE, Fleet, Wanted, wanted
@@ -213,7 +214,8 @@ class Served:
         told = job_of(job.recipe, devices.run, job.model.digest)
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
         kinds = wanted(job.method, job.recipe.kinds)
-        return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds)
+        apart = job.recipe.privacy == CLIENT
+        return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds, apart)
 
     def gather(
         self,
@@ -224,6 +226,7 @@ class Served:
         count: int,
         listener: Listener,
         kinds: Wanted = ONE,
+        apart: bool = False,
     ) -> RemoteFleet:
         """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
@@ -255,6 +258,7 @@ class Served:
             note=listener.note,
             audit=audit.write,
             kinds=kinds,
+            apart=apart,
         )
         self._count = count
         self._fleet.wait_for(count)

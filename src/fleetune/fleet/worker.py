@@ -32,6 +32,7 @@ from fleetune.common import __version__
 from fleetune.common.display import counted, human_bytes, human_time, show, single_spaced
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import SCALES
+from fleetune.common.hearing import hearing
 from fleetune.common.memory import at_most, rss, usable_memory
 from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded, Example
@@ -50,6 +51,7 @@ from fleetune.errors import (
     fault,
 )
 from fleetune.evaluation.losses import pad_id, response_loss
+from fleetune.evaluation.objectives import rows_of
 from fleetune.fleet import eval_device
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
@@ -139,7 +141,7 @@ class Loaded:
 
 
 class Worker:
-    """Answers orders; `note(text)` is told what happens, `on_step(client, step)` is called before every local step."""
+    """Answers orders; `note(text)` is told what happens, `on_step(client, step)` is called before every piece of work."""
 
     def __init__(
         self,
@@ -178,7 +180,8 @@ class Worker:
             if order.body == REFUSED:
                 self.error = FleetError(f"the server refuses this device: {self.ended}")
             return Reply("done", order.nonce, order.round).encode()
-        return self._ready(order) if order.what == "job" else self._once(order, digest)
+        with hearing(lambda: self.on_step(order.client, 0)):
+            return self._ready(order) if order.what == "job" else self._once(order, digest)
 
     # The job ----------------------------------------------------------------------------------------------
 
@@ -211,6 +214,7 @@ class Worker:
         except FAULTS as error:
             self.error = error if isinstance(error, FleetuneError) else FleetError(fault(error))
             self.ended = self.error.message = single_spaced(self.error.message)
+            self.error.hint = self.error.hint and single_spaced(self.error.hint)
             return self._without("refused", order, error)
 
     def _without(self, what: Literal["refused", "failed"], order: Order, error: BaseException) -> bytes:
@@ -234,7 +238,7 @@ class Worker:
         except (Interrupted, KeyboardInterrupt):
             raise
         except FAULTS as error:
-            why = error.message if isinstance(error, FleetuneError) else fault(error)
+            why = single_spaced(error.message if isinstance(error, FleetuneError) else fault(error))
             log.error(
                 "%s failed: %s", _title(order), cut_reason(why), exc_info=log.isEnabledFor(logging.INFO)
             )
@@ -279,22 +283,14 @@ class Worker:
     def _measure(self, loaded: Loaded, order: Order) -> bytes:
         self.loaded = None  # the model is the tuned one afterwards: another order begins with the job
         return eval_device.measure(
-            loaded.job,
-            loaded.model,
-            loaded.held,
-            loaded.held_words,
-            order.body,
-            self.own,
-            lambda: self.on_step(order.client, 0),
+            loaded.job, loaded.model, loaded.held, loaded.held_words, order.body, self.own
         )
 
     def _begin(self, loaded: Loaded, order: Order) -> bytes:
-        return loaded.calibration.begin(order.body, lambda step: self.on_step(order.client, step))
+        return loaded.calibration.begin(order.body)
 
     def _block(self, loaded: Loaded, order: Order) -> bytes:
-        return loaded.calibration.block(
-            order.round, order.body, lambda step: self.on_step(order.client, step)
-        )
+        return loaded.calibration.block(order.round, order.body)
 
     @staticmethod
     def _stand_on(memories: Memories, order: Order) -> None:
@@ -392,7 +388,9 @@ def check_work(method: Method, rows: int) -> None:
     """Declined for more work in a round than `PASSES` passes over so many rows."""
     steps = max(method.local_steps(rows), int(getattr(method, "backprop_steps", 0)))
     batch, products = int(getattr(method, "batch_size", 1)), 2 * int(getattr(method, "lanczos", 0))
-    asked = steps * batch + products * max(batch, int(getattr(method, "curvature_rows", 0)))
+    asked = steps * rows_of(getattr(method, "objective", "loss"), batch) + products * max(
+        batch, int(getattr(method, "curvature_rows", 0))
+    )
     if asked > (most := PASSES * max(rows, FEW)):
         raise Declined("work", asked, most)
 
@@ -482,5 +480,5 @@ def _model(job: Job, brings: Brings) -> str:
 def _processor(device: str | torch.device) -> str:
     """Return the kind of processor behind a device of torch's, with the instructions that torch uses on it."""
     if str(device) == "cuda":
-        return re.sub(ODD, " ", torch.cuda.get_device_name())[:64]
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return re.sub(f"{ODD}+", " ", torch.cuda.get_device_name())[:64].strip()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}".strip()

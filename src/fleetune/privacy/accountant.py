@@ -28,7 +28,8 @@ def epsilon(noise: float, q: float, releases: int, delta: float) -> float:
     """Return epsilon after so many Gaussian releases of multiplier `noise`, each on a Poisson sample of rate q (1: all).
 
     Infinity without noise; 0 before the first release.  Without sampling, so many Gaussian releases are one of multiplier
-    noise / sqrt(releases), exactly.  Beyond `LARGE` it is the bound by Renyi divergences: nobody needs three digits of that.
+    noise / sqrt(releases), exactly.  Beyond `LARGE` it is the bound by Renyi divergences: nobody needs three digits of that;
+    so it is where privacy losses are far below the PLD's interval, which makes that the looser of the two bounds.
     """
     if not releases:
         return 0.0
@@ -47,7 +48,7 @@ def _epsilon(noise: float, q: float, releases: int, delta: float) -> float:
     )  # of privacy losses, rounded up: costs 0.1 % of epsilon at most
     accountant = _accounting().pld.PLDAccountant(value_discretization_interval=interval)
     accountant.compose(_release(noise, q), releases)
-    return float(accountant.get_epsilon(delta))
+    return min(bound, float(accountant.get_epsilon(delta)))
 
 
 def renyi_epsilon(noise: float, q: float, releases: int, delta: float) -> float:
@@ -65,7 +66,7 @@ def renyi_epsilon(noise: float, q: float, releases: int, delta: float) -> float:
 
 
 def noise_for(budget: float, q: float, releases: int, delta: float) -> float:
-    """Return the least noise multiplier, to three digits, after which `epsilon` is at most `budget`.
+    """Return a noise multiplier of three digits after which `epsilon` is at most `budget`: the least, unless that is tiny.
 
     ValueError where none below 10^6 suffices.
     """
@@ -82,7 +83,12 @@ def noise_for(budget: float, q: float, releases: int, delta: float) -> float:
         else:
             low = middle
     digits = 10.0 ** (2 - math.floor(math.log10(high)))
-    return math.ceil(high * digits) / digits
+    found = math.ceil(high * digits)
+    while (
+        epsilon(found / digits, q, releases, delta) > budget
+    ):  # near PLD's interval, more noise may cost more
+        found += 1
+    return found / digits
 
 
 def releases_within(budget: float, noise: float, q: float, most: int, delta: float) -> int:

@@ -5,6 +5,7 @@
       run.toml        every value resolved; re-runs it       env.json   versions, device, digests
       metrics.jsonl   append-only, one object a line         log.txt    status
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
+      releases        how often a run with privacy has released a round (`tuning/rounds/releases.py`)
       memories/       what methods keep on simulated clients, if they do (`local_work.Memories`)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
       SHA256SUMS      of a finished run: its record and its result (common/sums.py)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fleetune.common.hearing import heard
 from fleetune.errors import UsageError
 from fleetune.models.lazy import LazyWeight
 from fleetune.models.net.model import Pieces
@@ -104,7 +105,7 @@ class MovedWeights:
         self.direction: Direction | None = None
         self.stored: StoredDirection | None = None  # where a probe's direction is written out, if anywhere
         self.reached: set[str] = set()
-        self.limit(lambda: None)
+        self.limit(0)
         self.paired = 0  # rows of a half of the batch, while both signs of a probe run in one forward
         self._scratch = torch.empty(0)
 
@@ -113,12 +114,12 @@ class MovedWeights:
         """Return the tensors that change, and where in a direction the numbers of each begin."""
         return layout(named)
 
-    def limit(self, heard: Callable[[], None], most: int = 0) -> None:
-        """Call `heard()`, which may raise, before each piece of work from now on; UsageError after `most` passes (0: any number).
+    def limit(self, most: int) -> None:
+        """UsageError after `most` passes from now on (0: any number).
 
         A pass is one direction, or one epoch of a pool, over as many elements as the weights have.
         """
-        self.heard, self.swept = heard, 0
+        self.swept = 0
         self.most = most * sum(slot.tensor.numel() for slot in self.slots)
 
     def pulled_back(self, slot: WeightSlot, first: int, gradient: Tensor) -> tuple[int, Tensor]:
@@ -153,7 +154,7 @@ class MovedWeights:
         self.reached.add(slot.name)
         base = read_stored(slot, first, last)
         if self.point is None and self.direction is None:
-            self.heard()
+            heard()
             return base if out is None else out.copy_(base)
         if out is None:
             out = self._take(last - first, base.dtype)
@@ -189,7 +190,7 @@ class MovedWeights:
         passes, gaussian = passes or EMPTY, self.law == "gaussian"
         step = WORK // max(1, len(passes.ids)) // TILE * TILE if self.device.type == "cpu" else out.numel()
         for first in range(0, out.numel(), step := max(TILE, step)):
-            self.heard()
+            heard()
             part = slice(first, first + step)
             self.swept += len(passes.ids) * out[part].numel()
             if 0 < self.most < self.swept:

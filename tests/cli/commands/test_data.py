@@ -119,6 +119,18 @@ def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
     assert "trained on too" not in "".join(checked(capsys, "labelled.jsonl", "--held-out", "1")["remarks"])
 
 
+def test_tune_tells_of_rows_that_leak_as_a_check_does(at: Path, capsys: Capture) -> None:
+    rows = [json.loads(line) for line in (at / "own.jsonl").read_text().splitlines()]
+    write(at / "held.jsonl", [rows[7], {"ask": "what else", "say": "nothing", "shop": "a"}, rows[9]])
+    words = ("own.jsonl", *COLUMNS, "--eval-data", "held.jsonl")
+    (said,) = (r for r in checked(capsys, *words)["remarks"] if "trained on too" in r)
+    assert said.startswith("2 of 3 held-out rows are trained on too (rows 25, 27)")
+    tune = ("tune", "tiny", *words, *RUN, "--clients", "0")
+    assert said in ok(capsys, *tune, "--dry-run")[-1]["remarks"]
+    assert main([*tune]) == 0
+    assert said in " ".join(" ".join(capsys.readouterr()).split())
+
+
 def test_no_row_of_a_check_steers_the_terminal(at: Path, capsys: Capture) -> None:
     write(at / "bad.jsonl", [{"text": f"a\x1b[2Jb{i}", "client": "\x1b]0;x\x07"} for i in range(4)])
     assert main(["data", "check", "bad.jsonl", "--partition", "column:client"]) == 0

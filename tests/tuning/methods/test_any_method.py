@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from methods_harness import CLIENTS, begun, bits, gathered, usual
 
 from fleetune import models
 from fleetune.data import Encoded, Example
@@ -18,7 +19,9 @@ from fleetune.errors import RecipeError
 from fleetune.evaluation import objectives
 from fleetune.models import Model, tiny_llama
 from fleetune.models.net import layers
+from fleetune.privacy.mechanism import Privacy, PrivateSum
 from fleetune.tuning import methods
+from fleetune.tuning.exchange.aggregation import PRIVATE, Rule
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import UNITS
@@ -197,3 +200,26 @@ def test_checkpoints_change_no_bit_of_a_reply(kind: str, monkeypatch: pytest.Mon
         used.append(runs - before)
     assert sent[0] == sent[1]
     assert used[0] > 0 == used[1]
+
+
+PRIVATELY = Rule(PRIVATE, privacy=Privacy(1.0, 1.0, 1.0, CLIENTS))
+
+
+@pytest.mark.parametrize(
+    "case", ["fedit", "fedit fp16", "fedkseed", "fedkseed bp", "mezo", "onebyte", "onebyte sign"]
+)
+def test_of_a_private_round_the_state_keeps_the_noisy_sum_alone(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints of fedkseed held the sizes of the slopes of each client, without noise."""
+    method, state = begun(case)
+    assert not method.rule_problem(PRIVATELY, CLIENTS)
+    monkeypatch.setattr(PrivateSum, "tensors", lambda sums: {n: t + 1.0 for n, t in sums._start.items()})
+    states = []
+    for clients in (range(CLIENTS), range(0)):
+        with gathered(
+            method, state, [usual(method, state, c) for c in clients], tmp_path, rule=PRIVATELY
+        ) as taken:
+            states.append(bits(taken.aggregate()))
+            assert taken.accepted == len(clients)
+    assert states[0] == states[1] != bits(state)

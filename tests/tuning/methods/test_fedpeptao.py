@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from fleetune import adapters
+from fleetune.common.hearing import hearing
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import Batch, Batches, collate, encode_all
 from fleetune.errors import FleetError, RecipeError
@@ -343,11 +344,12 @@ def test_shares_become_layers_that_are_enough() -> None:
 
 
 def test_a_score_is_of_few_rows_and_a_stop_is_heard_before_each_layers(rows: list[Encoded]) -> None:
-    heard, sizes = list[int](), list[int]()
-    fedpeptao.layer_scores(tiny_llama(), collate(rows[:4], PAD), lambda: heard.append(1))
-    assert len(heard) == 2
+    heard, sizes, model = list[int](), list[int](), tiny_llama()
+    with hearing(lambda: heard.append(1)):
+        fedpeptao.layer_scores(model, collate(rows[:4], PAD))
+    assert len(heard) == 2 + 2  # and before each layer runs
 
-    def scored(model: Model, batch: Batch, heard: Any) -> None:
+    def scored(model: Model, batch: Batch) -> None:
         sizes.append(len(batch.labels))
         raise InterruptedError
 

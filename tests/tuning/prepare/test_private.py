@@ -18,7 +18,7 @@ from command_line import FEW
 from fleetune import adapters, models
 from fleetune.data import Batches, encode_all
 from fleetune.data.forms import Example
-from fleetune.errors import RecipeError, UsageError
+from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.evaluation.objectives import batch_loss, loss_tensor
 from fleetune.models.net.model import Model
 from fleetune.privacy import mechanism
@@ -27,7 +27,9 @@ from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.descent import Position, descend_projected, slope
 from fleetune.seeds.noise import POOL, probe
-from fleetune.tuning.methods import _adapter, _zeroth, make
+from fleetune.tuning import methods
+from fleetune.tuning.methods import _adapter, _zeroth
+from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 
 LEVELS: dict[str, dict[str, Any]] = {
@@ -82,8 +84,8 @@ def test_a_run_states_what_it_promises_wherever_it_is_read(tiny: str, method: st
     assert 0 < spent[0] < spent[1] <= 8.0 < spent[1] * 1.1
     steps, q = 1, recipe.participation
     if level == "example":
-        (start,) = (e for e in rundir.events(run.folder) if e["event"] == "start")
-        n, own = min(start["rows_per_client"]), make(method, recipe.set)
+        parts = prepare.split(recipe, methods.entry(method)).clients
+        n, own = min(map(len, parts)), methods.make(method, recipe.set)
         steps, q = own.local_steps(n), min(1.0, getattr(own, "batch_size", 8) / n)
     assert spent[1] <= by_renyi(recipe.noise, q, 2 * steps, recipe.delta) < 1.5 * spent[1] + 0.5
     promise = f"epsilon {spent[1]:.3g} at delta {recipe.delta:g}"
@@ -97,8 +99,24 @@ def test_a_run_states_what_it_promises_wherever_it_is_read(tiny: str, method: st
     assert promise in stated
     assert f"{recipe.noise:.4g}" in stated
     told = [e for e in rundir.events(run.folder) if e["event"] == "client"]
-    assert all(e["n"] is None and e["loss"] is None for e in told)
+    assert all(e.get(key) is None for e in told for key in ("n", "loss", "steps", "tokens"))
     assert "per_client" not in json.loads((run.folder / "eval.json").read_text())
+
+
+def test_the_record_and_the_report_tell_of_no_clients_rows(tiny: str) -> None:
+    """With privacy; the same run without it tells how many each has, and what it is coloured by."""
+    options = {"partition": "dirichlet:0.5:category", "clients": 10, "rounds": 1}
+    hidden = tuned(tiny, "fedit", **options)
+    shown = tuned(tiny, "fedit", **options, privacy="none", epsilon=0.0)
+    words = ("Rows of the clients", "rows each", "tokens trained on per second", "local steps per second")
+    for run, private in ((hidden, True), (shown, False)):
+        (start,) = (e for e in rundir.events(run.folder) if e["event"] == "start")
+        assert (start["rows_per_client"] == []) is ("counts" not in start) is private
+        report = (run.folder / "report.html").read_text()
+        assert [word in report for word in words] == [not private] * 4
+        card = (run.folder / "adapter" / "README.md").read_text()
+        assert ("| training rows | those of 10 clients" in card) is private
+        assert ("training rows, as text" in card) is not private
 
 
 def test_no_seed_repeats_the_noise_or_the_sample(tiny: str) -> None:
@@ -120,6 +138,25 @@ def test_a_run_ends_where_its_budget_does(tiny: str) -> None:
     assert any("the privacy budget is spent" in r for r in run.done.remarks)
     spent = [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
     assert spent[-1] <= 8.0
+
+
+def test_a_run_that_has_lost_a_checkpoint_ends_with_what_it_has_released(tiny: str) -> None:
+    """The last round was released again, and the account did not know."""
+    run = tuned(tiny)
+    spent = [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
+    lost = run.folder / "ledger.safetensors"
+    rundir.checkpoints(run.folder)[-1][1].unlink()
+    lost.unlink()
+    again = fleetune.resume_run(run)
+    promise = f"epsilon {spent[1]:.3g} at delta {recipes.read(run.folder / 'run.toml')['delta']:g}"
+    stated = (*again.done.remarks, ledgers.load(lost).head.privacy)
+    assert again.done.rounds == 1
+    assert sum(promise in s and "after 1 round (2 releases" in s for s in stated) == 2
+    assert "stopped after round 1 of 2: the privacy budget is spent" in stated
+    (run.folder / "releases").unlink()
+    lost.unlink()
+    with pytest.raises(StorageError, match="releases is gone"):
+        fleetune.resume_run(run)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +188,26 @@ def test_what_cannot_be_promised_is_refused_before_work(
     with pytest.raises(RecipeError, match=word):
         fleetune.tune(tiny, "demo", **given)
     assert not list(Path("runs").glob("*"))
+
+
+def test_the_time_of_a_private_run_counts_no_rows_of_clients(tiny: str) -> None:
+    """They are not measured."""
+    given = {k: v for k, v in SMALL.items() if k not in ("privacy", "epsilon")}
+    for private in ({}, {"privacy": "client", "epsilon": 8.0, "clip_norm": 1.0}):
+        recipe = recipes.make(
+            {
+                "model": tiny,
+                "data": "demo",
+                "method": "fedkseed",
+                "set": LEVELS["fedkseed"],
+                **given,
+                **private,
+            }
+        )
+        found = prepare.prepare(recipe).estimate
+        assert found is not None
+        assert (found.client_rows == 0) is bool(private)
+        assert ("rows of clients" in found.text) is not bool(private)
 
 
 # Local steps that hide rows --------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ def test_a_client_that_claims_more_rows_than_it_has_is_refused(tmp_path: Path) -
     assert played.refused() == {3: "reply claims 11 rows, the client has 10"}
     assert np.array_equal(played.state.tensors["w"], mean_without(3))
     assert not play(tmp_path, Devices(with_liars(lambda r, c, w: told(w + 0.1, n=ROWS), 3))).refused()
+    hidden = play(tmp_path, Devices(heavy), spent=float)
+    assert hidden.refused() == {3: "reply claims more rows than the client has"}
 
 
 ANY = 2**31 - 1  # rows: what a device may say

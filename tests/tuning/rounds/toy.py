@@ -121,6 +121,7 @@ def play(
     run: RunDir | None = None,
     rule: Rule = MEAN,
     max_rows: int = 0,
+    spent: Callable[[int], float] | None = None,
 ) -> Played:
     seen: list[Recorded] = []
     with run or create(folder, "averaging", "toy") as opened:
@@ -129,7 +130,7 @@ def play(
             seen.append(event)
             opened.record(as_dict(event))
 
-        plan = RoundPlan(rounds_, 1.0, quorum, 7, 1, BASE, rule=rule, max_rows=max_rows)
+        plan = RoundPlan(rounds_, 1.0, quorum, 7, 1, BASE, rule=rule, max_rows=max_rows, spent=spent)
         state = rounds.run(
             method or Averaging(), fleet, start(), opened, plan, Hooks(lambda: None, evaluate, emit)
         ).state

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from fleetune.common.display import human_bytes, human_time
 from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import quoted
 from fleetune.data import check_columns, sources
+from fleetune.data.partition import held_out_problem
 from fleetune.data.read_rows import row_of
 from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.fleet import PORT, flower, keys
@@ -270,9 +272,9 @@ def _held_out(own: Mapping[str, str]) -> float:
     try:
         number = float(own["held_out"] or 0)
     except ValueError:
-        number = -1.0
-    if not 0 <= number < 1 << 31 or (number > 1 and number != int(number)):
-        raise UsageError(f"--held-out {own['held_out']} is neither a share of the rows nor a number of them")
+        number = math.nan
+    if why := held_out_problem(number):
+        raise UsageError(f"--held-out {own['held_out']}: {why}")
     return number
 
 

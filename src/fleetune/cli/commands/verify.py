@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-import fleetune
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 
-PROVEN = "proven"
 HELP = "prove what a model was made from: rebuild it, and compare every byte"
 ORDER = 62
 EXAMPLES = """\
@@ -39,11 +38,16 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print each statement as it is proven; the first thing that differs is an error."""
+    from fleetune.deploy.verify import PROVEN, Parents, told
+
     rows = list[tuple[str, str, str]]()
     with console_listener(ui) as listener:
-        given = {"signer": args.signer, "out": args.out, "offline": args.offline, "listener": listener}
+        parents = Parents.of(args.sources, Path(args.out), listener, offline=args.offline)
         try:
-            for link in fleetune.verify(args.subject, *args.sources, **given):
+            for link in told(args.subject, parents, signer=args.signer):
                 rows.append((link.state, link.what, link.words))
         finally:
-            ui.table(["", "what", "statement"], sorted(rows, key=lambda row: row[0] != PROVEN), align="lll")
+            if rows:
+                ui.table(
+                    ["", "what", "statement"], sorted(rows, key=lambda row: row[0] != PROVEN), align="lll"
+                )

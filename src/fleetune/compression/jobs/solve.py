@@ -29,6 +29,7 @@ from fleetune.common import sums
 from fleetune.common.display import counted, human_bytes, human_time
 from fleetune.common.events import BlockSolved, CalibrationReply, CompressStart, MatrixSolved
 from fleetune.common.files import json_text, read_json, write_atomic
+from fleetune.common.hearing import hearing
 from fleetune.common.memory import give_back, peak_rss
 from fleetune.common.shell import quoted
 from fleetune.compression import DEFAULT_OF_DEVICES, Corrector, Solver
@@ -312,9 +313,10 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
         listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
-        progress.stop_if_asked(
-            listener, f"stopped in block {block}; finished blocks are kept", resume_command
-        )
+        stop_if_asked()
+
+    def stop_if_asked() -> None:
+        progress.stop_if_asked(listener, "stopped in a block; finished blocks are kept", resume_command)
 
     plan = _plan(listener, job, parts, origin)
     if left := driver.experts_left(model, taken=job.takes_experts):
@@ -324,16 +326,17 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
             else "the devices send no sums of theirs"
         )
         listener.note(f"the experts of {counted(left, 'layer')} stay as they are: {why}")
-    blocks = driver.run(
-        model,
-        job.method,
-        _source(listener, job, parts),
-        parts,
-        on_matrix,
-        lambda block, blocks: _report_block(listener, block, blocks),
-        plan=plan,
-        experts=job.takes_experts,
-    )
+    with hearing(stop_if_asked):
+        blocks = driver.run(
+            model,
+            job.method,
+            _source(listener, job, parts),
+            parts,
+            on_matrix,
+            lambda block, blocks: _report_block(listener, block, blocks),
+            plan=plan,
+            experts=job.takes_experts,
+        )
     if few := sum(FEW in note for b in blocks.blocks for m in b.matrices for note in m.notes):
         listener.note(
             f"experts {FEW} columns, in {counted(few, 'tensor')}: solved on all tokens of their layer. More --windows give "

@@ -33,6 +33,7 @@ from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare.prepare import check, check_aggregation
+from fleetune.tuning.prepare.private import CLIENT
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.defaults import about_rule, for_devices
 from fleetune.tuning.recipe.recipe import Recipe
@@ -157,6 +158,7 @@ class SuperNodes:
             note=listener.note,
             audit=Audit(run.path).write,
             kinds=wanted(job.method, job.recipe.kinds),
+            apart=job.recipe.privacy == CLIENT,
         )
         fleet.wait_for(self.count(job))
         return fleet

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fleetune.common.display import human_count
+from fleetune.common.hearing import heard
 from fleetune.errors import ModelError
 from fleetune.models.lazy import LazyWeight
 from fleetune.models.net import saving
@@ -54,6 +55,11 @@ class Model:
     ] = ()  # an encoder's label words, in the order of its outputs (else it writes text)
     new_head: bool = False  # whether an encoder's head is not the checkpoint's: nothing has trained it yet
     trains: str = "weights"  # what methods with directions move: weights, or the scales of a quantised base
+
+    def __post_init__(self) -> None:
+        for module in [self.net, *blocks_of(self.net)]:
+            if _hear not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_hear)
 
     def __repr__(self) -> str:
         held = f", {self.attachment.words}" if self.attachment is not None else ""
@@ -90,6 +96,15 @@ class Model:
         self.merge()
         saving.save(self.net, self.tokenizer, place, replace=False)
         return place
+
+
+def _hear(module: nn.Module, args: object) -> None:
+    heard()
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """Return what a net runs one after the other: the members of its lists of modules."""
+    return [block for stack in net.modules() if isinstance(stack, nn.ModuleList) for block in stack]
 
 
 def named_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:
@@ -140,6 +155,7 @@ def digest(tensors: Iterable[tuple[str, Tensor | Pieces]]) -> str:
 
 def _pieces(tensor: Tensor | Pieces) -> Iterator[Tensor]:
     """Yield the values in row-major order as flat CPU tensors of about CHUNK bytes."""
+    heard()
     if isinstance(tensor, Pieces):
         yield from tensor.parts
         return

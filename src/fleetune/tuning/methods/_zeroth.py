@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fleetune.common import settings
-from fleetune.data import Batches
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.net.model import Model
 from fleetune.seeds.descent import Position, uniforms
@@ -81,9 +79,9 @@ class OfLedger(methods.Method):
             else f"objective {objective!r} is of a batch, not of a row; use the loss"
         )
 
-    def opened(self, model: Model, payload: Payload, batches: Batches) -> tuple[View, Position]:
+    def opened(self, model: Model, payload: Payload) -> tuple[View, Position]:
         """Return `open_view` by the method's settings."""
-        return open_view(model, payload, batches, law=self.law, K=self.K, lr=self.grid_lr)
+        return open_view(model, payload, law=self.law, K=self.K, lr=self.grid_lr)
 
     def apply(self, model: Model, state: Any) -> None:
         place_at(model, state.ledger)
@@ -143,13 +141,10 @@ def ledger_payload(ledger: Ledger, pool: int, epoch: int) -> Payload:
     return Payload({"a": narrow(sums)}, numbers)
 
 
-def open_view(
-    model: Model, payload: Payload, batches: Batches, *, law: str, K: int, lr: float
-) -> tuple[View, Position]:
+def open_view(model: Model, payload: Payload, *, law: str, K: int, lr: float) -> tuple[View, Position]:
     """Return, on a device, a view of `model` and the position that a `ledger_payload` stands for.
 
-    `batches` are those of the work: what hears its steps hears the pieces of a replay too.  MessageError for sums of
-    another law, pool or grid than those of the run's settings, and for too many.
+    MessageError for sums of another law, pool or grid than those of the run's settings, and for too many.
     """
     a, grid = payload.array("a"), grid_of(lr)
     most = max(2 * K, MOST_SUMS) if law == POOL else MOST_PASSES
@@ -163,7 +158,7 @@ def open_view(
         raise MessageError(f"the message trains {train!r:.40}, which is none of {', '.join(TRAINS)}")
     model.trains = str(train)
     view = view_of(model, payload.int("run_key"), law, grid)
-    view.limit(batches.heard, MOST_SWEEPS)
+    view.limit(MOST_SWEEPS)
     return view, Position(law, a.shape[1] if law == POOL else 1, ids, a[epochs, k].astype(np.int64))
 
 
@@ -184,13 +179,10 @@ def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
     return made
 
 
-def place_at(model: Model, ledger: Ledger, heard: Callable[[], None] | None = None) -> View:
-    """Put `model` at the point of a ledger (its stored weights stay the base's).
-
-    `heard()`, on a device, is called before each piece of that work and of the view's, and may raise: `View.limit`.
-    """
+def place_at(model: Model, ledger: Ledger, most: int = 0) -> View:
+    """Put `model` at the point of a ledger (its stored weights stay the base's), to make `most` passes (`View.limit`)."""
     model.trains = ledger.head.trains
     view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
-    view.limit(heard or (lambda: None), MOST_SWEEPS if heard else 0)
+    view.limit(most)
     view.place(ledger.passes())
     return view

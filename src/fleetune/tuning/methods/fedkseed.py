@@ -179,7 +179,7 @@ class Method(_zeroth.OfLedger):
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau two-point steps along drawn directions, or back-propagate where `payload` says so; reply with integers."""
-        view, position = self.opened(model, payload, batches)
+        view, position = self.opened(model, payload)
         if payload.scalars.get(MARK) is True:
             taken = batches.steps(self.backprop_steps, self.batch_size)
             units = UNITS * self.backprop_lr / self.lr
@@ -246,8 +246,9 @@ class Method(_zeroth.OfLedger):
             else:
                 sums, k, c = self.walk(reply, p)
                 drawn = np.bincount(k, minlength=self.K)
-                np.add.at(size, k, np.abs(c / units[k]))
-                seen += drawn
+                if self.pro:  # in a checkpoint they tell what clients sent, without noise
+                    np.add.at(size, k, np.abs(c / units[k]))
+                    seen += drawn
                 if rule.name != "mean":  # along directions that were not drawn: what the rule has for none
                     sums = np.where(drawn > 0, sums, rule.absent)
             combined.add(self.weight(reply.payload), {"a": sums})

@@ -75,6 +75,7 @@ from torch import Tensor, nn
 
 from fleetune import adapters
 from fleetune.adapters.prefix import IMPLEMENTATIONS
+from fleetune.common.hearing import heard
 from fleetune.common.memory import give_back
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches
@@ -211,15 +212,13 @@ class Method(_adapter.Trained):
             if model.attachment is not None:
                 adapters.detach(model)
             few = next(batches.repeat_batch(0, min(self.batch_size, SCORED), 1))
-            scores["scores"] = layer_scores(model, few, batches.heard)
+            scores["scores"] = layer_scores(model, few)
         self.attach(model, seed, sorted({i for i in map(layer_of, w) if i is not None}))
         adapters.load_(model, w)
         loss = self.train(model, batches, key, {})
         if warm and self.layers_rule == LIPSCHITZ:
             few = next(batches.repeat_batch(0, self.curvature_rows or self.batch_size, 1))
-            curvature, L = spectrum_and_change(
-                model, few, w, lanczos=self.lanczos, key=key, heard=batches.heard
-            )
+            curvature, L = spectrum_and_change(model, few, w, lanczos=self.lanczos, key=key)
             measured["kept"] = share_by_gap(curvature, L)
         trained = adapters.export(model)
         return Payload({n: trained[n] for n in w} | scores, {"n": batches.n, "loss": loss} | measured)
@@ -365,10 +364,10 @@ def score(outputs: Tensor, mask: Tensor) -> float:
     return float((eigenvalues.log() + 1 / eigenvalues).sum())
 
 
-def layer_scores(model: Model, batch: Batch, heard: Callable[[], None] = lambda: None) -> np.ndarray:
+def layer_scores(model: Model, batch: Batch) -> np.ndarray:
     """Return float64[L], the score of every layer on one batch; `model` must carry no prompts.
 
-    `heard()` is called before each, and may raise.  A layer's output is what it hands on: a decoder's list has the last normed.
+    A layer's output is what it hands on: a decoder's list has the last normed.
     """
     outputs: list[Tensor] = []
     hooks = [
@@ -439,13 +438,7 @@ def ritz(Q: np.ndarray, HQ: np.ndarray) -> Spectrum:
 
 
 def spectrum_and_change(
-    model: Model,
-    batch: Batch,
-    came: dict[str, np.ndarray],
-    *,
-    lanczos: int,
-    key: int,
-    heard: Callable[[], None] = lambda: None,
+    model: Model, batch: Batch, came: dict[str, np.ndarray], *, lanczos: int, key: int
 ) -> tuple[Spectrum, float]:
     """Return (spectrum of H at the model's prompts P, L), on one batch, in eval mode.
 
@@ -455,23 +448,20 @@ def spectrum_and_change(
     """
     here = adapters.export(model)
     with eager(model.net), torch.enable_grad():
-        product, size = products(model, batch, heard), sum(p.numel() for p in prompts(model))
+        product, size = products(model, batch), sum(p.numel() for p in prompts(model))
         start = np.where(uniforms(key, "lanczos", size) < 0.5, -1.0, 1.0)
         Q, HQ = subspace(product, start, lanczos)
         del product  # its graph is as large as the one of the next
         give_back()
         adapters.load_(model, came)
-        there = products(model, batch, heard)
+        there = products(model, batch)
         moved = np.stack([there(q) for q in Q.T], axis=1)
     adapters.load_(model, here)
     return ritz(Q, HQ), float(np.linalg.norm(HQ - moved, 2))
 
 
-def products(model: Model, batch: Batch, heard: Callable[[], None] = lambda: None) -> Product:
-    """Return v -> H v for the loss of `batch` in all prompts: one forward, then a double backward each.
-
-    `heard()` is called before each of these, and may raise: a device may have to stop.
-    """
+def products(model: Model, batch: Batch) -> Product:
+    """Return v -> H v for the loss of `batch` in all prompts: one forward, then a double backward each."""
     parameters = prompts(model)
     gradients = torch.autograd.grad(loss_tensor(model, batch), parameters, create_graph=True)
     g = torch.cat([x.flatten() for x in gradients])

@@ -72,6 +72,7 @@ from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.exchange.server_rules import Tensors
 from fleetune.tuning.methods import OWN_DIRECTIONS, Reply, norm
 from fleetune.tuning.methods._adapter import check_targets
+from fleetune.tuning.methods._zeroth import MOST_SWEEPS
 
 KIND = "adapter"
 PAPER = "Xu et al., USENIX ATC 2024, arXiv 2308.13894"
@@ -183,6 +184,7 @@ class Method(methods.Method):
         tensors = {n: payload.array(n) for n in parameters}
         adapters.check_form(model, tensors)
         view = self.view(tensors, payload.int("seed"), payload.float("rate"), model.device)
+        view.limit(MOST_SWEEPS)
         seeds = payload.arrays.get("seeds", IDS)
         if seeds.dtype != np.uint64 or seeds.ndim != 1 or len(seeds) > MOST_SEEDS:
             raise MessageError(f"the seeds are {seeds.dtype} {list(seeds.shape)}, uint64 of one axis are")

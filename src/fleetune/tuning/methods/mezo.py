@@ -105,7 +105,7 @@ class Method(_zeroth.OfLedger):
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Take tau steps along fresh directions; reply with the integers that were stepped by."""
-        view, position = self.opened(model, payload, batches)
+        view, position = self.opened(model, payload)
         first = payload.int("step")
         steps = descend(
             model,

@@ -130,7 +130,7 @@ class Method(_zeroth.OfLedger):
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Measure n slopes at one point; then step by what is sent, as if this machine were alone."""
-        view, position = self.opened(model, payload, batches)
+        view, position = self.opened(model, payload)
         position.place(view)
         round = payload.int("round")
         ids = pool_ids(self.epoch(round), self.draw(round, payload.int("run_key"), key)).tolist()

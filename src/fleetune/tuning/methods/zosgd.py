@@ -54,7 +54,7 @@ class Method(mezo.Method):
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Do MeZO's round with every direction stored."""
-        view, _ = self.opened(model, payload, batches)
+        view, _ = self.opened(model, payload)
         with view.storing():
             return super().local(model, payload, batches, key, memory)
 

@@ -58,8 +58,6 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
         found = _Measured("words", words, [_turns(examples[i]) for i in chosen])
     names = _names(parts)
     sizes, whole = sorted(found.lengths) or [0], found.cut
-    training = {_content(examples[i]) for i in owner}
-    leaked = [i for i in held if _content(examples[i]) in training]
     return DataChecked(
         data=recipe.data,
         rows=len(examples),
@@ -81,8 +79,8 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
         rows_per_client=[len(part) for part in parts.clients],
         clients=names,
         labels=_labels(examples),
-        equal_training=len(owner) - len(training),
-        equal_held_out=len(leaked),
+        equal_training=len(owner) - len({examples[i].content for i in owner}),
+        equal_held_out=len(parts.trained_too()),
         samples=[
             RowShown(
                 row=i + 1,
@@ -92,13 +90,11 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
             )
             for i, (before, after) in zip(chosen, found.texts, strict=True)
         ],
-        remarks=_remarks(parts, len(owner), found, leaked, recipe.max_length),
+        remarks=_remarks(parts, len(owner), found, recipe.max_length),
     )
 
 
-def _remarks(
-    parts: Split, training: int, found: _Measured, leaked: Sequence[int], max_length: int
-) -> list[str]:
+def _remarks(parts: Split, training: int, found: _Measured, max_length: int) -> list[str]:
     rows = len(parts.examples)
     said = list(parts.notes)
     if found.cut:
@@ -109,20 +105,11 @@ def _remarks(
         said.append(f"the {rows:,} texts become {found.pieces:,} rows of at most max_length={max_length}")
     if unused := rows - training - len(parts.held):
         said.append(f"{counted(unused, 'row')} {'belongs' if unused == 1 else 'belong'} to no client")
-    if leaked:
-        shown = ", ".join(str(i + 1) for i in leaked[:5]) + (", .." if len(leaked) > 5 else "")
-        said.append(
-            f"{len(leaked):,} of {len(parts.held):,} held-out rows are trained on too (rows {shown}): "
-            "the held-out loss flatters"
-        )
+    said += parts.about_held()
     if small := sum(len(part) < 2 for part in parts.clients):
         has = "has" if small == 1 else "have"
         said.append(f"{small:,} of {counted(len(parts.clients), 'client')} {has} a single row")
     return said
-
-
-def _content(example: Example) -> tuple[object, ...]:
-    return example.messages, example.response, example.texts
 
 
 def _text(example: Example) -> str:

@@ -168,9 +168,10 @@ class TuneJob:
         return _asked(self.recipe, len(self.rows))
 
     def about_rows(self) -> list[str]:
-        """Say which rows are left out, and which are cut; [] where all are whole."""
-        rows = len(self.split.examples)
-        return encode.cut_remarks(self.split.notes, rows, self.dropped, self.cut, self.recipe.max_length)
+        """Say which rows are left out, which are cut, and which held-out ones are trained on too; [] for none."""
+        rows, parts = len(self.split.examples), self.split
+        found = encode.cut_remarks(parts.notes, rows, self.dropped, self.cut, self.recipe.max_length)
+        return [*found, *parts.about_held()]
 
     def about_time(self) -> list[str]:
         """Say how long the run takes, and what would make a long one shorter; [] where it was not estimated."""
@@ -297,6 +298,8 @@ def _divided(
     if not simulated:
         parts = replace(parts, clients=[])
     recipe = settled(recipe) if simulated else replace(settled(recipe), clients=recipe.clients)
+    if recipe.privacy != private.NONE:  # single clients are not measured
+        recipe = replace(recipe, client_rows=0)
     if clients := len(parts.clients) or recipe.clients:
         private.check(recipe, method, clients)
         check_aggregation(recipe, method, clients)

@@ -117,30 +117,32 @@ class Account:
     delta: float
     budget: float  # epsilon; infinity where only the noise was given
 
-    def spent(self, rounds: int) -> float:
-        """Return epsilon after so many rounds."""
-        return accountant.epsilon(self.privacy.noise, self.privacy.q, rounds * self.per_round, self.delta)
+    def spent(self, released: int) -> float:
+        """Return epsilon after so many rounds were released, or one of them again."""
+        return accountant.epsilon(self.privacy.noise, self.privacy.q, released * self.per_round, self.delta)
 
-    def rounds_within(self, rounds: int) -> int:
-        """Return how many of the rounds the budget allows."""
-        p, most = self.privacy, rounds * self.per_round
-        return accountant.releases_within(self.budget, p.noise, p.q, most, self.delta) // self.per_round
+    def rounds_within(self, rounds: int, released: int = 0) -> int:
+        """Return how many of the rounds the budget allows after so many that were released."""
+        p, most = self.privacy, (released + rounds) * self.per_round
+        allowed = accountant.releases_within(self.budget, p.noise, p.q, most, self.delta) // self.per_round
+        return max(0, allowed - released)
 
-    def promise(self, rounds: int) -> str:
-        """Return what is guaranteed after so many rounds."""
+    def promise(self, rounds: int, released: int) -> str:
+        """Return what is guaranteed after so many rounds, and so many releases of them."""
         what = "client" if self.level == CLIENT else "row"
         each = "" if self.per_round == 1 else f" of {counted(self.per_round, 'step')}"
         return (
-            f"epsilon {self.spent(rounds):.3g} at delta {self.delta:g} for adding or removing one {what}, after "
+            f"epsilon {self.spent(released):.3g} at delta {self.delta:g} for adding or removing one {what}, after "
             f"{counted(rounds, 'round')}{each}"
+            + (f" ({released} releases: a resume made some again)" if released > rounds else "")
         )
 
-    def statement(self, rounds: int) -> str:
+    def statement(self, rounds: int, released: int) -> str:
         """Return the whole guarantee, for the console, the cards and the ledger's head."""
         what = "clients" if self.level == CLIENT else "rows of the client with the fewest"
         return (
-            f"differential privacy: {self.promise(rounds)}; {what}: {self.privacy.text} ({accountant.version()}); held-out rows, "
-            "numbers of rows and settings are outside"
+            f"differential privacy: {self.promise(rounds, released)}; {what}: {self.privacy.text} ({accountant.version()}); "
+            "held-out rows, numbers of rows and settings are outside"
         )
 
 
@@ -182,7 +184,7 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
     if recipe.privacy == NONE:
         return recipe
     hidden = clients_of(job) if recipe.privacy == CLIENT else sum(_sizes(job))
-    recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"), client_rows=0)
+    recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"))
     if recipe.delta * hidden >= 1:
         raise RecipeError(
             [f"delta = {recipe.delta:g} must be below 1 / {hidden:,} rows: leave it out"], hint=PAGE
@@ -194,7 +196,8 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
         noise = recipe.noise or accountant.noise_for(recipe.epsilon, q, releases, recipe.delta)
     except ValueError as error:
         raise RecipeError([str(error)], hint="raise --epsilon, or lower --rounds") from error
-    if recipe.epsilon and accountant.epsilon(noise, q, plain.per_round, recipe.delta) > recipe.epsilon:
+    given = recipe.noise and recipe.epsilon
+    if given and accountant.epsilon(noise, q, plain.per_round, recipe.delta) > recipe.epsilon:
         raise RecipeError(
             [f"noise = {noise:g} spends more than epsilon = {recipe.epsilon:g} in the first round"],
             hint="leave --noise out: it follows from the budget",
@@ -232,14 +235,14 @@ def _measured(job: Job) -> Measuring:
     return measured
 
 
-def planned(job: Job) -> str:
-    """Return what a run is about to promise, for its header."""
+def planned(job: Job, done: int, released: int) -> str:
+    """Return what a run is about to promise, for its header: so many rounds are done, in so many releases."""
     found, rounds = account(job), job.recipe.rounds
     assert found is not None
-    allowed = found.rounds_within(rounds)
-    last = "" if allowed == rounds else f", after which the budget of {found.budget:g} is spent"
+    left = found.rounds_within(rounds - done, released)
+    last = "" if done + left == rounds else f", after which the budget of {found.budget:g} is spent"
     sampled = "" if found.privacy.q < 1 else "; no amplification by sampling"
-    return f"{found.promise(allowed)}{last} · {found.privacy.text}{sampled}"
+    return f"{found.promise(done + left, released + left)}{last} · {found.privacy.text}{sampled}"
 
 
 def clients_of(job: Job) -> int:

@@ -20,14 +20,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 from fleetune.common import settings
 from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
-from fleetune.data.partition import RowsSpec
+from fleetune.data.partition import RowsSpec, held_out_problem
 from fleetune.data.read_rows import looks_like_model, looks_like_rows
 from fleetune.errors import RecipeError, UsageError, suggest
 from fleetune.models.cache.names import hub_of
@@ -317,6 +317,13 @@ class Recipe:
     )
     answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
     threads: int = Field(default=0, ge=0, le=MOST_THREADS, description="processor threads (0: all)")
+
+    @field_validator("held_out")
+    @classmethod
+    def _held_out(cls, number: float) -> float:
+        if why := held_out_problem(number):
+            raise ValueError(why)
+        return number
 
 
 def fields() -> dict[str, tuple[Any, Any, str]]:

@@ -74,7 +74,7 @@ def _text_digest(parts: Iterable[Iterable[Example]]) -> str:
     for part in parts:
         sha.update(b"part")
         for row in part:
-            sha.update(repr((row.messages, row.response, row.texts)).encode("utf-8", "surrogatepass"))
+            sha.update(repr(row.content).encode("utf-8", "surrogatepass"))
     return sha.hexdigest()
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fleetune.common.files import PRIVATE, read_bytes, regular, storage_error, write_atomic
+from fleetune.common.hearing import hearing
 from fleetune.common.memory import give_back
 from fleetune.data import Batches
 from fleetune.errors import MessageError
@@ -44,12 +45,13 @@ def work(
     """Do what was `received`, for the client whose rows `batches` has; return its reply, and keep what it remembers.
 
     The method takes the message's arrays out of it, so that they need not be in memory as long as it works.
-    `on_step(client, step)` is called before every local step, and may raise.
+    `on_step(client, step)` is called before every local step and between the pieces of one, and may raise.
     """
     memory = memories.of(batches.client)
     batches.on_step = on_step
     give_back()  # what was done before: an evaluation, another client's work, the message's bytes
-    reply = method.local(model, received.payload, batches, key, memory)
+    with hearing(batches.heard):
+        reply = method.local(model, received.payload, batches, key, memory)
     memories.keep(batches.client, received.round, memory)
     give_back()  # what training leaves behind, so that the reply's bytes do not come on top of it
     return encode(Message(received.round, received.base, reply))

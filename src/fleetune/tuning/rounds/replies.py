@@ -88,7 +88,7 @@ class Replies:
         max_rows: int = 0,
         private: bool = False,
     ) -> None:
-        """With `private`, nothing that a client says of its rows is recorded."""
+        """With `private`, nothing that tells of a client's rows is recorded."""
         self.method, self.round, self.emit, self.private = method, round, emit, private
         self.kinds = method.kinds(round.state)
         self.kept: list[Kept] = []
@@ -158,7 +158,7 @@ class Replies:
         asked = self.round
         sent, spec = self.kinds[asked.kind(answer.client)]
         payload = check(decode(data), spec, round=asked.number, base=asked.base)
-        n = _rows_of(payload, asked.rows[answer.client], self.most)
+        n = _rows_of(payload, asked.rows[answer.client], self.most, self.private)
 
         def distance_with(rows: int) -> float:
             return self.method.distance(asked.state, sent, _reply(answer, payload, rows))
@@ -244,8 +244,8 @@ class Replies:
                 rss=rss(),
                 status=status,
                 reason=reason,
-                steps=answer.steps,
-                tokens=answer.tokens,
+                steps=None if self.private else answer.steps,
+                tokens=None if self.private else answer.tokens,
             )
         )
 
@@ -258,13 +258,17 @@ def _reply(answer: Answer, payload: Payload, n: int) -> Reply:
     return Reply(answer.client, answer.key, counting, payload.int("n"))
 
 
-def _rows_of(payload: Payload, rows: int, most: float) -> int:
+def _rows_of(payload: Payload, rows: int, most: float, private: bool) -> int:
     """Return how many rows a reply counts, 0 where none are sent; MessageError for more than the client is known to have."""
     claimed = payload.scalars.get("n")
     if not isinstance(claimed, int):
         return 0
     if claimed > rows:
-        raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
+        raise MessageError(
+            "reply claims more rows than the client has"
+            if private
+            else f"reply claims {claimed} rows, the client has {rows}"
+        )
     return int(min(claimed, most))
 
 

@@ -31,6 +31,7 @@ from fleetune.tuning.methods import Method
 from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.rounds.checkpoint import Course, StandsOn, Totals
 from fleetune.tuning.rounds.fleets import Fleet
+from fleetune.tuning.rounds.releases import Releases
 from fleetune.tuning.rounds.replies import Replies, Round
 from fleetune.tuning.rounds.watch import advice, noise_of
 
@@ -76,8 +77,7 @@ class RoundPlan:
     patience: int = 0  # evaluated rounds in a row without a better one after which the run ends; 0: never
     keep_best: bool = False  # whether the best evaluated round's state is the result
     max_rows: int = 0  # that a reply counts at most; 0: any number
-    budget: int | None = None  # rounds after which the privacy budget is spent; None: there is none
-    spent: Callable[[int], float] | None = None  # epsilon after so many rounds
+    releases: Releases | None = None  # of a run with differential privacy
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class Outcome(NamedTuple):
     round: int
     last: int
     course: Course
+    releases: int  # rounds that were released, those among them again that a resume has released again
 
 
 def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks) -> Outcome:
@@ -115,7 +116,7 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
     """
     last, state, totals, course = _start(run, fleet, state, plan, hooks)
     failures = 0
-    rounds = plan.rounds if plan.budget is None else min(plan.rounds, plan.budget)
+    rounds = plan.rounds if plan.releases is None else last + plan.releases.left(plan.rounds - last)
     for r in range(last + 1, rounds + 1):
         if plan.patience and course.stale >= plan.patience:
             break
@@ -135,7 +136,8 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
                 bytes_total=totals.bytes_up + totals.bytes_down,
                 seconds=round(seconds, 3),
                 rss=rss(),
-                report=method.report(new) | ({"epsilon": plan.spent(r)} if plan.spent else {}) or None,
+                report=method.report(new) | ({"epsilon": plan.releases.epsilon} if plan.releases else {})
+                or None,
             )
         )
         if r == rounds or (plan.eval_every and r % plan.eval_every == 0):
@@ -146,9 +148,11 @@ def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, 
         state, last = new, r
         _write(r, state, totals, plan, hooks, run, fleet, course)
         fleet.forget_before(r + 1 - KEEP)
+    released = plan.releases.count if plan.releases else 0
     if not plan.keep_best or course.best in (None, last):
-        return Outcome(state, totals, last, last, course)
-    return Outcome(checkpoint.best_state(run.path, course.best, state), totals, course.best, last, course)
+        return Outcome(state, totals, last, last, course, released)
+    best = checkpoint.best_state(run.path, course.best, state)
+    return Outcome(best, totals, course.best, last, course, released)
 
 
 def keep_best_of(lost: ModelLostError, run: RunDir, plan: RoundPlan) -> None:
@@ -179,8 +183,10 @@ def _start(
             checkpoint.read_best(run.path, best)
         return payload
 
-    totals = Totals()
-    if (saved := run.restore(usable, hooks.note)) is None:
+    totals, saved = Totals(), run.restore(usable, hooks.note)
+    if plan.releases is not None and (saved is None or not saved[0]):
+        plan.releases.check_left(plan.rounds)
+    if saved is None:
         if any(event["event"] == "round" for event in rundir.events(run.path)):
             hooks.note(f"{run.path} has no checkpoint left: the run begins anew")
         run.cut(-1)
@@ -236,11 +242,15 @@ def _played(
         kinds = of_two(kinds)
     middle = int(usual([fleet.rows[client] for client in chosen]))
     asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, middle)
-    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, plan.spent is not None) as replies:
+    with Replies(
+        method, asked, run, hooks.emit, plan.rule, plan.max_rows, plan.releases is not None
+    ) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
         messages = {client: coded[kind] for client, kind in kinds.items()}
         replies.gather(fleet.ask(r, chosen, messages, goal if len(chosen) > goal else 0))
         _check_model(replies, run, hooks)
+        if plan.releases is not None:
+            plan.releases.add()
         return _aggregated(method, replies, plan), replies
 
 
@@ -273,6 +283,12 @@ def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) ->
     A round fails when every client fails, or when most replies are not finite.
     """
     all_failed = replies.failed >= replies.asked > 0 and not replies.accepted
+    if plan.rule.privacy is not None:  # then no client's reply may decide whether there is another round
+        if all_failed:
+            log.warning(
+                "round %d: every client that was asked failed: %s", replies.round.number, replies.reason
+            )
+        return 0
     if not all_failed and not replies.mostly_not_finite:
         return before if not replies.accepted else 0
     if before + 1 >= min(PATIENCE, plan.rounds):

@@ -29,7 +29,7 @@ from fleetune.tuning.rounds.local_work import Memories, work
 log = logging.getLogger(__name__)
 
 
-class _ListenerError(Exception):
+class _ListenerError(BaseException):
     """Carries what `on_step` raised past the code that works for a client."""
 
     def __init__(self, original: BaseException) -> None:

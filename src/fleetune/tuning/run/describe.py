@@ -35,6 +35,7 @@ from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.defaults import given
 from fleetune.tuning.result import foundations
 from fleetune.tuning.rounds import watch
+from fleetune.tuning.rounds.releases import released
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob
@@ -85,8 +86,11 @@ def split_digest(clients: Sequence[np.ndarray], held: np.ndarray) -> str:
 
 
 def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
-    """Return the first event: who takes part with what; `rows` of every client, `params` the base model's weights."""
-    recipe, parts = job.recipe, job.split
+    """Return the first event: who takes part with what; `rows` of every client, `params` the base model's weights.
+
+    With privacy it tells of no client's rows.
+    """
+    recipe, parts, hidden = job.recipe, job.split, job.recipe.privacy != private.NONE
     if job.entry.kind == "ledger":
         tensors = [math.prod(shape) for _, shape, _ in moved_tensors(job.model)]
     else:
@@ -94,7 +98,7 @@ def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
     shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
     values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
     names = sorted({v for part in values for v in part})
-    few = 1 < len(names) <= 40
+    few = 1 < len(names) <= 40 and not hidden
     return TuneStart(
         method=recipe.method,
         model=recipe.model,
@@ -104,7 +108,7 @@ def start_event(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
         clients=len(rows),
         rounds=recipe.rounds,
         partition=recipe.partition,
-        rows_per_client=list(rows),
+        rows_per_client=[] if hidden else list(rows),
         held_out=len(job.held),
         column=shown if few else parts.column,
         counts={name: [part.count(name) for part in values] for name in names} if few else None,
@@ -150,10 +154,16 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
         ("data", f"{Path(recipe.data).name} · {_rows_words(job)} held out"),
         *(("rows", remark) for remark in job.about_rows()),
         ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{rule}"),
-        *([("privacy", private.planned(job))] if recipe.privacy != private.NONE else []),
+        *([("privacy", _promise(job, run.path))] if recipe.privacy != private.NONE else []),
         *([("time", job.estimate.text)] if job.estimate else []),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
+
+
+def _promise(job: TuneJob, run: Path) -> str:
+    """Return what a private run is about to promise, by the rounds and releases that it has behind it."""
+    done = max((round for round, _ in rundir.checkpoints(run)), default=0)
+    return private.planned(job, done, released(run))
 
 
 def _rows_words(job: TuneJob) -> str:

@@ -169,10 +169,11 @@ def _results(done: Mapping[str, Any]) -> str:
 
 def _data(run: Path, recipe: Recipe, start: Mapping[str, Any]) -> list[list[str]]:
     counts = [int(n) for n in start.get("rows_per_client", ())]
+    clients = counted(int(start.get("clients", 0)), "client")
     of = "their own rows of real devices" if _of_devices(run) else recipe.partition
     rows = [
         ["data of the server" if _of_devices(run) else "data", describe.public(recipe.data)],
-        ["training rows", f"{sum(counts):,} of {counted(len(counts), 'client')} ({of})"],
+        ["training rows", f"{f'{sum(counts):,}' if counts else 'those'} of {clients} ({of})"],
         ["held-out rows", f"{start.get('held_out', 0):,}"],
         ["tokens per row, max.", f"{recipe.max_length:,}"],
     ]
@@ -190,12 +191,14 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
     paper = f" ({known.paper})" if known and known.paper else ""
     settings = [[f"`{name}`", str(value)] for name, value in describe.settings_of(recipe).items()]
     rounds = done.get("rounds", recipe.rounds)
+    up, down = (done.get(f"bytes_{way}", 0) for way in ("up", "down"))
+    told = recipe.privacy != private.CLIENT  # else they tell how many clients took part
     return "\n\n".join(
         [
             f"{recipe.method}{paper}: {counted(rounds, 'round')}, {counted(int(start.get('clients', 0)), 'client')}, "
             f"share of the clients per round {recipe.participation:g}, seed {recipe.seed}, {recipe.dtype}; "
-            f"{start.get('trained', 0):,} of {start.get('params', 0):,} weights trained; "
-            f"uplink {human_bytes(done.get('bytes_up', 0))}, downlink {human_bytes(done.get('bytes_down', 0))} in all.",
+            f"{start.get('trained', 0):,} of {start.get('params', 0):,} weights trained"
+            + (f"; uplink {human_bytes(up)}, downlink {human_bytes(down)} in all." if told else "."),
             *(
                 ["Trained on real devices, which keep their rows."]
                 if of_devices

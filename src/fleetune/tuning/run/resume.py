@@ -29,7 +29,7 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished, foundations
 from fleetune.tuning.result.finished import TuneResult, read
-from fleetune.tuning.rounds import checkpoint
+from fleetune.tuning.rounds import checkpoint, releases
 from fleetune.tuning.run.run import ONE_AT_A_TIME, SIMULATED, Fleets, goes_on, tune
 
 SWEEP: Final = "sweep.toml"  # beside the runs of a sweep
@@ -59,6 +59,8 @@ def resume(
         listener.event(found.done)
         return found
     foundations.check_files(recipe, path)
+    if recipe.privacy != private.NONE:
+        releases.released(path)
     with ONE_AT_A_TIME, goes_on(path, fleets), RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)

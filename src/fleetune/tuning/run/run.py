@@ -40,6 +40,7 @@ from fleetune.tuning.rounds import rounds
 from fleetune.tuning.rounds.checkpoint import StandsOn
 from fleetune.tuning.rounds.fleets import Fleet, wanted
 from fleetune.tuning.rounds.local_work import Memories
+from fleetune.tuning.rounds.releases import Releases
 from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 from fleetune.tuning.rounds.watch import Watch
 from fleetune.tuning.run import describe, evaluation
@@ -179,6 +180,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     base = None if known else _base(job, run)
     params = model.n_params  # before a module is attached to it
     account = private.account(job)
+    releases = Releases(run, account.spent, account.rounds_within) if account else None
     rule = private.rule_of(job)
     first = _first(job, rule)
     fleet = fleets.make(job, run, listener, step)
@@ -199,8 +201,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.patience,
         recipe.keep == "best",
         recipe.max_rows,
-        account.rounds_within(recipe.rounds) if account else None,
-        account.spent if account else None,
+        releases,
     )
     hooks = rounds.Hooks(
         sitting.begin,
@@ -217,7 +218,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         rounds.keep_best_of(lost, run, plan)
         if lost.round:  # else there is only the base
             method.apply(model, lost.state)
-            save(job, run, lost.state, lost.round, lost.round + 1)
+            save(job, run, lost.state, lost.round, lost.round + 1, releases.count if releases else 0)
         raise
     method.apply(model, outcome.state)
     measured = sitting.measured if outcome.round == sitting.round else None

@@ -41,7 +41,7 @@ def finish(
     state, totals = outcome.state, outcome.totals
     tuned = evaluation.answer(job, run, "tuned", *measured)
     clients = _clients(job, run)
-    result = save(job, run, state, outcome.round, outcome.last)
+    result = save(job, run, state, outcome.round, outcome.last, outcome.releases)
     record = evaluation.read(run)
     if record["samples"]:
         run.write("samples.md", describe.samples_page(record), private=True)
@@ -109,7 +109,7 @@ def _about(
         words.append(word)
     words += describe.of_course(job, outcome, tuned)
     if account := private.account(job):
-        words.append(account.statement(outcome.last))
+        words.append(account.statement(outcome.last, outcome.releases))
     answered = min(job.recipe.rouge_rows, len(job.prompts)) or None
     return {
         "start": start,
@@ -122,10 +122,10 @@ def _about(
     }
 
 
-def save(job: TuneJob, run: RunDir, state: Any, round: int, played: int) -> dict[str, Any]:
+def save(job: TuneJob, run: RunDir, state: Any, round: int, played: int, released: int) -> dict[str, Any]:
     """Write the ledger or the adapter of a state; return the fields of the last event that say where, and what it is.
 
-    `round` is the state's; as many as `played` have spent privacy.
+    `round` is the state's; of a private run as many as `played` have spent privacy, in so many releases.
     """
     if job.entry.kind == "adapter":
         path = run.path / "adapter"
@@ -138,7 +138,7 @@ def save(job: TuneJob, run: RunDir, state: Any, round: int, played: int) -> dict
         digest, listed, more = models.digest(view.pieces()), path, {"entries": len(state.ledger)}
         ledger = state.ledger
         if account := private.account(job):
-            head = dataclasses.replace(ledger.head, privacy=account.statement(played))
+            head = dataclasses.replace(ledger.head, privacy=account.statement(played, released))
             ledger = dataclasses.replace(ledger, head=head)
         ledger.with_check(round, digest).save(path)
         size = path.stat().st_size

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write an export again from its source, and name the first place that differs: file, byte and tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from fleetune.common import sums
+from fleetune.deploy import export, targets
+from fleetune.deploy.targets import Target
+from fleetune.errors import ModelError, UsageError
+from fleetune.models.gguf import header
+from fleetune.runs import rundir
+from fleetune.runs.listener import Silent
+from fleetune.subject import Compressed, Run, Subject
+
+CHUNK: Final = 1 << 22  # bytes that are compared at a time
+SAFETENSORS: Final = ".safetensors"
+
+
+def written_again(path: Path, source: Subject, *, offline: bool) -> str:
+    """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs."""
+    nearest = Difference(-1, "")
+    for target, name in _ways(path, source):
+        with TemporaryDirectory() as place:
+            made = Path(place) / name
+            try:
+                export.export(source, target.name, made, None, Silent(), offline=offline)
+            except UsageError as error:
+                if isinstance(error, ModelError):
+                    raise
+                continue  # no target of this source
+            except FileExistsError:
+                continue
+            found = difference(path, made)
+        if not found.words:
+            return target.name
+        nearest = max(nearest, found)
+    if not nearest.words:
+        raise UsageError(
+            f"{source.argument} is exported as nothing like {path}",
+            hint="name what it was made from: --from RUN, COMPRESSION or MODEL",
+        )
+    raise ModelError(
+        f"{nearest.words}: {source.argument} gives something else",
+        hint="export it again; a file that was renamed holds its first name: give it that",
+    )
+
+
+def _ways(path: Path, source: Subject) -> list[tuple[Target, str]]:
+    """Return the targets that `path` may be of, with the name that the file had: one where its own name tells."""
+    if isinstance(source, Run):
+        home, stem = source.folder, ""
+    else:
+        home, stem = (
+            (source.home, "") if isinstance(source, Compressed) else (Path("."), rundir.of_model(source.name))
+        )
+    able = [
+        target
+        for target in targets.every().values()
+        if target.suffix == ("" if path.is_dir() else path.suffix)
+        and (target.takes != "codes" or isinstance(source, Compressed))
+        and (target.takes != "adapter" or isinstance(source, Run))
+    ]
+    usual = {target.name: target.place(home, stem).name for target in able}
+    if named := [target for target in able if usual[target.name] == path.name]:
+        return [(target, path.name) for target in named]
+    names = {path.name} if path.is_dir() else {path.name, *usual.values()}
+    own = header.read(path).values.get("general.name") if path.suffix == export.GGUF else None
+    names = {name for name in names if name == path.name or Path(name).stem == own}
+    return [(target, name) for name in sorted(names, key=lambda name: name != path.name) for target in able]
+
+
+class Difference(NamedTuple):
+    """How far two exports agree, and the first place where they differ ("" for none)."""
+
+    equal: int  # bytes
+    words: str
+
+
+def difference(path: Path, made: Path) -> Difference:
+    """Compare a file or folder with the one that was `made` again.
+
+    A folder's README.md is left out, since people write in it.
+    """
+    if not made.is_dir():
+        return _of_bytes(path, made)
+    names = [{p.name for p in folder.iterdir() if p.name not in sums.LEFT_OUT} for folder in (path, made)]
+    if odd := sorted(names[0] ^ names[1]):
+        return Difference(0, f"{path / odd[0]} is {'missing' if odd[0] in names[1] else 'not of it'}")
+    found = [_of_bytes(path / name, made / name) for name in sorted(names[0])]
+    return Difference(
+        sum(each.equal for each in found), next((each.words for each in found if each.words), "")
+    )
+
+
+def _of_bytes(path: Path, made: Path) -> Difference:
+    at = 0
+    with path.open("rb") as one, made.open("rb") as other:
+        while True:
+            a, b = one.read(CHUNK), other.read(CHUNK)
+            if a != b:
+                n = min(len(a), len(b))
+                unequal = np.flatnonzero(np.frombuffer(a, np.uint8, n) != np.frombuffer(b, np.uint8, n))
+                at += int(unequal[0]) if len(unequal) else n
+                return Difference(at, f"{path} differs in byte {at:,}, {_place(made, at)}")
+            if not a:
+                return Difference(at, "")
+            at += len(a)
+
+
+def _place(path: Path, at: int) -> str:
+    """Say what lies at a byte of a whole file: a tensor, or the head."""
+    for name, start, end in _tensors(path):
+        if start <= at < end:
+            return f"in {name}"
+    return "in its head" if path.suffix in (export.GGUF, SAFETENSORS) else "in its text"
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, int, int]]:
+    if path.suffix == export.GGUF:
+        for tensor in header.read(path).tensors:
+            yield tensor.name, tensor.offset, tensor.offset + tensor.size
+    elif path.suffix == SAFETENSORS:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            head: Mapping[str, Any] = json.loads(file.read(size))
+        for name, entry in head.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                yield name, 8 + size + start, 8 + size + end
