@@ -298,3 +298,44 @@ def test_rows_are_drawn_each_by_itself(rows: tuple[Model, Any]) -> None:
     sizes = [b.drawn.rows for b in Batches(encoded, 0, 1, private=Privacy(1.0, 1.0, 0.2, 5)).steps(400, 1)]
     assert {0, 1, 2} <= set(sizes)
     assert np.mean(sizes) == pytest.approx(1.0, abs=5 * math.sqrt(5 * 0.16 / 400))
+
+
+# Secure sums --------------------------------------------------------------------------------------------
+
+
+def test_a_run_under_secure_sums_adds_up_what_nobody_sees(tiny: str) -> None:
+    """Its record has neither rows nor losses of a client; without a budget it repeats to the same bits."""
+    runs = [tuned(tiny, privacy="sealed", epsilon=0.0, clients=4, clip_norm=1e4) for _ in range(2)]
+    assert runs[0].digest == runs[1].digest
+    replies = [e for e in rundir.events(runs[0].folder) if e["event"] == "client"]
+    assert len(replies) == 8
+    assert {(e["n"], e["loss"], e["status"]) for e in replies} == {(None, None, "ok")}
+    head = runs[0].ledger().head
+    assert "secure sum of 3 of 4 or more" in head.aggregation
+
+
+def test_a_secure_sum_with_a_budget_promises_what_the_servers_noise_does(tiny: str) -> None:
+    run = tuned(tiny, privacy="sealed")
+    recipe = recipes.make(recipes.read(run.folder / "run.toml"))
+    spent = [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
+    assert spent[-1] <= 8 < 1.02 * spent[-1] + 0.1
+    assert by_renyi(recipe.noise, 1.0, 2, recipe.delta) >= spent[-1]
+    assert "secure sum of 8 of 12 or more" in run.ledger().head.privacy
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"clients": 2, "epsilon": 0.0}, "adds up 3 clients or more"),
+        ({"clients": 9}, "lost in the noise"),
+        ({"participation": 0.5}, "the server's to keep"),
+        ({"aggregation": "median"}, "compares single replies"),
+        ({"quorum": 3}, "whether others count"),
+        ({"method": "fwdllm"}, "directions of its own"),
+    ],
+)
+def test_what_a_secure_sum_cannot_be_is_said_before_work(
+    tiny: str, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        fleetune.tune(tiny, "demo", **SMALL | {"method": "fedkseed", "privacy": "sealed"} | options)
