@@ -161,7 +161,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'fleet.rewind(last)', 'fleet.rewind(last + 1)',
            'contract/test_contract.py -k beyond'),
     Mutant('tuning/methods/mezo.py', 'Method.aggregate',
-           'combined.add(float(reply.payload.int("n")), {"c": reply.payload.array("c")})', 'combined.add(1.0, {"c": reply.payload.array("c")})',
+           'combined.add(float(reply.payload.int("n")), self.moved(sent, reply))', 'combined.add(1.0, self.moved(sent, reply))',
            'contract/test_contract.py -k mezo'),
     Mutant('tuning/rounds/checkpoint.py', 'StandsOn.differences',
            'if now.recipe.get(name) != value', 'if False',

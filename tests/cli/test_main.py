@@ -69,7 +69,10 @@ TOLD = {  # command line: exit code, words on stdout or stderr
     "tune m rows.jsonl --lr=1e-4": (2, "fleetune tune --help; a setting of the method: --set NAME=VALUE"),
     "tune m rows.jsonl more.jsonl": (2, "unknown argument 'more.jsonl'"),
     "tune m rows.jsonl --round 1": (2, "unknown argument '--round'. Did you mean '--rounds'?"),
-    "eval latest --data rows.jsonl": (2, "unknown argument '--data': DATA is given without an option"),
+    "eval latest --data rows.jsonl": (
+        2,
+        "unknown argument '--data': DATA is given without an option\n  try:",
+    ),
     "measure --model=m latest": (2, "'--model=m': FOLDER|RUN|MODEL is given without an option"),
     "eval m --limit 1,000": (2, "--limit: invalid int value: '1,000'"),
     "tune m rows.jsonl --dtype bfloat16": (2, "is none of fp32, bf16, fp16. Did you mean 'bf16'?"),

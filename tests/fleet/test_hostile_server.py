@@ -34,7 +34,7 @@ from fleetune.compression.layerwise.experts import parameters_of
 from fleetune.compression.layerwise.federated import from_lower_triangle
 from fleetune.data.encode import digest, encode_rows
 from fleetune.errors import DataError, Interrupted, LedgerError, MessageError, StorageError
-from fleetune.fleet import eval_device, eval_server, result
+from fleetune.fleet import calibration_device, eval_device, eval_server, result
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import MARK, DeviceState
 from fleetune.fleet.door import Door
@@ -751,7 +751,7 @@ def stops_at(device: Worker, number: int, what: str, content: bytes, round: int 
         ask(device, what, content, round)
 
 
-FORWARD: dict[str, Any] = {"method": "fwdllm", "set": {"r": 2, "P": 2, "batch_size": 4}}
+FORWARD: dict[str, Any] = {"method": "fwdllm", "set": {"r": 2, "P": 1, "batch_size": 2}}
 
 
 @pytest.mark.parametrize("objective", ["loss", "accuracy", "rouge_l"])
@@ -809,6 +809,16 @@ def test_a_stop_is_heard_between_the_windows_of_a_calibration(place: Path) -> No
     assert decode(ask(device, "begin", begin).body).payload.int("windows") == windows
     assert heard_of(device, "block", b"") == windows
     stops_at(device, windows // 2, "block", b"", 0)
+
+
+def test_a_device_has_so_many_windows_at_most(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved()
+    monkeypatch.setattr(calibration_device, "MOST", 200)
+    device = worker(calibrate=True)
+    assert take(device, task="calibrate", result=result.digest_of(ADAPTER)).what == "ready"
+    began = ask(device, "begin", body({"windows": 400, "length": 1, **result.packed(ADAPTER)}))
+    assert decode(began.body).payload.int("windows") == 200
+    assert decode(ask(device, "block", b"").body).payload.int("tokens") == 200
 
 
 def test_a_stop_is_heard_while_rows_are_read_and_encoded(

@@ -4,31 +4,37 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from deploy_harness import compressed, tiny
 from devices_harness import write_rows
+from pydantic import ValidationError
 
 from fleetune import data, models
 from fleetune.common.display import human_bytes
 from fleetune.data import Batches
 from fleetune.data.encode import encode_rows
 from fleetune.deploy.export import write as export
-from fleetune.errors import FitError, FleetError
+from fleetune.errors import FitError, FleetError, MessageError
 from fleetune.evaluation.losses import pad_id
-from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
+from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply, Secure
 from fleetune.fleet.worker import ANSWER, Brings, Worker, fitting_kinds
 from fleetune.models import loading
 from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
+from fleetune.privacy import accountant
+from fleetune.privacy.secagg import SEALED as SHARES
+from fleetune.privacy.secagg import Member
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
-from fleetune.tuning.exchange.messages import Message, decode, encode
+from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.rounds.local_work import Memories, work
 
 SET = {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}
@@ -383,3 +389,105 @@ def test_a_run_of_blocks_maps_the_devices_file_and_one_without_any_is_refused_at
     other = make_worker(place, tmp_path / "b")
     assert take(other, dataclasses.replace(job, base=plain)).what == "refused"
     assert "no scales" in other.ended
+
+
+# Secure sums --------------------------------------------------------------------------------------------
+
+SUM = Secure(4, 3, 1e3, 0.0, 0.001)
+
+
+def summed(job: Job, **more: float) -> Job:
+    settings = {name: value for name, value in SET.items() if name != "scaffold"}
+    return dataclasses.replace(job, set=settings, secure=dataclasses.replace(SUM, **more))
+
+
+def ask(worker: Worker, what: str, arrays: dict[str, np.ndarray], round: int = 1) -> Reply:
+    body = encode(Message(round, b"", Payload(arrays)))
+    return Reply.decode(worker.answer(Order(what, round, 0, body=body).encode()))  # type: ignore[arg-type]
+
+
+BEGIN = {"attempt": np.arange(16, dtype=np.uint8)}
+
+
+def test_its_reply_to_a_secure_sum_never_leaves_it(place: Path, worker: Worker, job: Job) -> None:
+    job = summed(job)
+    assert take(worker, job).what == "ready"
+    reply = Reply.decode(worker.answer(Order("work", 1, 0, 7, message(place, job, 1)).encode()))
+    said = decode(reply.body).payload
+    assert (reply.what, said.arrays, said.scalars) == ("done", {}, {})
+    announced = ask(worker, "keys", BEGIN)
+    others = {v: Member(v, 3, b"", b"").keys() for v in (1, 2, 3)}
+    told = np.array(sorted(others), np.uint32)
+
+    def table(parts: dict[int, bytes]) -> np.ndarray:
+        return np.frombuffer(b"".join(parts[v] for v in sorted(parts)), np.uint8).reshape(len(parts), -1)
+
+    assert (announced.what, ask(worker, "shares", {"of": told, "rows": table(others)}).what) == (
+        "done",
+        "done",
+    )
+    few = {
+        "of": told[:1],
+        "rows": np.zeros((1, SHARES), np.uint8),
+    }  # the server says that nobody else has shared
+    assert ask(worker, "masked", few).code == "order"
+    alone = {"of": np.array([0], np.uint32)}
+    assert ask(worker, "reveal", alone).code == "order"
+    again = make_worker(place, worker.state)  # it is restarted, and is still in the sum
+    take(again, job)
+    assert ask(again, "keys", BEGIN).body == announced.body
+
+
+def test_an_open_run_has_no_sums_to_ask_for(worker: Worker, job: Job) -> None:
+    take(worker, job)
+    assert ask(worker, "keys", BEGIN).code == "order"
+
+
+@pytest.mark.parametrize(
+    ("brings", "sum", "code"),
+    [
+        ({"least": 3}, None, "no-sum 3"),
+        ({"least": 5}, SUM, "no-sum 5"),
+        ({"epsilon": 8.0}, SUM, "no-noise"),
+        ({"epsilon": 8.0}, None, "no-sum 3"),
+    ],
+)
+def test_a_device_takes_part_in_the_sums_that_it_was_told_alone(
+    place: Path, tmp_path: Path, job: Job, brings: dict[str, float], sum: Secure | None, code: str
+) -> None:
+    declined = take(make_worker(place, tmp_path, **brings), dataclasses.replace(summed(job), secure=sum))
+    assert (declined.what, declined.code) == ("refused", code)
+
+
+def test_a_device_counts_its_own_budget_over_all_runs(place: Path, tmp_path: Path, job: Job) -> None:
+    """Two rounds of multiplier 2 are one of 2 / sqrt 2: the third would be beyond epsilon 2.3, in whichever run."""
+    worker, job = make_worker(place, tmp_path, epsilon=2.3), summed(job, noise=2.0)
+    spent = [accountant.epsilon(2 / math.sqrt(n), 1.0, 1, 0.001) for n in (1, 2, 3)]
+    assert spent[1] < 2.3 < spent[2]
+    take(worker, job)
+    done = [
+        Reply.decode(worker.answer(Order("work", r, 0, r, message(place, job, r)).encode())) for r in (1, 2)
+    ]
+    assert [reply.what for reply in done] == ["done", "done"]
+    fresh = make_worker(place, tmp_path, epsilon=2.3)
+    take(fresh, dataclasses.replace(job, run="e" * 32))
+    refused = Reply.decode(fresh.answer(Order("work", 1, 0, 9, message(place, job, 1)).encode()))
+    assert (refused.what, refused.code) == ("failed", "budget")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"least": 2},
+        {"clients": 6},
+        {"clients": 2},
+        {"clip": 0.0},
+        {"clip": math.inf},
+        {"noise": -1.0},
+        {"noise": 1e-9},
+        {"delta": 0.5},
+    ],
+)
+def test_a_secure_sum_that_hides_nothing_is_no_job(odd: dict[str, float]) -> None:
+    with pytest.raises((MessageError, ValidationError)):
+        dataclasses.replace(SUM, **odd)

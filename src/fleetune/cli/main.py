@@ -78,13 +78,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if unknown:
         sub = _by_name(parser)[args.command]
         flags = [flag for action in sub._actions for flag in action.option_strings]
+        said = [word for word in unknown if word.startswith("-")] or unknown  # a word after one is its value
         words_of = {
             f"--{word.lower()}": str(action.metavar)
             for action in sub._actions
             for word in str(action.metavar).split("|")
             if not action.option_strings
         }
-        told = (_of_unknown(word, word.partition("=")[0], words_of, flags) for word in unknown)
+        told = (_of_unknown(word, word.partition("=")[0], words_of, flags) for word in said)
         setting = "; a setting of the method: --set NAME=VALUE" if "--set" in flags else ""
         raise UsageError("\n  ".join(told), hint=f"fleetune {command} --help{setting}")
     return args

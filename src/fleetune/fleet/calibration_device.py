@@ -52,6 +52,7 @@ ASKED: Final = frozenset(
     {"windows", "length"} | {result.FILE + name for name in result.FILES}
 )  # in the order `begin`
 LONGEST: Final = 1 << 17  # tokens of a window
+MOST: Final = 1 << 14  # windows
 
 
 class Calibration:
@@ -96,7 +97,7 @@ class Calibration:
             raise MessageError(f"the order to calibrate holds {odd[0]!r:.60}, which is no part of one")
         if count < 1 or not 1 <= length <= LONGEST:
             raise MessageError(f"{count} windows of {length} tokens were asked for")
-        count = min(count, sum(len(row.ids) for row in self.rows) // length)
+        count = min(count, MOST, sum(len(row.ids) for row in self.rows) // length)
         if count * length < (least := self.least_tokens()):
             raise Declined("few-tokens", least)
         return count, length
@@ -149,9 +150,8 @@ class Calibration:
     @cached_property
     def _windows(self) -> Tensor:
         """The device's calibration windows, int64 [n, length]; DataError when its rows do not fill one."""
-        payload = decode((self.folder / BEGIN).read_bytes()).payload
-        ids = [np.asarray(row.ids) for row in self.rows]
-        return driver.windows(ids, payload.int("length"), payload.int("windows"))
+        count, length = self._checked(decode((self.folder / BEGIN).read_bytes()).payload)
+        return driver.windows([np.asarray(row.ids) for row in self.rows], length, count)
 
     @cached_property
     def _stream(self) -> HiddenStates:

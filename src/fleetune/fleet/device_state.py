@@ -5,6 +5,7 @@
       secret                       32 random bytes, for the owner alone
       calibrated.json              which result on which windows of which rows this device has calibrated, and by which blocks
       measured.json                what it has measured, and at which length and with which labels of which rows
+      privacy.json                 what has been spent of its privacy budget
       run-3f2a../                  what belongs to a run: memories, result/, calibration/
 
 A folder in a run's is emptied and removed only where it has `MARK`, the file with which it was made here.
@@ -23,11 +24,13 @@ from typing import Any, Final
 from fleetune.common.files import PRIVATE, read_bytes, read_json, storage_error, write_atomic
 from fleetune.errors import StorageError
 from fleetune.fleet.orders import Declined, Job
+from fleetune.privacy import accountant
 
 MARK: Final = ".fleetune-device"
 SECRET: Final = "secret"
 CALIBRATED: Final = "calibrated.json"
 MEASURED: Final = "measured.json"
+PRIVACY: Final = "privacy.json"
 MOST_MEASUREMENTS: Final = 16  # of the same rows, the one of the base included
 RUNS: Final = 64  # whose folders may lie there
 
@@ -134,6 +137,20 @@ class DeviceState:
         if len(known) > MOST_MEASUREMENTS:
             raise Declined("measured", MOST_MEASUREMENTS, hint=hint)
         write_atomic(file, json.dumps({"rows": before["rows"], "known": sorted(known)}), mode=PRIVATE)
+
+    def spend(self, noise: float, delta: float, budget: float) -> float:
+        """Count a reply in the sum of a round with noise of this multiplier; return epsilon so far, of all runs (0: no budget).
+
+        Gaussian releases of multipliers z_i are one of (sum z_i^-2)^(-1/2), exactly.  Declined, and nothing counted, where that
+        is more than the budget.
+        """
+        file = self.folder / PRIVACY
+        spent = (_noted(file, spent=float)["spent"] if file.exists() else 0.0) + noise**-2
+        epsilon = accountant.epsilon(spent**-0.5, 1.0, 1, delta) if budget else 0.0
+        if epsilon > budget:
+            raise Declined("budget", hint=f"raise --epsilon; what was spent is in {file}")
+        write_atomic(file, json.dumps({"spent": spent}), mode=PRIVATE)
+        return epsilon
 
 
 def _noted(file: Path, **kinds: type) -> dict[str, Any]:

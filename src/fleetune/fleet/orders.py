@@ -6,6 +6,7 @@ method sends travel inside, as they would in a simulated fleet, so that traffic 
 
     server -> device    job      all that the device needs to know of the run, once a session
                         work     a round's message, for this client
+                        keys, shares, masked, reveal    the steps of a secure sum (`tuning/rounds/sealed.py`)
                         eval     the run's result, to be measured on the device's held-out rows
                         begin    the run's result, to be calibrated on the device's training rows
                         block    the compressed block before this one: the sums of this one are wanted
@@ -48,13 +49,15 @@ from fleetune.errors import (
     cut_reason,
 )
 from fleetune.models.cache import names
+from fleetune.privacy.mechanism import Sealed
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar, decode, encode
 from fleetune.tuning.recipe.recipe import Recipe, label_words, problem_text
+from fleetune.tuning.rounds.fleets import STEPS, Step
 
 T = TypeVar("T")
 
 TASKS: Final[Mapping[str, tuple[str, ...]]] = {  # and the orders that belong to each
-    "tune": ("work",),
+    "tune": ("work", *STEPS),
     "eval": ("eval",),
     "calibrate": ("begin", "block"),
 }
@@ -99,7 +102,26 @@ Trained = Annotated[str, Field(pattern="^(weights|scales)$")]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 Kept = tuple[Annotated[int, Field(ge=-1, lt=1 << 31)], Crc]
 
+What = Literal["job", "work", Step, "eval", "begin", "block", "end"]
+
 EXACT: Final = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True, config=EXACT)
+class Secure:
+    """How the replies of a run are added up without being seen: what each device does to its own."""
+
+    clients: Annotated[int, Field(ge=3, le=1 << 16)]  # N
+    least: Annotated[int, Field(ge=3, le=1 << 16)]  # vectors of a sum
+    clip: Annotated[float, Field(gt=0, le=1e15)]  # C, L2
+    noise: Annotated[float, Field(ge=0, le=1e6)]  # z, multiplier of the sum's noise; 0: none
+    delta: Annotated[float, Field(ge=0, le=0.01)]
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if not self.least <= self.clients < 2 * self.least or 0 < self.noise < 1e-3:
+            raise MessageError("the job's secure sum is none that keeps single replies hidden")
+        return self
 
 
 @dataclass(frozen=True, config=EXACT)
@@ -120,6 +142,7 @@ class Job:
         ""  # SHA-256 of the ledger, or of the adapter's SHA256SUMS, that is measured or calibrated
     )
     train: Trained = "weights"  # of a GGUF file
+    secure: Secure | None = None  # where the server sees sums of replies alone
     format: Literal[1] = 1
 
     @model_validator(mode="after")
@@ -127,6 +150,13 @@ class Job:
         if not self.method and self.task != "eval":
             raise MessageError(f"the job is not as agreed: one to {self.task} names no method")
         return self
+
+    @property
+    def sealed(self) -> Sealed | None:
+        """Return how a device's replies are added up; None where the server sees each."""
+        if (s := self.secure) is None:
+            return None
+        return Sealed(s.clip, s.noise, 1.0, s.clients, s.least)
 
     def to_json(self) -> str:
         """Return the job as one text."""
@@ -148,6 +178,13 @@ class Job:
         return _read(_JOB, text, "the job")
 
 
+def secure_of(sealed: Sealed | None, delta: float) -> Secure | None:
+    """Return what devices are told of a run's secure sums; None where it has none."""
+    if sealed is None:
+        return None
+    return Secure(sealed.N, sealed.least, sealed.clip, sealed.noise, delta)
+
+
 def is_path(model: str) -> bool:
     """Whether a job's model is no name that a device could fetch: a path on the server."""
     return not names.can_be_fetched(model)
@@ -164,7 +201,7 @@ def job_of(recipe: Recipe, run: str, base: str, **other: Any) -> Job:
 class Order:
     """What the server wants of a device."""
 
-    what: Literal["job", "work", "eval", "begin", "block", "end"]
+    what: What
     round: Count = 0
     client: Count = 0
     key: Key = 0  # of the client's work in this round
@@ -325,6 +362,7 @@ WORDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "battery": "it runs on its battery",
         "busy": "other programs take {} % of its processors",
+        "budget": "its own privacy budget is spent: it takes no part in more",
         "calibrated": "it has calibrated one compression on {} windows of {} tokens, and gives no other sums",
         "fault": "its work ended in an error; its console says which",
         "few-tokens": "sums over so few tokens could give its rows away; it makes none over fewer than {}",
@@ -335,6 +373,8 @@ WORDS: Final[Mapping[str, str]] = MappingProxyType(
         "no-calibration": "it takes no part in calibrations: fleetune fleet join .. --calibrate",
         "no-data": "it was not told which rows it has: start the SuperNode with --node-config \"data='FILE'\"",
         "no-evaluation": "it takes no part in evaluations: join with the --held-out that it trained with, or --eval-data FILE",
+        "no-sum": "it takes part in secure sums alone, of {} devices or more",
+        "no-noise": "it takes part in sums with noise alone: fleetune fleet serve .. --privacy sealed --epsilon E",
         "no-job": "it has no job yet; does another process use its key?",
         "order": "it was sent something that it does not obey; its console says more",
         "remembers": "it no longer has what it kept in round {}; its console says more",

@@ -25,7 +25,7 @@ from fleetune.fleet.link import Link, answer_in
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
 from fleetune.fleet.table import Devices, apart
 from fleetune.seeds.noise import derive
-from fleetune.tuning.rounds.fleets import ONE, Answer, Fleet, Wanted, outrun
+from fleetune.tuning.rounds.fleets import ONE, Answer, Fleet, Step, Wanted, outrun
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,11 @@ class RemoteFleet(Fleet):
         self._asking: Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
         self._declined = set[int]()  # clients that declined when they were last asked
+
+    @property
+    def run(self) -> str:
+        """Return the number of the run, as its devices know it."""
+        return self.job.run
 
     # What every fleet has ---------------------------------------------------------------------------------
 
@@ -155,6 +160,13 @@ class RemoteFleet(Fleet):
             c: self._work(round, c, message if isinstance(message, bytes) else message[c]) for c in clients
         }
         return self._given(Asking(round, orders, goal))
+
+    def exchange(
+        self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
+    ) -> Iterator[Answer]:
+        """Send each client its own message in a step of a secure sum."""
+        orders = {c: Order(step, round, c, body=body) for c, body in bodies.items()}
+        return self.give(orders, room=max(ROOM, 2 * room))
 
     def give(self, orders: Mapping[int, Order], *, at_once: int = 0, room: int = 0) -> Iterator[Answer]:
         """Yield the answers to these orders, by client and of one round, as they come.

@@ -25,14 +25,13 @@ from fleetune.fleet.audit import Audit
 from fleetune.fleet.door import Door
 from fleetune.fleet.http_server import Address
 from fleetune.fleet.keys import PublicKey
-from fleetune.fleet.orders import Job, is_path, job_of
+from fleetune.fleet.orders import Job, is_path, job_of, secure_of
 from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning.prepare import prepare
-from fleetune.tuning.prepare.private import CLIENT
+from fleetune.tuning.prepare import prepare, private
 from fleetune.tuning.recipe import defaults
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds.fleets import ONE, Fleet, Wanted, wanted
@@ -211,10 +210,15 @@ class Served:
                 f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
             )
         devices = Devices(run.path)
-        told = job_of(job.recipe, devices.run, job.model.digest)
+        told = job_of(
+            job.recipe,
+            devices.run,
+            job.model.digest,
+            secure=secure_of(private.sealed_of(job), job.recipe.delta),
+        )
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
         kinds = wanted(job.method, job.recipe.kinds)
-        apart = job.recipe.privacy == CLIENT
+        apart = job.recipe.privacy in private.BY_CLIENT
         return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds, apart)
 
     def gather(

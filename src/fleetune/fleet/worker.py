@@ -4,6 +4,7 @@
     state/
       run-3f2a../client-000002.round-000005.ckpt     what the method remembers here
       run-3f2a../result/, calibration/               a result that is measured or compressed
+      run-3f2a../sum.ckpt                            what the device holds for a round's secure sum
       answer                                         the last answer: given again when its order comes again
       secret, calibrated.json                        as `device_state.py` has it
 
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+import numpy as np
 import torch
 
 from fleetune import models
@@ -81,13 +83,16 @@ from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.prepare import usual_threads
+from fleetune.tuning.rounds.fleets import STEPS
 from fleetune.tuning.rounds.local_work import Memories, work
+from fleetune.tuning.rounds.sealed import FILE, Participant
 
 log = logging.getLogger(__name__)
 
 ANSWER: Final = "answer"
 PASSES: Final = 100  # over its rows that a device makes in a round, at most
 MEMORIES: Final = 16  # rounds that it remembers, at most
+FEWEST: Final = 3  # devices in a secure sum
 FEW: Final = 256  # rows: a device that has fewer does as many passes as one with so many
 
 
@@ -106,6 +111,10 @@ class Brings:
     columns: str = ""  # which columns of the rows are which
     base: str = "auto"  # where the base's weights are, as in `models.load`
     calibrate: bool = False  # whether sums over its rows may leave it
+    least: int = (
+        0  # replies in a secure sum, the only thing that its own leave in; 0: the server may see them
+    )
+    epsilon: float = 0.0  # its own privacy budget, over all runs; 0: none
 
     def part(self, held_out: int) -> str:
         """Return what a device with so many held-out rows takes part in, and in what it does not."""
@@ -114,8 +123,13 @@ class Brings:
             if held_out
             else "measures no result (--held-out)"
         )
+        trains = "trains on its rows"
+        if self.least or self.epsilon:
+            trains += f", for secure sums of {max(FEWEST, self.least)} devices or more alone"
+        if self.epsilon:
+            trains += f" and up to epsilon {self.epsilon:g}"
         sums = "gives sums over its rows for calibration" if self.calibrate else "gives no sums (--calibrate)"
-        return f"trains on its rows, {measures}, {sums}"
+        return f"{trains}, {measures}, {sums}"
 
     def divided(self, note: Callable[[str], None] = log.info) -> tuple[Sequence[Example], Sequence[Example]]:
         """Return (training rows, held-out rows); DataError as in `eval_device.divided`."""
@@ -263,7 +277,8 @@ class Worker:
         told = [f"{human_time(seconds)}", f"{human_bytes(len(body))} to send", f"memory {human_bytes(rss())}"]
         if isinstance(loss := decode(body).payload.scalars.get("loss"), float):
             told.insert(0, f"loss {show('loss', loss)}")
-        self.note(f"{_title(order, loaded.job.rounds)}: {' · '.join(told)}")
+        if order.what not in STEPS:
+            self.note(f"{_title(order, loaded.job.rounds)}: {' · '.join(told)}")
         return Reply("done", order.nonce, order.round, body, kept, seconds, rss()).encode()
 
     def _bounded(self) -> AbstractContextManager[None]:
@@ -278,7 +293,38 @@ class Worker:
         received = decode(order.take())
         if received.round != order.round:
             raise MessageError(f"the message is of round {received.round}, the order of {order.round}")
-        return work(loaded.method, loaded.model, batches, order.key, received, loaded.memories, self.on_step)
+        hold = self._hold if loaded.job.secure else None
+        return work(
+            loaded.method, loaded.model, batches, order.key, received, loaded.memories, self.on_step, hold
+        )
+
+    def _hold(self, round: int, moves: Mapping[str, np.ndarray]) -> None:
+        """Keep how far a reply moves each number for a secure sum, and count it in the device's own budget."""
+        assert self.loaded is not None
+        job, sealed = self.loaded.job, self.loaded.job.sealed
+        assert sealed is not None
+        assert job.secure is not None
+        if sealed.noise:
+            spent = self.own.spend(sealed.noise, job.secure.delta, self.brings.epsilon)
+            if self.brings.epsilon:
+                self.note(
+                    f"privacy: epsilon {spent:.3g} of {self.brings.epsilon:g} at delta {job.secure.delta:g}"
+                )
+        self._participant(self.loaded).hold(round, sealed.vector(moves))
+
+    def _participant(self, loaded: Loaded) -> Participant:
+        assert loaded.job.secure is not None
+        folder = self.own.run(loaded.job.run)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return Participant.kept(loaded.job.run, loaded.job.secure.least, folder / FILE)
+
+    def _sum(self, loaded: Loaded, order: Order) -> bytes:
+        if loaded.job.secure is None:
+            raise MessageError(f"the job has no secure sum, and the order is {order.what}")
+        said = self._participant(loaded).answer(order.what, order.round, order.client, order.take())
+        if order.what == "reveal":
+            self.note(f"{_title(order, loaded.job.rounds)}: added to the others' by a secure sum")
+        return said
 
     def _measure(self, loaded: Loaded, order: Order) -> bytes:
         self.loaded = None  # the model is the tuned one afterwards: another order begins with the job
@@ -310,6 +356,7 @@ class Worker:
 
 WORK: Final[Mapping[str, Callable[[Worker, Loaded, Order], bytes]]] = {
     "work": Worker._train,
+    **dict.fromkeys(STEPS, Worker._sum),
     "eval": Worker._measure,
     "begin": Worker._begin,
     "block": Worker._block,
@@ -349,6 +396,11 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
         raise Declined("no-calibration")
     if job.task == "eval" and not aside:
         raise Declined("no-evaluation")
+    if job.task == "tune" and (brings.least or brings.epsilon):
+        if job.secure is None or job.secure.least < max(FEWEST, brings.least):
+            raise Declined("no-sum", max(FEWEST, brings.least))
+        if brings.epsilon and not job.secure.noise:
+            raise Declined("no-noise")
     folder = own.run(job.run)
     method = _method(job) if job.method else None
     name = _model(job, brings)

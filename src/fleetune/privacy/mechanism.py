@@ -56,6 +56,10 @@ class Privacy:
         """Return g, the size of a unit."""
         return self.noise * self.clip / S
 
+    def combining(self, start: Mapping[str, np.ndarray]) -> PrivateSum:
+        """Return an empty sum of moves from `start`."""
+        return PrivateSum(self, start)
+
     @property
     def text(self) -> str:
         """Return the mechanism in words."""
@@ -83,6 +87,45 @@ class Measuring(Privacy):
         return super().units(moves)
 
 
+@dataclass(frozen=True)
+class Sealed(Privacy):
+    """The same sum, of vectors that the clients have cut and made noisy themselves: the server sees their sum alone.
+
+    Each of `least` clients or more adds noise of deviation z C / sqrt(least), which is s units of the grid, so that any sum has
+    z C or more.  Sums of such discrete Gaussians are discrete Gaussian but for far less than 10^-100 (Kairouz et al. 2021,
+    Theorem 1).  Without noise (z = 0) the grid is C / 2^24.
+    """
+
+    least: int = 0  # vectors of a sum
+    total: np.ndarray | None = None  # int64[d], the sum of a round
+
+    @property
+    def grid(self) -> float:
+        return self.noise * self.clip / S / math.sqrt(self.least) if self.noise else self.clip / S
+
+    @property
+    def text(self) -> str:
+        noise = (
+            f", each with its share of discrete Gaussian noise of multiplier {self.noise:.4g}"
+            if self.noise
+            else ""
+        )
+        return f"secure sum of {self.least:,} of {self.N:,} or more, clipped to {self.clip:.4g} (L2){noise}, over {self.N:,}"
+
+    def vector(self, moves: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return int64[d], what a client gives to the sum: its moves in the order of their names, cut, with its noise."""
+        flat = flattened(self.units(moves))
+        return flat + discrete_gaussian(len(flat)) if self.noise else flat
+
+    def combining(self, start: Mapping[str, np.ndarray]) -> PrivateSum:
+        return SealedSum(self, start)
+
+
+def flattened(parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the parts as one vector, in the order of their names."""
+    return np.concatenate([np.ravel(parts[name]) for name in sorted(parts)])
+
+
 class PrivateSum:
     """A sum under `Privacy`, of vectors that are added one at a time; it combines the replies of a round, too."""
 
@@ -104,13 +147,32 @@ class PrivateSum:
         """Return the new tensors, float64; the noise is drawn here, anew at every call."""
         unit = self._privacy.grid / (self._privacy.q * self._privacy.N)
         return {
-            name: self._start[name] + unit * (total + discrete_gaussian(total.size).reshape(total.shape))
+            name: self._start[name] + unit * (total + self._noise(total.size).reshape(total.shape))
             for name, total in self._sums.items()
         }
+
+    def _noise(self, count: int) -> np.ndarray:
+        return discrete_gaussian(count)
 
     def sums(self) -> dict[str, np.ndarray]:
         """Methods that need sums beside the combination are refused before a run (`Method.cannot_combine`)."""
         raise NotImplementedError("a private round releases one sum")
+
+
+class SealedSum(PrivateSum):
+    """A sum that has come as one, its noise in it: `Sealed.total`."""
+
+    def __init__(self, privacy: Sealed, start: Mapping[str, np.ndarray]) -> None:
+        super().__init__(privacy, start)
+        assert privacy.total is not None
+        sizes = [self._sums[name].size for name in sorted(self._sums)]
+        parts = np.split(privacy.total, np.cumsum(sizes)[:-1])
+        self._sums = {
+            n: part.reshape(self._sums[n].shape) for n, part in zip(sorted(self._sums), parts, strict=True)
+        }
+
+    def _noise(self, count: int) -> np.ndarray:
+        return np.zeros(count, np.int64)
 
 
 def units_of(moves: Mapping[str, np.ndarray], clip: float, grid: float) -> dict[str, np.ndarray]:

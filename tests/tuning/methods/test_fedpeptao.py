@@ -344,9 +344,9 @@ def test_shares_become_layers_that_are_enough() -> None:
 
 
 def test_a_score_is_of_few_rows_and_a_stop_is_heard_before_each_layers(rows: list[Encoded]) -> None:
-    heard, sizes = list[int](), list[int]()
+    heard, sizes, model = list[int](), list[int](), tiny_llama()
     with hearing(lambda: heard.append(1)):
-        fedpeptao.layer_scores(tiny_llama(), collate(rows[:4], PAD))
+        fedpeptao.layer_scores(model, collate(rows[:4], PAD))
     assert len(heard) == 2 + 2  # and before each layer runs
 
     def scored(model: Model, batch: Batch) -> None:

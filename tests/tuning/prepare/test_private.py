@@ -18,7 +18,7 @@ from command_line import FEW
 from fleetune import adapters, models
 from fleetune.data import Batches, encode_all
 from fleetune.data.forms import Example
-from fleetune.errors import RecipeError, UsageError
+from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.evaluation.objectives import batch_loss, loss_tensor
 from fleetune.models.net.model import Model
 from fleetune.privacy import mechanism
@@ -138,6 +138,25 @@ def test_a_run_ends_where_its_budget_does(tiny: str) -> None:
     assert any("the privacy budget is spent" in r for r in run.done.remarks)
     spent = [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
     assert spent[-1] <= 8.0
+
+
+def test_a_run_that_has_lost_a_checkpoint_ends_with_what_it_has_released(tiny: str) -> None:
+    """The last round was released again, and the account did not know."""
+    run = tuned(tiny)
+    spent = [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
+    lost = run.folder / "ledger.safetensors"
+    rundir.checkpoints(run.folder)[-1][1].unlink()
+    lost.unlink()
+    again = fleetune.resume_run(run)
+    promise = f"epsilon {spent[1]:.3g} at delta {recipes.read(run.folder / 'run.toml')['delta']:g}"
+    stated = (*again.done.remarks, ledgers.load(lost).head.privacy)
+    assert again.done.rounds == 1
+    assert sum(promise in s and "after 1 round (2 releases" in s for s in stated) == 2
+    assert "stopped after round 1 of 2: the privacy budget is spent" in stated
+    (run.folder / "releases").unlink()
+    lost.unlink()
+    with pytest.raises(StorageError, match="releases is gone"):
+        fleetune.resume_run(run)
 
 
 @pytest.mark.parametrize(
@@ -279,3 +298,44 @@ def test_rows_are_drawn_each_by_itself(rows: tuple[Model, Any]) -> None:
     sizes = [b.drawn.rows for b in Batches(encoded, 0, 1, private=Privacy(1.0, 1.0, 0.2, 5)).steps(400, 1)]
     assert {0, 1, 2} <= set(sizes)
     assert np.mean(sizes) == pytest.approx(1.0, abs=5 * math.sqrt(5 * 0.16 / 400))
+
+
+# Secure sums --------------------------------------------------------------------------------------------
+
+
+def test_a_run_under_secure_sums_adds_up_what_nobody_sees(tiny: str) -> None:
+    """Its record has neither rows nor losses of a client; without a budget it repeats to the same bits."""
+    runs = [tuned(tiny, privacy="sealed", epsilon=0.0, clients=4, clip_norm=1e4) for _ in range(2)]
+    assert runs[0].digest == runs[1].digest
+    replies = [e for e in rundir.events(runs[0].folder) if e["event"] == "client"]
+    assert len(replies) == 8
+    assert {(e["n"], e["loss"], e["status"]) for e in replies} == {(None, None, "ok")}
+    head = runs[0].ledger().head
+    assert "secure sum of 3 of 4 or more" in head.aggregation
+
+
+def test_a_secure_sum_with_a_budget_promises_what_the_servers_noise_does(tiny: str) -> None:
+    run = tuned(tiny, privacy="sealed")
+    recipe = recipes.make(recipes.read(run.folder / "run.toml"))
+    spent = [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
+    assert spent[-1] <= 8 < 1.02 * spent[-1] + 0.1
+    assert by_renyi(recipe.noise, 1.0, 2, recipe.delta) >= spent[-1]
+    assert "secure sum of 8 of 12 or more" in run.ledger().head.privacy
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"clients": 2, "epsilon": 0.0}, "adds up 3 clients or more"),
+        ({"clients": 9}, "lost in the noise"),
+        ({"participation": 0.5}, "the server's to keep"),
+        ({"aggregation": "median"}, "compares single replies"),
+        ({"quorum": 3}, "whether others count"),
+        ({"method": "fwdllm"}, "directions of its own"),
+    ],
+)
+def test_what_a_secure_sum_cannot_be_is_said_before_work(
+    tiny: str, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        fleetune.tune(tiny, "demo", **SMALL | {"method": "fedkseed", "privacy": "sealed"} | options)

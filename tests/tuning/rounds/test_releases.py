@@ -83,7 +83,7 @@ class Witness:
 damage = st.sampled_from(["nothing", "the last checkpoint", "all checkpoints", "the last is cut", "the best"])
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(1, 40), damage), max_size=5), st.integers(3, 7), st.booleans())
 def test_a_run_releases_no_more_than_it_counts_nor_than_its_budget_whatever_is_lost(
     tmp_path_factory: pytest.TempPathFactory, lost: list[tuple[int, str]], budget: int, best: bool

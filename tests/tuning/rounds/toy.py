@@ -19,6 +19,7 @@ from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, decod
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.rounds import rounds
 from fleetune.tuning.rounds.fleets import Answer, Fleet
+from fleetune.tuning.rounds.releases import Releases
 from fleetune.tuning.rounds.rounds import Hooks, RoundPlan
 
 BASE = bytes(8)
@@ -130,7 +131,8 @@ def play(
             seen.append(event)
             opened.record(as_dict(event))
 
-        plan = RoundPlan(rounds_, 1.0, quorum, 7, 1, BASE, rule=rule, max_rows=max_rows, spent=spent)
+        releases = Releases(opened, spent, lambda more, released: more) if spent else None
+        plan = RoundPlan(rounds_, 1.0, quorum, 7, 1, BASE, rule=rule, max_rows=max_rows, releases=releases)
         state = rounds.run(
             method or Averaging(), fleet, start(), opened, plan, Hooks(lambda: None, evaluate, emit)
         ).state

@@ -29,6 +29,7 @@ from fleetune.fleet import audit as log
 from fleetune.fleet import status as standing
 from fleetune.fleet.flower import shim
 from fleetune.fleet.table import Devices
+from fleetune.privacy import accountant
 from fleetune.runs import compression_folder, rundir
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import recipe as recipes
@@ -101,6 +102,13 @@ def _join_arguments(join: argparse._ArgumentGroup) -> None:
         "--calibrate",
         action="store_true",
         help="let sums over its rows go to a compression (compress --calibrate fleet); words can be learned from them",
+    )
+    join.add_argument(
+        "--smallest-sum",
+        type=int,
+        default=0,
+        metavar="DEVICES",
+        help="take part only where the server sees sums of so many devices or more (serve --privacy sealed)",
     )
     join.add_argument(
         "--only-on-power", action="store_true", help="decline rounds while this device runs on its battery"
@@ -224,16 +232,24 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     given = flags.given(args)
     if not (rows := given.pop("data", "")):
         raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
-    names = ("model", "device", "threads", "held_out", "eval_data", "columns", "base", "ram")
+    names = ("model", "device", "threads", "held_out", "eval_data", "columns", "base", "ram", "epsilon")
     own = {name: given.pop(name, "") for name in names}
     if other := [*given, *args.set]:
         raise UsageError(
             f"{other[0]} is the server's to say",
-            hint="a device gives --data, --columns, --held-out or --eval-data, --model, --base, --ram, --device, --threads",
+            hint="a device gives --data, --columns, --held-out or --eval-data, --model, --base, --ram, --device, --threads, "
+            "--epsilon",
         )
     if not own["threads"].isdigit() and own["threads"]:
         raise UsageError(f"--threads {own['threads']} is no number")
     check_columns(own["columns"])
+    budget = _number(own["epsilon"] or "0")
+    if not 0 <= budget < math.inf or args.smallest_sum < 0:
+        raise UsageError(
+            "--epsilon and --smallest-sum must be 0 or more, such as --epsilon 8 --smallest-sum 10"
+        )
+    if budget:
+        accountant.version()  # or what to install
     memory = parse_bytes(own["ram"] or None) or 0
     rows = str(sources.store_stdin(Path(args.state))) if rows == sources.STDIN else rows
     brings = Brings(
@@ -248,6 +264,8 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         own["columns"],
         own["base"] or "auto",
         args.calibrate,
+        args.smallest_sum,
+        budget,
     )
     home = Home(Path(args.state), args.key and Path(args.key), args.ca and Path(args.ca))
     with InterruptHandler(ui) as interrupt:
@@ -262,6 +280,14 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     ui.note(why)
 
 
+def _number(text: str) -> float:
+    """Return a number; -1 for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0
+
+
 def _held_out(own: Mapping[str, str]) -> float:
     """The share or number of rows that a device holds out; UsageError for what is none."""
     if own["held_out"] and own["eval_data"]:
@@ -269,10 +295,7 @@ def _held_out(own: Mapping[str, str]) -> float:
             "--held-out and --eval-data are both given",
             hint="rows to measure on come from --data, or from a file of their own",
         )
-    try:
-        number = float(own["held_out"] or 0)
-    except ValueError:
-        number = math.nan
+    number = _number(own["held_out"] or "0")
     if why := held_out_problem(number):
         raise UsageError(f"--held-out {own['held_out']}: {why}")
     return number

@@ -26,14 +26,14 @@ from fleetune.fleet.flower import partition
 from fleetune.fleet.flower.client_app import RUN
 from fleetune.fleet.flower.records import pack, unpack
 from fleetune.fleet.keys import fingerprint
-from fleetune.fleet.orders import job_of
+from fleetune.fleet.orders import job_of, secure_of
 from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
 from fleetune.runs.rundir import RunDir
+from fleetune.tuning.prepare import private
 from fleetune.tuning.prepare.prepare import check, check_aggregation
-from fleetune.tuning.prepare.private import CLIENT
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.defaults import about_rule, for_devices
 from fleetune.tuning.recipe.recipe import Recipe
@@ -152,13 +152,18 @@ class SuperNodes:
         fleet = RemoteFleet(
             link,
             devices,
-            job_of(job.recipe, devices.run, job.model.digest),
+            job_of(
+                job.recipe,
+                devices.run,
+                job.model.digest,
+                secure=secure_of(private.sealed_of(job), job.recipe.delta),
+            ),
             job.recipe.seed,
             self.pace,
             note=listener.note,
             audit=Audit(run.path).write,
             kinds=wanted(job.method, job.recipe.kinds),
-            apart=job.recipe.privacy == CLIENT,
+            apart=job.recipe.privacy in private.BY_CLIENT,
         )
         fleet.wait_for(self.count(job))
         return fleet

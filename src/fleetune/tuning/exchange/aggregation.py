@@ -168,7 +168,7 @@ class Rule:
         if self.name == "mean":
             return Mean(sums)
         if self.privacy is not None:
-            return PrivateSum(self.privacy, start)
+            return self.privacy.combining(start)
         assert self.spool is not None
         return Robust(self, self.spool, start, sums)
 

@@ -24,7 +24,7 @@ import numpy as np
 from fleetune.common.registry import Member, Registry
 from fleetune.common.settings import Setting, Value, of
 from fleetune.common.settings import make as make_of
-from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule
+from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 
 if TYPE_CHECKING:
@@ -105,6 +105,14 @@ class Method(ABC):
             - (sent.arrays[n] if n in sent.arrays and sent.arrays[n].shape == a.shape else 0.0)
             for n, a in reply.payload.arrays.items()
         )
+
+    def begins(self, sent: Payload) -> Tensors:
+        """Return where the numbers begin that replies to `sent` move, float64, as `aggregate` combines them."""
+        raise NotImplementedError(f"{type(self).__module__} has no sum of its replies")
+
+    def moved(self, sent: Payload, reply: Reply) -> Tensors:
+        """Return where a reply to `sent` puts these numbers; its weight and what it says beside them are no part."""
+        raise NotImplementedError(f"{type(self).__module__} has no sum of its replies")
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         """Return why `rule`, not the mean, does not fit replies of `asked` clients, and what to do; "" where it does."""

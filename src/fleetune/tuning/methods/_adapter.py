@@ -276,6 +276,12 @@ class Averaged(Trained):
                 memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
         return Payload(sent, {"n": batches.n, "loss": loss})
 
+    def begins(self, sent: Payload) -> Tensors:
+        return group(sent.arrays)
+
+    def moved(self, sent: Payload, reply: Reply) -> Tensors:
+        return dict(reply.payload.arrays)
+
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Take the mean weighted by rows, the server's step, and SCAFFOLD's c if it is on; no reply gives the state back.
 
@@ -285,7 +291,7 @@ class Averaged(Trained):
         w, c, seen = group(sent), group(sent, "c/"), set(state.seen.tolist())
         zeros = {n: np.zeros(tensor.shape) for n, tensor in w.items()}
         before = {n: len(seen) * np.asarray(state.c.get(n, 0.0), np.float64) + zeros[n] for n in w}
-        combined, variates = rule.combining(w), rule.combining(sums=before)  # sum of c_k of the devices seen
+        combined, variates = rule.combining(w), (rule if self.scaffold else MEAN).combining(sums=before)
         for reply in replies:
             n, w_k = reply.payload.int("n"), reply.payload.arrays
             combined.add(float(n), w_k)

@@ -59,7 +59,7 @@ from fleetune.seeds.descent import descend, descend_projected, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
 from fleetune.seeds.slopes import Slopes
-from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule
+from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _zeroth, norm
@@ -231,6 +231,15 @@ class Method(_zeroth.OfLedger):
             unit = self.backprop_steps * self.backprop_lr / self.lr / math.sqrt(self.K)
             return norm([LogCode.decode(reply.payload.array("projected"))]) / unit
         return norm([self.walk(reply, self.probabilities(state))[0]]) / math.sqrt(self.tau)
+
+    def begins(self, sent: Payload) -> Tensors:
+        return {"a": np.zeros(self.K)}
+
+    def moved(self, sent: Payload, reply: Reply) -> Tensors:
+        """Return a_k, the integers that a reply moves each direction by (without Pro)."""
+        if "projected" in reply.payload.arrays:
+            return {"a": LogCode.decode(reply.payload.array("projected"))}
+        return {"a": self.walk(reply, None)[0]}
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Set A_k <- A_k + eta_s sum_c w_c a_{c,k} / sum_c w_c, rounded once.

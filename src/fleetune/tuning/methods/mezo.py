@@ -40,7 +40,7 @@ from fleetune.seeds import slopes
 from fleetune.seeds.descent import descend
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.slopes import Slopes
-from fleetune.tuning.exchange.aggregation import MEAN, Rule
+from fleetune.tuning.exchange.aggregation import MEAN, Rule, Tensors
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _zeroth, norm
@@ -123,11 +123,18 @@ class Method(_zeroth.OfLedger):
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return norm([reply.payload.array("c")])
 
+    def begins(self, sent: Payload) -> Tensors:
+        return {"c": np.zeros(self.tau)}
+
+    def moved(self, sent: Payload, reply: Reply) -> Tensors:
+        return {"c": reply.payload.array("c")}
+
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Take the mean over devices of each step's integer, weighted by rows (or what `rule` makes of them)."""
-        combined = rule.combining({"c": np.zeros(self.tau)})
+        sent = Payload()
+        combined = rule.combining(self.begins(sent))
         for reply in replies:
-            combined.add(float(reply.payload.int("n")), {"c": reply.payload.array("c")})
+            combined.add(float(reply.payload.int("n")), self.moved(sent, reply))
         if not combined.total:
             return state._replace(round=state.round + 1)
         ledger = state.ledger.append(self.ids(state.step), rounded(combined.tensors()["c"]), state.round + 1)

@@ -54,7 +54,7 @@ from fleetune.models.shapes import Shape
 from fleetune.seeds.descent import slope, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
-from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule
+from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _zeroth, norm
@@ -163,13 +163,23 @@ class Method(_zeroth.OfLedger):
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         return norm([self.decode(reply.payload.array("codes"))])
 
+    def begins(self, sent: Payload) -> Tensors:
+        return {"slopes": np.zeros(self.K)}
+
+    def moved(self, sent: Payload, reply: Reply, absent: float = 0.0) -> Tensors:
+        """Return the steps along all directions of the pool, `absent` along those that it did not try."""
+        slopes = np.full(self.K, absent)
+        tried = self.draw(sent.int("round"), sent.int("run_key"), reply.key)
+        slopes[tried] = self.decode(reply.payload.array("codes"))
+        return {"slopes": slopes}
+
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Take the mean over whoever answered, or their majority, for each direction of the pool."""
-        run_key, combined = state.ledger.head.run_key, rule.combining({"slopes": np.zeros(self.K)})
+        run_key = state.ledger.head.run_key
+        sent = Payload({}, {"round": state.round, "run_key": run_key})
+        combined = rule.combining(self.begins(sent))
         for reply in replies:
-            sent = np.full(self.K, rule.absent)
-            sent[self.draw(state.round, run_key, reply.key)] = self.decode(reply.payload.array("codes"))
-            combined.add(float(reply.payload.int("n")), {"slopes": sent})
+            combined.add(float(reply.payload.int("n")), self.moved(sent, reply, rule.absent))
         if not combined.total:
             return State(state.ledger, state.round + 1)
         mean = combined.tensors()["slopes"]

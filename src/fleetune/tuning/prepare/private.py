@@ -22,7 +22,7 @@ from fleetune.data import Encoded
 from fleetune.errors import RecipeError
 from fleetune.models.net.model import Model
 from fleetune.privacy import accountant
-from fleetune.privacy.mechanism import Measuring, Privacy
+from fleetune.privacy.mechanism import Measuring, Privacy, Sealed
 from fleetune.tuning.exchange.aggregation import PRIVATE, Rule, parse
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.trial import Bench, restored
@@ -30,6 +30,9 @@ from fleetune.tuning.recipe.recipe import Recipe
 
 NONE: Final = "none"  # of a recipe's `privacy`
 CLIENT: Final = "client"
+SEALED: Final = "sealed"  # secure sums; with epsilon, at client level
+BY_CLIENT: Final = (CLIENT, SEALED)
+FEWEST_SEALED: Final = 3  # clients of a secure sum
 FEWEST: Final = 10  # clients: the mean of fewer is lost in the noise that hides one of them
 MOST: Final = 100.0  # epsilon: beyond it, nothing is promised
 MEASURED: Final = 32  # held-out rows on which the clip is found, at most
@@ -70,19 +73,23 @@ def problems(recipe: Recipe) -> list[str]:
     if recipe.privacy == NONE:
         return [f"{given[0]} does nothing without privacy: add --privacy client"] if given else []
     found, level = [], f"privacy = {recipe.privacy}"
-    if not recipe.epsilon and not recipe.noise:
+    if not recipe.epsilon and not recipe.noise and recipe.privacy != SEALED:
         found.append(f"{level} needs a budget, such as --epsilon 8, or a noise multiplier, such as --noise 1")
     if recipe.epsilon > MOST:
         found.append(
             f"epsilon = {recipe.epsilon:g} promises nothing: 8 is usual, 1 is strong, {MOST:g} is the most"
         )
-    if recipe.privacy == CLIENT and recipe.aggregation != "mean":
+    if recipe.privacy in BY_CLIENT and recipe.aggregation != "mean":
         found.append(
-            f"aggregation = {recipe.aggregation} compares single replies, which a private sum does not: leave aggregation out"
+            f"aggregation = {recipe.aggregation} compares single replies, which {level} hides: leave aggregation out"
         )
-    if recipe.privacy == CLIENT and (recipe.over_selection > 1 or recipe.quorum > 1):
+    if recipe.privacy in BY_CLIENT and (recipe.over_selection > 1 or recipe.quorum > 1):
         found.append(
             f"over_selection and quorum let replies decide whether others count, which {level} does not allow"
+        )
+    if recipe.privacy == SEALED and recipe.participation < 1:
+        found.append(
+            f"participation = {recipe.participation:g} is the server's to keep, which {level} does not trust: use 1"
         )
     return found
 
@@ -92,19 +99,30 @@ def check(recipe: Recipe, method: Method, clients: int) -> None:
     if recipe.privacy == NONE:
         return
     found = []
-    rule = Rule(PRIVATE) if recipe.privacy == CLIENT else None
+    rule = Rule(PRIVATE) if recipe.privacy in BY_CLIENT else None
     if why := method.rule_problem(rule, clients) if rule else method.cannot_hide_rows():
         found.append(f"privacy = {recipe.privacy} does not fit method = {recipe.method!r}: {why}")
-    if rule and clients < FEWEST:
+    noisy = recipe.privacy != SEALED or recipe.epsilon or recipe.noise
+    if rule and noisy and clients < FEWEST:
         found.append(
-            f"privacy = client hides one of {counted(clients, 'client')}, and the mean of fewer than {FEWEST} is lost in the "
-            "noise: take hundreds, or --privacy example"
+            f"privacy = {recipe.privacy} hides one of {counted(clients, 'client')}, and the mean of fewer than {FEWEST} is lost "
+            "in the noise: take hundreds, or --privacy example"
+        )
+    if recipe.privacy == SEALED and clients < FEWEST_SEALED:
+        found.append(
+            f"privacy = sealed adds up {FEWEST_SEALED} clients or more: the sum of {clients} shows each to the other"
         )
     if rule and recipe.delta * clients >= 1:
         found.append(f"delta = {recipe.delta:g} must be below 1 / {clients:,} clients: leave it out")
     if found:
         raise RecipeError(found, hint=PAGE)
-    accountant.version()
+    if noisy:
+        accountant.version()
+
+
+def least_of(clients: int) -> int:
+    """Return how many of so many clients a secure sum has at least: two thirds."""
+    return max(FEWEST_SEALED, -(-2 * clients // 3))
 
 
 @dataclass(frozen=True)
@@ -129,7 +147,7 @@ class Account:
 
     def promise(self, rounds: int, released: int) -> str:
         """Return what is guaranteed after so many rounds, and so many releases of them."""
-        what = "client" if self.level == CLIENT else "row"
+        what = "client" if self.level in BY_CLIENT else "row"
         each = "" if self.per_round == 1 else f" of {counted(self.per_round, 'step')}"
         return (
             f"epsilon {self.spent(released):.3g} at delta {self.delta:g} for adding or removing one {what}, after "
@@ -139,7 +157,7 @@ class Account:
 
     def statement(self, rounds: int, released: int) -> str:
         """Return the whole guarantee, for the console, the cards and the ledger's head."""
-        what = "clients" if self.level == CLIENT else "rows of the client with the fewest"
+        what = "clients" if self.level in BY_CLIENT else "rows of the client with the fewest"
         return (
             f"differential privacy: {self.promise(rounds, released)}; {what}: {self.privacy.text} ({accountant.version()}); "
             "held-out rows, numbers of rows and settings are outside"
@@ -152,14 +170,20 @@ def account(job: Job) -> Account | None:
 
 
 def _account(recipe: Recipe, method: Method, sizes: Sequence[int], clients: int) -> Account | None:
-    if recipe.privacy == NONE:
+    if recipe.privacy == NONE or (recipe.privacy == SEALED and not recipe.noise):
         return None
     budget = recipe.epsilon or float("inf")
-    if recipe.privacy == CLIENT:
-        privacy = Privacy(recipe.clip_norm, recipe.noise, recipe.participation, clients)
-        return Account(CLIENT, privacy, 1, recipe.delta, budget)
+    if recipe.privacy in BY_CLIENT:
+        return Account(recipe.privacy, by_client(recipe, clients), 1, recipe.delta, budget)
     n = min(sizes)
     return Account(recipe.privacy, of_rows(recipe, method, n), method.local_steps(n), recipe.delta, budget)
+
+
+def by_client(recipe: Recipe, clients: int) -> Privacy:
+    """Return the mechanism of a round of so many clients."""
+    if recipe.privacy == SEALED:
+        return Sealed(recipe.clip_norm, recipe.noise, 1.0, clients, least_of(clients))
+    return Privacy(recipe.clip_norm, recipe.noise, recipe.participation, clients)
 
 
 def of_rows(recipe: Recipe, method: Method, n: int) -> Privacy:
@@ -169,10 +193,15 @@ def of_rows(recipe: Recipe, method: Method, n: int) -> Privacy:
 
 def rule_of(job: Job) -> Rule:
     """Return how the replies of a settled job are combined."""
-    found = account(job)
-    if found is None or found.level != CLIENT:
+    if job.recipe.privacy not in BY_CLIENT:
         return parse(job.recipe.aggregation)
-    return Rule(PRIVATE, privacy=found.privacy)
+    return Rule(PRIVATE, privacy=by_client(job.recipe, clients_of(job)))
+
+
+def sealed_of(job: Job) -> Sealed | None:
+    """Return how the replies of a settled job are added up; None where that is by no secure sum."""
+    privacy = rule_of(job).privacy
+    return privacy if isinstance(privacy, Sealed) else None
 
 
 def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
@@ -183,8 +212,29 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
     recipe = job.recipe
     if recipe.privacy == NONE:
         return recipe
-    hidden = clients_of(job) if recipe.privacy == CLIENT else sum(_sizes(job))
-    recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"))
+    hidden = clients_of(job) if recipe.privacy in BY_CLIENT else sum(_sizes(job))
+    if recipe.epsilon or recipe.noise:
+        recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"))
+        recipe = _with_noise(job, recipe, hidden)
+        if job.recipe.noise and job.recipe.clip_norm:  # as of a run that is resumed
+            return recipe
+    elif recipe.clip_norm:
+        return recipe
+    measured = _measured(job)
+    if (found := _account(recipe, job.method, _sizes(job), clients_of(job))) is not None:
+        numbers, privacy = measured.sizes[0], found.privacy
+        loud = privacy.noise * math.sqrt(numbers) / (privacy.q * privacy.N)
+        note(
+            f"privacy: noise of multiplier {privacy.noise:g} on {counted(numbers, 'number')}, {loud:.2g} times as long as "
+            "the clip" + (LOUD if loud > TOO_LOUD else "")
+        )
+    if not find or recipe.clip_norm:
+        return recipe
+    return replace(recipe, clip_norm=float(f"{median(filter(None, measured.seen)):.3g}"))
+
+
+def _with_noise(job: Job, recipe: Recipe, hidden: int) -> Recipe:
+    """Return the recipe with its noise; RecipeError where its budget and its delta cannot be kept."""
     if recipe.delta * hidden >= 1:
         raise RecipeError(
             [f"delta = {recipe.delta:g} must be below 1 / {hidden:,} rows: leave it out"], hint=PAGE
@@ -202,26 +252,14 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
             [f"noise = {noise:g} spends more than epsilon = {recipe.epsilon:g} in the first round"],
             hint="leave --noise out: it follows from the budget",
         )
-    known, recipe = recipe.noise and recipe.clip_norm, replace(recipe, noise=noise)
-    if known:  # as of a run that is resumed
-        return recipe
-    measured = _measured(job)
-    numbers = measured.sizes[0]
-    loud = noise * math.sqrt(numbers) / (q * plain.privacy.N)
-    note(
-        f"privacy: noise of multiplier {noise:g} on {counted(numbers, 'number')}, {loud:.2g} times as long as the clip"
-        + (LOUD if loud > TOO_LOUD else "")
-    )
-    if not find or recipe.clip_norm:
-        return recipe
-    return replace(recipe, clip_norm=float(f"{median(filter(None, measured.seen)):.3g}"))
+    return replace(recipe, noise=noise)
 
 
 def _measured(job: Job) -> Measuring:
     """Return what is seen of the reply of a client that has some held-out rows, or of each of these rows in its first step."""
     recipe, held = job.recipe, job.held[:MEASURED]
     measured = Measuring(TINY, 1.0, 1.0, len(held))
-    bench, by_client = Bench(job.model, [held], (), recipe.seed), recipe.privacy == CLIENT
+    bench, by_client = Bench(job.model, [held], (), recipe.seed), recipe.privacy in BY_CLIENT
     with restored(job.model):
         state = bench.begin(job.method)
         replies = bench.round(job.method, state, 1, None if by_client else measured)

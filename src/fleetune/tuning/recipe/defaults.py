@@ -63,7 +63,8 @@ def default_rule(recipe: Recipe, devices: int) -> tuple[aggregation.Rule, str]:
 def about_rule(recipe: Recipe, count: int) -> str:
     """Return which rule combines the replies of so many devices; for a mean, why no rule against liars is used."""
     if recipe.privacy != "none":
-        return "replies are summed with noise; every device counts once, within its clip (docs/privacy.md)"
+        seen = "unseen" if recipe.privacy == "sealed" else "with noise"
+        return f"replies are summed {seen}; every device counts once, within its clip (docs/privacy.md)"
     rule = aggregation.parse(recipe.aggregation)
     if rule.name != aggregation.MEAN.name:
         return (

@@ -253,9 +253,9 @@ class Recipe:
     )
     privacy: str = Field(
         default="none",
-        pattern="^(none|client|example)$",
-        description="differential privacy: client hides whether any one client took part, example any one row of a client "
-        "(docs/privacy.md)",
+        pattern="^(none|client|example|sealed)$",
+        description="client: differential privacy that hides whether any one client took part; example: any one row of a "
+        "client; sealed: the server sees sums alone, with epsilon as client without a server to trust (docs/privacy.md)",
     )
     epsilon: float = Field(
         default=0.0,

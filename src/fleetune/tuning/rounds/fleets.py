@@ -16,7 +16,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 from fleetune.common.events import ClientReply
 from fleetune.tuning.methods import Method
@@ -25,6 +25,10 @@ from fleetune.tuning.methods import Method
 def outrun(goal: int) -> str:
     """Return why a client is late whose round was over when `goal` others had replied."""
     return "another was faster" if goal == 1 else f"{goal} others were faster"
+
+
+Step = Literal["keys", "shares", "masked", "reveal"]  # of a secure sum
+STEPS: Final = get_args(Step)
 
 
 class Answer(NamedTuple):
@@ -45,6 +49,11 @@ class Fleet(ABC):
     """Anything that can run `Method.local` for its clients."""
 
     @property
+    def run(self) -> str:
+        """Return the number of the run, as its clients know it; "" where they know none."""
+        return ""
+
+    @property
     @abstractmethod
     def rows(self) -> Sequence[int]:
         """Rows of every client."""
@@ -61,6 +70,12 @@ class Fleet(ABC):
 
         With a `goal` the round is over when so many have replied, and the others are late.
         """
+
+    def exchange(
+        self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
+    ) -> Iterator[Answer]:
+        """Send each client its own message in a step of a secure sum (`sealed.py`); answers have `room` bytes at least."""
+        raise NotImplementedError("this fleet has no secure sums")
 
     def kind(self, client: int) -> int:
         """Return the kind of a client that may be asked, of those that the method has."""

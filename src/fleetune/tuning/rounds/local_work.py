@@ -17,7 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +28,9 @@ from fleetune.data import Batches
 from fleetune.errors import MessageError
 from fleetune.models.net.model import Model
 from fleetune.tuning.exchange.messages import HEAD, Message, Payload, crc_of, decode, encode
+from fleetune.tuning.methods import Method, Reply
 
-if TYPE_CHECKING:
-    from fleetune.tuning.methods import Method
+Hold = Callable[[int, Mapping[str, np.ndarray]], None]  # (round, moves)
 
 
 def work(
@@ -41,18 +41,28 @@ def work(
     received: Message,
     memories: Memories,
     on_step: Callable[[int, int], None],
+    hold: Hold | None = None,
 ) -> bytes:
     """Do what was `received`, for the client whose rows `batches` has; return its reply, and keep what it remembers.
 
     The method takes the message's arrays out of it, so that they need not be in memory as long as it works.
-    `on_step(client, step)` is called before every local step and between the pieces of one, and may raise.
+    `on_step(client, step)` is called before every local step and between the pieces of one, and may raise.  With `hold`, that
+    is given how far the reply moves each number, for a secure sum, and an empty reply is returned.
     """
+    start = method.begins(received.payload) if hold else {}
     memory = memories.of(batches.client)
     batches.on_step = on_step
     give_back()  # what was done before: an evaluation, another client's work, the message's bytes
     with hearing(batches.heard):
         reply = method.local(model, received.payload, batches, key, memory)
     memories.keep(batches.client, received.round, memory)
+    if hold:
+        end = method.moved(received.payload, Reply(batches.client, key, reply))
+        hold(
+            received.round,
+            {n: np.asarray(end[n], np.float64) - np.asarray(t, np.float64) for n, t in start.items()},
+        )
+        reply = Payload()
     give_back()  # what training leaves behind, so that the reply's bytes do not come on top of it
     return encode(Message(received.round, received.base, reply))
 

@@ -33,6 +33,7 @@ from fleetune.tuning.rounds.checkpoint import Course, StandsOn, Totals
 from fleetune.tuning.rounds.fleets import Fleet
 from fleetune.tuning.rounds.releases import Releases
 from fleetune.tuning.rounds.replies import Replies, Round
+from fleetune.tuning.rounds.sealed import Summing
 from fleetune.tuning.rounds.watch import advice, noise_of
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class RoundPlan:
     keep_best: bool = False  # whether the best evaluated round's state is the result
     max_rows: int = 0  # that a reply counts at most; 0: any number
     releases: Releases | None = None  # of a run with differential privacy
+    summing: Summing | None = None  # where replies are added up by a secure sum
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,8 @@ def _played(
     method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks, r: int
 ) -> tuple[Any, Replies]:
     """Return the state that a round gives, and its replies."""
+    if plan.summing is not None:
+        return _summed(method, fleet, state, run, plan, hooks, r, plan.summing)
     present = fleet.present()
     goal = share_of(len(present), plan.participation)
     if plan.rule.privacy is None:
@@ -252,6 +256,39 @@ def _played(
         if plan.releases is not None:
             plan.releases.add()
         return _aggregated(method, replies, plan), replies
+
+
+def _summed(
+    method: Method,
+    fleet: Fleet,
+    state: Any,
+    run: RunDir,
+    plan: RoundPlan,
+    hooks: Hooks,
+    r: int,
+    summing: Summing,
+) -> tuple[Any, Replies]:
+    """Return the state that a round gives whose replies nobody sees, and those that were to give one."""
+    asked = Round(r, plan.base, fleet.rows, state, fleet.kind)
+    with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, True) as replies:
+        if not summing.pending(r):
+            chosen = [client for client in fleet.present() if client not in summing.left_out]
+            coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
+            replies.gather(fleet.ask(r, chosen, {client: coded[fleet.kind(client)] for client in chosen}))
+            if plan.releases is not None:
+                plan.releases.add()
+        numbers = sum(start.size for start in method.begins(replies.kinds[0][0]).values())
+        done = [kept.answer.client for kept in replies.kept]
+        total, why = summing.add_up(fleet, r, done, numbers)
+        replies.bytes_up += summing.bytes_up
+        replies.bytes_down += summing.bytes_down
+        if total is None:
+            replies.lost(why)
+            return method.aggregate(state, iter(())), replies
+    new = method.aggregate(state, iter(()), replace(plan.rule, privacy=replace(summing.sealed, total=total)))
+    if not finite(new):
+        raise ModelLostError(f"the sum of round {r} gives no finite model", r - 1, state)
+    return new, replies
 
 
 def sample(
@@ -283,7 +320,9 @@ def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) ->
     A round fails when every client fails, or when most replies are not finite.
     """
     all_failed = replies.failed >= replies.asked > 0 and not replies.accepted
-    if plan.rule.privacy is not None:  # then no client's reply may decide whether there is another round
+    if (
+        plan.rule.privacy is not None and plan.summing is None
+    ):  # then no client's reply may decide whether there is another round
         if all_failed:
             log.warning(
                 "round %d: every client that was asked failed: %s", replies.round.number, replies.reason

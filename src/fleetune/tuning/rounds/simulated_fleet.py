@@ -13,18 +13,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
 
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded
-from fleetune.errors import FAULTS, FitError, Interrupted, StorageError, fault
+from fleetune.errors import FAULTS, FitError, Interrupted, MessageError, StorageError, fault
 from fleetune.models.net.model import Model
-from fleetune.privacy.mechanism import Privacy
+from fleetune.privacy.mechanism import Privacy, Sealed
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
-from fleetune.tuning.rounds.fleets import Answer, Fleet, Wanted, outrun, wanted
+from fleetune.tuning.rounds.fleets import Answer, Fleet, Step, Wanted, outrun, wanted
 from fleetune.tuning.rounds.local_work import Memories, work
+from fleetune.tuning.rounds.sealed import Participant
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +95,9 @@ class LocalFleet(Fleet):
     memories: Memories = field(default_factory=Memories)
     kinds: Wanted | None = None  # None: as the method spreads them
     private: Callable[[int], Privacy] | None = None  # how a client with so many rows hides each
+    sealed: Sealed | None = None  # how replies are added up, where that is by a secure sum
     batches: Batches | None = None  # of the client that works, or has worked last
+    participants: dict[int, Participant] = field(default_factory=dict)  # client -> what it holds for the sum
 
     @property
     def rows(self) -> list[int]:
@@ -134,6 +140,19 @@ class LocalFleet(Fleet):
             else:
                 yield Answer(client, key, None, status, reason, 0.0, len(sent))
 
+    def exchange(
+        self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
+    ) -> Iterator[Answer]:
+        """Yield what these clients say in a step of a secure sum."""
+        for client, body in bodies.items():
+            began = time.monotonic()
+            try:
+                data, reason = self.participants[client].answer(step, round, client, body), ""
+            except MessageError as error:
+                data, reason = None, error.message
+            status = "failed" if data is None else "ok"
+            yield Answer(client, 0, data, status, reason, time.monotonic() - began, len(body))
+
     def _answer(self, round: int, client: int, key: int, sent: bytes) -> Answer:
         """Return the answer of a client that works; one bad client never stops a round."""
         began = time.monotonic()
@@ -168,4 +187,11 @@ class LocalFleet(Fleet):
         private = self.private(len(rows)) if self.private else None
         self.batches = Batches(rows, self.pad_id, key, self.model.device, client, private)
         received = decode(message)
-        return work(self.method, self.model, self.batches, key, received, self.memories, self._step)
+        hold = None
+        if self.sealed:
+            hold = partial(self._hold, self.sealed, client)
+        return work(self.method, self.model, self.batches, key, received, self.memories, self._step, hold)
+
+    def _hold(self, sealed: Sealed, client: int, round: int, moves: Mapping[str, np.ndarray]) -> None:
+        self.participants[client] = Participant("", sealed.least)
+        self.participants[client].hold(round, sealed.vector(moves))

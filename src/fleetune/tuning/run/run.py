@@ -41,6 +41,7 @@ from fleetune.tuning.rounds.checkpoint import StandsOn
 from fleetune.tuning.rounds.fleets import Fleet, wanted
 from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.rounds.releases import Releases
+from fleetune.tuning.rounds.sealed import Summing
 from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 from fleetune.tuning.rounds.watch import Watch
 from fleetune.tuning.run import describe, evaluation
@@ -91,6 +92,7 @@ class Simulated:
             memories,
             wanted(job.method, recipe.kinds),
             functools.partial(private.of_rows, recipe, job.method) if recipe.privacy == "example" else None,
+            private.sealed_of(job),
         )
 
 
@@ -202,6 +204,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.keep == "best",
         recipe.max_rows,
         releases,
+        Summing(sealed, fleet.run, run.path, listener.note) if (sealed := private.sealed_of(job)) else None,
     )
     hooks = rounds.Hooks(
         sitting.begin,

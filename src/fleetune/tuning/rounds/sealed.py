@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Add up a round's replies by a secure sum: what the server asks, in four steps, and what a client answers.
+
+The clients do the round's work first and keep their replies (`Participant.hold`); what they say then is only that they are done.
+Those that are done take part in the sum (`privacy/secagg.py` has its steps), in quick succession, so that few drop out in its
+middle.  One that does is left out of the sum, or in it with its masks taken off by the others: never half.
+
+    rounds      keys -> shares -> masked -> reveal       an order of each name; its body is a message of arrays
+    sum.ckpt    in the run's folder, once the masked vectors have come and before anything is revealed: a server that is
+                killed after that asks to reveal the same again, and a client reveals nothing else of that round
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from fleetune.common.files import PRIVATE, read_bytes, write_atomic
+from fleetune.errors import MessageError
+from fleetune.privacy import secagg
+from fleetune.privacy.mechanism import Sealed
+from fleetune.privacy.secagg import Member
+from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
+from fleetune.tuning.rounds.fleets import Fleet, Step
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Arrays = Mapping[str, np.ndarray]
+
+FILE: Final = "sum.ckpt"
+ATTEMPT: Final = 16  # bytes of its number
+NOBODY: Final = np.zeros(0, np.uint32)
+
+
+def context(run: str, round: int, attempt: bytes) -> bytes:
+    """Return what keys are derived for: nothing else has the same."""
+    return f"{run} {round} ".encode() + attempt
+
+
+# A client -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Participant:
+    """What one client keeps for the sum of one round, in `file` where it is to survive a restart."""
+
+    run: str
+    least: int
+    file: Path | None = None
+    round: int = 0
+    vector: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # its noise in it
+    member: Member | None = None
+
+    @classmethod
+    def kept(cls, run: str, least: int, file: Path) -> Participant:
+        """Return what was kept in the file; nothing where there is none, or one that cannot be read."""
+        found = cls(run, least, file)
+        try:
+            message = decode(read_bytes(file), any_size=True)
+            member = json.loads(str(message.payload.scalars["member"]))
+            found.round, found.vector = message.round, message.payload.array("vector").copy()
+            found.member = _member(member) if member else None
+        except FileNotFoundError:
+            pass
+        except (OSError, MessageError, KeyError, ValueError, TypeError) as error:
+            log.warning("%s cannot be used: the device takes no part in the sum (%s)", file, error)
+        return found
+
+    def hold(self, round: int, vector: np.ndarray) -> None:
+        """Keep int64[d] for the sum of a round; MessageError where that of the round was revealed already."""
+        if self.round == round and self.member is not None and self.member.survivors is not None:
+            raise MessageError(f"round {round} has been summed already")
+        self.round, self.vector, self.member = round, vector, None
+        self._keep()
+
+    def answer(self, step: str, round: int, number: int, body: bytes) -> bytes:
+        """Return what this client says in a step of the sum; MessageError for what it does not say."""
+        arrays = decode(body).payload.arrays
+        if round != self.round or not len(self.vector):
+            raise MessageError(f"there is nothing to add up of round {round}")
+        if step == "keys":
+            return self._coded(self._keys(number, _bytes(arrays, "attempt", ATTEMPT)))
+        member = self.member
+        if member is None or member.number != number:
+            raise MessageError("the sum has not begun with keys")
+        before = _dumped(member)
+        found = self._step(step, member, arrays)
+        if _dumped(member) != before:
+            self._keep()
+        return self._coded(found)
+
+    def _keys(self, number: int, attempt: bytes) -> Arrays:
+        member = self.member
+        if member is None or (member.number, member.attempt) != (number, attempt):
+            if member is not None and member.survivors is not None:
+                raise MessageError(f"round {self.round} has been summed already")
+            self.member = member = Member(number, self.least, context(self.run, self.round, attempt), attempt)
+            self._keep()
+        return {"keys": np.frombuffer(member.keys(), np.uint8)}
+
+    def _step(self, step: str, member: Member, arrays: Arrays) -> Arrays:
+        if step == "reveal":
+            return _rows(member.reveal(_numbers(arrays)), secagg.SHARE)
+        if step == "shares":
+            return _rows(member.shares(_table(arrays, secagg.KEYS)), secagg.SEALED)
+        if step == "masked":
+            return {"masked": member.masked(self.vector, _table(arrays, secagg.SEALED))}
+        raise MessageError(f"a sum has no step {step!r}")
+
+    def _coded(self, arrays: Arrays) -> bytes:
+        return encode(Message(self.round, b"", Payload(arrays)))
+
+    def _keep(self) -> None:
+        if self.file is not None:
+            payload = Payload({"vector": self.vector}, {"member": _dumped(self.member)})
+            write_atomic(self.file, encode(Message(self.round, b"", payload)), mode=PRIVATE)
+
+
+def _dumped(member: Member | None) -> str:
+    if member is None:
+        return "null"
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value.hex()
+        return {key: v.hex() for key, v in value.items()} if isinstance(value, dict) else value
+
+    return json.dumps({f.name: plain(getattr(member, f.name)) for f in fields(member)})
+
+
+def _member(found: Mapping[str, Any]) -> Member:
+    def back(value: Any) -> Any:
+        if isinstance(value, str):
+            return bytes.fromhex(value)
+        return {int(k): bytes.fromhex(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return Member(**{name: back(value) for name, value in found.items()})
+
+
+# The server ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Summing:
+    """The secure sums of a run; what it counts in bytes goes to the round's totals."""
+
+    sealed: Sealed
+    run: str
+    folder: Path
+    note: Callable[[str], None]
+    left_out: set[int] = field(default_factory=set)  # clients whose shares were wrong
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def pending(self, round: int) -> bool:
+        """Tell whether the masked vectors of a round are here already, from before a restart."""
+        return self._saved(round) is not None
+
+    def add_up(
+        self, fleet: Fleet, round: int, clients: Collection[int], numbers: int
+    ) -> tuple[np.ndarray | None, str]:
+        """Return int64[d], the sum of what these clients hold; or None, and why it cannot be told."""
+        self.bytes_up = self.bytes_down = 0
+        try:
+            saved = self._saved(round) or self._masked(fleet, round, clients, numbers)
+            return self._revealed(fleet, round, saved), ""
+        except MessageError as error:
+            if isinstance(error, secagg.WrongSharesError):
+                self.left_out.add(error.member)
+            (self.folder / FILE).unlink(missing_ok=True)
+            self.note(f"round {round} has no sum, and the model stays: {error.message}")
+            return None, error.message
+
+    def _masked(self, fleet: Fleet, round: int, clients: Collection[int], numbers: int) -> Payload:
+        """Take the steps up to the masked vectors, and keep their sum."""
+        attempt = secrets.token_bytes(ATTEMPT)
+        begun = {"attempt": np.frombuffer(attempt, np.uint8)}
+        keys = self._ask(
+            fleet,
+            round,
+            "keys",
+            dict.fromkeys(self._enough(clients), begun),
+            lambda client, arrays: secagg.checked_keys(_bytes(arrays, "keys", secagg.KEYS)),
+        )
+        near = secagg.neighbours(self._enough(keys), attempt)
+
+        def shared(client: int, arrays: Arrays) -> dict[int, bytes]:
+            if sorted([client, *(given := _table(arrays, secagg.SEALED))]) != near[client]:
+                raise MessageError("its shares are not for those that it was told")
+            return given
+
+        peers = {c: _rows({v: keys[v] for v in near[c] if v != c}, secagg.KEYS) for c in keys}
+        shares = self._ask(fleet, round, "shares", peers, shared)
+        arrived = {
+            c: _rows({v: shares[v][c] for v in near[c] if v != c and v in shares}, secagg.SEALED)
+            for c in self._enough(shares)
+        }
+        total = np.zeros(numbers, np.uint64)
+
+        def added(client: int, arrays: Arrays) -> None:
+            vector = arrays.get("masked")
+            if vector is None or vector.dtype != np.uint64 or vector.shape != (numbers,):
+                raise MessageError(f"it gives no {numbers:,} numbers")
+            np.add(total, vector, out=total)
+
+        survivors = self._ask(fleet, round, "masked", arrived, added, 8 * numbers)
+        taking_part: dict[str, Collection[int]] = {
+            "members": keys,
+            "shared": shares,
+            "survivors": self._enough(survivors),
+        }
+        payload = Payload(
+            {name: np.array(sorted(of), np.uint32) for name, of in taking_part.items()}
+            | {
+                "total": total,
+                "keys": np.frombuffer(b"".join(keys[c] for c in sorted(keys)), np.uint8),
+                **begun,
+            }
+        )
+        write_atomic(self.folder / FILE, encode(Message(round, b"", payload)), mode=PRIVATE)
+        return payload
+
+    def _revealed(self, fleet: Fleet, round: int, saved: Payload) -> np.ndarray:
+        """Let the clients reveal what takes the masks off the sum of those that were heard."""
+        found = saved.arrays
+        attempt, members = found["attempt"].tobytes(), found["members"].tolist()
+        raw = found["keys"].tobytes()
+        keys = {c: raw[secagg.KEYS * i : secagg.KEYS * (i + 1)] for i, c in enumerate(members)}
+        survivors, near = found["survivors"].tolist(), secagg.neighbours(members, attempt)
+        heard = set(survivors)
+        orders = {c: {"of": np.array([v for v in near[c] if v in heard], np.uint32)} for c in survivors}
+        revealed = self._ask(
+            fleet, round, "reveal", orders, lambda client, arrays: _table(arrays, secagg.SHARE)
+        )
+        total = secagg.unmask(
+            found["total"],
+            keys,
+            found["shared"].tolist(),
+            heard,
+            revealed,
+            least=self.sealed.least,
+            context=context(self.run, round, attempt),
+            attempt=attempt,
+        )
+        self.note(f"round {round}: the sum of {len(survivors)} of {len(members)} that were done")
+        return total
+
+    def _ask(
+        self,
+        fleet: Fleet,
+        round: int,
+        step: Step,
+        orders: Mapping[int, Arrays],
+        read: Callable[[int, Arrays], T],
+        room: int = 0,
+    ) -> dict[int, T]:
+        """Return client -> what it says, of those that answer a step as agreed; the others are left out from here on."""
+        bodies = {c: encode(Message(round, b"", Payload(arrays))) for c, arrays in orders.items()}
+        found = {}
+        for answer in fleet.exchange(round, step, bodies, room):
+            self.bytes_down += answer.sent
+            self.bytes_up += len(answer.data or b"")
+            try:
+                if answer.data is None:
+                    raise MessageError(answer.reason)
+                found[answer.client] = read(answer.client, decode(answer.data).payload.arrays)
+            except MessageError as error:
+                self.note(f"client {answer.client} takes no further part in the sum: {error.message}")
+        return found
+
+    def _enough(self, clients: Collection[int]) -> Collection[int]:
+        if len(clients) < self.sealed.least:
+            raise MessageError(f"{len(clients)} clients are left, and {self.sealed.least} are needed")
+        return clients
+
+    def _saved(self, round: int) -> Payload | None:
+        try:
+            message = decode(read_bytes(self.folder / FILE), any_size=True)
+        except (OSError, MessageError):
+            return None
+        return message.payload if message.round == round else None
+
+
+# What travels -------------------------------------------------------------------------------------------
+
+
+def _rows(parts: Mapping[int, bytes], size: int) -> dict[str, np.ndarray]:
+    """Return numbers and a table of as many rows of `size` bytes."""
+    numbers = sorted(parts)
+    raw = np.frombuffer(b"".join(parts[number] for number in numbers), np.uint8)
+    return {"of": np.array(numbers, np.uint32), "rows": raw.reshape(len(numbers), size)}
+
+
+def _table(arrays: Arrays, size: int) -> dict[int, bytes]:
+    """Return number -> its row; MessageError for another form."""
+    numbers, rows = _numbers(arrays), arrays.get("rows")
+    if rows is None or rows.dtype != np.uint8 or rows.shape != (len(numbers), size):
+        raise MessageError("a table of a secure sum has not the form that was agreed")
+    return dict(zip(numbers, (row.tobytes() for row in rows), strict=True))
+
+
+def _numbers(arrays: Arrays) -> list[int]:
+    found = arrays.get("of", NOBODY)
+    if found.dtype != np.uint32 or found.ndim != 1 or (np.diff(found.astype(np.int64)) <= 0).any():
+        raise MessageError("the members of a secure sum are not told as agreed")
+    return [int(number) for number in found.tolist()]
+
+
+def _bytes(arrays: Arrays, name: str, size: int) -> bytes:
+    found = arrays.get(name)
+    if found is None or found.dtype != np.uint8 or found.shape != (size,):
+        raise MessageError(f"'{name}' of a secure sum has not the form that was agreed")
+    return found.tobytes()

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A round under a secure sum: bit for bit the sum without masks, whoever drops out or is restarted, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from contract_harness import base_of, fleet, key, kind_of, short
+
+from fleetune import models
+from fleetune.errors import MessageError
+from fleetune.models.net.model import Model
+from fleetune.privacy import secagg
+from fleetune.privacy.mechanism import S, Sealed, SealedSum, flattened
+from fleetune.tuning.exchange.aggregation import PRIVATE, Rule
+from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
+from fleetune.tuning.methods import Method, Reply
+from fleetune.tuning.rounds.fleets import Answer, Step
+from fleetune.tuning.rounds.sealed import FILE, Participant, Summing
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
+
+SEALED = Sealed(1e7, 0.0, 1.0, 4, 3)  # integers of a ledger
+SMALL = dataclasses.replace(SEALED, clip=10.0)  # an adapter's numbers
+METHODS = ("fedkseed", "mezo", "onebyte", "fedit")
+
+
+@pytest.fixture
+def model() -> Model:
+    return models.tiny_llama(layers=2)
+
+
+def asked(model: Model, method: Method, state: Any, sealed: Sealed | None) -> tuple[LocalFleet, list[Answer]]:
+    """Return a fleet of 4 that has done a round's work, and what it answered."""
+    made = fleet(model, method, 4)
+    made.sealed = sealed
+    sent = encode(Message(1, base_of(model), kind_of(method, state)[0]))
+    return made, list(made.ask(1, range(4), sent))
+
+
+def moves(method: Method, state: Any, answer: Answer) -> dict[str, np.ndarray]:
+    """Return how far a client's open reply moves each number, by the method's own functions."""
+    sent, _ = kind_of(method, state)
+    end = method.moved(sent, Reply(answer.client, answer.key, decode(answer.data or b"").payload))
+    return {n: end[n].astype(np.float64) - t.astype(np.float64) for n, t in method.begins(sent).items()}
+
+
+def summing(folder: Path, sealed: Sealed = SEALED) -> Summing:
+    return Summing(sealed, "", folder, lambda text: None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_round_is_bit_for_bit_that_without_masks(name: str, model: Model, tmp_path: Path) -> None:
+    method, sealed = short(name), SMALL if name == "fedit" else SEALED
+    state = method.init(model, key())
+    _, plain = asked(model, method, state, None)
+    wanted = sum(flattened(sealed.units(moves(method, state, answer))) for answer in plain)
+    made, quiet = asked(model, method, state, sealed)
+    assert {(p.arrays, p.scalars) == ({}, {}) for p in (decode(a.data or b"").payload for a in quiet)} == {
+        True
+    }
+    total, _ = summing(tmp_path, sealed).add_up(made, 1, range(4), len(wanted))
+    np.testing.assert_array_equal(total, wanted)
+    assert np.any(wanted)
+    new = method.aggregate(state, iter(()), Rule(PRIVATE, privacy=dataclasses.replace(sealed, total=total)))
+    sums = SealedSum(
+        dataclasses.replace(sealed, total=total), method.begins(kind_of(method, state)[0])
+    ).tensors()
+    mean = {n: np.mean([moves(method, state, a)[n] for a in plain], axis=0) for n in sums}
+    start = method.begins(kind_of(method, state)[0])
+    for n, tensor in sums.items():  # the mean of the replies, on a grid
+        np.testing.assert_allclose(tensor - start[n], mean[n], rtol=2e-6, atol=sealed.grid)
+    assert type(new) is type(state)
+
+
+class Dropping(LocalFleet):
+    """A fleet of which some members say nothing from a step on."""
+
+    gone: Mapping[str, set[int]]
+
+    def exchange(
+        self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
+    ) -> Iterator[Answer]:
+        for answer in super().exchange(round, step, bodies, room):
+            if answer.client in self.gone.get(step, ()):
+                yield answer._replace(data=None, status="dropped", reason="gone")
+            else:
+                yield answer
+
+
+@pytest.mark.parametrize("step", ["keys", "shares", "masked", "reveal"])
+def test_whoever_drops_out_is_in_the_sum_or_not(step: str, model: Model, tmp_path: Path) -> None:
+    made = held(model)
+    made.gone = {step: {2}}
+    total, _ = summing(tmp_path).add_up(made, 1, range(4), 3)
+    everyone = step == "reveal"  # it has given its vector, and the others take its mask off
+    np.testing.assert_array_equal(total, [100, 1000, 10] if everyone else [70, 700, 7])
+    made = held(model)
+    made.gone = {step: {1, 2}}
+    total, why = summing(tmp_path).add_up(made, 1, range(4), 3)
+    assert total is None
+    assert "needed" in why
+
+
+def held(model: Model) -> Dropping:
+    """Return a fleet of 4 that holds (10, 100, 1), (20, 200, 2), .. for the sum."""
+    made = Dropping(model, short("mezo"), [[]] * 4, 7, 0, sealed=SEALED)
+    made.gone = {}
+    for c in range(4):
+        made.participants[c] = Participant("", 3)
+        made.participants[c].hold(1, np.array([10, 100, 1]) * (c + 1))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("what", "answer"),
+    [
+        ("keys", {"keys": np.zeros(secagg.KEYS, np.uint8)}),
+        ("shares", {"of": np.array([0, 1], np.uint32), "rows": np.zeros((2, secagg.SEALED), np.uint8)}),
+        ("masked", {"masked": np.zeros(3, np.int64)}),
+        ("masked", {"masked": np.zeros(2, np.uint64)}),
+        ("reveal", {"of": np.array([3, 1], np.uint32), "rows": np.zeros((2, secagg.SHARE), np.uint8)}),
+        ("reveal", {}),
+    ],
+)
+def test_one_that_answers_otherwise_is_left_out_alone(
+    what: str, answer: dict[str, np.ndarray], model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = held(model)
+    honest = made.participants[3].answer
+
+    def odd(step: str, round: int, number: int, body: bytes) -> bytes:
+        return encode(Message(1, b"", Payload(answer))) if step == what else honest(step, round, number, body)
+
+    monkeypatch.setattr(made.participants[3], "answer", odd)
+    total, _ = summing(tmp_path).add_up(made, 1, range(4), 3)
+    heard = [100, 1000, 10] if what == "reveal" else [60, 600, 6]
+    np.testing.assert_array_equal(total, heard)
+
+
+def test_a_server_that_is_restarted_asks_for_the_same_sum(model: Model, tmp_path: Path) -> None:
+    made = held(model)
+    made.gone = {"masked": {3}, "reveal": {0, 1, 2}}  # it is killed while it waits for what is revealed
+    first = summing(tmp_path)
+    with pytest.raises(RuntimeError, match="killed"):
+        first.add_up(Killed(made), 1, range(4), 3)  # type: ignore[arg-type]
+    made.gone = {}
+    again = summing(tmp_path)
+    assert again.pending(1)
+    total, _ = again.add_up(made, 1, (), 3)
+    np.testing.assert_array_equal(total, [60, 600, 6])
+    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
+
+
+class Killed:
+    """A fleet whose server is killed when it asks to reveal."""
+
+    def __init__(self, fleet: LocalFleet) -> None:
+        self._fleet = fleet
+
+    def exchange(
+        self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
+    ) -> Iterator[Answer]:
+        if step == "reveal":
+            raise RuntimeError("killed")
+        return self._fleet.exchange(round, step, bodies, room)
+
+
+def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, tmp_path: Path) -> None:
+    files = {c: tmp_path / f"{c}.ckpt" for c in range(4)}
+    for c, file in files.items():
+        Participant("", 3, file).hold(1, np.array([1, 2, 3]) * 10**c)
+
+    class Restarted(LocalFleet):
+        def exchange(
+            self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
+        ) -> Iterator[Answer]:
+            for c, body in bodies.items():
+                first = Participant.kept("", 3, files[c]).answer(step, round, c, body)
+                assert Participant.kept("", 3, files[c]).answer(step, round, c, body) == first
+                yield Answer(c, 0, first, "ok", "", 0.0, len(body))
+
+    made = Restarted(model, short("mezo"), [[]] * 4, 7, 0, sealed=SEALED)
+    total, _ = summing(tmp_path).add_up(made, 1, range(4), 3)
+    np.testing.assert_array_equal(total, np.array([1, 2, 3]) * 1111)
+    for c, file in files.items():  # of a round that has been summed nothing else is said
+        with pytest.raises(MessageError, match="summed already"):
+            Participant.kept("", 3, file).hold(1, np.array([5, 5, 5]))
+        begun = encode(Message(1, b"", Payload({"attempt": np.zeros(16, np.uint8)})))
+        with pytest.raises(MessageError, match="summed already"):
+            Participant.kept("", 3, file).answer("keys", 1, c, begun)
+
+
+@pytest.mark.parametrize("left", ["work", "keys"])
+def test_a_client_says_nothing_of_a_round_that_it_has_not_worked_for(left: str) -> None:
+    member = Participant("", 3)
+    body = encode(Message(1, b"", Payload({"attempt": np.zeros(16, np.uint8)})))
+    if left == "work":
+        with pytest.raises(MessageError, match="nothing to add up"):
+            member.answer("keys", 1, 0, body)
+        return
+    member.hold(1, np.array([1]))
+    with pytest.raises(MessageError, match="begun with keys"):
+        member.answer("reveal", 1, 0, body)
+
+
+def test_a_damaged_file_of_a_client_is_none(tmp_path: Path) -> None:
+    file = tmp_path / FILE
+    Participant("", 3, file).hold(4, np.array([1, 2, 3]))
+    data = bytearray(file.read_bytes())
+    data[40] ^= 1
+    file.write_bytes(data)
+    assert not len(Participant.kept("", 3, file).vector)
+
+
+def test_the_least_clients_together_make_all_the_noise() -> None:
+    """Of variance (z C)^2; and each of them makes its share, whatever it replies."""
+    sealed, d = Sealed(2.0, 1.5, 1.0, 12, 8), 1 << 15
+    shares = [sealed.vector({"x": np.zeros(d)}) for _ in range(8)]
+    deviation = float(np.std(np.sum(shares, axis=0) * sealed.grid))
+    assert abs(deviation / (1.5 * 2.0) - 1) < 5 / np.sqrt(2 * d)
+    assert all(abs(float(np.std(share)) / S - 1) < 5 / np.sqrt(2 * d) for share in shares)
+    far = sealed.vector({"x": np.full(d, 1e9)}) * sealed.grid
+    assert abs(np.linalg.norm(far) / np.hypot(2.0, 1.5 * 2.0 * np.sqrt(d / 8)) - 1) < 0.05
