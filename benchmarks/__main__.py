@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import catchup, fleet_overhead, memory, mezo_step, solvers, wire
+from benchmarks import catchup, fleet_overhead, memory, mezo_step, privacy, solvers, wire
 from benchmarks.harness import Others, Result, Setting, machine, table
 
 ALL = {
@@ -24,7 +24,9 @@ ALL = {
     "fleet_overhead": fleet_overhead.run,
     "wire": wire.run,
     "solvers": solvers.run,
+    "privacy": privacy.run,
 }
+ALONE = ("privacy",)  # run only where named: an hour, and files
 
 
 def main() -> int:
@@ -35,7 +37,7 @@ def main() -> int:
     facts = machine()
     print(_line(facts), flush=True)
     results, about = {}, {}
-    for name in options.names or ALL:
+    for name in options.names or [name for name in ALL if name not in ALONE]:
         others, began, load = Others(), time.perf_counter(), os.getloadavg()
         print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
         results[name] = ALL[name](Setting(options.quick))
@@ -57,7 +59,9 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks", description="Ours against the papers' way, as ratios.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)} (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)} (default: all but privacy)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="a small model and few repeats; no number counts"
     )

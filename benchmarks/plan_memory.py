@@ -47,10 +47,7 @@ SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "fwdllm": {"P": 1},
         "fedit": {"steps": 1},
         "fedpetuning": {"steps": 1},
-        PEPTAO: {
-            "steps": 1,
-            "lanczos": 2,
-        },  # a tenth of its products, one after another; the plan counts as many vectors
+        PEPTAO: {"steps": 1, "lanczos": 2},  # a tenth of its products; the plan counts as many vectors
         SCALES: {"steps": 1, "module": "scales"},
     }
 )
@@ -74,23 +71,9 @@ def compare(
     planned[SCALES] = _row(model, work, planned["fedpetuning"], {"module": "scales"})
     turns: dict[str, list[dict[str, float]]] = {n: [] for n in names if n != SCALES or base == "mapped"}
     for name in list(turns) * repeats:
+        options = {"--batch": batch, "--length": length, "--steps": steps, "--dtype": dtype, "--base": base}
         turns[name].append(
-            child(
-                "plan_memory",
-                model,
-                "--one",
-                name,
-                "--batch",
-                batch,
-                "--length",
-                length,
-                "--steps",
-                steps,
-                "--dtype",
-                dtype,
-                "--base",
-                base,
-            )
+            child("plan_memory", model, "--one", name, *(part for pair in options.items() for part in pair))
         )
     rows: dict[str, Any] = {}
     for name, seen in turns.items():
@@ -110,15 +93,8 @@ def compare(
             "peaks": [turn["peak"] for turn in seen],
             "private": private,
         }
-    return {
-        "model": model,
-        "batch": batch,
-        "length": length,
-        "steps": steps,
-        "dtype": dtype,
-        "base": base,
-        "rows": rows,
-    }
+    said = {"model": model, "batch": batch, "length": length, "steps": steps, "dtype": dtype, "base": base}
+    return {**said, "rows": rows}
 
 
 def _row(model: str, work: Any, usual: Any, settings: Mapping[str, Any]) -> Any:

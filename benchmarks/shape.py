@@ -21,24 +21,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def config(quick: bool) -> LlamaConfig:
     """The configuration of SmolLM2-135M (134.5 M parameters in 272 tensors), or of its small stand-in."""
-    width = {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    }
-    depth = {"num_hidden_layers": 30, "vocab_size": 49152}
+    width, inner, heads, kv, depth, vocab = (576, 1536, 9, 3, 30, 49152)
     if quick:
-        width = {
-            "hidden_size": 256,
-            "intermediate_size": 680,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        }
-        depth = {"num_hidden_layers": 4, "vocab_size": 4096}
+        width, inner, heads, kv, depth, vocab = (256, 680, 4, 2, 4, 4096)
     return LlamaConfig(
-        **width,
-        **depth,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        num_hidden_layers=depth,
+        vocab_size=vocab,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.041666,
