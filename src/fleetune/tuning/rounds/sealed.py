@@ -199,7 +199,7 @@ class Summing:
 
     sealed: Sealed
     run: str
-    folder: Path
+    folder: Path | None  # of the run; None where clients cannot go on after a restart
     note: Callable[[str], None]
     left_out: set[int] = field(default_factory=set)  # clients whose shares were wrong
     bytes_up: int = 0
@@ -220,7 +220,8 @@ class Summing:
         except MessageError as error:
             if isinstance(error, secagg.WrongSharesError):
                 self.left_out.add(error.member)
-            (self.folder / FILE).unlink(missing_ok=True)
+            if self.folder is not None:
+                (self.folder / FILE).unlink(missing_ok=True)
             self.note(f"round {round} has no sum, and the model stays: {error.message}")
             return None, error.message
 
@@ -270,7 +271,8 @@ class Summing:
                 **begun,
             }
         )
-        write_atomic(self.folder / FILE, encode(Message(round, b"", payload)), mode=PRIVATE)
+        if self.folder is not None:
+            write_atomic(self.folder / FILE, encode(Message(round, b"", payload)), mode=PRIVATE)
         return payload
 
     def _revealed(self, fleet: Fleet, round: int, saved: Payload) -> np.ndarray:
@@ -327,6 +329,8 @@ class Summing:
         return clients
 
     def _saved(self, round: int) -> Payload | None:
+        if self.folder is None:
+            return None
         try:
             message = decode(read_bytes(self.folder / FILE), any_size=True)
         except (OSError, MessageError):
