@@ -17,18 +17,23 @@ from fleetune import errors
 from fleetune.common import sums
 from fleetune.deploy import release
 
-ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
+ROWS = [
+    {"instruction": f"say {i}", "response": f"{i} it is", "who": ("Mercy", "Hope")[i % 2]} for i in range(24)
+]
 
 
 @pytest.fixture(scope="module")
 def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> fleetune.TuneResult:
+    file = tmp_path_factory.mktemp("objectives") / "mine.py"
+    file.write_text("from fleetune.evaluation.losses import batch_loss as mine\n")
     return fleetune.tune(
         tiny,
         ROWS,
         method="fedkseed",
-        settings={"K": 16, "tau": 2},
+        settings={"K": 16, "tau": 2, "objective": f"{file}:mine"},
+        partition="column:who",
         out=tmp_path_factory.mktemp("runs"),
-        **FEW,
+        **FEW | {"clients": 0},
     )
 
 
@@ -60,7 +65,8 @@ def test_a_release_is_a_run_that_another_machine_verifies(
             assert str(tmp_path) not in (text := file.read_text(encoding="latin-1")), file
             assert str(run.folder.parent) not in text, file
             assert str(Path(tiny).parent) not in text, file
-            assert '"event": "client"' not in text
+            assert "objectives" not in text.replace("docs/objectives.md", ""), file
+            assert not any(word in text for word in ("Mercy", "bytes_up", '"per_client"', '"t": '))
 
 
 def test_the_key_is_made_once_and_ssh_keygen_agrees(

@@ -165,6 +165,9 @@ def test_a_file_of_another_name_is_told_by_its_head(made: Path, tmp_path: Path) 
     file = tmp_path / "renamed.gguf"
     shutil.copy(f"runs/{CODES}/{CODES}.gguf", file)
     assert "renamed.gguf" in proven(str(file), "3")
+    usual = tmp_path / f"{CODES}.gguf"  # the usual name of another target
+    fleetune.export("3", to="gguf:f32", path=usual)
+    assert "as gguf:f32" in proven(str(usual), "3")[usual.name]
     other = tmp_path / "elsewhere"
     shutil.copytree(f"runs/{CODES}/gptq", other)
     assert "as gptq" in proven(str(other), "3")["elsewhere"]

@@ -391,6 +391,11 @@ def test_a_run_of_blocks_maps_the_devices_file_and_one_without_any_is_refused_at
     assert "no scales" in other.ended
 
 
+def test_a_built_in_objective_may_have_its_argument(worker: Worker, job: Job) -> None:
+    settings = {"K": 16, "tau": 2, "batch_size": 1, "objective": "rouge_l:8"}
+    assert take(worker, dataclasses.replace(job, method="fedkseed", set=settings)).what == "ready"
+
+
 # Secure sums --------------------------------------------------------------------------------------------
 
 SUM = Secure(4, 3, 1e3, 0.0, 0.001)

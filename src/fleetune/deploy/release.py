@@ -51,8 +51,11 @@ SIGNER: Final = "signer.pub"
 NAMESPACE: Final = b"file"
 HASH: Final = b"sha512"
 ARMOUR: Final = ("-----BEGIN SSH SIGNATURE-----", "-----END SSH SIGNATURE-----")
-PRIVATE_FACTS: Final = ("run", "result", "per_client", "peak_rss")  # of the last event: paths, clients
-TRAFFIC: Final = ("bytes_up", "bytes_down")  # of a private run it tells how many clients took part
+# what is told of the first and the last event: no path, no client's name, no traffic, which tells how many took part
+FACTS: Final = (
+    "v event method model digest params trained clients rounds partition rows_per_client held_out base tuned rows result_bytes "
+    "result_sha256 entries change_errors best start moved remarks answered"
+)
 
 
 def write(run: Run, out: Path | None = None, key: Path | None = None) -> Released:
@@ -72,12 +75,14 @@ def write(run: Run, out: Path | None = None, key: Path | None = None) -> Release
     with staged(place) as folder:
         (folder / model_card.CARD).write_text(model_card.of_release(run.folder), encoding="utf-8")
         public: dict[str, Any] = {n: describe.public(getattr(run.recipe, n)) for n in describe.NAMED}
+        public["set"] = {n: v for n, v in describe.settings_of(run.recipe).items() if n in run.recipe.set}
         (folder / "run.toml").write_text(recipes.to_toml(replace(run.recipe, **public)), encoding="utf-8")
         (folder / rundir.ENVIRONMENT).write_text(json_text(_environment(run)), encoding="utf-8")
         start = next((e for e in rundir.events(run.folder) if e["event"] == "start"), {})
-        left_out = PRIVATE_FACTS + (TRAFFIC if run.recipe.privacy == private.CLIENT else ())
-        told = {n: v for n, v in done.items() if n not in left_out} | {"result": result.name, "run": "."}
-        lines = [{**start, "model": public["model"]}, told]
+        events = [{n: v for n, v in event.items() if n in FACTS.split()} for event in (start, done)]
+        remarks = [model_card.public_text(str(remark)) for remark in done.get("remarks", ())]
+        told = {"result": result.name, "remarks": remarks}
+        lines = [events[0] | {"model": public["model"]}, events[1] | told]
         (folder / metrics.FILE).write_text(
             "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
         )

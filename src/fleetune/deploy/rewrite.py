@@ -16,7 +16,7 @@ from fleetune.deploy import export, targets
 from fleetune.deploy.targets import Target
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.gguf import header
-from fleetune.runs import rundir
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed, Run, Subject
 
@@ -27,7 +27,7 @@ SAFETENSORS: Final = ".safetensors"
 def written_again(path: Path, source: Subject, *, offline: bool) -> str:
     """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs."""
     nearest = Difference(-1, "")
-    for target, name in _ways(path, source):
+    for target, name, usual in _ways(path, source):
         with TemporaryDirectory() as place:
             made = Path(place) / name
             try:
@@ -36,12 +36,13 @@ def written_again(path: Path, source: Subject, *, offline: bool) -> str:
                 if isinstance(error, ModelError):
                     raise
                 continue  # no target of this source
-            except FileExistsError:
-                continue
             found = difference(path, made)
+            alike = usual and _size(path) == _size(made)
         if not found.words:
             return target.name
         nearest = max(nearest, found)
+        if alike:
+            break  # it is of this target, and damaged
     if not nearest.words:
         raise UsageError(
             f"{source.argument} is exported as nothing like {path}",
@@ -53,14 +54,15 @@ def written_again(path: Path, source: Subject, *, offline: bool) -> str:
     )
 
 
-def _ways(path: Path, source: Subject) -> list[tuple[Target, str]]:
-    """Return the targets that `path` may be of, with the name that the file had: one where its own name tells."""
+def _ways(path: Path, source: Subject) -> list[tuple[Target, str, bool]]:
+    """Return the targets that `path` may be of, with the name that the file had, and whether that is the target's usual one."""
+    stem = ""
     if isinstance(source, Run):
-        home, stem = source.folder, ""
+        home = source.folder
+    elif isinstance(source, Compressed):
+        home = source.home
     else:
-        home, stem = (
-            (source.home, "") if isinstance(source, Compressed) else (Path("."), rundir.of_model(source.name))
-        )
+        home, stem = Path("."), rundir.of_model(source.name)
     able = [
         target
         for target in targets.every().values()
@@ -69,12 +71,16 @@ def _ways(path: Path, source: Subject) -> list[tuple[Target, str]]:
         and (target.takes != "adapter" or isinstance(source, Run))
     ]
     usual = {target.name: target.place(home, stem).name for target in able}
-    if named := [target for target in able if usual[target.name] == path.name]:
-        return [(target, path.name) for target in named]
-    names = {path.name} if path.is_dir() else {path.name, *usual.values()}
-    own = header.read(path).values.get("general.name") if path.suffix == export.GGUF else None
-    names = {name for name in names if name == path.name or Path(name).stem == own}
-    return [(target, name) for name in sorted(names, key=lambda name: name != path.name) for target in able]
+    names = [path.name]
+    if path.suffix == export.GGUF:  # which holds the name that it was written under
+        own = header.read(path).values.get("general.name")
+        names += {name for name in usual.values() if Path(name).stem == own} - {path.name}
+    ways = [(target, name, usual[target.name] == path.name) for name in names for target in able]
+    return sorted(ways, key=lambda way: not way[2])
+
+
+def _size(path: Path) -> int:
+    return compression_folder.size(path) if path.is_dir() else path.stat().st_size
 
 
 class Difference(NamedTuple):

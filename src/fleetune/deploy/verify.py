@@ -284,8 +284,7 @@ def _declared_by(run: Run) -> Links:
     done, recipe = finished.stated_by(run.folder), run.recipe
     start = next((e for e in rundir.events(run.folder) if e["event"] == "start"), {})
     rows = [int(n) for n in start.get("rows_per_client", ())]
-    of = f"{sum(rows):,} training rows of {counted(len(rows), 'client')}"
-    of = of if rows else f"{counted(int(start.get('clients', 0)), 'device')}, which keep their rows"
+    of = f"{f'{sum(rows):,}' if rows else 'the'} training rows of {counted(int(start.get('clients', 0)), 'client')}"
     yield _declared("data, clients", f"{describe.public(recipe.data)}; {of}; {recipe.method}")
     measures = [
         f"{n} {show(n, done.get('base', {}).get(n))} -> {show(n, v)}"

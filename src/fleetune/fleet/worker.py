@@ -52,6 +52,7 @@ from fleetune.errors import (
     cut_reason,
     fault,
 )
+from fleetune.evaluation import objectives
 from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.evaluation.objectives import rows_of
 from fleetune.fleet import eval_device
@@ -463,7 +464,8 @@ def _encoded(model: Model, examples: Sequence[Example], max_length: int, source:
 
 def _method(job: Job) -> Method:
     entry = methods.entry(job.method)
-    if ":" in (objective := str(job.set.get("objective", "loss"))) or "." in objective:
+    objective = str(job.set.get("objective", "loss"))
+    if objective.partition(":")[0] not in objectives.BUILT_IN:
         raise FleetError(
             f"the run optimises {objective:.100}, a function of the server's: a device runs only what is installed on it",
             hint="use a built-in objective",

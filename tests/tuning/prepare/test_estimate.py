@@ -131,6 +131,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_clients_that_back_propagate_are_timed_by_their_own_steps() -> None:
+    def steps(**given: float) -> int:
+        return methods.make("fedkseed", {"tau": 200, "backprop_steps": 3, **given}).local_steps(50)
+
+    assert (steps(), steps(backprop=0.5), steps(backprop=1)) == (200, 200, 3)
+    one = methods.make("fedkseed", {"tau": 200, "backprop_steps": 3, "backprop": 1}).sized(1, 1)
+    assert one.local_steps(50) == 1
+
+
 def test_local_steps_follow_the_rows_unless_they_are_given(place: Path) -> None:
     values: dict[str, Any] = {"model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "held_out": 4}
     for clients, rows, steps in ((2, 10, 50), (1, 20, 80)):

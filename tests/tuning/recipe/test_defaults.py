@@ -32,7 +32,7 @@ def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(
     rule, said = served(3, method)
     assert rule == expected
     assert said.startswith(
-        f"replies are combined by {rule}: every device counts once, whatever rows it claims; --aggr"
+        f"mode robust: replies are combined by {rule}; every device counts once, whatever rows it claims; --aggr"
     )
 
 
@@ -75,7 +75,7 @@ def test_where_none_fits_the_mean_bounds_the_rows_and_says_why(
     rule, said = served(devices, **values)
     assert rule == "mean:1"
     assert said.startswith(
-        "replies are combined by mean:1 (weighted by rows, at most 1 times the median's); "
+        "mode open: replies are combined by mean:1 (weighted by rows, at most 1 times the median's); "
     )
     assert why in said
     assert ("alone could back-propagate" in said) == ("backprop" in values)

@@ -307,10 +307,14 @@ class Method(_zeroth.OfLedger):
         return slopes.rate(points, self.batch_size, averaged=clients)
 
     def sized(self, steps: int, batch_size: int) -> Self:
-        return replace(self, tau=steps, batch_size=batch_size)
+        walks = min(self.backprop_steps, steps) if self.backprop == 1 else self.backprop_steps
+        return replace(self, tau=steps, backprop_steps=walks, batch_size=batch_size)
 
     def local_steps(self, rows: int) -> int:
-        return self.tau
+        """Return the steps of a client that back-propagates where all do; in a mixed fleet, the most that a client takes."""
+        if self.backprop == 1:
+            return self.backprop_steps
+        return max(self.tau, self.backprop_steps) if self.backprop else self.tau
 
     def footprint(self, shape: Shape) -> Footprint:
         none = np.zeros(self.K)

@@ -61,22 +61,31 @@ def default_rule(recipe: Recipe, devices: int) -> tuple[aggregation.Rule, str]:
 
 
 def about_rule(recipe: Recipe, count: int) -> str:
-    """Return which rule combines the replies of so many devices; for a mean, why no rule against liars is used."""
+    """Return the mode of a run with so many devices: which rule combines replies; for a mean, why none against liars does."""
+    if recipe.privacy == "sealed":
+        return (
+            "mode sealed: this server sees sums of replies and never one; every device counts once, and proves nothing "
+            "(docs/privacy.md)"
+        )
     if recipe.privacy != "none":
-        seen = "unseen" if recipe.privacy == "sealed" else "with noise"
-        return f"replies are summed {seen}; every device counts once, within its clip (docs/privacy.md)"
+        return (
+            "mode private: replies are summed with noise, so that what is published hides each device; every one counts once, "
+            "within its clip (docs/privacy.md)"
+        )
     rule = aggregation.parse(recipe.aggregation)
     if rule.name != aggregation.MEAN.name:
         return (
-            f"replies are combined by {rule.text}: every device counts once, whatever rows it claims; --aggregation mean weighs "
-            "by rows (docs/safety.md)"
+            f"mode robust: replies are combined by {rule.text}; every device counts once, whatever rows it claims; "
+            "--aggregation mean weighs by rows (docs/safety.md)"
         )
     bound = "of any number" if rule == aggregation.MEAN else f"at most {rule.times:g} times the median's"
     other, why = default_rule(recipe, count)
     more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
     if len(methods.make(recipe.method, recipe.set).kind_names) > 1:
         more += "; a device that alone could back-propagate takes two-point steps"
-    return f"replies are combined by {rule.text} (weighted by rows, {bound}); {more} (docs/safety.md)"
+    return (
+        f"mode open: replies are combined by {rule.text} (weighted by rows, {bound}); {more} (docs/safety.md)"
+    )
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:

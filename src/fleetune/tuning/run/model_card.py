@@ -163,7 +163,7 @@ def _results(done: Mapping[str, Any]) -> str:
     base, tuned = done.get("base", {}), done.get("tuned", {})
     rows = [[n.replace("_", " "), show(n, base.get(n)), show(n, v)] for n, v in tuned.items()]
     table = _table([f"on {done.get('rows', 0):,} held-out rows", "base", "tuned"], rows)
-    notes = [f"- {_public_text(str(remark))}" for remark in done.get("remarks", ())]
+    notes = [f"- {public_text(str(remark))}" for remark in done.get("remarks", ())]
     return "\n\n".join([table, "Losses are in nats per token.", *(["\n".join(notes)] if notes else [])])
 
 
@@ -231,7 +231,7 @@ def _cell(text: str) -> str:
     return plain.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def _public_text(text: str) -> str:
+def public_text(text: str) -> str:
     """A remark without paths: an absolute one is cut to its last part."""
     return re.sub(
         r"(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\`'\",;:]+){2,}", lambda m: re.split(r"[/\\]", m[0])[-1], text

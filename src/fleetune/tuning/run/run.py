@@ -298,11 +298,15 @@ class _Sitting:
 
 
 def _first(job: TuneJob, rule: Rule) -> Any:
-    """Return the state before round 1; a ledger states the rule by which replies are combined."""
+    """Return the state before round 1; a ledger states the rule by which replies are combined, and no path."""
     state = job.method.init(job.model, derive(job.recipe.seed, "init"))
-    if job.entry.kind != "ledger" or rule == aggregation.MEAN:
+    if job.entry.kind != "ledger":
         return state
-    head = dataclasses.replace(state.ledger.head, aggregation=rule.text, privacy=job.recipe.privacy)
+    head = state.ledger.head
+    hyper = {n: describe.public(v) if n == "objective" else v for n, v in head.hyper.items()}
+    head = dataclasses.replace(head, hyper=hyper)
+    if rule != aggregation.MEAN:
+        head = dataclasses.replace(head, aggregation=rule.text, privacy=job.recipe.privacy)
     return state._replace(ledger=dataclasses.replace(state.ledger, head=head))
 
 
