@@ -175,7 +175,7 @@ def _utility(result: Result, job: Job, clients: list[Any], q: float, tested: lis
         plain = plain if epsilon else after
         kept = (before - after) / (before - plain) if before != plain else math.nan
         name = f"Gain kept, {len(clients):,} clients: {_kind(job, epsilon)}"
-        goal, note = 0.75 if epsilon == 8 else None, f"losses; {before:.3f} before"
+        goal, note = 0.75 if (epsilon, len(clients)) == (8, 1000) else None, f"losses; {before:.3f} before"
         row = Row(name, after, plain, "nats", kept, "gain", goal, note=note)
         _tell(result, row, mechanism=rule.text, settings=job.recipe.set)
 
@@ -197,7 +197,9 @@ def _large(result: Result, read: list[Any]) -> None:
             return token_mean(*job.losses(rows))
 
         state, replies = job.replies([held[:EACH], held[EACH:]], (N, N + 1))
-        tried = {rate: loss(state, replies, rate, Rule(), tested[:16]) for rate in (0.1, 0.3, 1.0, 3.0, 10.0)}
+        tried = {
+            rate: loss(state, replies, rate, Rule(), tested[:16]) for rate in (3.0, 10.0, 30.0, 100.0, 300.0)
+        }
         rate = min(tried, key=tried.__getitem__)
         state, replies = job.replies([more[i::count] for i in range(count)], range(count))
         before = plain = loss(state, [], 1.0, Rule(), tested[16:])
