@@ -399,7 +399,7 @@ def test_a_built_in_objective_may_have_its_argument(worker: Worker, job: Job) ->
 
 # Secure sums --------------------------------------------------------------------------------------------
 
-SUM = Secure(4, 3, 1e3, 0.0, 0.001)
+SUM = Secure(4, 3, 1e3, 0.0)
 
 
 def summed(job: Job, **more: float) -> Job:
@@ -422,7 +422,7 @@ def test_its_reply_to_a_secure_sum_never_leaves_it(place: Path, worker: Worker, 
     said = decode(reply.body).payload
     assert (reply.what, said.arrays, said.scalars) == ("done", {}, {})
     announced = ask(worker, "keys", BEGIN)
-    others = {v: Member(v, 3, b"", b"").keys().ljust(ANNOUNCED, b"\0") for v in (1, 2, 3)}
+    others = {v: Member(v, 3, 4, b"", b"").keys().ljust(ANNOUNCED, b"\0") for v in (1, 2, 3)}
     told = np.array(sorted(others), np.uint32)
 
     def table(parts: dict[int, bytes]) -> np.ndarray:
@@ -467,31 +467,36 @@ def test_a_device_takes_part_in_the_sums_that_it_was_told_alone(
 
 def test_a_device_counts_its_own_budget_over_all_runs(place: Path, tmp_path: Path, job: Job) -> None:
     """Two rounds of multiplier 2 are one of 2 / sqrt 2: the third would be beyond epsilon 2.3, in whichever run."""
-    worker, job = make_worker(place, tmp_path, epsilon=2.3), summed(job, noise=2.0)
+    worker, job = make_worker(place, tmp_path, epsilon=2.3, delta=0.001), summed(job, noise=2.0)
     spent = [accountant.epsilon(2 / math.sqrt(n), 1.0, 1, 0.001) for n in (1, 2, 3)]
     assert spent[1] < 2.3 < spent[2]
-    take(worker, job)
+    assert take(worker, job).code == "budget"  # for all of its rounds
+    job = dataclasses.replace(job, rounds=2)
+    assert take(worker, job).what == "ready"
     done = [
         Reply.decode(worker.answer(Order("work", r, 0, r, message(place, job, r)).encode())) for r in (1, 2)
     ]
     assert [reply.what for reply in done] == ["done", "done"]
-    fresh = make_worker(place, tmp_path, epsilon=2.3)
-    take(fresh, dataclasses.replace(job, run="e" * 32))
-    refused = Reply.decode(fresh.answer(Order("work", 1, 0, 9, message(place, job, 1)).encode()))
-    assert (refused.what, refused.code) == ("failed", "budget")
+    more = Reply.decode(worker.answer(Order("work", 3, 0, 9, message(place, job, 3)).encode()))
+    assert (more.what, more.code) == ("failed", "budget")
+    fresh = make_worker(place, tmp_path, epsilon=2.3, delta=0.001)
+    assert take(fresh, dataclasses.replace(job, run="e" * 32, rounds=1)).code == "budget"
+
+
+def test_a_method_that_keeps_memories_of_clients_is_in_no_secure_sum(worker: Worker, job: Job) -> None:
+    assert take(worker, dataclasses.replace(job, secure=SUM)).code == "settings"
 
 
 @pytest.mark.parametrize(
     "odd",
     [
         {"least": 2},
-        {"clients": 6},
+        {"clients": 5},
         {"clients": 2},
         {"clip": 0.0},
         {"clip": math.inf},
         {"noise": -1.0},
         {"noise": 1e-9},
-        {"delta": 0.5},
     ],
 )
 def test_a_secure_sum_that_hides_nothing_is_no_job(odd: dict[str, float]) -> None:

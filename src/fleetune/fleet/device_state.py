@@ -138,18 +138,21 @@ class DeviceState:
             raise Declined("measured", MOST_MEASUREMENTS, hint=hint)
         write_atomic(file, json.dumps({"rows": before["rows"], "known": sorted(known)}), mode=PRIVATE)
 
-    def spend(self, noise: float, delta: float, budget: float) -> float:
-        """Count a reply in the sum of a round with noise of this multiplier; return epsilon so far, of all runs (0: no budget).
+    def spend(
+        self, noise: float, delta: float, budget: float, replies: int = 1, *, dry: bool = False
+    ) -> float:
+        """Count replies in sums with noise of this multiplier; return epsilon so far, of all runs (0: no budget).
 
         Gaussian releases of multipliers z_i are one of (sum z_i^-2)^(-1/2), exactly.  Declined, and nothing counted, where that
         is more than the budget.
         """
         file = self.folder / PRIVACY
-        spent = (_noted(file, spent=float)["spent"] if file.exists() else 0.0) + noise**-2
+        spent = (_noted(file, spent=float)["spent"] if file.exists() else 0.0) + replies * noise**-2
         epsilon = accountant.epsilon(spent**-0.5, 1.0, 1, delta) if budget else 0.0
         if epsilon > budget:
             raise Declined("budget", hint=f"raise --epsilon; what was spent is in {file}")
-        write_atomic(file, json.dumps({"spent": spent}), mode=PRIVATE)
+        if not dry:
+            write_atomic(file, json.dumps({"spent": spent}), mode=PRIVATE)
         return epsilon
 
 

@@ -102,6 +102,7 @@ Trained = Annotated[str, Field(pattern="^(weights|scales)$")]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 Kept = tuple[Annotated[int, Field(ge=-1, lt=1 << 31)], Crc]
 
+MOST_SUMMED: Final = 2048  # devices in a secure sum: what each does grows with them
 What = Literal["job", "work", Step, "eval", "begin", "block", "end"]
 
 EXACT: Final = ConfigDict(strict=True, extra="forbid")
@@ -111,15 +112,14 @@ EXACT: Final = ConfigDict(strict=True, extra="forbid")
 class Secure:
     """How the replies of a run are added up without being seen: what each device does to its own."""
 
-    clients: Annotated[int, Field(ge=3, le=1 << 16)]  # N
-    least: Annotated[int, Field(ge=3, le=1 << 16)]  # vectors of a sum
+    clients: Annotated[int, Field(ge=3, le=MOST_SUMMED)]  # N
+    least: Annotated[int, Field(ge=3, le=MOST_SUMMED)]  # vectors of a sum
     clip: Annotated[float, Field(gt=0, le=1e15)]  # C, L2
     noise: Annotated[float, Field(ge=0, le=1e6)]  # z, multiplier of the sum's noise; 0: none
-    delta: Annotated[float, Field(ge=0, le=0.01)]
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        if not self.least <= self.clients < 2 * self.least or 0 < self.noise < 1e-3:
+        if not self.least <= self.clients <= 1.5 * self.least or 0 < self.noise < 1e-3:
             raise MessageError("the job's secure sum is none that keeps single replies hidden")
         return self
 
@@ -178,11 +178,11 @@ class Job:
         return _read(_JOB, text, "the job")
 
 
-def secure_of(sealed: Sealed | None, delta: float) -> Secure | None:
+def secure_of(sealed: Sealed | None) -> Secure | None:
     """Return what devices are told of a run's secure sums; None where it has none."""
     if sealed is None:
         return None
-    return Secure(sealed.N, sealed.least, sealed.clip, sealed.noise, delta)
+    return Secure(sealed.N, sealed.least, sealed.clip, sealed.noise)
 
 
 def is_path(model: str) -> bool:

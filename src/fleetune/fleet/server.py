@@ -210,12 +210,7 @@ class Served:
                 f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
             )
         devices = Devices(run.path)
-        told = job_of(
-            job.recipe,
-            devices.run,
-            job.model.digest,
-            secure=secure_of(private.sealed_of(job), job.recipe.delta),
-        )
+        told = job_of(job.recipe, devices.run, job.model.digest, secure=secure_of(private.sealed_of(job)))
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
         kinds = wanted(job.method, job.recipe.kinds)
         apart = job.recipe.privacy in private.BY_CLIENT

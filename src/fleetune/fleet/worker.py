@@ -49,6 +49,7 @@ from fleetune.errors import (
     MessageError,
     ModelError,
     StorageError,
+    UsageError,
     cut_reason,
     fault,
 )
@@ -80,6 +81,7 @@ from fleetune.planning import device_cost
 from fleetune.planning.device_cost import Workload
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
@@ -94,6 +96,7 @@ ANSWER: Final = "answer"
 PASSES: Final = 100  # over its rows that a device makes in a round, at most
 MEMORIES: Final = 16  # rounds that it remembers, at most
 FEWEST: Final = 3  # devices in a secure sum
+SUMMED: Final = aggregation.Rule(aggregation.PRIVATE)
 FEW: Final = 256  # rows: a device that has fewer does as many passes as one with so many
 
 
@@ -116,6 +119,7 @@ class Brings:
         0  # replies in a secure sum, the only thing that its own leave in; 0: the server may see them
     )
     epsilon: float = 0.0  # its own privacy budget, over all runs; 0: none
+    delta: float = 1e-5  # of that budget
 
     def part(self, held_out: int) -> str:
         """Return what a device with so many held-out rows takes part in, and in what it does not."""
@@ -304,22 +308,22 @@ class Worker:
     def _hold(self, round: int, moves: Mapping[str, np.ndarray]) -> None:
         """Keep how far a reply moves each number for a secure sum, and count it in the device's own budget."""
         assert self.loaded is not None
-        job, sealed = self.loaded.job, self.loaded.job.sealed
+        sealed = self.loaded.job.sealed
         assert sealed is not None
-        assert job.secure is not None
         if sealed.noise:
-            spent = self.own.spend(sealed.noise, job.secure.delta, self.brings.epsilon)
+            spent = self.own.spend(sealed.noise, self.brings.delta, self.brings.epsilon)
             if self.brings.epsilon:
                 self.note(
-                    f"privacy: epsilon {spent:.3g} of {self.brings.epsilon:g} at delta {job.secure.delta:g}"
+                    f"privacy: epsilon {spent:.3g} of {self.brings.epsilon:g} at delta {self.brings.delta:g}"
                 )
         self._participant(self.loaded).hold(round, sealed.vector(moves))
 
     def _participant(self, loaded: Loaded) -> Participant:
-        assert loaded.job.secure is not None
+        sealed = loaded.job.sealed
+        assert sealed is not None
         folder = self.own.run(loaded.job.run)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return Participant.kept(loaded.job.run, loaded.job.secure.least, folder / FILE, self.identity)
+        return Participant.kept(loaded.job.run, sealed, folder / FILE, self.identity)
 
     def _sum(self, loaded: Loaded, order: Order) -> bytes:
         if loaded.job.secure is None:
@@ -404,6 +408,8 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
             raise Declined("no-sum", max(FEWEST, brings.least))
         if brings.epsilon and not job.secure.noise:
             raise Declined("no-noise")
+    if brings.epsilon and job.secure is not None:
+        own.spend(job.secure.noise, brings.delta, brings.epsilon, job.rounds, dry=True)
     folder = own.run(job.run)
     method = _method(job) if job.method else None
     name = _model(job, brings)
@@ -429,6 +435,8 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     moved_tensors(model)  # refuses a base without blocks where these are trained
     torch.set_num_threads(brings.threads or usual_threads(model.n_params))
     rows = _encoded(model, training, job.max_length, brings.data)
+    if method is not None and job.secure and (why := method.cannot_combine(SUMMED, job.secure.clients)):
+        raise UsageError(f"the run's replies cannot be summed: {why}")
     if method is not None and job.task == "tune":
         check_work(method, len(rows))
     held = _encoded(model, aside, job.max_length, brings.eval_data or brings.data) if aside else []

@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Add up vectors of integers so that the server sees their sum alone: SecAgg, on a ring of neighbours as SecAgg+.
+"""Add up vectors of integers so that the server sees their sum alone: SecAgg.
 
-Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS, Figure 4, with the neighbours
-of Bell et al. 2020, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS.  With PRG a stream of AES-256 in
-counter mode and all sums modulo 2^64, member u sends
+Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS, Figure 4.  With PRG a stream
+of AES-256 in counter mode and all sums modulo 2^64, member u of the members U sends
 
-    x_u + PRG(b_u) + sum_{v in N(u), v > u} PRG(s_uv) - sum_{v in N(u), v < u} PRG(s_uv)
+    x_u + PRG(b_u) + sum_{v in U, v > u} PRG(s_uv) - sum_{v in U, v < u} PRG(s_uv)
 
     keys     public keys of X25519, one for masks and one for ciphers, and SHA-256 of the seed b_u
-    shares   Shamir's t-of-h shares of b_u and of the private mask key, one for each neighbour and encrypted for it (AES-GCM)
-    masked   the vector above, over the neighbours whose shares have arrived
-    reveal   of each neighbour one share: of b_v where v's vector has arrived, else of v's mask key, never of both
+    shares   Shamir's t-of-n shares of b_u and of the private mask key, one for each member and encrypted for it (AES-GCM)
+    masked   the vector above, over the members whose shares have arrived
+    reveal   of each member one share: of b_v where v's vector has arrived, else of v's mask key, never of both
 
 The server takes the masks off: PRG(b_v) of those that have sent, PRG(s_uv) towards those that have not.  What is left is the sum
 of the vectors that have arrived, bit for bit.
 
 - s_uv is HKDF-SHA256 of the Diffie-Hellman secret of u and v, the run, the round and the attempt.  No key is used twice.
-- t shares of both kinds would be needed to lay a single vector open, and a member gives one of each neighbour, once:
-  2 t > h.  A server that tells members different things gets neither, unless more than 2 t - h of the h work for it.
-- Up to `RING` + 1 members, all are neighbours and t is `least`, the smallest number of vectors that is ever added up.  Among
-  more, each has `RING` neighbours on a ring in the order of SHA-256(attempt, member), so that those of one place are
-  spread, and t is half of them.
+- t is `least`, the smallest number of vectors that is ever added up, at least two thirds of the N that may take part.  To lay a
+  single vector open takes t shares of both kinds, and a member gives one of each other, once.  So a server that tells members
+  different things needs 2 t - n >= N / 3 of them to work for it.
+- Every member has shares of every other.  Bell et al. 2020, CCS, give them to some neighbours alone: cheaper for many
+  thousands, but then a few neighbours can do what takes a third here.
 - Seeds and mask keys that are put together from shares are held against what was announced.  A holder that gives a wrong
-  share is left out; where the shares of a member never fit, it is named (`WrongSharesError`), and there is no sum.
+  share is left out, where there are more than t; a member whose shares never fit is named (`WrongSharesError`).
 - Every answer of a member follows from its secrets and what came, so that it can be given again after a restart.
 """
 
@@ -55,7 +54,6 @@ SECRET: Final = 32  # bytes of a key or a seed
 SHARE: Final = 33  # bytes of a number below P
 SEALED: Final = 2 * SHARE + 16  # bytes of two shares, encrypted
 KEYS: Final = 3 * SECRET  # mask key, cipher key, SHA-256 of the seed
-RING: Final = 256  # neighbours, among more members than that
 PIECE: Final = 1 << 16  # numbers that are masked at a time
 
 
@@ -73,21 +71,6 @@ class WrongSharesError(MessageError):
         self.member = member
 
 
-def neighbours(members: Collection[int], attempt: bytes) -> dict[int, list[int]]:
-    """Return member -> those that hold a share of its secrets, itself included, ascending."""
-    ring = sorted(members, key=lambda member: hashlib.sha256(attempt + member.to_bytes(8, "little")).digest())
-    n = len(ring)
-    if n <= RING + 1:
-        return dict.fromkeys(ring, sorted(ring))
-    near = range(-(RING // 2), RING // 2 + 1)
-    return {member: sorted(ring[(place + i) % n] for i in near) for place, member in enumerate(ring)}
-
-
-def threshold(holders: int, least: int) -> int:
-    """Return t, of how many shares a secret is put together; a sum has `least` vectors or more."""
-    return least if holders <= RING else holders // 2 + 1
-
-
 # A member -----------------------------------------------------------------------------------------------
 
 
@@ -96,33 +79,29 @@ class Member:
     """One member of one attempt at a sum; its fields are all that it needs to go on after a restart."""
 
     number: int
-    least: int
+    least: int  # t
+    most: int  # N
     context: bytes  # of run, round and attempt
     attempt: bytes
     mask: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET))
     cipher: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET))
     seed: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET))  # b_u
-    peers: dict[int, bytes] = field(default_factory=dict)  # neighbour -> its keys
-    arrived: dict[int, bytes] = field(default_factory=dict)  # neighbour -> its shares, encrypted
-    survivors: list[int] | None = None  # neighbours of which the seed was revealed
+    peers: dict[int, bytes] = field(default_factory=dict)  # member -> its keys
+    arrived: dict[int, bytes] = field(default_factory=dict)  # member -> its shares, encrypted
+    survivors: list[int] | None = None  # members of which the seed was revealed
 
     def keys(self) -> bytes:
         """Return what is announced."""
         return _public(self.mask) + _public(self.cipher) + hashlib.sha256(self.seed).digest()
 
-    @property
-    def _t(self) -> int:
-        return threshold(len(self.peers) + 1, self.least)
-
     def shares(self, peers: Mapping[int, bytes]) -> dict[int, bytes]:
-        """Return neighbour -> its shares, encrypted; MessageError for too few neighbours, or others than before."""
+        """Return member -> its shares, encrypted; MessageError for too few members, too many, or others than before."""
         if self.peers not in ({}, dict(peers)):
             raise MessageError("the sum has other members than it had")
         if self.number in peers or len(set(peers.values())) < len(peers) or self.keys() in peers.values():
             raise MessageError("a member of the sum is there twice")
-        n, t = len(peers) + 1, threshold(len(peers) + 1, self.least)
-        if not t <= n < 2 * t:
-            raise MessageError(f"{n} members hold shares, of which {t} lay a secret open")
+        if not self.least <= len(peers) + 1 <= self.most:
+            raise MessageError(f"{len(peers) + 1} members are none of {self.least} to {self.most}")
         self.peers = dict(peers)
         own = self._own()
         return {
@@ -131,15 +110,17 @@ class Member:
         }
 
     def _own(self) -> tuple[Sequence[int], ...]:
-        """Return the polynomials of which neighbours hold a value each: of the seed, and of the mask key."""
-        return tuple(polynomial(secret, self._t, self.context) for secret in (self.seed, self.mask))
+        """Return the polynomials of which members hold a value each: of the seed, and of the mask key."""
+        return tuple(polynomial(secret, self.least, self.context) for secret in (self.seed, self.mask))
 
     def masked(self, x: np.ndarray, arrived: Mapping[int, bytes]) -> np.ndarray:
         """Return uint64[d], the vector int64[d] with its masks; MessageError for too few shares, or others than before."""
         if self.arrived not in ({}, dict(arrived)):
             raise MessageError("the sum has other members than it had")
-        if not arrived.keys() <= self.peers.keys() or len(arrived) + 1 < self._t:
-            raise MessageError(f"{len(arrived) + 1} members have shared their keys, and {self._t} are needed")
+        if not arrived.keys() <= self.peers.keys() or len(arrived) + 1 < self.least:
+            raise MessageError(
+                f"{len(arrived) + 1} members have shared their keys, and {self.least} are needed"
+            )
         self.arrived = dict(arrived)
         masked = x.astype(np.int64).view(np.uint64).copy()
         add_stream(masked, self._stream(self.seed), 1)
@@ -148,15 +129,17 @@ class Member:
         return masked
 
     def reveal(self, survivors: Sequence[int]) -> dict[int, bytes]:
-        """Return neighbour -> a share: of its seed where it is among the `survivors`, else of its mask key.
+        """Return member -> a share: of its seed where it is among the `survivors`, else of its mask key.
 
         One that cannot be read is left out.  MessageError for too few survivors, or others than before.
         """
         held = {self.number, *self.arrived}
         if self.survivors not in (None, sorted(survivors)):
             raise MessageError("the sum was to be of other members before")
-        if not set(survivors) <= held or self.number not in survivors or len(survivors) < self._t:
-            raise MessageError(f"a sum of {len(survivors)} members was asked for, and {self._t} are needed")
+        if not set(survivors) <= held or self.number not in survivors or len(survivors) < self.least:
+            raise MessageError(
+                f"a sum of {len(survivors)} members was asked for, and {self.least} are needed"
+            )
         self.survivors = sorted(survivors)
         found = {}
         for v in held:
@@ -193,29 +176,26 @@ def unmask(
     *,
     least: int,
     context: bytes,
-    attempt: bytes,
 ) -> np.ndarray:
     """Return int64[d], the sum of the survivors' vectors, of uint64[d], that of their masked ones.
 
     `keys` are those of all members, `shared` those that have given shares, `revealed` has holder -> member -> share.
     WrongSharesError for a member whose shares do not fit; MessageError where there are too few.
     """
-    near = neighbours(keys, attempt)
     found, liars = total.copy(), set[int]()
     for v in sorted(shared):
-        shares = {h: int.from_bytes(revealed[h][v], "little") for h in near[v] if v in revealed.get(h, ())}
+        shares = {h: int.from_bytes(revealed[h][v], "little") for h in revealed if v in revealed[h]}
         announced = (
             (lambda s, v=v: hashlib.sha256(s).digest() == keys[v][2 * SECRET :])
             if v in survivors
             else (lambda s, v=v: _public(s) == keys[v][:SECRET])
         )
-        secret = _put_together(v, shares, threshold(len(near[v]), least), announced, liars)
+        secret = _put_together(v, shares, least, announced, liars)
         if v in survivors:
             add_stream(found, _derived(secret, context + b"seed"), -1)
         else:
-            for u in near[v]:
-                if u in survivors:
-                    add_stream(found, pair(secret, keys[u], context), -sign(u, v))
+            for u in survivors:
+                add_stream(found, pair(secret, keys[u], context), -sign(u, v))
     return found.view(np.int64)
 
 
@@ -231,8 +211,8 @@ def _put_together(
         if not number >> 256 and announced(number.to_bytes(SHARE, "little")[:SECRET]):
             liars |= {left_out} - {-1}
             return number.to_bytes(SHARE, "little")[:SECRET]
-        if left_out == -1 and len(shares.keys() - liars) == t:
-            break
+        if left_out == -1 and len(shares.keys() - liars) == t:  # whose is wrong cannot be told
+            raise MessageError(f"a share of member {member}'s secrets is wrong")
     raise WrongSharesError(member)
 
 

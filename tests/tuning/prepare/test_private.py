@@ -332,6 +332,8 @@ def test_a_secure_sum_with_a_budget_promises_what_the_servers_noise_does(tiny: s
         ({"clients": 2, "epsilon": 0.0}, "adds up 3 clients or more"),
         ({"clients": 9}, "lost in the noise"),
         ({"participation": 0.5}, "the server's to keep"),
+        ({"clients": 3000}, "2,048 clients at most"),
+        ({"privacy": "example", "dtype": "bf16"}, "rounds a row's loss"),
         ({"aggregation": "median"}, "compares single replies"),
         ({"quorum": 3}, "whether others count"),
         ({"method": "fwdllm"}, "directions of its own"),

@@ -112,7 +112,7 @@ def held(model: Model) -> Dropping:
     made = Dropping(model, short("mezo"), [[]] * 4, 7, 0, sealed=SEALED)
     made.gone = {}
     for c in range(4):
-        made.participants[c] = Participant("", 3)
+        made.participants[c] = Participant("", SEALED)
         made.participants[c].hold(1, np.array([10, 100, 1]) * (c + 1))
     return made
 
@@ -143,46 +143,46 @@ def test_one_that_answers_otherwise_is_left_out_alone(
     np.testing.assert_array_equal(total, heard)
 
 
-def test_a_server_that_is_restarted_asks_for_the_same_sum(model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["keys", "shares", "masked", "reveal"])
+def test_a_server_that_is_restarted_asks_for_the_same_sum(step: str, model: Model, tmp_path: Path) -> None:
     made = held(model)
-    made.gone = {"masked": {3}, "reveal": {0, 1, 2}}  # it is killed while it waits for what is revealed
-    first = summing(tmp_path)
+    made.gone = {step: {3}} if step == "masked" else {}
     with pytest.raises(RuntimeError, match="killed"):
-        first.add_up(Killed(made), 1, range(4), 3)  # type: ignore[arg-type]
-    made.gone = {}
+        summing(tmp_path).add_up(Killed(made, step), 1, range(4), 3)  # type: ignore[arg-type]
     again = summing(tmp_path)
-    assert again.pending(1)
-    total, _ = again.add_up(made, 1, (), 3)
-    np.testing.assert_array_equal(total, [60, 600, 6])
+    assert again.pending(1) is (step in ("masked", "reveal"))
+    total, _ = again.add_up(made, 1, range(4), 3)
+    np.testing.assert_array_equal(total, [60, 600, 6] if step == "masked" else [100, 1000, 10])
     assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
 
 
 class Killed:
-    """A fleet whose server is killed when it asks to reveal."""
+    """A fleet whose server is killed when all have answered a step, before it has heard the last."""
 
-    def __init__(self, fleet: LocalFleet) -> None:
-        self._fleet = fleet
+    def __init__(self, fleet: LocalFleet, step: str) -> None:
+        self._fleet, self._step = fleet, step
 
     def exchange(
         self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
     ) -> Iterator[Answer]:
-        if step == "reveal":
+        answers = list(self._fleet.exchange(round, step, bodies, room))
+        if step == self._step:
             raise RuntimeError("killed")
-        return self._fleet.exchange(round, step, bodies, room)
+        yield from answers
 
 
 def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, tmp_path: Path) -> None:
     files = {c: tmp_path / f"{c}.ckpt" for c in range(4)}
     for c, file in files.items():
-        Participant("", 3, file).hold(1, np.array([1, 2, 3]) * 10**c)
+        Participant("", SEALED, file).hold(1, np.array([1, 2, 3]) * 10**c)
 
     class Restarted(LocalFleet):
         def exchange(
             self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
         ) -> Iterator[Answer]:
             for c, body in bodies.items():
-                first = Participant.kept("", 3, files[c]).answer(step, round, c, body)
-                assert Participant.kept("", 3, files[c]).answer(step, round, c, body) == first
+                first = Participant.kept("", SEALED, files[c]).answer(step, round, c, body)
+                assert Participant.kept("", SEALED, files[c]).answer(step, round, c, body) == first
                 yield Answer(c, 0, first, "ok", "", 0.0, len(body))
 
     made = Restarted(model, short("mezo"), [[]] * 4, 7, 0, sealed=SEALED)
@@ -190,15 +190,27 @@ def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, 
     np.testing.assert_array_equal(total, np.array([1, 2, 3]) * 1111)
     for c, file in files.items():  # of a round that has been summed nothing else is said
         with pytest.raises(MessageError, match="summed already"):
-            Participant.kept("", 3, file).hold(1, np.array([5, 5, 5]))
+            Participant.kept("", SEALED, file).hold(1, np.array([5, 5, 5]))
         begun = encode(Message(1, b"", Payload({"attempt": np.zeros(16, np.uint8)})))
         with pytest.raises(MessageError, match="summed already"):
-            Participant.kept("", 3, file).answer("keys", 1, c, begun)
+            Participant.kept("", SEALED, file).answer("keys", 1, c, begun)
+
+
+def test_what_was_held_for_one_sum_is_not_given_to_another(tmp_path: Path) -> None:
+    """Of a round before, of the same round again once it is masked, or on other terms than its noise was made for."""
+    file, begun = tmp_path / FILE, encode(Message(4, b"", Payload({"attempt": np.zeros(16, np.uint8)})))
+    Participant("", SEALED, file).hold(4, np.array([1, 2, 3]))
+    assert Participant.kept("", SEALED, file).answer("keys", 4, 0, begun)
+    for other in (dataclasses.replace(SEALED, least=4), dataclasses.replace(SEALED, noise=1.0)):
+        with pytest.raises(MessageError, match="nothing to add up"):
+            Participant.kept("", other, file).answer("keys", 4, 0, begun)
+    with pytest.raises(MessageError, match="summed already"):
+        Participant.kept("", SEALED, file).hold(3, np.array([1, 2, 3]))
 
 
 @pytest.mark.parametrize("left", ["work", "keys"])
 def test_a_client_says_nothing_of_a_round_that_it_has_not_worked_for(left: str) -> None:
-    member = Participant("", 3)
+    member = Participant("", SEALED)
     body = encode(Message(1, b"", Payload({"attempt": np.zeros(16, np.uint8)})))
     if left == "work":
         with pytest.raises(MessageError, match="nothing to add up"):
@@ -211,11 +223,11 @@ def test_a_client_says_nothing_of_a_round_that_it_has_not_worked_for(left: str) 
 
 def test_a_damaged_file_of_a_client_is_none(tmp_path: Path) -> None:
     file = tmp_path / FILE
-    Participant("", 3, file).hold(4, np.array([1, 2, 3]))
+    Participant("", SEALED, file).hold(4, np.array([1, 2, 3]))
     data = bytearray(file.read_bytes())
     data[40] ^= 1
     file.write_bytes(data)
-    assert not len(Participant.kept("", 3, file).vector)
+    assert not len(Participant.kept("", SEALED, file).vector)
 
 
 def test_the_least_clients_together_make_all_the_noise() -> None:
@@ -250,7 +262,7 @@ def test_a_client_adds_up_with_those_alone_that_it_knows(model: Model, tmp_path:
     forged = dataclasses.replace(everyone[3], sign=everyone[4].sign)
     assert total(*everyone[:3], forged, folder="forged") is None
     text = signed_text("", 1, bytes(16), 3)
-    announced = everyone[3].announcement(text, secagg.Member(3, 3, b"", b"").keys())
+    announced = everyone[3].announcement(text, secagg.Member(3, 3, 4, b"", b"").keys())
     assert everyone[0].checked(text, announced)
     for other in (
         signed_text("", 2, bytes(16), 3),

@@ -237,7 +237,18 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     given = flags.given(args)
     if not (rows := given.pop("data", "")):
         raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
-    names = ("model", "device", "threads", "held_out", "eval_data", "columns", "base", "ram", "epsilon")
+    names = (
+        "model",
+        "device",
+        "threads",
+        "held_out",
+        "eval_data",
+        "columns",
+        "base",
+        "ram",
+        "epsilon",
+        "delta",
+    )
     own = {name: given.pop(name, "") for name in names}
     if other := [*given, *args.set]:
         raise UsageError(
@@ -249,9 +260,10 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError(f"--threads {own['threads']} is no number")
     check_columns(own["columns"])
     budget = _number(own["epsilon"] or "0")
-    if not 0 <= budget < math.inf or args.smallest_sum < 0:
+    delta = _number(own["delta"] or "1e-5")
+    if not 0 <= budget < math.inf or not 0 < delta < 1 or args.smallest_sum < 0:
         raise UsageError(
-            "--epsilon and --smallest-sum must be 0 or more, such as --epsilon 8 --smallest-sum 10"
+            "a device's budget is such as --epsilon 8 --delta 1e-5, its --smallest-sum such as 10"
         )
     if budget:
         accountant.version()  # or what to install
@@ -271,6 +283,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         args.calibrate,
         max(args.smallest_sum, FEWEST) if args.peers else args.smallest_sum,
         budget,
+        delta,
     )
     home = Home(
         Path(args.state),

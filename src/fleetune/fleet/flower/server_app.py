@@ -152,12 +152,7 @@ class SuperNodes:
         fleet = RemoteFleet(
             link,
             devices,
-            job_of(
-                job.recipe,
-                devices.run,
-                job.model.digest,
-                secure=secure_of(private.sealed_of(job), job.recipe.delta),
-            ),
+            job_of(job.recipe, devices.run, job.model.digest, secure=secure_of(private.sealed_of(job))),
             job.recipe.seed,
             self.pace,
             note=listener.note,

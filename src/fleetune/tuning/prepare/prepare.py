@@ -171,7 +171,8 @@ class TuneJob:
         """Say which rows are left out, which are cut, and which held-out ones are trained on too; [] for none."""
         rows, parts = len(self.split.examples), self.split
         found = encode.cut_remarks(parts.notes, rows, self.dropped, self.cut, self.recipe.max_length)
-        return [*found, *parts.about_held()]
+        hidden = self.recipe.privacy != private.NONE  # it would tell of rows
+        return [*found, *(() if hidden else parts.about_held())]
 
     def about_time(self) -> list[str]:
         """Say how long the run takes, and what would make a long one shorter; [] where it was not estimated."""
@@ -324,6 +325,11 @@ def _loaded(recipe: Recipe, entry: MethodEntry, method: Method, parts: Split, *,
     )
     model.trains = recipe.train
     scale_view.moved_tensors(model)  # refuses a base that has no blocks where these are trained
+    if model.labels and recipe.privacy != private.NONE and not recipe.labels:
+        raise RecipeError(
+            ["the label words would come from the rows, which privacy hides"],
+            hint="give them: --labels yes,no",
+        )
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
     encoded, kept = encode_rows(model, parts.examples, recipe.max_length)

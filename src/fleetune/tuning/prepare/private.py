@@ -30,9 +30,11 @@ from fleetune.tuning.recipe.recipe import Recipe
 
 NONE: Final = "none"  # of a recipe's `privacy`
 CLIENT: Final = "client"
+EXAMPLE: Final = "example"
 SEALED: Final = "sealed"  # secure sums; with epsilon, at client level
 BY_CLIENT: Final = (CLIENT, SEALED)
 FEWEST_SEALED: Final = 3  # clients of a secure sum
+MOST_SEALED: Final = 2048  # the same; what each does grows with them
 FEWEST: Final = 10  # clients: the mean of fewer is lost in the noise that hides one of them
 MOST: Final = 100.0  # epsilon: beyond it, nothing is promised
 MEASURED: Final = 32  # held-out rows on which the clip is found, at most
@@ -113,6 +115,8 @@ def check(recipe: Recipe, method: Method, clients: int) -> None:
             f"privacy = {recipe.privacy} hides one of {counted(clients, 'client')}, and the mean of fewer than {FEWEST} is lost "
             "in the noise: take hundreds, or --privacy example"
         )
+    if recipe.privacy == SEALED and clients > MOST_SEALED:
+        found.append(f"privacy = sealed adds up {MOST_SEALED:,} clients at most, and there are {clients:,}")
     if recipe.privacy == SEALED and clients < FEWEST_SEALED:
         found.append(
             f"privacy = sealed adds up {FEWEST_SEALED} clients or more: the sum of {clients} shows each to the other"
@@ -123,6 +127,13 @@ def check(recipe: Recipe, method: Method, clients: int) -> None:
         raise RecipeError(found, hint=PAGE)
     if recipe.privacy == SEALED:
         secagg.check_installed()
+    if recipe.privacy == EXAMPLE and recipe.dtype != "fp32":
+        raise RecipeError(
+            [
+                f"dtype = {recipe.dtype} rounds a row's loss by the rows beside it, which {recipe.privacy} level does not allow"
+            ],
+            hint="use --dtype fp32",
+        )
     if noisy:
         accountant.version()
 
@@ -182,8 +193,10 @@ def _account(recipe: Recipe, method: Method, sizes: Sequence[int], clients: int)
     budget = recipe.epsilon or float("inf")
     if recipe.privacy in BY_CLIENT:
         return Account(recipe.privacy, by_client(recipe, clients), 1, recipe.delta, budget)
-    n = min(sizes)
-    return Account(recipe.privacy, of_rows(recipe, method, n), method.local_steps(n), recipe.delta, budget)
+    steps = max(
+        map(method.local_steps, sizes)
+    )  # and rows of the fewest are sampled most: together, no client's account is more
+    return Account(recipe.privacy, of_rows(recipe, method, min(sizes)), steps, recipe.delta, budget)
 
 
 def by_client(recipe: Recipe, clients: int) -> Privacy:

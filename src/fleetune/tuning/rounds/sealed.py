@@ -6,8 +6,8 @@ Those that are done take part in the sum (`privacy/secagg.py` has its steps), in
 middle.  One that does is left out of the sum, or in it with its masks taken off by the others: never half.
 
     rounds      keys -> shares -> masked -> reveal       an order of each name; its body is a message of arrays
-    sum.ckpt    in the run's folder, once the masked vectors have come and before anything is revealed: a server that is
-                killed after that asks to reveal the same again, and a client reveals nothing else of that round
+    sum.ckpt    in the run's folder, once the shares have come, and again once the masked vectors have: a server that is killed
+                asks for the same again, and a client masks and reveals nothing else of that round
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Participant:
     """What one client keeps for the sum of one round, in `file` where it is to survive a restart."""
 
     run: str
-    least: int
+    sealed: Sealed
     file: Path | None = None
     round: int = 0
     vector: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # its noise in it
@@ -94,14 +94,16 @@ class Participant:
     identity: Identity = ANYBODY
 
     @classmethod
-    def kept(cls, run: str, least: int, file: Path, identity: Identity = ANYBODY) -> Participant:
+    def kept(cls, run: str, sealed: Sealed, file: Path, identity: Identity = ANYBODY) -> Participant:
         """Return what was kept in the file; nothing where there is none, or one that cannot be read."""
-        found = cls(run, least, file, identity=identity)
+        found = cls(run, sealed, file, identity=identity)
         try:
             message = decode(read_bytes(file), any_size=True)
             member = json.loads(str(message.payload.scalars["member"]))
-            found.round, found.vector = message.round, message.payload.array("vector").copy()
-            found.member = _member(member) if member else None
+            found.round = message.round
+            if message.payload.scalars["terms"] == sealed.text:  # else it was made for another sum
+                found.vector = message.payload.array("vector").copy()
+                found.member = _member(member) if member else None
         except FileNotFoundError:
             pass
         except (OSError, MessageError, KeyError, ValueError, TypeError) as error:
@@ -109,11 +111,15 @@ class Participant:
         return found
 
     def hold(self, round: int, vector: np.ndarray) -> None:
-        """Keep int64[d] for the sum of a round; MessageError where that of the round was revealed already."""
-        if self.round == round and self.member is not None and self.member.survivors is not None:
+        """Keep int64[d] for the sum of a round; MessageError for one that was masked already, or a round before that."""
+        if round < self.round or (round == self.round and self._is_masked):
             raise MessageError(f"round {round} has been summed already")
         self.round, self.vector, self.member = round, vector, None
         self._keep()
+
+    @property
+    def _is_masked(self) -> bool:
+        return self.member is not None and bool(self.member.arrived)
 
     def answer(self, step: str, round: int, number: int, body: bytes) -> bytes:
         """Return what this client says in a step of the sum; MessageError for what it does not say."""
@@ -134,9 +140,10 @@ class Participant:
     def _keys(self, number: int, attempt: bytes) -> Arrays:
         member = self.member
         if member is None or (member.number, member.attempt) != (number, attempt):
-            if member is not None and member.survivors is not None:
+            if self._is_masked:
                 raise MessageError(f"round {self.round} has been summed already")
-            self.member = member = Member(number, self.least, context(self.run, self.round, attempt), attempt)
+            own = context(self.run, self.round, attempt)
+            self.member = member = Member(number, self.sealed.least, self.sealed.N, own, attempt)
             self._keep()
         text = signed_text(self.run, self.round, attempt, number)
         return {"keys": np.frombuffer(self.identity.announcement(text, member.keys()), np.uint8)}
@@ -165,7 +172,9 @@ class Participant:
 
     def _keep(self) -> None:
         if self.file is not None:
-            payload = Payload({"vector": self.vector}, {"member": _dumped(self.member)})
+            payload = Payload(
+                {"vector": self.vector}, {"member": _dumped(self.member), "terms": self.sealed.text}
+            )
             write_atomic(self.file, encode(Message(self.round, b"", payload)), mode=PRIVATE)
 
 
@@ -215,7 +224,9 @@ class Summing:
         """Return int64[d], the sum of what these clients hold; or None, and why it cannot be told."""
         self.bytes_up = self.bytes_down = 0
         try:
-            saved = self._saved(round) or self._masked(fleet, round, clients, numbers)
+            saved = self._saved(round) or self._shared(fleet, round, clients)
+            if "total" not in saved.arrays:
+                saved = self._masked(fleet, round, saved, numbers)
             return self._revealed(fleet, round, saved), ""
         except MessageError as error:
             if isinstance(error, secagg.WrongSharesError):
@@ -225,30 +236,45 @@ class Summing:
             self.note(f"round {round} has no sum, and the model stays: {error.message}")
             return None, error.message
 
-    def _masked(self, fleet: Fleet, round: int, clients: Collection[int], numbers: int) -> Payload:
-        """Take the steps up to the masked vectors, and keep their sum."""
-        attempt = secrets.token_bytes(ATTEMPT)
-        begun = {"attempt": np.frombuffer(attempt, np.uint8)}
+    def _shared(self, fleet: Fleet, round: int, clients: Collection[int]) -> Payload:
+        """Take the steps up to the shares, and keep these: a client masks its vector for one set of them alone."""
+        attempt = np.frombuffer(secrets.token_bytes(ATTEMPT), np.uint8)
 
         def announced(client: int, arrays: Arrays) -> bytes:
             found = _bytes(arrays, "keys", ANNOUNCED)
             secagg.checked_keys(found[:KEYS])
             return found
 
-        told = self._ask(fleet, round, "keys", dict.fromkeys(self._enough(clients), begun), announced)
-        near = secagg.neighbours(self._enough(told), attempt)
+        begun = {c: {"attempt": attempt} for c in self._enough(clients)}
+        told = self._ask(fleet, round, "keys", begun, announced)
+        members = sorted(self._enough(told))
 
-        def shared(client: int, arrays: Arrays) -> dict[int, bytes]:
-            if sorted([client, *(given := _table(arrays, secagg.SEALED))]) != near[client]:
+        def given(client: int, arrays: Arrays) -> bytes:
+            if sorted([client, *(shares := _table(arrays, secagg.SEALED))]) != members:
                 raise MessageError("its shares are not for those that it was told")
-            return given
+            return b"".join(shares[v] for v in sorted(shares))
 
-        peers = {c: _rows({v: told[v] for v in near[c] if v != c}, ANNOUNCED) for c in told}
-        shares = self._ask(fleet, round, "shares", peers, shared)
-        arrived = {
-            c: _rows({v: shares[v][c] for v in near[c] if v != c and v in shares}, secagg.SEALED)
-            for c in self._enough(shares)
+        peers = {c: _rows({v: told[v] for v in members if v != c}, ANNOUNCED) for c in members}
+        shares = self._ask(fleet, round, "shares", peers, given)
+        return self._keep(
+            round,
+            {
+                "attempt": attempt,
+                "members": np.array(members, np.uint32),
+                "keys": np.frombuffer(b"".join(told[c][:KEYS] for c in members), np.uint8),
+                "shared": np.array(sorted(self._enough(shares)), np.uint32),
+                "shares": np.frombuffer(b"".join(shares[c] for c in sorted(shares)), np.uint8),
+            },
+        )
+
+    def _masked(self, fleet: Fleet, round: int, saved: Payload, numbers: int) -> Payload:
+        """Take the masked vectors, and keep their sum."""
+        members, shared = saved.arrays["members"].tolist(), saved.arrays["shared"].tolist()
+        table = saved.arrays["shares"].reshape(len(shared), len(members) - 1, secagg.SEALED)
+        of = {
+            v: dict(zip([c for c in members if c != v], table[i], strict=True)) for i, v in enumerate(shared)
         }
+        arrived = {c: _rows({v: of[v][c].tobytes() for v in shared if v != c}, secagg.SEALED) for c in shared}
         total = np.zeros(numbers, np.uint64)
 
         def added(client: int, arrays: Arrays) -> None:
@@ -258,22 +284,14 @@ class Summing:
             np.add(total, vector, out=total)
 
         survivors = self._ask(fleet, round, "masked", arrived, added, 8 * numbers)
-        taking_part: dict[str, Collection[int]] = {
-            "members": told,
-            "shared": shares,
-            "survivors": self._enough(survivors),
-        }
-        payload = Payload(
-            {name: np.array(sorted(of), np.uint32) for name, of in taking_part.items()}
-            | {
-                "total": total,
-                "keys": np.frombuffer(b"".join(told[c][:KEYS] for c in sorted(told)), np.uint8),
-                **begun,
-            }
-        )
+        heard = np.array(sorted(self._enough(survivors)), np.uint32)
+        kept = {name: array for name, array in saved.arrays.items() if name != "shares"}
+        return self._keep(round, {**kept, "survivors": heard, "total": total})
+
+    def _keep(self, round: int, arrays: Arrays) -> Payload:
         if self.folder is not None:
-            write_atomic(self.folder / FILE, encode(Message(round, b"", payload)), mode=PRIVATE)
-        return payload
+            write_atomic(self.folder / FILE, encode(Message(round, b"", Payload(arrays))), mode=PRIVATE)
+        return Payload(arrays)
 
     def _revealed(self, fleet: Fleet, round: int, saved: Payload) -> np.ndarray:
         """Let the clients reveal what takes the masks off the sum of those that were heard."""
@@ -281,9 +299,8 @@ class Summing:
         attempt, members = found["attempt"].tobytes(), found["members"].tolist()
         raw = found["keys"].tobytes()
         keys = {c: raw[secagg.KEYS * i : secagg.KEYS * (i + 1)] for i, c in enumerate(members)}
-        survivors, near = found["survivors"].tolist(), secagg.neighbours(members, attempt)
-        heard = set(survivors)
-        orders = {c: {"of": np.array([v for v in near[c] if v in heard], np.uint32)} for c in survivors}
+        survivors = found["survivors"].tolist()
+        orders = {c: {"of": found["survivors"]} for c in survivors}
         revealed = self._ask(
             fleet, round, "reveal", orders, lambda client, arrays: _table(arrays, secagg.SHARE)
         )
@@ -291,11 +308,10 @@ class Summing:
             found["total"],
             keys,
             found["shared"].tolist(),
-            heard,
+            survivors,
             revealed,
             least=self.sealed.least,
             context=context(self.run, round, attempt),
-            attempt=attempt,
         )
         self.note(f"round {round}: the sum of {len(survivors)} of {len(members)} that were done")
         return total

@@ -193,5 +193,5 @@ class LocalFleet(Fleet):
         return work(self.method, self.model, self.batches, key, received, self.memories, self._step, hold)
 
     def _hold(self, sealed: Sealed, client: int, round: int, moves: Mapping[str, np.ndarray]) -> None:
-        self.participants[client] = Participant("", sealed.least)
+        self.participants[client] = Participant("", sealed)
         self.participants[client].hold(round, sealed.vector(moves))
