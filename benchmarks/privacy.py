@@ -151,8 +151,7 @@ def run(setting: Setting) -> Result:
 def _job(model: Model, name: str, held: list[Encoded]) -> Job:
     options = {"model": MODEL, "data": "demo", "method": name, "set": METHODS[name], "rounds": ROUNDS}
     recipe = recipes.make(options)
-    recipe, _ = rates.find(recipe, rates.wanted(recipe), model, held, 4)
-    return Job(model, recipe, held)
+    return Job(model, rates.find(recipe, rates.wanted(recipe), model, held, 4)[0], held)
 
 
 def _tell(result: Result, row: Row, **raw: Any) -> None:
@@ -197,8 +196,7 @@ def _large(result: Result, read: list[Any]) -> None:
             return token_mean(*job.losses(rows))
 
         state, replies = job.replies([held[:EACH], held[EACH:]], (N, N + 1))
-        steps = (3.0, 10.0, 30.0, 100.0, 300.0)
-        tried = {rate: loss(state, replies, rate, Rule(), tested[:16]) for rate in steps}
+        tried = {r: loss(state, replies, r, Rule(), tested[:16]) for r in (3.0, 10.0, 30.0, 100.0, 300.0)}
         rate = min(tried, key=tried.__getitem__)
         state, replies = job.replies([more[i::count] for i in range(count)], range(count))
         before = plain = loss(state, [], 1.0, Rule(), tested[16:])
@@ -230,7 +228,7 @@ def _leaks(result: Result, job: Job, rows: list[Encoded], shadows: int) -> None:
                 bits[r] = exposure(found[len(own) :][:AUDITED], found[len(own) + AUDITED :])
             auc, kind = area(likelihood_ratios(seen, member), member), _kind(job, epsilon)
             _tell(result, Row(f"Membership AUC: {kind}", auc, 0.5, "", auc / 0.5), mechanism=rule.text)
-            exposed, chance = float(bits[member].mean()), float(bits[~member].mean())
+            exposed, chance = inside_and_out(bits, member)
             _tell(result, Row(f"Canary exposure: {kind}", exposed, chance, "bits", exposed / chance))
 
 
@@ -247,6 +245,13 @@ def exposure(canaries: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return log2 |R| - log2 rank of the loss of each canary, R being it and the others."""
     rank = 1 + (others[None] < canaries[:, None]).sum(1)
     return np.asarray(math.log2(len(others) + 1) - np.log2(rank))
+
+
+def inside_and_out(values: np.ndarray, member: np.ndarray) -> tuple[float, float]:
+    """Return the means over clients of their means in and out: a canary is compared with itself, as some are likely anyway."""
+    known = member.any(0) & ~member.all(0)
+    inside, out = ((values * side).sum(0)[known] / side.sum(0)[known] for side in (member, ~member))
+    return float(inside.mean()), float(out.mean())
 
 
 def likelihood_ratios(seen: np.ndarray, member: np.ndarray) -> np.ndarray:

@@ -57,6 +57,14 @@ def test_exposure_is_log_R_minus_log_rank(privacy: Any) -> None:
     np.testing.assert_allclose(bits, [8, 7, 1, 0])
 
 
+def test_canaries_are_compared_with_themselves(privacy: Any) -> None:
+    rng = np.random.default_rng(0)
+    likely = np.arange(10.0)  # the likelier a canary is anyway, the more often it is in
+    member = rng.random((16, 10)) < likely / 9
+    inside, out = privacy.inside_and_out(likely + 0.5 * member, member)
+    assert inside - out == pytest.approx(0.5)
+
+
 def test_a_row_is_found_as_often_as_theory_says(privacy: Any) -> None:
     vectors, x = 3 * np.eye(32), np.linspace(-9, 25, 20_001)
     below = np.array([0.5 * (1 + math.erf(t / math.sqrt(2))) for t in x])
