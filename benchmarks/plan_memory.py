@@ -106,8 +106,8 @@ def _row(model: str, work: Any, usual: Any, settings: Mapping[str, Any]) -> Any:
 
     shape = shape_of(models.load_config(model))
     method: Any = methods.make(usual.method, settings)
-    _, *other = method.footprints(shape) if hasattr(method, "footprints") else (None, method.footprint(shape))
-    parts = device_cost.memory(shape, work, other[0])
+    *_, other = method.footprints(shape)
+    parts = device_cost.memory(shape, work, other)
     return dataclasses.replace(usual, peak=sum(parts.values()), parts=parts, seconds=None)
 
 

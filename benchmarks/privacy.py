@@ -131,6 +131,8 @@ def run(setting: Setting) -> Result:
     read = data.read("demo" if quick else ROWS)
     model = models.tiny_llama() if quick else models.load(MODEL, dtype="fp32", device="cpu", offline=True)
     chosen = np.random.default_rng(0).permutation(len(read))[:4000]
+    if not quick:
+        _large(result, [read[i] for i in chosen])
     rows, _ = encode_rows(model, [read[i] for i in chosen], LENGTH)
     held, tested, rest = rows[:HELD], rows[HELD : HELD + TESTED], rows[HELD + TESTED :]
     jobs = [_job(model, name, held) for name in list(METHODS)[: 1 if quick else None]]
@@ -138,8 +140,6 @@ def run(setting: Setting) -> Result:
         parts = [rest[i * EACH : (i + 1) * EACH] for i in range(clients)]
         for job in jobs:
             _utility(result, job, parts, q, tested)
-    if not quick:
-        _large(result, [read[i] for i in chosen])
     for job in jobs:
         longer = dataclasses.replace(job.recipe, set=job.recipe.set | AUDIT[job.recipe.method])
         audited = dataclasses.replace(job, recipe=longer)
@@ -175,14 +175,14 @@ def _utility(result: Result, job: Job, clients: list[Any], q: float, tested: lis
         plain = plain if epsilon else after
         kept = (before - after) / (before - plain) if before != plain else math.nan
         name = f"Gain kept, {len(clients):,} clients: {_kind(job, epsilon)}"
-        goal, note = 0.75 if epsilon == 8 else None, f"losses; {before:.3f} before"
+        goal, note = 0.75 if (epsilon, len(clients)) == (8, 1000) else None, f"losses; {before:.3f} before"
         row = Row(name, after, plain, "nats", kept, "gain", goal, note=note)
         _tell(result, row, mechanism=rule.text, settings=job.recipe.set)
 
 
 def _large(result: Result, read: list[Any]) -> None:
     """Utility on SmolLM2-135M: the same replies of one round with and without noise; how far the server steps is found first."""
-    model, count, N = models.load("smollm2-135m", dtype="fp32", device="cpu", offline=True), 20, 1000
+    model, count, N = models.load("smollm2-135m", dtype="fp32", device="cpu"), 20, 1000
     rows, _ = encode_rows(model, read[: HELD + EACH * count], LENGTH)
     held, tested, more = rows[: 2 * EACH], rows[2 * EACH : HELD], rows[HELD:]
     settings = METHODS["fedkseed"] | {"lr": 1e-6, "backprop_lr": 3e-4}
@@ -197,17 +197,15 @@ def _large(result: Result, read: list[Any]) -> None:
             return token_mean(*job.losses(rows))
 
         state, replies = job.replies([held[:EACH], held[EACH:]], (N, N + 1))
-        tried = {rate: loss(state, replies, rate, Rule(), tested[:16]) for rate in (0.1, 0.3, 1.0, 3.0, 10.0)}
+        steps = (3.0, 10.0, 30.0, 100.0, 300.0)
+        tried = {rate: loss(state, replies, rate, Rule(), tested[:16]) for rate in steps}
         rate = min(tried, key=tried.__getitem__)
         state, replies = job.replies([more[i::count] for i in range(count)], range(count))
         before = plain = loss(state, [], 1.0, Rule(), tested[16:])
         for epsilon, rule in rules.items():
             after = loss(state, replies, rate, rule, tested[16:])
             plain = plain if epsilon else after
-            name, kept = (
-                f"Gain kept, SmolLM2-135M: {_kind(job, epsilon)}",
-                (before - after) / (before - plain),
-            )
+            kept, name = (before - after) / (before - plain), f"Gain kept, 135M: {_kind(job, epsilon)}"
             row = Row(name, after, plain, "nats", kept, "gain", note=f"losses; {before:.3f} before")
             _tell(result, row, mechanism=rule.text, tried=tried)
 

@@ -72,7 +72,8 @@ def test_a_row_is_found_as_often_as_theory_says(privacy: Any) -> None:
 
 
 def test_the_quick_benchmark_finds_rows_without_noise(privacy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("LENGTH", 32), ("ROUNDS", 1), ("SECRETS", 15), ("EPSILONS", (0.0, 8.0))):
+    small = {"LENGTH": 32, "ROUNDS": 1, "SECRETS": 15, "EPSILONS": (0.0, 8.0), "AUDITED": 4, "GUESSES": 8}
+    for name, value in (small | {"HELD": 16, "TESTED": 16}).items():
         monkeypatch.setattr(privacy, name, value)
     rows = {row.name: row for row in privacy.run(privacy.Setting(quick=True)).rows}
     assert rows["Row found: fedkseed, no noise"].ours > 0.9

@@ -36,6 +36,7 @@ from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.rounds.local_work import Memories, work
+from fleetune.tuning.rounds.sealed import ANNOUNCED
 
 SET = {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}
 
@@ -421,7 +422,7 @@ def test_its_reply_to_a_secure_sum_never_leaves_it(place: Path, worker: Worker, 
     said = decode(reply.body).payload
     assert (reply.what, said.arrays, said.scalars) == ("done", {}, {})
     announced = ask(worker, "keys", BEGIN)
-    others = {v: Member(v, 3, b"", b"").keys() for v in (1, 2, 3)}
+    others = {v: Member(v, 3, b"", b"").keys().ljust(ANNOUNCED, b"\0") for v in (1, 2, 3)}
     told = np.array(sorted(others), np.uint32)
 
     def table(parts: dict[int, bytes]) -> np.ndarray:

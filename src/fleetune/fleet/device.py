@@ -95,6 +95,7 @@ class Home:
     ca: Path | None = None  # checks the server's certificate; None: plain HTTP, on this machine alone
     poll: float = 0.2  # seconds between two looks whether to leave
     heartbeat: float = 10.0  # seconds
+    peers: Path | None = None  # folder of the public keys that it adds up with in a secure sum; None: any
 
 
 def join(
@@ -136,7 +137,8 @@ def join(
             if stop():
                 raise Interrupted("stopped between two steps; the device can join again at any time")
 
-        worker = Worker(brings, home.state, note=note, on_step=step, declines=conditions.reason)
+        who = keyring.identity(key, home.peers)
+        worker = Worker(brings, home.state, note=note, on_step=step, declines=conditions.reason, identity=who)
 
         def room() -> int:
             """Half of the memory that the work may take, once there is work."""

@@ -21,6 +21,7 @@ from typing import Final
 from fleetune.common.files import PRIVATE, storage_error, write_atomic
 from fleetune.common.shell import pip_install, quoted
 from fleetune.errors import UsageError
+from fleetune.tuning.rounds.sealed import Identity
 
 with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed` says what is missing
     from cryptography import x509
@@ -83,6 +84,16 @@ def has_signed(key: PublicKey, signature: bytes, text: bytes) -> bool:
     except InvalidSignature:
         return False
     return True
+
+
+def identity(key: PrivateKey, peers: Path | None) -> Identity:
+    """Return a device's own part in secure sums, with those whose public keys are in a folder (None: with any)."""
+    known = {bytes.fromhex(public.fingerprint): public for public in registered(peers)} if peers else None
+
+    def trusts(name: bytes, text: bytes, signature: bytes) -> bool:
+        return known is None or (name in known and has_signed(known[name], signature, text))
+
+    return Identity(bytes.fromhex(key.public.fingerprint), lambda text: sign(key, text), trusts)
 
 
 def make(path: Path) -> PrivateKey:

@@ -86,7 +86,7 @@ from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.prepare import usual_threads
 from fleetune.tuning.rounds.fleets import STEPS
 from fleetune.tuning.rounds.local_work import Memories, work
-from fleetune.tuning.rounds.sealed import FILE, Participant
+from fleetune.tuning.rounds.sealed import ANYBODY, FILE, Identity, Participant
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,9 @@ class Worker:
         note: Callable[[str], None] = log.info,
         on_step: Callable[[int, int], None] = lambda client, step: None,
         declines: Callable[[], str] = lambda: "",
+        identity: Identity = ANYBODY,
     ) -> None:
+        self.identity = identity  # who it is in a secure sum, and whom it adds up with
         self.brings, self.state, self.note, self.on_step = brings, state, note, on_step
         self.declines = declines  # why it would rather not work now, by its code; "" for nothing
         self.own = DeviceState(state)
@@ -317,7 +319,7 @@ class Worker:
         assert loaded.job.secure is not None
         folder = self.own.run(loaded.job.run)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return Participant.kept(loaded.job.run, loaded.job.secure.least, folder / FILE)
+        return Participant.kept(loaded.job.run, loaded.job.secure.least, folder / FILE, self.identity)
 
     def _sum(self, loaded: Loaded, order: Order) -> bytes:
         if loaded.job.secure is None:

@@ -28,7 +28,9 @@ of the vectors that have arrived, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,14 +38,17 @@ from functools import lru_cache
 from typing import Final
 
 import numpy as np
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fleetune.errors import MessageError
+from fleetune.common.shell import pip_install
+from fleetune.errors import MessageError, UsageError
+
+with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed` says what is missing
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 P: Final = (1 << 256) + 297  # a prime above every secret
 SECRET: Final = 32  # bytes of a key or a seed
@@ -52,6 +57,12 @@ SEALED: Final = 2 * SHARE + 16  # bytes of two shares, encrypted
 KEYS: Final = 3 * SECRET  # mask key, cipher key, SHA-256 of the seed
 RING: Final = 256  # neighbours, among more members than that
 PIECE: Final = 1 << 16  # numbers that are masked at a time
+
+
+def check_installed() -> None:
+    """UsageError where the library of the ciphers is not there."""
+    if not importlib.util.find_spec("cryptography"):
+        raise UsageError("secure sums need cryptography, which is not installed", hint=pip_install("fleet"))
 
 
 class WrongSharesError(MessageError):

@@ -312,6 +312,9 @@ def test_a_run_under_secure_sums_adds_up_what_nobody_sees(tiny: str) -> None:
     assert {(e["n"], e["loss"], e["status"]) for e in replies} == {(None, None, "ok")}
     head = runs[0].ledger().head
     assert "secure sum of 3 of 4 or more" in head.aggregation
+    for gone in ("ledger.safetensors", "checkpoints/round-000002.ckpt"):
+        (runs[1].folder / gone).unlink()
+    assert fleetune.resume_run(runs[1].folder).digest == runs[0].digest
 
 
 def test_a_secure_sum_with_a_budget_promises_what_the_servers_noise_does(tiny: str) -> None:

@@ -14,6 +14,7 @@ from contract_harness import base_of, fleet, key, kind_of, short
 
 from fleetune import models
 from fleetune.errors import MessageError
+from fleetune.fleet.keys import identity, make
 from fleetune.models.net.model import Model
 from fleetune.privacy import secagg
 from fleetune.privacy.mechanism import S, Sealed, SealedSum, flattened
@@ -21,7 +22,7 @@ from fleetune.tuning.exchange.aggregation import PRIVATE, Rule
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.methods import Method, Reply
 from fleetune.tuning.rounds.fleets import Answer, Step
-from fleetune.tuning.rounds.sealed import FILE, Participant, Summing
+from fleetune.tuning.rounds.sealed import ANNOUNCED, FILE, Identity, Participant, Summing, signed_text
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 SEALED = Sealed(1e7, 0.0, 1.0, 4, 3)  # integers of a ledger
@@ -119,7 +120,7 @@ def held(model: Model) -> Dropping:
 @pytest.mark.parametrize(
     ("what", "answer"),
     [
-        ("keys", {"keys": np.zeros(secagg.KEYS, np.uint8)}),
+        ("keys", {"keys": np.zeros(ANNOUNCED, np.uint8)}),
         ("shares", {"of": np.array([0, 1], np.uint32), "rows": np.zeros((2, secagg.SEALED), np.uint8)}),
         ("masked", {"masked": np.zeros(3, np.int64)}),
         ("masked", {"masked": np.zeros(2, np.uint64)}),
@@ -226,3 +227,37 @@ def test_the_least_clients_together_make_all_the_noise() -> None:
     assert all(abs(float(np.std(share)) / S - 1) < 5 / np.sqrt(2 * d) for share in shares)
     far = sealed.vector({"x": np.full(d, 1e9)}) * sealed.grid
     assert abs(np.linalg.norm(far) / np.hypot(2.0, 1.5 * 2.0 * np.sqrt(d / 8)) - 1) < 0.05
+
+
+def test_a_client_adds_up_with_those_alone_that_it_knows(model: Model, tmp_path: Path) -> None:
+    """Another's signature, or one of another round, member or keys, is refused by each; so is a device that is there twice."""
+    own = [make(tmp_path / f"device-{c}") for c in range(5)]
+    (tmp_path / "keys").mkdir()
+    for c in range(4):
+        (tmp_path / "keys" / f"device-{c}.pub").write_bytes((tmp_path / f"device-{c}.pub").read_bytes())
+    everyone = [identity(key, tmp_path / "keys") for key in own]
+
+    def total(*who: Identity, folder: str) -> np.ndarray | None:
+        made = held(model)
+        for c, one in enumerate(who):
+            made.participants[c].identity = one
+        (tmp_path / folder).mkdir()
+        return summing(tmp_path / folder).add_up(made, 1, range(4), 3)[0]
+
+    np.testing.assert_array_equal(total(*everyone[:4], folder="known"), [100, 1000, 10])
+    assert total(*everyone[:3], everyone[4], folder="a stranger") is None
+    assert total(*everyone[:3], everyone[0], folder="twice") is None
+    forged = dataclasses.replace(everyone[3], sign=everyone[4].sign)
+    assert total(*everyone[:3], forged, folder="forged") is None
+    text = signed_text("", 1, bytes(16), 3)
+    announced = everyone[3].announcement(text, secagg.Member(3, 3, b"", b"").keys())
+    assert everyone[0].checked(text, announced)
+    for other in (
+        signed_text("", 2, bytes(16), 3),
+        signed_text("", 1, bytes(16), 2),
+        signed_text("x", 1, bytes(16), 3),
+    ):
+        with pytest.raises(MessageError, match="none of the devices"):
+            everyone[0].checked(other, announced)
+    with pytest.raises(MessageError, match="none of the devices"):
+        everyone[0].checked(text, bytes([announced[0] ^ 1]) + announced[1:])

@@ -111,6 +111,11 @@ def _join_arguments(join: argparse._ArgumentGroup) -> None:
         help="take part only where the server sees sums of so many devices or more (serve --privacy sealed)",
     )
     join.add_argument(
+        "--peers",
+        metavar="DIR",
+        help="public keys (NAME.pub) of the devices that it adds up with; else a server can invent some",
+    )
+    join.add_argument(
         "--only-on-power", action="store_true", help="decline rounds while this device runs on its battery"
     )
     join.add_argument(
@@ -226,7 +231,7 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
 
 def _join(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.fleet.device import Conditions, Home, join
-    from fleetune.fleet.worker import Brings
+    from fleetune.fleet.worker import FEWEST, Brings
 
     server = _word(args, f"192.168.1.10:{PORT} --data rows.jsonl")
     given = flags.given(args)
@@ -264,10 +269,15 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         own["columns"],
         own["base"] or "auto",
         args.calibrate,
-        args.smallest_sum,
+        max(args.smallest_sum, FEWEST) if args.peers else args.smallest_sum,
         budget,
     )
-    home = Home(Path(args.state), args.key and Path(args.key), args.ca and Path(args.ca))
+    home = Home(
+        Path(args.state),
+        args.key and Path(args.key),
+        args.ca and Path(args.ca),
+        peers=args.peers and Path(args.peers),
+    )
     with InterruptHandler(ui) as interrupt:
         why = join(
             server,

@@ -21,7 +21,7 @@ from fleetune.common.display import counted
 from fleetune.data import Encoded
 from fleetune.errors import RecipeError
 from fleetune.models.net.model import Model
-from fleetune.privacy import accountant
+from fleetune.privacy import accountant, secagg
 from fleetune.privacy.mechanism import Measuring, Privacy, Sealed
 from fleetune.tuning.exchange.aggregation import PRIVATE, Rule, parse
 from fleetune.tuning.methods import Method
@@ -94,6 +94,11 @@ def problems(recipe: Recipe) -> list[str]:
     return found
 
 
+def is_accounted(recipe: Recipe) -> bool:
+    """Tell whether a settled recipe spends a privacy budget; a secure sum without noise does not."""
+    return recipe.privacy != NONE and not (recipe.privacy == SEALED and not recipe.noise)
+
+
 def check(recipe: Recipe, method: Method, clients: int) -> None:
     """Raise RecipeError where so many clients cannot have the recipe's privacy."""
     if recipe.privacy == NONE:
@@ -116,6 +121,8 @@ def check(recipe: Recipe, method: Method, clients: int) -> None:
         found.append(f"delta = {recipe.delta:g} must be below 1 / {clients:,} clients: leave it out")
     if found:
         raise RecipeError(found, hint=PAGE)
+    if recipe.privacy == SEALED:
+        secagg.check_installed()
     if noisy:
         accountant.version()
 
@@ -170,7 +177,7 @@ def account(job: Job) -> Account | None:
 
 
 def _account(recipe: Recipe, method: Method, sizes: Sequence[int], clients: int) -> Account | None:
-    if recipe.privacy == NONE or (recipe.privacy == SEALED and not recipe.noise):
+    if not is_accounted(recipe):
         return None
     budget = recipe.epsilon or float("inf")
     if recipe.privacy in BY_CLIENT:

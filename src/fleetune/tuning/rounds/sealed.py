@@ -37,12 +37,45 @@ Arrays = Mapping[str, np.ndarray]
 
 FILE: Final = "sum.ckpt"
 ATTEMPT: Final = 16  # bytes of its number
+KEYS: Final = secagg.KEYS
+NAME: Final = 32  # bytes
+SIGNATURE: Final = 112  # bytes, its length before it: ECDSA's on P-384 has 104 at most
+ANNOUNCED: Final = KEYS + NAME + SIGNATURE
 NOBODY: Final = np.zeros(0, np.uint32)
 
 
 def context(run: str, round: int, attempt: bytes) -> bytes:
     """Return what keys are derived for: nothing else has the same."""
     return f"{run} {round} ".encode() + attempt
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a client is to the others, and whom it adds up with; a simulated one has none."""
+
+    name: bytes = bytes(NAME)  # SHA-256 of its public key
+    sign: Callable[[bytes], bytes] = lambda text: b""
+    trusts: Callable[[bytes, bytes, bytes], bool] = lambda name, text, signature: True
+
+    def announcement(self, text: bytes, keys: bytes) -> bytes:
+        """Return the keys with the name and the signature of what they are for."""
+        signature = self.sign(text + keys)
+        return keys + self.name + bytes([len(signature)]) + signature.ljust(SIGNATURE - 1, b"\0")
+
+    def checked(self, text: bytes, announced: bytes) -> bytes:
+        """Return the keys of an announcement; MessageError where they are none that this client trusts."""
+        keys, name, signed = (announced[:KEYS], announced[KEYS : KEYS + NAME], announced[KEYS + NAME :])
+        if not self.trusts(name, text + keys, signed[1 : 1 + signed[0]]):
+            raise MessageError("a member of the sum is none of the devices that this one adds up with")
+        return secagg.checked_keys(keys)
+
+
+ANYBODY: Final = Identity()
+
+
+def signed_text(run: str, round: int, attempt: bytes, number: int) -> bytes:
+    """Return what a member signs before its keys."""
+    return b"fleetune sum " + context(run, round, attempt) + number.to_bytes(8, "little")
 
 
 # A client -----------------------------------------------------------------------------------------------
@@ -58,11 +91,12 @@ class Participant:
     round: int = 0
     vector: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # its noise in it
     member: Member | None = None
+    identity: Identity = ANYBODY
 
     @classmethod
-    def kept(cls, run: str, least: int, file: Path) -> Participant:
+    def kept(cls, run: str, least: int, file: Path, identity: Identity = ANYBODY) -> Participant:
         """Return what was kept in the file; nothing where there is none, or one that cannot be read."""
-        found = cls(run, least, file)
+        found = cls(run, least, file, identity=identity)
         try:
             message = decode(read_bytes(file), any_size=True)
             member = json.loads(str(message.payload.scalars["member"]))
@@ -104,13 +138,24 @@ class Participant:
                 raise MessageError(f"round {self.round} has been summed already")
             self.member = member = Member(number, self.least, context(self.run, self.round, attempt), attempt)
             self._keep()
-        return {"keys": np.frombuffer(member.keys(), np.uint8)}
+        text = signed_text(self.run, self.round, attempt, number)
+        return {"keys": np.frombuffer(self.identity.announcement(text, member.keys()), np.uint8)}
+
+    def _peers(self, member: Member, announced: Mapping[int, bytes]) -> dict[int, bytes]:
+        """Return neighbour -> its keys; MessageError where one is nobody's that this client trusts, or is there twice."""
+        names = [self.identity.name, *(a[KEYS : KEYS + NAME] for a in announced.values())]
+        if self.identity.name != ANYBODY.name and len(set(names)) < len(names):
+            raise MessageError("a device is in the sum twice")
+        return {
+            v: self.identity.checked(signed_text(self.run, self.round, member.attempt, v), a)
+            for v, a in announced.items()
+        }
 
     def _step(self, step: str, member: Member, arrays: Arrays) -> Arrays:
         if step == "reveal":
             return _rows(member.reveal(_numbers(arrays)), secagg.SHARE)
         if step == "shares":
-            return _rows(member.shares(_table(arrays, secagg.KEYS)), secagg.SEALED)
+            return _rows(member.shares(self._peers(member, _table(arrays, ANNOUNCED))), secagg.SEALED)
         if step == "masked":
             return {"masked": member.masked(self.vector, _table(arrays, secagg.SEALED))}
         raise MessageError(f"a sum has no step {step!r}")
@@ -154,7 +199,7 @@ class Summing:
 
     sealed: Sealed
     run: str
-    folder: Path
+    folder: Path | None  # of the run; None where clients cannot go on after a restart
     note: Callable[[str], None]
     left_out: set[int] = field(default_factory=set)  # clients whose shares were wrong
     bytes_up: int = 0
@@ -175,7 +220,8 @@ class Summing:
         except MessageError as error:
             if isinstance(error, secagg.WrongSharesError):
                 self.left_out.add(error.member)
-            (self.folder / FILE).unlink(missing_ok=True)
+            if self.folder is not None:
+                (self.folder / FILE).unlink(missing_ok=True)
             self.note(f"round {round} has no sum, and the model stays: {error.message}")
             return None, error.message
 
@@ -183,21 +229,21 @@ class Summing:
         """Take the steps up to the masked vectors, and keep their sum."""
         attempt = secrets.token_bytes(ATTEMPT)
         begun = {"attempt": np.frombuffer(attempt, np.uint8)}
-        keys = self._ask(
-            fleet,
-            round,
-            "keys",
-            dict.fromkeys(self._enough(clients), begun),
-            lambda client, arrays: secagg.checked_keys(_bytes(arrays, "keys", secagg.KEYS)),
-        )
-        near = secagg.neighbours(self._enough(keys), attempt)
+
+        def announced(client: int, arrays: Arrays) -> bytes:
+            found = _bytes(arrays, "keys", ANNOUNCED)
+            secagg.checked_keys(found[:KEYS])
+            return found
+
+        told = self._ask(fleet, round, "keys", dict.fromkeys(self._enough(clients), begun), announced)
+        near = secagg.neighbours(self._enough(told), attempt)
 
         def shared(client: int, arrays: Arrays) -> dict[int, bytes]:
             if sorted([client, *(given := _table(arrays, secagg.SEALED))]) != near[client]:
                 raise MessageError("its shares are not for those that it was told")
             return given
 
-        peers = {c: _rows({v: keys[v] for v in near[c] if v != c}, secagg.KEYS) for c in keys}
+        peers = {c: _rows({v: told[v] for v in near[c] if v != c}, ANNOUNCED) for c in told}
         shares = self._ask(fleet, round, "shares", peers, shared)
         arrived = {
             c: _rows({v: shares[v][c] for v in near[c] if v != c and v in shares}, secagg.SEALED)
@@ -213,7 +259,7 @@ class Summing:
 
         survivors = self._ask(fleet, round, "masked", arrived, added, 8 * numbers)
         taking_part: dict[str, Collection[int]] = {
-            "members": keys,
+            "members": told,
             "shared": shares,
             "survivors": self._enough(survivors),
         }
@@ -221,11 +267,12 @@ class Summing:
             {name: np.array(sorted(of), np.uint32) for name, of in taking_part.items()}
             | {
                 "total": total,
-                "keys": np.frombuffer(b"".join(keys[c] for c in sorted(keys)), np.uint8),
+                "keys": np.frombuffer(b"".join(told[c][:KEYS] for c in sorted(told)), np.uint8),
                 **begun,
             }
         )
-        write_atomic(self.folder / FILE, encode(Message(round, b"", payload)), mode=PRIVATE)
+        if self.folder is not None:
+            write_atomic(self.folder / FILE, encode(Message(round, b"", payload)), mode=PRIVATE)
         return payload
 
     def _revealed(self, fleet: Fleet, round: int, saved: Payload) -> np.ndarray:
@@ -282,6 +329,8 @@ class Summing:
         return clients
 
     def _saved(self, round: int) -> Payload | None:
+        if self.folder is None:
+            return None
         try:
             message = decode(read_bytes(self.folder / FILE), any_size=True)
         except (OSError, MessageError):

@@ -59,7 +59,7 @@ def resume(
         listener.event(found.done)
         return found
     foundations.check_files(recipe, path)
-    if recipe.privacy != private.NONE:
+    if private.is_accounted(recipe):
         releases.released(path)
     with ONE_AT_A_TIME, goes_on(path, fleets), RunDir(path) as folder:
         rundir.check_writable(path)
@@ -134,7 +134,7 @@ def longer(recipe: Recipe, run: Path, rounds: int) -> Recipe:
             f"{run} ended before its last round, since patience = {recipe.patience} was over: more rounds would not be run",
             hint=onwards,
         )
-    if recipe.privacy != private.NONE:
+    if private.is_accounted(recipe):
         raise UsageError(
             f"{run} has a privacy budget for {counted(had, 'round')}, which more rounds would exceed",
             hint=onwards,

@@ -204,7 +204,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.keep == "best",
         recipe.max_rows,
         releases,
-        Summing(sealed, fleet.run, run.path, listener.note) if (sealed := private.sealed_of(job)) else None,
+        _summing(job, run, listener, fleet, fleets),
     )
     hooks = rounds.Hooks(
         sitting.begin,
@@ -226,6 +226,13 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     method.apply(model, outcome.state)
     measured = sitting.measured if outcome.round == sitting.round else None
     return finish(job, run, first, outcome, measured or evaluation.measure(job), base_rows, listener, began)
+
+
+def _summing(job: TuneJob, run: RunDir, listener: Listener, fleet: Fleet, fleets: Fleets) -> Summing | None:
+    """Return how the run's replies are added up; None where that is by no secure sum."""
+    if (sealed := private.sealed_of(job)) is None:
+        return None
+    return Summing(sealed, fleet.run, None if fleets.simulated else run.path, listener.note)
 
 
 @dataclass
