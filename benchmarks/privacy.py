@@ -131,6 +131,8 @@ def run(setting: Setting) -> Result:
     read = data.read("demo" if quick else ROWS)
     model = models.tiny_llama() if quick else models.load(MODEL, dtype="fp32", device="cpu", offline=True)
     chosen = np.random.default_rng(0).permutation(len(read))[:4000]
+    if not quick:
+        _large(result, [read[i] for i in chosen])
     rows, _ = encode_rows(model, [read[i] for i in chosen], LENGTH)
     held, tested, rest = rows[:HELD], rows[HELD : HELD + TESTED], rows[HELD + TESTED :]
     jobs = [_job(model, name, held) for name in list(METHODS)[: 1 if quick else None]]
@@ -138,8 +140,6 @@ def run(setting: Setting) -> Result:
         parts = [rest[i * EACH : (i + 1) * EACH] for i in range(clients)]
         for job in jobs:
             _utility(result, job, parts, q, tested)
-    if not quick:
-        _large(result, [read[i] for i in chosen])
     for job in jobs:
         longer = dataclasses.replace(job.recipe, set=job.recipe.set | AUDIT[job.recipe.method])
         audited = dataclasses.replace(job, recipe=longer)
@@ -151,8 +151,7 @@ def run(setting: Setting) -> Result:
 def _job(model: Model, name: str, held: list[Encoded]) -> Job:
     options = {"model": MODEL, "data": "demo", "method": name, "set": METHODS[name], "rounds": ROUNDS}
     recipe = recipes.make(options)
-    recipe, _ = rates.find(recipe, rates.wanted(recipe), model, held, 4)
-    return Job(model, recipe, held)
+    return Job(model, rates.find(recipe, rates.wanted(recipe), model, held, 4)[0], held)
 
 
 def _tell(result: Result, row: Row, **raw: Any) -> None:
@@ -182,7 +181,7 @@ def _utility(result: Result, job: Job, clients: list[Any], q: float, tested: lis
 
 def _large(result: Result, read: list[Any]) -> None:
     """Utility on SmolLM2-135M: the same replies of one round with and without noise; how far the server steps is found first."""
-    model, count, N = models.load("smollm2-135m", dtype="fp32", device="cpu", offline=True), 20, 1000
+    model, count, N = models.load("smollm2-135m", dtype="fp32", device="cpu"), 20, 1000
     rows, _ = encode_rows(model, read[: HELD + EACH * count], LENGTH)
     held, tested, more = rows[: 2 * EACH], rows[2 * EACH : HELD], rows[HELD:]
     settings = METHODS["fedkseed"] | {"lr": 1e-6, "backprop_lr": 3e-4}
@@ -197,19 +196,14 @@ def _large(result: Result, read: list[Any]) -> None:
             return token_mean(*job.losses(rows))
 
         state, replies = job.replies([held[:EACH], held[EACH:]], (N, N + 1))
-        tried = {
-            rate: loss(state, replies, rate, Rule(), tested[:16]) for rate in (3.0, 10.0, 30.0, 100.0, 300.0)
-        }
+        tried = {r: loss(state, replies, r, Rule(), tested[:16]) for r in (3.0, 10.0, 30.0, 100.0, 300.0)}
         rate = min(tried, key=tried.__getitem__)
         state, replies = job.replies([more[i::count] for i in range(count)], range(count))
         before = plain = loss(state, [], 1.0, Rule(), tested[16:])
         for epsilon, rule in rules.items():
             after = loss(state, replies, rate, rule, tested[16:])
             plain = plain if epsilon else after
-            name, kept = (
-                f"Gain kept, SmolLM2-135M: {_kind(job, epsilon)}",
-                (before - after) / (before - plain),
-            )
+            kept, name = (before - after) / (before - plain), f"Gain kept, 135M: {_kind(job, epsilon)}"
             row = Row(name, after, plain, "nats", kept, "gain", note=f"losses; {before:.3f} before")
             _tell(result, row, mechanism=rule.text, tried=tried)
 
@@ -234,7 +228,7 @@ def _leaks(result: Result, job: Job, rows: list[Encoded], shadows: int) -> None:
                 bits[r] = exposure(found[len(own) :][:AUDITED], found[len(own) + AUDITED :])
             auc, kind = area(likelihood_ratios(seen, member), member), _kind(job, epsilon)
             _tell(result, Row(f"Membership AUC: {kind}", auc, 0.5, "", auc / 0.5), mechanism=rule.text)
-            exposed, chance = float(bits[member].mean()), float(bits[~member].mean())
+            exposed, chance = inside_and_out(bits, member)
             _tell(result, Row(f"Canary exposure: {kind}", exposed, chance, "bits", exposed / chance))
 
 
@@ -251,6 +245,13 @@ def exposure(canaries: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return log2 |R| - log2 rank of the loss of each canary, R being it and the others."""
     rank = 1 + (others[None] < canaries[:, None]).sum(1)
     return np.asarray(math.log2(len(others) + 1) - np.log2(rank))
+
+
+def inside_and_out(values: np.ndarray, member: np.ndarray) -> tuple[float, float]:
+    """Return the means over clients of their means in and out: a canary is compared with itself, as some are likely anyway."""
+    known = member.any(0) & ~member.all(0)
+    inside, out = ((values * side).sum(0)[known] / side.sum(0)[known] for side in (member, ~member))
+    return float(inside.mean()), float(out.mean())
 
 
 def likelihood_ratios(seen: np.ndarray, member: np.ndarray) -> np.ndarray:

@@ -131,22 +131,26 @@ COMPRESSORS = ("rtn", "optq", "qronos", "sparsegpt", "llm-pruner")
 
 
 def formats_table(page: str) -> str:
-    """Every family of decoders: what it is tuned, compressed and written with."""
+    """Every family of decoders, alike ones in a row: what it is tuned, compressed and written with."""
     head = (
-        "| family | tune | adapters | compress | GGUF (llama.cpp's name) | MLX | GPTQ, compressed-tensors |"
+        "| family | tune | adapters | compress | GGUF (llama.cpp's names) | MLX | GPTQ, compressed-tensors |"
     )
-    rows = [head, "|---" * 7 + "|"]
+    alike: dict[tuple[str, ...], list[str]] = {}
     for family, cells in matrix(page).items():
-        if cells["rtn"] == ENCODER:
-            continue
-        record = table.FAMILIES.get(family)
-        columns = [
-            *(_fine(cells, names) for names in (WEIGHTS, ADAPTERS, COMPRESSORS)),
-            f"`{record.architecture}`" if record else "-",
-            "yes" if family in mlx.ARCHITECTURES else "-",
-            "yes" if cells["rtn"] == "ok" else "-",
-        ]
-        rows.append(f"| {family} | {' | '.join(columns)} |")
+        if cells["rtn"] != ENCODER:
+            columns = (
+                *(_fine(cells, names) for names in (WEIGHTS, ADAPTERS, COMPRESSORS)),
+                "yes" if family in table.FAMILIES else "-",
+                "yes" if family in mlx.ARCHITECTURES else "-",
+                "yes" if cells["rtn"] == "ok" else "-",
+            )
+            alike.setdefault(columns, []).append(family)
+    rows = [head, "|---" * 7 + "|"]
+    for columns, families in alike.items():
+        gguf = (
+            ", ".join(f"`{table.FAMILIES[f].architecture}`" for f in families if f in table.FAMILIES) or "-"
+        )
+        rows.append(f"| {', '.join(families)} | {' | '.join([*columns[:3], gguf, *columns[4:]])} |")
     return "\n".join(rows)
 
 
@@ -158,7 +162,9 @@ def matrix(page: str) -> dict[str, dict[str, str]]:
         [c.strip() for c in r.strip("|").split("|")] for r in re.findall(r"(?m)^\|.*\|$", text)
     )
     return {
-        name: {c: said.get(x, x) for c, x in zip(columns, cells, strict=True)}
+        name: {
+            c: said.get(x, x) for alike, x in zip(columns, cells, strict=True) for c in alike.split("<br>")
+        }
         for names, *cells in rows
         for name in names.split(", ")
     }

@@ -57,6 +57,14 @@ def test_exposure_is_log_R_minus_log_rank(privacy: Any) -> None:
     np.testing.assert_allclose(bits, [8, 7, 1, 0])
 
 
+def test_canaries_are_compared_with_themselves(privacy: Any) -> None:
+    rng = np.random.default_rng(0)
+    likely = np.arange(10.0)  # the likelier a canary is anyway, the more often it is in
+    member = rng.random((16, 10)) < likely / 9
+    inside, out = privacy.inside_and_out(likely + 0.5 * member, member)
+    assert inside - out == pytest.approx(0.5)
+
+
 def test_a_row_is_found_as_often_as_theory_says(privacy: Any) -> None:
     vectors, x = 3 * np.eye(32), np.linspace(-9, 25, 20_001)
     below = np.array([0.5 * (1 + math.erf(t / math.sqrt(2))) for t in x])
@@ -72,7 +80,8 @@ def test_a_row_is_found_as_often_as_theory_says(privacy: Any) -> None:
 
 
 def test_the_quick_benchmark_finds_rows_without_noise(privacy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("LENGTH", 32), ("ROUNDS", 1), ("SECRETS", 15), ("EPSILONS", (0.0, 8.0))):
+    small = {"LENGTH": 32, "ROUNDS": 1, "SECRETS": 15, "EPSILONS": (0.0, 8.0), "AUDITED": 4, "GUESSES": 8}
+    for name, value in (small | {"HELD": 16, "TESTED": 16}).items():
         monkeypatch.setattr(privacy, name, value)
     rows = {row.name: row for row in privacy.run(privacy.Setting(quick=True)).rows}
     assert rows["Row found: fedkseed, no noise"].ours > 0.9
