@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check fuzz bench slow faults docs format clean help
+.PHONY: demo test check fuzz bench slow faults docs house format clean help
 
 help:
 	@echo "make demo    tune a real language model over 24 simulated clients, with a report (about 6 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make slow    tests that need a downloaded model or minutes"
 	@echo "make faults  kills, cuts, forgeries, full disks, damaged files: counted in docs/faults.json; lines of the source broken (hours)"
 	@echo "make bench   ours against the papers' way, as ratios"
+	@echo "make house   the size of the project in figures"
 	@echo "make docs    the documentation site; open site/index.html"
 
 $(VENV)/ready: pyproject.toml
@@ -53,6 +54,9 @@ $(VENV)/docs-ready: $(VENV)/ready
 docs: $(VENV)/docs-ready
 	$(BIN)/python docs/build.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+house: $(VENV)/ready
+	$(BIN)/python -m benchmarks.house
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
