@@ -336,6 +336,7 @@ def test_eva_takes_the_directions_that_explain_most(layer: str) -> None:
 
 def test_eva_says_when_it_sees_too_little_and_leaves_the_model_alone() -> None:
     model = on("default", r=32, alpha=32)
+    before = [[*m._forward_pre_hooks] for m in model.net.modules()]
     with pytest.raises(ModelError, match="fewer than 32 directions"):
         eva(model, batches(1), 32)
-    assert not any(m._forward_pre_hooks for m in model.net.modules())
+    assert [[*m._forward_pre_hooks] for m in model.net.modules()] == before

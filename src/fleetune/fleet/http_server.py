@@ -53,6 +53,7 @@ class HttpServer:
             http=Connection,
             h11_max_incomplete_event_size=LONGEST_HEAD,
             access_log=False,
+            log_config=None,  # the default closes every handler of the process
             log_level="critical",
             lifespan="off",
             server_header=False,

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from fleetune.compression.layerwise.activations import HiddenStates, SolveLayer
 from fleetune.compression.layerwise.blocks import block_file
-from fleetune.errors import FleetError, FleetuneError, MessageError
+from fleetune.errors import FleetError, FleetuneError, Interrupted, MessageError
 from fleetune.models.artefact import Quantised, assembled
 from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES
 from fleetune.models.net.model import Model
@@ -363,6 +363,8 @@ class ClientHessians:
         for client in sorted(self.sums.tokens):
             try:
                 answer = Answer(client, self.answer(client, number, linears), "")
+            except Interrupted:  # it is the whole work that stops
+                raise
             except (FleetuneError, OSError) as error:
                 answer = Answer(client, None, str(error))
             yield answer
