@@ -6,6 +6,7 @@ A file's head is its licence, module docstring and imports, up to the first line
 
 from __future__ import annotations
 
+import argparse
 import ast
 import subprocess
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def main() -> None:
     """Print every figure."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     for folder in ("src", "tests", "benchmarks"):
         texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).rglob("*.py"))]
         trees = [ast.parse(text) for text in texts]

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fleetune.common.folders import staged
+from fleetune.common.hearing import hearing
 from fleetune.data import Encoded
 from fleetune.data.encode import Batch
 from fleetune.errors import FleetuneError, Interrupted, StorageError, UsageError
@@ -93,7 +94,8 @@ class Checkpoints:
         """
         done = self.restore(parameters, optimizer)
         for t, batch in enumerate(itertools.islice(batches, done, None), done):
-            result = step(t, batch)
+            with hearing(lambda: None):  # a stop is heard after the step, which is saved
+                result = step(t, batch)
             if (t + 1) % self.every == 0 or t + 1 == steps:
                 self.store(t + 1, parameters, optimizer)
             try:

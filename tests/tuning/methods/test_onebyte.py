@@ -227,12 +227,7 @@ class Machine:
         from fleetune.tuning.methods._zeroth import open_view
 
         view, position = open_view(
-            self.model,
-            decode(message).payload,
-            Batches(self.rows, 257, 0),
-            law=chosen.law,
-            K=chosen.K,
-            lr=chosen.grid_lr,
+            self.model, decode(message).payload, law=chosen.law, K=chosen.K, lr=chosen.grid_lr
         )
         position.place(view)
         return weights(view)

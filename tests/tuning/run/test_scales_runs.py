@@ -13,7 +13,6 @@ from deploy_harness import gguf_of
 
 import fleetune
 from fleetune import models, subject
-from fleetune.data.encode import Batches, Encoded
 from fleetune.deploy import harness
 from fleetune.deploy import measure as lines
 from fleetune.errors import LedgerError, RecipeError, UsageError
@@ -80,11 +79,6 @@ def test_eps_is_in_the_units_of_what_is_trained_unless_given() -> None:
     assert recipes.make({**given, "train": "scales", "method": "fedit"}).set == {}
 
 
-def batches() -> Batches:
-    """The rows of a device's work."""
-    return Batches([Encoded(np.arange(3, dtype=np.int32), 1)], 0, 0)
-
-
 def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(file: Path) -> None:
     model = models.load(str(file), device="cpu", base="mapped")
     model.trains = "scales"
@@ -92,16 +86,14 @@ def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(file:
     payload = _zeroth.ledger_payload(made, 64, 0)
     assert payload.scalars["train"] == "scales"
     device = models.load(str(file), device="cpu", base="mapped")
-    view, _ = _zeroth.open_view(device, payload, batches(), law="hashed", K=64, lr=0.1)
+    view, _ = _zeroth.open_view(device, payload, law="hashed", K=64, lr=0.1)
     assert type(view) is ScaleView
     plain = _zeroth.ledger_payload(_zeroth.Ledger(_of_weights(made.head)), 64, 0)
     assert "train" not in plain.scalars
-    view, _ = _zeroth.open_view(device, plain, batches(), law="hashed", K=64, lr=0.1)
+    view, _ = _zeroth.open_view(device, plain, law="hashed", K=64, lr=0.1)
     assert type(view) is View
     with pytest.raises(UsageError, match="has no scales"):
-        _zeroth.open_view(
-            models.load(str(file), device="cpu"), payload, batches(), law="hashed", K=64, lr=0.1
-        )
+        _zeroth.open_view(models.load(str(file), device="cpu"), payload, law="hashed", K=64, lr=0.1)
 
 
 def _of_weights(head: LedgerHead) -> LedgerHead:

@@ -89,6 +89,10 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(
             f"over_selection and quorum let replies decide whether others count, which {level} does not allow"
         )
+    if recipe.privacy == SEALED and recipe.clients > MOST_SEALED:
+        found.append(
+            f"privacy = sealed adds up {MOST_SEALED:,} clients at most, and there are {recipe.clients:,}"
+        )
     if recipe.privacy == SEALED and recipe.participation < 1:
         found.append(
             f"participation = {recipe.participation:g} is the server's to keep, which {level} does not trust: use 1"
@@ -115,8 +119,6 @@ def check(recipe: Recipe, method: Method, clients: int) -> None:
             f"privacy = {recipe.privacy} hides one of {counted(clients, 'client')}, and the mean of fewer than {FEWEST} is lost "
             "in the noise: take hundreds, or --privacy example"
         )
-    if recipe.privacy == SEALED and clients > MOST_SEALED:
-        found.append(f"privacy = sealed adds up {MOST_SEALED:,} clients at most, and there are {clients:,}")
     if recipe.privacy == SEALED and clients < FEWEST_SEALED:
         found.append(
             f"privacy = sealed adds up {FEWEST_SEALED} clients or more: the sum of {clients} shows each to the other"
