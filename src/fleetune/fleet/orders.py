@@ -49,6 +49,7 @@ from fleetune.errors import (
     cut_reason,
 )
 from fleetune.models.cache import names
+from fleetune.privacy import secagg
 from fleetune.privacy.mechanism import Sealed
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar, decode, encode
 from fleetune.tuning.recipe.recipe import Recipe, label_words, problem_text
@@ -102,7 +103,6 @@ Trained = Annotated[str, Field(pattern="^(weights|scales)$")]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 Kept = tuple[Annotated[int, Field(ge=-1, lt=1 << 31)], Crc]
 
-MOST_SUMMED: Final = 2048  # devices in a secure sum: what each does grows with them
 What = Literal["job", "work", Step, "eval", "begin", "block", "end"]
 
 EXACT: Final = ConfigDict(strict=True, extra="forbid")
@@ -112,8 +112,8 @@ EXACT: Final = ConfigDict(strict=True, extra="forbid")
 class Secure:
     """How the replies of a run are added up without being seen: what each device does to its own."""
 
-    clients: Annotated[int, Field(ge=3, le=MOST_SUMMED)]  # N
-    least: Annotated[int, Field(ge=3, le=MOST_SUMMED)]  # vectors of a sum
+    clients: Annotated[int, Field(ge=secagg.FEWEST, le=secagg.MOST)]  # N
+    least: Annotated[int, Field(ge=secagg.FEWEST, le=secagg.MOST)]  # vectors of a sum
     clip: Annotated[float, Field(gt=0, le=1e15)]  # C, L2
     noise: Annotated[float, Field(ge=0, le=1e6)]  # z, multiplier of the sum's noise; 0: none
 

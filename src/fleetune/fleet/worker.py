@@ -79,6 +79,7 @@ from fleetune.models.net.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.device_cost import Workload
+from fleetune.privacy import secagg
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
@@ -95,7 +96,6 @@ log = logging.getLogger(__name__)
 ANSWER: Final = "answer"
 PASSES: Final = 100  # over its rows that a device makes in a round, at most
 MEMORIES: Final = 16  # rounds that it remembers, at most
-FEWEST: Final = 3  # devices in a secure sum
 SUMMED: Final = aggregation.Rule(aggregation.PRIVATE)
 FEW: Final = 256  # rows: a device that has fewer does as many passes as one with so many
 
@@ -130,7 +130,7 @@ class Brings:
         )
         trains = "trains on its rows"
         if self.least or self.epsilon:
-            trains += f", for secure sums of {max(FEWEST, self.least)} devices or more alone"
+            trains += f", for secure sums of {max(secagg.FEWEST, self.least)} devices or more alone"
         if self.epsilon:
             trains += f" and up to epsilon {self.epsilon:g}"
         sums = "gives sums over its rows for calibration" if self.calibrate else "gives no sums (--calibrate)"
@@ -404,8 +404,8 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     if job.task == "eval" and not aside:
         raise Declined("no-evaluation")
     if job.task == "tune" and (brings.least or brings.epsilon):
-        if job.secure is None or job.secure.least < max(FEWEST, brings.least):
-            raise Declined("no-sum", max(FEWEST, brings.least))
+        if job.secure is None or job.secure.least < max(secagg.FEWEST, brings.least):
+            raise Declined("no-sum", max(secagg.FEWEST, brings.least))
         if brings.epsilon and not job.secure.noise:
             raise Declined("no-noise")
     if brings.epsilon and job.secure is not None:

@@ -49,6 +49,8 @@ with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+FEWEST: Final = 3  # members of a sum: that of two shows each to the other
+MOST: Final = 2048  # the same: what each does grows with them
 P: Final = (1 << 256) + 297  # a prime above every secret
 SECRET: Final = 32  # bytes of a key or a seed
 SHARE: Final = 33  # bytes of a number below P

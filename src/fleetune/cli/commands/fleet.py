@@ -29,7 +29,7 @@ from fleetune.fleet import audit as log
 from fleetune.fleet import status as standing
 from fleetune.fleet.flower import shim
 from fleetune.fleet.table import Devices
-from fleetune.privacy import accountant
+from fleetune.privacy import accountant, secagg
 from fleetune.runs import compression_folder, rundir
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import recipe as recipes
@@ -231,7 +231,7 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
 
 def _join(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.fleet.device import Conditions, Home, join
-    from fleetune.fleet.worker import FEWEST, Brings
+    from fleetune.fleet.worker import Brings
 
     server = _word(args, f"192.168.1.10:{PORT} --data rows.jsonl")
     given = flags.given(args)
@@ -281,7 +281,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         own["columns"],
         own["base"] or "auto",
         args.calibrate,
-        max(args.smallest_sum, FEWEST) if args.peers else args.smallest_sum,
+        max(args.smallest_sum, secagg.FEWEST) if args.peers else args.smallest_sum,
         budget,
         delta,
     )

@@ -33,8 +33,6 @@ CLIENT: Final = "client"
 EXAMPLE: Final = "example"
 SEALED: Final = "sealed"  # secure sums; with epsilon, at client level
 BY_CLIENT: Final = (CLIENT, SEALED)
-FEWEST_SEALED: Final = 3  # clients of a secure sum
-MOST_SEALED: Final = 2048  # the same; what each does grows with them
 FEWEST: Final = 10  # clients: the mean of fewer is lost in the noise that hides one of them
 MOST: Final = 100.0  # epsilon: beyond it, nothing is promised
 MEASURED: Final = 32  # held-out rows on which the clip is found, at most
@@ -89,9 +87,9 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(
             f"over_selection and quorum let replies decide whether others count, which {level} does not allow"
         )
-    if recipe.privacy == SEALED and recipe.clients > MOST_SEALED:
+    if recipe.privacy == SEALED and recipe.clients > secagg.MOST:
         found.append(
-            f"privacy = sealed adds up {MOST_SEALED:,} clients at most, and there are {recipe.clients:,}"
+            f"privacy = sealed adds up {secagg.MOST:,} clients at most, and there are {recipe.clients:,}"
         )
     if recipe.privacy == SEALED and recipe.participation < 1:
         found.append(
@@ -119,9 +117,9 @@ def check(recipe: Recipe, method: Method, clients: int) -> None:
             f"privacy = {recipe.privacy} hides one of {counted(clients, 'client')}, and the mean of fewer than {FEWEST} is lost "
             "in the noise: take hundreds, or --privacy example"
         )
-    if recipe.privacy == SEALED and clients < FEWEST_SEALED:
+    if recipe.privacy == SEALED and clients < secagg.FEWEST:
         found.append(
-            f"privacy = sealed adds up {FEWEST_SEALED} clients or more: the sum of {clients} shows each to the other"
+            f"privacy = sealed adds up {secagg.FEWEST} clients or more: the sum of {clients} shows each to the other"
         )
     if rule and recipe.delta * clients >= 1:
         found.append(f"delta = {recipe.delta:g} must be below 1 / {clients:,} clients: leave it out")
@@ -142,7 +140,7 @@ def check(recipe: Recipe, method: Method, clients: int) -> None:
 
 def least_of(clients: int) -> int:
     """Return how many of so many clients a secure sum has at least: two thirds."""
-    return max(FEWEST_SEALED, -(-2 * clients // 3))
+    return max(secagg.FEWEST, -(-2 * clients // 3))
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Participant:
         return {"keys": np.frombuffer(self.identity.announcement(text, member.keys()), np.uint8)}
 
     def _peers(self, member: Member, announced: Mapping[int, bytes]) -> dict[int, bytes]:
-        """Return neighbour -> its keys; MessageError where one is nobody's that this client trusts, or is there twice."""
+        """Return member -> its keys; MessageError where one is nobody's that this client trusts, or is there twice."""
         names = [self.identity.name, *(a[KEYS : KEYS + NAME] for a in announced.values())]
         if self.identity.name != ANYBODY.name and len(set(names)) < len(names):
             raise MessageError("a device is in the sum twice")
