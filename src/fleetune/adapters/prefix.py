@@ -1,18 +1,14 @@
-# SPDX-License-Identifier: Apache-2.0
 """Train prefixes: keys and values in front of a layer's own, which every token attends to.
 
-Prefix-Tuning (Li and Liang, ACL 2021, arXiv 2101.00190), in the form of P-Tuning v2 (Liu et al., ACL 2022,
-arXiv 2110.07602, section 3.2): the keys P_k and values P_v of T virtual tokens in each layer are trained
-directly, without a network that makes them.  For a query q and the layer's own keys K and values V,
+Prefix-Tuning (Li and Liang, ACL 2021, arXiv 2101.00190), in the form of P-Tuning v2 (Liu et al., ACL 2022, arXiv 2110.07602,
+section 3.2): the keys P_k and values P_v of T virtual tokens in each layer are trained directly.  For a query q and the layer's
+own keys K and values V,
 
     softmax( q [P_k; K]^T / sqrt(d) ) [P_v; V]
 
-where no mask hides the prefix.  Both are sized by the heads of keys and values, which are fewer than the
-queries' under grouped-query attention, and are already in the frame of rotated keys.
-
-In a decoder the prefix is a past of T tokens, as in PEFT: the first real token is at position T.  An encoder's
-positions are learned one by one and do not move.  transformers refuses a past for encoders; here the attention
-function itself is wrapped, so both kinds share one path.
+where no mask hides the prefix; P_k is in the frame of rotated keys.  In a decoder the prefix is a past of T tokens, as in PEFT:
+the first real token is at position T.  transformers refuses a past for encoders, whose positions do not move; so the attention
+function itself is wrapped, for both kinds.
 """
 
 from __future__ import annotations

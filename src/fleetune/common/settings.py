@@ -1,12 +1,10 @@
-# SPDX-License-Identifier: Apache-2.0
-r"""Declare settings as fields of a frozen dataclass, list them, and parse what people write.
+"""Declare settings as fields of a frozen dataclass, list them, and parse what people write.
 
     @dataclass(frozen=True)
     class Method:
         K: int = setting(1024, "K", "directions in the pool")
 
-A `__post_init__` raises ValueError(*problems), in plain words, for values that do not go together.  Parsed are
-`--set NAME=VALUE`, sizes, speeds, and words with commas between them (a comma of a word itself is written `\,`).
+A `__post_init__` raises ValueError(*problems), in plain words, for values that do not go together.
 """
 
 from __future__ import annotations
