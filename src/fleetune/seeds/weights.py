@@ -1,17 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The weights of a net at another point of weight space, computed piece by piece from the stored ones, which stay as they are.
-
-The papers perturb the weights in place (+eps, -2 eps, +eps, update): four passes that, in 16-bit dtypes,
-leave rounding errors larger than the training itself.  Here nothing is ever written: some elements at a time are computed
-into a small scratch block
+"""The weights of a net at another point of weight space, computed a piece at a time from the stored ones, which stay as they are.
 
     w[i] = round( w0[i] + grid * sum_k c_k z_k[i]  +  eps z[i] )
 
-straight from the stored base, the ledger's passes and the probe direction.  So there is nothing to restore, the point is
-bit-equal to a replay of the ledger, and a step costs one fused pass for each of its two forwards and a few MB of memory.
-
-The only way to the base is `read_stored`: one run of elements of one tensor at a time.  For a mapped base (`models/stored.py`)
-these come from its file.  `view.py` runs a net on such weights.
+from the base, the ledger's passes and the probe direction, in a small scratch block: bit-equal to a replay of the ledger, with
+nothing to restore (docs/view.md).  The only way to the base is `read_stored`.  `view.py` runs a net on such weights.
 """
 
 from __future__ import annotations

@@ -1,20 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Convert a GGUF file to a Hugging Face directory with the same numbers, a few rows in memory at a time.
 
-GGUF (the ggml project's docs/gguf.md, version 2 and 3) stores quantised rows.  `w = d * q + m` per group
-of 32 (Q4_1) and its relatives give values that 16-bit floats cannot hold, so the weights are written in
-**fp32**: nothing is lost, and the same file gives the same bytes everywhere.
-
-Beside sizes and rows:
-  * llama's q and k rows are stored pair-wise interleaved for ggml's rotary embedding; they are put back in
-    the half-split order that transformers uses (a permutation of rows, done before dequantising); a llama with biases
-    has them for its own, not only in the file;
-  * rescaled rotary frequencies (Llama 3.1) come as factors: used where Llama 3's rule gives them (`rope.py`),
-    else the file is refused;
-  * gemma's norms, caps and windows; the tokenizer (`tokenizer.py`).
-
-The model is never in memory as a whole: names and shapes come from a model on the meta device, every tensor of
-it must be found in the file and vice versa, and rows go straight into the safetensors file.
+The weights are written in fp32, since 16-bit floats cannot hold the values of all quantised types.  llama's q and k rows are
+interleaved pair-wise in the file and put back in transformers' half-split order; rescaled rotary frequencies that Llama 3's rule
+does not give (`rope.py`) are refused.  Names and shapes come from a model on the meta device; every tensor of it must be found in
+the file and vice versa.
 """
 
 from __future__ import annotations

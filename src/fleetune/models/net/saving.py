@@ -1,10 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Write a model as a Hugging Face directory, and safetensors files one tensor at a time; compare what the disk gives back.
-
-A safetensors file is 8 bytes with the header's length, the header (JSON: dtype, shape and offsets of each tensor) and the
-raw little-endian values.  (The writer of the safetensors package needs all tensors in memory, and its order of several
-keys of metadata varies.)
-"""
+"""Write a model as a Hugging Face directory, and safetensors files one tensor at a time; compare what the disk gives back."""
 
 from __future__ import annotations
 
