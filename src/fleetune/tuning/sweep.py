@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a grid of recipes in one folder: check its runs, and run or resume them in turn.
 
     runs/0007-sweep-case-study/
@@ -6,9 +5,6 @@
       0001-alpha-0.5-k-64-seed-42/ ...     run folders as `tune` leaves them
       sweep.html      sweep.csv            the page and the numbers of all runs, written anew after every run
       status          log.txt
-
-The folder is the record: a run whose status is `done` is not run again, an unfinished one resumes from its
-last checkpoint, so a sweep can be killed at any time and resumed.
 """
 
 from __future__ import annotations

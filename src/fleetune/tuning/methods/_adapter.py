@@ -1,24 +1,14 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Train a module on a device with AdamW, and step on the server along the devices' mean.
+"""Train a module on a device with AdamW, with fresh moments every round, and step on the server along the devices' mean.
 
-A device runs AdamW on the module's numbers, with fresh moments every round.  Two options, both off by default, keep devices
-with unlike data together:
+`Trained` is what every method that trains on devices does there; `Averaged` is a method that averages one module.  Two options
+keep devices with unlike data together:
 
 - FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): the loss has mu/2 |w - w_global|^2 added.
-- SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II): every step also moves by
-  -eta (c - c_k), where the device's variate c_k is what its own steps were last time and c the mean of all.
-
-A server takes the mean weighted by rows, then a step of `server_rules`.
-
-`Trained` is what every method that trains on devices does there; `Averaged` is a method that averages one module.
-
-What differs from SCAFFOLD's algorithm, and why:
-- The steps are AdamW's, so the variates are means of AdamW's steps, not of gradients; the correction is
-  taken after the step, as OpenFedLLM does.
-- Nothing more goes up than without it: c_k' - c_k = (w - w_k) / (tau eta) - c, all of which the server has.
-- c is the mean of the variates of the devices seen so far; the paper counts a device that never took part
-  as a zero.  With everybody asked every round the two are the same.
-- A device does not learn whether its reply arrived.  When one is lost, its c_k has moved and c has not.
+- SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II): every step also moves by -eta (c - c_k), where
+  c_k is the mean of the device's own steps last time, and c the mean of all devices.  Here the steps are AdamW's and are
+  corrected afterwards, as in OpenFedLLM.  Nothing more goes up: c_k' - c_k = (w - w_k) / (tau eta) - c, all of which the server
+  has.  c is the mean over the devices seen so far (the paper: a device that never took part counts as zero).  A device does not
+  learn whether its reply arrived, so after a lost one its c_k has moved and c has not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tune an adapter in a federation by forward gradients: devices run inference only (FwdLLM).
 
 Xu, Cai, Wu, Li, Wang: "FwdLLM: Efficient Federated Finetuning of Large Language Models with Perturbed
-Inferences", USENIX ATC 2024, arXiv 2308.13894 (section 3: forward gradients on PEFT modules, variance-controlled
-perturbation pacing, discriminative perturbation sampling).
+Inferences", USENIX ATC 2024, arXiv 2308.13894 (section 3).
 
 ## Algorithm
 
@@ -22,8 +20,7 @@ d).  So `2 sum g^2 / n^2 <= threshold` is the same test, less noisy, of the whol
 Discriminative sampling.  On every second batch the server draws ten times as many seeds as it needs, ranks
 them by the cosine of their v with the last accepted gradient, and sends the best tenth.  The component a of such
 a v along the unit vector u of the old gradient is then a normal cut off below at 1.28 (mean 1.755, E[a^2] =
-3.25), and all else is as before.  So the estimate is biased: its mean is grad + (E[a^2] - 1) <grad, u> u.  What
-the gradient has in common with the old one counts 3.25 times, which works like momentum.
+3.25), so the mean of the estimate is grad + (E[a^2] - 1) <grad, u> u, which works like momentum.
 
 ## Differences from the paper
 
@@ -34,12 +31,6 @@ the gradient has in common with the old one counts 3.25 times, which works like 
 - Devices draw from the list that was sent, four times as long as what they use, so that few draw the same one.
   Where two do, the direction's share of the mean is that of both, and the variance counts it as one.
 - The variance test ends after `patience` rounds on a batch; in the code it may ask for ever.
-- No half precision in the two inferences beyond the model's own: their difference is small.
-
-## Options
-
-- `module` is what is trained: LoRA, bottleneck adapters or the biases.
-- `patience=1` moves in every round; `discriminative=false` draws all directions afresh.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Fine-tune all weights with two forward passes a step, in the memory of inference (MeZO).
 
 Malladi, Gao, Nichani, Damian, Lee, Chen, Arora: "Fine-Tuning Language Models with Just Forward Passes",
@@ -13,14 +12,8 @@ own data and the server takes the mean of their scalars, direction by direction.
 
 ## Differences from the paper
 
-- Stored weights are never written (`seeds/view.py`): no drift, no restore pass, and a run in bf16 is
-  bit-equal to a replay of its own ledger.  In the paper's way it is not even near (see docs/results.md).
+- Stored weights are never written (`seeds/view.py`), so a run in bf16 is bit-equal to a replay of its own ledger.
 - A fresh direction every step is the next member of a pool of K nearly orthogonal ones, a new pool every K steps.
-
-## Options
-
-- `objective` is any function of the model and a batch, differentiable or not: `accuracy`, `rouge_l`, `f1` or your own.
-- `decay` lets the learning rate fall linearly to 0.
 """
 
 from __future__ import annotations

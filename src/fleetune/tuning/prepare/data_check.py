@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Look at rows before anything is trained on them: how long they are, who holds them, which repeat others, what is masked.
 
 Without a model, lengths are counted in words; with one, in tokens of its tokenizer, and no weights are loaded.

@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Estimate the time of a simulated run before it begins, from measured steps, and fit a run into a stated time.
+"""Estimate the time of a simulated run from measured steps before it begins, and fit a run into a stated time.
 
-A step of a client's local work, the loss of a few held-out rows and a few tokens of an answer are timed on the model that is to
-be tuned; the rest is counting.  An answer counts with all the tokens that it may have.  Work of a method that is not steps (a
-FedPepTAO client's curvature) is not counted.  In a mixed fleet every client counts as one of the first's kind.
+An answer counts with all the tokens that it may have.  Work that is not steps (a FedPepTAO client's curvature) is not counted.
+In a mixed fleet every client counts as one of the first's kind.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Check a recipe, read its data, load its model: everything that can be wrong is found before the first step.
-
-The data are read before the model, since that is faster.
-"""
+"""Check a recipe, read its data, then load its model: everything that can be wrong is found before the first step."""
 
 from __future__ import annotations
 

@@ -1,17 +1,10 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Find a learning rate before round 1, so that nobody has to guess it (`lr=auto`).
-
-A method says how its rate acts, and that decides how the rate is found:
+"""Find a learning rate before round 1 (`lr=auto`; docs/learning_rate.md).
 
     rate_from        two-point descent along random directions: slope, noise and curvature give the rate (`seeds/slopes`)
     rate_at_server   the server steps by it: devices work once, the server's step is tried at many rates (`trial`)
     any other        one round of a few clients at each of some rates (`trial`)
 
-A rate that a trial finds is then tested over a few rounds, and lowered if it does not last.
-
-Rates are rounded to 1, 1.5, 2, 3, 5 or 7 times a power of ten: more digits would not be meaningful, and machines with
-different float noise find the same rate.  It is written into the run's recipe, so a resumed or repeated run does not search
-again.  The rows are training rows, the same for a simulated and for a real fleet, whose server has some in its own data.
+A rate is rounded to 1, 1.5, 2, 3, 5 or 7 times a power of ten, so that machines with different float noise find the same.
 """
 
 from __future__ import annotations

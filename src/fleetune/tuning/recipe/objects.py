@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write the Python objects that a library user hands over to files, so that a run can be repeated and resumed.
 
-A recipe holds names.  So a model in memory is saved as a Hugging Face directory, rows as JSONL, each once under the
-digest of its content in `OUT/objects`; a function gets an import path where it has one, and else a name that is known
-in this process alone.
+A model in memory becomes a Hugging Face directory, rows a JSONL file, each once under the digest of its content in `OUT/objects`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Load the model of a finished run (base plus ledger, or base plus adapter), rebuild it, and write it as a directory."""
 
 from __future__ import annotations

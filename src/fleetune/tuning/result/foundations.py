@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Find out whether a stopped run still stands on what it was begun with: its recipe, base model and rows.
 
-Every checkpoint states them (`checkpoint.StandsOn`).  A run whose run.toml lost a line, or whose data or model changed, is
-refused before any round, since it would end otherwise than it was begun.
+Every checkpoint states them (`checkpoint.StandsOn`); a run that would end otherwise is refused before any round.
 """
 
 from __future__ import annotations

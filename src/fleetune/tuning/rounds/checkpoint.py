@@ -1,17 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Encode a method's state (a NamedTuple) as a checkpoint, and decode it.
 
-A field may be a number, a text, an array, a dict of arrays, or a Ledger; its kind is read off the state
-that `init` gives, so a checkpoint holds data only.
-
-A checkpoint also names all that it stands on (`StandsOn`): the recipe's options, digests of the base model and of the
-rows, how long metrics.jsonl was then, and the clients' memories with round and CRC-32.
-
-It also holds how the validation stood (`Course`): the best evaluated round so far, and when to stop since none gets better.
-A round is better where its score is lower than that of every evaluated round before it, the start (round 0) among them.
-With `keep = "best"` the state of the best round lies beside the checkpoints, in best-NNNNNN.ckpt, written before the
-checkpoint that names it.  Best rounds only ever get later, so that of the checkpoint of round r is the latest of them up to
-r: those that no kept checkpoint needs are removed.
+A field is a number, a text, an array, a dict of arrays, or a Ledger; its kind is read off the state that `init` gives.  A
+checkpoint also holds what it stands on (`StandsOn`) and how the validation stood (`Course`).  With `keep = "best"` the state of
+the best round lies beside the checkpoints, in best-NNNNNN.ckpt, written before the checkpoint that names it; those that no kept
+checkpoint needs are removed.
 """
 
 from __future__ import annotations

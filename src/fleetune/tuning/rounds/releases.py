@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Count how often a run with differential privacy has released a round.
+"""Count how often a run with differential privacy has released a round, in a file that is written before each release.
 
-A run that goes on from an earlier checkpoint, since a later one is damaged or gone, releases rounds again, with new noise:
-both releases count.  So the count is a file of its own, written before each release and never cut back.
+A resumed run may release a round again, with new noise: both releases count, so the file is never cut back.
 """
 
 from __future__ import annotations

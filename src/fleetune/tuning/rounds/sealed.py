@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Add up a round's replies by a secure sum: what the server asks, in four steps, and what a client answers.
 
-The clients do the round's work first and keep their replies (`Participant.hold`); what they say then is only that they are done.
-Those that are done take part in the sum (`privacy/secagg.py` has its steps), in quick succession, so that few drop out in its
-middle.  One that does is left out of the sum, or in it with its masks taken off by the others: never half.
+The clients do the round's work first and keep their replies (`Participant.hold`).  Those that are done take part in the sum
+(`privacy/secagg.py`) in quick succession, so that few drop out in its middle.
 
     rounds      keys -> shares -> masked -> reveal       an order of each name; its body is a message of arrays
     sum.ckpt    in the run's folder, once the shares have come, and again once the masked vectors have: a server that is killed

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Describe a tuning run: its header, its first event, its environment, its page of samples."""
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Resume a run by its own recipe, also with more rounds than it was begun with.
 
-No method looks at the number of rounds to come, so the result has the bits of a run that had as many from the start, and the
-same learning rate.  Every checkpoint states the recipe; those of the run are written anew with the new number, then run.toml.
-Before all that the run is no longer said to be finished, so that the same command goes on after a stop at any point of it.
+No method looks at the number of rounds to come, so the result has the bits of a run that had as many from the start.
 """
 
 from __future__ import annotations

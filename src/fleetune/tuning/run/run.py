@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a recipe in a folder, or resume one: the rounds, the answers before and after, the result and the report."""
 
 from __future__ import annotations
