@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -123,7 +122,7 @@ class LayerPrefix:
     def heads_of(self, flat: Tensor, like: Tensor, training: bool) -> Tensor:
         """Return [T, heads * width] as [B, heads, T, width] in `like`'s dtype."""
         split = flat.view(flat.shape[0], self.heads, -1).transpose(0, 1).to(like.dtype)
-        return F.dropout(split, self.dropout, training).expand(like.shape[0], -1, -1, -1)
+        return nn.functional.dropout(split, self.dropout, training).expand(like.shape[0], -1, -1, -1)
 
 
 def _position_hook(tokens: int) -> Any:
@@ -198,7 +197,7 @@ def _plain(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     wide = torch.promote_types(q.dtype, torch.float32)
-    shares = F.dropout(scores.softmax(-1, wide).to(q.dtype), dropout, module.training)
+    shares = nn.functional.dropout(scores.softmax(-1, wide).to(q.dtype), dropout, module.training)
     return (shares @ v).transpose(1, 2).contiguous(), shares
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fleetune.adapters.attachment import Part, attachment_of
 from fleetune.common.ggml import BLOCK, HALVES
@@ -113,7 +112,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, delta: Tensor, held: list[LazyWeight]) -> Tensor:
         ctx.save_for_backward(x, delta)
         ctx.held = held
-        return F.linear(x, _matrix(held[0], delta))
+        return nn.functional.linear(x, _matrix(held[0], delta))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, dataclass_transform
 
 from fleetune.common import paired
-from fleetune.common.paired import RowLosses
 from fleetune.common.settings import Value
 
 VERSION = 1
@@ -655,7 +654,7 @@ def evaluated(
     *,
     of: int,
     max_length: int,
-    rows_of: tuple[RowLosses | None, RowLosses | None] = (None, None),
+    rows_of: tuple[paired.RowLosses | None, paired.RowLosses | None] = (None, None),
 ) -> EvalDone:
     """The event for the measures of one model on the first `rows` of so many rows.
 

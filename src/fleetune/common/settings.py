@@ -13,7 +13,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_type_hints
 
 from fleetune.errors import RecipeError, UsageError, suggest
@@ -39,7 +38,7 @@ def setting(
     return declared
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """A field of a settings dataclass, as it is listed and parsed."""
 

@@ -13,12 +13,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -455,7 +454,7 @@ def begun(example: Example) -> Example:
     half = max(1, min(len(text) // 2, LONGEST))
     at = text.rfind(" ", 1, half + 1)
     at = at if at > 0 else half
-    return dataclasses.replace(example, messages=((OPENING, text[:at]),), response=text[at:])
+    return replace(example, messages=((OPENING, text[:at]),), response=text[at:])
 
 
 def split_text(ids: Sequence[int], max_length: int) -> Iterator[Sequence[int]]:

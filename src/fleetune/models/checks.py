@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import torch
 import transformers
-from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from fleetune.errors import ModelError
@@ -155,7 +154,7 @@ def _is_encoder(kind: str, stated: list[str]) -> bool:
     return kind in ENCODERS and not set(stated) & CAUSAL_CLASSES
 
 
-def check_size(net: nn.Module, elements: int, path: Path) -> None:
+def check_size(net: torch.nn.Module, elements: int, path: Path) -> None:
     """Raise ModelError when a net (on the meta device) is much larger than what the files hold, or its tables are huge."""
     wanted = sum(p.numel() for p in net.parameters())
     tables = sum(b.numel() for b in net.buffers())
@@ -168,8 +167,8 @@ def check_size(net: nn.Module, elements: int, path: Path) -> None:
 
 
 def finite(
-    tensors: Iterable[tuple[str, Tensor]], path: Path, hint: str = AGAIN
-) -> Iterator[tuple[str, Tensor]]:
+    tensors: Iterable[tuple[str, torch.Tensor]], path: Path, hint: str = AGAIN
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) as they come; ModelError for weights that are NaN, infinite or beyond `LARGEST_WEIGHT`.
 
     One pass over each tensor, which takes no memory.

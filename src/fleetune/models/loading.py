@@ -19,7 +19,6 @@ from typing import Final
 import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor
 
 from fleetune.common import sums
 from fleetune.common.memory import give_back, is_out_of_memory, return_large_pieces, usable_memory
@@ -28,9 +27,7 @@ from fleetune.errors import FitError, FleetuneError, ModelError, called
 from fleetune.models import checks, encoders
 from fleetune.models.artefact import Master
 from fleetune.models.cache import cache, names
-from fleetune.models.cache.cache import BASES, BLOCKS, MAPPED, SHARE
 from fleetune.models.cache.download import Progress
-from fleetune.models.cache.names import MASTER, is_master
 from fleetune.models.families.foreign import AGAIN, check_blocks, foreign_file, short_error
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import class_of
@@ -134,7 +131,7 @@ def check_device(device: str, dtype: str, base: str = "memory") -> str:
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     chosen = device
     if device == "auto":
-        chosen = "cpu" if base in MAPPED else next(name for name, found in here.items() if found)
+        chosen = "cpu" if base in cache.MAPPED else next(name for name, found in here.items() if found)
     if not here[chosen]:
         built = torch.version.cuda is not None if chosen == "cuda" else torch.backends.mps.is_built()
         why = "finds no such device" if built else "was built without it"
@@ -187,7 +184,7 @@ def load(
 
     @functools.cache  # a GGUF file is hashed for it
     def stored() -> tuple[Path, Mapping[str, Stored]]:
-        return tensors_of(name, folder, offline=offline, progress=progress, blocks=base == BLOCKS)
+        return tensors_of(name, folder, offline=offline, progress=progress, blocks=base == cache.BLOCKS)
 
     if _is_mapped(base, name, WEIGHTS[dtype].size, device, ram, folder, stored):
         try:
@@ -195,7 +192,7 @@ def load(
             with called(path, name):
                 return _load_folder(name, path, dtype, device, labels, tensors)
         except NotMappable as error:
-            if base in MAPPED:
+            if base in cache.MAPPED:
                 raise
             log.info("%s", error)
     return _load_folder(name, folder(), dtype, device, labels)
@@ -215,15 +212,15 @@ def _is_mapped(
     `folder` and `stored` are asked where the size cannot be told without.  ModelError for another word, and for mapped on
     another device.
     """
-    if base not in (*BASES, BLOCKS):
-        raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
-    if base in MAPPED and device != "cpu":
+    if base not in (*cache.BASES, cache.BLOCKS):
+        raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(cache.BASES))
+    if base in cache.MAPPED and device != "cpu":
         raise ModelError(
             f"a mapped base is for the CPU, not for '{device}'", hint="leave out --base or --device"
         )
-    room = SHARE * ram / size
+    room = cache.SHARE * ram / size
     if base != "auto" or device != "cpu" or not room:
-        return base in MAPPED
+        return base in cache.MAPPED
     if name in cache.ORIGINS:
         return cache.ORIGINS[name].params > room
     path = names.local(name)
@@ -367,19 +364,19 @@ def _sizes(path: Path, stored: Mapping[str, Stored] | None) -> tuple[int, int]:
     """Return how many tensors a directory's files hold, and the most elements that they can stand for."""
     if stored is not None:
         return len(stored), sum(tensor.numbers for tensor in stored.values())
-    if is_master(path):  # a byte holds 8 codes at most
-        size = (path / MASTER).stat().st_size
+    if names.is_master(path):  # a byte holds 8 codes at most
+        size = (path / names.MASTER).stat().st_size
         return size, 8 * size
     shapes = weight_shapes(path)
     return len(shapes), sum(map(math.prod, shapes))
 
 
-def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Read all tensors of a directory in `dtype`, mapping the file anew for each so that read pages are given back."""
-    if is_master(path):
+    if names.is_master(path):
         every = Master(path).items()
         return {name: w.to(dtype) if w.is_floating_point() else w for name, w in every}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(path):
         with safe_open(file, "pt") as whole:
             for name in whole.keys():  # noqa: SIM118

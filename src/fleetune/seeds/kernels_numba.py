@@ -26,7 +26,6 @@ from torch import Tensor
 
 from fleetune.common.numba_cache import cached_njit
 from fleetune.seeds import kernels_torch, noise
-from fleetune.seeds.kernels_torch import Probe, checked
 from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH, Passes
 
 SPLIT = 1 << 19  # element-passes that others must take off a thread for waking them (0.05 ms) to pay
@@ -250,7 +249,7 @@ def sweep(
     run_key: int,
     passes: Passes,
     grid: float,
-    probe: Probe | None = None,
+    probe: kernels_torch.Probe | None = None,
     *,
     gaussian: bool = False,
     minus: Tensor | None = None,
@@ -261,7 +260,7 @@ def sweep(
     if gaussian:  # normal numbers are torch's to make
         move = (start, run_key, passes, grid, probe)
         return kernels_torch.sweep(out, base, *move, gaussian=True, minus=minus, block=block)
-    outputs = checked(out, base, start, passes, probe, minus)
+    outputs = kernels_torch.checked(out, base, start, passes, probe, minus)
     ids = _native(passes.ids, u64)
     probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
     tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else i64)

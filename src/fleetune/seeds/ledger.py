@@ -22,7 +22,6 @@ from fleetune.common.files import write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.errors import LedgerError, UsageError, VersionError
 from fleetune.seeds import noise
-from fleetune.seeds.noise import Passes
 
 FORMAT = 1
 NAME = "fleetune-ledger"
@@ -163,7 +162,7 @@ class Ledger:
             rounds=np.concatenate([self.rounds, np.full(len(keep), round, np.uint32)]),
         )
 
-    def passes(self) -> Passes:
+    def passes(self) -> noise.Passes:
         """Return the entries as replay passes (one a direction, or one an epoch for a pool)."""
         return noise.passes(self.head.law, self.head.K, self.ids, self.coefficients)
 

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.common import ggml
-from fleetune.common.ggml import BLOCK, HALVES, SCALES
+from fleetune.common.ggml import BLOCK, HALVES, SCALES, share
 from fleetune.errors import UsageError
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.lazy import LazyWeight, in_blocks, kinds_of
@@ -146,8 +145,8 @@ def moved_tensors(model: Model) -> tuple[tuple[str, tuple[int, ...], str], ...]:
 
 def scales_share(model: Model) -> list[str]:
     """Say how much a model trains whose layers are not all in blocks that have scales, in one text; [] for others."""
-    share = ggml.share(kinds_of(named_tensors(model.net))) if model.trains == SCALES else ""
-    return [share] if share else []
+    said = share(kinds_of(named_tensors(model.net))) if model.trains == SCALES else ""
+    return [said] if said else []
 
 
 def view_type(model: Model) -> type[View]:

@@ -24,7 +24,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fleetune.common.display import counted
 from fleetune.errors import ModelError
@@ -192,7 +191,7 @@ def _embedding(view: View, slot: WeightSlot, ids: Tensor) -> Tensor:
         raise Unpaired
     _, table, where = view.table(slot, ids)
     halves = (where[: view.paired], where[view.paired :]) if view.paired else (where,)
-    found = [F.embedding(part, rows) for part, rows in zip(halves, table, strict=True)]
+    found = [nn.functional.embedding(part, rows) for part, rows in zip(halves, table, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -309,7 +308,7 @@ class _Embedding(torch.autograd.Function):
         rows, table, where = tape.view.table(slot, ids)
         ctx.tape, ctx.slot, ctx.rows = tape, slot, rows
         ctx.save_for_backward(where)
-        return F.embedding(where, table[0])
+        return nn.functional.embedding(where, table[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

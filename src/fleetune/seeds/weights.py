@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fleetune.common.hearing import heard
 from fleetune.errors import UsageError
@@ -243,7 +242,7 @@ class MovedWeights:
             return xs[0].new_empty(*xs[0].shape[:-1], n_out)
         if n_out <= max(1, CHUNK // n_in):
             _, *whole = next(iter(self.blocks(slot)))
-            found = [F.linear(x, W, b) for x, W, b in zip(xs, whole, biases, strict=True)]
+            found = [torch.nn.functional.linear(x, W, b) for x, W, b in zip(xs, whole, biases, strict=True)]
             return found[0] if len(found) == 1 else torch.cat(found)
         flat = [x.reshape(-1, n_in) for x in xs]
         out = flat[0].new_empty(len(xs), len(flat[0]), n_out)

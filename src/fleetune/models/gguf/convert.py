@@ -16,18 +16,15 @@ from typing import Any, Final
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GenerationConfig
 
 from fleetune.errors import ModelError
-from fleetune.models import stored
 from fleetune.models.families import rope, table, widths
 from fleetune.models.families.foreign import check_blocks, check_range, foreign_file
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
-from fleetune.models.gguf.header import GgufHeader
 from fleetune.models.net.saving import disk_errors, write_pieces
-from fleetune.models.stored import MappedFile, Stored
+from fleetune.models.stored import MappedFile, Stored, write_places
 
 ANOTHER: Final = "fetch the file again, or give another one"
 INSTEAD: Final = "use the model's hub id or a Hugging Face directory of it"
@@ -78,7 +75,7 @@ def convert(
         pieces = _pieces(path, tensors, progress)
         write_pieces(folder / "model.safetensors", table, pieces, {"format": "pt"})
     else:
-        stored.write_places(folder, tensors)
+        write_places(folder, tensors)
     config.dtype = torch.float32
     config.save_pretrained(folder)
     GenerationConfig(
@@ -88,7 +85,7 @@ def convert(
         tokenizer.save_pretrained(folder)
 
 
-def _config(path: Path, head: GgufHeader) -> Any:
+def _config(path: Path, head: header.GgufHeader) -> Any:
     with foreign_file(path, "has unusable metadata", hint=INSTEAD):  # a text may be in no encoding
         architecture = _checked_architecture(path, head)
         config = _described(architecture, head)
@@ -100,7 +97,7 @@ def _config(path: Path, head: GgufHeader) -> Any:
     return config
 
 
-def _checked_architecture(path: Path, head: GgufHeader) -> str:
+def _checked_architecture(path: Path, head: header.GgufHeader) -> str:
     """Return the architecture of the metadata; ModelError for one that is not read, and for sizes that no model has."""
     architecture = str(head.values.get("general.architecture"))
     if architecture not in ARCHITECTURES:
@@ -119,7 +116,7 @@ def _checked_architecture(path: Path, head: GgufHeader) -> str:
     return architecture
 
 
-def _described(architecture: str, head: GgufHeader) -> Any:
+def _described(architecture: str, head: header.GgufHeader) -> Any:
     """Return the configuration of metadata and tensor names; a configuration class may raise anything for a wrong value."""
     names = {tensor.name for tensor in head.tensors}
     ids = {
@@ -147,7 +144,7 @@ def _described(architecture: str, head: GgufHeader) -> Any:
 class _Fields:
     """The metadata of an architecture by their keys without its name."""
 
-    def __init__(self, head: GgufHeader, architecture: str) -> None:
+    def __init__(self, head: header.GgufHeader, architecture: str) -> None:
         self._head, self._front = head, architecture
 
     def __call__(self, key: str) -> Any:
@@ -194,7 +191,7 @@ def _gemma(architecture: str, fields: _Fields) -> Any:
     return config
 
 
-def _take_factors(path: Path, head: GgufHeader, config: Any) -> None:
+def _take_factors(path: Path, head: header.GgufHeader, config: Any) -> None:
     """Set Llama 3's rescaled frequencies in the configuration; ModelError for factors that are not Llama 3's."""
     found = [tensor for tensor in head.tensors if tensor.name.startswith("rope_")]
     if not found:
@@ -210,7 +207,7 @@ def _take_factors(path: Path, head: GgufHeader, config: Any) -> None:
     config.rope_parameters = rescaled
 
 
-def _tensors(path: Path, head: GgufHeader, config: Any) -> dict[str, Stored]:
+def _tensors(path: Path, head: header.GgufHeader, config: Any) -> dict[str, Stored]:
     """Return for each tensor of the model where it is in the file, and how its rows lie there."""
     with foreign_file(path, "describes a model that cannot be made", hint=ANOTHER):
         net = widths.build(config)
@@ -248,10 +245,10 @@ def _tensors(path: Path, head: GgufHeader, config: Any) -> dict[str, Stored]:
 
 def _pieces(
     source: Path, tensors: Mapping[str, Stored], progress: Callable[[str, int, int], None] | None
-) -> Iterator[tuple[str, Iterator[Tensor]]]:
+) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
     """Yield each tensor's values in fp32, a slab at a time; ModelError for values of `source` that are not finite."""
 
-    def slabs(name: str, tensor: Stored) -> Iterator[Tensor]:
+    def slabs(name: str, tensor: Stored) -> Iterator[torch.Tensor]:
         step = max(1, SLAB * tensor.shape[0] // tensor.numbers) * (tensor.numbers // tensor.shape[0])
         for first in range(0, tensor.numbers, step):
             values = tensor.read(first, min(first + step, tensor.numbers), torch.float32)
@@ -266,7 +263,7 @@ def _pieces(
             progress("convert to safetensors", done, whole)
 
 
-def _tokenizer(path: Path, head: GgufHeader, config: Any) -> Any:
+def _tokenizer(path: Path, head: header.GgufHeader, config: Any) -> Any:
     with foreign_file(path, "has a tokenizer that cannot be read", hint=INSTEAD):
         tokenizer: Any = gguf_tokens.build_tokenizer(head.values.get)
     tokenizer.model_max_length = config.max_position_embeddings

@@ -14,7 +14,6 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fleetune.common.folders import staged
 from fleetune.errors import FleetuneError, ModelError, StorageError
@@ -39,8 +38,8 @@ def quiet() -> Iterator[None]:
 
 
 def save(
-    net: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    net: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     path: str | Path,
     *,
     card: str | None = None,

@@ -84,7 +84,7 @@ class Method(_adapter.Averaged):
         if self.average not in ("separate", "product"):
             raise ValueError(f"average = {self.average!r} is none of separate, product")
         product = self.average == "product"
-        if product and self.start in _adapter.FROM_WEIGHTS:
+        if product and self.start in adapters.lora_init.FROM_WEIGHTS:
             raise ValueError(
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "
                 "own and not what was learned; use average=separate"

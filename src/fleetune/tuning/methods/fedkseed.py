@@ -50,7 +50,6 @@ from fleetune.seeds import slopes
 from fleetune.seeds.descent import descend, descend_projected, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
-from fleetune.seeds.slopes import Slopes
 from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
@@ -294,7 +293,7 @@ class Method(_zeroth.OfLedger):
             return self
         return replace(self, server_lr=round(math.sqrt(clients), 3))
 
-    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
+    def rate_from(self, points: Sequence[slopes.Slopes], clients: int) -> float:
         """Return the rate for the mean of clients that walk along directions of their own."""
         return slopes.rate(points, self.batch_size, averaged=clients)
 

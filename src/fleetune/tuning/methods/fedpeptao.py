@@ -69,7 +69,6 @@ from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placehol
 from fleetune.tuning.exchange.messages import REPORTED, Payload, ReplySpec
 from fleetune.tuning.exchange.server_rules import Tensors, client_variate
 from fleetune.tuning.methods import Reply, _adapter
-from fleetune.tuning.methods._adapter import NOTHING, rounded
 
 KIND = "adapter"
 PAPER = "Che et al., EMNLP 2023, arXiv 2310.15080"
@@ -96,9 +95,9 @@ class State(NamedTuple):
     kept: float  # sum_k n_k (share of the layers that device k needs)
     steps: int = 0  # rounds of adaptive optimization so far
     eta_s: float = 0.0
-    v: Tensors = NOTHING  # float64
-    c: Tensors = NOTHING  # float64
-    c_k: Tensors = NOTHING  # float32, by "device/parameter name": it alone grows with the devices
+    v: Tensors = _adapter.NOTHING  # float64
+    c: Tensors = _adapter.NOTHING  # float64
+    c_k: Tensors = _adapter.NOTHING  # float32, by "device/parameter name": it alone grows with the devices
 
 
 @dataclass(frozen=True)
@@ -220,7 +219,7 @@ class Method(_adapter.Trained):
             return state
         means = measured.tensors()
         state = state._replace(
-            tensors=rounded(w.tensors()),
+            tensors=_adapter.rounded(w.tensors()),
             warmup=state.warmup - 1,
             rows=state.rows + int(w.total),
             scores=state.scores + w.total * means["scores"],
@@ -240,13 +239,13 @@ class Method(_adapter.Trained):
     def step(self, state: State, replies: Iterable[Reply], rule: Rule) -> State:
         """Take every device's momentum step from wbar, averaged (section 4.2; no momentum in the first round)."""
         w, answered, c_k = state.tensors, 0, dict(state.c_k)
-        past = state.c_k if rule.name == "mean" else NOTHING
+        past = state.c_k if rule.name == "mean" else _adapter.NOTHING
         w_k, mean, changes = rule.combining(w), MEAN.combining(), rule.combining()
         for reply in replies:
             answered += 1
             n, sent = reply.payload.int("n"), reply.payload.arrays
             old = {x: past.get(f"{reply.client}/{x}", state.c[x]) for x in w}  # a new device starts at c
-            new = rounded(client_variate(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
+            new = _adapter.rounded(client_variate(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
             c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
             w_k.add(n, {x: sent[x] for x in w})
             mean.add(n, new)
@@ -261,7 +260,7 @@ class Method(_adapter.Trained):
             eta_s = max(0.99 * eta_s, min(1e-4, self.server_lr))
             beta = self.beta
             v = {x: beta * v[x] + (1 - beta) * (w[x] - wbar[x]) + (c[x] - own[x]) for x in w}
-        tensors = rounded({x: wbar[x] - eta_s * v[x] for x in w})
+        tensors = _adapter.rounded({x: wbar[x] - eta_s * v[x] for x in w})
         return state._replace(tensors=tensors, steps=state.steps + 1, eta_s=eta_s, v=v, c=c, c_k=c_k)
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:

@@ -61,7 +61,6 @@ from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, clipped, s
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.exchange.server_rules import Tensors
-from fleetune.tuning.methods import OWN_DIRECTIONS, Reply, norm
 from fleetune.tuning.methods._adapter import check_targets
 from fleetune.tuning.methods._zeroth import MOST_SWEEPS
 
@@ -197,10 +196,10 @@ class Method(methods.Method):
         named = [(n, torch.from_numpy(t.copy()).to(device)) for n, t in tensors.items()]
         return View(named, nn.Module(), run_key=run_key(seed), law=LAW, grid=rate / UNITS)
 
-    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
-        return norm([self.cut(reply.payload.array("g"))])
+    def distance(self, state: State, sent: Payload, reply: methods.Reply) -> float:
+        return methods.norm([self.cut(reply.payload.array("g"))])
 
-    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
+    def aggregate(self, state: State, replies: Iterable[methods.Reply], rule: Rule = MEAN) -> State:
         """Move along all directions asked on this batch, or keep the adapter and ask for more."""
         parts = [
             (
@@ -255,7 +254,7 @@ class Method(methods.Method):
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if rule.name == PRIVATE:
-            return OWN_DIRECTIONS
+            return methods.OWN_DIRECTIONS
         if rule.name != "norm-clip":
             return "every device tries directions of its own, so no two slopes compare; use aggregation=norm-clip"
         return ""

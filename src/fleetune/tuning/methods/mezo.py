@@ -32,7 +32,6 @@ from fleetune.models.shapes import Shape
 from fleetune.seeds import slopes
 from fleetune.seeds.descent import descend
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.slopes import Slopes
 from fleetune.tuning.exchange.aggregation import MEAN, Rule, Tensors
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
@@ -136,7 +135,7 @@ class Method(_zeroth.OfLedger):
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         return ""
 
-    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
+    def rate_from(self, points: Sequence[slopes.Slopes], clients: int) -> float:
         """Return the rate for batches of all clients together: they walk along the same directions."""
         return slopes.rate(points, self.batch_size * clients)
 

@@ -24,7 +24,6 @@ from fleetune.data import sources
 from fleetune.errors import DataError, ModelError, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning import methods
-from fleetune.tuning.methods import MethodEntry
 from fleetune.tuning.recipe.recipe import AUTO_METHOD, Recipe
 
 PREFIX: Final = "fleetune_given_method_"
@@ -72,7 +71,7 @@ def name_of(cls: type) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "method"
 
 
-def entry_of(run: Path, recipe: Recipe) -> MethodEntry:
+def entry_of(run: Path, recipe: Recipe) -> methods.MethodEntry:
     """Return the method of a run; of one that is not known here what the run's result tells, which suffices to use it.
 
     A class that was given later with the same name is another method where its runs leave another result.
@@ -86,7 +85,7 @@ def entry_of(run: Path, recipe: Recipe) -> MethodEntry:
     else:
         if kind in (None, known.kind) or not known.module.startswith(PREFIX):
             return known
-    return MethodEntry(recipe.method, kind, "", "", "", "", max(1, recipe.clients), 0)
+    return methods.MethodEntry(recipe.method, kind, "", "", "", "", max(1, recipe.clients), 0)
 
 
 def method_settings(recipe: Recipe) -> dict[str, Value]:

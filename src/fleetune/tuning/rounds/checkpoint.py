@@ -23,7 +23,6 @@ import numpy as np
 from fleetune.common.files import PRIVATE, read_bytes, regular, write_atomic
 from fleetune.errors import MessageError
 from fleetune.runs import rundir
-from fleetune.runs.rundir import RunDir
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning.exchange import messages
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar
@@ -198,7 +197,7 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
     return type(like)(**values), Totals(*json.loads(_get("totals", "", payload)))
 
 
-def saved(run: RunDir, round: int) -> Payload | None:
+def saved(run: rundir.RunDir, round: int) -> Payload | None:
     """Return the checkpoint of a round; None when there is none (any more), or none that can be read."""
     path = dict(rundir.checkpoints(run.path)).get(round)
     try:
@@ -271,7 +270,7 @@ def best_files(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), p) for m, p in found if m)
 
 
-def keep_best(run: RunDir, round: int, data: bytes) -> None:
+def keep_best(run: rundir.RunDir, round: int, data: bytes) -> None:
     """Write the state of a best round."""
     write_atomic(_best_file(run.path, round), data, mode=PRIVATE)
 
@@ -291,7 +290,7 @@ def best_state(run: Path, round: int, like: Any) -> Any:
     return unpack(read_best(run, round), like)[0]
 
 
-def forget_bests(run: RunDir) -> None:
+def forget_bests(run: rundir.RunDir) -> None:
     """Remove the states of best rounds that no checkpoint needs any more."""
     oldest = min((number for number, _ in rundir.checkpoints(run.path)), default=0)
     needed = max((number for number, _ in best_files(run.path) if number <= oldest), default=0)
@@ -300,7 +299,7 @@ def forget_bests(run: RunDir) -> None:
             path.unlink(missing_ok=True)
 
 
-def cut_bests(run: RunDir, round: int) -> None:
+def cut_bests(run: rundir.RunDir, round: int) -> None:
     """Remove those of rounds after `round`, which a kill left."""
     for number, path in best_files(run.path):
         if number > round:

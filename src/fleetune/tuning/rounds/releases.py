@@ -15,7 +15,6 @@ from fleetune.common.files import read_text
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError
 from fleetune.runs import rundir
-from fleetune.runs.rundir import RunDir
 
 FILE: Final = "releases"  # in the run's folder: the count, and the CRC-32 of its digits
 
@@ -46,7 +45,7 @@ class Releases:
     """The releases of an open run: how many there were, and how many its budget allows."""
 
     def __init__(
-        self, run: RunDir, epsilon: Callable[[int], float], within: Callable[[int, int], int]
+        self, run: rundir.RunDir, epsilon: Callable[[int], float], within: Callable[[int, int], int]
     ) -> None:
         """`epsilon(n)` is spent by n releases; `within(rounds, n)` is how many of so many rounds may follow them."""
         self.count = released(run.path)
