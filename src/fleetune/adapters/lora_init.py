@@ -11,13 +11,10 @@
 | eva | the first r rows of V' of the layer's inputs X = U S V' | 0 | Paischer et al. 2024, arXiv 2410.07170, section 3 |
 
 with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  The first three depend on (seed, tensor name) alone and need no
-math library, so they have equal bits on every machine; the server computes the others once and sends them.
-
-For `eva`, batch by batch, [S V' so far; new rows] is reduced to its best `WIDER` r rows: exact up to that many rows, else a
-close approximation.  Unlike the paper, every layer has rank r (its rho = 1), and batches are read until the rows end.
-
-`pissa` and `olora` start at B A != 0, so s B0 A0 is subtracted from each layer's output (`lora.py`).  The base is never written
-to, so removing the adapter restores it bit for bit.
+math library, so they have equal bits on every machine; the server computes the others once and sends them.  `pissa` and `olora`
+start at B A != 0, which `lora.py` subtracts.  For `eva`, batch by batch, [S V' so far; new rows] is reduced to its best `WIDER` r
+rows: exact up to that many rows, else a close approximation.  Unlike the paper, every layer has rank r (its rho = 1), and batches
+are read until the rows end.
 """
 
 from __future__ import annotations

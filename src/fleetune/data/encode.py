@@ -1,14 +1,11 @@
 """Encode examples as tokens with a loss mask, and a client's rows as batches.
 
-- A prompt is written by the tokenizer's chat template up to the assistant's marker, as in generation (`prompt_ids`).  The loss
-  is on the answer alone, up to and with one end-of-turn token.  Prompt and conversation are tokenised whole; where the one's
-  tokens do not begin the other's, the answer's text is tokenised on its own.
-- Without a template, every turn is a line of its own (`models/net/chat_template.py`).
-- A plain text has no prompt.  A long one becomes several rows, each of which begins with the last token of the row before it, so
-  that every token but the first bears the loss in exactly one row.
-- A row longer than `max_length` first loses the middle of its prompt, down to a quarter of `max_length`, then the answer's end.
-- An encoder reads an example's texts, joined by its tokenizer; the target is the index of the label word.  A long row loses
-  tokens from the end of its longer text.
+A prompt is written by the chat template up to the assistant's marker, as in generation (`prompt_ids`); without a template, by the
+plain form (`models/net/chat_template.py`).  The loss is on the answer, up to and with one end-of-turn token.  Where the prompt's
+tokens do not begin those of the whole conversation, the answer's text is tokenised on its own.  A long plain text becomes several
+rows, each of which begins with the last token of the row before it, so that every token but the first bears the loss once.  A row
+longer than `max_length` loses the middle of its prompt, down to a quarter of `max_length`, then the end of its answer; an
+encoder's row loses tokens from the end of its longer text.
 """
 
 from __future__ import annotations

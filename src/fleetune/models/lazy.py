@@ -7,8 +7,7 @@ A `LazyWeight` stands in a net where a parameter would; torch hands every operat
     a tied head        goes by blocks of rows
     anything else      gets the values, in memory of their own
 
-Values and products are those of a model in memory, bit for bit, except for a product by blocks.  In-place changes are refused;
-`weight.data` and `weight.detach()` return a copy.
+Values and products are those of a model in memory, bit for bit, except for a product by blocks.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
 """Descend by integer coefficients along directions, by slopes from two forward passes or from a gradient.
 
-Spall (1992), as MeZO uses it (Malladi et al. 2023, arXiv 2305.17333, Definition 1): with a random direction z and the losses at
-w + eps z and w - eps z on one batch, `g = (l+ - l-) / (2 eps)` estimates the slope along z.  The step `w <- w - lr g z` is taken
-and recorded as the integer `c = -lr g / grid`: the integers alone give the weights.
+With a random direction z and the losses at w + eps z and w - eps z on one batch, `g = (l+ - l-) / (2 eps)` estimates the slope
+along z (Malladi et al. 2023, arXiv 2305.17333, Definition 1; Spall 1992).  The step `w <- w - lr g z` is taken and recorded as
+the integer `c = -lr g / grid`: the integers alone give the weights.
 
-Or a gradient g is back-propagated and projected on the K directions z_k[i] = D[i] H[place(i), k] of a pool (`noise`), by one
-fold and one fast Walsh-Hadamard transform of length K:
+A gradient g is back-propagated and projected on the K directions z_k[i] = D[i] H[place(i), k] of a pool (`noise`), by one fold
+and one fast Walsh-Hadamard transform, without ever existing whole (`Tape`):
 
     s[j] = sum over the i whose place is j of D[i] g[i],    p = H s,    p_k = z_k . g exactly
 
 (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, without their error in eps.  (Ferret, Shu et al., ICML
-2025, arXiv 2409.06277, projects on independent directions, a pass over the weights each.)  Backward makes weights and gradient a
-row block at a time (`Tape`), so neither ever exists whole.
+2025, arXiv 2409.06277, projects on independent directions, a pass over the weights each.)
 """
 
 from __future__ import annotations

@@ -1,16 +1,11 @@
 """Run the modules of a net with the moved weights (`weights.py`), one sign of its probe or both in one forward, and back.
 
-With both signs, the batch has every row twice.  A layer reads the base once, makes its weights of both signs, and multiplies each
-half by its own, with the operations and shapes of a forward of one sign, so that the numbers are the same.
-
-In back-propagation (`Tape`) a linear layer keeps its input alone.  On the way back each row block W_r of its weights is computed
-again from base and ledger, and with g the gradient of the output
+With both signs, the batch has every row twice.  A layer reads the base once and multiplies each half by the weights of its sign,
+with the operations and shapes of a forward of one sign, so that the numbers are the same.  In back-propagation (`Tape`) a linear
+layer keeps its input alone; each row block W_r of its weights is computed again, and with g the gradient of the output
 
     gradient of the input    += g[:, r] W_r
     gradient of the block     = g[:, r]' x,      handed to `sink` at once
-
-so that nothing of the size of a matrix ever exists.  An embedding's gradient is that of the rows in use; norms, biases and layers
-of other kinds have theirs whole.
 """
 
 from __future__ import annotations

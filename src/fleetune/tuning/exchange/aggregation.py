@@ -7,10 +7,10 @@
     norm-clip     every move cut to the median size of the round, then the mean           Sun et al. 2019, arXiv 1911.07963
     sign-vote     the sign that most have, times the median size of the round      Bernstein et al. 2018, arXiv 1802.04434
 
-All rules but the mean count every client once: the rows are the client's own claim.  Size is the root mean square of a move's
-numbers.  A number that a client could not have (a direction that its walk did not meet) is NaN: the coordinate is combined among
-the clients that have it, times their share of all, as in the mean.  Columns are sorted before they are summed, so the order of
-the replies changes no bit.  Vectors lie on disk (`Spool`): memory does not grow with the number of clients.
+All rules but the mean count every client once: rows are the client's own claim.  Size is the root mean square of a move's
+numbers.  NaN stands for a number that a client could not have (a direction that its walk did not meet): the coordinate is
+combined among the clients that have it, times their share of all.  Columns are sorted before they are summed, so the order of
+replies changes no bit.
 """
 
 from __future__ import annotations

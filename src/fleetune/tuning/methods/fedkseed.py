@@ -1,12 +1,12 @@
 """Fine-tune all weights in a federation, sending one byte a step along K shared random directions (FedKSeed).
 
-Qin, Chen, Qian, Ding, Li, Deng: "Federated Full-Parameter Tuning of Billion-Sized Language Models with
-Communication Cost under 18 Kilobytes", ICML 2024, arXiv 2312.06353 (Algorithm 1; Pro: section 3.3).
+Qin, Chen, Qian, Ding, Li, Deng: "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost under
+18 Kilobytes", ICML 2024, arXiv 2312.06353 (Algorithm 1; Pro: section 3.3).
 
 ## Algorithm
 
-A pool of K directions is fixed.  A device takes tau two-point steps along directions drawn from the pool
-and reports the scalars; the server averages them per direction.  So the global model is always
+A pool of K directions is fixed.  A device takes tau two-point steps along directions drawn from the pool and reports the scalars;
+the server averages them per direction.  So the global model is always
 
     w = w0 - eta * sum_k A_k z_k
 
@@ -18,8 +18,7 @@ and reports the scalars; the server averages them per direction.  So the global 
   decoded is what the device itself steps by.
 - Where neither `lr` nor `server_lr` is given, the server steps by the square root of the clients asked times their mean
   (`for_clients`; the paper: by the mean).
-- Pro weights a scalar with 1/(K p_k).  The reference does not, so its estimate is biased towards the
-  directions that it favours.
+- Pro weights a scalar with 1/(K p_k).  The reference does not, so its estimate is biased towards the directions that it favours.
 
 ## Mixed fleets
 

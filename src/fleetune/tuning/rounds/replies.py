@@ -1,14 +1,10 @@
 """Gather the replies of a round: check each, leave out those that go too far, and hand the rest to the method.
 
 A reply that goes much further (`Method.distance`) than the median of its round is refused (`allowed`; Sun et al. 2019, arXiv
-1911.07963, cut such an update down to the bound instead).  docs/safety.md has the rules and what they withstand.
-
-- A client's claim of rows excuses a longer way.  Under every rule but the plain mean, it excuses at most `EXCUSED` times the way
-  from the median rows.  Under `mean:TIMES`, a reply's rows times its `reach`, the distance of the same reply from a client with
-  the median rows, stay within the bound too.
-- Few numbers vary by chance, so a reply of few may go further; how few is what was agreed, not what came.
-- Until the last reply has come, replies lie on disk.  They are handed over in the clients' order, so the sums do not depend on
-  who answered first.
+1911.07963, cut such an update down to the bound instead); docs/safety.md has the rules.  Claimed rows excuse a longer way: under
+every rule but the plain mean, at most `EXCUSED` times; under `mean:TIMES`, rows times `reach`, the distance of the same reply
+from a client with the median rows, stay within the bound too.  Few numbers vary by chance, so a reply of few may go further; how
+few is what was agreed, not what came.  Replies lie on disk until the last has come, and are handed over in the clients' order.
 """
 
 from __future__ import annotations
