@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Break expressions that guard an invariant, one at a time, and see that the tests notice: mutation testing by a list.
 
     python tests/mutants.py               all of the list (make faults runs it too)

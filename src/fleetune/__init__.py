@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Fine-tune language models across a fleet of edge devices, and make the result small enough to run on them.
 
     import fleetune

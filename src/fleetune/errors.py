@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every error Fleetune raises on purpose, and the exit code each one ends the command with.
 
     FleetuneError            1   something failed while working

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Find what a name means: a run, a compressed model, or a plain model.
 
 All name lookup is here: of every argument that may be any of the three.  The first rule that fits wins:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A model with fewer of its blocks: which, that it computes what they do, and what its configuration says."""
 
 from __future__ import annotations

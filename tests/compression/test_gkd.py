@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """GKD: who answers which batch, training, what does not fit."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measures by name: what the parts give."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a server sends is read by a device up to a limit, never decompressed, and by no proxy on the machine itself."""
 
 from __future__ import annotations

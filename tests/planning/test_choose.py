@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The method of a recipe that names none."""
 
 from __future__ import annotations

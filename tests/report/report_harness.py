@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run folder as a real run leaves it, and a reader of its page."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The rounds and the clients on the page: every number is that of the metrics."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run folder read as far as it can be read: its summary, torn and doubled records, and which runs compare."""
 
 from __future__ import annotations

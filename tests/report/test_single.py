@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The page of a run: one file that needs nothing else, shows no folder of this machine, and that no damage stops."""
 
 from __future__ import annotations

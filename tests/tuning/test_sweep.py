@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A sweep: which runs it is, what it refuses before any work, what a kill leaves, and what its page says."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The pipeline as functions: plan, tune, sweep, evaluate, compress, export, measure, serve, chat; `open` looks a name up.
 
     plan = fleetune.plan("smollm2-135m", ram="2GB", uplink="1Mbps")

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Find what there is: what a name means, finished runs, methods, compressors, export targets."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tune a model over a simulated fleet, or resume a run."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write to the terminal: headers, tables, remarks, bars, errors and JSON lines; no other module does.
 
 Results go to stdout, progress and everything said on the way to stderr.  On a terminal there is a header

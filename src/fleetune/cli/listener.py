@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Show a job on the console: its header, its remarks, a live bar for what it counts; and pass Ctrl-C and SIGTERM on to it.
 
 The first stops the job at the next point that it can resume from, the second at once.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Build the parser of the command line, run a command, and turn errors into exit codes.
 
 The parser has every command with its help and examples, and the arguments of the one that is run.  Its errors are

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Define what a compression method is, and list the methods there are.
 
 A method is one file of `methods/`, and its name is the file's: `methods/llm_pruner.py` is `--method llm-pruner`.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Copy a model with fewer decoder blocks, some of its own, and update the configuration.
 
 Dropping layers to start a student is as in DistilBERT (Sanh et al. 2019, arXiv 1910.01108, section 3).

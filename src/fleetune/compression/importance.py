@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Estimate how much the loss would rise without each coupled group of weights, and choose which stay (LLM-Pruner, section 3.2).
 
 The weights that must be removed together, a group, are in a block of a llama-like net

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read the source of an export one tensor at a time, under transformers' parameter names.
 
 A source is a master artefact (`artefact.Master`) or a plain Hugging Face directory (`PlainFolder`).  A `Checkpoint`

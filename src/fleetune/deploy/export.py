@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Export a run, a compressed model or a plain model, and check the file in the runtime that it is for.
 
 The whole file or folder appears, or nothing does.  A format may hold where the model comes from, as strings; no time and no path

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measure one model in a child process: memory, speed and quality.  Also compute the kept gain.
 
 A `MeasureJob` is one model in one engine.  The child process (`python -m fleetune.deploy.harness`, JSON in and

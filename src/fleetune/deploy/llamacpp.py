@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A .gguf file in llama.cpp itself: its losses on given tokens, and one token after another for the clock.
 
 The engine is the package llama-cpp-py-sync (an extra: `fleetune[llamacpp]`), of which only the bindings of llama.h

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measure models side by side, each in a process of its own; and the share of tuning's gain that compression keeps.
 
 A run has two lines in the table, the base and the tuned model; a compression also the compressed model and the .gguf files in its

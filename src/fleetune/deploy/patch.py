@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Update a quantised model on a device by a patch: a file that moves the scales of its blocks and leaves all else.
 
 A patch is a safetensors file of kilobytes.  Its metadata `patch` is JSON: the SHA-256 of the GGUF file it is for and of the one

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a finished run as one signed folder, ready to upload, that anybody verifies with the base model alone.
 
     README.md            the model card       run.toml, env.json   recipe and environment, without paths

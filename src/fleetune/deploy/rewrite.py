@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write an export again from its source, and name the first place that differs: file, byte and tensor."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Serve a model with llama.cpp's server, a child process that others maintain, and talk to it by OpenAI's HTTP interface.
 
     llama-server   llama.cpp's own binary, where it is on the PATH

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write the GGUF file of a compressed model once, in which its scales are then tuned.
 
 It is the file that `fleetune export --to gguf` writes, at the place where that puts it.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Prove what a model was made from: base -> ledger or adapter -> codes -> file.
 
 Every link that can be made again exactly is made again, and compared byte for byte: the weights of a ledger from its base, an

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Generate answers greedily or by sampling, and score given answers by their log-probability.
 
 An encoder writes nothing: its answer is the label word that it chooses.

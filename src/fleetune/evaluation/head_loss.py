@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compute the cross-entropy of an output head by blocks of the vocabulary, so that no array of tokens x vocabulary exists.
 
 With x_i a token's input to the head, W the head's matrix and y_i the target,

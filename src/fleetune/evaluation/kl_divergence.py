@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compare the next-token distributions of a model with those of its reference: KL divergence and same top token.
 
 With p the softmax of the reference's logits and q that of the measured model's, at each scored token

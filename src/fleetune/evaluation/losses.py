@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compute cross-entropy and perplexity of a model on rows and on plain text.
 
 For an encoder with a classification head the response is one choice: the cross-entropy of its label word, so

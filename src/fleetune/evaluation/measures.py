@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Evaluate a model on held-out rows by named tasks: loss, perplexity, accuracy, scores of answers.
 
 Losses are in nats a token (`losses.py`), scores of answers (`answers.py`) in percent.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Define what zeroth-order methods minimise: any function `objective(model, batch) -> float`.
 
 A two-point estimate needs only the value, so the objective may be one that cannot be differentiated: accuracy, or

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tune on real devices: the server that asks them, the device that answers, and the way between the two.
 
     server.py     run a recipe on the devices that join       device.py, worker.py    join, decline, do a device's work

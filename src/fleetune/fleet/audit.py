@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Keep a log of every device that joined and every answer that was taken or refused, in which nothing can be changed unseen.
 
     audit.jsonl      one JSON object a line; "chain" is the SHA-256 of the chain of the line before and of the line itself

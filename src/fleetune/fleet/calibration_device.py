@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Calibrate on a device: its windows go through the model block by block, and only sums leave it.
 
     state/run-3f2a../calibration/

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Get the Hessians of a compression from devices that join: `compress --calibrate fleet`.
 
     devices.json       in the compression's folder: which key is which client, as in the run

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Keep a device's files in its state folder and nowhere else, and the secret that its digests are keyed with.
 
     state/

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Let devices in, carry their orders and answers, and know who is there: five requests over HTTPS.
 
     POST /fleet/challenge      fleetune-key: base64 of the public key (PEM)

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measure a result on a device's held-out rows: only sums leave it.
 
 The answer to the order `eval` holds

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measure a run's result, or a plain model, on the held-out rows of devices that join.
 
     eval-fleet.json    in the run's folder, for its owner alone: the mean, and every device

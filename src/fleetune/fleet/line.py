@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Answer a server's orders from a device, and come back with the same key whatever happens to server or network.
 
 The requests are those of `door.py`.  An answer of the server is read up to a limit, and nothing compressed is taken.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Say what a way between server and devices can do, and read the answers that come by it.
 
 There are two: the server's own door (`door.py`), and the Grid of a Flower that is there already

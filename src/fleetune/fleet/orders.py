@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Encode what a real fleet's server orders of a device, and what the device answers.
 
 An order and its answer are messages of the usual codec (`tuning/exchange/messages.py`) with scalars only; the bytes that a

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Show a running fleet in a browser, and to Prometheus; nothing can be changed from here.
 
     GET /          the run's report with its devices on top, made anew every few seconds

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Ask real devices: whoever is there, with patience for those that are killed, restarted or cut off.
 
 The server keeps what it needs to go on in the run's folder (`table.py`, the checkpoints), and nothing in the link: a

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Bring the result of a run to a device: the ledger or the adapter as its files are, checked by the digest in the job.
 
 A ledger is a few kilobytes, an adapter a few megabytes; the base model is on the device already.  A ledger is replayed

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a recipe on real devices: the same rounds as in a simulated fleet, in the same kind of folder."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Say how a real fleet's run stands, from its folder alone.
 
     fleet.json       the server's last word: its process, the round, what each device does (written about once a second)

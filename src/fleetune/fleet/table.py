@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Keep the table of a run's devices: which key is which client, and what each device brought.
 
     devices.json     in the run's folder, for its owner alone

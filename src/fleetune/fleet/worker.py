@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Be a device: take a run's job, load model and rows once, and do its work: rounds, an evaluation, a calibration.
 
     state/

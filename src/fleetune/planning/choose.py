@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Choose the tuning method of a recipe that names none: the one that `plan` recommends for this machine and model."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Estimate the peak memory and disk of a compression, from the model's configuration alone.
 
 Training a whole student (`training`) takes what tuning all weights with AdamW does (`device_cost`), and the other models

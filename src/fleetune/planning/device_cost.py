@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Estimate the peak memory and the seconds of a device's round (`traffic` has the bytes that it sends).
 
 Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batch * length tokens a step):

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tabulate what tuning a model will cost, from its configuration alone: memory, traffic, passes and time.
 
 Nothing is loaded and nothing is downloaded but the configuration.  A `Shape` has the sizes that matter, a method's

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Account differential privacy over releases: Google's `dp-accounting`, an extra (`fleetune[privacy]`).
 
 The stated epsilon is by privacy loss distributions (PLD; Koskela et al. 2020, arXiv 1906.03049), which are tight.  Noise for a

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Release a sum of vectors, one of each client or row, with differential privacy: the Gaussian mechanism on integers.
 
 Client level: a vector is a client's whole reply of a round.  Example level: it is the gradient of one row, or the difference of

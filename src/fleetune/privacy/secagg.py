@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Add up vectors of integers so that the server sees their sum alone: SecAgg.
 
 Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS, Figure 4.  With PRG a stream

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Find the recipes that come with Fleetune by name: `recipe:NAME` where a command takes a recipe's file.
 
 A recipe is a TOML file of this folder.  Its first comment says what it does; a line "Expected: .." before it states the

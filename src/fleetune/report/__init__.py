@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a run folder as one HTML page: what was done, the result, the cost, and the command to repeat it.
 
 The page is one HTML file with its style and its plots (inline SVG) inside: it opens from the disk, asks the

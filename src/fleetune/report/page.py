@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Build the parts of a report page in HTML: tables, figures with their numbers, sections, the page itself.
 
 A page is one HTML file with its style and its plots inside.  All text is escaped, for samples and names

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write the report page of one run into its folder: what it was, what came of it, what it cost, and how to repeat it."""
 
 from __future__ import annotations

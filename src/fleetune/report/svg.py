@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Draw plots as SVG text: lines, bands and levels on two axes, and a row a name with bars or values before and after.
 
 A drawing is plain text for a page: no script, no font, no library.  Colours are classes `c0` ... `c7` and

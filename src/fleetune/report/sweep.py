@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Summarise a sweep: a table of means over the seeds, a CSV with a row a run, a page with a plot for every axis.
 
 A seed draws its own held-out rows, clients and directions, so all runs of one seed share a level.  In the plots the

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune compress`: make a model or a finished run smaller, block by block or by training."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune demo`: the whole pipeline.  Tune twice, compress the first result, write its GGUF file, ask that file.
 
 FedIT first, because minutes of back-propagation on an adapter show a gain; then FedKSeed, because a full-parameter fine-tune

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune fleet`: run a recipe on real devices, be such a device, make keys and certificates."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune recipes`: the recipes that come with Fleetune, or one as a file."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune runs`: list, show, compare and remove tuned runs and compressions."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune tune`: fine-tune a model over a simulated fleet, or resume a stopped run."""
 
 from __future__ import annotations

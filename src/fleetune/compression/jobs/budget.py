@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Spend a byte budget: choose the grid of each matrix (`solve_budget`), and keep the choice for a resumed compression.
 
 The choice has the least sum of costs (`layerwise/costs.py`) whose bytes keep within the budget.  Of each matrix only the

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Load the inputs of a compression: the model, rows or windows to calibrate or train on, and rows and text to measure on.
 
 Calibration windows are cut from rows, a text, each client's rows, or text that the model writes itself.

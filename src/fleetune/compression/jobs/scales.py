@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Train the scales of a quantised model to follow the dense one; its codes stay, and so does its file's type.
 
 Every matrix is w = s n - o with n whole numbers (or a codebook's values) that are kept, s the scale of a group of columns and o,

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compress a model block by block with a solver, into the artefact of codes that `fleetune export` repacks.
 
 For `measure --kept-gain` the untuned base is compressed with the same method, settings and windows as the tuned model.  Base

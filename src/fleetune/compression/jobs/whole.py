@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compress a whole model: distil a student from a teacher, or prune it and train the rest.
 
 The result is a plain Hugging Face directory.  A model whose blocks differ in width can be loaded by Fleetune alone

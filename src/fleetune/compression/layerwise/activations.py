@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run calibration windows through a model block by block, and collect the Hessians of each block's linear layers.
 
 For a solver that aims at the dense model's outputs (`Corrector`) the layers of a block are solved in turn (`StatesInTurn`).  Each

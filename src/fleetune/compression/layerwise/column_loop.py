@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-untyped-calls
 """Compress a matrix column by column, and correct later columns for the error of each (the optimal brain surgeon).
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Estimate what each grid would cost each matrix: its bytes in a GGUF file, and the KL divergence that it causes.
 
 A matrix is rounded to nearest on grids that are fitted by the curvature c_j = 1 / U_jj^2 (`hessian.py`).  The column loop loses

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compress a model block by block, each block on the outputs of the compressed blocks before it.
 
 For every decoder block: run the calibration windows through it and sum the Hessians of its linear layers

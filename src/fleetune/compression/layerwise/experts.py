@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Solve the matrices of a mixture's experts, each with the Hessian of the tokens that were routed to it.
 
 transformers has the matrices of all experts of a layer in two parameters, [E, 2 F, H] (gate and up) and [E, H, F] (down);

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Calibrate on simulated devices: their text stays with them, and only their Hessians travel.
 
 A layer's Hessian is a sum over tokens, 2 sum x x^T, so those of the devices add up to that of all their text together

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-untyped-calls
 """Fit scales to groups of weights: the least weighted squared error.
 

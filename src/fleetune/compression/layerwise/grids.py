@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 r"""Fit quantisation grids, w = scale * (code - zero), to groups of weights.
 
 A group's grid is fitted when the column loop reaches its first column.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Accumulate the Hessian of a layer's output error, and factor its inverse for the column loop.
 
 The error ||W X - Q X||^2 as a function of Q has the Hessian H = 2 X X^T, the same for every row.  It is a sum over

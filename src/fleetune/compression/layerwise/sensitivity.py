@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Estimate how much an error in each output of a matrix changes the model's next-token distributions.
 
 To second order, the KL divergence that an error e of the outputs of one layer causes at one token is e' F e / 2, with F the

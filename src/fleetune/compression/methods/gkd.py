@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Distil a large model into a small one on answers that the small one writes itself (GKD).
 
 Agarwal, Vieillard, Zhou, Stanczyk, Ramos Garea, Geist, Bachem: "On-Policy Distillation of Language Models: Learning

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Remove whole heads and MLP channels from a model, then train what is left (LLM-Pruner).
 
 Ma, Fang and Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023, arXiv 2305.11627

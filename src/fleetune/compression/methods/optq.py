@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Quantise each weight matrix column by column, and correct later columns for the error of earlier ones (OPTQ, GPTQ).
 
 Frantar, Ashkboos, Hoefler, Alistarh: "OPTQ: Accurate Quantization for Generative Pre-trained Transformers",

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Correct each weight matrix for the errors of the layers before it, then quantise it as OPTQ does (Qronos).
 
 Zhang, Zhang, Colbert, Saab: "Qronos: Correcting the Past by Shaping the Future... in Post-Training Quantization", ICLR 2026,

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Round every weight to the nearest value of its group's grid: the baseline of all quantisation.
 
 The scheme has no paper of its own.  As the baseline it is in Frantar et al., ICLR 2023, arXiv 2210.17323, section 5.

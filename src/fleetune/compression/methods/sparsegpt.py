@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Prune a share of the weights of each matrix in one pass, and correct the weights that stay (SparseGPT).
 
 Frantar, Alistarh: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023,

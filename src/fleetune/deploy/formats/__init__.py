@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Define the contract of an export format; a file of this folder is one format, and the folder is the registry.
 
 `formats/mlx.py` writes `--to mlx`.  Another package registers a module of the same shape under the entry-point group

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Pack quantised matrices into ggml blocks and super-blocks, or say why that would lose bits.
 
 A block is 32 columns of a row (llama.cpp, ggml-common.h, block_q4_0 and following); numbers are

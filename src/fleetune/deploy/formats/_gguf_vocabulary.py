@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a tokenizer as GGUF metadata (the ggml project's docs/gguf.md, "tokenizer.ggml.*").
 
 Two kinds can be written:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a directory in compressed-tensors' "pack-quantized" format, for vLLM, SGLang and transformers.
 
 A quantised layer NAME of shape [R, C] in groups of G columns (compressed-tensors 0.20, pack_quantized):

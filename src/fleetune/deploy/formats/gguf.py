@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a model as one .gguf file, for llama.cpp and what is built on it (Ollama, LM Studio, llamafile).
 
 The container is the ggml project's docs/gguf.md, version 3; tensor names are gguf.TensorNameMap's, and what else a

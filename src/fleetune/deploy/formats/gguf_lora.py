@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a LoRA adapter as one .gguf file, which llama.cpp adds to a GGUF file of its base (llama-cli --lora FILE).
 
 The file (llama.cpp's src/llama-adapter.cpp says what it reads) has general.type "adapter", adapter.type "lora", the

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a directory in the GPTQ format, for GPTQModel, vLLM and other readers.
 
 A quantised layer NAME of shape [R, C] = [out, in] in groups of G inputs (AutoGPTQ; checkpoint format "gptq"):

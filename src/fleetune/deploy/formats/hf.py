@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write Hugging Face directories: weights, tokenizer and config.json; pack codes into words of 32 bits.
 
 The target `hf` is a plain one, which transformers and `models.load` read: weights without codes.  In fp32 the weights of a

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a directory for MLX (mlx-lm) on Apple computers: the codes in its "affine" quantisation.
 
 A quantised layer NAME of shape [R, C] in groups of G columns (mlx.core.quantize, mlx 0.32):

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a folder for Ollama: the GGUF file, and a Modelfile that names the tokens which end an answer.
 
     ollama create NAME -f FOLDER/Modelfile

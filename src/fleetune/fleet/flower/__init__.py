@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a recipe as a Flower app: on SuperNodes that are there already, or on Flower's simulation engine.
 
     server_app.py, client_app.py    the two parts of the app; `fleetune fleet app` writes the folder that `flwr run` takes

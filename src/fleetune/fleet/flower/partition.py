@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Be the clients of a simulation: the node with a partition's number has the rows of the client with this number.
 
     RUN/flower/000003/      the state folder of client 3

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a recipe as a ServerApp: on the SuperNodes of a stock SuperLink, or on the nodes of Flower's simulation.
 
 The rounds, the run's folder and the checkpoints are those of `fleetune fleet serve`.  Flower keeps nothing of a run that

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write the Flower app that `flwr run` takes: two files of two lines, which name the parts of the installed Fleetune.
 
 A SuperNode runs the app that it is sent.  This one holds nothing but the import of what is installed on the device.
