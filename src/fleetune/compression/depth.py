@@ -1,7 +1,4 @@
-"""Copy a model with fewer decoder blocks, some of its own, and update the configuration.
-
-Dropping layers to start a student is as in DistilBERT (Sanh et al. 2019, arXiv 1910.01108, section 3).
-"""
+"""Copy a model with fewer decoder blocks, as students of DistilBERT start (Sanh et al. 2019, arXiv 1910.01108, section 3)."""
 
 from __future__ import annotations
 

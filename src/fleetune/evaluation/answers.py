@@ -1,13 +1,8 @@
-"""Generate answers greedily or by sampling, and score given answers by their log-probability.
+"""Generate answers greedily or by sampling, and score given answers.  An encoder's answer is the label word that it chooses.
 
-An encoder writes nothing: its answer is the label word that it chooses.
-
-As in `losses.py` nothing is random, and the model is called as a module (`net.generate(...)`), so that
-forward hooks and PEFT layers take part.  Label words are scored by their mean log-probability as in MeZO
-(arXiv 2305.17333, section 2.1 of its code's `get_score`).
-
-Scores of answers are in percent: Rouge-L of Lin (2004) by the `rouge-score` package with its Porter stemmer, as Natural
-Instructions (arXiv 2204.07705) and FedKSeed (arXiv 2312.06353) use it; F1 and exact match of SQuAD (arXiv 1606.05250).
+As in `losses.py` nothing else is random, and the model is called as a module, so that forward hooks and PEFT layers take part.
+Label words are scored by their mean log-probability as in MeZO (arXiv 2305.17333).  Scores in percent: Rouge-L of Lin (2004) by
+`rouge-score`, as Natural Instructions (arXiv 2204.07705) use it; F1 and exact match of SQuAD (arXiv 1606.05250).
 """
 
 from __future__ import annotations

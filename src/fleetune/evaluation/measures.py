@@ -1,7 +1,4 @@
-"""Evaluate a model on held-out rows by named tasks: loss, perplexity, accuracy, scores of answers.
-
-Losses are in nats a token (`losses.py`), scores of answers (`answers.py`) in percent.
-"""
+"""Evaluate a model on held-out rows by named tasks: loss, perplexity, accuracy, scores of answers."""
 
 from __future__ import annotations
 

@@ -1,35 +1,8 @@
-"""Define what zeroth-order methods minimise: any function `objective(model, batch) -> float`.
+"""Define what zeroth-order methods minimise: any function `objective(model, batch) -> float` (docs/objectives.md lists them).
 
-A two-point estimate needs only the value, so the objective may be one that cannot be differentiated: accuracy, or
-the score of generated text (MeZO, arXiv 2305.17333, section 3.3; its code
-minimises -accuracy and -F1).
-
-| name | value to minimise | argument |
-|---|---|---|
-| loss | mean cross-entropy of the response tokens, nats (the default) | none |
-| accuracy | -(share of rows whose own label word scores best), 0 to -1 | `accuracy:yes,no`: the label words |
-| rouge_l | -(mean Rouge-L F1 of greedy answers), 0 to -1 | `rouge_l:64`: new tokens at most |
-| f1 | -(mean SQuAD F1 of greedy answers), 0 to -1 | `f1:64`: new tokens at most |
-| `package.module:function`, `file.py:function` | what the function returns | |
-
-A batch is a `fleetune.data.encode.Batch` of three int64 tensors [B, T] on the model's device, padded on the
-right:
-
-- `input_ids`: the prompt (chat template included), then the response with the template's end of turn, then
-  padding;
-- `attention_mask`: 1 on prompt and response, 0 on padding;
-- `labels`: `input_ids` where the response is, -100 on prompt and padding.
-
-So a row's prompt is where the mask is 1 and the label -100, and its reference is `ids[labels != -100]`.  For an
-encoder `labels` is int64 [B], the index of each row's label word, and `accuracy` is that of its head.
-On the held-out rows, before and after tuning and with every validation, a run measures its objective too: `accuracy`
-over all of them, any other one as its mean over batches of the method's batch size, weighted by rows.
-
-A function of one's own gets the `fleetune.models.Model` (`model.net`, `model.tokenizer`), already perturbed,
-in eval mode under `torch.inference_mode`; it must be deterministic, since it is called with the same batch at
-both points, and must leave the weights alone.
-
-The function is code that runs here: take an import path from the user of this machine, never from a peer.
+A two-point estimate needs only the value, so it may be one that cannot be differentiated: accuracy, or the score of generated
+text (MeZO, arXiv 2305.17333, section 3.3).  A row's prompt is where `attention_mask` is 1 and `labels` are -100, its reference is
+`ids[labels != -100]`.  A function is code that runs here: never take its path from a peer.
 """
 
 from __future__ import annotations
@@ -72,7 +45,7 @@ TOKENS = 8  # are generated in about the time of a row's forward
 
 
 def get(name: str = "loss") -> Objective:
-    """Return the objective of that name (see the module docstring), or the function at that import path.
+    """Return the objective of that name, or the function at that import path.
 
     RecipeError when there is none, its argument is wrong, or the path cannot be imported or is not callable:
     call this before any slow work.  Later, an imported function that fails or returns no finite number raises a

@@ -23,14 +23,7 @@ An answer ends with its first end token; tokens after it do not count.
   by the size of the gradient, so in practice this only changes where `clip` takes effect.
 - Where teacher and student have output heads of different sizes (padding), both distributions are over the rows that they
   share.  Their vocabularies must be the same.
-
-## Options
-
-- `teacher=same keep_layers=N` makes a student of N of the model's own blocks, evenly spaced, with the first and the last.
-- `temperature` is that of the writing.  It does not enter the divergence.
-- Zeros of a pruned model and codes of a quantised one do not stay, because training moves every weight: distil first.
-- All weights are trained, in fp32 and without dropout.  Logits are computed and compared a chunk of tokens at a time, and
-  computed again for the gradient, so [batch, tokens, vocabulary] is never in memory, for either model.
+- All weights are trained, in fp32 and without dropout, so zeros of a pruned model and codes of a quantised one do not stay.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ Weights that only make sense together are a group: a key head with its query hea
 2. Remove the least important groups.
 3. Recover: train the smaller model with LoRA, or distil the whole model into it (`gkd`).
 
-The result is a smaller dense model: faster and with less memory in any runtime, without special kernels.
-
 ## Differences from the paper
 
 - The reference implementation credits query head h to key head h % n_kv.  Here it is h // n_rep, as in attention itself.
@@ -22,14 +20,10 @@ The result is a smaller dense model: faster and with less memory in any runtime,
 
 ## Options
 
-- `ratio` is the share of the heads and of the channels in all blocks but the `first` and `last` spared ones.  Numbers
-  are rounded to the nearest: channels to a multiple of `round_to`, heads to whole ones.
-- `scope=local` removes the same share from every block.  `scope=global` removes the least important groups wherever
-  they are; heads and channels are ranked apart, because a head has far more weights than a channel.
+- `scope=global` ranks heads and channels apart, because a head has far more weights than a channel.
 - With `first=0 last=0 scope=local` the result is a plain Hugging Face directory.  Otherwise blocks differ in width:
   fleetune loads the directory, transformers refuses it, and it exports to a GGUF file of architecture `deci`.
-- Memory: estimation needs one more copy of the weights that can be removed (`importance=mixed` two).  Recovery with
-  LoRA needs little more than the model.
+- Estimation needs one more copy of the weights that can be removed (`importance=mixed` two).
 """
 
 from __future__ import annotations
