@@ -1,13 +1,8 @@
-"""Read the source of an export one tensor at a time, under transformers' parameter names.
+"""Read the source of an export, a master artefact or a plain Hugging Face directory, one tensor at a time.
 
-A source is a master artefact (`artefact.Master`) or a plain Hugging Face directory (`PlainFolder`).  A `Checkpoint`
-gives either the names of transformers: the `state_dict` of a model built from the configuration on the meta device says which
-tensors there are, buffers among them, which of them are one (tied embeddings) and which belong to linear layers.  The source
-must hold every one of them and nothing else.
-
-It may hold a parameter in parts, as published mixtures of experts do: a matrix an expert.  transformers knows for each family
-which tensors of a directory become which parameter (`WeightConverter`), and in which order; its own conversions run here, for
-one parameter at a time.
+The `state_dict` of a model that is built from the configuration on the meta device says which tensors there are, which of them
+are one (tied embeddings) and which belong to linear layers.  The source must hold every one of them and nothing else.  It may
+hold a parameter in parts (a matrix an expert): transformers knows which (`WeightConverter`), and its own conversions run here.
 """
 
 from __future__ import annotations

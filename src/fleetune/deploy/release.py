@@ -5,11 +5,7 @@
     signer.pub           the public key       SHA256SUMS           of all of these
     SHA256SUMS.sig       its signature
 
-The folder is a run, so `eval`, `export`, `chat` and all others take it.  The signature is ed25519 in OpenSSH's format (SSHSIG,
-PROTOCOL.sshsig; namespace `file`), so other tools check it as well:
-
-    sha256sum -c SHA256SUMS
-    ssh-keygen -Y check-novalidate -n file -s SHA256SUMS.sig < SHA256SUMS
+The signature is ed25519 in OpenSSH's format (SSHSIG, PROTOCOL.sshsig; namespace `file`): `ssh-keygen -Y` checks it as well.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune import report
 from fleetune.common.events import Event, Recorded, RoundDone, SweepDone, SweepRun, SweepStart, TuneDone
 from fleetune.common.files import resumable, write_atomic
 from fleetune.common.settings import AUTO, Value
@@ -35,6 +34,7 @@ from fleetune.errors import (
     fault,
     suggest,
 )
+from fleetune.report import runlog
 from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun, SweepAxis
 from fleetune.runs import rundir
@@ -325,7 +325,7 @@ def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
 def write_results(folder: Path, grid: SweepGrid) -> tuple[SweepDone, list[str]]:
     """Write the page and the CSV from the runs there are; return the sweep's last event, and why losses do not compare."""
     members = [
-        GridRun(p.values, p.seed, report.read(folder / p.name))
+        GridRun(p.values, p.seed, runlog.read(folder / p.name))
         for p in grid.points
         if (folder / p.name / "run.toml").is_file()
     ]
@@ -416,7 +416,7 @@ def _runs(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool)
                 reason = "" if had else _one(folder, point, _OfRun(listener, point, rounds, total), offline)
                 failed += [point.name] if reason else []
                 over, rounds = over + 1, rounds + point.recipe.rounds
-                base, tuned = report.measures(report.read(path / point.name))
+                base, tuned = runlog.measures(runlog.read(path / point.name))
                 listener.event(
                     SweepRun(
                         run=str(path / point.name),
