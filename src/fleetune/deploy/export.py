@@ -1,12 +1,7 @@
 """Export a run, a compressed model or a plain model, and check the file in the runtime that it is for.
 
-The whole file or folder appears, or nothing does.  A format may hold where the model comes from, without time and path:
-
-    fleetune.method           the tuning or compression method
-    fleetune.settings         its settings, as canonical JSON
-    fleetune.base_digest      SHA-256 of the weights it started from (`models.digest`)
-    fleetune.artefact_digest  SHA-256 of the compressed model's master.safetensors, where there is one
-    general.license           where it is known: of the built-in models
+The whole file or folder appears, or nothing does.  A format may hold where the model comes from (docs/export.md), without time
+and path: the same work gives the same bytes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Measure models side by side, each in a process of its own; and the share of tuning's gain that compression keeps.
 
 Lines are compared with a reference by KL divergence and same top token.  The reference is the model that is named, else the model
-from which a compression was made, and then the compressed lines alone are compared.  It runs first, and its logits wait in a file
-(`evaluation/kl_divergence.py`).
+from which a compression was made, and then the compressed lines alone are compared.  It is run first.
 """
 
 from __future__ import annotations

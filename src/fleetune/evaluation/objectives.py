@@ -24,16 +24,7 @@ from torch import Tensor
 from fleetune.common import settings
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
-from fleetune.evaluation.answers import (
-    answer_ids,
-    answer_scores,
-    decode_answer,
-    generate_from_ids,
-    require_text_model,
-    rouge_l,
-    token_f1,
-    without_end,
-)
+from fleetune.evaluation import answers
 from fleetune.evaluation.losses import batch_loss, class_logits, eval_mode, pad_id, token_losses
 from fleetune.models.net.model import Model
 
@@ -129,20 +120,20 @@ def negative_accuracy(model: Model, batch: Batch, labels: Sequence[str] = ()) ->
             right = class_logits(model.net, batch).argmax(1) == batch.labels
         return -float(right.double().mean())
     prompts, references = split(batch)
-    own = [tuple(without_end(model, ids).tolist()) for ids in references]
+    own = [tuple(answers.without_end(model, ids).tolist()) for ids in references]
     if labels:
-        choices = [tuple(answer_ids(model, label).tolist()) for label in labels]
+        choices = [tuple(answers.answer_ids(model, label).tolist()) for label in labels]
     else:
         choices = sorted(set(own))
     missing = sorted(set(own) - set(choices))
     if missing or (not labels and len(own) < 2):
-        seen = decode_answer(model, (missing or choices)[0])
+        seen = answers.decode_answer(model, (missing or choices)[0])
         raise RecipeError(
             [f"objective 'accuracy': the label words {list(labels)} do not cover the answer {seen!r}"],
             hint="name all label words, for example accuracy:yes,no; free text needs rouge_l or f1",
         )
     words = [np.asarray(choice, np.int32) for choice in choices]
-    best = answer_scores(model, prompts, words, batch_size=max(8, len(prompts))).argmax(1)
+    best = answers.answer_scores(model, prompts, words, batch_size=max(8, len(prompts))).argmax(1)
     return -sum(choices[int(i)] == mine for i, mine in zip(best, own, strict=True)) / len(own)
 
 
@@ -166,19 +157,19 @@ def negative_score(model: Model, batch: Batch, score: Score, max_new_tokens: int
     `max_new_tokens` 0: twice the longest reference, at most 128, so that rambling costs precision but not
     time.
     """
-    require_text_model(model, "an objective on answers (rouge_l, f1)")
+    answers.require_text_model(model, "an objective on answers (rouge_l, f1)")
     prompts, references = split(batch)
     limit = max_new_tokens or min(MAX_NEW_TOKENS, 2 * max(map(len, references)))
-    answers = generate_from_ids(model, prompts, max_new_tokens=limit, batch_size=len(prompts))
-    return -score(answers, [decode_answer(model, ids.tolist()) for ids in references]) / 100.0
+    written = answers.generate_from_ids(model, prompts, max_new_tokens=limit, batch_size=len(prompts))
+    return -score(written, [answers.decode_answer(model, ids.tolist()) for ids in references]) / 100.0
 
 
 BUILT_IN: Mapping[str, Callable[[str], Objective]] = MappingProxyType(
     {
         "loss": _loss,
         "accuracy": _accuracy,
-        "rouge_l": _of_answers("rouge_l", rouge_l),
-        "f1": _of_answers("f1", token_f1),
+        "rouge_l": _of_answers("rouge_l", answers.rouge_l),
+        "f1": _of_answers("f1", answers.token_f1),
     }
 )
 

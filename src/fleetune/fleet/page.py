@@ -1,9 +1,4 @@
-"""Show a running fleet in a browser, and to Prometheus; nothing can be changed from here.
-
-GET /          the run's report with its devices on top, made anew every few seconds, without samples (rows of clients)
-GET /status    the event of `fleetune fleet status --json`
-GET /metrics   the same numbers for Prometheus
-"""
+"""Show a running fleet in a browser (`/`), as JSON (`/status`) and to Prometheus (`/metrics`), read-only."""
 
 from __future__ import annotations
 

@@ -1,11 +1,5 @@
 """Be a device: take a run's job, load model and rows once, and do its work: rounds, an evaluation, a calibration.
 
-    state/
-      run-3f2a../client-000002.round-000005.ckpt     what the method remembers here
-      run-3f2a../result/, calibration/               a result that is measured or compressed
-      run-3f2a../sum.ckpt                            what the device holds for a round's secure sum
-      answer                                         the last answer: given again when its order comes again
-
 A device runs what is installed on it.  An order is data: a method's name and settings, numbers, and the bytes that the method
 itself would read in a simulated fleet.
 """

@@ -1,7 +1,7 @@
 """`fleetune demo`: the whole pipeline.  Tune twice, compress the first result, write its GGUF file, ask that file.
 
-FedIT comes first, since minutes of back-propagation on an adapter show a gain.  In FedKSeed's mixed fleet every second site
-back-propagates: in so few steps forward passes alone would move the loss by hundredths.
+FedIT shows a gain after minutes of back-propagation.  In FedKSeed's mixed fleet every second site back-propagates: in so few
+steps forward passes alone would move the loss by hundredths.
 """
 
 from __future__ import annotations

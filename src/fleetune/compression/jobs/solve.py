@@ -1,7 +1,6 @@
 """Compress a model block by block with a solver, into the artefact of codes that `fleetune export` repacks.
 
-For `measure --kept-gain` the base is compressed as its tuned model was, on the same windows of tokens (they share a tokenizer),
-text that the tuned model wrote included.
+For `measure --kept-gain` the base is compressed as its tuned model was, on the same windows (they share a tokenizer).
 """
 
 from __future__ import annotations

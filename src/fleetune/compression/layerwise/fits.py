@@ -9,9 +9,8 @@ error; the scale that takes off most is kept:
 
 In GGUF's super-blocks a weight is (d k) q - dmin m: k and m are whole numbers of its group, d and dmin fp16 numbers of the block.
 
-1. Each group alone: the scale S of least error (as above), or S and the minimum M.  For these, the ends of the range
-   that the codes cover are moved in and out; for each range the weights are rounded to q, for which least squares gives S and M,
-   and so again for that S and M.
+1. Each group alone: the scale S of least error, or S and the minimum M.  The ends of the range that the codes cover are
+   moved in and out; for each range the weights are rounded to q, for which least squares gives S and M, and so again.
 2. For some d and dmin about those that put the largest S and M at the largest k and m: round S / d and M / dmin, and let every
    group try its neighbours of k and m, with weights rounded anew to each.
 3. Least squares for d and dmin with all q, k and m; round to fp16; let the groups try again.  The best d and dmin are kept.

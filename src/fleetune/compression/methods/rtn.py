@@ -1,11 +1,7 @@
 """Round every weight to the nearest value of its group's grid: the baseline of all quantisation.
 
 The scheme has no paper of its own.  As the baseline it is in Frantar et al., ICLR 2023, arXiv 2210.17323, section 5.
-
-## Algorithm
-
-For each group of neighbouring columns, fit a grid (`layerwise/grids.py`) and take the nearest code of every weight.
-At 3 bits this breaks most models: use `optq` there.
+At 3 bits it breaks most models: use `optq` there.
 """
 
 from __future__ import annotations

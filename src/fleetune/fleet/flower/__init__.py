@@ -1,7 +1,6 @@
 """Run a recipe as a Flower app: on SuperNodes that are there already, or on Flower's simulation engine.
 
-This folder is the only place that imports `flwr`: `flwr.app`, `flwr.serverapp` and `flwr.clientapp` alone, which Flower
-documents.
+This folder alone imports `flwr`: the documented `flwr.app`, `flwr.serverapp` and `flwr.clientapp`.
 """
 
 from __future__ import annotations

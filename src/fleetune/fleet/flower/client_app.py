@@ -1,7 +1,4 @@
-"""Answer orders as a ClientApp: on a SuperNode, which starts a new process for every message, or in a simulation.
-
-The job is kept in the context of the run, which lives as long as the SuperNode.
-"""
+"""Answer orders as a ClientApp: on a SuperNode, which starts a new process for every message, or in a simulation."""
 
 from __future__ import annotations
 
