@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A cache of its own for every test of models, and no way to the network."""
 
 from __future__ import annotations

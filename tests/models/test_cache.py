@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Built-in models: where they come from, and what is left in the cache."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A model from a name: what is loaded, what a name may be, and the hub."""
 
 from __future__ import annotations

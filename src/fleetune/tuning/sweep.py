@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune import report
 from fleetune.common.events import Event, Recorded, RoundDone, SweepDone, SweepRun, SweepStart, TuneDone
 from fleetune.common.files import resumable, write_atomic
 from fleetune.common.settings import AUTO, Value
@@ -30,6 +29,7 @@ from fleetune.errors import (
     fault,
     suggest,
 )
+from fleetune.report import runlog
 from fleetune.report import sweep as summary
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Relay
@@ -320,7 +320,7 @@ def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
 def write_results(folder: Path, grid: SweepGrid) -> tuple[SweepDone, list[str]]:
     """Write the page and the CSV from the runs there are; return the sweep's last event, and why losses do not compare."""
     members = [
-        summary.GridRun(p.values, p.seed, report.read(folder / p.name))
+        summary.GridRun(p.values, p.seed, runlog.read(folder / p.name))
         for p in grid.points
         if (folder / p.name / "run.toml").is_file()
     ]
@@ -411,7 +411,7 @@ def _runs(folder: rundir.RunDir, grid: SweepGrid, listener: Listener, *, offline
                 reason = "" if had else _one(folder, point, _OfRun(listener, point, rounds, total), offline)
                 failed += [point.name] if reason else []
                 over, rounds = over + 1, rounds + point.recipe.rounds
-                base, tuned = report.measures(report.read(path / point.name))
+                base, tuned = runlog.measures(runlog.read(path / point.name))
                 listener.event(
                     SweepRun(
                         run=str(path / point.name),
