@@ -4,8 +4,6 @@ BitFit (Ben Zaken, Ravfogel, Goldberg, ACL 2022, arXiv 2106.10199) trains the bi
 chooses experts (ERNIE 4.5's) has no gradient and counts as none.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Final
 

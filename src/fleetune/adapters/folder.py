@@ -4,8 +4,6 @@ PEFT's are LoRA (with a classification head in `modules_to_save`), the prefix in
 prompt.  Ours are module.json (the spec, and its base) and module.safetensors (the fp32 tensors by name).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping

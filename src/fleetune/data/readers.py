@@ -3,8 +3,6 @@
 A reader yields a `Problem` in place of an invalid row; an invalid file as a whole is a DataError.
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import io

@@ -1,7 +1,5 @@
 """Find the files of a data set: on the hub or in its cache, in a folder; store rows from standard input, so a run can resume."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

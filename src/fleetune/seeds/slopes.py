@@ -18,8 +18,6 @@ Everything comes from three losses along each of a few directions, row by row, a
 Curvature may be much higher a few steps away, so all is measured again after a short walk at the rate that was found (`rate`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

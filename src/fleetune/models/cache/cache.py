@@ -6,8 +6,6 @@ two sources: the hub is asked first, then the package index (`FLEETUNE_MODEL_SOU
 smollm2-135m they hold other numbers (bf16 weights; a 4-bit GGUF copy), so its base digest depends on the source.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import logging

@@ -3,8 +3,6 @@
 The sizes of messages come from a placeholder state, whose arrays have a shape and a single zero.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -37,8 +37,6 @@ Every layer has a prompt of its own: keys and values that its attention finds in
   median leaves out would stay in the variates of its device, and add up.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

@@ -5,8 +5,6 @@ Poisson sample of its rows; the account is that of the client with the fewest ro
 secret who takes part in a round, every round counts.  The clip and the learning rates are found on the server's held-out rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
