@@ -53,7 +53,7 @@ def test_evaluate_gives_what_the_parts_give(tiny: Model, monkeypatch: pytest.Mon
     references = [example.response for example in examples]
     made: list[int] = []
     monkeypatch.setattr(
-        "fleetune.evaluation.measures.generate",
+        "fleetune.evaluation.answers.generate",
         lambda model, rows, **options: made.append(len(rows)) or answers[: len(rows)],
     )
     got = evaluate(

@@ -1,7 +1,4 @@
-"""Run a model in torch, through our own loaders or as transformers reads an exported directory.
-
-The latter is the check of an export: nothing of ours is between the files and the numbers.
-"""
+"""Run a model in torch, through our own loaders or, to check an export, as transformers reads the directory."""
 
 from __future__ import annotations
 

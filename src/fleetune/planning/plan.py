@@ -1,12 +1,8 @@
-"""Tabulate what tuning a model will cost, from its configuration alone: memory, traffic, passes and time.
+"""Tabulate what tuning a model will cost, from its configuration alone: memory, traffic, passes and time, and what fits a device.
 
-Nothing is loaded and nothing is downloaded but the configuration.  A `Shape` has the sizes that matter, a method's
-`Footprint` the work of a device; `device_cost` and `traffic` compute memory, time and bytes from both.  This module
-makes a table of them, with what fits a device.  Traffic is the size of the methods' own payloads after
-`messages.encode`.  Time comes from a short measurement of this machine, so it is for devices like this one.
-
-State alone (weights, gradients, moments; no activations, no process) is the comparison of MeZO (arXiv
-2305.17333) and of Adam's 16 bytes a parameter: 14 GB to run LLaMA-7B in fp16, 112 GB to tune it with Adam.
+Traffic is the size of the methods' own payloads after `messages.encode`.  Time comes from a short measurement of this machine, so
+it is for devices like this one.  State alone (weights, gradients, moments) is the comparison of MeZO (arXiv 2305.17333) and of
+Adam's 16 bytes a parameter: 14 GB to run LLaMA-7B in fp16, 112 GB to tune it with Adam.
 """
 
 from __future__ import annotations
@@ -44,7 +40,8 @@ ROWS: Final = 1000  # rows of a device: decides the width of one integer of its 
 
 def traffic(method: methods.Method, footprint: Footprint) -> tuple[int, int]:
     """Return (bytes up, bytes down) of a device in one round; sums at their full 32 bits."""
-    tensors, state = footprint.module.tensors, footprint.state
+    state = footprint.state
+    tensors = footprint.module.tensors if "tensors" in state._fields else {}  # else they do not travel
     reply = method.expects(state)
     numbers = {n: 0.5 if kind is float else ROWS for n, (kind, _, _) in reply.scalars.items()}
     arrays = {n: (kind, tuple(abs(d or 0) for d in sizes)) for n, (kind, sizes) in reply.arrays.items()}

@@ -1,8 +1,4 @@
-"""Build the parts of a report page in HTML: tables, figures with their numbers, sections, the page itself.
-
-A page is one HTML file with its style and its plots inside.  All text is escaped, for samples and names
-are untrusted.
-"""
+"""Build the parts of a report page: one HTML file with its style and plots inside, that asks the network for nothing."""
 
 from __future__ import annotations
 

@@ -1,14 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Store a full-parameter fine-tune as a seed ledger: a short list of (direction id, integer coefficient, round).
 
-With the base model a ledger *is* the tuned model: `w[i] = round(w0[i] + grid * sum_k c_k z_k[i])`, the sum
-in integers, so that any order, thread count, backend or device rebuilds the same bytes (`z_k` is the direction of
-id k).  It is at once the server's state, the checkpoint and the file that the run leaves.
-
-The file is safetensors: arrays `id` (u64), `coefficient` (i32), `round` (u32), and as metadata the head in
-canonical JSON (sorted keys, no spaces), which states everything a replay needs and what it must find, and the
-fingerprint of both, which tells a damaged file.
-Mode 0600: whoever has the base and the ledger has the model.
+With the base model a ledger *is* the tuned model: `w[i] = round(w0[i] + grid * sum_k c_k z_k[i])`, the sum in integers, so every
+device rebuilds the same bytes (`z_k` is the direction of id k).  docs/ledger.md defines the file.
 """
 
 from __future__ import annotations
@@ -28,21 +21,7 @@ from fleetune.common.display import counted
 from fleetune.common.files import write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.errors import LedgerError, UsageError, VersionError
-from fleetune.seeds.noise import (
-    LAW_VERSION,
-    LAWS,
-    LOW,
-    MOST,
-    OUTER,
-    POOL,
-    Passes,
-    check_size,
-    count_passes,
-    merged,
-    outer_passes,
-    passes,
-    rows_of,
-)
+from fleetune.seeds import noise
 
 FORMAT = 1
 NAME = "fleetune-ledger"
@@ -65,7 +44,7 @@ class LedgerHead:
     law: str  # one of noise.LAWS, or outer
     K: int  # directions an epoch of a pool; else 1
     grid: float  # the weight change that coefficient 1 means (a float32)
-    law_version: int = LAW_VERSION
+    law_version: int = noise.LAW_VERSION
     format: int = FORMAT
     eps: float = 0.0
     lr: str = ""  # the rule that made coefficients from scalars
@@ -84,7 +63,7 @@ class LedgerHead:
     @property
     def arrays(self) -> dict[str, str]:
         """Return the arrays of a file of this law, and their types in safetensors."""
-        return ARRAYS | SIGNS if self.law == OUTER else ARRAYS
+        return ARRAYS | SIGNS if self.law == noise.OUTER else ARRAYS
 
     def to_json(self) -> str:
         """Return canonical JSON: sorted keys, no spaces; `run_key` in hexadecimal."""
@@ -103,12 +82,12 @@ class LedgerHead:
                 raise ValueError("it is not in canonical form")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise LedgerError(f"the ledger's head is damaged ({error})", hint=AGAIN) from error
-        if head.format != FORMAT or head.law_version != LAW_VERSION:
+        if head.format != FORMAT or head.law_version != noise.LAW_VERSION:
             raise VersionError("the ledger")
         if not _sound(head):
             raise LedgerError(
                 f"the ledger's head is damaged (law {head.law!r:.40}, K {head.K!r:.40}, grid {head.grid!r:.40})",
-                hint=f"K is at most {MOST}, a grid lies above 0 and is at most {GRID_LIMIT:g}; {AGAIN}",
+                hint=f"K is at most {noise.MOST}, a grid lies above 0 and is at most {GRID_LIMIT:g}; {AGAIN}",
             )
         return head
 
@@ -118,9 +97,9 @@ def _sound(head: LedgerHead) -> bool:
     texts = (head.base, head.tokenizer, head.law, head.lr, head.method, head.aggregation, head.privacy)
     return (
         all(type(text) is str for text in (*texts, head.previous))
-        and head.law in (*LAWS, OUTER)
+        and head.law in (*noise.LAWS, noise.OUTER)
         and type(head.K) is int
-        and 1 <= head.K <= MOST
+        and 1 <= head.K <= noise.MOST
         and head.K & (head.K - 1) == 0
         and 0 <= head.run_key < 1 << 64
         and type(head.grid) is float
@@ -197,34 +176,36 @@ class Ledger:
 
     def _taken(self, which: np.ndarray) -> Ledger:
         """Return the entries that a mask or an array of places chooses, in its order, under the same head."""
-        arrays = [array[which] for array in self._arrays()]
-        bits = self.signs
-        if len(bits):
-            ends = np.cumsum(self.sign_bytes())
-            starts = ends - self.sign_bytes()
-            parts = [bits[a:b] for a, b in zip(starts[which].tolist(), ends[which].tolist(), strict=True)]
-            bits = np.concatenate([*parts, bits[:0]])
-        return Ledger(self.head, *arrays, bits)
+        ids, coefficients, rounds = (array[which] for array in self._arrays())
+        ends = np.cumsum(self.sign_bytes())
+        starts = ends - self.sign_bytes()
+        places = zip(starts[which].tolist(), ends[which].tolist(), strict=True)
+        signs = np.concatenate([self.signs[:0], *(self.signs[a:b] for a, b in places)])
+        return Ledger(self.head, ids, coefficients, rounds, signs)
+
+    def since(self, round: int) -> Ledger:
+        """Return the entries of `round` and of later ones alone, under the same head."""
+        return self._taken(self.rounds >= round)
 
     def sign_bytes(self) -> np.ndarray:
         """Return how many bytes of `signs` each entry has: int64 [n]."""
-        if self.head.law != OUTER:
+        if self.head.law != noise.OUTER:
             return np.zeros(len(self), np.int64)
-        rows = np.array(rows_of([shape for _, shape, _ in self.head.tensors]), np.int64)
-        return -(-rows // 8)[(self.ids & np.uint64(LOW)).astype(np.int64)]
+        rows = np.array(noise.rows_of([shape for _, shape, _ in self.head.tensors]), np.int64)
+        return -(-rows // 8)[(self.ids & np.uint64(noise.LOW)).astype(np.int64)]
 
-    def passes(self) -> Passes:
+    def passes(self) -> noise.Passes:
         """Return the entries as replay passes (one a direction, or one an epoch for a pool)."""
-        if self.head.law == OUTER:
+        if self.head.law == noise.OUTER:
             shapes = [shape for _, shape, _ in self.head.tensors]
-            return outer_passes(shapes, self.ids, self.coefficients, self.signs)
-        return passes(self.head.law, self.head.K, self.ids, self.coefficients)
+            return noise.outer_passes(shapes, self.ids, self.coefficients, self.signs)
+        return noise.passes(self.head.law, self.head.K, self.ids, self.coefficients)
 
     def count_passes(self) -> int:
         """Return the number of replay passes, without their tables."""
-        if self.head.law == OUTER:
+        if self.head.law == noise.OUTER:
             return len(np.unique(self.ids >> np.uint64(32)))
-        return count_passes(self.head.law, self.ids, self.coefficients)
+        return noise.count_passes(self.head.law, self.ids, self.coefficients)
 
     def with_check(self, round: int, digest: str) -> Ledger:
         """Return this ledger with the digest that the weights have after `round`."""
@@ -299,13 +280,11 @@ class Ledger:
     def compact(self) -> Ledger:
         """Return one entry a direction (its sum), sorted by id: the same weights, without the history of rounds.
 
-        A sum beyond 32 bits takes as many entries as it needs, one after another.  UsageError for the law outer.
+        A sum beyond 32 bits takes as many entries as it needs, one after another.  Entries of the law outer stay.
         """
-        if self.head.law == OUTER:
-            raise UsageError(
-                "a ledger of outer products has nothing to compact: each entry has signs of its own"
-            )
-        ids, left = merged(self.ids, self.coefficients.astype(np.int64))
+        if self.head.law == noise.OUTER:
+            return self
+        ids, left = noise.merged(self.ids, self.coefficients.astype(np.int64))
         parts = []
         while left.any():
             parts.append(np.clip(left, -LARGEST, LARGEST))
@@ -402,8 +381,8 @@ def load(path: str | os.PathLike[str]) -> Ledger:
     wanted = {n: ({"U": "uint", "I": "int"}[kind[0]] + kind[1:], 1) for n, kind in head.arrays.items()}
     if kinds != wanted or len({len(arrays[n]) for n in ARRAYS}) != 1:
         raise LedgerError(f"{path} is damaged: its arrays are {kinds}", hint=AGAIN)
-    most = {POOL: head.K, OUTER: len(head.tensors)}.get(head.law, 1 << 32)
-    if int((arrays["id"] & np.uint64(LOW)).max(initial=0)) >= most:
+    most = {noise.POOL: head.K, noise.OUTER: len(head.tensors)}.get(head.law, 1 << 32)
+    if int((arrays["id"] & np.uint64(noise.LOW)).max(initial=0)) >= most:
         raise LedgerError(f"{path} is damaged: it names directions outside its pool of {most}", hint=AGAIN)
     found = Ledger(head, *(arrays[n] for n in head.arrays))
     if len(found.signs) != found.sign_bytes().sum():
@@ -414,7 +393,7 @@ def load(path: str | os.PathLike[str]) -> Ledger:
             hint=AGAIN,
         )
     try:
-        check_size(head.law, head.K, found.count_passes())
+        noise.check_size(head.law, head.K, found.count_passes())
     except UsageError as error:
         raise LedgerError(f"{path} asks for more than a run makes: {error.message}", hint=AGAIN) from error
     return found
@@ -441,12 +420,12 @@ def require_base(
 
 def _sums(ledger: Ledger) -> tuple[np.ndarray, np.ndarray]:
     """Return the directions that a ledger moves along, ascending, and how far: uint64 [n], int64 [n]."""
-    if ledger.head.law != OUTER:
-        return merged(ledger.ids, ledger.coefficients.astype(np.int64))
+    if ledger.head.law != noise.OUTER:
+        return noise.merged(ledger.ids, ledger.coefficients.astype(np.int64))
     found = ledger.passes()  # each row of a table has a direction of its own
     rows = np.arange(found.tables.shape[1], dtype=np.uint64)
     ids = found.ids[:, None] * np.uint64(len(rows)) + rows
-    return merged(ids.reshape(-1), found.tables.astype(np.int64).reshape(-1))
+    return noise.merged(ids.reshape(-1), found.tables.astype(np.int64).reshape(-1))
 
 
 def _cosine(left: np.ndarray, a: np.ndarray, right: np.ndarray, b: np.ndarray) -> float:

@@ -21,8 +21,8 @@ a ledger of the law `outer` (`seeds/noise.py`): rank P, and one bit for a row, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -37,11 +37,11 @@ from fleetune.errors import MessageError, ModelError
 from fleetune.models.net.model import Model, named_tensors
 from fleetune.models.shapes import Shape
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.noise import LOW, OUTER, packed, signs, unpacked
+from fleetune.seeds.noise import LOW, OUTER, outer_passes, packed, signs, unpacked
 from fleetune.seeds.weights import WeightSlot, layout
 from fleetune.tuning.exchange.aggregation import MEAN, Rule, Tensors
-from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module
-from fleetune.tuning.exchange.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module, placeholder_ledger
+from fleetune.tuning.exchange.messages import Payload, ReplySpec, Scalar, narrow
 from fleetune.tuning.methods import Reply, _adapter, _zeroth, norm
 
 KIND = "ledger"
@@ -61,7 +61,9 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class SignLora(adapters.Lora):
-    """LoRA whose A is given from outside and stays; the part knows where each matrix begins in a direction."""
+    """LoRA whose A is given from outside and stays; `places` says where each matrix stands in a ledger."""
+
+    places: dict[str, tuple[int, WeightSlot]] = field(default_factory=dict, compare=False)
 
     def put_on(self, model: Model, seed: int) -> adapters.LoraPart:
         """Attach it; ModelError for layers whose weights are not a matrix [out, in] of their own."""
@@ -74,7 +76,7 @@ class SignLora(adapters.Lora):
                 f"{odd[0]} has no matrix [out, in] of its own, which signlora trains",
                 hint="use fedit; or name other layers: --set targets=...",
             )
-        part.places = {n: slots[f"{n}.weight"] for n in sorted(part.layers)}
+        self.places.update((n, slots[f"{n}.weight"]) for n in sorted(part.layers))
         for name, parameter in part.parameters.items():
             parameter.requires_grad_(name.endswith("lora_B.weight"))
         return part
@@ -116,20 +118,19 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         return self.lr * _zeroth.UNITS / STEP
 
     def init(self, model: Model, key: int) -> State:
-        part = self.attached(model)
-        places = np.array([place for place, _ in part.places.values()], np.int64)
+        places = np.array([place for place, _ in self.attached(model).places.values()], np.int64)
         adapters.detach(model)
         return State(self.empty(model, key), 0, places)
 
-    def attached(self, model: Model) -> Any:
-        """Return the LoRA part of a model, put on where it is not."""
-        if not (
-            isinstance(model.attachment, Attachment) and isinstance(model.attachment.spec, SignLora)
-        ):
+    def attached(self, model: Model) -> SignLora:
+        """Return the LoRA of a model, put on where it is not."""
+        if not (isinstance(model.attachment, Attachment) and isinstance(model.attachment.spec, SignLora)):
             if model.attachment is not None:
                 model.attachment.detach(model)
             adapters.attach(model, SignLora(self.r, self.r, targets=self.targets), seed=0)
-        return adapters.attachment_of(model).parts[0]
+        spec = adapters.attachment_of(model).spec
+        assert isinstance(spec, SignLora)
+        return spec
 
     def apply(self, model: Model, state: State) -> None:
         if isinstance(model.attachment, Attachment):
@@ -148,17 +149,22 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
 
     def broadcast(self, state: State) -> Payload:
         """Send the ledger's entries: for each round and direction `planes` vectors of signs of each matrix."""
-        ledger = state.ledger
-        order = {place: m for m, place in enumerate(state.places.tolist())}
-        index = np.array([order[i] for i in (ledger.ids & np.uint64(LOW)).tolist()], np.int64)
-        arrays = {
+        return self.news(state, 0)
+
+    def news(self, state: State, known: int) -> Payload:
+        """Send the entries that were added from round `known` on."""
+        ledger, order = state.ledger, {place: m for m, place in enumerate(state.places.tolist())}
+        ledger = ledger.since(known)
+        matrices = [order[place] for place in (ledger.ids & np.uint64(LOW)).tolist()]
+        arrays: dict[str, np.ndarray] = {
+            "rows": np.array(self.rows(state), np.uint32),
             "direction": (ledger.ids >> np.uint64(32)).astype(np.uint16),
-            "matrix": index.astype(np.uint16),
+            "matrix": np.array(matrices, np.uint16),
             "scale": ledger.coefficients,
             "signs": ledger.signs,
-            "rows": np.array(self.rows(state), np.uint32),
         }
-        return Payload(arrays, {"round": state.round, "run_key": ledger.head.run_key})
+        scalars: dict[str, Scalar] = {"round": state.round, "run_key": ledger.head.run_key, "known": known}
+        return Payload(arrays, scalars)
 
     def expects(self, state: State) -> ReplySpec:
         size = sum(-(-rows // 8) for rows in self.rows(state))
@@ -170,61 +176,62 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Train B from 0 on, beside what the ledger has moved; reply with its signs and scales."""
-        part, now = self.attached(model), self.trained_in(payload.int("round"))
-        run_key = payload.int("run_key")
-        part.subtract(self.moved_by(part, payload, run_key))
-        for name, (_, slot) in part.places.items():
-            b, a = (part.parameters[n] for n in factor_names(name))
-            with torch.no_grad():
-                a.copy_(torch.from_numpy(self.factor(run_key, slot, now)))
-                b.zero_()
+        slots = {name: slot for name, (_, slot) in self.attached(model).places.items()}
+        run_key, now = payload.int("run_key"), self.trained_in(payload.int("round"))
+        directions, tables = self.told(payload, memory, slots)
+        part = adapters.attachment_of(model).parts[0]
+        assert isinstance(part, adapters.LoraPart)
+        moved = self.factors(run_key, slots, directions, tables)
+        part.subtract({n: torch.from_numpy(t).to(part.parameters[n].device) for n, t in moved.items()})
+        zeros = np.zeros((self.r, tables.shape[1]))
+        adapters.load_(model, self.factors(run_key, slots, now, zeros))
         loss = self.train(model, batches, key, {})
         numbers = []
-        for name, (_, slot) in part.places.items():
+        for name, slot in slots.items():
             b = part.parameters[factor_names(name)[0]].detach().cpu().double().numpy()
-            numbers += list(b.T / (math.sqrt(slot.tensor.shape[1]) * _zeroth.grid_of(self.grid_lr)))
+            numbers += list(b.T / self.unit(slot))
         scales, bits, _ = plane(numbers)
         return Payload({"scales": scales, "signs": bits}, {"n": batches.n, "loss": loss})
 
-    def factor(self, run_key: int, slot: WeightSlot, directions: Iterable[int]) -> np.ndarray:
-        """Return s_p / sqrt(in) of some directions: float32 [p, in]."""
-        width = slot.tensor.shape[1]
-        return np.stack([signs(run_key, p, slot.start, width) for p in directions]) / np.float32(
-            math.sqrt(width)
-        )
+    def unit(self, slot: WeightSlot) -> float:
+        """Return how much of B one unit of the grid is, for a matrix: B s' / sqrt(in) is what moves it."""
+        return _zeroth.grid_of(self.grid_lr) * math.sqrt(slot.tensor.shape[1])
 
-    def moved_by(self, part: Any, payload: Payload, run_key: int) -> dict[str, torch.Tensor]:
-        """Return frozen factors B, A of what the ledger that came has moved so far, negative: LoRA subtracts them."""
-        p, m = payload.array("direction"), payload.array("matrix").astype(np.int64)
-        scale, bits = payload.array("scale"), payload.array("signs")
-        layers = list(part.places.items())
-        rows = np.array([slot.tensor.shape[0] for _, (_, slot) in layers])
-        if rows.tolist() != payload.array("rows").tolist():
-            raise MessageError("the matrices that the run trains are not those of this model")
-        if (
-            not (len(p) == len(m) == len(scale))
-            or m.max(initial=0) >= len(layers)
-            or p.max(initial=0) >= self.pool
-        ):
-            raise MessageError("the ledger's entries that came are not of this run's matrices")
-        ends = np.cumsum(-(-rows[m] // 8))
-        if len(bits) != (ends[-1] if len(ends) else 0):
-            raise MessageError("the ledger's signs that came are not of its entries")
-        used = np.unique(p).tolist()
-        if not used:
-            return {}
-        tables = [np.zeros((n, len(used))) for n in rows]
-        for at, (direction, matrix, c) in enumerate(zip(p.tolist(), m.tolist(), scale.tolist(), strict=True)):
-            begin = ends[at] - -(-rows[matrix] // 8)
-            tables[matrix][:, used.index(direction)] += c * unpacked(bits[begin : ends[at]], rows[matrix])
-        found = {}
-        for (name, (_, slot)), table in zip(layers, tables, strict=True):
+    def factors(
+        self, run_key: int, slots: Mapping[str, WeightSlot], directions: Sequence[int], tables: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Return LoRA's factors for tables [directions, rows of all matrices] in units of the grid, as they are subtracted."""
+        found, first = {}, 0
+        for name, slot in slots.items() if len(directions) else ():
+            rows, width = slot.tensor.shape
             b, a = factor_names(name)
-            width, device = slot.tensor.shape[1], part.parameters[b].device
-            times = -_zeroth.grid_of(self.grid_lr) * math.sqrt(width)
-            found[b] = torch.from_numpy((table * times).astype(np.float32)).to(device)
-            found[a] = torch.from_numpy(self.factor(run_key, slot, used)).to(device)
+            s = np.stack([signs(run_key, p, slot.start, width) for p in directions])
+            found[a] = s.astype(np.float32) / np.float32(math.sqrt(width))
+            found[b] = np.float32(-self.unit(slot)) * tables[:, first : first + rows].T.astype(np.float32)
+            first += rows
         return found
+
+    def told(
+        self, payload: Payload, memory: dict[str, Any], slots: Mapping[str, WeightSlot]
+    ) -> tuple[list[int], np.ndarray]:
+        """Return the directions that were moved before, and their tables; what came is added to what the device remembers."""
+        p, m = (payload.array(name).astype(np.uint64) for name in ("direction", "matrix"))
+        shapes = [tuple(slot.tensor.shape) for slot in slots.values()]
+        if [rows for rows, _ in shapes] != payload.array("rows").tolist():
+            raise MessageError("the matrices that the run trains are not those of this model")
+        if p.max(initial=0) >= self.pool or m.max(initial=0) >= len(shapes):
+            raise MessageError("the entries that came are not of this run's matrices and directions")
+        came = outer_passes(shapes, p << np.uint64(32) | m, payload.array("scale"), payload.array("signs"))
+        tables = dict(zip(came.ids.tolist(), came.tables, strict=True))
+        if payload.int("known"):
+            for direction, table in zip(memory["directions"].tolist(), memory["tables"], strict=True):
+                tables[direction] = tables.get(direction, 0) + table.astype(np.int64)
+        used = sorted(tables)
+        whole = np.array([tables[p] for p in used], np.int64).reshape(
+            len(used), sum(rows for rows, _ in shapes)
+        )
+        memory.update(directions=np.array(used, np.int64), tables=narrow(whole))
+        return used, whole
 
     # The server
 
@@ -247,12 +254,16 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             combined.add(float(reply.payload.int("n")), self.moved(sent, reply))
         if not combined.total:
             return State(state.ledger, state.round + 1, state.places)
-        left = np.split(combined.tensors()["b"], np.cumsum(np.repeat(sent.array("rows"), self.r))[:-1])
+        vectors = np.split(combined.tensors()["b"], np.cumsum(np.repeat(sent.array("rows"), self.r))[:-1])
+        return self.written(state, vectors)
+
+    def written(self, state: State, vectors: Sequence[np.ndarray]) -> State:
+        """Return the state with a round's moves, those of each matrix and direction, as `planes` vectors of signs."""
         now = np.array(self.trained_in(state.round), np.uint64) << np.uint64(32)
         ids = (state.places.astype(np.uint64)[:, None] | now[None, :]).reshape(-1)
         ledger = state.ledger
         for _ in range(self.planes):
-            scales, bits, left = plane(left)
+            scales, bits, vectors = plane(vectors)
             ledger = ledger.append(ids, scales.astype(np.int64), state.round + 1, bits)
         return State(ledger, state.round + 1, state.places)
 
@@ -265,9 +276,20 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         return replace(self, steps=steps, batch_size=batch_size)
 
     def footprint(self, shape: Shape) -> Footprint | None:
-        module = lora_module(lora_layers(shape, self.targets), (), self.r)
-        return module and Footprint(
-            "backward", module, None, checkpointing=self.checkpointing, whole_gradient=False
+        layers = lora_layers(shape, self.targets)
+        module = lora_module(layers, {}, self.r)
+        if module is None:
+            return None
+        tensors = tuple((layer.name, (layer.out, layer.into), "float32") for layer in layers)
+        head = replace(placeholder_ledger(1).head, law=OUTER, tensors=tensors)
+        state = State(Ledger(head), 0, np.arange(len(layers)))
+        vectors = [np.ones(layer.out) for layer in layers for _ in range(self.r)]
+        return Footprint(
+            "backward",
+            module,
+            self.written(state, vectors),
+            checkpointing=self.checkpointing,
+            whole_gradient=False,
         )
 
 
