@@ -190,7 +190,11 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         for name, slot in slots.items():
             b = part.parameters[factor_names(name)[0]].detach().cpu().double().numpy()
             numbers += list(b.T / self.unit(slot))
-        scales, bits, _ = plane(numbers)
+        scales, bits, left = plane(numbers)
+        for name, slot in slots.items():  # the model is then what was sent
+            b, rest = part.parameters[factor_names(name)[0]], [left.pop(0) for _ in range(self.r)]
+            with torch.no_grad():
+                b.sub_(torch.from_numpy(self.unit(slot) * np.stack(rest, 1)).to(b))
         return Payload({"scales": scales, "signs": bits}, {"n": batches.n, "loss": loss})
 
     def unit(self, slot: WeightSlot) -> float:
