@@ -10,8 +10,9 @@ In a round, each matrix W [out, in] has directions s_p [in] of +1 and -1, the ne
 
     W x + sum_p b_p (s_p' x) / sqrt(in),    b_p [out] from 0 on,
 
-by AdamW, and sends sign(b_p) and mean |b_p|.  The server takes the mean over the devices, and writes it as `planes` vectors
-of signs, each with a scale: what is left is rounded again.  So every change is integers on one grid,
+by AdamW, and sends sign(b_p) and mean |b_p|.  The server takes the mean over the devices, and writes it as q vectors of
+signs with a scale each, every one of what the vector before leaves; what the last leaves is added the next time (error
+feedback: Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847).  So every change is integers on one grid,
 
     w = round( w0 + grid * sum_p B_p s_p' ),
 
@@ -34,6 +35,7 @@ from fleetune.adapters.lora import factor_names
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.errors import MessageError, ModelError
+from fleetune.models.net.layers import head_of
 from fleetune.models.net.model import Model, named_tensors
 from fleetune.models.shapes import Shape
 from fleetune.seeds.ledger import Ledger
@@ -52,11 +54,12 @@ STEP = 1 << 14  # units of the grid in a step of AdamW, for a matrix with one co
 
 
 class State(NamedTuple):
-    """The ledger, the rounds done, and the matrices that are trained: their places among the ledger's tensors."""
+    """The ledger, the rounds done, and what the server remembers of rounding."""
 
     ledger: Ledger
     round: int
-    places: np.ndarray  # int64 [matrices]
+    places: np.ndarray  # int64 [matrices]: those that are trained, among the ledger's tensors
+    left: np.ndarray  # float32 [P, rows of all matrices]: of the mean, what was not written yet
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ class SignLora(adapters.Lora):
 
     def put_on(self, model: Model, seed: int) -> adapters.LoraPart:
         """Attach it; ModelError for layers whose weights are not a matrix [out, in] of their own."""
+        if head_of(model.net):
+            raise ModelError(
+                "signlora trains no classification head",
+                hint="use fedpetuning or fedit, which train it whole",
+            )
         slots = {slot.name: (place, slot) for place, slot in enumerate(layout(named_tensors(model.net)))}
         part = super().put_on(model, seed)
         odd = [n for n, m in part.layers.items() if f"{n}.weight" not in slots or m.fan_in_fan_out]
@@ -120,7 +128,9 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     def init(self, model: Model, key: int) -> State:
         places = np.array([place for place, _ in self.attached(model).places.values()], np.int64)
         adapters.detach(model)
-        return State(self.empty(model, key), 0, places)
+        ledger = self.empty(model, key)
+        rows = sum(ledger.head.tensors[place][1][0] for place in places.tolist())
+        return State(ledger, 0, places, np.zeros((self.pool, rows), np.float32))
 
     def attached(self, model: Model) -> SignLora:
         """Return the LoRA of a model, put on where it is not."""
@@ -186,15 +196,12 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         zeros = np.zeros((self.r, tables.shape[1]))
         adapters.load_(model, self.factors(run_key, slots, now, zeros))
         loss = self.train(model, batches, key, {})
-        numbers = []
-        for name, slot in slots.items():
-            b = part.parameters[factor_names(name)[0]].detach().cpu().double().numpy()
-            numbers += list(b.T / self.unit(slot))
-        scales, bits, left = plane(numbers)
-        for name, slot in slots.items():  # the model is then what was sent
-            b, rest = part.parameters[factor_names(name)[0]], [left.pop(0) for _ in range(self.r)]
-            with torch.no_grad():
-                b.sub_(torch.from_numpy(self.unit(slot) * np.stack(rest, 1)).to(b))
+        trained = [(part.parameters[factor_names(name)[0]], self.unit(slot)) for name, slot in slots.items()]
+        vectors = [x for b, unit in trained for x in b.detach().cpu().double().numpy().T / unit]
+        scales, bits, left = plane(vectors)
+        for b, unit in trained:  # the model is then what was sent
+            rest, left = np.stack(left[: self.r], axis=1) * unit, left[self.r :]
+            b.data -= torch.from_numpy(rest).to(b)
         return Payload({"scales": scales, "signs": bits}, {"n": batches.n, "loss": loss})
 
     def unit(self, slot: WeightSlot) -> float:
@@ -257,19 +264,25 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         for reply in replies:
             combined.add(float(reply.payload.int("n")), self.moved(sent, reply))
         if not combined.total:
-            return State(state.ledger, state.round + 1, state.places)
+            return state._replace(round=state.round + 1)
         vectors = np.split(combined.tensors()["b"], np.cumsum(np.repeat(sent.array("rows"), self.r))[:-1])
         return self.written(state, vectors)
 
     def written(self, state: State, vectors: Sequence[np.ndarray]) -> State:
         """Return the state with a round's moves, those of each matrix and direction, as `planes` vectors of signs."""
-        now = np.array(self.trained_in(state.round), np.uint64) << np.uint64(32)
-        ids = (state.places.astype(np.uint64)[:, None] | now[None, :]).reshape(-1)
-        ledger = state.ledger
+        now, left, ledger = self.trained_in(state.round), state.left.copy(), state.ledger
+        ends = np.cumsum(self.rows(state)).tolist()
+        where = [
+            (p, slice(end - rows, end)) for rows, end in zip(self.rows(state), ends, strict=True) for p in now
+        ]
+        vectors = [v + left[place] for v, place in zip(vectors, where, strict=True)]
+        ids = state.places.astype(np.uint64)[:, None] | (np.array(now, np.uint64) << np.uint64(32))
         for _ in range(self.planes):
             scales, bits, vectors = plane(vectors)
-            ledger = ledger.append(ids, scales.astype(np.int64), state.round + 1, bits)
-        return State(ledger, state.round + 1, state.places)
+            ledger = ledger.append(ids.reshape(-1), scales.astype(np.int64), state.round + 1, bits)
+        for place, rest in zip(where, vectors, strict=True):
+            left[place] = rest
+        return State(ledger, state.round + 1, state.places, left)
 
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         """Return how far a device went: root mean square of B, over that of random steps of the learning rate's size."""
@@ -282,11 +295,12 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     def footprint(self, shape: Shape) -> Footprint | None:
         layers = lora_layers(shape, self.targets)
         module = lora_module(layers, {}, self.r)
-        if module is None:
+        if module is None or shape.head:
             return None
         tensors = tuple((layer.name, (layer.out, layer.into), "float32") for layer in layers)
         head = replace(placeholder_ledger(1).head, law=OUTER, tensors=tensors)
-        state = State(Ledger(head), 0, np.arange(len(layers)))
+        rows = sum(layer.out for layer in layers)
+        state = State(Ledger(head), 0, np.arange(len(layers)), np.zeros((self.pool, rows), np.float32))
         vectors = [np.ones(layer.out) for layer in layers for _ in range(self.r)]
         return Footprint(
             "backward",
