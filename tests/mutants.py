@@ -232,7 +232,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'if count > PASSES:', 'if False:',
            'seeds/test_ledger.py'),
     Mutant('seeds/ledger.py', 'load',
-           'check_size(head.law, head.K, found.count_passes())', 'pass',
+           'noise.check_size(head.law, head.K, found.count_passes())', 'pass',
            'seeds/test_ledger.py'),
     Mutant('deploy/patch.py', 'write',
            'if result and sha.hexdigest() != result:', 'if False:',

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Save and report the result of a run: the ledger or adapter, the last answers and measures, the last event, the report."""
 
 from __future__ import annotations
