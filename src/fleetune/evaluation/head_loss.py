@@ -5,9 +5,9 @@ With x_i a token's input to the head, W the head's matrix, y_i the target and p 
     l_i = log sum_v exp(W_v x_i) - W_y x_i        dl_i / dx_i = sum_v p_v W_v - W_y
 
 Both sums over v are taken online: a block's logits are made, the running maximum is raised, and what was summed before is scaled
-down to it (Milakov and Gimelshein 2018, arXiv 1805.02867; for the second sum as in FlashAttention, arXiv 2205.14135).  A trained
-head, or any other module (LoRA, hooks), has some tokens' logits made at a time, again in backward.  Where a model changes each
-logit after its head (Gemma 2, Granite, Cohere), with s_v the slope of that, p_v W_v becomes s_v p_v W_v.
+down to it (Milakov and Gimelshein 2018, arXiv 1805.02867; for the second sum as in FlashAttention, arXiv 2205.14135).  For a
+trained head, or any other module (LoRA, hooks), the logits of some tokens are made at a time, and again in backward.  Where a
+model changes each logit after its head (Gemma 2, Granite, Cohere), with s_v the slope of that, p_v W_v becomes s_v p_v W_v.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compute cross-entropy (nats a token) and perplexity of a model on rows and on plain text; of an encoder, of its label word.
+"""Compute cross-entropy (nats a token; of an encoder: of its label word) and perplexity of a model on rows and on plain text.
 
 Every number is a function of the weights and the rows alone: eval mode, no random numbers, float64 sums, and neither batch size
 nor padding changes a value by more than float noise.  The model is always called as a module (`net(...)`), so that forward hooks

@@ -186,7 +186,10 @@ def disagreement(done: FleetEvaluated, found: Sequence[DeviceEvaluated]) -> str:
 
 
 def ratio(means: Sequence[float], shares: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean of the devices' means by their shares, and its standard error; None for one device."""
+    """Return the mean of the devices' means by their shares, and its standard error; None for one device.
+
+    A device that has nearly all tokens has a residual near 0; its w / (1 - w) does not let that pass for certainty.
+    """
     n = len(means)
     R = math.fsum(m * w for m, w in zip(means, shares, strict=True))
     if n < 2:

@@ -1,4 +1,7 @@
-"""Build the parts of a report page: one HTML file with its style and plots inside, that asks the network for nothing."""
+"""Build the parts of a report page: one HTML file with its style and plots inside, that asks the network for nothing.
+
+All text is escaped, for samples and names are untrusted.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Draw plots as SVG text: lines, bands and levels on two axes, and a row a name with bars or values before and after.
 
 Colours are classes `c0` .. `c7` and CSS variables of `style.css`, for light and dark pages (the Okabe-Ito palette, "Color
-Universal Design", 2008); series differ in marker shape as well.
+Universal Design", 2008); series differ in marker shape as well.  Every text is escaped here, where it becomes markup.
 """
 
 from __future__ import annotations

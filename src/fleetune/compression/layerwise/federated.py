@@ -1,8 +1,8 @@
 """Calibrate on simulated devices: their text stays with them, and only their Hessians travel.
 
-A Hessian is a sum over tokens, 2 sum x x^T.  Every device sends those of a block; the server adds them in float64, in the order
-of the clients, rounds once, solves the block and sends it back.  With one device the result is that of central calibration bit
-for bit.  The sums are private data: the rows of X can be recovered from X X^T when there are few of them.
+A Hessian is a sum over tokens, 2 sum x x^T.  Every device sends its sums for a block; the server adds them in float64, in the
+order of the clients, rounds once, solves the block and sends it back.  With one device the result is that of central calibration
+bit for bit.  The sums are private data: the rows of X can be recovered from X X^T when there are few of them.
 
     NAME        float32 [C (C + 1) / 2]: the lower triangle of 2 sum x x^T, row by row, for the first layer of each
                 distinct input (q, k and v share one)

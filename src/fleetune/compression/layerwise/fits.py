@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-untyped-calls
 """Fit scales to groups of weights: the least weighted squared error.
 
-A scale of a group's own puts the element of largest |x| near either end of the values, or the one of largest sqrt(h) |x| on each
-value but 0.  The weights are rounded to the nearest value, q.  For these the best scale is known, and what it takes off the
-error; the scale that takes off most is kept:
+For a group with a scale of its own, scales are tried that put the element of largest |x| near either end of the values, or that
+of largest sqrt(h) |x| on each value but 0.  The weights are rounded to the nearest value, q.  For these the best scale is known,
+and what it takes off the error; the scale that takes off most is kept:
 
     s = sum h q x / sum h q^2            sum h (x - s q)^2 = sum h x^2 - (sum h q x)^2 / sum h q^2
 

@@ -2,14 +2,14 @@
 
 To second order, the KL divergence that an error e of a layer's outputs causes at one token is e' F e / 2, with F the Fisher
 information: the mean of g g', where g is the gradient of -log p(y) by these outputs and y is drawn from the model's own p.  With
-only F's diagonal, for a matrix W [R, C] with inputs x, an error E = Q - W and means over tokens, as if g and x were independent
-(K-FAC: Martens and Grosse 2015, arXiv 1503.05671),
+F's diagonal alone, for a matrix W [R, C] with inputs x and an error E = Q - W, as if g and x were independent (K-FAC: Martens and
+Grosse 2015, arXiv 1503.05671),
 
-    KL  ~  1/2 sum_i F_i (E_i H E_i'),        F_i = mean g_i^2,  H = mean x x'
+    KL  ~  1/2 sum_i F_i (E_i H E_i'),        F_i = mean g_i^2,  H = mean x x'        (means over tokens)
 
-The output head has F_v = mean p_v (1 - p_v), times the square of a factor on the logits.  Of the table of the input a row counts
-only where its token is: there G = mean g g' takes H's place, and the token's share that of F.  Of experts only what goes in and
-comes out can be seen, out_t = sum_e r_te y_te: the gradient by y_te is r_te g_t, and one step back gives that by gate and up.
+The output head has F_v = mean p_v (1 - p_v), times the square of a factor on the logits.  A row of the input table counts only
+where its token is: there G = mean g g' takes H's place, and the token's share that of F.  Of experts only what goes in and comes
+out is seen, out_t = sum_e r_te y_te: the gradient by y_te is r_te g_t, and one step back gives that by gate and up.
 """
 
 from __future__ import annotations
