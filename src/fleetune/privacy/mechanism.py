@@ -75,6 +75,15 @@ class Privacy:
 
 
 @dataclass(frozen=True)
+class Own(Privacy):
+    """The same in the local steps of real devices: noise, sampling and rows are each device's own, and none is known here."""
+
+    @property
+    def text(self) -> str:
+        return f"Poisson sampling by each device, clipped to {self.clip:.4g} (L2), discrete Gaussian noise of its own"
+
+
+@dataclass(frozen=True)
 class Measuring(Privacy):
     """A mechanism that writes down each vector's norm and size, and releases next to nothing; its clip is to be tiny."""
 

@@ -19,12 +19,12 @@ from fleetune.cli.console import Ui
 from fleetune.cli.listener import InterruptHandler, console_listener
 from fleetune.common.display import human_bytes, human_time
 from fleetune.common.settings import parse_bytes
-from fleetune.common.shell import quoted
+from fleetune.common.shell import check_installed, quoted
 from fleetune.data import check_columns, sources
 from fleetune.data.partition import held_out_problem
 from fleetune.data.read_rows import row_of
 from fleetune.errors import RecipeError, StorageError, UsageError
-from fleetune.fleet import PORT, flower, keys
+from fleetune.fleet import PORT, keys
 from fleetune.fleet import audit as log
 from fleetune.fleet import status as standing
 from fleetune.fleet.flower import shim
@@ -377,7 +377,7 @@ def _word(args: argparse.Namespace, such: str) -> str:
 
 
 def _app(args: argparse.Namespace, ui: Ui) -> None:
-    flower.check_installed()
+    check_installed("Flower", "flower", "flwr")
     folder = Path(_word(args, "fleetune-app"))
     shim.write(folder)
     ui.paths(

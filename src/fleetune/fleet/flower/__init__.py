@@ -11,18 +11,8 @@ documents.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-
-from fleetune.common.shell import pip_install
-from fleetune.errors import UsageError
 
 # Flower would report every start to its makers and look for updates otherwise
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-
-
-def check_installed() -> None:
-    """UsageError where Flower is not installed."""
-    if importlib.util.find_spec("flwr") is None:
-        raise UsageError("flwr is not installed", hint=pip_install("flower"))

@@ -38,11 +38,13 @@ def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
     """
     keep = recipe.keep if "keep" in named or not recipe.eval_every else "best"
     if recipe.privacy == "example":
-        raise RecipeError(
-            ["privacy = example is for fleetune tune: real devices do not add noise of their own yet"],
-            hint="--privacy client hides whether a device took part",
-        )
-    if recipe.privacy != "none":  # every device counts once; N is what the recipe says from now on
+        if recipe.noise or not recipe.epsilon:
+            raise RecipeError(
+                ["real devices choose the noise for their rows themselves, from a budget"],
+                hint="--privacy example --epsilon 8, without --noise",
+            )
+        recipe = dataclasses.replace(recipe, clients=devices)
+    elif recipe.privacy != "none":  # every device counts once; N is what the recipe says from now on
         return dataclasses.replace(recipe, clients=devices, keep=keep)
     rule = (
         aggregation.parse(recipe.aggregation) if "aggregation" in named else default_rule(recipe, devices)[0]
@@ -67,7 +69,7 @@ def about_rule(recipe: Recipe, count: int) -> str:
             "mode sealed: this server sees sums of replies and never one; every device counts once, and proves nothing "
             "(docs/privacy.md)"
         )
-    if recipe.privacy != "none":
+    if recipe.privacy == "client":
         return (
             "mode private: replies are summed with noise, so that what is published hides each device; every one counts once, "
             "within its clip (docs/privacy.md)"

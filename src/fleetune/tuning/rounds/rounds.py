@@ -26,7 +26,7 @@ from fleetune.runs import rundir
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.aggregation import MEAN, Rule, usual
-from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, encode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.rounds.checkpoint import Course, StandsOn, Totals
@@ -271,6 +271,9 @@ def _summed(
     """Return the state that a round gives whose replies nobody sees, and those that were to give one."""
     asked = Round(r, plan.base, fleet.rows, state, fleet.kind)
     with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, True) as replies:
+        replies.kinds = [
+            (sent, ReplySpec({}, {})) for sent, _ in replies.kinds
+        ]  # that they are done, no more
         if not summing.pending(r):
             chosen = [client for client in fleet.present() if client not in summing.left_out]
             coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
