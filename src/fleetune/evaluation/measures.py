@@ -85,9 +85,8 @@ def evaluate(
         return all_row_losses(model, rows, batch_size, told("rows"))
 
     @functools.cache
-    def answers() -> tuple[
-        list[str], list[str]
-    ]:  # made once for all tasks that need them, and the references
+    # made once for all tasks that need them, and the references
+    def answers() -> tuple[list[str], list[str]]:
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         made = generate(model, answered, on_rows=told("answers"), **how)
         return made, [example.response for example in answered]

@@ -90,9 +90,8 @@ Label = Annotated[str, Field(min_length=1, max_length=200), Printable]
 Text = Annotated[str, Field(max_length=MAX_TEXT), Printable]
 ODD: Final = "[^A-Za-z0-9()@._+-]"  # what no word of a `Line` has
 _WORD: Final = f"[{ODD[2:]}+"
-Line = Annotated[
-    str, Field(max_length=64, pattern=f"^({_WORD}( {_WORD})*)?$")
-]  # shown among the server's words
+# shown among the server's words
+Line = Annotated[str, Field(max_length=64, pattern=f"^({_WORD}( {_WORD})*)?$")]
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Setting = bool | Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | Number | Text
 Kinds = Annotated[tuple[Annotated[int, Field(ge=0, lt=1000)], ...], Field(min_length=1, max_length=1000)]

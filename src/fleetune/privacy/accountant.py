@@ -47,9 +47,8 @@ def epsilon_of(releases: Releases, delta: float) -> float:
         return float(exact(sum(n / z**2 for z, _, n in releases) ** -0.5, delta)) if releases else 0.0
     if (bound := _renyi(releases, delta)) > LARGE:
         return bound
-    interval = (
-        1e-3 if sum(n for _, _, n in releases) <= COARSE else 1e-4
-    )  # of privacy losses, rounded up: costs 0.1 % of epsilon at most
+    # of privacy losses, rounded up: costs 0.1 % of epsilon at most
+    interval = 1e-3 if sum(n for _, _, n in releases) <= COARSE else 1e-4
     accountant = _accounting().pld.PLDAccountant(value_discretization_interval=interval)
     for noise, q, n in releases:
         accountant.compose(_release(noise, q), n)
@@ -65,9 +64,8 @@ def _renyi(releases: Releases, delta: float) -> float:
     accountant, told = _accounting().rdp.RdpAccountant(ORDERS), logging.getLogger("absl")
     level = told.level
     try:
-        told.setLevel(
-            logging.ERROR
-        )  # it warns of orders that it leaves out, which makes the bound larger, not wrong
+        # it warns of orders that it leaves out, which makes the bound larger, not wrong
+        told.setLevel(logging.ERROR)
         for noise, q, n in releases:
             accountant.compose(_release(noise, q), n)
     finally:
@@ -94,9 +92,8 @@ def noise_for(budget: float, q: float, releases: int, delta: float) -> float:
             low = middle
     digits = 10.0 ** (2 - math.floor(math.log10(high)))
     found = math.ceil(high * digits)
-    while (
-        epsilon(found / digits, q, releases, delta) > budget
-    ):  # near PLD's interval, more noise may cost more
+    # near PLD's interval, more noise may cost more
+    while epsilon(found / digits, q, releases, delta) > budget:
         found += 1
     return found / digits
 

@@ -49,7 +49,7 @@ class Privacy:
     clip: float  # C, L2 norm of the vector of one client, or row
     noise: float  # z, noise multiplier: deviation over clip
     q: float  # with which each of N takes part, by a draw of its own; 1: all do
-    N: int
+    N: int  # 0: noise, q and N are each real device's own, and not known here
 
     @property
     def grid(self) -> float:
@@ -63,6 +63,8 @@ class Privacy:
     @property
     def text(self) -> str:
         """Return the mechanism in words."""
+        if not self.N:
+            return f"Poisson sampling by each device, clipped to {self.clip:.4g} (L2), discrete Gaussian noise of its own"
         how = f"Poisson sampling at {self.q:.4g} of {self.N:,}" if self.q < 1 else f"all {self.N:,}"
         return (
             f"{how}, clipped to {self.clip:.4g} (L2), discrete Gaussian noise of multiplier {self.noise:.4g}, "
@@ -72,15 +74,6 @@ class Privacy:
     def units(self, moves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return y_k, the integers int64 of one vector, which `moves` holds in named parts."""
         return units_of(moves, self.clip, self.grid)
-
-
-@dataclass(frozen=True)
-class Own(Privacy):
-    """The same in the local steps of real devices: noise, sampling and rows are each device's own, and none is known here."""
-
-    @property
-    def text(self) -> str:
-        return f"Poisson sampling by each device, clipped to {self.clip:.4g} (L2), discrete Gaussian noise of its own"
 
 
 @dataclass(frozen=True)

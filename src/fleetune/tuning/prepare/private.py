@@ -24,7 +24,7 @@ from fleetune.data import Encoded
 from fleetune.errors import RecipeError, UsageError
 from fleetune.models.net.model import Model
 from fleetune.privacy import accountant, secagg
-from fleetune.privacy.mechanism import Measuring, Own, Privacy, Sealed
+from fleetune.privacy.mechanism import Measuring, Privacy, Sealed
 from fleetune.tuning.exchange.aggregation import PRIVATE, Rule, parse
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.trial import Bench, restored
@@ -178,11 +178,8 @@ class Account:
 
     def statement(self, rounds: int, released: int) -> str:
         """Return the whole guarantee, for the console, the cards and the ledger's head."""
-        what = (
-            "clients"
-            if self.level in BY_CLIENT
-            else f"rows of {'a device' if self.own else 'the client with the fewest'}"
-        )
+        rows = "rows of a device" if self.own else "rows of the client with the fewest"
+        what = "clients" if self.level in BY_CLIENT else rows
         return (
             f"differential privacy: {self.promise(rounds, released)}; {what}: {self.privacy.text} ({accountant.version()}); "
             "held-out rows, numbers of rows and settings are outside"
@@ -201,11 +198,10 @@ def _account(recipe: Recipe, method: Method, sizes: Sequence[int], clients: int)
     if recipe.privacy in BY_CLIENT:
         return Account(recipe.privacy, by_client(recipe, clients), 1, recipe.delta, budget)
     if not sizes:
-        own = Own(recipe.clip_norm, 0.0, 0.0, 0)
-        return Account(recipe.privacy, own, 1, recipe.delta, budget, recipe.rounds)
-    steps = max(
-        map(method.local_steps, sizes)
-    )  # and rows of the fewest are sampled most: together, no client's account is more
+        theirs = Privacy(recipe.clip_norm, 0.0, 0.0, 0)
+        return Account(recipe.privacy, theirs, 1, recipe.delta, budget, recipe.rounds)
+    # rows of the fewest are sampled most: with the most steps, no client's account is more
+    steps = max(map(method.local_steps, sizes))
     return Account(recipe.privacy, of_rows(recipe, method, min(sizes)), steps, recipe.delta, budget)
 
 

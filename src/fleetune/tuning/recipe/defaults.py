@@ -117,9 +117,8 @@ def given(recipe: Recipe) -> list[str]:
     usual = {name: default for name, (_, default, _) in recipes.fields().items() if name != "set"}
     method = methods.make(recipe.method, {}).written_out()
     usual |= {f"set.{name}": value for name, value in methods.values_of(method).items()}
-    written = usual | {
-        f"set.{s.name}": s.default for s in methods.settings(recipe.method)
-    }  # 0 where one follows
+    # 0 where one follows
+    written = usual | {f"set.{s.name}": s.default for s in methods.settings(recipe.method)}
     clients = _usual_clients(recipe.method, recipe.partition)
     return [
         name

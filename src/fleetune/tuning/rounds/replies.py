@@ -132,9 +132,8 @@ class Replies:
             self.bytes_down += answer.sent
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
-        if (
-            self.rule.privacy is None
-        ):  # else no client may decide whether another counts: the clip is the bound
+        # else no client may decide whether another counts: the clip is the bound
+        if self.rule.privacy is None:
             self._compare()
         self.kept.sort(key=lambda kept: kept.answer.client)
 

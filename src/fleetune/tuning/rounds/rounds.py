@@ -271,9 +271,8 @@ def _summed(
     """Return the state that a round gives whose replies nobody sees, and those that were to give one."""
     asked = Round(r, plan.base, fleet.rows, state, fleet.kind)
     with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, True) as replies:
-        replies.kinds = [
-            (sent, ReplySpec({}, {})) for sent, _ in replies.kinds
-        ]  # that they are done, no more
+        # that they are done, no more
+        replies.kinds = [(sent, ReplySpec({}, {})) for sent, _ in replies.kinds]
         if not summing.pending(r):
             chosen = [client for client in fleet.present() if client not in summing.left_out]
             coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
@@ -323,9 +322,8 @@ def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) ->
     A round fails when every client fails, or when most replies are not finite.
     """
     all_failed = replies.failed >= replies.asked > 0 and not replies.accepted
-    if (
-        plan.rule.privacy is not None and plan.summing is None
-    ):  # then no client's reply may decide whether there is another round
+    # then no client's reply may decide whether there is another round
+    if plan.rule.privacy is not None and plan.summing is None:
         if all_failed:
             log.warning(
                 "round %d: every client that was asked failed: %s", replies.round.number, replies.reason
@@ -349,9 +347,8 @@ def _aggregated(method: Method, replies: Replies, plan: RoundPlan) -> Any:
     """Return the new state, or the old one where too few replies are good; ModelLostError when it is not finite."""
     number, state = replies.round.number, replies.round.state
     new = replies.aggregate()
-    if (
-        plan.rule.privacy is not None
-    ):  # released as it is, noise alone included: whether to is no client's choice
+    # released as it is, noise alone included: whether to is no client's choice
+    if plan.rule.privacy is not None:
         pass
     elif replies.mostly_not_finite or replies.accepted < plan.quorum:
         log.warning(
