@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read keys in OpenSSH's form, as `ssh-keygen` makes them."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune fleet`: run a recipe on real devices, be such a device, make keys and certificates."""
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from fleetune.data import check_columns, sources
 from fleetune.data.partition import held_out_problem
 from fleetune.data.read_rows import row_of
 from fleetune.errors import RecipeError, StorageError, UsageError
-from fleetune.fleet import PORT, keys
+from fleetune.fleet import PORT, flower, keys
 from fleetune.fleet import audit as log
 from fleetune.fleet import status as standing
-from fleetune.fleet.flower import shim
 from fleetune.fleet.table import Devices
 from fleetune.privacy import accountant, secagg
 from fleetune.runs import compression_folder, rundir
@@ -379,7 +377,7 @@ def _word(args: argparse.Namespace, such: str) -> str:
 def _app(args: argparse.Namespace, ui: Ui) -> None:
     check_installed("Flower", "flower", "flwr")
     folder = Path(_word(args, "fleetune-app"))
-    shim.write(folder)
+    flower.write_app(folder)
     ui.paths(
         [
             ("app", str(folder)),
