@@ -164,7 +164,7 @@ class Account:
 
     def promise(self, rounds: int, released: int) -> str:
         """Return what is guaranteed after so many rounds, and so many releases of them."""
-        what = "client" if self.level in BY_CLIENT else "row"
+        what = {CLIENT: "client", SEALED: "client's reply"}.get(self.level, "row")
         each = "" if self.per_round == 1 else f" of {counted(self.per_round, 'step')}"
         return (
             f"epsilon {self.spent(released):.3g} at delta {self.delta:g} for adding or removing one {what}, after "
