@@ -207,9 +207,8 @@ class Served:
                 f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
             )
         devices = Devices(run.path)
-        told = job_of(
-            job.recipe, devices.run, job.model.digest, **terms_of(job.recipe, private.sealed_of(job))
-        )
+        terms = terms_of(job.recipe, private.sealed_of(job))
+        told = job_of(job.recipe, devices.run, job.model.digest, **terms)
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
         kinds = wanted(job.method, job.recipe.kinds)
         apart = job.recipe.privacy in private.BY_CLIENT

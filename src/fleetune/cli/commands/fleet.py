@@ -56,6 +56,7 @@ stop RUN                              end the server after this step; it can be 
 audit RUN                             check the log of all that was taken or refused
 app DIR                               write the app for a Flower of your own: flwr run DIR
 """
+OWN = "model device threads held_out eval_data columns base ram epsilon delta"  # options of a recipe that a device gives
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -235,19 +236,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     given = flags.given(args)
     if not (rows := given.pop("data", "")):
         raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
-    names = (
-        "model",
-        "device",
-        "threads",
-        "held_out",
-        "eval_data",
-        "columns",
-        "base",
-        "ram",
-        "epsilon",
-        "delta",
-    )
-    own = {name: given.pop(name, "") for name in names}
+    own = {name: given.pop(name, "") for name in OWN.split()}
     if other := [*given, *args.set]:
         raise UsageError(
             f"{other[0]} is the server's to say",

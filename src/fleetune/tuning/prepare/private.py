@@ -136,17 +136,14 @@ def least_of(clients: int) -> int:
 
 @dataclass(frozen=True)
 class Account:
-    """The mechanism of a run, and how often it releases: of the client with the fewest rows where rows are hidden.
-
-    Real devices account their rows themselves: all rounds together cost them the budget, so that is stated from the first on.
-    """
+    """The mechanism of a run, and how often it releases: of the client with the fewest rows where rows are hidden."""
 
     level: str
     privacy: Privacy
     per_round: int  # releases
     delta: float
     budget: float  # epsilon; infinity where only the noise was given
-    own: int = 0  # rounds, where real devices account themselves
+    own: int = 0  # rounds that cost real devices, which account for their rows themselves, the budget
 
     def spent(self, released: int) -> float:
         """Return epsilon after so many rounds were released, or one of them again."""
@@ -182,17 +179,14 @@ class Account:
         )
 
 
-def account(job: Job) -> Account | None:
-    """Return the account of a settled job; None where it has no privacy."""
-    return _account(job.recipe, job.method, _sizes(job), clients_of(job))
-
-
-def _account(recipe: Recipe, method: Method, sizes: Sequence[int], clients: int) -> Account | None:
+def account(job: Job, recipe: Recipe | None = None) -> Account | None:
+    """Return the account of a settled job, or of it with another recipe; None where it has no privacy."""
+    recipe, method, sizes = recipe or job.recipe, job.method, [len(rows) for rows in job.rows]
     if not is_accounted(recipe):
         return None
     budget = recipe.epsilon or float("inf")
     if recipe.privacy in BY_CLIENT:
-        return Account(recipe.privacy, by_client(recipe, clients), 1, recipe.delta, budget)
+        return Account(recipe.privacy, by_client(recipe, clients_of(job)), 1, recipe.delta, budget)
     if not sizes:
         theirs = Privacy(recipe.clip_norm, 0.0, 0.0, 0)
         return Account(recipe.privacy, theirs, 1, recipe.delta, budget, recipe.rounds)
@@ -222,11 +216,8 @@ def own_of(method: Method, n: int, clip: float, epsilon: float, delta: float, ro
     """Return the mechanism by which a device with n rows spends at most epsilon in so many rounds; UsageError for none."""
     steps, why = rounds * method.local_steps(n), method.cannot_hide_rows()
     if why or delta * n >= 1 or not 0 < steps <= STEPS:
-        raise UsageError(
-            "the run cannot hide each of this device's rows: "
-            + (why or f"delta is {delta:g} for {n:,} rows, and {steps:,} steps of {STEPS:,} at most"),
-            hint=PAGE,
-        )
+        why = why or f"delta is {delta:g} for {n:,} rows, and {steps:,} steps of {STEPS:,} at most"
+        raise UsageError(f"the run cannot hide each of this device's rows: {why}", hint=PAGE)
     return Privacy(clip, accountant.noise_for(epsilon, q := sampled(method, n), steps, delta), q, n)
 
 
@@ -251,7 +242,7 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
     recipe = job.recipe
     if recipe.privacy == NONE:
         return recipe
-    hidden = clients_of(job) if recipe.privacy in BY_CLIENT else sum(_sizes(job))
+    hidden = clients_of(job) if recipe.privacy in BY_CLIENT else sum(map(len, job.rows))
     if not hidden:  # no rows are here: each device finds its own noise
         recipe = replace(recipe, delta=recipe.delta or DELTA)
     elif recipe.epsilon or recipe.noise:
@@ -262,7 +253,7 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
     if recipe.clip_norm and not recipe.noise:
         return recipe
     measured = _measured(job)
-    if recipe.noise and (found := _account(recipe, job.method, _sizes(job), clients_of(job))) is not None:
+    if recipe.noise and (found := account(job, recipe)) is not None:
         numbers, privacy = measured.sizes[0], found.privacy
         loud = privacy.noise * math.sqrt(numbers) / (privacy.q * privacy.N)
         note(
@@ -280,7 +271,7 @@ def _with_noise(job: Job, recipe: Recipe, hidden: int) -> Recipe:
         raise RecipeError(
             [f"delta = {recipe.delta:g} must be below 1 / {hidden:,} rows: leave it out"], hint=PAGE
         )
-    plain = _account(replace(recipe, noise=1.0), job.method, _sizes(job), clients_of(job))
+    plain = account(job, replace(recipe, noise=1.0))
     assert plain is not None
     q, releases = plain.privacy.q, recipe.rounds * plain.per_round
     try:
@@ -320,14 +311,10 @@ def planned(job: Job, done: int, released: int) -> str:
     assert found is not None
     left = found.rounds_within(rounds - done, released)
     last = "" if done + left == rounds else f", after which the budget of {found.budget:g} is spent"
-    sampled = "" if found.privacy.q < 1 else "; no amplification by sampling"
-    return f"{found.promise(done + left, released + left)}{last} · {found.privacy.text}{sampled}"
+    plain = "" if found.privacy.q < 1 else "; no amplification by sampling"
+    return f"{found.promise(done + left, released + left)}{last} · {found.privacy.text}{plain}"
 
 
 def clients_of(job: Job) -> int:
     """Return N, the public number of clients."""
     return len(job.rows) or job.recipe.clients
-
-
-def _sizes(job: Job) -> list[int]:
-    return [len(rows) for rows in job.rows]
