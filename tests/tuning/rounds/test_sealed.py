@@ -181,6 +181,7 @@ def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, 
     files = {c: tmp_path / f"{c}.ckpt" for c in range(4)}
     for c, file in files.items():
         Participant("", SEALED, file).hold(1, np.array([1, 2, 3]) * 10**c)
+    written = {c: file.stat().st_ino for c, file in files.items()}
 
     class Restarted(LocalFleet):
         def exchange(
@@ -194,6 +195,9 @@ def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, 
     made = Restarted(model, short("mezo"), [[]] * 4, 7, 0, sealed=SEALED)
     total, _ = summing(tmp_path).add_up(made, 1, range(4), 3)
     np.testing.assert_array_equal(total, np.array([1, 2, 3]) * 1111)
+    assert {
+        c: file.stat().st_ino for c, file in files.items()
+    } == written  # the vectors once, the steps beside them
     for c, file in files.items():  # of a round that has been summed nothing else is said
         with pytest.raises(MessageError, match="summed already"):
             Participant.kept("", SEALED, file).hold(1, np.array([5, 5, 5]))
