@@ -1,7 +1,5 @@
 """Read keys in OpenSSH's form, as `ssh-keygen` makes them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
