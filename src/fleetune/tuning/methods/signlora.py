@@ -19,8 +19,6 @@ feedback: Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847).  So eve
 a ledger of the law `outer` (`seeds/noise.py`): rank P, and one bit for a row, a direction and a plane.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
