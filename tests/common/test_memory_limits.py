@@ -38,20 +38,14 @@ OLD = "9:name=systemd:/x\n4:memory:/docker/3f\n3:cpu,cpuacct:/docker/3f\n0::/\n"
         (SERVICE, {f"{UNIT}/memory.max": 800 * MB, "system.slice/memory.max": "max"}, 800 * MB),
         (SERVICE, {f"{UNIT}/memory.max": 800 * MB, "system.slice/memory.max": 500 * MB}, 500 * MB),
         (SERVICE, {f"{UNIT}/memory.max": 800 * MB, f"{UNIT}/memory.high": 600 * MB}, 600 * MB),
-        (
-            SERVICE,
-            {f"{UNIT}/memory.max": "max", "memory.max": 300 * MB},
-            300 * MB,
-        ),  # a container's own, at the top
+        # a container's own, at the top
+        (SERVICE, {f"{UNIT}/memory.max": "max", "memory.max": 300 * MB}, 300 * MB),
         (SERVICE, {"system.slice/other.service/memory.max": MB}, None),
         ("0::/\n", {"memory.max": 700 * MB}, 700 * MB),
         ("0::/../sibling\n", {"memory.max": 700 * MB}, 700 * MB),  # of a group outside of the container's
         (OLD, {"memory/docker/3f/memory.limit_in_bytes": 400 * MB}, 400 * MB),
-        (
-            OLD,
-            {"memory/memory.limit_in_bytes": 400 * MB},
-            400 * MB,
-        ),  # the container's group is mounted at the top
+        # the container's group is mounted at the top
+        (OLD, {"memory/memory.limit_in_bytes": 400 * MB}, 400 * MB),
         (OLD, {"memory/docker/3f/memory.limit_in_bytes": 9223372036854771712}, None),
         (OLD, {"cpu,cpuacct/docker/3f/memory.limit_in_bytes": MB}, None),
         ("", {"memory.max": MB}, None),

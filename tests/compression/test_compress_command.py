@@ -43,11 +43,8 @@ def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: Capture
     assert result["before"]["perplexity"] != result["after"]["perplexity"]
     assert 0 < result["error"] < 0.1
     code, events, _ = call(capsys, "compress", tiny, *SMALL, *text)
-    assert (code, events[-1]["event"], events[-1]["digest"]) == (
-        0,
-        "done",
-        result["digest"],
-    )  # the same bytes
+    # the same bytes
+    assert (code, events[-1]["event"], events[-1]["digest"]) == (0, "done", result["digest"])
     assert [e["block"] for e in events if e["event"] == "block"] == [0, 1]
 
 
@@ -114,9 +111,8 @@ def test_a_stopped_one_does_not_go_on_with_something_else(
         shutil.rmtree("mine")
         models.tiny_llama(seed=5).save(Path("mine"))
     else:
-        record = files.read_json(
-            folder / "compress.json", ""
-        )  # without its checksum, as earlier versions wrote it
+        # without its checksum, as earlier versions wrote it
+        record = files.read_json(folder / "compress.json", "")
         (folder / "compress.json").write_text(json.dumps(record | {"set": {"group": "8", "bits": "3"}}))
     code, said, _ = call(capsys, "compress", "--resume", "latest")
     assert code == 2

@@ -56,9 +56,8 @@ def test_from_a_tuned_run_to_a_file_that_reads_back(
     assert seen[-1]["loss"] == pytest.approx(done[-1]["after"]["loss"], rel=1e-5)
     through = ok(capsys, "eval", str(file), "demo", "--limit", "8", "--tasks", "loss")
     direct = ok(capsys, "eval", str(folder / "model"), "demo", "--limit", "8", "--tasks", "loss")
-    assert through[-1]["loss"] == pytest.approx(
-        direct[-1]["loss"], rel=0.01
-    )  # the embedding is Q8_0 in the file
+    # the embedding is Q8_0 in the file
+    assert through[-1]["loss"] == pytest.approx(direct[-1]["loss"], rel=0.01)
     assert tuned[-1]["digest"]
 
 

@@ -180,9 +180,8 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
         shown = fleet_status.look(run)
         hint = str(stopped.value.hint)
         assert "fleet serve --resume" in hint
-        assert hint.endswith(
-            f" --port {port} --keys keys --certificate certs --grace 20"
-        )  # so that devices find it again, and are waited for as long
+        # so that devices find it again, and are waited for as long
+        assert hint.endswith(f" --port {port} --keys keys --certificate certs --grace 20")
         assert (shown.status, shown.replies["ok"]) == ("interrupted", 2 * CLIENTS)
         goes_on = Resumed()
         joined[1].leave.set()  # and one is replaced by a new process meanwhile

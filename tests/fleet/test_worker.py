@@ -432,10 +432,8 @@ def test_its_reply_to_a_secure_sum_never_leaves_it(place: Path, worker: Worker, 
         "done",
         "done",
     )
-    few = {
-        "of": told[:1],
-        "rows": np.zeros((1, SHARES), np.uint8),
-    }  # the server says that nobody else has shared
+    # the server says that nobody else has shared
+    few = {"of": told[:1], "rows": np.zeros((1, SHARES), np.uint8)}
     assert ask(worker, "masked", few).code == "order"
     alone = {"of": np.array([0], np.uint32)}
     assert ask(worker, "reveal", alone).code == "order"

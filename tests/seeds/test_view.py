@@ -327,9 +327,8 @@ def test_it_is_taken_where_the_batch_is_small_and_the_objective_is_the_loss(
     monkeypatch.setattr(descent, "PAIRED", batch.labels.numel() - 1)
     assert count() == 2
     monkeypatch.setattr(descent, "PAIRED", 10**6)
-    batch = collate(
-        [Encoded(np.arange(6, dtype=np.int32), 2) for _ in range(3)], 0, "cpu"
-    )  # 6 x 3: which are the rows?
+    # 6 x 3: which are the rows?
+    batch = collate([Encoded(np.arange(6, dtype=np.int32), 2) for _ in range(3)], 0, "cpu")
     assert count() == 2
 
 

@@ -313,9 +313,8 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, at, capsys, monkeypatc
 
 def test_a_read_only_folder_is_said_before_any_work(tiny, at, capsys, monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise OSError(
-            errno.EROFS, "Read-only file system"
-        )  # root may write anywhere, so the system is asked to refuse
+        # root may write anywhere, so the system is asked to refuse
+        raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(rundir.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(models, "load", refuse)

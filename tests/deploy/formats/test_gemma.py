@@ -24,7 +24,6 @@ from fleetune.deploy.export import write as export
 from fleetune.models import Model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
 CLASSES = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
 IDS = torch.tensor([[1, *range(262, 287), *range(40, 70)]])  # longer than the windows
 LOCAL = {
