@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def job(place: Path) -> Job:
     digest = models.load(str(place / "model"), device="cpu").digest
     return Job("d" * 32, "fedit", SET, "tiny", digest, "fp32", 48, (), 3)
@@ -72,11 +73,16 @@ def take(worker: Worker, job: Job) -> Reply:
     return Reply.decode(worker.answer(Order("job", body=job.to_json().encode()).encode()))
 
 
+@functools.cache
+def start(place: Path) -> Payload:
+    """What a method sends at its start."""
+    method = methods.make("fedit", SET)
+    return method.broadcast(method.init(models.load(str(place / "model"), device="cpu"), 5))
+
+
 def message(place: Path, job: Job, round: int) -> bytes:
     """What the server of a run at its start sends."""
-    model = models.load(str(place / "model"), device="cpu")
-    method = methods.make("fedit", SET)
-    return encode(Message(round, bytes.fromhex(job.base)[:8], method.broadcast(method.init(model, 5))))
+    return encode(Message(round, bytes.fromhex(job.base)[:8], start(place)))
 
 
 def test_its_reply_is_that_of_a_simulated_client(place: Path, worker: Worker, job: Job) -> None:

@@ -50,14 +50,14 @@ def test_help_is_quick_and_loads_no_torch():
         "import sys, time, fleetune.cli.main as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
         "print('torch' in sys.modules, time.process_time())"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        for _ in "123"
-    ]
-    loaded, seconds = zip(*(run.stdout.split()[-2:] for run in runs), strict=True)
-    assert set(loaded) == {"False"}
-    assert "examples:" in runs[0].stdout
-    assert min(map(float, seconds)) < 0.5
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        loaded, seconds = done.stdout.split()[-2:]
+        assert loaded == "False"
+        assert "examples:" in done.stdout
+        if float(seconds) < 0.5:
+            return
+    raise AssertionError(f"{seconds} s")
 
 
 def test_methods_json_lists_the_contract_fields(capsys):
