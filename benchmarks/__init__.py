@@ -1,2 +1,1 @@
-# SPDX-License-Identifier: Apache-2.0
 """Ours against the papers' way, each pair measured in one process on one machine (`python -m benchmarks`)."""

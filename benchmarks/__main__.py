@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks [NAMES] [--quick] [--threads N] [--json FILE]`: run benchmarks, print the ratio table."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """FedKSeed's catch-up: the global model from the base and K accumulated scalars.
 
 The papers' way is K passes; some are measured and the rest extrapolated (a pass costs the same whatever its

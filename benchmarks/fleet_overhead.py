@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A simulated fleet: what rounds cost beyond the clients' own compute, and memory against their number.
 
 The real loop over the real local fleet with its codec, checks at the door, metrics and checkpoints on disk;

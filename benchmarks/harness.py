@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Timing, ratio rows and the facts of the machine.
 
 What is compared is timed in turn, over and over (a, b, c, a, b, c, ...), so that whatever else the machine

@@ -1,7 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Print the size of the project, as its budgets count it: `make house`.  Circles and arrows up: `tests/test_architecture.py`.
 
-A file's head is its licence, module docstring and imports, up to the first line of code.
+A file's head is its module docstring and imports, up to the first line of code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Peak resident memory of a step, each mode in a process of its own.
 
 The baseline is plain inference on the same batch: two forwards of the same objective.  The papers' step needs

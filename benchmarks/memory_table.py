@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The plan's sum for models that this machine has not run: what is private, what a file backs, what the disk must read.
 
     python -m benchmarks.memory_table

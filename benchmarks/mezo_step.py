@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A MeZO step: what its passes over the weights cost, alone and as part of a whole step.
 
 Passes alone: the papers' four, against ours, the two sweeps that a view makes for the two forwards (all

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The papers' way, plainly: what ours is measured against.
 
 MeZO (arXiv 2305.17333, Algorithm 1 and the code its authors published): a step is four passes over all

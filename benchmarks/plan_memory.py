@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The plan against what happens: predicted and measured peak memory of every method and comparison.
 
 Each measurement is a process of its own that loads a model from disk and does one round of a few steps the

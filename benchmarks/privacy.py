@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Leaks of a tuned model, measured, and what hiding them costs: without noise and at client-level epsilon 8 and 2.
 
 Membership of a client: LiRA (Carlini et al. 2022, arXiv 2112.03570, Algorithm 1, online).  A shadow run is one round, in which

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What everything is measured on: a llama with random weights in the shape of SmolLM2-135M, and random rows.
 
 Time and memory depend on the shape alone, so nothing is downloaded.  `quick` is a llama of 4 M parameters.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """OPTQ and SparseGPT: our column loop against the papers' algorithm written plainly, a torch call a column.
 
 Both get the same weights, the same Hessian and grids by the same rule; "plain" is algorithm 1 of arXiv 2210.17323 and

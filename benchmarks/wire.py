@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Bytes of one FedKSeed round, as encoded, against the published 18 kilobytes.
 
 The published figure (arXiv 2312.06353, "communication cost under 18 kilobytes"), with K = 4096 and tau = 200:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write the generated pages, and the generated parts of hand-written ones.  `--check` only compares the parts.
 
     python docs/build.py

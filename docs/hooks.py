@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Bring two pages from outside docs/ into the site, and make it need no network.  mkdocs calls these functions."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The command line as tests call it, and a run that is short."""
 
 from __future__ import annotations

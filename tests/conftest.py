@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One thread for the tiny models, each step timed once, a cache of their own, and the same examples at every run.
 
 `make test` is to say the same of the same code twice, so its property tests draw fixed examples; `make fuzz`

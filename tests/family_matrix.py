@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run every method on a tiny model of every family: what was trained must be what is loaded again and exported.
 
 A cell is a whole run of one round (`fleetune.tune`), then

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Count injected faults, and those survived, in one JSON file: pytest --faults-json docs/faults.json -m 'faults or injects'.
 
 A test takes the fixture `injected` and states what it did: injected("kind", how many, survived=how many).  A kind that ran

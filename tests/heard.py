@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A listener that writes down what it is told."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The places of a pool's law as docs/ledger.md defines them, one Python integer at a time."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Break expressions that guard an invariant, one at a time, and see that the tests notice: mutation testing by a list.
 
     python tests/mutants.py               all of the list (make faults runs it too)
@@ -218,7 +217,7 @@ MUTANTS: tuple[Mutant, ...] = (
            '"^[0-9a-f]{32}$"', '"^.*$"',
            'fleet/test_hostile_server.py -k leads'),
     Mutant('fleet/worker.py', 'Worker._work',
-           'if order.what not in TASKS[loaded.job.task]:', 'if False:',
+           'if order.what not in orders.TASKS[loaded.job.task]:', 'if False:',
            'fleet/test_hostile_server.py -k joined_for'),
     Mutant('fleet/worker.py', 'check_work',
            'if asked > (most := PASSES * max(rows, FEW)):', 'if (most := PASSES) and False:',
@@ -233,7 +232,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'if count > PASSES:', 'if False:',
            'seeds/test_ledger.py'),
     Mutant('seeds/ledger.py', 'load',
-           'check_size(head.law, head.K, found.count_passes())', 'pass',
+           'noise.check_size(head.law, head.K, found.count_passes())', 'pass',
            'seeds/test_ledger.py'),
     Mutant('deploy/patch.py', 'write',
            'if result and sha.hexdigest() != result:', 'if False:',

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Keep what lives as long as the tests out of the garbage collector's way.
 
 A worker that has imported torch and found thousands of tests holds a million objects, and every full collection goes

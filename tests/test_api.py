@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The Python library: its public names, its functions on names and on objects, and what they give back."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The layers of `docs/architecture.toml` hold: arrows go down only, without circles, lazy and type-only imports included."""
 
 from __future__ import annotations

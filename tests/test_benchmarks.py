@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every benchmark that is run as a program says with --help what it does, and does nothing of it; leaks are measured right."""
 
 from __future__ import annotations

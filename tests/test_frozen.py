@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What must stay equal while the code is made smaller: runs, artefacts, exported files, and what commands print.
 
 `frozen.json` holds command lines by key, and what they gave.  It is not changed to make a test pass, but to record a

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The expressions that `mutants.py` breaks are there; whether tests notice is seen by `make faults`."""
 
 from __future__ import annotations

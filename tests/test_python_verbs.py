@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The library in a notebook: lines while it works, sweeps, lists of runs, and answers."""
 
 from __future__ import annotations

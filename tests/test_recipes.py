@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every recipe names what exists, and those that state an outcome give it.
 
 A recipe that needs only what comes built in begins with a line such as

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The wheel holds all that the source tree does, and works where there is no source tree.
 
 It is built here and installed without its dependencies into a folder of its own, which comes before all else on the path.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tiny random models of many families, made from transformers' configurations in code: nothing is downloaded.
 
 Every model is 32 wide with two layers and our tokenizer of 256 bytes.  Biases, norms and other vectors are moved off

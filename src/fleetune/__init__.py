@@ -1,15 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Fine-tune language models across a fleet of edge devices, and make the result small enough to run on them.
 
-    import fleetune
-
-    run = fleetune.tune("smollm2-135m", "demo", method="fedkseed", rounds=2)
-    small = fleetune.compress(run)
-    file = fleetune.export(small, to="gguf")
-    model = fleetune.open("latest").load()
-
-The functions are described in `fleetune.api`.  The public names are imported when they are first used: `import fleetune`
-loads neither torch nor transformers.
+The functions are described in `fleetune.api`.  Public names are imported when first used: `import fleetune` loads no torch.
 """
 
 from __future__ import annotations

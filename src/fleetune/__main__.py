@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 # PYTHON_ARGCOMPLETE_OK
 """The `fleetune` command, and `python -m fleetune`."""
 

@@ -1,20 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Every error Fleetune raises on purpose, and the exit code each one ends the command with.
-
-    FleetuneError            1   something failed while working
-    |-- UsageError           2   the command, recipe, data or model is not usable as given
-    |   |-- RecipeError      2   options: every problem of a recipe at once
-    |   |-- DataError        2   a data file: names the file, line and field
-    |   `-- ModelError       2   a model that cannot be found, read or used here
-    |-- LedgerError          1   a ledger that is damaged or belongs to another base model
-    |-- MessageError         1   bytes or replies that are not what was agreed
-    |-- StorageError         1   the disk is full, read-only or lost a file
-    |-- FitError             3   it does not fit the device
-    `-- FleetError           4   the fleet: nobody answered, or too few did
-
-A message says what failed and the value seen; `hint` says what to do next.  `Interrupted` (130) is not
-an error: it is how Ctrl-C ends a run after its last completed round.
-"""
+"""Every error that Fleetune raises on purpose, and its exit code; a message says what failed, `hint` what to do next."""
 
 from __future__ import annotations
 

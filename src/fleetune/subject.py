@@ -1,17 +1,10 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Find what a name means: a run, a compressed model, or a plain model.
+"""Find what a name means: a run, a compressed model, or a plain model.  The first rule that fits wins:
 
-All name lookup is here: of every argument that may be any of the three.  The first rule that fits wins:
-
-    `latest`                                      the newest run or compression, by number
-    the folder of an artefact of codes            `Compressed`
-    a path, name or number of a compression       `Compressed`
-    a path, name or number of a run               `Run`
-    a built-in name, a directory, a .gguf file, a hub id        `Plain`
-
-An artefact of codes is a folder with `master.safetensors`: quantised (or sparse) weights in Fleetune's own format, as
-the methods that work layer by layer write it.  Names and numbers are looked up under `out`, the folder of the runs.
-`open` loads no weights; `load` does.
+`latest`                                      the newest run or compression, by number
+a folder with `master.safetensors`            `Compressed`: an artefact of codes
+a path, name or number of a compression       `Compressed`
+a path, name or number of a run               `Run`
+a built-in name, a directory, a .gguf file, a hub id        `Plain`
 """
 
 from __future__ import annotations
@@ -28,9 +21,7 @@ from fleetune.common import sums
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.models.cache import cache, names
-from fleetune.models.cache.names import is_master
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.compression_folder import CompressRequest
 
 if TYPE_CHECKING:
     from fleetune.common.paired import RowLosses
@@ -145,7 +136,7 @@ class Compressed:
         return check_compressed(self.folder)
 
     @property
-    def request(self) -> CompressRequest | None:
+    def request(self) -> compression_folder.CompressRequest | None:
         """The request; None for an artefact without a compression's folder."""
         return compression_folder.request_of(self.folder) if self.folder is not None else None
 
@@ -170,7 +161,7 @@ class Compressed:
     @property
     def holds_codes(self) -> bool:
         """Whether the result is an artefact of codes, not a plain directory."""
-        return is_master(self.model)
+        return names.is_master(self.model)
 
     def load(
         self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False, base: str | None = None
@@ -256,7 +247,7 @@ def open(name: object, out: str | Path = "runs") -> Subject:
         path.exists()
     except (OSError, ValueError) as error:  # too long, or a character that no path has
         raise UsageError(f"{text[:80]!r}.. is not the name of a model: {error}") from error
-    if text != "latest" and is_master(path):
+    if text != "latest" and names.is_master(path):
         return Compressed(None, path)
     run, smaller = _run(text, runs), compression_folder.find(text, runs)
     if smaller and not (run and rundir.number(smaller) <= rundir.number(run.resolve())):
@@ -280,7 +271,7 @@ def open_weights(name: object, out: str | Path = "runs") -> Run | Plain:
     if text == "latest":
         run = _run(text, runs)
         done = [p for p in compression_folder.listing(runs) if compression_folder.is_complete(p)]
-        plain = [p for p in done if not is_master(p / "model")]
+        plain = [p for p in done if not names.is_master(p / "model")]
         newest = max(plain, key=rundir.number, default=None)
         if newest and not (run and rundir.number(newest) < rundir.number(run.resolve())):
             return Plain(str(newest / "model"))

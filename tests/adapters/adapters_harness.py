@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every trainable module on a tiny decoder and two tiny encoders, for the tests of `adapters`."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every trainable module on decoders and encoders: start, training, leaving."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Adapters as folders: PEFT's layout, our own, and folders that cannot be used."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What prefixes, bottleneck adapters and prompts compute, against the papers' formulas in numpy float64."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """LoRA: start, numbers in and out, training, merging into 16 bits, and dropout that is torch's and keeps less."""
 
 from __future__ import annotations

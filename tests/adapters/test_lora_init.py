@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Where LoRA starts: the formulas in float64, what leaves the base, what is saved, and what a device is told."""
 
 from __future__ import annotations

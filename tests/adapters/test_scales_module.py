@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The scales of a quantised base as a module that is trained by back-propagation, against plain references."""
 
 from __future__ import annotations

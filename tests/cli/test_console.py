@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The console: results on stdout, talk on stderr, no escape codes off a terminal, strict JSON on request."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What people type first, and what they are told: command line -> exit code, exact words.  No torch, no model."""
 
 from __future__ import annotations

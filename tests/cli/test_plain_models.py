@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run, an adapter or a compressed model given as MODEL is refused at once, with the command that makes a plain model of it."""
 
 from __future__ import annotations

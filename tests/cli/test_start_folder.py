@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run that was started with relative paths is resumed, measured and repeated from any folder."""
 
 from __future__ import annotations

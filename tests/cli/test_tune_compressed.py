@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A compressed model given as MODEL where its scales are trained: its file is written once, and the run is one of that file."""
 
 from __future__ import annotations

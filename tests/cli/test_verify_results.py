@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A file that is not as it was written is refused by name where a result, an artefact or a cached model is used."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Numbers and measures as people read them."""
 
 from __future__ import annotations

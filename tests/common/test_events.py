@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every line that a command prints with `--json` is one of the events of the JSON schema that docs/build.py writes; none is left out."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Atomic files: whatever goes wrong, and whenever, a file is the old one or the new one."""
 
 from __future__ import annotations

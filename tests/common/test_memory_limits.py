@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The memory that a process may use: the least of the machine's and of the limits that are set on it."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Standard errors of losses and of their paired differences, against closed forms and the bootstrap."""
 
 from __future__ import annotations

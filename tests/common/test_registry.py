@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What other packages register: found, suggested, and left out with the reason where it cannot be used."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Settings say when they have an effect, and words, sizes of memory and speeds of a line are read as people write them."""
 
 from __future__ import annotations

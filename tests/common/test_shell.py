@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Commands in hints: a shell reads back the words that were meant, and none of them drives a terminal."""
 
 from __future__ import annotations

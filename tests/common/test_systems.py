@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What differs between systems: locks and memory, and whole commands without what Windows lacks (a stand-in, on Linux)."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A process without what Windows lacks: `python windows_stand_in.py SCRIPT ARGS..` runs SCRIPT in it.
 
 No /proc, no symbolic links, no fork, groups or affinity of processes, and for Fleetune no `fcntl` and no `resource`;

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the tests of `fleetune compress` share: a call of the command line, a quick run, and an interrupt after so many looks."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A folder to work in, with a text and rows."""
 
 from __future__ import annotations

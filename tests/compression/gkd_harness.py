@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the tests of GKD share: rows, two models, settings, and the divergence as the paper writes it."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the tests of mixtures share: random ones, and what their experts read and compute, written out."""
 
 from __future__ import annotations

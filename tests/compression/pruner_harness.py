@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the tests of pruning share: tiny models of each family, rows, settings, the importance as the paper writes it."""
 
 from __future__ import annotations

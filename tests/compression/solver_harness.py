@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the tests of solvers share: matrices with Hessians, and optimal-brain updates with explicit inverses in float64."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A solver that keeps what it is given, windows of random tokens, and what the layers of a compressed model read."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Hessians: their sums and factors, what a compressed model really feeds its layers, and drifts from the dense model's inputs."""
 
 from __future__ import annotations

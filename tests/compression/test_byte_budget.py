@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune compress --bytes` and `--bpw`: the file has the size that was said, and what cannot be is refused up front."""
 
 from __future__ import annotations

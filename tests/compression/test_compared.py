@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A compressed model beside the dense one, in `compress` and its files, and as `eval` sees it."""
 
 from __future__ import annotations

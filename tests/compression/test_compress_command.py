@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune compress` as a user meets it: a model, a run, Ctrl-C and resume, and every kind of bad input."""
 
 from __future__ import annotations

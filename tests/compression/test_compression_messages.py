@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What is refused: settings, requests and models, by the type of the error and one word of it."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a grid costs each matrix, and the choice that costs least within a budget."""
 
 from __future__ import annotations

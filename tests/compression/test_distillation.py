@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """GKD's divergence: the formula in float64."""
 
 from __future__ import annotations

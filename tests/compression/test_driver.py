@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The driver: resume, errors, what fits no matrix, and windows."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Experts: each matrix is solved with the tokens that its expert saw; few are said; runs resume."""
 
 from __future__ import annotations

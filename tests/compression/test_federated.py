@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Calibration on the devices: the central result from sums alone, and what becomes of devices that fail."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Grids of GGUF's super-blocks: what is fitted, that every code is the nearest, and OPTQ on them."""
 
 from __future__ import annotations

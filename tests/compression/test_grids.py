@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Grids: what they promise of every group, and the nearest code."""
 
 from __future__ import annotations

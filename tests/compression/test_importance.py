@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the loss would rise by without a group, against autograd in float64, and which groups stay."""
 
 from __future__ import annotations

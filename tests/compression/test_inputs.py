@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run is calibrated on its rows and on text that its model writes, and measured on more of that text."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A compression that is stopped or killed: what is left is finished, or gone on with; Ctrl-C stops what is measured."""
 
 from __future__ import annotations

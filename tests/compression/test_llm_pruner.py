@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """LLM-Pruner: what stays, that the rest computes what it should, recovery."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One block in memory at a time: the same bytes, a peak that blocks do not add to, and what the plan says of it."""
 
 from __future__ import annotations

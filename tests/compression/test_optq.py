@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """OPTQ and SparseGPT on one matrix, against optimal-brain updates with explicit inverses in float64; what solvers do with odd ones."""
 
 from __future__ import annotations

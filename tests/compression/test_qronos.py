@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Qronos against the paper's algorithm written with a least-squares problem for every column, and what the driver gives it."""
 
 from __future__ import annotations

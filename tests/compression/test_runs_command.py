@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune runs` and `compress --resume` among runs and what was made from them: names, what needs what, and locks."""
 
 from __future__ import annotations

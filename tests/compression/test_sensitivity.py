@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """How sensitive predictions are to errors of outputs: against the divergence that errors cause, and autograd."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Scales that are trained to follow the dense model: exact gradients, a result on its grid, a training that resumes."""
 
 from __future__ import annotations

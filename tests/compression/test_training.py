@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Training in steps that resume bit for bit, and what is refused to resume from."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`compress` with gkd and llm-pruner as a user meets them: results, runs, Ctrl-C and resume, a kill, a full disk."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the contract suite runs every compressor on: matrices with Hessians, a tiny random llama, and a few rows."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the contract suite runs every method on: a tiny random llama and thirty rows of one small language."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Small cases of every method, honest replies of a usual size, and a round that adds them up."""
 
 from __future__ import annotations

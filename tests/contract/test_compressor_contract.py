@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The contract of compressors: every method x every property, those of other packages included."""
 
 from __future__ import annotations

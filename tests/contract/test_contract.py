@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The contract, every method x every property, in order of value (design: "Contract tests")."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The contract, every export target x every property; the target of docs/export.md is one of them, from another package."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Rows, written as a file of each type that is read."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tokens and masks against apply_chat_template itself, cuts, dropped rows, batches fixed by their key."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The forms in which people have their rows, and columns that are renamed into one."""
 
 from __future__ import annotations

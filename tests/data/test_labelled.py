@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Labelled rows: their forms are told by their fields, and an encoder reads the texts as its tokenizer joins them."""
 
 from __future__ import annotations

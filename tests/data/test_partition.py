@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Partitions and held-out rows: exact covers, exact counts, fixed by the seed, skewed as alpha says."""
 
 from __future__ import annotations

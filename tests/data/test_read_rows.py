@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Readers: the four forms from the four file types, and an error that names file, line and field."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A limit of rows is shared by the clients of a folder, and few rows have few clients."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tiny models on grids, as master artefacts on the disk."""
 
 from __future__ import annotations

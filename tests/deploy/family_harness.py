@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tiny random models of every family that has a place in GGUF, and their logits in llama.cpp beside transformers'."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A stand-in for llama-server: an executable that answers in OpenAI's form, fails and breaks off as told."""
 
 from __future__ import annotations

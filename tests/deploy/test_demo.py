@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune demo` from its first line to its last, with a tiny model in the place of the one that it fetches."""
 
 from __future__ import annotations

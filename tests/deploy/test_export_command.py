@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """tune -> compress -> export -> eval as a user types it; the last link reads the GGUF file back as a model."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Kept gain, bits, speed by a clock of ours, and the process that measures, against numbers worked out by hand."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Our files in llama.cpp itself, where it is installed: the same losses and the same continuation as in torch."""
 
 from __future__ import annotations

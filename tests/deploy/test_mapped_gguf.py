@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A GGUF file as a mapped base: digests, replies of every method, runs and exports are those of its conversion in memory."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune measure` as a user types it: a compressed run with its kept gain, other subjects, exports, bad input."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Patches of a GGUF file's scales: what they make, what they refuse, and what a kill leaves."""
 
 from __future__ import annotations

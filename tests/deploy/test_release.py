@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A release is a run in one folder that nobody but its signer can have changed, and that tells nothing of the machine."""
 
 from __future__ import annotations

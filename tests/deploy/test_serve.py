@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune serve` and `fleetune chat` as a user meets them: an engine is started, asked, and ended with the command."""
 
 from __future__ import annotations

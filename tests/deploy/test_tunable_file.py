@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The GGUF file in which a compressed model is tuned: it is the exported one, written once, and nothing else is taken for it."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Whole models are proven from the base on; one flipped bit anywhere is found, and its place is named."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A tiny base, a run of each kind, a compression, exported files and a release, once a session; and a flipped bit."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every Python block of README.md and docs/ runs, as it stands on its page.
 
 The blocks of a page run in order, in one namespace and one empty folder.  There `smollm2-135m` is a random tiny llama

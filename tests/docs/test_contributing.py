@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """CONTRIBUTING.md's worked example, registered by another package, is a method like any other: everywhere."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The replay on docs/ledger.md rebuilds what `fleetune verify` rebuilds, without Fleetune."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The docs are those of this code: generated parts are up to date, links and commands exist."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A model that the tests of a module share."""
 
 from __future__ import annotations

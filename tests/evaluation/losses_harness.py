@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Rows, and their losses a token at a time in float64."""
 
 from __future__ import annotations

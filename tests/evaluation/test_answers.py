@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Greedy answers against an argmax loop, scores and label words by hand."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The loss of an output head in pieces: values and gradients of the plain formula, for each kind of head."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """KL divergence and same top token against the formulas, in float64 and a token at a time; the file between the two models."""
 
 from __future__ import annotations

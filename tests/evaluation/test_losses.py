@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Losses and perplexity against references computed by hand: float64 softmax, one-shot perplexity."""
 
 from __future__ import annotations

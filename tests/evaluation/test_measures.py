@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measures by name: what the parts give."""
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def test_evaluate_gives_what_the_parts_give(tiny: Model, monkeypatch: pytest.Mon
     references = [example.response for example in examples]
     made: list[int] = []
     monkeypatch.setattr(
-        "fleetune.evaluation.measures.generate",
+        "fleetune.evaluation.answers.generate",
         lambda model, rows, **options: made.append(len(rows)) or answers[: len(rows)],
     )
     got = evaluate(

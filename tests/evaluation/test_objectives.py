@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Objectives: the built-in ones against the same number reached another way, and functions by import path."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What tests of a finished run on real devices share: a run of a tiny model, and devices in threads on this machine."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The folder of a real fleet's run as its server leaves it, without a server."""
 
 from __future__ import annotations

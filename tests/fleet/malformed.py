@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Malformed answers of a device, by name: how each is made of an honest one, and what the server says of it.
 
 They are made for any method: `Honest.payload` is its reply.

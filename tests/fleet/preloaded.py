@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a command of ours in a process that is forked from one in which everything is imported: it starts in a moment.
 
 So many kills hit the work, and not the import of torch.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The log of a fleet: any change of a byte, a line or the order is found, and a kill costs at most the last line."""
 
 from __future__ import annotations

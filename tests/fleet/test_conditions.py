@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """When a device declines: on its battery, or while other programs keep it busy."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The door over HTTP: who comes in, whose order and answer it is, and what no request can do."""
 
 from __future__ import annotations

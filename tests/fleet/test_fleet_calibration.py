@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Devices calibrate a compression: the artefact is that of the simulated clients, and nobody who lies or leaves stops it."""
 
 from __future__ import annotations

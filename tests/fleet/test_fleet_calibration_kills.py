@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Processes are killed at random instants while devices calibrate a compression: the artefact is that of no kill at all.
 
 `make faults` runs it; FLEETUNE_KILLS says how often (default 12).

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A result is measured on the devices' own held-out rows, which they never train on; a device bounds nothing but itself."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Faults of the machines and of the network around a fleet: cut connections, full disks, clocks that jump, torn files.
 
 The slow ones run on the loopback with threads for devices: `make faults`.  Kills are in test_fleet_kills.py.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Torn files and full disks, of the server and of the devices: mended, or refused by name; nothing is half done."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Processes of a real fleet are killed at random instants, again and again: the run ends in the digest of no kill at all.
 
 `make faults` runs it; FLEETUNE_KILLS says how often (default 12), FLEETUNE_MINUTES for how long at most.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a server or a device cannot be told is refused before any work, with the reason."""
 
 from __future__ import annotations

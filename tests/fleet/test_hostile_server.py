@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A server that lies: it writes, reads and removes nothing on a device, fills no memory, and reads no row."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a server sends is read by a device up to a limit, never decompressed, and by no proxy on the machine itself."""
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import pytest
 
 from fleetune.common.memory import rss
 from fleetune.errors import UsageError
-from fleetune.fleet import keys, line
+from fleetune.fleet import door, keys, line
 from fleetune.fleet.line import Server, stay
 
 MILLION = 1_000_000
@@ -251,10 +250,10 @@ class Holds(Quiet):
     """Gives one order, and takes every piece of its answer in its own time."""
 
     def answer(self) -> None:
-        if self.headers.get(line.ORDER):
+        if self.headers.get(door.ORDER):
             time.sleep(3)
         self.send_response(200)
-        self.send_header(*((line.ORDER, "1") if self.path.endswith("exchange") else (line.SESSION, "s.x")))
+        self.send_header(*((door.ORDER, "1") if self.path.endswith("exchange") else (door.SESSION, "s.x")))
         self.end_headers()
 
 

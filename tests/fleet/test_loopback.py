@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A fleet on this machine, with TLS and keys: it ends in the digest of the simulation.
 
 The devices are threads; `make faults` has the same with processes that are killed.

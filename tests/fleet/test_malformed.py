@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The door: every malformed answer of a device that has a key is refused with its own reason, and changes nothing.
 
 The devices are in memory; what they send goes the way of a real run: `RemoteFleet`, the checks of a round, the method's sum.

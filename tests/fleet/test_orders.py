@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a server orders and a device answers: it comes back as it was, and nothing else gets through."""
 
 from __future__ import annotations

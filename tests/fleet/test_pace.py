@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """How long a round waits: more devices than needed, replies that come late, devices that decline; and who does what."""
 
 from __future__ import annotations

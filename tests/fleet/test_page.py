@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The live page over HTTP: who may read it, what it says, that nothing of a device's words becomes markup; and the metrics."""
 
 from __future__ import annotations

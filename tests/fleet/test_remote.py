@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The server's side of a real fleet, over a link in memory whose devices die, come back, lie and answer twice."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """How a fleet's run stands: from the folder of one that is served, finished, killed or damaged; and how one is stopped."""
 
 from __future__ import annotations

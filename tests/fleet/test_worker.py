@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A device: it answers as a simulated client would, once for each order, and runs nothing that a server sends."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the hostile corpus is made with: the mutations of a file, a limit of time, and the one question it asks.
 
 Nothing is stored: every hostile file is made from an honest one by a rule, so the corpus is the same everywhere.

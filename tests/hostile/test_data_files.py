@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Hostile data files: JSON lines, JSON, CSV and Parquet, damaged in every way, and those that an attack found."""
 
 from __future__ import annotations

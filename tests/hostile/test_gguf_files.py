@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Hostile GGUF files: damaged in every way, and with claims that nothing in the file stands for."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Hostile messages: what costs the server time or memory, and what would go into its records."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Hostile model directories: every file damaged in every way, and those that an attack found.
 
 Loading one is either refused by an error of ours within the time, or gives a model.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A cache of its own for every test of models, and no way to the network."""
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 
 from fleetune import models
-from fleetune.models.cache import cache, download
+from fleetune.models.cache import download
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +21,9 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
     for name in ("FLEETUNE_MODEL_SOURCE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cache, "hub_commit", no_hub)
-    monkeypatch.setattr(cache, "hub_snapshot", no_hub)
-    monkeypatch.setattr(cache, "pip_download", no_hub)
+    monkeypatch.setattr(download, "hub_commit", no_hub)
+    monkeypatch.setattr(download, "hub_snapshot", no_hub)
+    monkeypatch.setattr(download, "pip_download", no_hub)
 
 
 @pytest.fixture

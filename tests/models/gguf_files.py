@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tiny nets as GGUF files, as llama.cpp's converter writes them."""
 
 from __future__ import annotations

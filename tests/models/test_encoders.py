@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Encoders: whose head a directory gets, accuracy by head and by label words, and a whole run of one."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every method on tiny models of many families: what was trained is what is loaded again, exported and run by others.
 
 The cells that run here are those of what a family is the only one to have; `-m slow` runs them all.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A model whose weights stay in their file is the one in memory: values, products, gradients, digests."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A model from a name: what is loaded, what a name may be, and the hub."""
 
 from __future__ import annotations
@@ -118,8 +117,8 @@ def test_offline_asks_nobody_and_uses_the_hub_cache(saved: Path, monkeypatch: py
     def never(hub: str) -> Any:
         raise AssertionError("the network was asked")
 
-    monkeypatch.setattr(cache, "hub_snapshot", snapshot)
-    monkeypatch.setattr(cache, "hub_commit", never)
+    monkeypatch.setattr(download, "hub_snapshot", snapshot)
+    monkeypatch.setattr(download, "hub_commit", never)
     assert models.resolve("org/model", offline=True) == saved
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert models.resolve("org/model") == saved
@@ -138,10 +137,10 @@ def test_a_hub_that_answers_is_used_and_one_that_breaks_off_falls_back(
             return saved.parent / "cached"
         raise download.Unreachable("broke off")
 
-    monkeypatch.setattr(cache, "hub_snapshot", snapshot)
-    monkeypatch.setattr(cache, "hub_commit", lambda hub: ("c0ffee", 10))
+    monkeypatch.setattr(download, "hub_snapshot", snapshot)
+    monkeypatch.setattr(download, "hub_commit", lambda hub: ("c0ffee", 10))
     assert models.resolve("org/model") == saved
-    monkeypatch.setattr(cache, "hub_commit", lambda hub: ("other", 10))
+    monkeypatch.setattr(download, "hub_commit", lambda hub: ("other", 10))
     assert cache.pull_hub("org/model") == saved.parent / "cached"
 
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The digest of a model and of a tokenizer, drawn values, and the tiny models."""
 
 from __future__ import annotations

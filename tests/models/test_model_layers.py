@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Layers by their structure, and their activations computed again."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Numbers of tensors in mapped files: blocks, runs of numbers, files that change or are damaged."""
 
 from __future__ import annotations

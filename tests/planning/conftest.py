@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A small and a large model as directories, saved once."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The method of a recipe that names none."""
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from fleetune.models.shapes import shape_of
 from fleetune.planning import choose, device_cost
 from fleetune.planning.plan import Search
 from fleetune.tuning import methods
+from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import Recipe
 
@@ -94,7 +94,7 @@ def test_a_base_that_memory_cannot_hold_stays_in_its_file(
         assert why.endswith("base mapped") == (base == "mapped")
 
 
-def settled_base(recipe: Recipe) -> tuple[Recipe, choose.CheckMemory, str]:
+def settled_base(recipe: Recipe) -> tuple[Recipe, prepare.CheckMemory, str]:
     told: list[str] = []
     found, check = choose.settled_base(recipe, told.append, offline=True)
     return found, check, " ".join(told)

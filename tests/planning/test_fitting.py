@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The settings under which a method fits a device: what is given up, in which order, and what is then said to `tune`."""
 
 from __future__ import annotations

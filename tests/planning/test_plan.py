@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The plan: counts against real models, bytes against real messages, memory against real rounds."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Client-level differential privacy: the bound on a client, the noise, and the known numbers of accountants."""
 
 from __future__ import annotations

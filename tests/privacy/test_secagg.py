@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Secure sums: every pattern of drop-outs gives the exact sum or an honest refusal, and no member lays another open."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run of 24 clients, made once for a module."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run folder as a real run leaves it, and a reader of its page."""
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
-from fleetune import report
+from fleetune.report import single
 
 CATEGORIES = (
     "brainstorming",
@@ -211,7 +210,7 @@ class Page(HTMLParser):
 
 
 def page_of(run: Path) -> Page:
-    path = report.write(run)
+    path = single.write(run)
     assert path == run / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 

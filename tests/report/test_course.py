@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The rounds and the clients on the page: every number is that of the metrics."""
 
 from __future__ import annotations
@@ -9,9 +8,8 @@ from pathlib import Path
 
 from report_harness import CATEGORIES, fake_run, lines_of, page_of, restated, write_lines
 
-from fleetune import report
 from fleetune.common.display import human_bytes, human_time
-from fleetune.report import course, svg
+from fleetune.report import course, single, svg
 
 
 def drawing(text: str, ident: str) -> str:
@@ -51,7 +49,7 @@ def test_partition_is_that_of_the_metrics(run24: Path) -> None:
 
 def test_partition_of_many_clients_draws_the_largest_and_groups_small_categories(tmp_path: Path) -> None:
     run = fake_run(tmp_path, clients=200, rounds=1, asked=2, categories=[f"kind {i:02d}" for i in range(12)])
-    text = report.write(run).read_text()
+    text = single.write(run).read_text()
     assert "The 64 largest are drawn." in text
     assert len(re.findall(r"<title>client \d+: \d+ rows: ", drawing(text, "partition"))) == 64
     sizes = lines_of(run)[0]["rows_per_client"]
@@ -77,7 +75,7 @@ def test_replies_that_did_not_count_are_listed_with_their_reasons(run24: Path) -
 def test_client_name_is_that_of_the_data(tmp_path: Path) -> None:
     run = fake_run(tmp_path, clients=3, rounds=2, asked=3)
     names = ["bakery-lyon", "ferry & co", "a-name-much-longer-than-what-fits"]
-    text = report.write(restated(run, names=names, partition="column:client")).read_text()
+    text = single.write(restated(run, names=names, partition="column:client")).read_text()
     bars = drawing(text, "partition")
     for part in (
         ">bakery-lyon</text>",
@@ -87,7 +85,7 @@ def test_client_name_is_that_of_the_data(tmp_path: Path) -> None:
     ):
         assert part in bars
     assert "the clients that the data names" in text
-    text = report.write(restated(run, names=["a", 7, None], partition="column:site")).read_text()
+    text = single.write(restated(run, names=["a", 7, None], partition="column:site")).read_text()
     assert ">a</text>" in drawing(text, "partition")
     assert ">2</text>" in drawing(text, "partition")
     assert "one client per site" in text
@@ -126,7 +124,7 @@ def with_clients(run: Path, **of: object) -> Path:
 def test_client_losses_show_who_got_worse(tmp_path: Path) -> None:
     run = restated(fake_run(tmp_path, clients=4, rounds=1, asked=4), names=["north", "south", "east", "west"])
     with_clients(run, rows="held-out", n=[4, 4, 4, 4], base=[4.0, 3.0, 2.0, 1.0], tuned=[3.5, 3.25, 2.0, 0.5])
-    text = report.write(run).read_text()
+    text = single.write(run).read_text()
     assert "2 of 4 clients got better, 1 worse (south +0.250)" in text
     assert "Mean: 2.500 before, 2.312 after; of the worst tenth: 4.000 before, 3.500 after." in text
     assert "Measured on 4 held-out rows of each:" in text

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run folder read as far as it can be read: its summary, torn and doubled records, and which runs compare."""
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ import pytest
 from report_harness import fake_run, lines_of, page_of, write_lines
 
 from command_line import ok
-from fleetune import report
 from fleetune.cli.main import main
 from fleetune.common import sums
+from fleetune.report import runlog
 from fleetune.runs import metrics, rundir
 
 
 def test_summary_of_a_run(run24: Path) -> None:
     done = lines_of(run24)[-1]
-    assert report.summary(run24) == {
+    assert runlog.summary(run24) == {
         "name": "0007-fedit-smollm2-135m",
         "path": str(run24),
         "method": "fedit",
@@ -45,23 +44,23 @@ def test_summary_before_the_end_is_reckoned_from_the_rounds(tmp_path: Path) -> N
     run = fake_run(tmp_path, rounds=3, status="running")
     events = lines_of(run)
     rounds = [e for e in events if e["event"] == "round"]
-    assert report.summary(run)["status"] == "interrupted"  # nobody has the folder: it was killed
+    assert runlog.summary(run)["status"] == "interrupted"  # nobody has the folder: it was killed
     with rundir.locked(run):
-        found = report.summary(run)
+        found = runlog.summary(run)
     assert found["status"] == "running"
     found["status"] = "interrupted"
     assert found["bytes"] == rounds[-1]["bytes_total"]
     assert found["tuned_loss"] == events[-1]["loss"]
     assert found["seconds"] == pytest.approx(sum(e["seconds"] for e in rounds))  # type: ignore[misc]
     assert found["peak_rss"] == max(e["rss"] for e in events if "rss" in e)  # type: ignore[type-var]
-    assert report.table([run, run]) == [found, found]
+    assert runlog.table([run, run]) == [found, found]
 
 
 def test_summary_counts_a_round_that_stands_twice_once(tmp_path: Path) -> None:
     run = fake_run(tmp_path, rounds=4, status="interrupted")
-    before, events = report.summary(run), lines_of(run)
+    before, events = runlog.summary(run), lines_of(run)
     write_lines(run, events + [e for e in events if e.get("round") == 4])
-    assert report.summary(run) == before
+    assert runlog.summary(run) == before
     page = page_of(run)
     assert "fleetune tune --resume" in page.text
     assert len(page.table("round", "validation loss")) == 5
@@ -69,10 +68,10 @@ def test_summary_counts_a_round_that_stands_twice_once(tmp_path: Path) -> None:
 
 def test_summary_of_an_end_that_was_gone_beyond(tmp_path: Path) -> None:
     run = fake_run(tmp_path, rounds=2)
-    done = report.summary(run)
+    done = runlog.summary(run)
     more = {"event": "round", "round": 3, "clients": 24, "accepted": 24, "bytes_up": 5, "bytes_down": 7}
     write_lines(run, [*lines_of(run), more])
-    after = report.summary(run)
+    after = runlog.summary(run)
     assert (after["rounds"], after["bytes"]) == (3, done["bytes"] + 12)
 
 
@@ -102,14 +101,14 @@ NOT_ALIKE = {
 def test_caveats_tell_losses_on_different_rows(case: str, run24: Path, tmp_path: Path) -> None:
     options, told = NOT_ALIKE[case]
     runs = [run24, altered(run24, tmp_path / "0008-fedit-other", **options)]
-    assert report.caveats([report.read(run) for run in runs]) == [told] * bool(told)
+    assert runlog.caveats([runlog.read(run) for run in runs]) == [told] * bool(told)
 
 
 def test_caveats_are_decided_by_the_digest_of_the_rows_where_runs_state_it(
     run24: Path, tmp_path: Path
 ) -> None:
     def caveats(*runs: Path) -> list[str]:
-        return report.caveats([report.read(run) for run in runs])
+        return runlog.caveats([runlog.read(run) for run in runs])
 
     one = altered(run24, tmp_path / "0001-a", "aa")
     assert caveats(one, altered(run24, tmp_path / "0002-a", "aa", limit=50)) == []

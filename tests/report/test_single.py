@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The page of a run: one file that needs nothing else, shows no folder of this machine, and that no damage stops."""
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from report_harness import fake_run, lines_of, page_of, restated, self_contained, write_lines
 
-from fleetune import report
 from fleetune.common.display import human_bytes, human_time
 from fleetune.errors import StorageError, UsageError
 from fleetune.report import page as parts
-from fleetune.report import svg
+from fleetune.report import runlog, single, svg
 
 
 def pairs_of(text: str) -> dict[str, str]:
@@ -73,7 +71,7 @@ def test_page_shows_no_folder_of_this_machine(tmp_path: Path) -> None:
     run = restated(fake_run(tmp_path, rounds=1), model="/home/someone/models/small-hf/")
     recipe = (run / "run.toml").read_text().replace('"smollm2-135m"', '"/home/someone/models/small-hf/"')
     (run / "run.toml").write_text(recipe.replace('"demo"', '"/srv/secret/rows.jsonl"'))
-    text = report.write(run).read_text()
+    text = single.write(run).read_text()
     assert not [part for part in ("/home/someone", "/srv", str(tmp_path.parent)) if part in text]
     assert (pairs_of(text)["model"], pairs_of(text)["data"]) == ("small-hf", "rows.jsonl")
     names = {
@@ -119,14 +117,14 @@ def test_missing_file_is_an_empty_part(tmp_path: Path, missing: str) -> None:
     run = fake_run(tmp_path, rounds=2)
     (run / missing).rename(tmp_path / "gone")
     self_contained(page_of(run), (run / "report.html").read_text())
-    assert report.summary(run)["base_loss"] == 2.3914
+    assert runlog.summary(run)["base_loss"] == 2.3914
 
 
 def test_empty_folder_has_a_page_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
     assert "Nothing has been measured yet." in page_of(tmp_path).text
-    assert report.summary(tmp_path)["status"] == "unknown"
+    assert runlog.summary(tmp_path)["status"] == "unknown"
     with pytest.raises(UsageError, match="no run folder at"):
-        report.write(tmp_path / "none")
+        single.write(tmp_path / "none")
 
 
 RUBBISH = st.recursive(
@@ -162,12 +160,12 @@ def test_no_record_however_wrong_stops_the_page(
     write_lines(run, events)
     (run / "eval.json").write_text(json.dumps(final))
     self_contained(page_of(run), (run / "report.html").read_text())
-    report.summary(run)
+    runlog.summary(run)
 
 
 def test_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fake_run(tmp_path, rounds=2)
-    old = report.write(run).read_bytes()
+    old = single.write(run).read_bytes()
     assert stat.S_IMODE((run / "report.html").stat().st_mode) == 0o600  # it has held-out prompts
 
     def refuse(*_: object) -> None:
@@ -176,6 +174,6 @@ def test_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
         with pytest.raises(StorageError, match="disk is full"):
-            report.write(run)
+            single.write(run)
     assert (run / "report.html").read_bytes() == old
     assert not [p for p in run.iterdir() if p.name.endswith(".tmp")]

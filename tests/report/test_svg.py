@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Axes with few round ticks, marks where their values are, labels and legends that fit."""
 
 from __future__ import annotations

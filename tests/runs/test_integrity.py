@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a run stands on is named in its checkpoints, and its files are private, swept, and said as they are."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run folders: numbers, the lock, metrics that survive kills, checkpoints that survive damage, full disks."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Trackers get the figures of a run, and cannot disturb it.  Each is read back with its own library."""
 
 from __future__ import annotations

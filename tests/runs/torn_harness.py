@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Make folders of runs, whole and stopped."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Slopes against back-propagation, both descents step by step, and the draws both sides make."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The two kernel modules against the definition in numpy float32, bit for bit."""
 
 from __future__ import annotations

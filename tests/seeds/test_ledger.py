@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The ledger: its file to the byte, damage, and what every operation does to the weights it rebuilds."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Directions against published vectors, a slow reference written from the format, and frozen digests."""
 
 from __future__ import annotations

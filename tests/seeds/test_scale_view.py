@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The scales of a quantised base as what is trained: points, slopes and gradients against plain references."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The view: what a net computes, forward and back, is what it would compute with the weights written, and nothing is."""
 
 from __future__ import annotations

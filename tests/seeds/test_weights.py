@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Weights at a point, a piece at a time: those of the definition, whatever kernels, threads and pieces make them."""
 
 from __future__ import annotations

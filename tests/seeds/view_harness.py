@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Small nets, a point and a probe, and the weights there by the definition."""
 
 from __future__ import annotations

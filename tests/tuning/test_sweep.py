@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A sweep: which runs it is, what it refuses before any work, what a kill leaves, and what its page says."""
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ import numpy as np
 import pytest
 
 from command_line import call, events, ok, refused
-from fleetune import models, report
+from fleetune import models
 from fleetune.errors import RecipeError
+from fleetune.report import runlog
 from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun, SweepAxis
 from fleetune.runs import rundir
@@ -269,7 +269,7 @@ def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: 
     lines.append({"event": "done", **ends, "bytes_up": 400 * len(losses), "bytes_down": 600 * len(losses)})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "status").write_text("done\n")
-    return GridRun(values, seed, report.read(run))
+    return GridRun(values, seed, runlog.read(run))
 
 
 AXES = (SweepAxis("alpha", "alpha", (0.5, 1.0, 2.0)), SweepAxis("K", "set.K", (8, 512)))

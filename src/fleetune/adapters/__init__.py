@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Attach small trainable modules to a frozen model (PEFT methods), train, save and remove them.
 
-`attach(model, spec, seed=..)` puts one of the modules on a model; `trainable`, `export`, `load_` and `training`
-handle its parameters; `detach` restores the base bit for bit.  There is one file for each kind of module; what
-they share is in `attachment.py`.  PEFT is imported in this package alone.
+There is one file for each kind of module; what they share is in `attachment.py`.  PEFT is imported in this package alone.
 """
 
 from fleetune.adapters.attachment import (

@@ -1,13 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Attach a trainable module to a model, export and load its parameters, and run training blocks.
 
-A module is described by a small frozen dataclass (an `AdapterSpec`: `Lora(r=8, ..)`, `Prefix(tokens=20, ..)`),
-which knows how to put itself on a model.  The result (`model.attachment`) has one or two `Part`s: the module's own,
-and the classification head's where the model has one, since that is always trained too.
-
-Trainable parameters are fp32 also on a 16-bit base: their steps are far smaller than a bf16 step.  Their start
-depends on a seed and their names alone (Philox words): it is equal on every machine, in any order, and leaves the
-global generators alone.
+An `AdapterSpec` (`Lora(r=8, ..)`, `Prefix(tokens=20, ..)`) puts itself on a model.  The result (`model.attachment`) has one or
+two `Part`s: the module's own, and the classification head's where the model has one, since that is always trained too.
+Trainable parameters are fp32 also on a 16-bit base: their steps are far smaller than a bf16 step.
 """
 
 from __future__ import annotations

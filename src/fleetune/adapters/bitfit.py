@@ -1,10 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Train some of the model's own parameters (BitFit, norms, or all) as fp32 copies.
+"""Train some of the model's own parameters as fp32 copies: biases, or all.
 
-BitFit (Ben Zaken, Ravfogel, Goldberg, ACL 2022, arXiv 2106.10199) trains the biases alone.  Models without
-biases (llama and its relatives) train the weights of the norms instead, also one number a channel and layer.  A bias by which
-a router only chooses experts (ERNIE 4.5's) has no gradient and counts as none.
-`Full` trains every tensor.
+BitFit (Ben Zaken, Ravfogel, Goldberg, ACL 2022, arXiv 2106.10199) trains the biases alone.  A bias by which a router only
+chooses experts (ERNIE 4.5's) has no gradient and counts as none.
 """
 
 from __future__ import annotations

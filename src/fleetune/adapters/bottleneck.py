@@ -1,14 +1,12 @@
-# SPDX-License-Identifier: Apache-2.0
 """Insert bottleneck adapters: small two-layer networks in series with the blocks' outputs.
 
-Houlsby et al., ICML 2019, arXiv 1902.00751 (section 2.1, figure 2): what the attention block and the
-feed-forward block hand to the residual stream, `h`, becomes
+Houlsby et al., ICML 2019, arXiv 1902.00751 (section 2.1, figure 2): what the attention block and the feed-forward block hand to
+the residual stream, `h`, becomes
 
-    h + U gelu(D h + d) + u        D [m, h], U [h, m]
+    h + U gelu(D h + d) + u        D [m, h], U [h, m]; U and u start at zero
 
-with `U` and `u` zero at the start, so that the model starts unchanged.  The layer norms are trained with them,
-as in the paper.  Pfeiffer et al., EACL 2021, arXiv 2005.00247, have only the one behind the feed-forward block
-(`places="pfeiffer"`): half the parameters.
+and the layer norms are trained too.  Pfeiffer et al., EACL 2021, arXiv 2005.00247, have only the adapter behind the
+feed-forward block (`places="pfeiffer"`).
 """
 
 from __future__ import annotations

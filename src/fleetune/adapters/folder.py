@@ -1,15 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Save and load an adapter as a PEFT directory where PEFT supports it, else as two files of our own.
+"""Save and load an adapter as a PEFT directory where PEFT supports it, else as two files of our own; both are exact to the bit.
 
-| module | layout |
-|---|---|
-| LoRA | PEFT, a classification head with it (`modules_to_save`) |
-| prefix in every layer of a decoder, soft prompt of a decoder | PEFT |
-| bottleneck adapters, BitFit, full, scales; prefixes in some layers; prefixes and prompts of encoders | ours |
-
-PEFT: adapter_config.json, adapter_model.safetensors.  Ours: module.json (the spec, and the base it belongs to) and
-module.safetensors (the fp32 tensors by name).  Both have a README.md and the digests of the other files in `SHA256SUMS`,
-and both store the values bit for bit.
+PEFT's are LoRA (with a classification head in `modules_to_save`), the prefix in every layer of a decoder, and a decoder's soft
+prompt.  Ours are module.json (the spec, and its base) and module.safetensors (the fp32 tensors by name).
 """
 
 from __future__ import annotations

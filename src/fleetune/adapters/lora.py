@@ -1,17 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Attach LoRA (by PEFT) with reproducible starts, also those that subtract a part of the base.
 
-Hu et al. 2021, arXiv 2106.09685: a frozen layer `W0` becomes `W0 x + (alpha / r) B A x` with `A` [r, in] and
-`B` [out, r].  Their start (`lora_init.py`) depends on the seed and the layer's name, where PEFT's is random.
-
-A start that is a part of the base (pissa, olora) is subtracted from it:
-
-    W0 x + (alpha / r) (B A - B0 A0) x
-
-with B0, A0 the frozen start, stored beside the layer (`subtracted`).  The base is never written to.
-
-Names are PEFT's file names without the "base_model.model." in front, e.g.
-`model.layers.0.self_attn.q_proj.lora_A.weight`.
+Hu et al. 2021, arXiv 2106.09685: a frozen layer `W0` becomes `W0 x + (alpha / r) B A x` with `A` [r, in] and `B` [out, r].  A
+start that is a part of the base (pissa, olora) is subtracted from it, W0 x + (alpha / r) (B A - B0 A0) x, with B0, A0 stored
+beside the layer.  Names are PEFT's file names without "base_model.model." in front.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Initialise the factors of LoRA: from a seed, from the base's weights, or from the activations of each layer.
 
 | init | A [r, in] | B [out, r] | source |
@@ -11,17 +10,11 @@
 | olora | R_r | Q_r | Buyukakyuz 2024, arXiv 2406.01775, Algorithm 1 |
 | eva | the first r rows of V' of the layer's inputs X = U S V' | 0 | Paischer et al. 2024, arXiv 2410.07170, section 3 |
 
-with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  The first three depend on (seed, tensor name) alone
-and are made of Philox words without a math library: equal bits on every machine.  `orthogonal` and the
-decompositions need one, so the server computes them once and sends them.
-
-`eva` (`explained_directions`) is the only start that depends on data.  X is too large for memory: batch by batch,
-[S V' so far; new rows] is reduced to its best `WIDER` r rows, exact up to that many rows, else a close approximation.
-Unlike the paper, every layer has rank r (its rho = 1), and batches are read until the rows end.
-
-`pissa` and `olora` start at B A != 0, so s B0 A0 is subtracted from the base.  The base is never written to: B0 and A0
-stay beside it as frozen factors.  So nothing is rounded away, removing the adapter restores the base bit for bit,
-and all devices subtract the same once they have B0 and A0 from the server.
+with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  The first three depend on (seed, tensor name) alone and need no
+math library, so they have equal bits on every machine; the server computes the others once and sends them.  `pissa` and `olora`
+start at B A != 0, which `lora.py` subtracts.  For `eva`, batch by batch, [S V' so far; new rows] is reduced to its best `WIDER` r
+rows: exact up to that many rows, else a close approximation.  Unlike the paper, every layer has rank r (its rho = 1), and batches
+are read until the rows end.
 """
 
 from __future__ import annotations

@@ -1,18 +1,14 @@
-# SPDX-License-Identifier: Apache-2.0
 """Train prefixes: keys and values in front of a layer's own, which every token attends to.
 
-Prefix-Tuning (Li and Liang, ACL 2021, arXiv 2101.00190), in the form of P-Tuning v2 (Liu et al., ACL 2022,
-arXiv 2110.07602, section 3.2): the keys P_k and values P_v of T virtual tokens in each layer are trained
-directly, without a network that makes them.  For a query q and the layer's own keys K and values V,
+Prefix-Tuning (Li and Liang, ACL 2021, arXiv 2101.00190), in the form of P-Tuning v2 (Liu et al., ACL 2022, arXiv 2110.07602,
+section 3.2): the keys P_k and values P_v of T virtual tokens in each layer are trained directly.  For a query q and the layer's
+own keys K and values V,
 
     softmax( q [P_k; K]^T / sqrt(d) ) [P_v; V]
 
-where no mask hides the prefix.  Both are sized by the heads of keys and values, which are fewer than the
-queries' under grouped-query attention, and are already in the frame of rotated keys.
-
-In a decoder the prefix is a past of T tokens, as in PEFT: the first real token is at position T.  An encoder's
-positions are learned one by one and do not move.  transformers refuses a past for encoders; here the attention
-function itself is wrapped, so both kinds share one path.
+where no mask hides the prefix; P_k is in the frame of rotated keys.  In a decoder the prefix is a past of T tokens, as in PEFT:
+the first real token is at position T.  transformers refuses a past for encoders, whose positions do not move; so the attention
+function itself is wrapped, for both kinds.
 """
 
 from __future__ import annotations
@@ -24,7 +20,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -127,7 +122,7 @@ class LayerPrefix:
     def heads_of(self, flat: Tensor, like: Tensor, training: bool) -> Tensor:
         """Return [T, heads * width] as [B, heads, T, width] in `like`'s dtype."""
         split = flat.view(flat.shape[0], self.heads, -1).transpose(0, 1).to(like.dtype)
-        return F.dropout(split, self.dropout, training).expand(like.shape[0], -1, -1, -1)
+        return nn.functional.dropout(split, self.dropout, training).expand(like.shape[0], -1, -1, -1)
 
 
 def _position_hook(tokens: int) -> Any:
@@ -202,7 +197,7 @@ def _plain(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     wide = torch.promote_types(q.dtype, torch.float32)
-    shares = F.dropout(scores.softmax(-1, wide).to(q.dtype), dropout, module.training)
+    shares = nn.functional.dropout(scores.softmax(-1, wide).to(q.dtype), dropout, module.training)
     return (shares @ v).transpose(1, 2).contiguous(), shares
 
 

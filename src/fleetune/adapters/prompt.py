@@ -1,11 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Train a soft prompt: T embeddings among those of the words.
 
-Prompt Tuning (Lester, Al-Rfou, Constant, EMNLP 2021, arXiv 2104.08691, section 2).  They start as the
-embeddings of T pieces of the vocabulary (section 2.2: better than random vectors), drawn by the seed.
-
-In a decoder they come first, as in PEFT.  In an encoder they come behind the first token, whose output the
-classifier reads.  Their outputs are removed from what the base model returns, so lengths do not change outside.
+Prompt Tuning (Lester, Al-Rfou, Constant, EMNLP 2021, arXiv 2104.08691, section 2).  They start as the embeddings of T pieces of
+the vocabulary (section 2.2), drawn by the seed.  In a decoder they come first, as in PEFT; in an encoder behind the first token,
+whose output the classifier reads.
 """
 
 from __future__ import annotations

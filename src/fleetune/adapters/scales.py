@@ -1,10 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Train the scales of a quantised base by back-propagation, and leave its codes as they are.
 
-PEQA (Kim et al., NeurIPS 2023, arXiv 2305.14152, section 3): a linear layer's weight is W = s q, with q the codes of its file,
-which are frozen, and s a scale for each group, which is trained.  Here a group is a block of ggml, which may have an offset
-too, and what is trained is a move delta of p, about log2 |s|, in fp32 (`seeds/scale_view.py`).  A forward pass runs on the
-scales' nearest numbers in fp16, so the net that is trained, measured and written is the file with other scales.
+PEQA (Kim et al., NeurIPS 2023, arXiv 2305.14152, section 3): a linear layer's weight is W = s q with frozen codes q and a scale
+s for each group.  Here a group is a block of ggml, perhaps with an offset too; trained is a move delta of p, about log2 |s|, in
+fp32 (`seeds/scale_view.py`).  A forward pass runs on the scales' nearest numbers in fp16, so the model that is trained is the
+file that is written.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fleetune.adapters.attachment import Part, attachment_of
 from fleetune.common.ggml import BLOCK, HALVES
@@ -114,7 +112,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, delta: Tensor, held: list[LazyWeight]) -> Tensor:
         ctx.save_for_backward(x, delta)
         ctx.held = held
-        return F.linear(x, _matrix(held[0], delta))
+        return nn.functional.linear(x, _matrix(held[0], delta))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Take a model to the device: export, measure, serve, chat."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measure a model on rows, or ask it one thing, in torch."""
 
 from __future__ import annotations

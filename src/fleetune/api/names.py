@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Find what there is: what a name means, finished runs, methods, compressors, export targets."""
 
 from __future__ import annotations
@@ -10,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 from fleetune import compression
 from fleetune import subject as subjects
 from fleetune.common import settings
-from fleetune.common.settings import Value
 from fleetune.deploy import targets as export_targets
-from fleetune.subject import Subject
 from fleetune.tuning import methods as tuning_methods
 
 if TYPE_CHECKING:
     from fleetune.tuning.result.finished import TuneResult
 
-Setting = Value | Callable[..., Any]  # of a method; a function is an objective
+Setting = settings.Value | Callable[..., Any]  # of a method; a function is an objective
 Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: dicts, a datasets.Dataset
 
 
@@ -27,7 +24,7 @@ def words(given: str | Sequence[str]) -> list[str]:
     return settings.given_words(given) if isinstance(given, str) else list(given)
 
 
-def open(name: object, *, out: str | Path = "runs") -> Subject:
+def open(name: object, *, out: str | Path = "runs") -> subjects.Subject:
     """Return what a name means: a `Run`, a `Compressed` model or a `Plain` one.  No weights are loaded yet.
 
     `name` is a path, the name or number of a run or compression under `out`, `latest`, a built-in name or a hub id, or a

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tune a model over a simulated fleet, or resume a run."""
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ from fleetune.models.cache import cache
 from fleetune.models.cache.names import is_master
 from fleetune.runs import rundir, trackers
 from fleetune.runs.listener import Listener, heard_by
-from fleetune.subject import Compressed, Run
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from fleetune.planning.plan import Plan
@@ -37,7 +34,7 @@ RESULTS: Final = ("adapter", "ledger.safetensors")  # of a run
 def path_of(result: object) -> object:
     """Return the path of what `tune`, `compress` or `export` returned, or the argument of a subject; anything else as it is."""
     found = getattr(result, "folder", None) or getattr(result, "path", None)
-    if isinstance(result, Run | Compressed | subjects.Plain):
+    if isinstance(result, subjects.Run | subjects.Compressed | subjects.Plain):
         return result.argument
     model_in_memory = hasattr(result, "named_parameters") or hasattr(result, "net")
     return str(found) if isinstance(found, Path) and not model_in_memory else result
@@ -52,12 +49,12 @@ def check_plain(name: str, out: Path, train: str = "weights") -> None:
     of_run = path.name in RESULTS and (path.parent / "run.toml").is_file()
     if not of_run and compressed_of(name, train, out) is not None:
         return
-    found = Run(path.parent) if of_run else subjects.open(name, out)
+    found = subjects.Run(path.parent) if of_run else subjects.open(name, out)
     if name in cache.ORIGINS or ((path / "config.json").is_file() and not is_master(path)):
         return
-    if isinstance(found, Run):
+    if isinstance(found, subjects.Run):
         raise _written_out(f"{name} is a run: a change of its base, not a plain model", found, found.folder)
-    if isinstance(found, Compressed):
+    if isinstance(found, subjects.Compressed):
         model = found.artefact or Path(found.argument) / "model"
         if is_master(model):
             what = f"{name} is a compressed model: codes, not plain weights"
@@ -67,17 +64,17 @@ def check_plain(name: str, out: Path, train: str = "weights") -> None:
         raise UsageError(f"{name} is the folder of a compression", hint=f"its model is {quoted(model)}")
 
 
-def compressed_of(name: str, train: str, out: Path) -> Compressed | None:
+def compressed_of(name: str, train: str, out: Path) -> subjects.Compressed | None:
     """Return the compressed model of this name whose scales can be trained (`train` = scales); None for anything else."""
     if train != "scales":
         return None
     found = subjects.open(name, out)
-    if isinstance(found, Compressed) and is_master(found.artefact or Path(found.argument) / "model"):
+    if isinstance(found, subjects.Compressed) and is_master(found.artefact or Path(found.argument) / "model"):
         return found
     return None
 
 
-def with_file(recipe: Recipe, out: Path, note: Callable[[str], None]) -> Recipe:
+def with_file(recipe: recipes.Recipe, out: Path, note: Callable[[str], None]) -> recipes.Recipe:
     """Return a recipe that trains scales of a compressed model with its GGUF file as the model; others as they are.
 
     The file is written unless it is there, and `note` is told.  First, RecipeError for mistakes that show without model and
@@ -92,9 +89,9 @@ def with_file(recipe: Recipe, out: Path, note: Callable[[str], None]) -> Recipe:
     return dataclasses.replace(recipe, model=str(tunable_file.of(found, note)))
 
 
-def _written_out(what: str, found: Run | Compressed, home: Path) -> UsageError:
+def _written_out(what: str, found: subjects.Run | subjects.Compressed, home: Path) -> UsageError:
     """Return the error with the command that writes the model out: as a GGUF file where a run has tuned scales."""
-    to = "gguf" if isinstance(found, Run) and found.recipe.train == "scales" else "hf"
+    to = "gguf" if isinstance(found, subjects.Run) and found.recipe.train == "scales" else "hf"
     place = targets.find(to).place(home)
     hint = f"fleetune export {quoted(found.argument)} --to {to}   and then give {quoted(place)} as the model"
     if place.exists():
@@ -237,10 +234,10 @@ def recipe_for(
     out: Path,
     options: Mapping[str, Any],
     listener: Listener,
-) -> Recipe:
+) -> recipes.Recipe:
     """The recipe for what a caller handed over; the options are checked before any object is saved."""
     model = path_of(model)
-    if isinstance(model, Recipe):
+    if isinstance(model, recipes.Recipe):
         check_plain(model.model, out, recipes.trained(model))
         if data is None and tokenizer is None and not (settings or options) and method == recipes.AUTO_METHOD:
             return model

@@ -1,15 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write to the terminal: headers, tables, remarks, bars, errors and JSON lines; no other module does.
 
-Results go to stdout, progress and everything said on the way to stderr.  On a terminal there is a header
-panel, one line a round and a live bar with the time left; off a terminal (a pipe, `NO_COLOR`, `TERM=dumb`)
-there are no bars and no escape codes, one line a round.  In JSON mode stdout carries one object a line, each
-with `"v": 1`, and nothing else; results are not shown in another form.  A reader that closes the pipe ends the output, not
-the work; so does a disk that takes no more, which is said once on stderr and is exit code 1.
-
-Names and messages may come from strangers' models and data: control characters are taken out of every text,
-and no text is read as markup.  rich is imported when something is first drawn on a terminal, since
-`fleetune --help` must answer at once.
+Results go to stdout, progress and remarks to stderr; off a terminal (a pipe, `NO_COLOR`, `TERM=dumb`) there are no bars and no
+escape codes.  In JSON mode stdout carries one object a line, each with `"v": 1`, and nothing else.  Names and messages may come
+from strangers' models and data: control characters are taken out of every text, and no text is read as markup.  rich is imported
+when something is first drawn: `fleetune --help` must answer at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Make the flags that commands share, and what they stand for: a recipe from its fields, and the door of devices."""
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Show a job on the console: its header, its remarks, a live bar for what it counts; and pass Ctrl-C and SIGTERM on to it.
-
-The first stops the job at the next point that it can resume from, the second at once.
-"""
+"""Show a job on the console, and pass Ctrl-C on to it: the first stops it where it can resume, the second at once."""
 
 from __future__ import annotations
 

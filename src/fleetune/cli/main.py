@@ -1,12 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Build the parser of the command line, run a command, and turn errors into exit codes.
 
-The parser has every command with its help and examples, and the arguments of the one that is run.  Its errors are
-UsageErrors with a hint, and its options cannot be abbreviated.
-
-A command is one file in `cli/commands/`: `HELP` (one line), `EXAMPLES`, `arguments(parser)` and `run(args, ui)`.  The folder is
-the registry; another package registers a module of that shape under the entry-point group `fleetune.commands`.  Only the
-command that is run is imported.
+A command is one file in `cli/commands/`: `HELP` (one line), `EXAMPLES`, `arguments(parser)` and `run(args, ui)`.  Another package
+registers a module of that shape under the entry-point group `fleetune.commands`.  Only the command that is run is imported.
 """
 
 from __future__ import annotations

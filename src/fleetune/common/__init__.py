@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Share what every folder needs: the version, files, locks, memory, text, settings, the registry, the events."""
 
 __version__ = "0.1.0"

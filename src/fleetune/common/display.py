@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Format numbers and measures for people, and make foreign text safe to show, in the console and the report.
-
-Names and messages may come from strangers' models and data: `clean` takes the control characters out.
-"""
+"""Format numbers and measures for people, and make names and messages from strangers' models and data safe to show."""
 
 from __future__ import annotations
 

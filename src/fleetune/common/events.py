@@ -1,11 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Every event that Fleetune reports: what `--json` prints a line each, and what a `Listener` is given.
+"""Every event that Fleetune reports: what `--json` prints, and what a `Listener` is given.
 
-A line is one JSON object: `"v": 1`, `"event"` (the name below), then the fields.  A name is unique within one command,
-not among all: `done` of `tune` and `done` of `compress` have different fields.  A required field is always in the line.
-An optional field is left out when it is None.  A number that is not finite is printed as null.  Events of a tuning run
-are also the lines of its `metrics.jsonl`, with the time `t` (seconds since 1970); there the last one ends with `crc`, a
-checksum of the file.
+A line is one JSON object: `"v": 1`, `"event"` (the name below), then the fields.  A name is unique within one command only.
+An optional field that is None is left out; a number that is not finite is null.  The `metrics.jsonl` of a tuning run has the
+same lines with the time `t` (seconds since 1970); its last one ends with `crc`, a checksum of the file.
 
 Units: bytes, seconds, nats for losses.
 """
@@ -19,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, dataclass_transform
 
 from fleetune.common import paired
-from fleetune.common.paired import RowLosses
 from fleetune.common.settings import Value
 
 VERSION = 1
@@ -658,7 +654,7 @@ def evaluated(
     *,
     of: int,
     max_length: int,
-    rows_of: tuple[RowLosses | None, RowLosses | None] = (None, None),
+    rows_of: tuple[paired.RowLosses | None, paired.RowLosses | None] = (None, None),
 ) -> EvalDone:
     """The event for the measures of one model on the first `rows` of so many rows.
 

@@ -1,9 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Write files atomically, lock an open one for one process, and turn the system's errors into clear ones.
-
-A lock is `flock`'s or, on Windows, one on the file's first byte.  It ends when the file is closed, and so with its process,
-however that ended.
-"""
+"""Write files atomically, lock an open one for one process, and turn the system's errors into clear ones."""
 
 from __future__ import annotations
 

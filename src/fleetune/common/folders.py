@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Create folders that appear whole or not at all, and lock them against other processes.
 
-A folder is made under a hidden name beside its place, flushed to the disk, given the umask's modes
-(safetensors and tempfile make private files), and renamed.  Its process holds it locked: what a killed one leaves
-is nobody's, and `sweep` removes it.
+A folder is made under a hidden name beside its place, locked by its process, and renamed.  What a killed process leaves is
+unlocked, and `sweep` removes it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Name the kinds of ggml's blocks that can be tuned: 32 codes of a row, and one or two fp16 numbers in front of them.
-
-A file may have matrices of other types too (super-blocks, floats); what is tuned of such a file is said in words here.
-"""
+"""Name ggml's types of blocks whose scales can be tuned: 32 codes of a row, and one or two fp16 numbers in front of them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Hear of long work between its pieces, and end it there.
+"""Report from inside long work, and stop it there.
 
-How long work lasts, the rows or a server decide.  So whatever takes long calls `heard` before each piece: every block of a
-model before it runs (`models/net/model.py`), weights while they are moved, rows while they are read and encoded.  Who wants
-to hear says so once, around the work, and may raise.
+Long work calls `heard` before each piece: a block of a model, a chunk of weights, a few rows.  `hearing` installs the callback
+around the work; an exception that it raises ends the work.
 """
 
 from __future__ import annotations

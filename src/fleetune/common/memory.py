@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Measure this process's memory on each system, without heavy imports: by /proc on Linux, which can also restart the peak.
-
-Elsewhere psutil tells what is there now, and the peak on Windows; getrusage tells the peak on macOS.
-"""
+"""Measure and limit this process's memory on Linux, macOS and Windows, without heavy imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compile with `numba.njit` and an on-disk cache that may fail, and say when that takes long."""
 
 from __future__ import annotations

@@ -1,18 +1,12 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Say how sure a loss is, and how sure its difference from another one that was measured on the same rows.
+"""Give the standard error of a loss, and of its difference from another loss on the same rows.
 
-A loss is a mean over tokens, not over rows: with the loss sum L_i (nats) and the scored tokens T_i of row i it is
-R = sum L_i / sum T_i.  Rows are the independent draws, so R is a ratio of two sums over n rows, each a cluster of tokens, and
-its standard error is that of a ratio (Cochran 1977, Sampling Techniques, 3rd edition, section 6.4):
+With the loss sum L_i (nats) and the scored tokens T_i of each of n rows, the loss R = sum L_i / sum T_i is a ratio of two sums
+over independent rows (Cochran 1977, Sampling Techniques, 3rd edition, section 6.4):
 
     se(R) = sqrt(n / (n - 1) sum (L_i - R T_i)^2) / sum T_i
 
-Two models on the same rows have the difference D = sum (L'_i - L_i) / sum T_i.  Rows that are hard for one are hard for the
-other, which the difference of each row takes out; so its error is taken from these, by the same formula with L'_i - L_i for
-L_i.  It is far below the error of either loss.  The share of a gain that is kept, sum s_i / sum g_i, is such a ratio too.
-
-One row has no error.  A difference within two standard errors is noise: about one in twenty is larger where nothing changed.
-The error is of other rows of the same kind; it does not cover other seeds of the training.
+The same formula with L'_i - L_i for L_i gives the difference of two models, and with s_i / g_i the share of a gain that is
+kept.  docs/watch.md says what such an error means.
 """
 
 from __future__ import annotations

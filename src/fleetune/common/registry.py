@@ -1,10 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Find plug-ins: the modules of one folder, and modules that other packages register.
+"""Find plug-ins (tuning methods, compressors, export targets, commands): a folder's modules, and those of other packages.
 
-There are four registries, all of this kind: tuning methods, compressors, export targets and commands.  A file in the
-folder *is* the member: `tuning/methods/fedkseed.py` is `--method fedkseed`.  Another package registers a module under
-the registry's entry-point group.  A member states plain constants at the top of its module (`KIND`, `PAPER`, ..), which
-are read from the file's text (`ast`), so that listing imports nothing.
+The constants at the top of a module (`KIND`, `PAPER`, ..) are read from its text (`ast`), so listing imports nothing.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-# SPDX-License-Identifier: Apache-2.0
-r"""Declare settings as fields of a frozen dataclass, list them, and parse what people write.
+"""Declare settings as fields of a frozen dataclass, list them, and parse what people write.
 
     @dataclass(frozen=True)
     class Method:
         K: int = setting(1024, "K", "directions in the pool")
 
-A `__post_init__` raises ValueError(*problems), in plain words, for values that do not go together.  Parsed are
-`--set NAME=VALUE`, sizes, speeds, and words with commas between them (a comma of a word itself is written `\,`).
+A `__post_init__` raises ValueError(*problems), in plain words, for values that do not go together.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_type_hints
 
 from fleetune.errors import RecipeError, UsageError, suggest
@@ -41,7 +38,7 @@ def setting(
     return declared
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """A field of a settings dataclass, as it is listed and parsed."""
 

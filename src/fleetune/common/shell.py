@@ -1,9 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-r"""Write a command so that it can be pasted into a shell: a path with a space is quoted.
-
-A word with line breaks or other control characters is written as bash and zsh read it, `$'a\nb'`: shown as it is it would
-drive the terminal.
-"""
+"""Write a command so that it can be pasted into a shell, and so that no word of it drives the terminal."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""State the SHA-256 of a folder's files in `SHA256SUMS` when they are finished, and compare them where they are used.
+"""State the SHA-256 of a finished folder's files in `SHA256SUMS`, and compare them where they are used.
 
-The file is that of coreutils: `sha256sum -c SHA256SUMS` reads it.  README.md is left out: people write in it.  A folder
-without such a file is accepted unchecked.  These have one: a finished run (for its record and its result), an adapter, a
-compressed model, and a model in the cache.
+`sha256sum -c SHA256SUMS` reads the file.  README.md is left out, since people edit it.  A folder without SHA256SUMS is accepted.
 """
 
 from __future__ import annotations

@@ -1,18 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Define what a compression method is, and list the methods there are.
+"""Define what a compression method is, and list the methods there are: one file each of `methods/`.
 
-A method is one file of `methods/`, and its name is the file's: `methods/llm_pruner.py` is `--method llm-pruner`.
-Another package registers a module under the entry-point group `fleetune.compressors`.  The module has a docstring that
-cites the paper, a constant `PAPER`, and a frozen dataclass whose fields are the settings
-(`fleetune.common.settings.setting`).  The name of that class says which of three contracts the method keeps:
-
-| class | what it does |
-|---|---|
-| `Solver` | replaces one weight matrix at a time, given the Hessian of its inputs |
-| `Trainer` | trains a whole model, or a part of its blocks, on rows and a teacher |
-| `Pruner` | removes parts of the model, then trains what is left |
-
-A `Solver` with a method `correct` is a `Corrector`.  Listing reads the files as text and imports nothing.
+Another package registers a module under the entry-point group `fleetune.compressors`.  The module has a docstring that cites the
+paper, a constant `PAPER`, and a frozen dataclass of `fleetune.common.settings.setting` fields.  That class is called `Solver`,
+`Trainer` or `Pruner`, after the contract below that it keeps; a `Solver` with a method `correct` is a `Corrector`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Compute the divergence of a student from a teacher.
-
-That of next-token distributions is that of arXiv 2306.13649, section 3.1.  Logits are computed for a chunk of tokens at
-a time, and again for the gradient.
-"""
+"""Compute the divergence of a student's next-token distributions from a teacher's (arXiv 2306.13649, section 3.1)."""
 
 from __future__ import annotations
 

@@ -1,25 +1,12 @@
-# SPDX-License-Identifier: Apache-2.0
 """Estimate how much the loss would rise without each coupled group of weights, and choose which stay (LLM-Pruner, section 3.2).
 
-The weights that must be removed together, a group, are in a block of a llama-like net
-
-    a key head g            rows of k and v, and of its n_rep query heads g n_rep .. (g + 1) n_rep - 1 the rows of q
-                            and the columns of o (half a head cannot be removed: rotary embedding pairs its rows)
+    a key head g            rows of k and v; rows of q and columns of o of its n_rep query heads g n_rep .. (g + 1) n_rep - 1
     an MLP channel c        row c of gate and of up, column c of down
 
-each with the biases of its rows.  Biases of o and down, norms, embedding and head belong to no group and stay.
-
-A weight w with the gradient g of the mean loss and F, the mean over texts of the squared gradient of each one's
-loss (Fisher's diagonal for the Hessian's), has the importance
-
-    magnitude   |w|              first   |w g|
-    second      w^2 F            mixed   |w g - w^2 F / 2|       the paper's element-wise equations 3 and 5
-
-The first order does not vanish: the texts are not those that the model was trained on, so g is not 0.  The importance
-of a group's weights in one linear layer is summed: that is the group's share in the layer.
-
-Memory: each parameter's gradient is added to g and F as soon as it is complete, then freed.  So besides the weights
-there is one fp32 copy of the prunable ones for first (g) or second (F), and two for mixed.
+The biases of removed rows go with them.  With g the gradient of the mean loss, and F the mean of the squared gradients of each
+text's loss (Fisher's diagonal in place of the Hessian's), a weight w has the importance |w| (magnitude), |w g| (first), w^2 F
+(second) or |w g - w^2 F / 2| (mixed; the paper's element-wise equations 3 and 5).  g is not 0: the model was not trained on these
+texts.
 """
 
 from __future__ import annotations

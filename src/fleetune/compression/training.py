@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Train in AdamW steps with a learning-rate schedule, gradient clipping, and checkpoints to resume from bit for bit.
-
-A stopped compression resumes from safetensors files with a checksum, so a damaged file is not used.
-"""
+"""Train in AdamW steps with a learning-rate schedule, gradient clipping, and checkpoints to resume from bit for bit."""
 
 from __future__ import annotations
 

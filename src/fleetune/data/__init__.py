@@ -1,8 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read data sets, split them over clients, and encode them as batches of tokens.
 
-The names of `encode.py` are loaded when first used: it needs torch, and checking a recipe does not.  The
-functions `encode` and `partition` are imported from the modules of the same name, which they would hide.
+The names of `encode.py`, which needs torch, are loaded when first used.  `encode` and `partition` are imported from the modules
+of the same name, which they would hide.
 """
 
 from __future__ import annotations

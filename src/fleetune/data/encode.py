@@ -1,43 +1,20 @@
-# SPDX-License-Identifier: Apache-2.0
 """Encode examples as tokens with a loss mask, and a client's rows as batches.
 
-A row is the prompt, written by the tokenizer's own chat template up to and with the marker after which the
-assistant speaks, followed by the answer: everything the model must produce after that marker, up to and
-with one end-of-turn token.  The loss is on the answer alone.  The prompt's tokens are those that
-`generate` is given (`prompt_ids`), so the model is trained and prompted in the same form.
-
-A template is rendered twice, to the prompt and to the whole conversation.  Where the tokens of the first
-begin those of the second, the rest is the answer.  Where they do not (a token spans the seam, or the
-template writes past turns differently), the answer's text is tokenised on its own.
-
-A tokenizer without a chat template belongs to a base model, which knows no roles.  It gets every turn as a
-line of its own (`models/net/chat_template.py`), after the tokens that the tokenizer puts at the start of a text:
-
-    {system}\n{user}\n{assistant}\n{user}\n...
-
-and its answers end with the tokenizer's end-of-text token.
-
-A plain text, on which training is continued, has no prompt: the loss is on all its tokens but the first, after the start
-mark and before the end mark that the tokenizer has.  A longer one becomes several rows, each of which begins with the last
-token of the row before it: every token but the first bears the loss in exactly one row.
-
-A row longer than `max_length` first loses the middle of its prompt (the opening with the instruction and
-the end with the marker stay), down to a quarter of `max_length`; only then the end of its answer.
-
-For an encoder that chooses among label words a row is the example's text or pair of texts (`Example.texts`; else its turns,
-a line each), joined and marked by the tokenizer itself: `[CLS] a [SEP] b [SEP]` with segments 0 and 1 for BERT,
-`<s> a </s></s> b </s>` without segments for RoBERTa.  Its target is the index of the response among the label words.  A
-row longer than `max_length`, or than the model has positions for, loses tokens from the end of its longer text.
+A prompt is written by the chat template up to the assistant's marker, as in generation (`prompt_ids`); without a template, by the
+plain form (`models/net/chat_template.py`).  The loss is on the answer, up to and with one end-of-turn token.  Where the prompt's
+tokens do not begin those of the whole conversation, the answer's text is tokenised on its own.  A long plain text becomes several
+rows, each of which begins with the last token of the row before it, so that every token but the first bears the loss once.  A row
+longer than `max_length` loses the middle of its prompt, down to a quarter of `max_length`, then the end of its answer; an
+encoder's row loses tokens from the end of its longer text.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -474,7 +451,7 @@ def begun(example: Example) -> Example:
     half = max(1, min(len(text) // 2, LONGEST))
     at = text.rfind(" ", 1, half + 1)
     at = at if at > 0 else half
-    return dataclasses.replace(example, messages=((OPENING, text[:at]),), response=text[at:])
+    return replace(example, messages=((OPENING, text[:at]),), response=text[at:])
 
 
 def split_text(ids: Sequence[int], max_length: int) -> Iterator[Sequence[int]]:

@@ -1,33 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
-r"""Recognise the form of a row by its fields, and make an `Example` of it.
+"""Recognise the form of a row by its fields, and make an `Example` of it; docs/data.md lists the forms.
 
-    Dolly               instruction, context (may be empty or absent), response
-    Alpaca              instruction, input (may be empty or absent), output
-    prompt, response    prompt, response; system and context may be empty or absent
-    prompt, completion  the same with completion; both may be lists of turns, as TRL has them
-    question, answer    question, answer; system and context may be empty or absent (GSM8K)
-    E2E                 mr, ref; or meaning_representation, human_reference
-    ShareGPT            conversations: a list of {from: human|gpt|system, value}
-    chat messages       messages: a list of {role: user|assistant|system, content}
-    labelled            label, and one or two texts: question and sentence (QNLI), premise and hypothesis, question1
-                        and question2, sentence1 and sentence2, sentence, or text
-    text                text, and no label: training is continued on the whole text, there is no prompt
-
-A context is joined to its instruction in one user turn: "{instruction}\n{context}", and for Alpaca
-"{instruction}\n\n### Input:\n{input}", as in its own training prompt (tatsu-lab/stanford_alpaca, train.py).  The last
-turn of a conversation, the assistant's, is the answer; the turns before it are the prompt.  Text is not changed.
-
-The answer of a labelled row is its label, as text; QNLI's are "yes" (entailment) and "no", which a causal model
-can write too.  An encoder reads the texts themselves, a causal model a question about them (`LABELLED`).  The
-label stays among the row's fields, so that a partition can use it (dirichlet:0.5:label).
-
-Turns of tools, tool calls in an assistant's turn and parts that are not text are left out and counted; if the assistant then
-speaks twice in a row, the two turns become one.  A conversation that lost turns ends with the assistant's last answer to a
-user; without one, the row is left out.
-
-Columns may be read under other names, `prompt=question,response=answer`: on the left a field of a form, on the right the
-column that holds it.  A form without all names on the left is not considered.  `client` may be named beside any form: its
-column stays, and `client` is a column too, so that `--partition column:client` makes a client of each of its values.
+The context follows the instruction in one user turn, in Alpaca rows as in that project's training prompt
+(tatsu-lab/stanford_alpaca, train.py).  A labelled row's answer is its label as text: an encoder reads its texts themselves, a
+causal model a question about them (`LABELLED`).  Turns that are not text are left out and counted; if the assistant then speaks
+twice in a row, the two turns become one.
 """
 
 from __future__ import annotations

@@ -1,16 +1,12 @@
-# SPDX-License-Identifier: Apache-2.0
 """Partition rows over clients as federated papers do, and hold rows out for evaluation.
 
     iid                       rows at random, sizes equal to within one
     dirichlet:ALPHA:COLUMN    for each value v of COLUMN, the shares of the clients in v's rows are drawn as
                               p_v ~ Dir(ALPHA * 1_K), and a client that already holds N/K rows gets no more
-                              (Hsu et al. 2019, arXiv 1909.06335; Li et al. 2021, arXiv 2102.02079; FedIT's
-                              Shepherd).  The smaller ALPHA, the more a client's rows are of one kind.
+                              (Hsu et al. 2019, arXiv 1909.06335; Li et al. 2021, arXiv 2102.02079; FedIT's Shepherd)
     column:COLUMN             one client per value of COLUMN: clients that exist in the data
 
-Everything is a function of the 64-bit seed through the Philox generator, whose words are the same on every
-platform and in every version of numpy.  Only the Dirichlet shares go through floating-point logarithms; a
-golden test pins them.
+Random words are Philox's, the same on every platform.
 """
 
 from __future__ import annotations

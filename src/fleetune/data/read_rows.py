@@ -1,10 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read data sets as `Example`s, and report the rows that are wrong.
 
-A source is a file (.jsonl, .json, .csv, .parquet), a folder with one such file per client, "demo" (the set that comes
-with Fleetune), or a data set on the Hugging Face hub: "owner/name", or "owner/name:file" for one file of it.  The first
-row's fields tell the form (`forms.py`), perhaps after columns were renamed, and every row must have that
-form.  A file of a folder is a client: its name without the suffix is the field `client` of its rows.
+A source is a file, a folder with one file per client (its name becomes the rows' field `client`), "demo", or a data set of the
+Hugging Face hub ("owner/name", or "owner/name:file").  Every row must have the form of the first (`forms.py`).
 """
 
 from __future__ import annotations
@@ -23,19 +20,7 @@ from fleetune.common import sums
 from fleetune.common.display import counted
 from fleetune.common.hearing import heard
 from fleetune.data import forms, sources
-from fleetune.data.forms import (
-    FIELDS,
-    LABELLED,
-    OPTIONAL,
-    TEXT,
-    BadRow,
-    NoForm,
-    example_of,
-    form_of,
-    left_out_text,
-    refuse,
-    text_of,
-)
+from fleetune.data.forms import BadRow
 from fleetune.data.forms import Example as Example
 from fleetune.data.forms import row_of as row_of
 from fleetune.data.readers import READERS, FileRow, Problem, decode, names_in, no_file, rows_of, unreadable
@@ -53,7 +38,7 @@ WINDOWS: Final = re.compile(r"[A-Za-z]:[\\/]")  # a drive: no data set of the hu
 
 def check_columns(spec: str) -> None:
     """Check the spelling of `columns` without any data; RecipeError says what is wrong with it."""
-    forms.parse_columns(spec, FIELDS)
+    forms.parse_columns(spec, forms.FIELDS)
 
 
 def read(
@@ -74,10 +59,10 @@ def read(
     """
     if limit is not None and limit < 1:
         raise DataError(f"the limit of rows must be at least 1, got {limit}", hint="leave it out to read all")
-    rows = _Rows(forms.parse_columns(columns, FIELDS))
+    rows = _Rows(forms.parse_columns(columns, forms.FIELDS))
     found = _collect(_rows_of_files(source, offline, limit, note), rows.make, limit, source)
     rows.check()
-    if text := left_out_text(rows.left_out):
+    if text := forms.left_out_text(rows.left_out):
         note(text)
     return found
 
@@ -95,20 +80,20 @@ class _Rows:
     def make(self, row: FileRow) -> list[Example]:
         """Return the row's example, or none where nothing is left of it."""
         if not self.form and self.mapped:
-            forms.check_first_row(row.fields, self.mapped, OPTIONAL)
+            forms.check_first_row(row.fields, self.mapped, forms.OPTIONAL)
             self.fields = set(itertools.islice(row.fields, 100))
         self.unseen -= row.fields.keys()
         fields = forms.renamed(row.fields, self.mapped) if self.mapped else row.fields
-        own = form_of(fields, self.mapped)
+        own = forms.form_of(fields, self.mapped)
         if not self.form:
-            self.form, self.first = own or refuse(row.fields, self.mapped), row.where
-        elif own and own != self.form and not (own == TEXT and self.form in LABELLED):
+            self.form, self.first = own or forms.refuse(row.fields, self.mapped), row.where
+        elif own and own != self.form and not (own == forms.TEXT and self.form in forms.LABELLED):
             raise BadRow(
                 f"is in {own} form, but {self.first} is in {self.form} form",
                 f"keep one form per data set, or {forms.COLUMNS_HINT}",
             )
         try:
-            made = example_of(fields, self.form, self.mapped, self.left_out)
+            made = forms.example_of(fields, self.form, self.mapped, self.left_out)
         except BadRow as bad:
             if not self.mapped:
                 raise
@@ -172,7 +157,7 @@ def read_text(path: str | Path) -> list[str]:
 
 
 def _blank_or_text(row: FileRow) -> list[str]:
-    text = text_of(row.fields, "text", may_lack="text" in row.fields)
+    text = forms.text_of(row.fields, "text", may_lack="text" in row.fields)
     return [text] if text.strip() else []
 
 
@@ -190,7 +175,7 @@ def _collect(
             found += make(row)
         except BadRow as bad:
             problems.append(Problem(row.where, *bad.args))
-            if isinstance(bad, NoForm):
+            if isinstance(bad, forms.NoForm):
                 break
     if shown := problems[:SHOWN]:
         first = f", the first {SHOWN}:" if len(problems) > SHOWN else ""

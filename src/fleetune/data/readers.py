@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read the rows of a file (.jsonl, .json, .csv, .parquet) one by one, each with its place in the file.
 
 A reader yields a `Problem` in place of an invalid row; an invalid file as a whole is a DataError.

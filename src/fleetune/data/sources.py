@@ -1,9 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Find the files of a data set: on the Hugging Face hub or in its cache, in a folder, and what standard input holds.
-
-A folder has one file of rows per client, as devices leave them: a file's name is its client.  Rows from standard input are
-stored, so that what was made of them can be repeated and resumed.
-"""
+"""Find the files of a data set: on the hub or in its cache, in a folder; store rows from standard input, so a run can resume."""
 
 from __future__ import annotations
 

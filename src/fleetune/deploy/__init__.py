@@ -1,2 +1,1 @@
-# SPDX-License-Identifier: Apache-2.0
 """Take a model to the device: export it to a file or folder, measure it, serve it."""

@@ -1,14 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Read the source of an export one tensor at a time, under transformers' parameter names.
+"""Read the source of an export, a master artefact or a plain Hugging Face directory, one tensor at a time.
 
-A source is a master artefact (`artefact.Master`) or a plain Hugging Face directory (`PlainFolder`).  A `Checkpoint`
-gives either the names of transformers: the `state_dict` of a model built from the configuration on the meta device says which
-tensors there are, buffers among them, which of them are one (tied embeddings) and which belong to linear layers.  The source
-must hold every one of them and nothing else.
-
-It may hold a parameter in parts, as published mixtures of experts do: a matrix an expert.  transformers knows for each family
-which tensors of a directory become which parameter (`WeightConverter`), and in which order; its own conversions run here, for
-one parameter at a time.
+The `state_dict` of a model that is built from the configuration on the meta device says which tensors there are, which of them
+are one (tied embeddings) and which belong to linear layers.  The source must hold every one of them and nothing else.  It may
+hold a parameter in parts (a matrix an expert): transformers knows which (`WeightConverter`), and its own conversions run here.
 """
 
 from __future__ import annotations
@@ -25,14 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.artefact import Master, Quantised
@@ -167,9 +155,9 @@ class Checkpoint:
 
     def _joined(self, name: str) -> Tensor:
         renamings, converters = self._conversions
-        joining: WeightConverter | None = None
+        joining: loading.WeightConverter | None = None
         for part in self._parts[name]:
-            key, pattern = rename_source_key(part, renamings, converters)
+            key, pattern = loading.rename_source_key(part, renamings, converters)
             if joining is None:
                 joining = deepcopy(next(c for c in converters if pattern in c.source_patterns))
             joining.add_tensor(key, part, pattern, self.source.weight(part))
@@ -183,10 +171,10 @@ class Checkpoint:
         return joined
 
     @cached_property
-    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    def _conversions(self) -> tuple[list[loading.WeightRenaming], list[loading.WeightConverter]]:
         every = get_model_conversion_mapping(self._net, add_legacy=False)
-        renamings = [one for one in every if isinstance(one, WeightRenaming)]
-        return renamings, [one for one in every if isinstance(one, WeightConverter)]
+        renamings = [one for one in every if isinstance(one, loading.WeightRenaming)]
+        return renamings, [one for one in every if isinstance(one, loading.WeightConverter)]
 
 
 def _stored_names(
@@ -224,7 +212,7 @@ def _stored_names(
 def _written_names(net: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[int, list[str]]:
     """Return the names under which transformers writes each tensor that it writes whole, by its identity."""
     whole: dict[int, list[str]] = {id(tensor): [] for tensor in state.values()}
-    for name, tensor in revert_weight_conversion(net, dict(state)).items():
+    for name, tensor in loading.revert_weight_conversion(net, dict(state)).items():
         if id(tensor) in whole:
             whole[id(tensor)].append(name)
     return whole
@@ -247,12 +235,12 @@ def _parts_of(net: PreTrainedModel) -> dict[str, list[str]]:
     found = dict[str, list[str]]()
     parameters = dict(net.named_parameters())
     whole = {id(parameter) for parameter in parameters.values()}
-    if all(id(tensor) in whole for tensor in revert_weight_conversion(net, parameters).values()):
+    if all(id(tensor) in whole for tensor in loading.revert_weight_conversion(net, parameters).values()):
         return found
     for name, parameter in parameters.items():
-        written = revert_weight_conversion(net, {name: parameter})
+        written = loading.revert_weight_conversion(net, {name: parameter})
         if not any(tensor is parameter for tensor in written.values()):
-            found[name] = sorted(written, key=dot_natural_key)
+            found[name] = sorted(written, key=loading.dot_natural_key)
     return found
 
 

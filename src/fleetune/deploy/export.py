@@ -1,14 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Export a run, a compressed model or a plain model, and check the file in the runtime that it is for.
 
-The whole file or folder appears, or nothing does.  A format may hold where the model comes from, as strings; no time and no path
-is among them, so the same work gives the same bytes, and `fleetune verify` proves the digests:
-
-    fleetune.method           the tuning or compression method
-    fleetune.settings         its settings, as canonical JSON
-    fleetune.base_digest      SHA-256 of the weights it started from (`models.digest`)
-    fleetune.artefact_digest  SHA-256 of the compressed model's master.safetensors, where there is one
-    general.license           where it is known: of the built-in models
+The whole file or folder appears, or nothing does.  A format may hold where the model comes from (docs/export.md), without time
+and path: the same work gives the same bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +29,6 @@ from fleetune.common.shell import quoted
 from fleetune.deploy import harness, patch_make, targets
 from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
 from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, gguf, ollama
-from fleetune.deploy.harness import MeasureJob, Row
 from fleetune.deploy.targets import Target, check_place, find
 from fleetune.errors import UsageError, called
 from fleetune.models.artefact import ArtefactHead, Master
@@ -151,7 +143,7 @@ def _checked(
     return _finish(source, target, _done(report, listener), rows, listener)
 
 
-def _rows(source: Path, text: str) -> list[Row]:
+def _rows(source: Path, text: str) -> list[harness.Row]:
     return harness.windows_of(text, source, LENGTH, WINDOWS)
 
 
@@ -195,7 +187,7 @@ def _finish(
     source: Path,
     target: Target,
     done: ExportDone,
-    rows: Sequence[Row],
+    rows: Sequence[harness.Row],
     listener: Listener,
     *,
     offline: bool = False,
@@ -206,7 +198,7 @@ def _finish(
         return ExportResult(out, done)
 
     def perplexity(engine: str, path: Path) -> float:
-        job = MeasureJob(engine, str(path), 1, offline=offline, repeats=0, windows=list(rows))
+        job = harness.MeasureJob(engine, str(path), 1, offline=offline, repeats=0, windows=list(rows))
         return harness.measured(job).values["perplexity"]
 
     if why := _obstacle(target, out):

@@ -1,23 +1,11 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measure one model in a child process: memory, speed and quality.  Also compute the kept gain.
 
-A `MeasureJob` is one model in one engine.  The child process (`python -m fleetune.deploy.harness`, JSON in and
-out) loads the model, measures its speed, reads its peak memory, and only then measures losses, which need more memory:
+The child (`python -m fleetune.deploy.harness`, JSON in and out) loads the model of a `MeasureJob`, measures its speed, reads its
+peak memory, and only then measures losses, which need more.  The peak is all that is resident, pages of mapped files included.
+No large library is imported at the top, so a process that runs llama.cpp does not hold torch.
 
-    peak       peak resident memory of the process until then: interpreter, libraries, weights (mapped pages of the
-               file that were read count), cache and logits of one sequence.  Nothing is subtracted.
-    prefill    prompt tokens a second: one forward of the prompt, logits of its last token
-    generate   tokens a second, one greedy step each, after that prompt
-
-both the median of the repeats, after one pass that is not counted.  No large library is imported at the top, so a
-process that runs llama.cpp does not hold torch.
-
-Kept gain: with the losses b of the base, t of the tuned model, cb and ct of both compressed the same way,
-
-    kept = (ct - cb) / (t - b)
-
-which is 1 when compression loses nothing of the gain from tuning.  Gain and kept gain are ratios of sums over the same rows,
-so their standard errors are known (`common/paired.py`).  If the gain is within noise, its kept share means nothing.
+With the losses b of the base, t of the tuned model, cb and ct of both compressed the same way, kept = (ct - cb) / (t - b).  Both
+are sums over the same rows, so the ratio's standard error is known (`common/paired.py`).
 """
 
 from __future__ import annotations

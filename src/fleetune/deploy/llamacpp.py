@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""A .gguf file in llama.cpp itself: its losses on given tokens, and one token after another for the clock.
+"""Run a .gguf file in llama.cpp: its losses on given tokens, and one token after another for the clock.
 
-The engine is the package llama-cpp-py-sync (an extra: `fleetune[llamacpp]`), of which only the bindings of llama.h
-are used.  Weights stay on the processor and the cache of keys and values is llama.cpp's default (fp16), as on a
-device.  The tokens are given, never made by the file's own tokenizer: so the numbers compare weights and kernels.
+Of the package llama-cpp-py-sync (`fleetune[llamacpp]`) only the bindings of llama.h are used.  The tokens are given, never made
+by the file's own tokenizer: so the numbers compare weights and kernels.
 """
 
 from __future__ import annotations

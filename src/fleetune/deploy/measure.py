@@ -1,14 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measure models side by side, each in a process of its own; and the share of tuning's gain that compression keeps.
 
-A run has two lines in the table, the base and the tuned model; a compression also the compressed model and the .gguf files in its
-folder; a plain model has one (a .gguf file one in torch and one in llama.cpp).  With several models, only the last stage of each
-is measured, in torch and as its exported files.
-
-Lines are compared with a reference model by KL divergence and same top token.  The reference is the model that is
-named, and every line is compared with it; of a compression's folder it is by itself the model that was compressed, with which
-the compressed model and its files are compared.  It runs first, in a process of its own, and its logits wait in a file
-(`evaluation/kl_divergence.py`).
+Lines are compared with a reference by KL divergence and same top token.  The reference is the model that is named, else the model
+from which a compression was made, and then the compressed lines alone are compared.  It is run first.
 """
 
 from __future__ import annotations
@@ -29,7 +22,6 @@ from fleetune.common.display import counted, human_bytes
 from fleetune.common.events import Measured, MeasureDone, as_dict
 from fleetune.common.files import finite, write_atomic
 from fleetune.common.ggml import SCALES
-from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
 from fleetune.compression.jobs import solve
 from fleetune.data import Example, readers
@@ -321,8 +313,8 @@ def _report(
     return event
 
 
-def _row_losses(losses: Sequence[tuple[float, int]]) -> RowLosses:
-    return RowLosses([loss for loss, _ in losses], [count for _, count in losses])
+def _row_losses(losses: Sequence[tuple[float, int]]) -> paired.RowLosses:
+    return paired.RowLosses([loss for loss, _ in losses], [count for _, count in losses])
 
 
 def _finish(

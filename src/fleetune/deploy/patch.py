@@ -1,13 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Update a quantised model on a device by a patch: a file that moves the scales of its blocks and leaves all else.
 
-A patch is a safetensors file of kilobytes.  Its metadata `patch` is JSON: the SHA-256 of the GGUF file it is for and of the one
-it makes, where the blocks lie, and key, law and grid of a ledger.  Its tensors are the ledger's directions and coefficients;
-the device computes the moves, a number for each scale and pass.
-
-Applying needs numpy, no torch, and a few MB beside the patch.  The file is checked before and after, written beside the old one
-and renamed into its place, so at any instant there is the old file or the new one.  A patch states what it produces, but not
-who made it: get it from where you get models.
+A patch is a safetensors file.  Its metadata `patch` is JSON: the SHA-256 of the GGUF file it is for and of the one it makes,
+where the blocks lie, and key, law and grid of a ledger, whose directions and coefficients are its tensors.  Applying needs numpy,
+no torch, and a few MB.  A patch states what it produces, but not who made it: get it from where you get models.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Make a patch (`patch.py`) of a run's ledger; and give a GGUF file the scales that a run has trained.
-
-A ledger that takes more passes than a device computes makes no patch: its run is exported as a whole file.
-"""
+"""Make a patch (`patch.py`) of a run's ledger; and give a GGUF file the scales that a run has trained."""
 
 from __future__ import annotations
 

@@ -1,16 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a finished run as one signed folder, ready to upload, that anybody verifies with the base model alone.
 
-    README.md            the model card       run.toml, env.json   recipe and environment, without paths
-    ledger.safetensors   or adapter/          metrics.jsonl        first and last event, without clients
-    signer.pub           the public key       SHA256SUMS           of all of these
-    SHA256SUMS.sig       its signature
-
-The folder is a run, so `eval`, `export`, `chat` and all others take it.  The signature is ed25519 in OpenSSH's format (SSHSIG,
-PROTOCOL.sshsig; namespace `file`), so other tools check it as well:
-
-    sha256sum -c SHA256SUMS
-    ssh-keygen -Y check-novalidate -n file -s SHA256SUMS.sig < SHA256SUMS
+SHA256SUMS lists all files.  Its signature, SHA256SUMS.sig, is ed25519 in OpenSSH's format (SSHSIG, PROTOCOL.sshsig; namespace
+`file`), so `ssh-keygen -Y` checks it as well.
 """
 
 from __future__ import annotations

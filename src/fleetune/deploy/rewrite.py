@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write an export again from its source, and name the first place that differs: file, byte and tensor."""
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import numpy as np
 
 from fleetune.common import sums
 from fleetune.deploy import export, targets
-from fleetune.deploy.targets import Target
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.gguf import header
 from fleetune.runs import compression_folder, rundir
@@ -54,7 +52,7 @@ def written_again(path: Path, source: Subject, *, offline: bool) -> str:
     )
 
 
-def _ways(path: Path, source: Subject) -> list[tuple[Target, str, bool]]:
+def _ways(path: Path, source: Subject) -> list[tuple[targets.Target, str, bool]]:
     """Return the targets that `path` may be of, with the name that the file had, and whether that is the target's usual one."""
     stem = ""
     if isinstance(source, Run):

@@ -1,12 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Serve a model with llama.cpp's server, a child process that others maintain, and talk to it by OpenAI's HTTP interface.
 
-    llama-server   llama.cpp's own binary, where it is on the PATH
-    xllamacpp      the same server out of a wheel (extra `fleetune[serve]`), started by `main` below
-
-Both read a .gguf file: one that lies in the subject's folder, else one that is exported for the time of the session.  The key
-travels in the environment, so that it is in no list of processes; the engine's output goes to a log file.  It leads a session of
-its own: Ctrl-C in a terminal reaches Fleetune alone, which then ends it.
+The key travels in the environment, so that it is in no list of processes.  The engine leads a session of its own: Ctrl-C in a
+terminal reaches Fleetune alone, which then ends it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """List the export targets, and check that a place suits one; what formats state is read without importing them."""
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Run a model in torch, through our own loaders or as transformers reads an exported directory.
-
-The latter is the check of an export: nothing of ours is between the files and the numbers.
-"""
+"""Run a model in torch, through our own loaders or, to check an export, as transformers reads the directory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Write the GGUF file of a compressed model once, in which its scales are then tuned.
-
-It is the file that `fleetune export --to gguf` writes, at the place where that puts it.
-"""
+"""Write the GGUF file of a compressed model in which its scales are then tuned, where `fleetune export --to gguf` writes it."""
 
 from __future__ import annotations
 
@@ -20,7 +16,6 @@ from fleetune.deploy.formats import gguf
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.families import table
 from fleetune.models.gguf.convert import ARCHITECTURES
-from fleetune.subject import Compressed, Run
 
 TARGET = "gguf"
 
@@ -33,13 +28,13 @@ def model_of(name: str, runs: str | Path, note: Callable[[str], None]) -> str:
     if Path(name).is_file():
         return name
     base = subjects.open(name, runs)
-    if isinstance(base, Run):
+    if isinstance(base, subjects.Run):
         hint = command("patch", "make", base.recipe.model, name, "--to", "FILE")
         raise UsageError(f"{name} is a run: the model comes first, then the run", hint=hint)
-    return str(of(base, note)) if isinstance(base, Compressed) else name
+    return str(of(base, note)) if isinstance(base, subjects.Compressed) else name
 
 
-def of(model: Compressed, note: Callable[[str], None]) -> Path:
+def of(model: subjects.Compressed, note: Callable[[str], None]) -> Path:
     """Return the GGUF file of a compressed model; it is written unless it is there, and `note` is told so in a line.
 
     UsageError, before anything is written, for codes that no blocks with scales hold, and where something else is in the
@@ -65,7 +60,7 @@ def of(model: Compressed, note: Callable[[str], None]) -> Path:
     return place
 
 
-def kinds_of(model: Compressed) -> dict[str, str]:
+def kinds_of(model: subjects.Compressed) -> dict[str, str]:
     """Return the types of the layers' matrices in a compressed model's GGUF file, by layer.
 
     UsageError where the file would have no scales, or would not be read.

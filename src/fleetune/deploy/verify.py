@@ -1,12 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Prove what a model was made from: base -> ledger or adapter -> codes -> file.
 
 Every link that can be made again exactly is made again, and compared byte for byte: the weights of a ledger from its base, an
-exported file by the exporter that wrote it, the codes of a method that needs no text.  Other codes are bound by a digest to
-the weights that they were solved from; that they are this method's is declared, as are the data, the devices and the measures
-of a run.  The first link that differs ends it, with an error that names the place.
-
-What something was made from is looked for beside it, then among the runs; `Parents` names what lies elsewhere.
+exported file by the exporter that wrote it, the codes of a method that needs no text.  Other codes are bound by a digest to the
+weights that they were solved from; that they are this method's is declared.  The first link that differs ends it.
 """
 
 from __future__ import annotations
@@ -30,7 +26,6 @@ from fleetune.deploy import export, release
 from fleetune.deploy.rewrite import written_again
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import artefact
-from fleetune.models.artefact import ArtefactHead, Master, Quantised
 from fleetune.models.cache.names import is_adapter, is_master
 from fleetune.models.gguf import header
 from fleetune.models.net.model import Model, stored_tensors
@@ -322,7 +317,7 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
         )
         yield _declared("weights", f"{made}; nothing repeats that exactly")
         return
-    master = Master(model)
+    master = artefact.Master(model)
     if source is not None:
         yield from _bound(master, source, request.dtype if request else "fp32", parents)
         return
@@ -330,14 +325,14 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
     yield _declared("codes", _made(master.head))
 
 
-def _made(head: ArtefactHead) -> str:
+def _made(head: artefact.ArtefactHead) -> str:
     settings = ", ".join(f"{n} {v}" for n, v in head.settings.items())
     text = ", ".join(f"{n} {v}" for n, v in head.calibration.items())
     made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({settings})"
     return f"{made}; calibrated on {text}" if text else made
 
 
-def _bound(master: Master, source: Run | str, dtype: str, parents: Parents) -> Links:
+def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Parents) -> Links:
     """Compare an artefact with the weights that it was made from: their digest, what has no codes, and codes that are exact."""
     model: Model | None = None
     if isinstance(source, Run):
@@ -377,7 +372,7 @@ def _bound(master: Master, source: Run | str, dtype: str, parents: Parents) -> L
         yield _declared("codes", _made(head))
 
 
-def _solved_again(master: Master, own: Mapping[str, Tensor]) -> bool:
+def _solved_again(master: artefact.Master, own: Mapping[str, Tensor]) -> bool:
     """Whether a method that needs no text gives these codes again here; False for any other method."""
     try:
         solver = compression.make(master.head.method, master.head.settings)
@@ -392,7 +387,7 @@ def _solved_again(master: Master, own: Mapping[str, Tensor]) -> bool:
         weight = solver.solve(
             weights.detach().float(), torch.zeros(weights.shape[1], weights.shape[1])
         ).weight
-        if not isinstance(weight, Quantised):
+        if not isinstance(weight, artefact.Quantised):
             return False
         again, there = (artefact.stored(name, each) for each in (weight, found))
         if again.keys() != there.keys() or not all(torch.equal(again[n], there[n]) for n in there):

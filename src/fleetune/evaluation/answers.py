@@ -1,14 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Generate answers greedily or by sampling, and score given answers by their log-probability.
+"""Generate answers greedily or by sampling, and score given answers.  An encoder's answer is the label word that it chooses.
 
-An encoder writes nothing: its answer is the label word that it chooses.
-
-As in `losses.py` nothing is random, and the model is called as a module (`net.generate(...)`), so that
-forward hooks and PEFT layers take part.  Label words are scored by their mean log-probability as in MeZO
-(arXiv 2305.17333, section 2.1 of its code's `get_score`).
-
-Scores of answers are in percent: Rouge-L of Lin (2004) by the `rouge-score` package with its Porter stemmer, as Natural
-Instructions (arXiv 2204.07705) and FedKSeed (arXiv 2312.06353) use it; F1 and exact match of SQuAD (arXiv 1606.05250).
+The model is called as a module, so that forward hooks and PEFT layers take part.  Label words are scored by their mean
+log-probability as in MeZO (arXiv 2305.17333).  Scores in percent: Rouge-L of Lin (2004) by `rouge-score`, as Natural Instructions
+(arXiv 2204.07705) use it; F1 and exact match of SQuAD (arXiv 1606.05250).
 """
 
 from __future__ import annotations
@@ -33,16 +27,7 @@ from fleetune.data.encode import Encoded, encode, encode_texts, prompt_ids
 from fleetune.data.encode import stop_ids as tokenizer_stop_ids
 from fleetune.data.read_rows import Example
 from fleetune.errors import DataError, RecipeError
-from fleetune.evaluation.losses import (
-    OnRows,
-    all_class_logits,
-    all_row_losses,
-    base_of,
-    context_length,
-    eval_mode,
-    pad_id,
-    unheard,
-)
+from fleetune.evaluation import losses
 from fleetune.models.encoders import MAX_LABELS
 from fleetune.models.net.model import Model
 
@@ -57,7 +42,7 @@ def generate(
     max_new_tokens: int = 128,
     batch_size: int = 8,
     max_length: int = 1 << 20,
-    on_rows: OnRows = unheard,
+    on_rows: losses.OnRows = losses.unheard,
 ) -> list[str]:
     """Return the model's greedy answer to each example's prompt, without special tokens and outer white space.
 
@@ -67,7 +52,7 @@ def generate(
     """
     if model.labels:
         return predict(model, examples, batch_size=batch_size)
-    room = max(1, min(max_length, context_length(model) - max_new_tokens))
+    room = max(1, min(max_length, losses.context_length(model) - max_new_tokens))
     prompts = [prompt_ids(example, model.tokenizer, room) for example in examples]
     return generate_from_ids(
         model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, on_rows=on_rows
@@ -81,7 +66,7 @@ def predict(
     rows = [
         Encoded(ids, len(ids), segments, 0) for ids, segments in encode_texts(model, examples, max_length)
     ]
-    best = all_class_logits(model, rows, batch_size).argmax(1)
+    best = losses.all_class_logits(model, rows, batch_size).argmax(1)
     return [model.labels[int(i)] for i in best]
 
 
@@ -102,7 +87,7 @@ def generate_from_ids(
     *,
     max_new_tokens: int = 128,
     batch_size: int = 8,
-    on_rows: OnRows = unheard,
+    on_rows: losses.OnRows = losses.unheard,
 ) -> list[str]:
     """Return the greedy continuation of each prompt (int ids [T], not empty) as text, in the order of the prompts.
 
@@ -140,7 +125,7 @@ def sample_from_ids(
 
 
 def _ends(model: Model) -> dict[str, Any]:
-    return {"eos_token_id": sorted(stop_ids(model)) or None, "pad_token_id": pad_id(model)}
+    return {"eos_token_id": sorted(stop_ids(model)) or None, "pad_token_id": losses.pad_id(model)}
 
 
 def _continued(
@@ -148,16 +133,16 @@ def _continued(
     prompts: Sequence[np.ndarray],
     config: GenerationConfig,
     batch_size: int,
-    on_rows: OnRows = unheard,
+    on_rows: losses.OnRows = losses.unheard,
 ) -> list[list[int]]:
     """Return what `config` makes the model write after each prompt, padding after its end included."""
     written: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with eval_mode(model.net), _settings(model.net, config):
+    with losses.eval_mode(model.net), _settings(model.net, config):
         for start in range(0, len(order), batch_size):
             give_back()  # keys and values that grew token by token left holes into which nothing else fits
             at = order[start : start + batch_size]
-            ids, mask = _left_padded([prompts[i] for i in at], pad_id(model), model.device)
+            ids, mask = _left_padded([prompts[i] for i in at], losses.pad_id(model), model.device)
             # PEFT and Hugging Face both type `generate` loosely
             generator = cast(Any, model.net)
             out = generator.generate(input_ids=ids, attention_mask=mask, generation_config=config)
@@ -205,7 +190,7 @@ def _left_padded(prompts: Sequence[np.ndarray], pad_id: int, device: str) -> tup
 
 def stop_ids(model: Model) -> frozenset[int]:
     """Return the tokens that end an answer: end of turn (template), end of text (tokenizer and model)."""
-    own = base_of(model.net).generation_config
+    own = losses.base_of(model.net).generation_config
     ends = own.eos_token_id if own is not None else None
     found = {*tokenizer_stop_ids(model.tokenizer), *(ends if isinstance(ends, list) else [ends])}
     return frozenset(int(token) for token in found if token is not None)
@@ -216,7 +201,7 @@ def stop_ids(model: Model) -> frozenset[int]:
 
 def answer_ids(model: Model, answer: str) -> np.ndarray:
     """Return the tokens of `answer` as an assistant's turn, without the end of the turn: int ids [T]."""
-    row = encode(Example((("user", "question"),), answer, {}), model.tokenizer, context_length(model))
+    row = encode(Example((("user", "question"),), answer, {}), model.tokenizer, losses.context_length(model))
     return without_end(model, row.ids[row.n_prompt :])
 
 
@@ -247,7 +232,7 @@ def answer_scores(
         for prompt in prompts
         for answer in answers
     ]
-    sums, counts = all_row_losses(model, rows, batch_size)
+    sums, counts = losses.all_row_losses(model, rows, batch_size)
     means: np.ndarray = -sums / np.maximum(counts, 1)
     return means.reshape(len(prompts), len(answers))
 

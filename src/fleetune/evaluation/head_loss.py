@@ -1,30 +1,13 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compute the cross-entropy of an output head by blocks of the vocabulary, so that no array of tokens x vocabulary exists.
 
-With x_i a token's input to the head, W the head's matrix and y_i the target,
+With x_i a token's input to the head, W the head's matrix, y_i the target and p = softmax(W x_i),
 
-    loss        l_i = log sum_v exp(W_v x_i) - W_y x_i
-    gradient    dl_i / dx_i = sum_v p_v W_v - W_y,    p = softmax(W x_i)
+    l_i = log sum_v exp(W_v x_i) - W_y x_i        dl_i / dx_i = sum_v p_v W_v - W_y
 
-Both sums over v are taken online: a block's logits are made, the running maximum is raised, and what was summed before is
-scaled down to it (Milakov and Gimelshein 2018, arXiv 1805.02867; for the second sum as in FlashAttention, Dao et al. 2022, arXiv
-2205.14135).  Four kinds of head:
-
-    measured     the first sum alone
-    not trained  (LoRA and the like) both sums in one pass, since the gradient of its input is all that is asked of it:
-                 backward only scales it
-    of a view    (`seeds/view.py`) the first sum forward; backward goes over the blocks once more, for the blocks' gradients
-    trained, or any other module (LoRA, hooks): some tokens' logits at a time, again in backward
-
-A model may change each logit after its head: with s_v the slope of that, p_v W_v becomes s_v p_v W_v.
-
-| family | logits | slope, by the head's output z |
-|---|---|---|
-| Gemma 2 (`final_logit_softcapping` c) | c tanh(z / c) | 1 - (logit / c)^2 |
-| Granite (`logits_scaling` s) | z / s | 1 / s |
-| Cohere (`logit_scale` s) | z s | s |
-
-The operations are those of transformers, in their order.
+Both sums over v are taken online: a block's logits are made, the running maximum is raised, and what was summed before is scaled
+down to it (Milakov and Gimelshein 2018, arXiv 1805.02867; for the second sum as in FlashAttention, arXiv 2205.14135).  For a
+trained head, or any other module (LoRA, hooks), the logits of some tokens are made at a time, and again in backward.  Where a
+model changes each logit after its head (Gemma 2, Granite, Cohere), with s_v the slope of that, p_v W_v becomes s_v p_v W_v.
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compare the next-token distributions of a model with those of its reference: KL divergence and same top token.
 
-With p the softmax of the reference's logits and q that of the measured model's, at each scored token
-
-    KL = sum_v p_v (log p_v - log q_v)  in nats,        same top: whether argmax p = argmax q
-
-The logits are float32, all else is float64.  Both are means over the tokens.  The standard error is sd / sqrt(n) over the n
-tokens, as in llama.cpp's `perplexity --kl-divergence`: it takes tokens as independent, which those of one window are not.
-
-The two models need not be in memory together: the reference's logits wait in a file, float32 [tokens, vocabulary].  It has the
-first tokens alone, as many as fit `ROOM`.  Logits come and go in pieces.  Nothing here needs torch.
+With p the reference's softmax and q the measured model's, KL = sum_v p_v (log p_v - log q_v) in nats, in float64.  Standard
+errors are sd / sqrt(n) over the n tokens, as in llama.cpp's `perplexity --kl-divergence`: tokens count as independent, which
+those of one window are not.  The reference's logits wait in a file, float32 [tokens, vocabulary].
 """
 
 from __future__ import annotations

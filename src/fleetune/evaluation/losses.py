@@ -1,19 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Compute cross-entropy and perplexity of a model on rows and on plain text.
+"""Compute cross-entropy (nats a token; of an encoder: of its label word) and perplexity of a model on rows and on plain text.
 
-For an encoder with a classification head the response is one choice: the cross-entropy of its label word, so
-that every row counts once.
-
-Every number is a function of the weights and the rows alone: the model runs in eval mode under
-`torch.inference_mode`, nothing draws random numbers, sums are float64, and neither the batch size nor the
-padding changes a value by more than float noise.  The model is always called as a module (`net(...)`), so
-forward hooks and PEFT layers take part.  Losses are in nats a token.
-
-The logits are the memory of an evaluation: 8 rows of 512 tokens over 49,152 pieces are 805 MB in float32,
-and a loss over all of them takes two such arrays.  Here a short-lived hook takes the output head's inputs at the
-positions whose next token is scored, and their loss is computed in pieces (`head_loss`).
-
-Source: strided perplexity as in the Hugging Face guide "Perplexity of fixed-length models".
+Every number is a function of the weights and the rows alone: eval mode, no random numbers, float64 sums, and neither batch size
+nor padding changes a value by more than float noise.  The model is always called as a module (`net(...)`), so that forward hooks
+and PEFT layers take part.  A short-lived hook takes the output head's inputs at the scored positions alone, and their loss is
+computed in pieces (`head_loss`): logits of all positions would be the memory of an evaluation.
 """
 
 from __future__ import annotations
@@ -38,7 +28,6 @@ from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.head_loss import Change, head_nll, logits_of, nll, stated, tokens_a_piece
-from fleetune.evaluation.kl_divergence import Compared
 from fleetune.models.net.model import Model
 
 OnRows = Callable[[int, int], None]  # called with the rows that are done, and the number of all rows
@@ -364,7 +353,7 @@ class Reference:
     path: Path
     tokens: int  # that are compared
 
-    def compare(self, model: Model, on_rows: OnRows = unheard) -> Compared:
+    def compare(self, model: Model, on_rows: OnRows = unheard) -> kl_divergence.Compared:
         """Compare a model with the reference, token by token; `on_rows` is called after each row."""
         return kl_divergence.compare(self.path, scored_logits(model, self.rows, on_rows))
 

@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Evaluate a model on held-out rows by named tasks: loss, perplexity, accuracy, scores of answers.
-
-Losses are in nats a token (`losses.py`), scores of answers (`answers.py`) in percent.
-"""
+"""Evaluate a model on held-out rows by named tasks: loss, perplexity, accuracy, scores of answers."""
 
 from __future__ import annotations
 
@@ -17,15 +13,7 @@ from fleetune.common.paired import RowLosses
 from fleetune.data.encode import Encoded, begun, encode_rows
 from fleetune.data.read_rows import Example
 from fleetune.errors import RecipeError, closest
-from fleetune.evaluation import objectives
-from fleetune.evaluation.answers import (
-    exact_match,
-    generate,
-    label_accuracy,
-    require_text_model,
-    rouge_l,
-    token_f1,
-)
+from fleetune.evaluation import answers, objectives
 from fleetune.evaluation.losses import OnRows, all_row_losses, class_rows, perplexity, token_mean, unheard
 from fleetune.models.net.model import Model
 
@@ -76,7 +64,7 @@ def evaluate(
     names = check_tasks(tasks or (*of_rows, *(["perplexity"] if texts else [])))
     for name in names:
         if name not in ("loss", "accuracy"):
-            require_text_model(model, f"task '{name}'")
+            answers.require_text_model(model, f"task '{name}'")
     answered = [begun(example) for example in examples[:answer_rows]]
 
     @functools.cache
@@ -85,11 +73,10 @@ def evaluate(
         return all_row_losses(model, rows, batch_size, told("rows"))
 
     @functools.cache
-    def answers() -> tuple[
-        list[str], list[str]
-    ]:  # made once for all tasks that need them, and the references
+    def pairs() -> tuple[list[str], list[str]]:
+        """Answers, made once for all tasks that need them, and references."""
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        made = generate(model, answered, on_rows=told("answers"), **how)
+        made = answers.generate(model, answered, on_rows=told("answers"), **how)
         return made, [example.response for example in answered]
 
     def read() -> float:
@@ -98,10 +85,10 @@ def evaluate(
 
     measure: Mapping[str, Callable[[], float]] = {
         "loss": lambda: token_mean(*losses()),
-        "rouge_l": lambda: rouge_l(*answers()),
-        "f1": lambda: token_f1(*answers()),
-        "exact_match": lambda: exact_match(*answers()),
-        "accuracy": lambda: label_accuracy(
+        "rouge_l": lambda: answers.rouge_l(*pairs()),
+        "f1": lambda: answers.token_f1(*pairs()),
+        "exact_match": lambda: answers.exact_match(*pairs()),
+        "accuracy": lambda: answers.label_accuracy(
             model, examples, labels, max_length=max_length, batch_size=batch_size
         ),
         "perplexity": read,
@@ -140,7 +127,7 @@ def measure_rows(
         sums, counts = all_row_losses(model, rows, 8)
         found, measured = row_losses_of(sums, counts), {"loss": token_mean(sums, counts)}
         if labels:
-            measured["accuracy"] = label_accuracy(model, examples, labels, max_length=max_length)
+            measured["accuracy"] = answers.label_accuracy(model, examples, labels, max_length=max_length)
     kind = objective.partition(":")[0]
     if kind != "loss" and (kind != "accuracy" or "accuracy" not in measured):
         measured["objective"] = objectives.mean_value(model, rows, objective, batch_size=batch_size)

@@ -1,36 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Define what zeroth-order methods minimise: any function `objective(model, batch) -> float`.
+"""Define what zeroth-order methods minimise: any function `objective(model, batch) -> float` (docs/objectives.md lists them).
 
-A two-point estimate needs only the value, so the objective may be one that cannot be differentiated: accuracy, or
-the score of generated text (MeZO, arXiv 2305.17333, section 3.3; its code
-minimises -accuracy and -F1).
-
-| name | value to minimise | argument |
-|---|---|---|
-| loss | mean cross-entropy of the response tokens, nats (the default) | none |
-| accuracy | -(share of rows whose own label word scores best), 0 to -1 | `accuracy:yes,no`: the label words |
-| rouge_l | -(mean Rouge-L F1 of greedy answers), 0 to -1 | `rouge_l:64`: new tokens at most |
-| f1 | -(mean SQuAD F1 of greedy answers), 0 to -1 | `f1:64`: new tokens at most |
-| `package.module:function`, `file.py:function` | what the function returns | |
-
-A batch is a `fleetune.data.encode.Batch` of three int64 tensors [B, T] on the model's device, padded on the
-right:
-
-- `input_ids`: the prompt (chat template included), then the response with the template's end of turn, then
-  padding;
-- `attention_mask`: 1 on prompt and response, 0 on padding;
-- `labels`: `input_ids` where the response is, -100 on prompt and padding.
-
-So a row's prompt is where the mask is 1 and the label -100, and its reference is `ids[labels != -100]`.  For an
-encoder `labels` is int64 [B], the index of each row's label word, and `accuracy` is that of its head.
-On the held-out rows, before and after tuning and with every validation, a run measures its objective too: `accuracy`
-over all of them, any other one as its mean over batches of the method's batch size, weighted by rows.
-
-A function of one's own gets the `fleetune.models.Model` (`model.net`, `model.tokenizer`), already perturbed,
-in eval mode under `torch.inference_mode`; it must be deterministic, since it is called with the same batch at
-both points, and must leave the weights alone.
-
-The function is code that runs here: take an import path from the user of this machine, never from a peer.
+A two-point estimate needs only the value, so it may be one that cannot be differentiated: accuracy, or the score of generated
+text (MeZO, arXiv 2305.17333, section 3.3).  A row's prompt is where `attention_mask` is 1 and `labels` are -100, its reference is
+`ids[labels != -100]`.  A function is code that runs here: never take its path from a peer.
 """
 
 from __future__ import annotations
@@ -52,16 +24,7 @@ from torch import Tensor
 from fleetune.common import settings
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
-from fleetune.evaluation.answers import (
-    answer_ids,
-    answer_scores,
-    decode_answer,
-    generate_from_ids,
-    require_text_model,
-    rouge_l,
-    token_f1,
-    without_end,
-)
+from fleetune.evaluation import answers
 from fleetune.evaluation.losses import batch_loss, class_logits, eval_mode, pad_id, token_losses
 from fleetune.models.net.model import Model
 
@@ -73,7 +36,7 @@ TOKENS = 8  # are generated in about the time of a row's forward
 
 
 def get(name: str = "loss") -> Objective:
-    """Return the objective of that name (see the module docstring), or the function at that import path.
+    """Return the objective of that name, or the function at that import path.
 
     RecipeError when there is none, its argument is wrong, or the path cannot be imported or is not callable:
     call this before any slow work.  Later, an imported function that fails or returns no finite number raises a
@@ -157,20 +120,20 @@ def negative_accuracy(model: Model, batch: Batch, labels: Sequence[str] = ()) ->
             right = class_logits(model.net, batch).argmax(1) == batch.labels
         return -float(right.double().mean())
     prompts, references = split(batch)
-    own = [tuple(without_end(model, ids).tolist()) for ids in references]
+    own = [tuple(answers.without_end(model, ids).tolist()) for ids in references]
     if labels:
-        choices = [tuple(answer_ids(model, label).tolist()) for label in labels]
+        choices = [tuple(answers.answer_ids(model, label).tolist()) for label in labels]
     else:
         choices = sorted(set(own))
     missing = sorted(set(own) - set(choices))
     if missing or (not labels and len(own) < 2):
-        seen = decode_answer(model, (missing or choices)[0])
+        seen = answers.decode_answer(model, (missing or choices)[0])
         raise RecipeError(
             [f"objective 'accuracy': the label words {list(labels)} do not cover the answer {seen!r}"],
             hint="name all label words, for example accuracy:yes,no; free text needs rouge_l or f1",
         )
     words = [np.asarray(choice, np.int32) for choice in choices]
-    best = answer_scores(model, prompts, words, batch_size=max(8, len(prompts))).argmax(1)
+    best = answers.answer_scores(model, prompts, words, batch_size=max(8, len(prompts))).argmax(1)
     return -sum(choices[int(i)] == mine for i, mine in zip(best, own, strict=True)) / len(own)
 
 
@@ -194,19 +157,19 @@ def negative_score(model: Model, batch: Batch, score: Score, max_new_tokens: int
     `max_new_tokens` 0: twice the longest reference, at most 128, so that rambling costs precision but not
     time.
     """
-    require_text_model(model, "an objective on answers (rouge_l, f1)")
+    answers.require_text_model(model, "an objective on answers (rouge_l, f1)")
     prompts, references = split(batch)
     limit = max_new_tokens or min(MAX_NEW_TOKENS, 2 * max(map(len, references)))
-    answers = generate_from_ids(model, prompts, max_new_tokens=limit, batch_size=len(prompts))
-    return -score(answers, [decode_answer(model, ids.tolist()) for ids in references]) / 100.0
+    written = answers.generate_from_ids(model, prompts, max_new_tokens=limit, batch_size=len(prompts))
+    return -score(written, [answers.decode_answer(model, ids.tolist()) for ids in references]) / 100.0
 
 
 BUILT_IN: Mapping[str, Callable[[str], Objective]] = MappingProxyType(
     {
         "loss": _loss,
         "accuracy": _accuracy,
-        "rouge_l": _of_answers("rouge_l", rouge_l),
-        "f1": _of_answers("f1", token_f1),
+        "rouge_l": _of_answers("rouge_l", answers.rouge_l),
+        "f1": _of_answers("f1", answers.token_f1),
     }
 )
 

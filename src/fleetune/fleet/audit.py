@@ -1,10 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Keep a log of every device that joined and every answer that was taken or refused, in which nothing can be changed unseen.
 
-    audit.jsonl      one JSON object a line; "chain" is the SHA-256 of the chain of the line before and of the line itself
-
-Whoever changes, removes, inserts or reorders a line has to write the chain anew from there to the end; so the last chain,
-kept elsewhere, proves the whole log.  A line that a kill cut short is dropped when the log is opened again.
+audit.jsonl has one JSON object a line; "chain" is the SHA-256 of the chain of the line before and of the line itself.  So the
+last chain, kept elsewhere, proves the whole log.  A line that a kill cut short is dropped when the log is opened again.
 """
 
 from __future__ import annotations

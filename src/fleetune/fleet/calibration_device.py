@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Calibrate on a device: its windows go through the model block by block, and only sums leave it.
 
     state/run-3f2a../calibration/
@@ -6,15 +5,9 @@
       result/                      the ledger or adapter in it
       states-0002.safetensors      what the windows are in front of block 2
 
-The device stands in front of a block.  An order for block k brings block k-1 compressed: the windows go through it, the
-states are on the disk, and then the sums of block k are made.  A device that is killed goes on from its states, whatever it
-was doing.
-
-Sums over few tokens give these away: over fewer than an input is wide, each token can be tested for; and the difference of
-two sums over nearly the same tokens holds the others.  Sums behind other weights are other sums.  So they are over at least 4
-times the model's width and twice the widest input (`least_tokens`), of one result on one base in one type, over one choice of
-windows of the same rows (`DeviceState.allow_calibration`), and behind one compressed form of each block
-(`DeviceState.allow_block`).
+Sums over few tokens give these away: each token can be tested for, and the difference of two sums over nearly the same tokens
+holds the others.  So sums are over at least `least_tokens`, of one result on one base in one type, over one choice of windows
+(`DeviceState.allow_calibration`), and behind one compressed form of each block (`DeviceState.allow_block`).
 """
 
 from __future__ import annotations

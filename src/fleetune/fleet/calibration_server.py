@@ -1,13 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Get the Hessians of a compression from devices that join: `compress --calibrate fleet`.
 
-    devices.json       in the compression's folder: which key is which client, as in the run
-    audit.jsonl        there too: who joined, and what was taken or refused
-    parts/agreed.json  the windows of each device, agreed before block 0; a resumed compression goes on with these
-
-Each device gets the run's result once (`result.py`), then for every block the compressed one before it, and answers with sums
-over its windows (`calibration_device.py`).  The server has one device's sums in memory, besides those on their way: so
-many devices are at work at a time that these take `ON_THE_WAY` bytes.
+The windows of each device are agreed before block 0 (`parts/agreed.json`); a resumed compression goes on with these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Join a fleet as a device, and stay until its run is over; decline work while the machine runs on its battery or is busy."""
 
 from __future__ import annotations

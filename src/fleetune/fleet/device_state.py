@@ -1,14 +1,11 @@
-# SPDX-License-Identifier: Apache-2.0
 """Keep a device's files in its state folder and nowhere else, and the secret that its digests are keyed with.
 
-    state/
-      secret                       32 random bytes, for the owner alone
-      calibrated.json              which result on which windows of which rows this device has calibrated, and by which blocks
-      measured.json                what it has measured, and at which length and with which labels of which rows
-      privacy.json                 what has been spent of its privacy budget
-      run-3f2a../                  what belongs to a run: memories, result/, calibration/
-
-A folder in a run's is emptied and removed only where it has `MARK`, the file with which it was made here.
+secret                       32 random bytes, for the owner alone
+calibrated.json              which result on which windows of which rows this device has calibrated, and by which blocks
+measured.json                what it has measured, and at which length and with which labels of which rows
+privacy.json                 what has been spent of its privacy budget
+answer                       the last answer: given again when its order comes again
+run-3f2a../                  a run's memories, result/, calibration/, sum.ckpt; removed only where it has `MARK`
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Let devices in, carry their orders and answers, and know who is there: five requests over HTTPS.
 
     POST /fleet/challenge      fleetune-key: base64 of the public key (PEM)
@@ -14,19 +13,15 @@
                                fleetune-next: order        wait for the next order (the default)
                                               piece        none: the next piece follows
                                               nothing      none: the device leaves
-    200                        fleetune-order: NUMBER; the body is the order.  A device that asks has no other to work on: one
-                               that it has not answered did not arrive, and is given again
+    200                        fleetune-order: NUMBER; the body is the order, the one before again if it was not answered
     204                        there was none
 
     403 the key may not come in, or has not signed this      409 the key is there already, or a later request took over
     410 no such session: the server has begun anew           421 the device means a server of another name or ca.pem
     404, 411, 413 no request of a device
 
-A signature is of the server's name, port and certificate authority too, so that no server can use it to be the device
-elsewhere.  Behind a certificate the name tells servers apart, and a proxy may have another port; without one, the port does.
+A signature is of the server's name, port and certificate authority too, so that no server can use it to be the device elsewhere.
 Before a session is known, no body is read; an answer belongs to an open order of the device and has a bound (`link.py`).
-A device has one answer and one order on their way.  The state is in memory: a run's folder has all that a restarted server
-needs, and its devices come in again.  No clock of a device matters.
 """
 
 from __future__ import annotations

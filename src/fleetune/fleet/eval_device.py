@@ -1,11 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measure a result on a device's held-out rows: only sums leave it.
 
-The answer to the order `eval` holds
-
-    rows, tokens    how many were measured (of an encoder a row scores one thing: tokens = rows)
-    base, tuned     the summed cross-entropy of the answers' tokens, in nats, by the base and by the tuned model; the mean is at
-                    most `TIMES` ln V, rounded to `EXACT` nats: a server that makes its model for it reads rows out of the digits
+rows, tokens    how many were measured (of an encoder a row scores one thing: tokens = rows)
+base, tuned     the summed cross-entropy of the answers' tokens, in nats; the mean is at most `TIMES` ln V, rounded to
+                `EXACT` nats: a server that makes its model for it reads rows out of the digits
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ from typing import Final
 import numpy as np
 
 from fleetune import data
-from fleetune.data import Encoded, Example
 from fleetune.errors import DataError
 from fleetune.evaluation.losses import all_row_losses
 from fleetune.fleet import result
@@ -35,7 +31,7 @@ BATCH: Final = 1  # rows at a time: a device that has trained has the memory for
 
 
 def measure(
-    job: Job, model: Model, held: Sequence[Encoded], words: str, order: bytes, own: DeviceState
+    job: Job, model: Model, held: Sequence[data.Encoded], words: str, order: bytes, own: DeviceState
 ) -> bytes:
     """Return the answer to an order `eval`; the model is the base, and afterwards the tuned model.
 
@@ -75,7 +71,7 @@ def divided(
     columns: str = "",
     note: Callable[[str], None] = log.warning,
     offline: bool = False,
-) -> tuple[Sequence[Example], Sequence[Example]]:
+) -> tuple[Sequence[data.Example], Sequence[data.Example]]:
     """Return (training rows, held-out rows): a share (below 1) or a number of `source`, or all of `eval_data`.
 
     `columns` says which columns are which, `note` is told what of the rows was left out (`data.read`).  A row that is equal
@@ -104,6 +100,6 @@ def divided(
     return training, held
 
 
-def digest(rows: Sequence[Example]) -> str:
+def digest(rows: Sequence[data.Example]) -> str:
     """Return the SHA-256 of rows' words, however a job has them encoded."""
     return hashlib.sha256(json.dumps([row.content for row in rows]).encode()).hexdigest()

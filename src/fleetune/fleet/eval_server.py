@@ -1,18 +1,10 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Measure a run's result, or a plain model, on the held-out rows of devices that join.
+"""Measure a run's result, or a plain model, on the held-out rows of devices that join (`eval-fleet.json` in the run's folder).
 
-    eval-fleet.json    in the run's folder, for its owner alone: the mean, and every device
-
-Each device measures base and tuned model on its own rows and sends sums (`eval_device.py`).  The mean over all devices is
-weighted by tokens, as that of `fleetune eval` is: R = sum w_i l_i, with the loss l_i of device i and its share w_i of the
-tokens.  Tokens are what a device says, so none counts more than `aggregation.TIMES` times the median device; beside R stand the
-mean in which each device counts once, and the median.  The standard error is the jackknife's, R_-i being R without device i:
+The mean R = sum w_i l_i is of the losses l_i of the devices by their shares w_i of the tokens.  Tokens are what a device says, so
+none counts more than `aggregation.TIMES` times the median device.  The standard error is the jackknife's, R_-i being R without
+device i (CV3 of MacKinnon, Nielsen and Webb 2022, arXiv 2205.03288):
 
     se(R)^2 = (n - 1) / n sum (R_-i - R)^2        R_-i - R = w_i (R - l_i) / (1 - w_i)
-
-(CV3 of MacKinnon, Nielsen and Webb 2022, arXiv 2205.03288).  For equal shares it is the usual one.  Where a device has nearly
-all tokens, R is its own loss and its residual vanishes; w_i / (1 - w_i) does not let that pass for certainty.  One device has
-none.
 """
 
 from __future__ import annotations
@@ -194,7 +186,10 @@ def disagreement(done: FleetEvaluated, found: Sequence[DeviceEvaluated]) -> str:
 
 
 def ratio(means: Sequence[float], shares: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean of the devices' means by their shares, and its standard error; None for one device."""
+    """Return the mean of the devices' means by their shares, and its standard error; None for one device.
+
+    A device that has nearly all tokens has a residual near 0; its w / (1 - w) does not let that pass for certainty.
+    """
     n = len(means)
     R = math.fsum(m * w for m, w in zip(means, shares, strict=True))
     if n < 2:

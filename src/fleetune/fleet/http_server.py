@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Serve an ASGI app from a thread of this process, with uvicorn."""
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Make and read the keys by which devices are known, and the certificate by which devices know their server.
 
-A device's key is an OpenSSH key on the curve P-384 (`ssh-keygen -t ecdsa -b 384` makes the same): NAME stays on the
-device, NAME.pub goes to the server's folder of keys, and taking it out of there revokes it.
+A device's key is an OpenSSH key on the curve P-384 (`ssh-keygen -t ecdsa -b 384`); NAME.pub goes to the server's folder of keys.
 """
 
 from __future__ import annotations

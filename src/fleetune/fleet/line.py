@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Answer a server's orders from a device, and come back with the same key whatever happens to server or network.
-
-The requests are those of `door.py`.  An answer of the server is read up to a limit, and nothing compressed is taken.
-"""
+"""Answer a server's orders from a device by the requests of `door.py`, and come back with the same key whatever happens."""
 
 from __future__ import annotations
 
@@ -26,21 +22,8 @@ import httpx
 from fleetune.common.display import human_bytes, single_spaced
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.errors import FleetuneError, Interrupted, StorageError
+from fleetune.fleet import door
 from fleetune.fleet import keys as keyring
-from fleetune.fleet.door import (
-    CHALLENGE,
-    HEARTBEAT,
-    HOST,
-    KEY,
-    NEXT,
-    ORDER,
-    SESSION,
-    SIGNATURE,
-    TRUSTED,
-    host_of,
-    signed_text,
-)
-from fleetune.fleet.keys import PrivateKey, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +88,7 @@ class Line:
             verify=trust,
             timeout=PATIENCE,
             limits=httpx.Limits(keepalive_expiry=IDLE),
-            trust_env=not is_loopback(host_of(server.address)),
+            trust_env=not keyring.is_loopback(door.host_of(server.address)),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
         self.until = math.inf  # when no answer is waited for any longer
@@ -129,7 +112,10 @@ class Line:
         try:
             if "content-encoding" in response.headers:
                 raise Odd("the server compresses what it sends, which a device does not take")
-            if not all(response.headers.get(name, "").isascii() for name in (CHALLENGE, SESSION, ORDER)):
+            if not all(
+                response.headers.get(name, "").isascii()
+                for name in (door.CHALLENGE, door.SESSION, door.ORDER)
+            ):
                 raise Odd("the head of the server's answer is not in ASCII")
             data, until = bytearray(), time.monotonic() + PATIENCE
             for piece in response.iter_raw():
@@ -146,7 +132,7 @@ class Line:
 class _Stay:
     """One stay at a server: heartbeats in a thread, requests for orders in another."""
 
-    def __init__(self, line: Line, key: PrivateKey, state: Path, server: Server) -> None:
+    def __init__(self, line: Line, key: keyring.PrivateKey, state: Path, server: Server) -> None:
         self.line, self.key, self.server, self.file = line, key, server, state / FILE
         self.over, self.asking = threading.Event(), False
         self.session = ""  # until it has come in
@@ -159,19 +145,19 @@ class _Stay:
 
     def _come_in(self) -> None:
         """Begin a session, in the place of that of this device's last process."""
-        key = {KEY: b64encode(self.key.public.pem).decode()}
-        challenge = self.line.post("challenge", key)[0].headers.get(CHALLENGE, "")
+        key = {door.KEY: b64encode(self.key.public.pem).decode()}
+        challenge = self.line.post("challenge", key)[0].headers.get(door.CHALLENGE, "")
         trusted = keyring.trusted(self.server.certificate)
-        text = signed_text(self.server.address, trusted, challenge)
+        text = door.signed_text(self.server.address, trusted, challenge)
         stated = {
-            CHALLENGE: challenge,
-            HOST: self.server.address,
-            TRUSTED: trusted,
-            SIGNATURE: b64encode(keyring.sign(self.key, text)).decode(),
-            HEARTBEAT: f"{self.server.heartbeat:g}",
-            SESSION: self._before(trusted),
+            door.CHALLENGE: challenge,
+            door.HOST: self.server.address,
+            door.TRUSTED: trusted,
+            door.SIGNATURE: b64encode(keyring.sign(self.key, text)).decode(),
+            door.HEARTBEAT: f"{self.server.heartbeat:g}",
+            door.SESSION: self._before(trusted),
         }
-        self.session = self.line.post("session", key | stated)[0].headers.get(SESSION, "")
+        self.session = self.line.post("session", key | stated)[0].headers.get(door.SESSION, "")
         try:
             write_atomic(self.file, f"{self.server.address} {trusted} {self.session}", mode=PRIVATE)
         except StorageError as error:  # without it, a restarted device waits until this stay is given up
@@ -250,7 +236,7 @@ class _Stay:
             data = b""  # it has arrived, and need not be in memory through the next order's work
             if given is None:
                 return
-            number, order = given[0].headers.get(ORDER, ""), given[1]
+            number, order = given[0].headers.get(door.ORDER, ""), given[1]
             if not number and time.monotonic() - self.said < AGAIN:
                 self.over.wait(AGAIN)  # a server that has nothing keeps the request for a while
             data = self._answer(answer, order) if number else b""
@@ -276,14 +262,14 @@ class _Stay:
         return self._post(number, pieces[-1], wants, self.server.room() if wants == "order" else SMALL)
 
     def _post(self, number: str, piece: bytes, wants: str, most: int) -> tuple[httpx.Response, bytearray]:
-        headers = {**self._bearer(), NEXT: wants, **({ORDER: number} if number else {})}
+        headers = {**self._bearer(), door.NEXT: wants, **({door.ORDER: number} if number else {})}
         self.said = time.monotonic()
         return self.line.post("exchange", headers, piece, most)
 
 
 def stay(
     server: Server,
-    key: PrivateKey,
+    key: keyring.PrivateKey,
     state: Path,
     answer: Callable[[bytearray], bytes],
     *,

@@ -1,9 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Say what a way between server and devices can do, and read the answers that come by it.
-
-There are two: the server's own door (`door.py`), and the Grid of a Flower that is there already
-(`flower/server_app.py`).
-"""
+"""Say what a way between server and devices can do (`door.py`, `flower/server_app.py`), and read the answers that come by it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Encode what a real fleet's server orders of a device, and what the device answers.
 
-An order and its answer are messages of the usual codec (`tuning/exchange/messages.py`) with scalars only; the bytes that a
-method sends travel inside, as they would in a simulated fleet, so that traffic is counted alike.
+Both are messages of the usual codec (`tuning/exchange/messages.py`) with scalars only, the bytes that a method sends among them.
 
     server -> device    job      all that the device needs to know of the run, once a session
                         work     a round's message, for this client
@@ -16,11 +14,7 @@ method sends travel inside, as they would in a simulated fleet, so that traffic 
                         failed   why there is none; refused: why the device will not take part
                         declined why it does not work now; it is asked again
 
-Each order holds a number of its own that its answer repeats: an answer is bound to one order, and that to one device,
-run and round.
-
-The fields of these classes are all that the two sides accept from each other: pydantic refuses any other type, size or name
-(MessageError).  A device's reasons are codes (`WORDS`).
+An order has a number that its answer repeats: an answer is bound to one order, and that to one device, run and round.
 """
 
 from __future__ import annotations
@@ -35,19 +29,9 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from fleetune import errors
 from fleetune.common.display import one_line
 from fleetune.common.memory import is_out_of_memory
-from fleetune.errors import (
-    DataError,
-    FitError,
-    FleetError,
-    LedgerError,
-    MessageError,
-    ModelError,
-    StorageError,
-    UsageError,
-    cut_reason,
-)
 from fleetune.models.cache import names
 from fleetune.privacy import secagg
 from fleetune.privacy.mechanism import Sealed
@@ -120,7 +104,7 @@ class Secure:
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
         if not self.least <= self.clients <= 1.5 * self.least or 0 < self.noise < 1e-3:
-            raise MessageError("the job's secure sum is none that keeps single replies hidden")
+            raise errors.MessageError("the job's secure sum is none that keeps single replies hidden")
         return self
 
 
@@ -148,7 +132,7 @@ class Job:
     @model_validator(mode="after")
     def _check_task(self) -> Self:
         if not self.method and self.task != "eval":
-            raise MessageError(f"the job is not as agreed: one to {self.task} names no method")
+            raise errors.MessageError(f"the job is not as agreed: one to {self.task} names no method")
         return self
 
     @property
@@ -262,7 +246,9 @@ class Reply:
     @model_validator(mode="after")
     def _explain(self) -> Self:
         if not -1 <= self.kept[0] <= self.round:
-            raise MessageError(f"the device claims to remember round {self.kept[0]} after round {self.round}")
+            raise errors.MessageError(
+                f"the device claims to remember round {self.kept[0]} after round {self.round}"
+            )
         if self.what not in ("ready", "done") and not self.reason:
             object.__setattr__(self, "reason", in_words(self.code))
         return self
@@ -288,13 +274,13 @@ class Reply:
         """Read an answer; MessageError for bytes that are none."""
         found = _decode(data)
         if "reason" in found:
-            raise MessageError("a device's reason is a code, not words")
+            raise errors.MessageError("a device's reason is a code, not words")
         return _made(cls, found, "the answer")
 
     @classmethod
     def unusable(cls, order: Order, reason: str) -> Reply:
         """Return what stands for an answer that the server cannot use, and says why."""
-        return cls("failed", order.nonce, order.round, reason=cut_reason(reason))
+        return cls("failed", order.nonce, order.round, reason=errors.cut_reason(reason))
 
 
 @dataclass(frozen=True, config=EXACT)
@@ -329,11 +315,11 @@ _DEVICE: Final = TypeAdapter(Device)
 
 def _read(form: TypeAdapter[T], text: str | bytes, what: str) -> T:
     if len(text) > MAX_JOB:
-        raise MessageError(f"{what} has {len(text):,} characters, {MAX_JOB:,} at most")
+        raise errors.MessageError(f"{what} has {len(text):,} characters, {MAX_JOB:,} at most")
     try:
         return form.validate_json(text)
     except ValidationError as error:
-        raise MessageError(f"{what} is not as agreed: {problem_text(error.errors()[0])}") from error
+        raise errors.MessageError(f"{what} is not as agreed: {problem_text(error.errors()[0])}") from error
 
 
 def _encode(round: int, nonce: bytes, scalars: Mapping[str, Scalar]) -> bytes:
@@ -344,7 +330,7 @@ def _decode(data: bytes | bytearray) -> dict[str, Any]:
     """Return the parts of an order or an answer, by the names of its fields."""
     message = decode(data, names=MAX_NAMES, text=4 * MAX_TEXT)
     if message.payload.arrays:
-        raise MessageError("an order or an answer holds no arrays of its own")
+        raise errors.MessageError("an order or an answer holds no arrays of its own")
     found: dict[str, Any] = {**message.payload.scalars, "round": message.round, "nonce": message.base}
     found["kept"] = found.pop("kept_round", None), found.pop("kept_crc", None)
     return found
@@ -355,7 +341,7 @@ def _made(cls: type[T], found: Mapping[str, Any], what: str) -> T:
         return cls(**found)
     except (ValidationError, TypeError) as error:
         why = problem_text(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
-        raise MessageError(f"{what} is not as agreed: {why}") from error
+        raise errors.MessageError(f"{what} is not as agreed: {why}") from error
 
 
 WORDS: Final[Mapping[str, str]] = MappingProxyType(
@@ -385,17 +371,17 @@ WORDS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 OF_ERRORS: Final = (
-    (MessageError, "order"),
-    (LedgerError, "order"),
-    (DataError, "rows"),
-    (ModelError, "model"),
-    (StorageError, "storage"),
-    (UsageError, "settings"),
+    (errors.MessageError, "order"),
+    (errors.LedgerError, "order"),
+    (errors.DataError, "rows"),
+    (errors.ModelError, "model"),
+    (errors.StorageError, "storage"),
+    (errors.UsageError, "settings"),
 )
 LARGEST: Final = 1 << 63  # of a number
 
 
-class Declined(FleetError):
+class Declined(errors.FleetError):
     """A device does not do what it is asked: `WORDS[code]` with these numbers, and for its own console a hint."""
 
     def __init__(self, code: str, *numbers: int, hint: str | None = None) -> None:
@@ -405,14 +391,14 @@ class Declined(FleetError):
     @property
     def page(self) -> str:
         """The section of the docs on errors of the fleet."""
-        return FleetError("").page
+        return errors.FleetError("").page
 
 
 def reason_of(error: BaseException, memory: int) -> str:
     """Return what a server is told of an error, on a device that may use so many bytes of memory."""
     if isinstance(error, Declined):
         return error.reason
-    if isinstance(error, FitError) or is_out_of_memory(error):
+    if isinstance(error, errors.FitError) or is_out_of_memory(error):
         return f"memory {memory // 10**6}"
     return next((code for kind, code in OF_ERRORS if isinstance(error, kind)), "fault")
 
@@ -422,5 +408,5 @@ def in_words(reason: str) -> str:
     code, *numbers = reason.split(" ")
     plain = all(n.isascii() and n.isdigit() and len(n) < 20 and int(n) < LARGEST for n in numbers)
     if code not in WORDS or not plain or WORDS[code].count("{}") != len(numbers):
-        raise MessageError(f"the reason {reason!r:.60} is none that a device can have")
+        raise errors.MessageError(f"the reason {reason!r:.60} is none that a device can have")
     return WORDS[code].format(*(f"{int(n):,}" for n in numbers))

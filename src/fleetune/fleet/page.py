@@ -1,14 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Show a running fleet in a browser, and to Prometheus; nothing can be changed from here.
-
-    GET /          the run's report with its devices on top, made anew every few seconds
-    GET /status    the event of `fleetune fleet status --json`
-    GET /metrics   the same numbers for Prometheus
-
-Samples of the report are left out, since they hold rows of clients.  All is read from the run's folder; reading and drawing
-take at most a share of `1 / REST` of one core from the rounds, however many ask.  Where others can reach the page it asks for
-a password (HTTP Basic, any name), and a server with a certificate shows it with TLS.
-"""
+"""Show a running fleet in a browser (`/`), as JSON (`/status`) and to Prometheus (`/metrics`), read-only."""
 
 from __future__ import annotations
 
@@ -34,14 +24,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from fleetune import report
 from fleetune.common.events import FleetShown, as_dict
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.fleet import status
 from fleetune.fleet.http_server import Address, HttpServer
 from fleetune.fleet.keys import is_loopback
-from fleetune.report import page
-from fleetune.report.single import sections as report_sections
+from fleetune.report import page, runlog, single
 from fleetune.runs import metrics
 
 PORT: Final = 8471
@@ -168,7 +156,7 @@ def _shown(now: FleetShown) -> Response:
     """Return the page: devices, and the sections of the report."""
     run, loss = Path(now.run), "" if now.loss is None else f" · loss {now.loss:.3f}"
     file = run / metrics.FILE
-    sections = {} if file.exists() and file.stat().st_size > LARGEST else report_sections(report.read(run))
+    sections = {} if file.exists() and file.stat().st_size > LARGEST else single.sections(runlog.read(run))
     for private in ("samples", "sharing"):
         sections.pop(private, None)
     body = sections.pop("head", "") + devices(now) + "".join(sections.values())

@@ -1,12 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Ask real devices: whoever is there, with patience for those that are killed, restarted or cut off.
 
-The server keeps what it needs to go on in the run's folder (`table.py`, the checkpoints), and nothing in the link: a
-link that is opened anew after a kill knows no message of the one before, and every order is given again.  A device that
-has answered an order keeps its answer until the next, so no work is done twice (`worker.py`).
-
-The memory that a method keeps of a device stays on that device.  The server knows its round and checksum, and every order
-names the memory to start from, so a run that resumes from an earlier checkpoint also uses the earlier memory.
+What the server needs to go on is in the run's folder (`table.py`, the checkpoints), nothing in the link.  A device that has
+answered an order keeps its answer until the next, and the memory of a method stays on it: every order names the memory to start
+from, by round and checksum, so a run that resumes from an earlier checkpoint also uses the earlier memory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Bring the result of a run to a device: the ledger or the adapter as its files are, checked by the digest in the job.
-
-A ledger is a few kilobytes, an adapter a few megabytes; the base model is on the device already.  A ledger is replayed
-there, and the digest of the weights is compared with the one that it states.
-"""
+"""Bring the result of a run to a device: the ledger or the adapter as its files are, checked by the digest in the job."""
 
 from __future__ import annotations
 
@@ -12,7 +7,6 @@ from pathlib import Path
 from typing import Final
 
 from fleetune import adapters, models
-from fleetune.adapters import MOST_JSON
 from fleetune.common import sums
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.shell import quoted
@@ -79,8 +73,8 @@ def placed(scalars: Mapping[str, Scalar], own: DeviceState, job: Job) -> Path:
         for name, data in files.items():
             if type(data) is not bytes:
                 raise MessageError(f"{name!r} does not come as bytes")
-            if name != LEDGER and not name.endswith(".safetensors") and len(data) > MOST_JSON:
-                raise MessageError(f"{name!r} has more than {MOST_JSON:,} bytes")
+            if name != LEDGER and not name.endswith(".safetensors") and len(data) > adapters.MOST_JSON:
+                raise MessageError(f"{name!r} has more than {adapters.MOST_JSON:,} bytes")
             if name.endswith(".safetensors") and int.from_bytes(data[:8], "little") > HEADER:
                 raise MessageError(f"{name!r} has a head of more than {HEADER:,} bytes")
             write_atomic(folder / name, data, mode=PRIVATE)

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a recipe on real devices: the same rounds as in a simulated fleet, in the same kind of folder."""
 
 from __future__ import annotations
@@ -24,13 +23,11 @@ from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.door import Door
 from fleetune.fleet.http_server import Address
-from fleetune.fleet.keys import PublicKey
 from fleetune.fleet.orders import Job, is_path, job_of, secure_of
 from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
-from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare import prepare, private
 from fleetune.tuning.recipe import defaults
 from fleetune.tuning.recipe.recipe import Recipe
@@ -66,7 +63,7 @@ class Place:
     keys: Path | None = None  # folder with the devices' public keys
     certificate: Path | None = None  # folder with server.pem, server.key and ca.pem
 
-    def check(self) -> list[PublicKey] | None:
+    def check(self) -> list[keyring.PublicKey] | None:
         """Return the registered keys, None for any; UsageError for a place that others reach without TLS and keys."""
         keyring.check_installed()
         if not keyring.is_loopback(self.host) and not (self.keys and self.certificate):
@@ -120,7 +117,7 @@ class Served:
     more: str = ""  # that devices need beside their rows, for the command that is shown
     _count: int = field(init=False, default=0)  # of devices, that the first round waits for
     _done: int = field(init=False, default=0)  # rounds that were finished before
-    _keys: list[PublicKey] | None = field(init=False)
+    _keys: list[keyring.PublicKey] | None = field(init=False)
     _fleet: RemoteFleet | None = field(init=False, default=None)
     _next_look: float = field(init=False, default=0.0)  # at the folder of keys
     _next_word: float = field(init=False, default=0.0)  # to `fleet status`
@@ -196,7 +193,7 @@ class Served:
         door = "registered keys" if self._keys is not None else "any key"
         return f"{self.place.host}:{self.place.port} · {way}, {door} · {counted(count, 'device')}"
 
-    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+    def make(self, job: TuneJob, run: rundir.RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when enough devices are ready."""
         count = self.count(job)
         prepare.check_aggregation(job.recipe, job.method, count)

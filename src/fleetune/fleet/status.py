@@ -1,11 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Say how a real fleet's run stands, from its folder alone.
+"""Say how a real fleet's run stands, from its folder alone, so that nothing of this slows a round.
 
-    fleet.json       the server's last word: its process, the round, what each device does (written about once a second)
-    fleet.stop       the session of a server that is to stop (`ask_to_stop`); the server looks as often as it writes
-    metrics.jsonl    what became of every reply and round
-
-Nothing is asked of the server, so nothing of this slows a round, and it works when the server has gone.
+fleet.json       the server's last word: its process, the round, what each device does (written about once a second)
+fleet.stop       the session of a server that is to stop (`ask_to_stop`); the server looks as often as it writes
+metrics.jsonl    what became of every reply and round
 """
 
 from __future__ import annotations

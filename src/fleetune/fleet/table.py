@@ -1,11 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Keep the table of a run's devices: which key is which client, and what each device brought.
+"""Keep the table of a run's devices (`devices.json`): which key is which client, and what each device brought.
 
-    devices.json     in the run's folder, for its owner alone
-
-A device is its key.  One that comes back, after a restart or days later, is the client that it was, as long as it
-brings the same rows: the rounds before were trained on these.  The kind of its work is given once (`give_kinds`), by what
-fits it, and stays.
+A device is its key.  One that comes back is the client that it was, as long as it brings the same rows.
 """
 
 from __future__ import annotations

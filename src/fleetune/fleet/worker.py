@@ -1,16 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Be a device: take a run's job, load model and rows once, and do its work: rounds, an evaluation, a calibration.
 
-    state/
-      run-3f2a../client-000002.round-000005.ckpt     what the method remembers here
-      run-3f2a../result/, calibration/               a result that is measured or compressed
-      run-3f2a../sum.ckpt                            what the device holds for a round's secure sum
-      answer                                         the last answer: given again when its order comes again
-      secret, calibrated.json                        as `device_state.py` has it
-
-A device runs what is installed on it.  An order is data: a method's name and settings, numbers, and the bytes that the
-method itself would read in a simulated fleet.  It does the orders of the task that it has agreed to, of at most `PASSES`
-passes over its rows, and says why it does not by a code (`orders.py`).
+A device runs what is installed on it.  An order is data: a method's name and settings, numbers, and the bytes that the method
+itself would read in a simulated fleet.
 """
 
 from __future__ import annotations
@@ -29,7 +20,7 @@ from typing import Final, Literal
 import numpy as np
 import torch
 
-from fleetune import models
+from fleetune import errors, models
 from fleetune.common import __version__
 from fleetune.common.display import counted, human_bytes, human_time, show, single_spaced
 from fleetune.common.files import PRIVATE, regular, write_atomic
@@ -39,53 +30,22 @@ from fleetune.common.memory import at_most, rss, usable_memory
 from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded, Example
 from fleetune.data.encode import digest, encode_rows
-from fleetune.errors import (
-    FAULTS,
-    DataError,
-    FitError,
-    FleetError,
-    FleetuneError,
-    Interrupted,
-    MessageError,
-    ModelError,
-    StorageError,
-    UsageError,
-    cut_reason,
-    fault,
-)
 from fleetune.evaluation import objectives
 from fleetune.evaluation.losses import pad_id, response_loss
-from fleetune.evaluation.objectives import rows_of
-from fleetune.fleet import eval_device
+from fleetune.fleet import eval_device, orders
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.orders import (
-    NOTHING_KEPT,
-    ODD,
-    REFUSED,
-    TASKS,
-    Declined,
-    Device,
-    Job,
-    Order,
-    Reply,
-    in_words,
-    is_path,
-    reason_of,
-)
 from fleetune.models.cache.cache import BLOCKS, MAPPED, PLACES
 from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
-from fleetune.planning.device_cost import Workload
 from fleetune.privacy import secagg
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import decode
-from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.prepare import usual_threads
 from fleetune.tuning.rounds.fleets import STEPS
 from fleetune.tuning.rounds.local_work import Memories, work
@@ -147,8 +107,8 @@ class Brings:
 class Loaded:
     """A job with everything in memory."""
 
-    job: Job
-    method: Method | None  # None where a plain model is measured
+    job: orders.Job
+    method: methods.Method | None  # None where a plain model is measured
     model: Model
     rows: Sequence[Encoded]
     held: Sequence[Encoded]  # never trained on
@@ -178,7 +138,7 @@ class Worker:
         self.own = DeviceState(state)
         self.loaded: Loaded | None = None
         self.ended = ""  # why the run is over for this device; "" while it is not
-        self.error: FleetuneError | None = None  # that keeps it from taking part
+        self.error: errors.FleetuneError | None = None  # that keeps it from taking part
 
     def answer(self, data: bytes | bytearray) -> bytes:
         """Answer one order; what goes wrong in its work is the answer too.
@@ -187,9 +147,9 @@ class Worker:
         """
         try:
             with self._bounded():
-                order, digest = Order.decode(data), hashlib.sha256(data).digest()
+                order, digest = orders.Order.decode(data), hashlib.sha256(data).digest()
         except MemoryError as error:
-            raise MessageError(
+            raise errors.MessageError(
                 f"an order of {human_bytes(len(data))} does not fit this device's memory"
             ) from error
         if isinstance(data, bytearray):
@@ -198,25 +158,25 @@ class Worker:
             if self.loaded is not None and self.loaded.job.task == "calibrate":
                 self.loaded.calibration.remove()
             self.ended = single_spaced(order.reason) or "the run is over"
-            if order.body == REFUSED:
-                self.error = FleetError(f"the server refuses this device: {self.ended}")
-            return Reply("done", order.nonce, order.round).encode()
+            if order.body == orders.REFUSED:
+                self.error = errors.FleetError(f"the server refuses this device: {self.ended}")
+            return orders.Reply("done", order.nonce, order.round).encode()
         with hearing(lambda: self.on_step(order.client, 0)):
             return self._ready(order) if order.what == "job" else self._once(order, digest)
 
     # The job ----------------------------------------------------------------------------------------------
 
-    def _ready(self, order: Order) -> bytes:
+    def _ready(self, order: orders.Order) -> bytes:
         self.error, self.ended = None, ""
         try:
-            job = Job.from_json(order.body)
+            job = orders.Job.from_json(order.body)
             if self.loaded is None or self.loaded.job != job:
                 self.loaded = None  # two models need not be in memory
                 self.loaded = load(job, self.brings, self.own)
                 mapped = memory_of(self.loaded.model.net) is not None
                 self.note("base mapped: the weights stay in their file" if mapped else "base in memory")
             loaded = self.loaded
-            told = Device(
+            told = orders.Device(
                 len(loaded.rows),
                 self.own.keyed(job.reading + digest([loaded.rows])),
                 self.brings.memory or models.device_memory(loaded.model.device),
@@ -229,77 +189,86 @@ class Worker:
                 str(torch.__version__),
                 _processor(loaded.model.device),
             )
-            return Reply("ready", order.nonce, order.round, told.to_json()).encode()
-        except (Interrupted, KeyboardInterrupt):
+            return orders.Reply("ready", order.nonce, order.round, told.to_json()).encode()
+        except (errors.Interrupted, KeyboardInterrupt):
             raise
-        except FAULTS as error:
-            self.error = error if isinstance(error, FleetuneError) else FleetError(fault(error))
+        except errors.FAULTS as error:
+            self.error = (
+                error if isinstance(error, errors.FleetuneError) else errors.FleetError(errors.fault(error))
+            )
             self.ended = self.error.message = single_spaced(self.error.message)
             self.error.hint = self.error.hint and single_spaced(self.error.hint)
             return self._without("refused", order, error)
 
-    def _without(self, what: Literal["refused", "failed"], order: Order, error: BaseException) -> bytes:
+    def _without(
+        self, what: Literal["refused", "failed"], order: orders.Order, error: BaseException
+    ) -> bytes:
         """Return the answer that there is none, with the error's code."""
-        code = reason_of(error, self.brings.memory or usable_memory())
-        return Reply(what, order.nonce, order.round, code=code).encode()
+        code = orders.reason_of(error, self.brings.memory or usable_memory())
+        return orders.Reply(what, order.nonce, order.round, code=code).encode()
 
     # The work ---------------------------------------------------------------------------------------------
 
-    def _once(self, order: Order, digest: bytes) -> bytes:
+    def _once(self, order: orders.Order, digest: bytes) -> bytes:
         """Give the answer from the disk when this very order, which has this digest, was the last one answered."""
         file = self.state / ANSWER
         if (kept := _kept_answer(file, digest)) is not None:
             self.note(f"{_title(order)}: answered again from the disk")
             return kept
         if order.what == "work" and (code := self.declines()):
-            self.note(f"{_title(order)}: declined ({in_words(code)})")
-            return Reply("declined", order.nonce, order.round, code=code).encode()
+            self.note(f"{_title(order)}: declined ({orders.in_words(code)})")
+            return orders.Reply("declined", order.nonce, order.round, code=code).encode()
         try:
             encoded = self._work(order)
-        except (Interrupted, KeyboardInterrupt):
+        except (errors.Interrupted, KeyboardInterrupt):
             raise
-        except FAULTS as error:
-            why = single_spaced(error.message if isinstance(error, FleetuneError) else fault(error))
+        except errors.FAULTS as error:
+            why = single_spaced(
+                error.message if isinstance(error, errors.FleetuneError) else errors.fault(error)
+            )
             log.error(
-                "%s failed: %s", _title(order), cut_reason(why), exc_info=log.isEnabledFor(logging.INFO)
+                "%s failed: %s",
+                _title(order),
+                errors.cut_reason(why),
+                exc_info=log.isEnabledFor(logging.INFO),
             )
             return self._without("failed", order, error)
         try:
             write_atomic(file, digest + encoded, mode=PRIVATE)
-        except StorageError as error:  # without it, a restarted device does the work again
+        except errors.StorageError as error:  # without it, a restarted device does the work again
             self.note(error.message)
         return encoded
 
-    def _work(self, order: Order) -> bytes:
+    def _work(self, order: orders.Order) -> bytes:
         """Return the answer to an order; Declined for one that does not belong to the task that was agreed to."""
         began, loaded = time.monotonic(), self.loaded
         if loaded is None:
-            raise Declined("no-job")
-        if order.what not in TASKS[loaded.job.task]:
-            raise MessageError(f"the job is to {loaded.job.task}, and the order to {order.what}")
+            raise orders.Declined("no-job")
+        if order.what not in orders.TASKS[loaded.job.task]:
+            raise errors.MessageError(f"the job is to {loaded.job.task}, and the order to {order.what}")
         with self._bounded():
             body = WORK[order.what](self, loaded, order)
-        kept = loaded.memories.kept().get(order.client, NOTHING_KEPT)
+        kept = loaded.memories.kept().get(order.client, orders.NOTHING_KEPT)
         seconds = round(time.monotonic() - began, 3)
         told = [f"{human_time(seconds)}", f"{human_bytes(len(body))} to send", f"memory {human_bytes(rss())}"]
         if isinstance(loss := decode(body).payload.scalars.get("loss"), float):
             told.insert(0, f"loss {show('loss', loss)}")
         if order.what not in STEPS:
             self.note(f"{_title(order, loaded.job.rounds)}: {' · '.join(told)}")
-        return Reply("done", order.nonce, order.round, body, kept, seconds, rss()).encode()
+        return orders.Reply("done", order.nonce, order.round, body, kept, seconds, rss()).encode()
 
     def _bounded(self) -> AbstractContextManager[None]:
         """Let what a server sends, and the work, take the memory that the device gives; an accelerator's is not bounded."""
         own = self.loaded is None or self.loaded.model.device == "cpu"
         return at_most((self.brings.memory or usable_memory()) if own else 0)
 
-    def _train(self, loaded: Loaded, order: Order) -> bytes:
+    def _train(self, loaded: Loaded, order: orders.Order) -> bytes:
         assert loaded.method is not None  # a job to tune names one
         self._stand_on(loaded.memories, order)
         batches = Batches(loaded.rows, pad_id(loaded.model), order.key, loaded.model.device, order.client)
         received = decode(order.take())
         if received.round != order.round:
-            raise MessageError(f"the message is of round {received.round}, the order of {order.round}")
+            raise errors.MessageError(f"the message is of round {received.round}, the order of {order.round}")
         hold = self._hold if loaded.job.secure else None
         return work(
             loaded.method, loaded.model, batches, order.key, received, loaded.memories, self.on_step, hold
@@ -325,43 +294,43 @@ class Worker:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return Participant.kept(loaded.job.run, sealed, folder / FILE, self.identity)
 
-    def _sum(self, loaded: Loaded, order: Order) -> bytes:
+    def _sum(self, loaded: Loaded, order: orders.Order) -> bytes:
         if loaded.job.secure is None:
-            raise MessageError(f"the job has no secure sum, and the order is {order.what}")
+            raise errors.MessageError(f"the job has no secure sum, and the order is {order.what}")
         said = self._participant(loaded).answer(order.what, order.round, order.client, order.take())
         if order.what == "reveal":
             self.note(f"{_title(order, loaded.job.rounds)}: added to the others' by a secure sum")
         return said
 
-    def _measure(self, loaded: Loaded, order: Order) -> bytes:
+    def _measure(self, loaded: Loaded, order: orders.Order) -> bytes:
         self.loaded = None  # the model is the tuned one afterwards: another order begins with the job
         return eval_device.measure(
             loaded.job, loaded.model, loaded.held, loaded.held_words, order.body, self.own
         )
 
-    def _begin(self, loaded: Loaded, order: Order) -> bytes:
+    def _begin(self, loaded: Loaded, order: orders.Order) -> bytes:
         return loaded.calibration.begin(order.body)
 
-    def _block(self, loaded: Loaded, order: Order) -> bytes:
+    def _block(self, loaded: Loaded, order: orders.Order) -> bytes:
         return loaded.calibration.block(order.round, order.body)
 
     @staticmethod
-    def _stand_on(memories: Memories, order: Order) -> None:
+    def _stand_on(memories: Memories, order: orders.Order) -> None:
         """Go back to the memory that the order names; Declined where it is not there."""
         round = order.kept[0]
         if others := memories.kept().keys() - {order.client}:
-            raise MessageError(f"this device is client {min(others)} of the run, not {order.client}")
+            raise errors.MessageError(f"this device is client {min(others)} of the run, not {order.client}")
         memories.rewind(round)
-        if order.kept != NOTHING_KEPT:
+        if order.kept != orders.NOTHING_KEPT:
             try:
                 memories.check({order.client: order.kept})
-            except MessageError as error:
+            except errors.MessageError as error:
                 log.error("%s", error.message)
-                raise Declined("remembers", round) from error
+                raise orders.Declined("remembers", round) from error
         memories.forget_before(max(min(order.oldest, round), round - MEMORIES))
 
 
-WORK: Final[Mapping[str, Callable[[Worker, Loaded, Order], bytes]]] = {
+WORK: Final[Mapping[str, Callable[[Worker, Loaded, orders.Order], bytes]]] = {
     "work": Worker._train,
     **dict.fromkeys(STEPS, Worker._sum),
     "eval": Worker._measure,
@@ -370,7 +339,7 @@ WORK: Final[Mapping[str, Callable[[Worker, Loaded, Order], bytes]]] = {
 }
 
 
-def _title(order: Order, of: int = 0) -> str:
+def _title(order: orders.Order, of: int = 0) -> str:
     """Return what an order is about, for the console."""
     if order.what in ("eval", "begin"):
         return {"eval": "evaluation", "begin": "calibration"}[order.what]
@@ -384,30 +353,30 @@ def _kept_answer(file: Path, digest: bytes) -> bytes | None:
         with open(file, "rb", opener=regular) as kept:
             if kept.read(len(digest)) == digest:
                 answer = kept.read()
-                Reply.decode(answer)
+                orders.Reply.decode(answer)
                 return answer
     except FileNotFoundError:
         pass
-    except (OSError, MessageError) as error:
+    except (OSError, errors.MessageError) as error:
         log.warning("%s cannot be used, the work is done again: %s", file, error)
     return None
 
 
-def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
+def load(job: orders.Job, brings: Brings, own: DeviceState) -> Loaded:
     """Load what a job needs: method, model and rows; every problem is found here, before any work.
 
     Declined for a task that the device takes no part in.
     """
     training, aside = brings.divided()
     if job.task == "calibrate" and not brings.calibrate:
-        raise Declined("no-calibration")
+        raise orders.Declined("no-calibration")
     if job.task == "eval" and not aside:
-        raise Declined("no-evaluation")
+        raise orders.Declined("no-evaluation")
     if job.task == "tune" and (brings.least or brings.epsilon):
         if job.secure is None or job.secure.least < max(secagg.FEWEST, brings.least):
-            raise Declined("no-sum", max(secagg.FEWEST, brings.least))
+            raise orders.Declined("no-sum", max(secagg.FEWEST, brings.least))
         if brings.epsilon and not job.secure.noise:
-            raise Declined("no-noise")
+            raise orders.Declined("no-noise")
     if brings.epsilon and job.secure is not None:
         own.spend(job.secure.noise, brings.delta, brings.epsilon, job.rounds, dry=True)
     folder = own.run(job.run)
@@ -427,7 +396,7 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
         ram=brings.memory,
     )
     if model.digest != job.base:
-        raise ModelError(
+        raise errors.ModelError(
             f"the run tunes a model with digest {job.base[:16]}.., this device has {model.digest[:16]}.. ({model.name})",
             hint=f"give the same model and revision: --model PATH   (the server calls it {job.model:.100})",
         )
@@ -436,7 +405,7 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     torch.set_num_threads(brings.threads or usual_threads(model.n_params))
     rows = _encoded(model, training, job.max_length, brings.data)
     if method is not None and job.secure and (why := method.cannot_combine(SUMMED, job.secure.clients)):
-        raise UsageError(f"the run's replies cannot be summed: {why}")
+        raise errors.UsageError(f"the run's replies cannot be summed: {why}")
     if method is not None and job.task == "tune":
         check_work(method, len(rows))
     held = _encoded(model, aside, job.max_length, brings.eval_data or brings.data) if aside else []
@@ -447,22 +416,22 @@ def load(job: Job, brings: Brings, own: DeviceState) -> Loaded:
     )
 
 
-def check_work(method: Method, rows: int) -> None:
+def check_work(method: methods.Method, rows: int) -> None:
     """Declined for more work in a round than `PASSES` passes over so many rows."""
     steps = max(method.local_steps(rows), int(getattr(method, "backprop_steps", 0)))
     batch, products = int(getattr(method, "batch_size", 1)), 2 * int(getattr(method, "lanczos", 0))
-    asked = steps * rows_of(getattr(method, "objective", "loss"), batch) + products * max(
+    asked = steps * objectives.rows_of(getattr(method, "objective", "loss"), batch) + products * max(
         batch, int(getattr(method, "curvature_rows", 0))
     )
     if asked > (most := PASSES * max(rows, FEW)):
-        raise Declined("work", asked, most)
+        raise orders.Declined("work", asked, most)
 
 
 def _encoded(model: Model, examples: Sequence[Example], max_length: int, source: str) -> list[Encoded]:
     """Return the rows that fit; DataError when none does."""
     rows, kept = encode_rows(model, examples, max_length)
     if not rows:
-        raise DataError(
+        raise errors.DataError(
             f"no row of {source} fits {max_length} tokens", hint="the run's max_length is the server's"
         )
     if len(kept) < len(examples):
@@ -472,11 +441,11 @@ def _encoded(model: Model, examples: Sequence[Example], max_length: int, source:
     return rows
 
 
-def _method(job: Job) -> Method:
+def _method(job: orders.Job) -> methods.Method:
     entry = methods.entry(job.method)
     objective = str(job.set.get("objective", "loss"))
     if objective.partition(":")[0] not in objectives.BUILT_IN:
-        raise FleetError(
+        raise errors.FleetError(
             f"the run optimises {objective:.100}, a function of the server's: a device runs only what is installed on it",
             hint="use a built-in objective",
         )
@@ -492,7 +461,7 @@ def measured_speed(model: Model, rows: Sequence[Encoded]) -> float:
 
 
 def fitting_kinds(
-    job: Job, method: Method | None, model: str, brings: Brings, base: str
+    job: orders.Job, method: methods.Method | None, model: str, brings: Brings, base: str
 ) -> tuple[tuple[int, ...], str]:
     """Return those of the method's kinds of work that fit the device's memory, and the base: mapped for auto if more fit so.
 
@@ -508,7 +477,7 @@ def fitting_kinds(
     footprints = trains.footprints(shape) if trains is not None else [Footprint("none")]
 
     def needs(place: str) -> list[int]:
-        work = Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=place)
+        work = device_cost.Workload(batch=rows, length=job.max_length, dtype=job.dtype, base=place)
         return [sum(device_cost.memory(shape, work, f or Footprint("none")).values()) for f in footprints]
 
     either = base == "auto" and device == "cpu"
@@ -521,7 +490,7 @@ def fitting_kinds(
     place = max(fitting, key=lambda place: len(fitting[place]))  # memory, the first, where as many fit
     if not fitting[place]:
         need = min(map(min, places.values()))
-        raise FitError(
+        raise errors.FitError(
             f"{'measuring' if trains is None else job.method} on this model takes about {human_bytes(need)} at {rows} rows "
             f"of {job.max_length} tokens, and this device has {human_bytes(have)}",
             hint=f"see what fits: fleetune plan {quoted(model)} --ram {human_bytes(have).replace(' ', '')}",
@@ -529,12 +498,12 @@ def fitting_kinds(
     return fitting[place], "mapped" if either and place == "mapped" else base
 
 
-def _model(job: Job, brings: Brings) -> str:
+def _model(job: orders.Job, brings: Brings) -> str:
     """Return the device's own model, or the name by which the job's is fetched; ModelError for a path, which is not looked at."""
     if brings.model:
         return brings.model
-    if is_path(job.model) or Path(job.model).exists():
-        raise ModelError(
+    if orders.is_path(job.model) or Path(job.model).exists():
+        raise errors.ModelError(
             f"the run tunes {Path(job.model).name:.100}, which a device does not fetch by itself: it is no built-in model",
             hint="give this device's copy, or the hub id if you trust it: --model PATH",
         )
@@ -544,5 +513,5 @@ def _model(job: Job, brings: Brings) -> str:
 def _processor(device: str | torch.device) -> str:
     """Return the kind of processor behind a device of torch's, with the instructions that torch uses on it."""
     if str(device) == "cuda":
-        return re.sub(f"{ODD}+", " ", torch.cuda.get_device_name())[:64].strip()
+        return re.sub(f"{orders.ODD}+", " ", torch.cuda.get_device_name())[:64].strip()
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}".strip()

@@ -1,8 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Find, load and save models.
 
-The names below are imported when they are first used, so that `models.download` or `models.gguf.header` load no torch.
-Modules of this folder import each other, never this facade.
+Names are imported when they are first used, so that reading a GGUF header loads no torch.  Modules of this folder import each
+other, never this facade.
 """
 
 from __future__ import annotations

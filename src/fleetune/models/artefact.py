@@ -1,32 +1,26 @@
-# SPDX-License-Identifier: Apache-2.0
 """Store a compressed model as the master artefact: codes, scales and zeros as the solver chose them.
 
-A folder with the model's configuration and tokenizer (transformers' own files), the digests of all files in `SHA256SUMS`, and
+A folder with the model's configuration and tokenizer, the digests of all files in `SHA256SUMS`, and
 
     master.safetensors      NAME.codes   uint8 [R, ceil(C bits / 8)]: a row's codes, bits in little-endian order
                             NAME.scale   float16 [R, C / group], may be negative
                             NAME.zero    uint8 [R, C / group]
                             NAME         every tensor that is not quantised, in its own dtype
 
-for each quantised matrix NAME (a parameter's name, [R, C] = [out, in]), which is
+for each quantised matrix NAME (a parameter's name, [R, C] = [out, in]), which is, exactly in float32,
 
-    w[r, c] = scale[r, c // group] * (codes[r, c] - zero[r, c // group])            in float32, exact
+    w[r, c] = scale[r, c // group] * (codes[r, c] - zero[r, c // group])
 
-since a scale has 11 significant bits and the difference at most 9.  A pruned weight is one whose code is its
-zero.  Where the header names a codebook for NAME (`number_types.py`), its value for a code stands in the code's place; zero is
-0 then.  Where it names a super-block type (`number_types.py`, which says what the weights are), the file holds instead of
-scale and zero
+The header (JSON under "master" in the file's metadata) may name a codebook for NAME (zero is 0 then) or a type of super-blocks;
+see `families/number_types.py`.  For the latter the file holds instead of scale and zero
 
                             NAME.d           float16 [R, C / 256]
                             NAME.multiples   int8 [R, C / group], of d: a group's scale
                             NAME.dmin        float16 [R, C / 256]         both of types with a minimum alone
                             NAME.minima      int8 [R, C / group], of dmin
 
-The experts of a mixture are one parameter [E, R, C]: the file holds their rows one below another, [E R, C], and the header says
-how many experts NAME has.  The header lists under "transposed" those that the model holds as [E, C, R] (gpt-oss).
-
-Every export is a repacking of it.  The header (JSON under "master" in the file's metadata) says how it was
-made and from which base; it has no time and no path, so the same work gives the same bytes.
+A mixture's experts [E, R, C] lie one below another, [E R, C]; the header says how many experts NAME has, and lists under
+"transposed" those that the model holds as [E, C, R] (gpt-oss).  It has no time and no path: the same work gives the same bytes.
 """
 
 from __future__ import annotations

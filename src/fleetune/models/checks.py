@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Check that a folder is a complete Hugging Face directory, and that its configuration and its weights can be used.
 
-The layout is transformers' own: config.json, model.safetensors (or shards and their index), tokenizer.json,
-tokenizer_config.json, generation_config.json, chat_template.jinja.  A configuration is a few kilobytes, yet makes
-transformers build as many blocks as it says, so what it claims is compared with the tensors that are there.
+transformers builds as many blocks as a configuration claims, so the claims are first compared with the tensors in the files.
 """
 
 from __future__ import annotations
@@ -16,13 +13,7 @@ from typing import Any, Final
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from fleetune.errors import ModelError
 from fleetune.models.cache import names
@@ -45,11 +36,12 @@ COUNT: Final = re.compile(r"(layer|expert|label)s?$")  # transformers makes a li
 MOST: Final = 65_536
 AGAIN_KIND: Final = "use a causal language model or a BERT-style encoder, such as: fleetune models"
 ENCODERS: Final = (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys()
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
+    & modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys()
 )
 CAUSAL_CLASSES: Final = frozenset(
     name
-    for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    for entry in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     for name in ((entry,) if isinstance(entry, str) else entry)
 )
 SLACK: Final = 1 << 22  # parameters that a net may have beyond twice those in its files: a new head
@@ -122,14 +114,14 @@ def config_of(folder: Path) -> Any:
     with foreign_file(file):  # a configuration class may raise anything for a wrong value
         if KEY in raw:
             return config_from(raw)
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _check_kind(folder: Path, raw: dict[str, Any], kind: str) -> None:
     """Raise ModelError for a model that is neither causal nor an encoder, or whose weights are quantised."""
     stated, quantised = raw.get("architectures") or [], raw.get("quantization_config")
     encoder, hint = _is_encoder(kind, stated), AGAIN_KIND
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder:
+    if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder:
         own = "needs code of its own, which is never run" if "auto_map" in raw else "is not one of these"
         what = f"is of type '{kind}', which {own} (transformers {transformers.__version__})"
     elif stated and not encoder and not set(stated) & CAUSAL_CLASSES:
@@ -162,7 +154,7 @@ def _is_encoder(kind: str, stated: list[str]) -> bool:
     return kind in ENCODERS and not set(stated) & CAUSAL_CLASSES
 
 
-def check_size(net: nn.Module, elements: int, path: Path) -> None:
+def check_size(net: torch.nn.Module, elements: int, path: Path) -> None:
     """Raise ModelError when a net (on the meta device) is much larger than what the files hold, or its tables are huge."""
     wanted = sum(p.numel() for p in net.parameters())
     tables = sum(b.numel() for b in net.buffers())
@@ -175,8 +167,8 @@ def check_size(net: nn.Module, elements: int, path: Path) -> None:
 
 
 def finite(
-    tensors: Iterable[tuple[str, Tensor]], path: Path, hint: str = AGAIN
-) -> Iterator[tuple[str, Tensor]]:
+    tensors: Iterable[tuple[str, torch.Tensor]], path: Path, hint: str = AGAIN
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) as they come; ModelError for weights that are NaN, infinite or beyond `LARGEST_WEIGHT`.
 
     One pass over each tensor, which takes no memory.

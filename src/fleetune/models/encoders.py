@@ -1,13 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Load BERT-style encoders as classifiers, with a new head where the checkpoint has none for the task.
 
-The federated papers tune RoBERTa, BERT and DistilBERT (FedPETuning, arXiv 2212.10025; FwdLLM, arXiv
-2308.13894): an encoder reads one text or a pair, and a small head on its first position chooses one of a few
-label words.  A checkpoint seldom has the head of the task at hand.  A new head has weights uniform
-with the standard deviation of the model's own `initializer_range`, biases 0, norms 1.  The values are Philox
-words keyed by the tensor's name, so that every machine makes the same head; the base digest covers it.
-
-A saved classifier whose labels cover those of the data keeps its head, and the order of its labels.
+A new head has weights uniform with the standard deviation of the model's `initializer_range`, biases 0, norms 1, from Philox
+words keyed by the tensor's name: every machine makes the same, and the base digest covers it.  A saved classifier whose labels
+cover those of the data keeps its head and the order of its labels.
 """
 
 from __future__ import annotations

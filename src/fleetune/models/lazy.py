@@ -1,17 +1,13 @@
-# SPDX-License-Identifier: Apache-2.0
 """A weight whose values stay in a mapped file and are read while an operation needs them.
 
-A `LazyWeight` stands in a net where a parameter would.  torch hands every operation on it to `__torch_function__`, so that any
-net runs on it as it is:
+A `LazyWeight` stands in a net where a parameter would; torch hands every operation on it to `__torch_function__`:
 
-    a linear layer     its matrix is read into scratch, used and forgotten; backward reads it again, so a frozen layer keeps
-                       its input's graph and no weights
+    a linear layer     its matrix is read into scratch, used and forgotten; backward reads it again
     an embedding       only the rows in use are read
     a tied head        goes by blocks of rows
     anything else      gets the values, in memory of their own
 
-Values and products are those of a model in memory, bit for bit, except for a product by blocks.  Operations that change the
-weight in place are refused; `weight.data` and `weight.detach()` return a copy.
+Values and products are those of a model in memory, bit for bit, except for a product by blocks.
 """
 
 from __future__ import annotations

@@ -1,14 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Find a model by name, load it, save it.
 
-A name is a built-in (`smollm2-135m`), a local Hugging Face directory, a `.gguf` file, or a hub id.  There are
-two kinds: causal language models, which write their answers, and encoders, which choose among label words
-(`encoders.py`; `Model.labels` tells them apart).
-
-Loading maps safetensors files into memory and converts one tensor at a time: the peak is one copy of the
-weights in the chosen dtype.  With the file's own dtype the weights stay a private mapping of it (writes go to
-memory, never to the file); such a file must not be overwritten in place while a model is loaded from it;
-`save` never does that.
+A name is a built-in (`smollm2-135m`), a local Hugging Face directory, a `.gguf` file, or a hub id.  Safetensors files are mapped
+and converted one tensor at a time, so the peak is one copy of the weights.  In the file's own dtype the weights stay a private
+mapping of it, so the file must not be overwritten in place meanwhile.
 """
 
 from __future__ import annotations
@@ -23,36 +17,17 @@ from types import MappingProxyType
 from typing import Final
 
 import torch
+import transformers
 from safetensors import safe_open
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from fleetune.common import sums
 from fleetune.common.memory import give_back, is_out_of_memory, return_large_pieces, usable_memory
 from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError, called
-from fleetune.models import encoders
+from fleetune.models import checks, encoders
 from fleetune.models.artefact import Master
 from fleetune.models.cache import cache, names
-from fleetune.models.cache.cache import BASES, BLOCKS, MAPPED, SHARE
 from fleetune.models.cache.download import Progress
-from fleetune.models.cache.names import MASTER, is_master
-from fleetune.models.checks import (
-    check_folder,
-    check_size,
-    check_step,
-    check_tensors,
-    config_of,
-    finite,
-    is_encoder,
-)
 from fleetune.models.families.foreign import AGAIN, check_blocks, foreign_file, short_error
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import class_of
@@ -117,11 +92,11 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
         path = cache.pull_hub(names.hub_id(name), offline=offline, progress=progress)
     elif path.is_file():
         path = cache.import_gguf(path, progress=progress)
-    check_folder(path)
+    checks.check_folder(path)
     return path
 
 
-def load_config(name: str, *, offline: bool = False) -> PretrainedConfig:
+def load_config(name: str, *, offline: bool = False) -> transformers.PretrainedConfig:
     """Return the transformers configuration of a model without its weights.
 
     A hub id costs the fetch of config.json alone, a GGUF file the reading of its metadata, a built-in name
@@ -130,15 +105,15 @@ def load_config(name: str, *, offline: bool = False) -> PretrainedConfig:
     if name in cache.ORIGINS:
         origin = cache.ORIGINS[name]
         found = cache.cached(origin)
-        return config_of(found) if found else AutoConfig.for_model(**origin.config)
+        return checks.config_of(found) if found else transformers.AutoConfig.for_model(**origin.config)
     path = names.local(name)
     if path is None:
-        return config_of(cache.pull_hub(names.hub_id(name), offline=offline, weights=False))
+        return checks.config_of(cache.pull_hub(names.hub_id(name), offline=offline, weights=False))
     if path.is_file():
         from fleetune.models.gguf.convert import load_config as from_gguf
 
         return from_gguf(path)
-    return config_of(path)
+    return checks.config_of(path)
 
 
 # ---------------------------------------------------------------- load
@@ -156,7 +131,7 @@ def check_device(device: str, dtype: str, base: str = "memory") -> str:
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     chosen = device
     if device == "auto":
-        chosen = "cpu" if base in MAPPED else next(name for name, found in here.items() if found)
+        chosen = "cpu" if base in cache.MAPPED else next(name for name, found in here.items() if found)
     if not here[chosen]:
         built = torch.version.cuda is not None if chosen == "cuda" else torch.backends.mps.is_built()
         why = "finds no such device" if built else "was built without it"
@@ -209,7 +184,7 @@ def load(
 
     @functools.cache  # a GGUF file is hashed for it
     def stored() -> tuple[Path, Mapping[str, Stored]]:
-        return tensors_of(name, folder, offline=offline, progress=progress, blocks=base == BLOCKS)
+        return tensors_of(name, folder, offline=offline, progress=progress, blocks=base == cache.BLOCKS)
 
     if _is_mapped(base, name, WEIGHTS[dtype].size, device, ram, folder, stored):
         try:
@@ -217,7 +192,7 @@ def load(
             with called(path, name):
                 return _load_folder(name, path, dtype, device, labels, tensors)
         except NotMappable as error:
-            if base in MAPPED:
+            if base in cache.MAPPED:
                 raise
             log.info("%s", error)
     return _load_folder(name, folder(), dtype, device, labels)
@@ -237,15 +212,15 @@ def _is_mapped(
     `folder` and `stored` are asked where the size cannot be told without.  ModelError for another word, and for mapped on
     another device.
     """
-    if base not in (*BASES, BLOCKS):
-        raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
-    if base in MAPPED and device != "cpu":
+    if base not in (*cache.BASES, cache.BLOCKS):
+        raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(cache.BASES))
+    if base in cache.MAPPED and device != "cpu":
         raise ModelError(
             f"a mapped base is for the CPU, not for '{device}'", hint="leave out --base or --device"
         )
-    room = SHARE * ram / size
+    room = cache.SHARE * ram / size
     if base != "auto" or device != "cpu" or not room:
-        return base in MAPPED
+        return base in cache.MAPPED
     if name in cache.ORIGINS:
         return cache.ORIGINS[name].params > room
     path = names.local(name)
@@ -311,10 +286,10 @@ def _load_folder(
         return_large_pieces()
         net, words, new = _read_net(path, DTYPES[dtype], labels, tensors)
         named = named_tensors(net)
-        base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
+        base = digest(checks.finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
         if tensors is None:
             net.to(chosen)
-        check_step(net, path)
+        checks.check_step(net, path)
         if (memory := memory_of(net)) is not None:
             memory.forget()
         give_back()  # some ten MB of the tokenizer's making
@@ -338,22 +313,22 @@ def _load_folder(
 
 def _read_net(
     path: Path, dtype: torch.dtype, labels: Sequence[str], stored: Mapping[str, Stored] | None
-) -> tuple[PreTrainedModel, tuple[str, ...], bool]:
+) -> tuple[transformers.PreTrainedModel, tuple[str, ...], bool]:
     """Return the net of a directory, its label words (none: a causal language model), and whether its head is new."""
-    config = config_of(path)
+    config = checks.config_of(path)
     count, elements = _sizes(path, stored)
     check_blocks(getattr(config, "num_hidden_layers", 0), count, path / "config.json")
 
-    def inspect(net: PreTrainedModel) -> None:
-        check_size(net, elements, path)
+    def inspect(net: transformers.PreTrainedModel) -> None:
+        checks.check_size(net, elements, path)
 
     with foreign_file(path / "config.json"):
-        if is_encoder(config):
+        if checks.is_encoder(config):
             saved = encoders.saved_labels(config)
             words = encoders.choose_labels(config, labels, path)
         else:
             saved = words = ()
-        kind = class_of(config, inspect, encoder=is_encoder(config))
+        kind = class_of(config, inspect, encoder=checks.is_encoder(config))
     with foreign_file(path, "has weights that cannot be loaded"):
         tensors = _read_tensors(path, dtype) if stored is None else placeholders(stored, dtype)
         if words != saved:
@@ -367,10 +342,10 @@ def _read_net(
     missing = [str(name) for name in found["missing_keys"]]
     if words != saved:
         missing = encoders.make_head(net, missing)
-    check_tensors(path, kind, found, missing, head=bool(words))
+    checks.check_tensors(path, kind, found, missing, head=bool(words))
     if (file := path / "generation_config.json").is_file():
         with foreign_file(file):
-            net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+            net.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
     net.eval()
     net.requires_grad_(False)
     if stored is not None:
@@ -389,19 +364,19 @@ def _sizes(path: Path, stored: Mapping[str, Stored] | None) -> tuple[int, int]:
     """Return how many tensors a directory's files hold, and the most elements that they can stand for."""
     if stored is not None:
         return len(stored), sum(tensor.numbers for tensor in stored.values())
-    if is_master(path):  # a byte holds 8 codes at most
-        size = (path / MASTER).stat().st_size
+    if names.is_master(path):  # a byte holds 8 codes at most
+        size = (path / names.MASTER).stat().st_size
         return size, 8 * size
     shapes = weight_shapes(path)
     return len(shapes), sum(map(math.prod, shapes))
 
 
-def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Read all tensors of a directory in `dtype`, mapping the file anew for each so that read pages are given back."""
-    if is_master(path):
+    if names.is_master(path):
         every = Master(path).items()
         return {name: w.to(dtype) if w.is_floating_point() else w for name, w in every}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(path):
         with safe_open(file, "pt") as whole:
             for name in whole.keys():  # noqa: SIM118
@@ -413,10 +388,10 @@ def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    config = config_of(path)  # transformers would not know the type of one with widths of its own
+def _read_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
+    config = checks.config_of(path)  # transformers would not know the type of one with widths of its own
     with foreign_file(path, "has a tokenizer that cannot be loaded"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             path, config=config, local_files_only=True, trust_remote_code=False
         )
         if tokenizer.pad_token_id is None:
@@ -425,7 +400,7 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_tokenizer(name: str, *, offline: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, offline: bool = False) -> transformers.PreTrainedTokenizerBase:
     """Return a model's tokenizer without loading weights; a model that is not here is fetched.  ModelError as in `load`."""
     path = resolve(name, offline=offline)
     with quiet(), _LOADING:

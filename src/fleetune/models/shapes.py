@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Count a model's parameters, linear layers and activations from its configuration alone.
 
-Llama-like decoders (grouped-query attention, tied embeddings) are counted from the configuration itself, any
-other family by instantiating it on torch's meta device, which takes no memory: its parameters are then exact
-and its activations a fair guess.
+Llama-like decoders are counted by formula, others on torch's meta device: their parameters exactly, their activations roughly.
 """
 
 from __future__ import annotations

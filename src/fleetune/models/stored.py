@@ -1,19 +1,14 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read any run of numbers of a tensor that lies in a mapped file, in the dtype that a model computes in.
 
-The pages that a process has read from a mapped file count as its memory until the system reclaims them.  Here they are given
-back every `KEPT` bytes.  The system keeps the file in its cache as long as there is room, so reading it again is no disk
-access then.  A file that is written to while it is mapped would change the weights of a run under way, and one that is cut
-would kill the process.  So size and time are compared at every read.  (A new file in its place under the same name does no
-harm.)
+Pages that were read count as the process's memory, so they are given back every `KEPT` bytes.  Size and time of the file are
+compared at every read: writing to it would change a run's weights, cutting it would kill the process.
 
-Blocks of ggml's formats are dequantised with torch, bit-equal to the package gguf.  A block is 32 numbers of a row: a scale d
-(fp16), in Q4_1 and Q5_1 an offset m (fp16), and codes q,
+Blocks of ggml's formats are dequantised with torch, bit-equal to the package gguf (which does the rarer formats).  A block is 32
+numbers of a row: a scale d (fp16), in Q4_1 and Q5_1 an offset m (fp16), and codes q,
 
     Q4_0   d (q - 8)      Q5_0   d (q - 16)      Q4_1, Q5_1   d q + m      Q8_0   d q      IQ4_NL   d CODEBOOKS["iq4_nl"][q]
 
-each operation rounded to float32.  The low halves of 16 bytes are numbers 0..15, the high halves 16..31; Q5_0 and Q5_1 have a
-word of 32 fifth bits.  The package itself does all other formats, more slowly.
+The low halves of 16 bytes are numbers 0..15, the high halves 16..31; Q5_0 and Q5_1 have a word of 32 fifth bits.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Make tiny random models in code, for tests and benchmarks: the same on every machine, no download.
-
-The weights are uniform with the usual spread, from raw Philox words keyed by seed and name: whatever the
-version of torch, and no global generator is touched.
-"""
+"""Make tiny random models in code, for tests and benchmarks: the same on every machine, no download."""
 
 from __future__ import annotations
 

@@ -1,2 +1,1 @@
-# SPDX-License-Identifier: Apache-2.0
 """Estimate memory, traffic and time of tuning and compression, before any work is done."""

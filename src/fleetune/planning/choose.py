@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Choose the tuning method of a recipe that names none: the one that `plan` recommends for this machine and model."""
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from fleetune.planning.device_cost import Rates, Workload
 from fleetune.planning.plan import TIGHT, Search
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
-from fleetune.tuning.prepare.prepare import CheckMemory
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.recipe import AUTO_METHOD, Recipe
 
@@ -84,7 +82,7 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
 
 def settled_base(
     recipe: Recipe, note: Callable[[str], None], *, offline: bool = False
-) -> tuple[Recipe, CheckMemory]:
+) -> tuple[Recipe, prepare.CheckMemory]:
     """Return the recipe, its base mapped where it fits only so, which `note` is told, and the check of its memory by its rows.
 
     FitError, here already, where a step of one token does not fit.  Only what is certain is refused: pages of files do not

@@ -1,30 +1,16 @@
-# SPDX-License-Identifier: Apache-2.0
 """Estimate the peak memory and disk of a compression, from the model's configuration alone.
 
-Training a whole student (`training`) takes what tuning all weights with AdamW does (`device_cost`), and the other models
-that are in memory beside it.
+Block by block the peak is a sum (bytes; weights of s bytes, blocks with matrices W [R, C]): the process, the weights (with
+`--low-memory` a block or the embedding), the windows' states in front of the next block, and the largest stage:
 
-Peak memory of compressing block by block is a sum of parts (bytes; weights of s bytes, blocks with matrices W [R, C]):
+    solving   the block's Hessians, 4 C^2 for each distinct input; copies of one matrix (4 R C each) and of its Hessian; the
+              results so far, a byte a weight or, where they stay floats, s; of experts also what a layer's read
+    running   a window through the block: length * s * (its widest point), its scores where attention is not
+              fused (4 heads length^2, twice), and the block's compressed weights
+    choosing  grids for a byte budget, or training scales: a window forward and back, layer by layer
+    measuring the model on rows or text: activations and logits of a batch
 
-    floor     the process: Python, torch, transformers, the tokenizer, the compiled column loop
-    weights   all of them, mapped from their file where they have its type; with `--low-memory` the largest part that
-              is in memory at a time: a block, or the embedding
-    states    what the windows are in front of the next block: windows * length * hidden * s
-    work      the largest of three stages, which follow each other:
-              solving   the block's Hessians, 4 C^2 for each distinct input (q, k and v share one); copies of one
-                        matrix (4 R C each) and of its Hessian (4 C^2 each); the results so far, a byte a weight or,
-                        where they stay floats, s; of experts the results of each and of all, and what a layer's read in
-                        all windows
-              running   a window through the block: length * s * (its widest point), its scores where attention is not
-                        fused (4 heads length^2, twice), and the block's compressed weights
-              (a method that compares with the dense model has states and Hessians twice)
-              choosing  grids for a byte budget: a window forward and back, layer by layer, with what enters the experts
-                        of each and 8 bytes for each of their outputs; embedding and head solved some rows at a time, and
-                        their codes
-              training  scales: the same, a byte for each weight, and a scale's moments
-              measuring the model on rows or text, before and after: activations and logits of a batch
-
-Constants are measured like those of `fleetune.planning.device_cost`: Linux x86-64, torch 2.13 (CPU), one thread.
+Constants are measured as in `device_cost`.
 """
 
 from __future__ import annotations

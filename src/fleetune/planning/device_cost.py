@@ -1,24 +1,17 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Estimate the peak memory and the seconds of a device's round (`traffic` has the bytes that it sends).
+"""Estimate the peak memory and the seconds of a device's round; `benchmarks/plan_memory.py` holds them against real rounds.
 
-Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batch * length tokens a step):
+Beside the process and AdamW's moments the peak is a sum (bytes; P weights of s bytes, N = batch * length tokens a step):
 
-    floor        the process: Python, torch, transformers, the tokenizer, and what the method imports
     weights      P s; of a mapped base what is kept of its file, and the largest matrix (of a view: a piece) in fp32
     direction    of a method that writes its direction out: P s once more
     scratch      the piece of moved weights that a zeroth-order forward holds (`seeds/view.py`)
     activations  forward alone: the widest point of one layer, N s (3 I + 2 h) for a llama.  With
                  back-propagation: all that autograd keeps, over all layers, times `HEAP`
     logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
-    gradients    of what is trained; of an adapter's largest tensor where each takes its step in backward; where they are
-                 folded on directions (`seeds/descent.py`), of a block of rows, which is computed again from the base, as the
-                 activations of a layer are: of those, what enters each layer is kept
-    optimizer    AdamW's two moments
-    adapter      its own fp32 weights, and the copies that its training keeps (FedProx, SCAFFOLD); without back-propagation
-                 also the copies on their way from and to the wire
+    gradients    of what is trained; of an adapter's largest tensor where each takes its step in backward; of a block of rows
+                 where they are folded on directions (`seeds/descent.py`), and layers are computed again from what enters each
+    adapter      its own fp32 weights, and the copies that its training keeps (FedProx, SCAFFOLD), or that go to and from the wire
     lanczos      the vectors of a measurement of curvature, whose graph is then the peak
-
-The constants are measured; `benchmarks/plan_memory.py` holds the sums against real rounds.
 """
 
 from __future__ import annotations

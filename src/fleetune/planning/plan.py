@@ -1,13 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Tabulate what tuning a model will cost, from its configuration alone: memory, traffic, passes and time.
+"""Tabulate what tuning a model will cost, from its configuration alone: memory, traffic, passes and time, and what fits a device.
 
-Nothing is loaded and nothing is downloaded but the configuration.  A `Shape` has the sizes that matter, a method's
-`Footprint` the work of a device; `device_cost` and `traffic` compute memory, time and bytes from both.  This module
-makes a table of them, with what fits a device.  Traffic is the size of the methods' own payloads after
-`messages.encode`.  Time comes from a short measurement of this machine, so it is for devices like this one.
-
-State alone (weights, gradients, moments; no activations, no process) is the comparison of MeZO (arXiv
-2305.17333) and of Adam's 16 bytes a parameter: 14 GB to run LLaMA-7B in fp16, 112 GB to tune it with Adam.
+Traffic is the size of the methods' own payloads after `messages.encode`.  Time comes from a short measurement of this machine, so
+it is for devices like this one.  State alone (weights, gradients, moments) is the comparison of MeZO (arXiv 2305.17333) and of
+Adam's 16 bytes a parameter: 14 GB to run LLaMA-7B in fp16, 112 GB to tune it with Adam.
 """
 
 from __future__ import annotations

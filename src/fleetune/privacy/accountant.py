@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Account differential privacy over releases: Google's `dp-accounting`, an extra (`fleetune[privacy]`).
+"""Account differential privacy over releases by Google's `dp-accounting`; add or remove one (client, or row).
 
 The stated epsilon is by privacy loss distributions (PLD; Koskela et al. 2020, arXiv 1906.03049), which are tight.  Noise for a
-budget is first sought by Renyi divergences (Mironov 2017, arXiv 1702.07476), which are quick and never too low, then lowered
-by PLD.  Unit and adjacency: add or remove one (client, or row).
+budget is sought by Renyi divergences (Mironov 2017, arXiv 1702.07476), quick and never too low, then lowered by PLD.
 """
 
 from __future__ import annotations

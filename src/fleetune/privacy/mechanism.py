@@ -1,29 +1,18 @@
-# SPDX-License-Identifier: Apache-2.0
 """Release a sum of vectors, one of each client or row, with differential privacy: the Gaussian mechanism on integers.
 
-Client level: a vector is a client's whole reply of a round.  Example level: it is the gradient of one row, or the difference of
-its two losses along a direction, in one local step.
-
-McMahan, Ramage, Talwar, Zhang: "Learning Differentially Private Recurrent Language Models", ICLR 2018, arXiv 1710.06963
-(DP-FedAvg), with the noise of Canonne, Kamath, Steinke: "The Discrete Gaussian for Differential Privacy", NeurIPS 2020,
-arXiv 2004.00010.  Kairouz et al. 2021, arXiv 2102.06387, sum such integers in federated learning.  Example level: Abadi et al.
-2016, arXiv 1607.00133 (DP-SGD), and Zhang et al. 2024, arXiv 2310.09639 (DPZero).
-
-A round begins at w.  Client k moves it by x_k, all numbers of its reply as one vector, and
+A vector is a client's whole reply of a round (DP-FedAvg: McMahan et al., ICLR 2018, arXiv 1710.06963), or in one local step the
+gradient of a row (DP-SGD: Abadi et al. 2016, arXiv 1607.00133) or the difference of its two losses (DPZero: Zhang et al. 2024,
+arXiv 2310.09639).  The noise is that of Canonne, Kamath, Steinke 2020, arXiv 2004.00010.  From w, client k moves by x_k, and
 
     y_k = trunc(x_k min(1, C / |x_k|) / g)          integers, |y_k| <= C / g
     w'  = w + g / (q N) (sum_k y_k + e)             e_i ~ discrete Gaussian of deviation s = z C / g
 
-- q is the probability with which the server lets each of N clients take part, N a public number of clients: the
-  denominator never depends on who took part.  Every client counts once, whatever rows it claims.
-- Adding or removing one client moves the sum by at most C / g (L2), so a round is a Gaussian mechanism of noise multiplier z
-  (subsampled by q).  `accountant.py` composes the rounds.
+- q is the probability with which each of N clients takes part, N a public number: the denominator never depends on who did.
+- One client moves the sum by at most C / g (L2), so a round is a Gaussian mechanism of noise multiplier z, subsampled by q.
 - The grid g = z C / 2^24 makes s = 2^24: rounding is far below the noise, the sums are exact in any order, and no bit of a
   float tells what was added (Mironov 2012).  Truncation only shortens, so the bound holds for the integers themselves.
-- The noise comes from the operating system's generator, `os.urandom`.  No seed of the run, which a ledger publishes, decides
-  any of it: whoever could draw it again could subtract it.
-- Acceptance probabilities are float64, so each noise is within a factor 1 +- 2^-48 of its probability: 10^-8 of epsilon for a
-  million numbers a round.
+- The noise comes from `os.urandom`: no seed of the run decides any of it, for whoever draws it again could subtract it.
+- Acceptance probabilities are float64: a noise is within a factor 1 +- 2^-48 of its probability, 10^-8 of epsilon per 10^6.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Add up vectors of integers so that the server sees their sum alone: SecAgg.
+"""Add up vectors of integers so that the server sees their sum alone: SecAgg (Bonawitz et al. 2017, CCS, Figure 4).
 
-Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS, Figure 4.  With PRG a stream
-of AES-256 in counter mode and all sums modulo 2^64, member u of the members U sends
+With PRG a stream of AES-256 in counter mode and all sums modulo 2^64, member u of the members U sends
 
     x_u + PRG(b_u) + sum_{v in U, v > u} PRG(s_uv) - sum_{v in U, v < u} PRG(s_uv)
 
@@ -11,15 +9,11 @@ of AES-256 in counter mode and all sums modulo 2^64, member u of the members U s
     masked   the vector above, over the members whose shares have arrived
     reveal   of each member one share: of b_v where v's vector has arrived, else of v's mask key, never of both
 
-The server takes the masks off: PRG(b_v) of those that have sent, PRG(s_uv) towards those that have not.  What is left is the sum
-of the vectors that have arrived, bit for bit.
+The server takes off PRG(b_v) of those that have sent, and PRG(s_uv) towards those that have not.
 
 - s_uv is HKDF-SHA256 of the Diffie-Hellman secret of u and v, the run, the round and the attempt.  No key is used twice.
-- t is `least`, the smallest number of vectors that is ever added up, at least two thirds of the N that may take part.  To lay a
-  single vector open takes t shares of both kinds, and a member gives one of each other, once.  So a server that tells members
-  different things needs 2 t - n >= N / 3 of them to work for it.
-- Every member has shares of every other.  Bell et al. 2020, CCS, give them to some neighbours alone: cheaper for many
-  thousands, but then a few neighbours can do what takes a third here.
+- t is `least`, the smallest number of vectors that is ever added up, at least two thirds of the N that may take part.  A server
+  that tells members different things needs 2 t - n >= N / 3 of them to work for it: each gives one share of each other, once.
 - Seeds and mask keys that are put together from shares are held against what was announced.  A holder that gives a wrong
   share is left out, where there are more than t; a member whose shares never fit is named (`WrongSharesError`).
 - Every answer of a member follows from its secrets and what came, so that it can be given again after a restart.

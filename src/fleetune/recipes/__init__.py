@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Find the recipes that come with Fleetune by name: `recipe:NAME` where a command takes a recipe's file.
 
-A recipe is a TOML file of this folder.  Its first comment says what it does; a line "Expected: .." before it states the
-outcome, which a test repeats.  Nothing here imports more than the standard library.
+A recipe's first comment says what it does; a line "Expected: .." before it states the outcome, which a test repeats.
 """
 
 from __future__ import annotations

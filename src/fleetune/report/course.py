@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Show a run round by round, and its clients: loss, whose data, who got better or worse, which replies did not count."""
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Build the parts of a report page in HTML: tables, figures with their numbers, sections, the page itself.
+"""Build the parts of a report page: one HTML file with its style and plots inside, that asks the network for nothing.
 
-A page is one HTML file with its style and its plots inside.  All text is escaped, for samples and names
-are untrusted.
+All text is escaped, for samples and names are untrusted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read a run folder for the report, as far as it can be read, and summarise the run in a few numbers.
 
-A run may be unfinished or killed, so everything is optional: a missing file is an empty part, an incomplete line
-of metrics.jsonl is skipped and counted.  After a resume a round may be in the file twice; the later one counts.
+After a resume a round may be in the file twice; the later one counts.
 """
 
 from __future__ import annotations

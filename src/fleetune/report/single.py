@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write the report page of one run into its folder: what it was, what came of it, what it cost, and how to repeat it."""
 
 from __future__ import annotations
@@ -10,20 +9,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fleetune.common.display import (
-    change,
-    counted,
-    human_bytes,
-    human_count,
-    human_time,
-    improved,
-    is_noise,
-    metric,
-    show,
-)
+from fleetune.common import display
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.report import course, page, runlog
-from fleetune.report.course import partition_words
 from fleetune.report.page import TableCell, esc, short_name, span, true_minus
 from fleetune.report.runlog import (
     Number,
@@ -59,7 +47,7 @@ def sections(run: RunLog) -> dict[str, str]:
     """Return the report's sections as HTML, by name and in order; "" for one that has nothing to show."""
     steps, facts = runlog.steps(run), runlog.summarise(run)
     lost = (
-        f"<footer>{counted(run.skipped, 'damaged line')} of metrics.jsonl left out.</footer>"
+        f"<footer>{display.counted(run.skipped, 'damaged line')} of metrics.jsonl left out.</footer>"
         if run.skipped
         else ""
     )
@@ -113,17 +101,19 @@ def header(run: RunLog, facts: Mapping[str, object]) -> str:
 def _sentence(facts: Mapping[str, object]) -> str:
     base, tuned = number(facts["base_loss"]), number(facts["tuned_loss"])
     rounds, moved, seconds = facts["rounds"], number(facts["bytes"]), number(facts["seconds"])
-    spent = f" {human_bytes(moved)} were exchanged" if moved is not None else ""
-    spent += f" in {human_time(seconds)}" if spent and seconds is not None else ""
-    done = counted(rounds, "round")
+    spent = f" {display.human_bytes(moved)} were exchanged" if moved is not None else ""
+    spent += f" in {display.human_time(seconds)}" if spent and seconds is not None else ""
+    done = display.counted(rounds, "round")
     spent = _unbroken(spent)
     if base is None or tuned is None:
         return f"{done} so far; no loss to compare yet.{spent + '.' if spent else ''}"
-    before, after, error = show("loss", base), show("loss", tuned), number(facts["change_error"])
-    moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after} ({true_minus(change('loss', base, tuned, error))})"
-    loss = f"stayed at {before}" if improved("loss", base, tuned) is None else moves
-    if is_noise("loss", base, tuned, error):
-        loss = f"went from {before} to {after} ({true_minus(change('loss', base, tuned, error))}), which is within noise,"
+    before, after = display.show("loss", base), display.show("loss", tuned)
+    error = number(facts["change_error"])
+    change = true_minus(display.change("loss", base, tuned, error))
+    moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after} ({change})"
+    loss = f"stayed at {before}" if display.improved("loss", base, tuned) is None else moves
+    if display.is_noise("loss", base, tuned, error):
+        loss = f"went from {before} to {after} ({change}), which is within noise,"
     return f"Validation loss {loss} in {done}.{spent + '.' if spent else ''}"
 
 
@@ -136,15 +126,15 @@ def _identity(run: RunLog, facts: Mapping[str, object]) -> list[tuple[str, str]]
     digest, params = text_of("digest", run.start, run.env), num_of(run.start, "params")
     trained, dtype = num_of(run.start, "trained"), text_of("dtype", run.config, run.env)
     model = [f"{short_name(str(facts['model'] or ''))}{f' @ {digest[:12]}' if digest else ''}"]
-    model += [f"{human_count(params)} params"] if params is not None else []
+    model += [f"{display.human_count(params)} params"] if params is not None else []
     model += [dtype] if dtype else []
-    share = f"trains {human_count(trained)}" if trained is not None and trained != params else ""
+    share = f"trains {display.human_count(trained)}" if trained is not None and trained != params else ""
     method = [str(facts["method"] or ""), _letters(run), share]
     sizes = [n for v in list_of(run.start, "rows_per_client") if (n := number(v)) is not None]
-    clients, partition = facts["clients"], partition_words(run)
+    clients, partition = facts["clients"], course.partition_words(run)
     data = [
         short_name(text_of("data", run.config)),
-        counted(clients, "client") if clients is not None else "",
+        display.counted(clients, "client") if clients is not None else "",
         partition,
     ]
     if sizes:
@@ -185,23 +175,25 @@ def result(run: RunLog, facts: Mapping[str, object]) -> str:
     for name in dict.fromkeys([*base, *tuned]):
         b, t = base.get(name), tuned.get(name)
         error = num_of(map_of(run.done, "change_errors"), name)
-        kind, word = page.verdict(improved(name, b, t, error))
-        word = "within noise" if is_noise(name, b, t, error) else word
-        diff = TableCell(true_minus(change(name, b, t, error)) + (word and f", {word}"), kind)
-        rows.append([_label(run, name), TableCell(show(name, b)), TableCell(show(name, t)), diff])
+        kind, word = page.verdict(display.improved(name, b, t, error))
+        word = "within noise" if display.is_noise(name, b, t, error) else word
+        diff = TableCell(true_minus(display.change(name, b, t, error)) + (word and f", {word}"), kind)
+        rows.append(
+            [_label(run, name), TableCell(display.show(name, b)), TableCell(display.show(name, t)), diff]
+        )
     row_count = num_of(run.final, "rows") or num_of(run.done, "rows")
     caption = f"Measured on {row_count:,} held-out rows" if row_count else "Measured on held-out rows"
     measured = page.table(caption, ["", "base", "tuned", "change"], rows, "result") if rows else ""
     up, down = number(facts["bytes_up"]), number(facts["bytes_down"])
     asked, accepted = sum_of(run.rounds, "clients"), sum_of(run.rounds, "accepted")
-    each = [human_bytes(_each(run, *pair)) for pair in (("bytes_up", up), ("bytes_down", down))]
+    each = [display.human_bytes(_each(run, *pair)) for pair in (("bytes_up", up), ("bytes_down", down))]
     spent: list[list[str | TableCell]] = [
-        ["bytes over the fleet", TableCell(human_bytes(number(facts["bytes"])))],
+        ["bytes over the fleet", TableCell(display.human_bytes(number(facts["bytes"])))],
         ["sent by a client, per round", TableCell(each[0])],
         ["received by a client, per round", TableCell(each[1])],
         *_speed(run),
-        ["wall time", TableCell(human_time(number(facts["seconds"])))],
-        ["peak memory", TableCell(human_bytes(number(facts["peak_rss"])))],
+        ["wall time", TableCell(display.human_time(number(facts["seconds"])))],
+        ["peak memory", TableCell(display.human_bytes(number(facts["peak_rss"])))],
         [
             "replies accepted",
             TableCell(f"{accepted:,} of {asked:,}" if accepted is not None and asked else "-"),
@@ -234,7 +226,7 @@ def _speed(run: RunLog) -> list[list[str | TableCell]]:
 def _label(run: RunLog, name: str) -> str:
     """Return a measure's label; Rouge-L's with the number of its rows, which are fewer than the table's."""
     answered = num_of(run.done, "answered") if name == "rouge_l" else None
-    return metric(name).label + (f", {answered:,} rows" if answered else "")
+    return display.metric(name).label + (f", {answered:,} rows" if answered else "")
 
 
 def _each(run: RunLog, key: str, total: Number | None) -> float | None:
@@ -252,7 +244,7 @@ def _artefacts(run: RunLog) -> list[tuple[str, str]]:
     for name in ("ledger.safetensors", "adapter/adapter_model.safetensors"):
         path = run.path / name
         if path.is_file():
-            out.append((name, human_bytes(path.stat().st_size)))
+            out.append((name, display.human_bytes(path.stat().st_size)))
     return out
 
 
@@ -271,7 +263,7 @@ def samples(run: RunLog) -> str:
 def sharing(run: RunLog) -> str:
     """Return the note in the foot for who shares the page: how many held-out rows are on it; nothing for none."""
     count = len([s for s in list_of(run.final, "samples") if isinstance(s, dict)])
-    return f"<footer>{esc(NOTE.format(counted(count, 'held-out row')))}</footer>" if count else ""
+    return f"<footer>{esc(NOTE.format(display.counted(count, 'held-out row')))}</footer>" if count else ""
 
 
 def _sample(sample: Mapping[str, object], number: int) -> str:

@@ -1,10 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Draw plots as SVG text: lines, bands and levels on two axes, and a row a name with bars or values before and after.
 
-A drawing is plain text for a page: no script, no font, no library.  Colours are classes `c0` ... `c7` and
-CSS variables that `style.css` defines for light and dark pages (the Okabe-Ito palette, "Color Universal
-Design", 2008, with lighter variants on dark), so one drawing serves both.  Series differ in marker shape as
-well as in colour.  Every text is escaped here, at the one place where text becomes markup.
+Colours are classes `c0` .. `c7` and CSS variables of `style.css`, for light and dark pages (the Okabe-Ito palette, "Color
+Universal Design", 2008); series differ in marker shape as well.  Every text is escaped here, where it becomes markup.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Summarise a sweep: a table of means over the seeds, a CSV with a row a run, a page with a plot for every axis.
 
-A seed draws its own held-out rows, clients and directions, so all runs of one seed share a level.  In the plots the
-mean at a value is therefore computed seed by seed (over the other axes), then over the seeds, and the spread is the
-standard deviation over the seeds of the change by tuning.
+A seed draws its own held-out rows, clients and directions, so all runs of one seed share a level.  So the mean at a value is
+computed seed by seed (over the other axes), then over the seeds; the spread is that of the change by tuning.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from fleetune.common.display import human_bytes, human_time, metric
 from fleetune.common.settings import Value
 from fleetune.report import page, runlog, svg
 from fleetune.report.page import TableCell, esc
-from fleetune.report.runlog import APART, Number, RunLog, caveats, value_text
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class GridRun(NamedTuple):
 
     values: tuple[Value, ...]
     seed: int
-    run: RunLog
+    run: runlog.RunLog
 
     @property
     def finished(self) -> bool:
@@ -59,7 +56,7 @@ class Stat(NamedTuple):
         return f"{self.mean:.{digits}f}{more}"
 
 
-def stat(values: Sequence[Number]) -> Stat:
+def stat(values: Sequence[runlog.Number]) -> Stat:
     """Return mean and sample standard deviation of one number or more."""
     spread = statistics.stdev(values) if len(values) > 1 else None
     return Stat(statistics.fmean(values), spread, len(values))
@@ -108,7 +105,7 @@ def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
             Stat(**cell[side][n]).text(metric(n).digits) for n in cell["base"] for side in ("base", "tuned")
         ]
         costs = [human_bytes(cell["bytes"]), human_time(cell["seconds"])]
-        rows.append([*map(value_text, cell["values"].values()), str(cell["runs"]), *sides, *costs])
+        rows.append([*map(runlog.value_text, cell["values"].values()), str(cell["runs"]), *sides, *costs])
     if not cells:
         return [], []
     measured = [part for n in cells[0]["base"] for part in (f"{metric(n).label}, base", "tuned")]
@@ -118,8 +115,8 @@ def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 def apart(members: Sequence[GridRun]) -> list[str]:
     """Say why losses of runs of one seed do not compare; [] where they do."""
     seeds = dict.fromkeys(m.seed for m in members)
-    found = [caveats([m.run for m in members if m.seed == seed]) for seed in seeds]
-    return [f"the runs {caveat}; {APART}" for caveat in dict.fromkeys(itertools.chain(*found))]
+    found = [runlog.caveats([m.run for m in members if m.seed == seed]) for seed in seeds]
+    return [f"the runs {caveat}; {runlog.APART}" for caveat in dict.fromkeys(itertools.chain(*found))]
 
 
 def csv(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> str:
@@ -200,7 +197,7 @@ def complete_seeds(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> lis
 
 def final(number: int, value: Value, measure: str, members: Sequence[GridRun]) -> Stat | None:
     """Return a final measure at `value` of axis `number`: its mean, and the spread over the seeds of its change by tuning."""
-    by_seed: dict[int, list[tuple[Number, Number]]] = {}
+    by_seed: dict[int, list[tuple[runlog.Number, runlog.Number]]] = {}
     for m in members:
         if m.values[number] == value:
             base, tuned = runlog.measures(m.run)
@@ -220,7 +217,7 @@ def _figure(number: int, axes: Sequence[SweepAxis], measure: str, members: Seque
     if len(axes) == 2:
         other = axes[1 - number]
         groups |= {
-            f"{other.name} {value_text(v)}": [m for m in members if m.values[1 - number] == v]
+            f"{other.name} {runlog.value_text(v)}": [m for m in members if m.values[1 - number] == v]
             for v in other.values
         }
     found = [
@@ -241,12 +238,12 @@ def _figure(number: int, axes: Sequence[SweepAxis], measure: str, members: Seque
         list(enumerate(zip(groups, found, strict=True), -1))
     ):  # the mean on top
         points = [(places[v], s.mean) for v, s in line.items()]
-        tips = [f"{name or axis.name} at {value_text(v)}: {s.text(digits)}" for v, s in line.items()]
+        tips = [f"{name or axis.name} at {runlog.value_text(v)}: {s.text(digits)}" for v, s in line.items()]
         plot.line(points, colour, tips)
         if name and points:
             plot.end(points[-1], name, colour)
     rows: list[list[str | TableCell]] = [
-        [value_text(v), *(TableCell(line[v].text(digits) if v in line else "-") for line in found)]
+        [runlog.value_text(v), *(TableCell(line[v].text(digits) if v in line else "-") for line in found)]
         for v in axis.values
     ]
     caption = f"{label}: mean over the seeds, standard deviation of the change"
@@ -265,5 +262,5 @@ def _values_axis(axis: SweepAxis) -> tuple[svg.PlotAxis, dict[Value, float]]:
     lo, hi = min(at.values()), max(at.values())
     room = 0.05 * (hi - lo) or 0.5
     lo, hi = (lo / 1.2, hi * 1.2) if log else (lo - room, hi + room)
-    ticks = tuple((at[v], value_text(v)) for v in sorted(axis.values, key=lambda v: at[v]))
+    ticks = tuple((at[v], runlog.value_text(v)) for v in sorted(axis.values, key=lambda v: at[v]))
     return svg.PlotAxis(lo, hi, ticks, axis.name + (" (log)" if log else ""), log), at

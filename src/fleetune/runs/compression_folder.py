@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read and write the folder that a compression leaves.
 
 runs/0008-optq-smollm2-135m/

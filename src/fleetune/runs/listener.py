@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Follow a job while it works: the calls that it makes to the console, or to an object of your own.
+"""Define the `Listener` through which tuning, compression, export and measurement report; none of them prints.
 
-Tuning, compression, export and measurement take a `Listener`; none of them prints.  `Silent` ignores every call (it only
-logs remarks); subclass it and override the calls you need.
+Subclass `Silent`, which ignores every call, and override the calls you need.
 """
 
 from __future__ import annotations
@@ -13,17 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TextIO
 
+from fleetune.common import events
 from fleetune.common.display import changes, human_bytes, human_time, message_text, show
-from fleetune.common.events import (
-    ClientReply,
-    Event,
-    RoundDone,
-    RoundEvaluated,
-    Serving,
-    SweepRun,
-    SweepStart,
-    TuneDone,
-)
 from fleetune.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -35,7 +24,7 @@ class Listener(Protocol):
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Show what is about to run, as (label, value) rows under a title."""
 
-    def event(self, event: Event) -> None:
+    def event(self, event: events.Event) -> None:
         """Take one event (a class of `common/events.py`)."""
 
     def note(self, text: str) -> None:
@@ -58,7 +47,7 @@ class Silent:
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Do nothing."""
 
-    def event(self, event: Event) -> None:
+    def event(self, event: events.Event) -> None:
         """Do nothing."""
 
     def note(self, text: str) -> None:
@@ -86,7 +75,7 @@ class Relay:
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         self.inner.header(title, rows)
 
-    def event(self, event: Event) -> None:
+    def event(self, event: events.Event) -> None:
         self.inner.event(event)
 
     def note(self, text: str) -> None:
@@ -126,7 +115,7 @@ class Progress(Silent):
     def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
         self._rounds, self._before = 0, None  # type: int, float | None
-        self._last: RoundDone | None = None
+        self._last: events.RoundDone | None = None
         self._in_sweep = False
         self._spoke = clock()
 
@@ -139,22 +128,22 @@ class Progress(Silent):
         """Print a remark."""
         self._say(text)
 
-    def event(self, event: Event) -> None:
+    def event(self, event: events.Event) -> None:
         """Print a finished round, a refused reply, a run of a sweep, and the end."""
-        if isinstance(event, RoundDone):
+        if isinstance(event, events.RoundDone):
             self._last = event
-        elif isinstance(event, RoundEvaluated) and not self._in_sweep:
+        elif isinstance(event, events.RoundEvaluated) and not self._in_sweep:
             self._round(event)
-        elif isinstance(event, ClientReply) and event.status in ("refused", "failed"):
+        elif isinstance(event, events.ClientReply) and event.status in ("refused", "failed"):
             self._say(f"round {event.round}: client {event.client} {event.status}: {event.reason}")
-        elif isinstance(event, SweepStart):
+        elif isinstance(event, events.SweepStart):
             self._in_sweep = True
-        elif isinstance(event, SweepRun):
+        elif isinstance(event, events.SweepRun):
             self._say(run_words(event))
-        elif isinstance(event, TuneDone) and not self._in_sweep:
+        elif isinstance(event, events.TuneDone) and not self._in_sweep:
             ended = ["done", *changes(event.base, event.tuned), f"time {human_time(event.wall)}"]
             self._say("  ".join(ended), *event.remarks, f"report {event.report or event.run}")
-        elif isinstance(event, Serving):
+        elif isinstance(event, events.Serving):
             self._say(f"{event.model} with {event.engine} at {event.url}")
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
@@ -164,7 +153,7 @@ class Progress(Silent):
         elif what != "clients" and self._clock() - self._spoke >= PAUSE:
             self._say(f"{what} {done:,}/{total:,}  {text}".rstrip())
 
-    def _round(self, event: RoundEvaluated) -> None:
+    def _round(self, event: events.RoundEvaluated) -> None:
         last = self._last if event.round else None
         self._before = self._before if event.round else None
         parts = [f"round {event.round}" + (f"/{self._rounds}" if self._rounds else "")]
@@ -188,7 +177,7 @@ class Progress(Silent):
             print("\n".join(message_text(line) for line in lines), file=stream, flush=True)
 
 
-def run_words(event: SweepRun) -> str:
+def run_words(event: events.SweepRun) -> str:
     """Return a run of a sweep that is over, as one line."""
     name = event.run.replace("\\", "/").rstrip("/").rpartition("/")[2]
     if event.failed:

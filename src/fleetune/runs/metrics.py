@@ -1,9 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Write metrics.jsonl, one event a line.
-
-A checkpoint states how many bytes the file had then, so a resumed run keeps exactly what stood there (`cut`); where some of
-that is lost, what can be read is kept, and the loss is told.  The file has the names of clients, and is the owner's alone.
-"""
+"""Write metrics.jsonl, one event a line; cut it to its length at a checkpoint when a run is resumed."""
 
 from __future__ import annotations
 

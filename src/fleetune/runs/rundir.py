@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read and write the folder of a run; no other module writes into it.
 
     runs/0007-fedkseed-smollm2-135m/
@@ -11,12 +10,8 @@
       SHA256SUMS      of a finished run: its record and its result (common/sums.py)
       fleet.json  fleet.stop  devices.json  audit.jsonl          of a real fleet (fleet/)
 
-A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an
-unfinished round, a temporary file) is cut off at the next start, so a resumed run writes what the
-uninterrupted one would have written.  One process at a time holds a run (`common/files.py`).
-
-Result, checkpoints, memories, metrics.jsonl, eval.json, samples.md and report.html are the owner's alone:
-they hold rows or names of clients, or what was learned from them.
+A round counts once its checkpoint is renamed into place; the next start cuts off what a kill left beyond it.  What holds rows,
+names of clients or anything learned from them is the owner's alone.
 """
 
 from __future__ import annotations
@@ -35,18 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
-from fleetune.common import __version__, folders
-from fleetune.common.files import (
-    PRIVATE,
-    lock,
-    read_bytes,
-    read_json,
-    read_text,
-    regular,
-    still_names,
-    storage_error,
-    write_atomic,
-)
+from fleetune.common import __version__, files, folders
 from fleetune.common.shell import quoted
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs.metrics import Metrics
@@ -143,7 +127,7 @@ PACKAGES: Final = [
 def made_on(path: Path) -> dict[str, str]:
     """The digests of the "base" and the "tokenizer" that a run was made on, by env.json; StorageError when it is damaged."""
     hint = f"fleetune tune --resume {quoted(path)}   writes it anew"
-    stated = read_json(path / ENVIRONMENT, hint)
+    stated = files.read_json(path / ENVIRONMENT, hint)
     digests = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
     if missing := [what for what, digest in digests.items() if not isinstance(digest, str)]:
         raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no {missing[0]}_digest)", hint=hint)
@@ -217,7 +201,7 @@ class RunDir:
 
     def write(self, name: str, data: bytes | str, *, private: bool = False) -> Path:
         """Write one file of the run, atomically; `private` for the owner alone."""
-        write_atomic(self.path / name, data, mode=PRIVATE if private else None)
+        files.write_atomic(self.path / name, data, mode=files.PRIVATE if private else None)
         return self.path / name
 
     def status(self, text: str) -> None:
@@ -227,10 +211,10 @@ class RunDir:
     def log(self, text: str) -> None:
         """Add a line with the time to log.txt."""
         try:
-            with open(self.path / "log.txt", "a", encoding="utf-8", opener=regular) as file:
+            with open(self.path / "log.txt", "a", encoding="utf-8", opener=files.regular) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         except OSError as error:
-            raise storage_error(error, self.path / "log.txt") from error
+            raise files.storage_error(error, self.path / "log.txt") from error
 
     # Metrics ------------------------------------------------------------------------------------
 
@@ -258,7 +242,7 @@ class RunDir:
 
     def checkpoint(self, round: int, data: bytes) -> None:
         """Make `round` count: write its encoded state and flush it to the disk; keep the last ones (`keep`)."""
-        write_atomic(self._checkpoint(round), data, mode=PRIVATE)
+        files.write_atomic(self._checkpoint(round), data, mode=files.PRIVATE)
         for _, old in checkpoints(self.path)[: -self.keep]:
             old.unlink(missing_ok=True)
 
@@ -281,7 +265,7 @@ class RunDir:
         reason = ""
         for round_, path in reversed(found):
             try:
-                return round_, decode(read_bytes(path))
+                return round_, decode(files.read_bytes(path))
             except (MessageError, OSError) as error:
                 reason = f"checkpoint {path.name} is not usable: {error}"
                 self.log(reason)
@@ -311,7 +295,7 @@ def at(path: Path) -> RunDir:
         path.mkdir(parents=True, exist_ok=True)
         (path / "checkpoints").mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise storage_error(error, path) from error
+        raise files.storage_error(error, path) from error
     return RunDir(path)
 
 
@@ -332,7 +316,7 @@ def numbered(out: Path, name: str) -> Path:
                 continue
             return path
     except OSError as error:
-        raise storage_error(error, out) from error
+        raise files.storage_error(error, out) from error
     raise StorageError(f"cannot find a free number for a run in {out}")
 
 
@@ -358,7 +342,7 @@ def check_writable(folder: Path, *, make: bool = True) -> None:
             file.write(bytes(4096))
             file.flush()
     except OSError as error:
-        raise storage_error(error, folder) from error
+        raise files.storage_error(error, folder) from error
 
 
 def _point_latest(out: Path, path: Path) -> None:
@@ -429,7 +413,7 @@ def status_of(path: Path) -> str:
     One that says "running" while no process has the folder was killed: it is interrupted.
     """
     try:
-        text = read_text(path / "status").strip()
+        text = files.read_text(path / "status").strip()
     except (OSError, ValueError):
         return ""
     if text.partition(":")[0] not in STATUSES or "\n" in text:
@@ -440,8 +424,8 @@ def status_of(path: Path) -> str:
 def held(path: Path) -> bool:
     """Whether a process has the folder now; True where that cannot be found out."""
     try:
-        with open(path / LOCK, "rb", opener=regular) as file:
-            return not lock(file.fileno())
+        with open(path / LOCK, "rb", opener=files.regular) as file:
+            return not files.lock(file.fileno())
     except FileNotFoundError:
         return False
     except OSError:
@@ -473,18 +457,18 @@ def _locked(path: Path) -> IO[bytes]:
     file, tries = None, 0
     try:
         while True:
-            file = open(path / LOCK, "ab", opener=regular)  # noqa: SIM115
-            if not lock(file.fileno()):
+            file = open(path / LOCK, "ab", opener=files.regular)  # noqa: SIM115
+            if not files.lock(file.fileno()):
                 file.close()
                 if (tries := tries + 1) == LOOKS:
                     break
                 time.sleep(0.05)  # somebody may only have looked (`held`)
                 continue
-            if still_names(path / LOCK, file.fileno()):
+            if files.still_names(path / LOCK, file.fileno()):
                 return file
             file.close()  # who had it has removed it meanwhile
     except OSError as error:
         if file is not None:
             file.close()
-        raise storage_error(error, path) from error
+        raise files.storage_error(error, path) from error
     raise UsageError(f"{path} is in use by another process", hint="wait for it, or stop it, then try again")

@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Pass the figures of a run on to TensorBoard or Weights & Biases, beside the listener that shows it.
 
-Only settings and figures are passed on: no row of the data, no name of a client, no path of the machine.  Files of a tracker
-lie in `trackers/` of the run's folder.  No tracker can stop a run: its first error is reported, and the run goes on without
-it.
+Only settings and figures are passed on: no row of the data, no name of a client, no path of the machine.  A tracker that fails
+is reported once, and the run goes on without it.
 """
 
 from __future__ import annotations

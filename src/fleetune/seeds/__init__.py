@@ -1,10 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Directions from seeds, the view of a moved model, the ledger.
+"""Directions from seeds, the view of a moved model, the ledger; and which kernels compute directions (`FLEETUNE_KERNELS`).
 
-Here the kernels are chosen that compute directions on this device, by the environment variable `FLEETUNE_KERNELS`.
-Both give the same bits, so this is no part of a recipe and devices of one fleet may differ.  Numba's are the
-faster ones on a CPU, but Numba takes some 80 MB of memory whatever the model's size; torch's take next to
-none.  Neither torch nor Numba is imported here, so that a plan can ask as well.
+Both kernels give the same bits, so devices of a fleet may differ.  Numba's are faster on a CPU, but take some 80 MB of memory.
 """
 
 from __future__ import annotations

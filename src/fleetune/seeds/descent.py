@@ -1,23 +1,16 @@
-# SPDX-License-Identifier: Apache-2.0
 """Descend by integer coefficients along directions, by slopes from two forward passes or from a gradient.
 
-Spall (1992), as MeZO uses it (Malladi et al. 2023, arXiv 2305.17333, Definition 1): with a random direction
-z and the losses at w + eps z and w - eps z on one batch, `g = (l+ - l-) / (2 eps)` is an estimate of the
-slope along z, and `w <- w - lr g z` a step of descent.  A step is recorded as the integer
-`c = -lr g / grid`, and the step taken is that integer, not the float: the integers alone give the weights.
+With a random direction z and the losses at w + eps z and w - eps z on one batch, `g = (l+ - l-) / (2 eps)` estimates the slope
+along z (Malladi et al. 2023, arXiv 2305.17333, Definition 1; Spall 1992).  The step `w <- w - lr g z` is taken and recorded as
+the integer `c = -lr g / grid`: the integers alone give the weights.
 
-Or from one gradient, which is back-propagated and projected on the K directions of a pool.
-A direction of a pool is z_k[i] = D[i] H[place(i), k] (`noise`), so all K slopes of a gradient g are one
-fold and one fast Walsh-Hadamard transform of length K:
+A gradient g is back-propagated and projected on the K directions z_k[i] = D[i] H[place(i), k] of a pool (`noise`), by one fold
+and one fast Walsh-Hadamard transform, without ever existing whole (`Tape`):
 
     s[j] = sum over the i whose place is j of D[i] g[i],    p = H s,    p_k = z_k . g exactly
 
-and (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, without their error in eps.  Ferret
-(Shu et al., ICML 2025, arXiv 2409.06277) projects first-order updates on seeded directions too; its
-directions are independent, so it pays a pass over the weights for each.
-
-Neither the weights nor a gradient ever exist whole: backward makes both a row block at a time (`Tape`), and the gradient is
-folded at once (`Projection`).  The activations are those of one layer (`models/net/layers.py`).
+(1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, without their error in eps.  (Ferret, Shu et al., ICML
+2025, arXiv 2409.06277, projects on independent directions, a pass over the weights each.)
 """
 
 from __future__ import annotations

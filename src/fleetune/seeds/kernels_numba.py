@@ -1,22 +1,11 @@
-# SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-untyped-calls
-"""Compute directions on a CPU in one fused, threaded pass over the weights (Numba), bit-equal to `noise`.
+"""Compute directions on a CPU in one fused, threaded pass over the weights (Numba), bit-equal to `kernels_torch`.
 
-`sweep` moves weights along a sum of +1/-1 directions and along one probe direction in a single pass:
+The formula is there; `minus` writes it for the probe and for the opposite one in one pass.  Every operation is rounded to float32
+and none is contracted (Numba leaves fused multiply-adds out unless asked for them).
 
-    out[i] = round( (float32(base[i]) + float32(grid * float32(acc[i]))) + sign[i] * table[place(start+i)] )
-
-with acc the integer sum of `noise.Passes` and `place` that of `noise.places`.  Every operation is rounded to
-float32 and none is contracted (Numba leaves fused multiply-adds out unless asked for them), so `kernels_torch`
-gives the same bits.  With `minus` it writes this for the probe and for the opposite one, in one pass too.
-
-Threads are Python threads: the compiled loop releases the interpreter's lock.  They take chunks from one
-counter, so a slow one (torch's own workers spin for a while after a product) delays only its own chunk.
-
-Tiles, one by one (4096 elements; `noise` has the layout).  A tile's row of 128 words serves all its 32 rows
-of 128 elements, so the inner loop over a row tests one fixed bit of consecutive words and vectorises on any
-CPU; the sums of many passes stay in the first-level cache while all passes go by.  Then each row is read into
-128 float32, moved, and rounded back to 16 bits with integer operations: once, or once for each sign of the probe.
+A tile's row of 128 words (`noise`) serves all its 32 rows of 128 elements, so the inner loop over a row tests one fixed bit of
+consecutive words and vectorises; the sums of many passes stay in the first-level cache.  Threads take chunks from one counter.
 
 Numba's cache on disk knows this file's text only: touch it for new numbers of `noise`.
 """
@@ -37,7 +26,6 @@ from torch import Tensor
 
 from fleetune.common.numba_cache import cached_njit
 from fleetune.seeds import kernels_torch, noise
-from fleetune.seeds.kernels_torch import Probe, checked
 from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH, Passes
 
 SPLIT = 1 << 19  # element-passes that others must take off a thread for waking them (0.05 ms) to pay
@@ -261,7 +249,7 @@ def sweep(
     run_key: int,
     passes: Passes,
     grid: float,
-    probe: Probe | None = None,
+    probe: kernels_torch.Probe | None = None,
     *,
     gaussian: bool = False,
     minus: Tensor | None = None,
@@ -272,7 +260,7 @@ def sweep(
     if gaussian:  # normal numbers are torch's to make
         move = (start, run_key, passes, grid, probe)
         return kernels_torch.sweep(out, base, *move, gaussian=True, minus=minus, block=block)
-    outputs = checked(out, base, start, passes, probe, minus)
+    outputs = kernels_torch.checked(out, base, start, passes, probe, minus)
     ids = _native(passes.ids, u64)
     probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
     tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else i64)

@@ -1,11 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compute directions on any device of torch, bit-equal to `kernels_numba`.
 
     out[i] = round( (float32(base[i]) + float32(grid * float32(acc[i]))) + sign[i] * table[place(start+i)] )
 
-acc is the integer sum of `noise.Passes` and `place` that of `noise.places`, so the device's order of work has no
-effect; each float operation is a torch call of its own, so no compiler can join a product and a sum.  32-bit
-words travel in int64, whose products wrap modulo 2^64 like unsigned ones.  Denormals must not be flushed.
+acc is the integer sum of `noise.Passes` and `place` that of `noise.places`.  Each float operation is a torch call of its own, so
+none is contracted.  32-bit words are held in int64, whose products wrap modulo 2^64.  Denormals must not be flushed.
 """
 
 from __future__ import annotations

@@ -1,14 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Store a full-parameter fine-tune as a seed ledger: a short list of (direction id, integer coefficient, round).
 
-With the base model a ledger *is* the tuned model: `w[i] = round(w0[i] + grid * sum_k c_k z_k[i])`, the sum
-in integers, so that any order, thread count, backend or device rebuilds the same bytes (`z_k` is the direction of
-id k).  It is at once the server's state, the checkpoint and the file that the run leaves.
-
-The file is safetensors: arrays `id` (u64), `coefficient` (i32), `round` (u32), and as metadata the head in
-canonical JSON (sorted keys, no spaces), which states everything a replay needs and what it must find, and the
-fingerprint of both, which tells a damaged file.
-Mode 0600: whoever has the base and the ledger has the model.
+With the base model a ledger *is* the tuned model: `w[i] = round(w0[i] + grid * sum_k c_k z_k[i])`, the sum in integers, so every
+device rebuilds the same bytes (`z_k` is the direction of id k).  docs/ledger.md defines the file.
 """
 
 from __future__ import annotations
@@ -28,17 +21,7 @@ from fleetune.common.display import counted
 from fleetune.common.files import write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.errors import LedgerError, UsageError, VersionError
-from fleetune.seeds.noise import (
-    LAW_VERSION,
-    LAWS,
-    MOST,
-    POOL,
-    Passes,
-    check_size,
-    count_passes,
-    merged,
-    passes,
-)
+from fleetune.seeds import noise
 
 FORMAT = 1
 NAME = "fleetune-ledger"
@@ -60,7 +43,7 @@ class LedgerHead:
     law: str  # one of noise.LAWS
     K: int  # directions an epoch of a pool; else 1
     grid: float  # the weight change that coefficient 1 means (a float32)
-    law_version: int = LAW_VERSION
+    law_version: int = noise.LAW_VERSION
     format: int = FORMAT
     eps: float = 0.0
     lr: str = ""  # the rule that made coefficients from scalars
@@ -93,12 +76,12 @@ class LedgerHead:
                 raise ValueError("it is not in canonical form")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise LedgerError(f"the ledger's head is damaged ({error})", hint=AGAIN) from error
-        if head.format != FORMAT or head.law_version != LAW_VERSION:
+        if head.format != FORMAT or head.law_version != noise.LAW_VERSION:
             raise VersionError("the ledger")
         if not _sound(head):
             raise LedgerError(
                 f"the ledger's head is damaged (law {head.law!r:.40}, K {head.K!r:.40}, grid {head.grid!r:.40})",
-                hint=f"K is at most {MOST}, a grid lies above 0 and is at most {GRID_LIMIT:g}; {AGAIN}",
+                hint=f"K is at most {noise.MOST}, a grid lies above 0 and is at most {GRID_LIMIT:g}; {AGAIN}",
             )
         return head
 
@@ -108,9 +91,9 @@ def _sound(head: LedgerHead) -> bool:
     texts = (head.base, head.tokenizer, head.law, head.lr, head.method, head.aggregation, head.privacy)
     return (
         all(type(text) is str for text in (*texts, head.previous))
-        and head.law in LAWS
+        and head.law in noise.LAWS
         and type(head.K) is int
-        and 1 <= head.K <= MOST
+        and 1 <= head.K <= noise.MOST
         and head.K & (head.K - 1) == 0
         and 0 <= head.run_key < 1 << 64
         and type(head.grid) is float
@@ -179,13 +162,13 @@ class Ledger:
             rounds=np.concatenate([self.rounds, np.full(len(keep), round, np.uint32)]),
         )
 
-    def passes(self) -> Passes:
+    def passes(self) -> noise.Passes:
         """Return the entries as replay passes (one a direction, or one an epoch for a pool)."""
-        return passes(self.head.law, self.head.K, self.ids, self.coefficients)
+        return noise.passes(self.head.law, self.head.K, self.ids, self.coefficients)
 
     def count_passes(self) -> int:
         """Return the number of replay passes, without their tables."""
-        return count_passes(self.head.law, self.ids, self.coefficients)
+        return noise.count_passes(self.head.law, self.ids, self.coefficients)
 
     def with_check(self, round: int, digest: str) -> Ledger:
         """Return this ledger with the digest that the weights have after `round`."""
@@ -262,7 +245,7 @@ class Ledger:
 
         A sum beyond 32 bits takes as many entries as it needs, one after another.
         """
-        ids, left = merged(self.ids, self.coefficients.astype(np.int64))
+        ids, left = noise.merged(self.ids, self.coefficients.astype(np.int64))
         parts = []
         while left.any():
             parts.append(np.clip(left, -LARGEST, LARGEST))
@@ -359,7 +342,7 @@ def load(path: str | os.PathLike[str]) -> Ledger:
     kinds = [(a.dtype.name, a.ndim) for a in arrays]
     if kinds != [("uint64", 1), ("int32", 1), ("uint32", 1)] or len({len(a) for a in arrays}) != 1:
         raise LedgerError(f"{path} is damaged: its arrays are {kinds}", hint=AGAIN)
-    if head.law == POOL and int((arrays[0] & np.uint64(0xFFFFFFFF)).max(initial=0)) >= head.K:
+    if head.law == noise.POOL and int((arrays[0] & np.uint64(0xFFFFFFFF)).max(initial=0)) >= head.K:
         raise LedgerError(f"{path} is damaged: it names directions outside its pool of {head.K}", hint=AGAIN)
     found = Ledger(head, *arrays)
     if (stated := metadata["fingerprint"]) != found.fingerprint():
@@ -368,7 +351,7 @@ def load(path: str | os.PathLike[str]) -> Ledger:
             hint=AGAIN,
         )
     try:
-        check_size(head.law, head.K, found.count_passes())
+        noise.check_size(head.law, head.K, found.count_passes())
     except UsageError as error:
         raise LedgerError(f"{path} asks for more than a run makes: {error.message}", hint=AGAIN) from error
     return found

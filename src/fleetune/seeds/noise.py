@@ -1,25 +1,16 @@
-# SPDX-License-Identifier: Apache-2.0
 """Define directions: the readable reference that the kernels must equal bit for bit.
 
-A direction z(id) assigns a number to every trainable weight, as a pure function of (run key, direction id,
-global element index), so two integers stand for as many numbers as the model has weights.
+A direction z(id) assigns a number to every trainable weight, as a pure function of (run key, direction id, global element index).
+Bits come from Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011): key = run
+key, counter = (block low, block high, id low, id high).  A tile of 4096 elements takes the 32 blocks tile*32 + j; word c of block
+j is words[c*32 + j], and element e of the tile has the bit (words[e % 128] >> (e // 128)) & 1: sign +1 for 0, -1 for 1.
 
-Bits come from Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011): key = run key, counter = (block low, block high, id low, id high).  A tile of 4096 elements takes
-the 32 blocks tile*32 + j; word c of block j is words[c*32 + j], and element e of the tile has the bit
-(words[e % 128] >> (e // 128)) & 1: sign +1 for 0, -1 for 1.
-
-Laws
-- rademacher: z(id)[i] is that sign.  E[z z'] = I, as MeZO (Malladi et al. 2023, arXiv 2305.17333) needs of z,
-  and z times a coefficient is exact in any float type.
+- rademacher: z(id)[i] is that sign.  E[z z'] = I, as MeZO (Malladi et al. 2023, arXiv 2305.17333) needs of z.
 - hashed: a pool of K directions that are replayed in one pass, whatever K is.  The id is epoch << 32 | k, and
-  z[i] = D[i] * H[place(i), k], D the sign for id = epoch, H[j, k] = (-1)^popcount(j & k) (Walsh-Hadamard).
-  The sum of all K of them is sum_k a_k z_k[i] = D[i] * (H a)[place(i)].  place(i) = (h(i // 128) + i mod 128) mod K:
-  a run of 128 elements takes 128 places from a hashed one on.  Two members are nearly orthogonal over the whole model
-  and over any part of it, such as a column of a matrix (with place(i) = i mod K they would not be: a column whose width
-  shares a factor with K would see one direction up to its sign, or few).
-- gaussian: Box-Muller (1958) on the words of the block group*32 + j for the 128 elements of a group; see
-  `normals`.  Its sums are floats, so their order matters: ids ascend.
+  z[i] = D[i] * H[place(i), k], D the sign for id = epoch, H[j, k] = (-1)^popcount(j & k) (Walsh-Hadamard).  The sum of all K of
+  them is sum_k a_k z_k[i] = D[i] * (H a)[place(i)], place(i) = (h(i // 128) + i mod 128) mod K.  With place(i) = i mod K, a
+  column of a matrix whose width shares a factor with K would see one direction up to its sign, or few.
+- gaussian: Box-Muller (1958), see `normals`.  Its sums are floats, so their order matters: ids ascend.
 """
 
 from __future__ import annotations

@@ -1,14 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a net whose matrices lie in a GGUF file as blocks of codes and scales, with the scales moved and the codes as they are.
 
-A block of ggml holds 32 codes q and one or two fp16 numbers, its scale d and perhaps an offset m: w = d q + m.  Training d and
-m alone (PEQA, Kim et al. 2023, arXiv 2305.14152; EfficientQAT, Chen et al. 2024, arXiv 2407.11062) leaves a file of the same
-codes, so nothing is rounded after training; whatever is not in blocks stays.  A direction moves them on the grid of fp16 itself
-(`noise.py`): with b the bits of |d| as a whole number, p = b / 1024 is about log2 |d|, and a scale at p has the bits
-floor(1024 p + u).  z has a number for each scale, a 16th or a 32nd of what the weights would need, so a pass costs next to
-nothing.
-
-For back-propagation the rounding is passed over (straight-through):
+A block of ggml is w = d q + m with 32 codes q, an fp16 scale d and perhaps an fp16 offset m.  Training d and m alone (PEQA, Kim
+et al. 2023, arXiv 2305.14152; EfficientQAT, Chen et al. 2024, arXiv 2407.11062) leaves a file of the same codes.  A direction
+moves them on the grid of fp16 itself: with b the bits of |d| as a whole number, p = b / 1024 is about log2 |d|, and a scale at p
+has the bits floor(1024 p + u) (docs/scales.md).  For back-propagation the rounding is passed over (straight-through):
 
     dL/dp = 2^e sign(d) sum_q q dL/dw        of an offset m: 2^e sign(m) sum_q dL/dw        e the exponent of d or m
 """
@@ -22,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.common import ggml
-from fleetune.common.ggml import BLOCK, HALVES, SCALES
+from fleetune.common.ggml import BLOCK, HALVES, SCALES, share
 from fleetune.errors import UsageError
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.lazy import LazyWeight, in_blocks, kinds_of
@@ -151,8 +145,8 @@ def moved_tensors(model: Model) -> tuple[tuple[str, tuple[int, ...], str], ...]:
 
 def scales_share(model: Model) -> list[str]:
     """Say how much a model trains whose layers are not all in blocks that have scales, in one text; [] for others."""
-    share = ggml.share(kinds_of(named_tensors(model.net))) if model.trains == SCALES else ""
-    return [share] if share else []
+    said = share(kinds_of(named_tensors(model.net))) if model.trains == SCALES else ""
+    return [said] if said else []
 
 
 def view_type(model: Model) -> type[View]:

@@ -1,14 +1,12 @@
-# SPDX-License-Identifier: Apache-2.0
 """Measure slope, noise and curvature along random directions, and derive the learning rate of two-point descent.
 
-A step of two-point descent along a direction z of +1s and -1s is w <- w - eta g z, with g = z . grad L_B the slope on a
-batch B (Malladi et al. 2023, arXiv 2305.17333).  Over z and B the loss changes by
+A step along a direction z of +1s and -1s is w <- w - eta g z, with g = z . grad L_B the slope on a batch B (Malladi et al. 2023,
+arXiv 2305.17333).  Over z and B the loss changes by
 
     E[change] = -eta G + (eta^2 / 2) h (G + s^2 / b),      G = |grad L|^2,   h = E[z' H z] = tr H,
 
-where s^2 / b is the variance that the rows of a batch of b give to the slope.  The second term neglects what is of the order
-of the largest eigenvalue beside the trace.  The change is least at eta = G / (h (G + s^2 / b)), and positive from twice that
-on.  A run takes a share of it (`CAREFUL`), because G falls while the noise stays.
+where s^2 / b is the variance that the rows of a batch of b give to the slope (the largest eigenvalue is neglected beside h).
+It is least at eta = G / (h (G + s^2 / b)).  A run takes a share of that (`CAREFUL`), because G falls while the noise stays.
 
 Everything comes from three losses along each of a few directions, row by row, at w, w + eps z and w - eps z:
 
@@ -17,8 +15,7 @@ Everything comes from three losses along each of a few directions, row by row, a
     G                       the mean of g^2 less that variance, over the directions,
     h                       the mean of |l+ + l- - 2 l0| / eps^2: where the loss is concave along z no step is safer.
 
-Curvature can be low at the base and several times as high a few steps away.  So a short walk at the rate that was found is
-taken, all is measured once more where it leads, and the higher curvature and the lower share of signal count (`rate`).
+Curvature may be much higher a few steps away, so all is measured again after a short walk at the rate that was found (`rate`).
 """
 
 from __future__ import annotations

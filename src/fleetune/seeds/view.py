@@ -1,20 +1,11 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run the modules of a net with the moved weights (`weights.py`), one sign of its probe or both in one forward, and back.
 
-With both signs, the batch has every row twice: the first half runs with the probe, the second with its opposite.  Everything
-that has no weights runs once for both halves; a layer makes its weights of both signs from one read of the base and multiplies
-each half by its own, with the operations and shapes of a forward of one sign, so that the numbers are the same.
-
-Back-propagation (`Tape`) makes no copy of the weights.  A view computes weights block by block and forgets them.  So that
-backward can run, a linear layer keeps its input alone; on the way back each row block W_r of its weights is computed again from
-base and ledger, and with g the gradient of the output
+With both signs, the batch has every row twice.  A layer reads the base once and multiplies each half by the weights of its sign,
+with the operations and shapes of a forward of one sign, so that the numbers are the same.  In back-propagation (`Tape`) a linear
+layer keeps its input alone; each row block W_r of its weights is computed again, and with g the gradient of the output
 
     gradient of the input    += g[:, r] W_r
     gradient of the block     = g[:, r]' x,      handed to `sink` at once
-
-so that nothing of the size of a matrix ever exists.  An embedding's gradient is that of the rows in use; norms, biases and
-layers of other kinds are seen whole, and so is their gradient.  The loss of a (tied) output head runs over blocks of the
-vocabulary in both directions (`evaluation/losses.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +19,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fleetune.common.display import counted
 from fleetune.errors import ModelError
@@ -196,7 +186,7 @@ def _embedding(view: View, slot: WeightSlot, ids: Tensor) -> Tensor:
         raise Unpaired
     _, table, where = view.table(slot, ids)
     halves = (where[: view.paired], where[view.paired :]) if view.paired else (where,)
-    found = [F.embedding(part, rows) for part, rows in zip(halves, table, strict=True)]
+    found = [nn.functional.embedding(part, rows) for part, rows in zip(halves, table, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -313,7 +303,7 @@ class _Embedding(torch.autograd.Function):
         rows, table, where = tape.view.table(slot, ids)
         ctx.tape, ctx.slot, ctx.rows = tape, slot, rows
         ctx.save_for_backward(where)
-        return F.embedding(where, table[0])
+        return nn.functional.embedding(where, table[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

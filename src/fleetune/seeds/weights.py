@@ -1,17 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The weights of a net at another point of weight space, computed piece by piece from the stored ones, which stay as they are.
-
-The papers perturb the weights in place (+eps, -2 eps, +eps, update): four passes that, in 16-bit dtypes,
-leave rounding errors larger than the training itself.  Here nothing is ever written: some elements at a time are computed
-into a small scratch block
+"""The weights of a net at another point of weight space, computed a piece at a time from the stored ones, which stay as they are.
 
     w[i] = round( w0[i] + grid * sum_k c_k z_k[i]  +  eps z[i] )
 
-straight from the stored base, the ledger's passes and the probe direction.  So there is nothing to restore, the point is
-bit-equal to a replay of the ledger, and a step costs one fused pass for each of its two forwards and a few MB of memory.
-
-The only way to the base is `read_stored`: one run of elements of one tensor at a time.  For a mapped base (`models/stored.py`)
-these come from its file.  `view.py` runs a net on such weights.
+from the base, the ledger's passes and the probe direction, in a small scratch block: bit-equal to a replay of the ledger, with
+nothing to restore (docs/view.md).  The only way to the base is `read_stored`.  `view.py` runs a net on such weights.
 """
 
 from __future__ import annotations
@@ -26,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fleetune.common.hearing import heard
 from fleetune.errors import UsageError
@@ -251,7 +242,7 @@ class MovedWeights:
             return xs[0].new_empty(*xs[0].shape[:-1], n_out)
         if n_out <= max(1, CHUNK // n_in):
             _, *whole = next(iter(self.blocks(slot)))
-            found = [F.linear(x, W, b) for x, W, b in zip(xs, whole, biases, strict=True)]
+            found = [torch.nn.functional.linear(x, W, b) for x, W, b in zip(xs, whole, biases, strict=True)]
             return found[0] if len(found) == 1 else torch.cat(found)
         flat = [x.reshape(-1, n_in) for x in xs]
         out = flat[0].new_empty(len(xs), len(flat[0]), n_out)

@@ -1,2 +1,1 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tune a model, from a recipe to a finished run: the round loop, the methods and the fleets."""

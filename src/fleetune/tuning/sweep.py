@@ -1,14 +1,10 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a grid of recipes in one folder: check its runs, and run or resume them in turn.
 
-    runs/0007-sweep-case-study/
-      sweep.toml      the recipe, and the table [sweep]: what varies, over which values, and how many seeds
-      0001-alpha-0.5-k-64-seed-42/ ...     run folders as `tune` leaves them
-      sweep.html      sweep.csv            the page and the numbers of all runs, written anew after every run
-      status          log.txt
-
-The folder is the record: a run whose status is `done` is not run again, an unfinished one resumes from its
-last checkpoint, so a sweep can be killed at any time and resumed.
+runs/0007-sweep-case-study/
+  sweep.toml      the recipe, and the table [sweep]: what varies, over which values, and how many seeds
+  0001-alpha-0.5-k-64-seed-42/ ...     run folders as `tune` leaves them
+  sweep.html      sweep.csv            the page and the numbers of all runs, written anew after every run
+  status          log.txt
 """
 
 from __future__ import annotations
@@ -16,11 +12,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune import report
 from fleetune.common.events import Event, Recorded, RoundDone, SweepDone, SweepRun, SweepStart, TuneDone
 from fleetune.common.files import resumable, write_atomic
 from fleetune.common.settings import AUTO, Value
@@ -35,17 +29,14 @@ from fleetune.errors import (
     fault,
     suggest,
 )
+from fleetune.report import runlog
 from fleetune.report import sweep as summary
-from fleetune.report.sweep import GridRun, SweepAxis
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Relay
-from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished, foundations
-from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.run import resume
 from fleetune.tuning.run import run as jobs
 
@@ -53,23 +44,23 @@ SHOWN: Final = 8  # problems shown at once
 MANY: Final = 10_000  # runs
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Point:
     """One run of a sweep: the values that vary, in the order of the axes, and all else that decides it."""
 
     values: tuple[Value, ...]
     seed: int
-    recipe: Recipe
+    recipe: recipes.Recipe
     name: str  # of its folder
     words: str  # "alpha 0.5 · K 64 · seed 42"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SweepGrid:
     """A checked sweep."""
 
-    base: Recipe
-    axes: tuple[SweepAxis, ...]
+    base: recipes.Recipe
+    axes: tuple[summary.SweepAxis, ...]
     seeds: int
     points: tuple[Point, ...]
 
@@ -118,7 +109,9 @@ def _guess(text: str) -> Value:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple[SweepAxis, ...]:
+def _axes(
+    base: recipes.Recipe, wanted: Mapping[str, Any], problems: list[str]
+) -> tuple[summary.SweepAxis, ...]:
     """Return what varies; an unknown method among its values is found when the runs are checked."""
     tried, entries = wanted.get("method", [base.method]), methods.entries()
     named = [
@@ -126,7 +119,7 @@ def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple
     ]
     options = [n for n in recipes.fields() if n not in ("set", "seed")]
     known = ["alpha", *options, *dict.fromkeys(f"set.{s.name}" for m in named for s in methods.settings(m))]
-    axes: dict[str, SweepAxis] = {}
+    axes: dict[str, summary.SweepAxis] = {}
     for name, values in wanted.items():
         key = name if name in known else f"set.{name}"
         if name == "seed":
@@ -141,7 +134,7 @@ def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple
         elif key in axes or len(set(values)) < len(values):
             problems.append(f"{name} varies twice, or has a value twice")
         else:
-            axes[key] = SweepAxis(name, key, tuple(values))
+            axes[key] = summary.SweepAxis(name, key, tuple(values))
     if "alpha" in axes and ("partition" in axes or base.partition.split(":")[0] != "dirichlet"):
         problems.append(
             f"alpha varies the Dirichlet partition: leave partition = {base.partition!r} out, or set it to "
@@ -150,7 +143,7 @@ def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple
     return tuple(axes.values())
 
 
-def _points(base: Recipe, axes: Sequence[SweepAxis], seeds: int) -> tuple[Point, ...]:
+def _points(base: recipes.Recipe, axes: Sequence[summary.SweepAxis], seeds: int) -> tuple[Point, ...]:
     combinations = list(itertools.product(*(a.values for a in axes)))
     if len(combinations) * seeds > MANY:
         raise RecipeError([f"{len(combinations) * seeds:,} runs are more than {MANY:,}"])
@@ -178,7 +171,9 @@ def shown(value: Value) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def _changed(plain: Mapping[str, Any], axes: Sequence[SweepAxis], values: Sequence[Value]) -> dict[str, Any]:
+def _changed(
+    plain: Mapping[str, Any], axes: Sequence[summary.SweepAxis], values: Sequence[Value]
+) -> dict[str, Any]:
     changed = {**plain, "set": dict(plain["set"])}
     for axis, value in zip(axes, values, strict=True):
         if axis.key == "alpha":
@@ -205,12 +200,12 @@ PAGE: Final = "sweep.html"
 TABLE: Final = "sweep.csv"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SweepResult:
     """A finished sweep: its folder, and its runs in the order of the grid."""
 
     folder: Path
-    runs: tuple[TuneResult, ...]
+    runs: tuple[finished.TuneResult, ...]
     cells: Sequence[
         Mapping[str, Any]
     ]  # combinations: values, runs, base, tuned (mean and spread), bytes, seconds
@@ -248,7 +243,7 @@ def check(grid: SweepGrid, *, offline: bool = False) -> None:
             raise
 
 
-def _of_data(r: Recipe) -> tuple[object, ...]:
+def _of_data(r: recipes.Recipe) -> tuple[object, ...]:
     clients = r.clients or methods.entry(r.method).clients
     return r.data, r.columns, r.eval_data, r.limit, r.partition, r.held_out, r.seed, clients
 
@@ -265,9 +260,9 @@ def to_toml(grid: SweepGrid) -> str:
     return head + recipe + "\n[sweep]\n" + "\n".join(lines) + "\n"
 
 
-def create(out: Path, name: str, grid: SweepGrid) -> RunDir:
+def create(out: Path, name: str, grid: SweepGrid) -> rundir.RunDir:
     """Create a new, numbered folder under `out` with the grid in it."""
-    folder = RunDir(rundir.numbered(out, f"sweep-{rundir.slug(name) or 'grid'}"))
+    folder = rundir.RunDir(rundir.numbered(out, f"sweep-{rundir.slug(name) or 'grid'}"))
     folder.write(FILE, to_toml(grid))
     return folder
 
@@ -325,7 +320,7 @@ def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
 def write_results(folder: Path, grid: SweepGrid) -> tuple[SweepDone, list[str]]:
     """Write the page and the CSV from the runs there are; return the sweep's last event, and why losses do not compare."""
     members = [
-        GridRun(p.values, p.seed, report.read(folder / p.name))
+        summary.GridRun(p.values, p.seed, runlog.read(folder / p.name))
         for p in grid.points
         if (folder / p.name / "run.toml").is_file()
     ]
@@ -398,7 +393,7 @@ def start(
         return _runs(folder, grid, listener, offline=offline)
 
 
-def _runs(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -> SweepResult:
+def _runs(folder: rundir.RunDir, grid: SweepGrid, listener: Listener, *, offline: bool) -> SweepResult:
     path, again = folder.path, resume_command(folder.path)
     before = [done(path, point, listener.note) for point in grid.points]
     listener.header(*header(grid, path))
@@ -416,7 +411,7 @@ def _runs(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool)
                 reason = "" if had else _one(folder, point, _OfRun(listener, point, rounds, total), offline)
                 failed += [point.name] if reason else []
                 over, rounds = over + 1, rounds + point.recipe.rounds
-                base, tuned = report.measures(report.read(path / point.name))
+                base, tuned = runlog.measures(runlog.read(path / point.name))
                 listener.event(
                     SweepRun(
                         run=str(path / point.name),
@@ -453,7 +448,7 @@ def _runs(folder: RunDir, grid: SweepGrid, listener: Listener, *, offline: bool)
     return SweepResult(path.absolute(), tuple(finished.read(path / p.name) for p in grid.points), ended.cells)
 
 
-def _one(folder: RunDir, point: Point, listener: Listener, offline: bool) -> str:
+def _one(folder: rundir.RunDir, point: Point, listener: Listener, offline: bool) -> str:
     try:
         with rundir.at(folder.path / point.name) as run:
             job = prepare.prepare(point.recipe, offline=offline, measure=False)

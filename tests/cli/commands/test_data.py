@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune data check`, and `tune` on rows as people have them: columns, texts, folders, standard input."""
 
 from __future__ import annotations

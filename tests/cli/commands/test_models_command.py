@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune models` with a cache: what is here, and what is removed."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`models` with a cache, `runs`, and completion in the shell: what is here, and what can be typed."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The command as a user meets it: help, lists, a whole run, resume, and every kind of bad input."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Buffers that stand in a checkpoint, such as a router's bias: in artefacts and every export, or nothing is written."""
 
 from __future__ import annotations

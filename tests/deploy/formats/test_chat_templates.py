@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A model without a chat template is asked by every runtime as it was tuned: each turn a line."""
 
 from __future__ import annotations

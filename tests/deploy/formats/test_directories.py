@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compressed-tensors, GPTQ and plain directories: golden words, round trips, configurations, refusals, damage."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Gemma's decoders as .gguf: norms, caps, windows and rotary bases there and back, tokens of pieces, refusals."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """ggml's blocks: golden bytes, agreement with the gguf package's own decoder, and what does not fit."""
 
 from __future__ import annotations

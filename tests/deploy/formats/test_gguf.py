@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Whole models as .gguf: read back by the importer, refused when they have no place, and never half right."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Our own GGUF files as models again: tokens of any text, logits and configuration are what they were."""
 
 from __future__ import annotations

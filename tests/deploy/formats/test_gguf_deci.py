@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Pruned llamas, whose blocks differ in width: written as deci."""
 
 from __future__ import annotations

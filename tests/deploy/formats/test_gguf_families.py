@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every family of the table as .gguf: llama.cpp's next tokens are transformers', and what it does not hold is refused."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters as .gguf: their numbers bit for bit, in the base's order of rows, and what is refused."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tokenizers as GGUF metadata."""
 
 from __future__ import annotations

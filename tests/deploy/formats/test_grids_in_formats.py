@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every grid in every format that takes it: what was solved is what is in the file, odd groups included."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts in directories and in GGUF: parts joined, codes in every export, budgets of bytes."""
 
 from __future__ import annotations

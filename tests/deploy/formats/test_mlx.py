@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Directories for MLX: golden words, what config.json says, layers of experts, refusals, damage; mlx-lm itself where it is installed."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A folder for Ollama: the GGUF file, and a Modelfile with the tokens that end an answer."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """GGUF's super-blocks: their bytes, the artefact that holds them, files in llama.cpp, and what other targets say."""
 
 from __future__ import annotations

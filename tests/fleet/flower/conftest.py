@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A place with a tiny model, the rows of clients that have unlike numbers of them, and a recipe."""
 
 from __future__ import annotations

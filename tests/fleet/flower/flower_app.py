@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A recipe, and a grid whose nodes are contexts in this process."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The app for a Flower that is there already ends in the digest of the simulation, and uses what Flower documents.
 
 Most of it runs in this process, on a grid that calls the ClientApp itself, anew for each message as a SuperNode does;

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A node of a simulation is the client of its partition's number: the same rows, and a run with the same digest."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Flower's own programs, started for real: its simulation engine, and a SuperLink with SuperNodes, one of which is killed."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Means against float64, products against the dense SVD, rules against numpy and the papers; in methods, runs, ledgers."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The codec: exact bytes, every damage noticed, hostile bodies harmless; the door; the one-byte code."""
 
 from __future__ import annotations

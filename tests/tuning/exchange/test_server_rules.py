@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Server rules against the papers' updates written once more, number by number, in Python floats."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What holds of every method: any objective, the largest integers of a reply, and checkpoints that change no bit."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """fedit (and fedpetuning's LoRA) beyond the contract: devices of unlike ranks, starts that the server owns."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """FedKSeed: a device's walk and the server's step in float64, Pro's weights, mixed fleets."""
 
 from __future__ import annotations

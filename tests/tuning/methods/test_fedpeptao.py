@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """FedPepTAO: measurements and the choice of layers, the server's steps against the formulas in float64, and personal prompts."""
 
 from __future__ import annotations

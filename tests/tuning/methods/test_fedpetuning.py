@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """fedpetuning on a decoder with grouped queries and on an encoder with a head: what travels, averages, paper's numbers."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """FwdLLM: scalars, forward gradient, gate and ranking against the published vector arithmetic in float64."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """FedProx, SCAFFOLD and the server rules inside the adapter methods, against the papers' formulas in numpy float64.
 
 The devices here train a toy: two tensors in double precision whose loss is a quadratic of the rows, so that

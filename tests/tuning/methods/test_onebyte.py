@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One byte: the code table, the step against the formula in float64, votes, and machines that come and go."""
 
 from __future__ import annotations

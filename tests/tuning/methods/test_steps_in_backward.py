@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """AdamW's steps in backward: those of one optimizer after it, bit for bit, with one gradient in memory at a time."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """ZO-SGD: MeZO's numbers bit for bit, from a direction that lies in memory while the losses are taken."""
 
 from __future__ import annotations

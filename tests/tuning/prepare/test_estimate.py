@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The time of a run before it begins, and a run that is made to fit into a stated time."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Runs with differential privacy: what they promise, what they refuse, and that local steps hide rows as the papers say."""
 
 from __future__ import annotations

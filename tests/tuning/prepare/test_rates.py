@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The learning rate that is found before round 1: formulas against float64 references, trials, whole runs."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Rows that are longer than `max_length`: answers that are cut are told, and a run is measured on rows cut as its own."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Which rule combines the replies of real devices, and what is said of it."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A method that a caller wrote is taken as an object: tuned in this process, and its result used in any."""
 
 from __future__ import annotations

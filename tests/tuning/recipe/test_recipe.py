@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Recipes: there and back through TOML, every problem at once, suggestions, bounds."""
 
 from __future__ import annotations

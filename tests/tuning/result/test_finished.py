@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Replays of a ledger: what is said of the work ahead, and how much of it a file may ask for."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run or a sweep whose data or base changed since: it is not measured on, or continued with, other rows."""
 
 from __future__ import annotations

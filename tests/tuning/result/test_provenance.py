@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run's folder says what it was made of: every setting, the data, the rows, the split; and it is repeated from that."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A state comes back from a checkpoint bit by bit; the course of a run through JSON."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What methods keep on simulated clients: it comes back, a kill loses nothing that counts, and memory stays flat."""
 
 from __future__ import annotations

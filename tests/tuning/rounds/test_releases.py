@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a private run has released is counted, whatever is lost of it; and no client ends such a run."""
 
 from __future__ import annotations

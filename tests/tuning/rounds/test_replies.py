@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Replies at the door: rows, the bound on how far one goes, whoever comes first, and what a method fails on."""
 
 from __future__ import annotations

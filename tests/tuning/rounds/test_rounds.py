@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The round loop: quorum, kinds, rounds that ruin the model, early stop and the best round, kills."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A round under a secure sum: bit for bit the sum without masks, whoever drops out or is restarted, and nothing else."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A run that diverges says so at once, once, with what to change; and says at the end what its change is worth."""
 
 from __future__ import annotations

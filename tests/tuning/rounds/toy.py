@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A method of one tensor, a fleet whose replies a function makes, and the round loop over both."""
 
 from __future__ import annotations

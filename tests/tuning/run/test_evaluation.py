@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every client's loss before and after: on its own rows, held out where there are enough, few enough to cost little."""
 
 from __future__ import annotations

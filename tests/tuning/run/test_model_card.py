@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Model cards say what a run recorded, are valid for the Hub, and tell nothing of rows, clients or this machine."""
 
 from __future__ import annotations

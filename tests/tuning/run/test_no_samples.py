@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a run keeps of people's rows: nothing readable with --no-samples, else files that are the owner's alone, and a note."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The figures of a run: the base row is the untouched model, objectives are measured, and a run that moved nothing says so."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Runs that train the scales of a quantised base: what is refused, what a device is told, and what a ledger says of it."""
 
 from __future__ import annotations

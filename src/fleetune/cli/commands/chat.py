@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune chat`: a conversation in the terminal, or one answer to one prompt, with an engine of its own."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune compress`: make a model or a finished run smaller, block by block or by training."""
 
 from __future__ import annotations
@@ -19,12 +18,10 @@ from fleetune.cli.listener import console_listener
 from fleetune.common import settings
 from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
 from fleetune.common.events import CompressChecked, MethodListed
-from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import command, quoted
 from fleetune.compression.jobs import job
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder
-from fleetune.runs.compression_folder import FLEET, OPTIONS, RECORD, CompressRequest
 
 if TYPE_CHECKING:
     from fleetune.cli.listener import ConsoleListener
@@ -129,9 +126,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     elif not args.model:
         raise UsageError("compress needs a model or a run", hint="fleetune compress latest")
     calibrate = compression_folder.request_of(resumed).calibrate if resumed else args.calibrate
-    if calibrate != FLEET and (given := flags.given_door(args)):
+    if calibrate != compression_folder.FLEET and (given := flags.given_door(args)):
         raise UsageError(f"{given[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
-    door = flags.served(args) if calibrate == FLEET and not args.dry_run else nullcontext()
+    door = flags.served(args) if calibrate == compression_folder.FLEET and not args.dry_run else nullcontext()
     with console_listener(ui) as listener, door as served:
         common: dict[str, Any] = flags.options(args, "") | {"listener": listener, "served": served}
         if args.dry_run:
@@ -193,22 +190,22 @@ def _next_target(model: Path) -> str:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    names = [n for n in CompressRequest.__dataclass_fields__ if n != "run"]
+    names = [n for n in compression_folder.CompressRequest.__dataclass_fields__ if n != "run"]
     given = {n: v for n in names if (v := getattr(args, n)) is not None}
     if "bytes" in given:
-        given["bytes"] = parse_bytes(given["bytes"], "--bytes", least=1)
+        given["bytes"] = settings.parse_bytes(given["bytes"], "--bytes", least=1)
     return given
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {n: v for n, v in _given(args).items() if n in OPTIONS}
+    return {n: v for n, v in _given(args).items() if n in compression_folder.OPTIONS}
 
 
 def _check_resume(args: argparse.Namespace, folder: Path) -> None:
     if given := _given(args):
         flags = ", ".join("RUN|MODEL" if n == "model" else f"--{n.replace('_', '-')}" for n in given)
         raise UsageError(
-            f"--resume follows what {folder / RECORD} says; {flags} cannot be given with it",
+            f"--resume follows what {folder / compression_folder.RECORD} says; {flags} cannot be given with it",
             hint=f"fleetune compress --resume {quoted(folder)}   or begin anew, without --resume",
         )
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune data check FILE`: look at rows before anything is trained on them."""
 
 from __future__ import annotations

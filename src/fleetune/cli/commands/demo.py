@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune demo`: the whole pipeline.  Tune twice, compress the first result, write its GGUF file, ask that file.
 
-FedIT first, because minutes of back-propagation on an adapter show a gain; then FedKSeed, because a full-parameter fine-tune
-as some kilobytes is what no other tool has.  Its fleet is mixed: every second site back-propagates, the others only run the
-model forward.  In so few steps forward passes alone would move the loss by hundredths (`recipe:fedkseed`).
+FedIT shows a gain after minutes of back-propagation.  In FedKSeed's mixed fleet every second site back-propagates: in so few
+steps forward passes alone would move the loss by hundredths.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune eval`: a model, a finished run or a compressed one, on given rows or on its own held-out ones."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune export`: a finished run, a compressed model or any model to a file or folder that a runtime reads."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune fleet`: run a recipe on real devices, be such a device, make keys and certificates."""
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.fleet import PORT, flower, keys
 from fleetune.fleet import audit as log
 from fleetune.fleet import status as standing
-from fleetune.fleet.flower import shim
 from fleetune.fleet.table import Devices
 from fleetune.privacy import accountant, secagg
 from fleetune.runs import compression_folder, rundir
@@ -379,7 +377,7 @@ def _word(args: argparse.Namespace, such: str) -> str:
 def _app(args: argparse.Namespace, ui: Ui) -> None:
     flower.check_installed()
     folder = Path(_word(args, "fleetune-app"))
-    shim.write(folder)
+    flower.write_app(folder)
     ui.paths(
         [
             ("app", str(folder)),

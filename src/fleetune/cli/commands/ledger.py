@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune ledger`: show, replay, diff, merge, truncate, drop, scale, compact, export."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune measure`: what a model costs and how good it is, base, tuned and compressed in one table."""
 
 from __future__ import annotations

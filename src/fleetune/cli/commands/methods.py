@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune methods`: the tuning methods, or one with its settings."""
 
 from __future__ import annotations

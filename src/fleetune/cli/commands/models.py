@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune models`: the built-in models and the cache; `pull NAME` fetches one, `rm NAME` removes one."""
 
 from __future__ import annotations

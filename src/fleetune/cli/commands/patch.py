@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune patch`: make, apply: update a quantised model on a device by kilobytes."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune plan`: what every method takes on a device, before any work."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune recipes`: the recipes that come with Fleetune, or one as a file."""
 
 from __future__ import annotations
@@ -8,7 +7,6 @@ import argparse
 from fleetune import recipes
 from fleetune.cli.console import Ui
 from fleetune.common.events import RecipeListed
-from fleetune.recipes import Named
 
 HELP = "list the recipes that come with Fleetune, or show one"
 ORDER = 125
@@ -39,7 +37,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     ui.paths([("next", "fleetune tune -c recipe:NAME MODEL DATA, or fleetune sweep recipe:NAME")])
 
 
-def _event(recipe: Named, text: str | None = None) -> RecipeListed:
+def _event(recipe: recipes.Named, text: str | None = None) -> RecipeListed:
     values = recipe.values
     return RecipeListed(
         name=recipe.name,

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune release`: write a finished run as one signed folder."""
 
 from __future__ import annotations

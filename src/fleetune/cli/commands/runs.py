@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune runs`: list, show, compare and remove tuned runs and compressions."""
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fleetune import report, subject
+from fleetune import subject
 from fleetune.cli.commands.tune import say_what_is_shared
 from fleetune.cli.console import Ui
 from fleetune.common.display import counted, human_bytes, human_time, show
@@ -18,10 +17,9 @@ from fleetune.common.events import CompressionListed, RunListed, RunRemoved, Swe
 from fleetune.common.files import storage_error
 from fleetune.common.shell import command, quoted
 from fleetune.errors import FleetuneError, StorageError, UsageError
-from fleetune.report.runlog import kind_of
+from fleetune.report import runlog, single
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import RECORD
-from fleetune.subject import Compressed, Run
 from fleetune.tuning.recipe import recipe as recipes
 
 HELP = "list, show, compare or remove runs"
@@ -69,14 +67,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 def _folder(name: str, out: Path) -> tuple[Path, bool]:
     """Return the folder that a name means, and whether it is a compression's; `latest` is the newest of either kind."""
     found = subject.open(name, out)
-    if isinstance(found, Compressed) and found.folder is not None:
+    if isinstance(found, subject.Compressed) and found.folder is not None:
         return found.folder, True
-    return (found.folder if isinstance(found, Run) else rundir.find(name, out)), False
+    return (found.folder if isinstance(found, subject.Run) else rundir.find(name, out)), False
 
 
 def _list(args: argparse.Namespace, ui: Ui) -> None:
     out = Path(args.out)
-    rows = report.table(rundir.listing(out))
+    rows = runlog.table(rundir.listing(out))
     for row in rows:
         ui.event(RunListed(**row))
     for sweep in sorted(p.parent for p in out.glob("*/sweep.toml")):
@@ -90,7 +88,7 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
         cells = [
             [
                 r["name"],
-                kind_of(str(r["status"])),  # a word; the reason is in `runs show`
+                runlog.kind_of(str(r["status"])),  # a word; the reason is in `runs show`
                 r["rounds"],
                 *(show("loss", _number(r[name])) for name in ("base_loss", "tuned_loss")),
                 human_bytes(_number(r["bytes"])),
@@ -105,7 +103,7 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
     if not rows and not smaller:
         ui.note(f"no runs in {out}")
         ui.paths([("next", "fleetune demo")])
-    failed = [str(r["name"]) for r in rows if kind_of(str(r["status"])) == "failed"]
+    failed = [str(r["name"]) for r in rows if runlog.kind_of(str(r["status"])) == "failed"]
     if failed:
         ui.paths([("reason", f"of {failed[-1]}: {command('runs', 'show', out / failed[-1])}")])
     if rows and (page := out / str(rows[-1]["name"]) / "report.html").is_file():  # the newest has one
@@ -115,7 +113,7 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
 def _note_changed(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
     for row in rows:
         if not row["intact"]:
-            ui.note(report.changed(row["name"]))
+            ui.note(runlog.changed(row["name"]))
 
 
 def _row(folder: Path) -> CompressionListed:
@@ -143,13 +141,13 @@ def _show(args: argparse.Namespace, ui: Ui) -> None:
         if smaller:
             _show_compressed(folder, ui)
             continue
-        facts = report.summary(folder)
+        facts = runlog.summary(folder)
         ui.event(RunListed(**facts))
         _note_changed([facts], ui)
         known = {name: default for name, (_, default, _) in recipes.fields().items()}
-        ui.table(["", folder.name], report.facts(folder, known), align="ll")
+        ui.table(["", folder.name], runlog.facts(folder, known), align="ll")
         try:
-            ui.paths([("report", str(report.write(folder)))])
+            ui.paths([("report", str(single.write(folder)))])
             say_what_is_shared(ui, folder)
         except StorageError as error:  # the one that is there stays
             ui.note(f"the report is not written anew: {error.message}")
@@ -192,11 +190,11 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
             hint=f"{command('measure', *args.names)} --data FILE",
         )
     runs = [folder for folder, _ in found]
-    for row in (rows := report.table(runs)):
+    for row in (rows := runlog.table(runs)):
         ui.event(RunListed(**row))
     head = ["run", "status", "rounds", "validation loss", "traffic", "time", "peak memory"]
-    ui.table(head, report.results(runs), align="llrlrrr")
-    unlike, same = report.differing(runs)
+    ui.table(head, runlog.results(runs), align="llrlrrr")
+    unlike, same = runlog.differing(runs)
     if unlike:
         ui.table(
             ["option", *(folder.name for folder in runs)],
@@ -205,8 +203,8 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
         )
     ui.note(f"{counted(same, 'option')} equal" if unlike else "all options are equal")
     _note_changed(rows, ui)
-    for caveat in report.caveats([report.read(folder) for folder in runs]):
-        ui.note(f"these runs {caveat}: {report.APART}")
+    for caveat in runlog.caveats([runlog.read(folder) for folder in runs]):
+        ui.note(f"these runs {caveat}: {runlog.APART}")
 
 
 def _rm(args: argparse.Namespace, ui: Ui) -> None:

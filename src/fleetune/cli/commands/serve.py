@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune serve`: an OpenAI-compatible endpoint and a chat page, of an engine that others maintain."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune sweep`: tune over a grid of values and seeds, on one page."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune tune`: fine-tune a model over a simulated fleet, or resume a stopped run."""
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fleetune
-from fleetune import report
 from fleetune.api import tuning
 from fleetune.cli import flags
 from fleetune.cli.console import Bar, Ui
@@ -20,9 +18,9 @@ from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.report import runlog
 from fleetune.runs import metrics, rundir, trackers
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from fleetune.tuning.result.finished import TuneResult
@@ -101,7 +99,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         run_recipe(recipe, args, ui)
 
 
-def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
+def run_recipe(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
     """Tune as a recipe says in a new folder, and print the final table."""
     with screen(ui) as shown:
         result = fleetune.tune(
@@ -150,14 +148,14 @@ def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
 
 def say_what_is_shared(ui: Ui, run: Path) -> None:
     """Note how many held-out rows a run's report shows the text of; nothing where it shows none."""
-    if count := len(report.samples(run)):
+    if count := len(runlog.samples(run)):
         ui.note(
             f"the report shows the text of {counted(count, 'held-out row')}: share it only with those who may read them "
             "(a run with --no-samples keeps none)"
         )
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
+def recipe_of(args: argparse.Namespace) -> recipes.Recipe:
     """The recipe that the arguments make, from a file or by name; RecipeError for what it cannot be."""
     values = flags.keys(args, args.config)
     if "sweep" in values:
@@ -173,7 +171,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return recipes.make(values)
 
 
-def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
+def _check_only(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.planning import choose
     from fleetune.tuning.prepare import prepare
 

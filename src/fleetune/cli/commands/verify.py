@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`fleetune verify`: prove what a model was made from."""
 
 from __future__ import annotations

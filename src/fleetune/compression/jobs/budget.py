@@ -1,12 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Spend a byte budget: choose the grid of each matrix (`solve_budget`), and keep the choice for a resumed compression.
+"""Spend a byte budget: choose the grid of each matrix, and keep the choice for a resumed compression.
 
-The choice has the least sum of costs (`layerwise/costs.py`) whose bytes keep within the budget.  Of each matrix only the
-options on the lower convex hull of cost over bytes are taken: each saves less for a byte than the one before it.  All matrices
-start with the smallest, and the step that saves most for a byte is taken next, while it fits.  As long as every step fits, that
-is optimal for the bytes that it uses (Everett 1963); the last steps fill what is left.
-
-`parts/budget.safetensors` holds the choice and, as tensors, what the Hessians of embedding and head are sums of.
+Of each matrix only the options on the lower convex hull of cost over bytes are taken.  All matrices start with the smallest; the
+step that saves most cost for a byte is taken next, while it fits.  As long as every step fits, the choice is optimal for the
+bytes that it uses (Everett 1963).  The last steps fill what is left.
 """
 
 from __future__ import annotations
@@ -26,10 +22,8 @@ from fleetune import compression
 from fleetune.common.display import human_bytes
 from fleetune.common.events import BudgetMeasured, BudgetSpent
 from fleetune.common.files import write_atomic
-from fleetune.compression import Solver
 from fleetune.compression.jobs.progress import stop_if_asked
 from fleetune.compression.layerwise import costs, sensitivity
-from fleetune.compression.layerwise.costs import Costs, Option, Reach
 from fleetune.compression.layerwise.driver import End, Plan, experts_in, linears_of
 from fleetune.compression.training import head_of, metadata
 from fleetune.errors import FleetuneError, UsageError
@@ -42,7 +36,7 @@ TOKENS: Final = 8192  # of the windows that sensitivities are measured on
 CHOSEN: Final = ("bits", "grid")  # settings of a solver that the budget chooses
 
 
-def check(request: CompressRequest, solver: Solver) -> None:
+def check(request: CompressRequest, solver: compression.Solver) -> None:
     """Raise UsageError when a budget is asked for that the method or the other options have no place for."""
     if not asked(request):
         return
@@ -84,10 +78,10 @@ class Budget:
     cost: float  # estimated KL divergence from the dense model, nats a token
     ends: Sequence[End]
 
-    def plan(self, solver: Solver) -> Plan:
+    def plan(self, solver: compression.Solver) -> Plan:
         """Return the solver of each matrix."""
         solvers = {
-            name: cast("Solver", replace(cast(Any, solver), grid=grid, bits=bits))
+            name: cast("compression.Solver", replace(cast(Any, solver), grid=grid, bits=bits))
             for name, (grid, bits) in self.chosen.items()
         }
         return Plan(solvers, self.ends)
@@ -104,7 +98,7 @@ class Room(NamedTuple):
 
     matrices: int
     others: int  # bytes of the header and all else
-    reach: Reach  # what the matrices can take
+    reach: costs.Reach  # what the matrices can take
 
     @property
     def about(self) -> str:
@@ -142,7 +136,7 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
     )
 
 
-def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> Costs:
+def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> costs.Costs:
     """Measure what each grid costs each matrix, on some of the windows int64 [n, length].  Interrupted on Ctrl-C."""
     some = windows[: max(1, TOKENS // windows.shape[1])]
     stopped, seen = "stopped before the first block; nothing is kept of the choice of grids", -1
@@ -167,9 +161,9 @@ def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> Co
     )
 
 
-def hull(options: Sequence[Option]) -> list[Option]:
+def hull(options: Sequence[costs.Option]) -> list[costs.Option]:
     """Return the options on the lower convex hull of cost over bytes, by bytes."""
-    found = list[Option]()
+    found = list[costs.Option]()
     for option in sorted(options, key=lambda o: (o.bytes, o.cost)):
         if found and option.cost >= found[-1].cost:
             continue
@@ -179,12 +173,12 @@ def hull(options: Sequence[Option]) -> list[Option]:
     return found
 
 
-def _saved(small: Option, large: Option) -> float:
+def _saved(small: costs.Option, large: costs.Option) -> float:
     """Return how much cost each further byte saves."""
     return (small.cost - large.cost) / (large.bytes - small.bytes)
 
 
-def solve_budget(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+def solve_budget(options: Mapping[str, Sequence[costs.Option]], budget: int) -> dict[str, costs.Option]:
     """Return an option for each name, of at most `budget` bytes together; ValueError where even the smallest take more."""
     hulls = {name: hull(each) for name, each in options.items()}
     chosen = {name: each[0] for name, each in hulls.items()}
@@ -205,7 +199,7 @@ def solve_budget(options: Mapping[str, Sequence[Option]], budget: int) -> dict[s
     return chosen
 
 
-def make_budget(measured: Costs, room: Room) -> Budget:
+def make_budget(measured: costs.Costs, room: Room) -> Budget:
     """Choose the grid of each matrix within the room."""
     for name, options in measured.options.items():
         if not all(math.isfinite(option.cost) for option in options):

@@ -1,11 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Load the inputs of a compression: the model, rows or windows to calibrate or train on, and rows and text to measure on.
+"""Load what a compression works on: the model, rows or windows to calibrate or train on, rows and text to measure on.
 
-Calibration windows are cut from rows, a text, each client's rows, or text that the model writes itself.
-
-A run's held-out rows are few and all of one kind.  Calibrated on them alone a model is good at rows like these and worse
-at everything else, and its loss on the other rows does not show it.  So a run is calibrated on its rows and on text that
-its model writes, and is measured on more of that text as well.  Where the rows fill no window, that text stands alone.
+A run's held-out rows are few and all of one kind.  A model calibrated on them alone becomes worse at everything else, which its
+loss on these rows does not show.  So a run is calibrated and measured on its rows and on text that its model writes.
 """
 
 from __future__ import annotations
@@ -27,17 +23,7 @@ from fleetune.compression.layerwise import driver
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import encode_all
 from fleetune.errors import DataError, UsageError
-from fleetune.evaluation import kl_divergence
-from fleetune.evaluation.losses import (
-    Reference,
-    context_length,
-    keep_logits,
-    perplexity,
-    response_loss,
-    row_perplexity,
-    scored_tokens,
-    text_rows,
-)
+from fleetune.evaluation import kl_divergence, losses
 from fleetune.models.net.model import Model
 from fleetune.runs.compression_folder import CLIENTS, FLEET, LOGITS, CompressRequest
 from fleetune.runs.listener import Listener
@@ -75,23 +61,23 @@ class Inputs:
 
     def compared_rows(self, model: Model) -> Sequence[Encoded]:
         """Return what a model is compared with its reference on: the text, else the held-out rows, else its own text."""
-        return (text_rows(model, self.texts) if self.texts else self.held_out) or self.own_text
+        return (losses.text_rows(model, self.texts) if self.texts else self.held_out) or self.own_text
 
     def logits_size(self, model: Model) -> int:
         """Return the bytes that the logits of a reference model take on the disk."""
         vocabulary = model.net.get_input_embeddings().weight.shape[0]
-        return kl_divergence.file_size(scored_tokens(self.compared_rows(model)), vocabulary)
+        return kl_divergence.file_size(losses.scored_tokens(self.compared_rows(model)), vocabulary)
 
     @contextmanager
-    def reference(self, model: Model, folder: Path, listener: Listener) -> Iterator[Reference | None]:
+    def reference(self, model: Model, folder: Path, listener: Listener) -> Iterator[losses.Reference | None]:
         """Keep the logits of the model that others are compared with in `folder` while the block runs; None without text."""
         rows, file = self.compared_rows(model), folder / LOGITS
-        if not scored_tokens(rows):
+        if not losses.scored_tokens(rows):
             yield None
             return
         try:
             on_rows = row_reporter(listener, folder, "rows of the reference")
-            kept = keep_logits(model, rows, file, on_rows=on_rows)
+            kept = losses.keep_logits(model, rows, file, on_rows=on_rows)
             listener.note(
                 f"{counted(kept.tokens, 'token')} to compare by: {human_bytes(file.stat().st_size)} of logits, on the disk "
                 "until the end"
@@ -101,7 +87,7 @@ class Inputs:
             file.unlink(missing_ok=True)
 
     def measure(
-        self, model: Model, listener: Listener, folder: Path, reference: Reference | None = None
+        self, model: Model, listener: Listener, folder: Path, reference: losses.Reference | None = None
     ) -> dict[str, float]:
         """Measure a model: loss on the held-out rows, perplexity of its own text and of the text, where there are any.
 
@@ -111,13 +97,13 @@ class Inputs:
         measures: dict[str, float] = {}
         if self.held_out:
             on_rows = row_reporter(listener, folder, "rows")
-            measures["loss"] = response_loss(model, self.held_out, on_rows=on_rows)
+            measures["loss"] = losses.response_loss(model, self.held_out, on_rows=on_rows)
         if self.own_text:
             on_rows = row_reporter(listener, folder, "rows of its own text")
-            measures["own_perplexity"] = row_perplexity(model, self.own_text, on_rows=on_rows)
+            measures["own_perplexity"] = losses.row_perplexity(model, self.own_text, on_rows=on_rows)
         if self.texts:
             on_rows = row_reporter(listener, folder, "rows of the text")
-            measures["perplexity"] = perplexity(model, self.texts, on_rows=on_rows)
+            measures["perplexity"] = losses.perplexity(model, self.texts, on_rows=on_rows)
         if reference:
             measures |= reference.compare(model, row_reporter(listener, folder, "rows compared")).values()
         return measures
@@ -262,7 +248,7 @@ def each_of(windows: int, clients: int) -> int:
 
 def check_length(request: CompressRequest, inputs: Inputs) -> None:
     """Raise UsageError for windows that are longer than the model's context."""
-    if request.length > (longest := context_length(inputs.model)):
+    if request.length > (longest := losses.context_length(inputs.model)):
         raise UsageError(
             f"windows of {request.length} tokens are longer than the model's {longest}",
             hint=f"--length {min(longest, 512)}",

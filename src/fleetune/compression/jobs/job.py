@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a compression: check the request, prepare the job of its method, run it in a folder, return the result."""
 
 from __future__ import annotations

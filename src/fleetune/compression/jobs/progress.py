@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Report the steps of a compression, and check memory and disk before it."""
 
 from __future__ import annotations

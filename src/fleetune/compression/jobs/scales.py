@@ -1,17 +1,13 @@
-# SPDX-License-Identifier: Apache-2.0
 """Train the scales of a quantised model to follow the dense one; its codes stay, and so does its file's type.
 
-Every matrix is w = s n - o with n whole numbers (or a codebook's values) that are kept, s the scale of a group of columns and o,
-where the type has one, its minimum.  The loss is the mean KL divergence of the next-token distributions, KL(dense || quantised),
-and over the columns j of a group
+A matrix is w = s n - o: n are whole numbers (or a codebook's values), s is the scale of a group of columns, o its minimum where
+the type has one.  The loss is KL(dense || quantised) of the next-token distributions, and over the columns j of a group
 
     dL/ds = sum_j n_j dL/dw_j        dL/do = - sum_j dL/dw_j
 
-(the second phase of EfficientQAT: Chen et al. 2024, arXiv 2407.11062).  AdamW trains a factor 1 + delta for each scale in the
-matrices of the layers, or for the d and dmin of a super-block.  In the end the scales are rounded to what the file holds.
-
-Both models are one net with the dense weights.  A switch puts the quantised ones in their place, which are made of codes and
-scales in forward and again in backward, a matrix at a time.
+(the second phase of EfficientQAT: Chen et al. 2024, arXiv 2407.11062).  AdamW trains a factor 1 + delta for each scale, or for
+the d and dmin of a super-block; at the end scales are rounded to what the file holds.  Both models are one net: a switch replaces
+its dense weights by quantised ones, which forward and backward make of codes and scales, a matrix at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from fleetune import compression
-from fleetune.compression import Solver
 from fleetune.compression.distillation import divergence
 from fleetune.compression.jobs import progress
 from fleetune.compression.layerwise.blocks import FinishedBlocks
@@ -271,7 +266,7 @@ FLAG: Final = "--train-scales"
 LITTLE: Final = 4096  # tokens of text; on 1,024 the divergence on other text rose
 
 
-def check(request: CompressRequest, solver: Solver) -> None:
+def check(request: CompressRequest, solver: compression.Solver) -> None:
     """Raise UsageError when scales are to be trained that the method does not make."""
     if not request.train_scales:
         return

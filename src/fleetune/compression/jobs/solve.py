@@ -1,10 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compress a model block by block with a solver, into the artefact of codes that `fleetune export` repacks.
 
-For `measure --kept-gain` the untuned base is compressed with the same method, settings and windows as the tuned model.  Base
-and tuned model share a tokenizer, so the same text gives the same windows of tokens.  Text that the tuned model wrote for its
-calibration serves for the base as well.  The head of each artefact has the digest of its windows, and the two digests are
-compared.  An artefact that is there already is used when it was made of the run's base weights, and is as it was written.
+For `measure --kept-gain` the base is compressed as its tuned model was, on the same windows (they share a tokenizer).
 """
 
 from __future__ import annotations
@@ -35,17 +31,14 @@ from fleetune.common.shell import quoted
 from fleetune.compression import DEFAULT_OF_DEVICES, Corrector, Solver
 from fleetune.compression.jobs import budget, inputs, progress, scales
 from fleetune.compression.jobs.inputs import Inputs
-from fleetune.compression.jobs.progress import Outcome
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HessianSource
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks
-from fleetune.compression.layerwise.driver import Plan
 from fleetune.compression.layerwise.experts import FEW
 from fleetune.compression.layerwise.federated import WARNING, ClientHessians, HessianReply
 from fleetune.errors import ModelError, RecipeError, StorageError, UsageError
 from fleetune.evaluation.losses import Reference
 from fleetune.models import artefact
-from fleetune.models.artefact import ArtefactHead, Master, Quantised, dense
 from fleetune.models.cache.names import is_master
 from fleetune.models.families import table
 from fleetune.models.families.number_types import WEIGHTS
@@ -53,7 +46,6 @@ from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
-from fleetune.planning.compression_cost import CompressionSize
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, RECORD, CompressRequest
 from fleetune.runs.listener import Listener
@@ -65,7 +57,7 @@ REPLIES: Final = "replies.jsonl"  # there too: of the clients
 # real ones that calibrate, with `about` and `source`: `Calibrators` of `fleet/calibration_server.py`, which lies above
 Devices: TypeAlias = Any
 # (model, matrices' names, head, file's name) -> bytes of the GGUF file beside these matrices (`deploy/export.py`)
-FileSize: TypeAlias = Callable[[Model, Collection[str], ArtefactHead, str], int]
+FileSize: TypeAlias = Callable[[Model, Collection[str], artefact.ArtefactHead, str], int]
 
 
 @dataclass(frozen=True)
@@ -109,7 +101,7 @@ class SolveJob:
         return sum(compression_cost.memory(shape_of(self.inputs.model.net.config), self.cost).values())
 
     @property
-    def cost(self) -> CompressionSize:
+    def cost(self) -> compression_cost.CompressionSize:
         """The quantities that memory and disk depend on."""
         config = self.inputs.model.net.config
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
@@ -136,11 +128,11 @@ class SolveJob:
         return self.request.calibrate not in (CLIENTS, FLEET)
 
     @property
-    def head(self) -> ArtefactHead:
+    def head(self) -> artefact.ArtefactHead:
         """The artefact's head: method, settings, and digests of the weights and calibration windows."""
         model, stated = self.inputs.model, settings_of(self.request, self.method)
         weights = models.digest(models.named_tensors(model.net))
-        return ArtefactHead(self.request.method, stated, weights, model.tokenizer_digest, self.text)
+        return artefact.ArtefactHead(self.request.method, stated, weights, model.tokenizer_digest, self.text)
 
     @property
     def text(self) -> dict[str, Any]:
@@ -163,7 +155,7 @@ class SolveJob:
         clients = [[client, len(own)] for client, own in self.shares.items()]
         return json.dumps([*method, model.digest, model.dtype, self.text, clients])
 
-    def run(self, listener: Listener, folder: Path) -> Outcome:
+    def run(self, listener: Listener, folder: Path) -> progress.Outcome:
         """Solve all blocks and write the artefact; blocks that are finished in `folder` are not solved again.
 
         StorageError when the disk is too full.
@@ -195,13 +187,13 @@ class SolveJob:
             **_traffic(listener, self),
         }
         sizes = {"before": progress.weight_bytes(model), "after": compression_folder.weights_size(written)}
-        return Outcome(done, sizes)
+        return progress.Outcome(done, sizes)
 
 
-def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
+def size_of(solver: Solver, windows: int, length: int) -> compression_cost.CompressionSize:
     """Return the quantities that memory and disk depend on, from a solver's settings and its calibration windows."""
     bits, group = int(getattr(solver, "bits", 0)), int(getattr(solver, "group", 0))
-    return CompressionSize(
+    return compression_cost.CompressionSize(
         windows if solver.data else 0, length, bits=bits, group=group, dense=isinstance(solver, Corrector)
     )
 
@@ -292,7 +284,7 @@ def _room(job: SolveJob, beside: FileSize | None) -> budget.Room:
     model, request, size = job.inputs.model, job.request, beside
     # a digest has 64 characters, whichever it is
     stated = settings_of(request, job.method)
-    head = ArtefactHead(request.method, stated, "0" * 64, model.tokenizer_digest)
+    head = artefact.ArtefactHead(request.method, stated, "0" * 64, model.tokenizer_digest)
     name = f"0000-{compression_folder.stem_of(request)}"  # as `export` calls it
     return budget.room(model, request, lambda names: size(model, names, head, name))
 
@@ -367,7 +359,7 @@ def check_origin(own: str, model: str, parts: Path) -> None:
     write_atomic(file, json_text({"origin": own}))
 
 
-def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> Plan | None:
+def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> driver.Plan | None:
     """Return the grid of each matrix where there is a budget: the choice in `parts`, or a new one, which is kept there."""
     if job.room is None:
         return None
@@ -459,7 +451,7 @@ def _after(
     listener: Listener,
     loaded: Inputs,
     folder: Path,
-    weights: Mapping[str, Quantised | Tensor],
+    weights: Mapping[str, artefact.Quantised | Tensor],
     reference: Reference | None,
 ) -> dict[str, float]:
     """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""
@@ -467,11 +459,11 @@ def _after(
         return {}
     net = loaded.model.net
     if lazy := memory_of(net):
-        lazy.changed = lambda name: dense(weights[name]) if name in weights else None
+        lazy.changed = lambda name: artefact.dense(weights[name]) if name in weights else None
     else:
         for name in weights:
             own = net.get_parameter(name)
-            own.data = dense(weights[name]).to(own)
+            own.data = artefact.dense(weights[name]).to(own)
         give_back()  # what the model's own weights leave behind
     return loaded.measure(loaded.model, listener, folder, reference)
 
@@ -486,7 +478,7 @@ def compressed_base(listener: Listener, folder: Path, *, offline: bool) -> Path:
     is not the base's, or not what was written.
     """
     place = folder / "base"
-    model, own = place / "model", Master(folder / "model").head
+    model, own = place / "model", artefact.Master(folder / "model").head
     if is_master(model) and _alike(_head_of(folder, model), own):
         compression_folder.drop_parts(place / PARTS)  # a kill may have left them
         return model
@@ -505,11 +497,11 @@ def compressed_base(listener: Listener, folder: Path, *, offline: bool) -> Path:
     return model
 
 
-def _head_of(folder: Path, model: Path) -> ArtefactHead:
+def _head_of(folder: Path, model: Path) -> artefact.ArtefactHead:
     """Return the head of the base's artefact; ModelError when it is of other weights than the base's, or damaged."""
     remedy = f"rm -r {quoted(folder / 'base')}   and then: fleetune measure {quoted(folder)} --kept-gain"
     sums.check(model, remedy=remedy)
-    head = Master(model).head
+    head = artefact.Master(model).head
     expected = rundir.made_on(Path(compression_folder.request_of(folder).model))["base"]
     if head.base != expected:
         raise ModelError(
@@ -531,7 +523,7 @@ def solver_of(request: CompressRequest) -> Solver:
     return method
 
 
-def _alike(a: ArtefactHead, b: ArtefactHead) -> bool:
+def _alike(a: artefact.ArtefactHead, b: artefact.ArtefactHead) -> bool:
     names = ("method", "settings", "calibration", "tokenizer")
     return all(getattr(a, name) == getattr(b, name) for name in names)
 

@@ -1,9 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Compress a whole model: distil a student from a teacher, or prune it and train the rest.
-
-The result is a plain Hugging Face directory.  A model whose blocks differ in width can be loaded by Fleetune alone
-(`families/widths.py`); its README says so.
-"""
+"""Compress a whole model to a plain Hugging Face directory: distil a student from a teacher, or prune it and train the rest."""
 
 from __future__ import annotations
 
@@ -24,7 +19,6 @@ from fleetune.common.memory import peak_rss
 from fleetune.compression import Pruner, Trainer
 from fleetune.compression.jobs import inputs, progress
 from fleetune.compression.jobs.inputs import Inputs
-from fleetune.compression.jobs.progress import Outcome
 from fleetune.data import Encoded
 from fleetune.errors import RecipeError, UsageError
 from fleetune.evaluation.losses import Reference
@@ -81,7 +75,7 @@ class DistilJob:
         """The teacher as the user names it."""
         return self.request.model if self.method.teacher == SAME else self.method.teacher
 
-    def run(self, listener: Listener, folder: Path) -> Outcome:
+    def run(self, listener: Listener, folder: Path) -> progress.Outcome:
         """Train the student and save it; resume from the checkpoint in `folder`.
 
         StorageError when the disk is too full.
@@ -118,7 +112,7 @@ class DistilJob:
             "after": compression_folder.weights_size(folder / "model"),
             "teacher": progress.weight_bytes(teacher),
         }
-        return Outcome(done, sizes)
+        return progress.Outcome(done, sizes)
 
     def _measure(
         self, listener: Listener, folder: Path, student: Model, reference: Reference | None
@@ -183,7 +177,7 @@ class PruneJob:
             ("text", f"{self.inputs.source} · {counted(len(self.rows), what)} of {longest} tokens at most")
         ]
 
-    def run(self, listener: Listener, folder: Path) -> Outcome:
+    def run(self, listener: Listener, folder: Path) -> progress.Outcome:
         """Prune, recover and save; resume from the checkpoint in `folder`.  StorageError when the disk is too full."""
         loaded, whole = self.inputs, self.inputs.model
         progress.check_disk(folder, self.method.disk(whole) + loaded.logits_size(whole), KEPT)
@@ -210,7 +204,7 @@ class PruneJob:
             done = _finished(pruned, folder, self._card(pruned), began)
         done |= {"before": before, "pruned": cut, "after": after}
         done["parameters"] = {"before": parameters, "after": pruned.n_params}
-        return Outcome(done, sizes | {"after": compression_folder.weights_size(folder / "model")})
+        return progress.Outcome(done, sizes | {"after": compression_folder.weights_size(folder / "model")})
 
     def _card(self, pruned: Model) -> str:
         odd = (

@@ -1,12 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run calibration windows through a model block by block, and collect the Hessians of each block's linear layers.
 
-For a solver that aims at the dense model's outputs (`Corrector`) the layers of a block are solved in turn (`StatesInTurn`).  Each
-window runs through the block up to the next layer that is to be solved, whose input is added to that layer's Hessian.  Then the
-layer is solved, its compressed weights are put in place, and the windows run up to the layer after it.  In all a window takes the
-time of somewhat more than two passes through a decoder's block.  The windows go through the dense model as well, with the block's
-dense weights in place for that moment.  With x the input of a layer there and y its input in the compressed model, the drift of
-its inputs is D = sum of 2 (x - y) y^T over all tokens.  Only the hidden states in front of the block are kept, of both models.
+For a solver that aims at the dense model's outputs (`Corrector`) the layers of a block are solved in turn, each on the outputs of
+the compressed layers before it; a window then takes the time of about two passes.  With x the input of a layer in the dense model
+and y its input in the compressed one, the drift of its inputs is D = sum of 2 (x - y) y^T over all tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write each compressed block to a file, and read the weights of finished blocks from there."""
 
 from __future__ import annotations

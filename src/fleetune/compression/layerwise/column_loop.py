@@ -1,20 +1,13 @@
-# SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-untyped-calls
 """Compress a matrix column by column, and correct later columns for the error of each (the optimal brain surgeon).
 
-For column i, with q its compressed values and U from `hessian.inverse_cholesky`,
+For column i, with q its compressed values and U from `hessian.inverse_cholesky`, for all rows at once,
 
     e = (w_i - q) / U_ii            w_j <- w_j - e U_ij  for all j > i
 
-for all rows at once (Frantar et al. 2023, arXiv 2210.17323, equation 2 and algorithm 1).  The update is immediate
-within a block of columns, and one matrix product for all columns after the block.  Rows are independent, so the
-compiled loop stores columns as rows of W^T and runs along them.
-
-Together, Q = W - E U.  With H the matrix that U was made from, U H U^T = I, so
-
-    tr((W - Q) H (W - Q)^T) = tr(E E^T) = sum e^2
-
-which gives the loss without another matrix product (equation 3 of the paper, summed).
+(Frantar et al. 2023, arXiv 2210.17323, equation 2 and algorithm 1).  The update is immediate within a block of columns, and one
+matrix product for all columns after it.  The compiled loop stores columns as rows of W^T and runs along them.  Together, Q = W -
+E U and U H U^T = I, so tr((W - Q) H (W - Q)^T) = sum e^2 is the loss, without another product.
 """
 
 from __future__ import annotations

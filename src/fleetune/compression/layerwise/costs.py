@@ -1,16 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Estimate what each grid would cost each matrix: its bytes in a GGUF file, and the KL divergence that it causes.
 
 A matrix is rounded to nearest on grids that are fitted by the curvature c_j = 1 / U_jj^2 (`hessian.py`).  The column loop loses
 sum_j c_j e_j^2 on a row whose columns err by e_j when it reaches them, and these errors are about as large as those of plain
-rounding.  So with F from `sensitivity.py` the loss in KL divergence is about
-
-    1/2 sum_i F_i sum_j c_j e_ij^2
-
-without running the loop.  Blocks are visited in turn on the dense model's inputs, so that one block's Hessians are in memory.
-
-The experts of a mixture have an F and a c each, and a parameter of all of them one grid: its cost is the sum of theirs.  Gates
-and ups are one parameter.
+rounding.  So with F from `sensitivity.py` the KL divergence is about 1/2 sum_i F_i sum_j c_j e_ij^2, without running the loop.
 """
 
 from __future__ import annotations

@@ -1,20 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compress a model block by block, each block on the outputs of the compressed blocks before it.
 
-For every decoder block: run the calibration windows through it and sum the Hessians of its linear layers
-(`hessian.py`; layers that read the same tensor share one), solve the layers, then run the windows through the compressed
-block.  Its outputs are the inputs of the next block.  Norms and routers are not compressed, and embedding and head only with
-a `Plan`; `experts.py` has the experts of a mixture.
-
-For a solver that is a `Corrector` a layer also sees the outputs of the compressed layers before it in its own block, since two
-layers in a row would else both correct the same error.  It also gets what the inputs of a layer have drifted from those in the
-dense model, whose hidden states are kept beside the others.
-
-Memory holds the model (with `--low-memory` one block of it: `models/lazy.py`), the Hessians and dense copies of one
-block, and the hidden states of the windows; never a second model (`planning/compression_cost.py` adds it up).  Every
-finished block is a file.  A run that was killed reads the files it finds and resumes with the next block.
-
-The Hessians come from a `HessianSource`: from windows on this machine (`activations.py`) or from devices (`federated.py`).
+Calibration windows run through a block and its Hessians are summed (`hessian.py`); the layers are solved; then the windows run
+through the compressed block.  For a `Corrector` a layer also sees the outputs of the compressed layers before it in its own
+block, since two layers in a row would else both correct the same error.  Norms and routers are not compressed, and embedding and
+head only with a `Plan`.  Every finished block is a file, from which a killed run resumes.
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Solve the matrices of a mixture's experts, each with the Hessian of the tokens that were routed to it.
 
-transformers has the matrices of all experts of a layer in two parameters, [E, 2 F, H] (gate and up) and [E, H, F] (down);
-gpt-oss has them transposed, [E, H, 2 F] and [E, F, H].  Every matrix [R, C] = [out, in] is solved as a linear layer is: its
-inputs are the tokens whose router chose the expert, for `down` after they went through the expert's gate and up.
-
-With fewer tokens than columns a Hessian has no full rank: in the directions that no token had, columns would be corrected
-at will.  Such an expert, and one that no token chose, gets the Hessian of all tokens of the layer instead, as if all had
-been routed to it, and the report says how many these are.
-
-With a byte budget (`costs.py`) each parameter has a solver of its own.
+transformers has the matrices of all experts of a layer in two parameters, [E, 2 F, H] (gate and up) and [E, H, F] (down); gpt-oss
+has them transposed.  With fewer tokens than columns a Hessian has no full rank: in the directions that no token had, columns
+would be corrected at will.  Such an expert gets the Hessian of all tokens of the layer, and the report says how many these are.
 """
 
 from __future__ import annotations

@@ -1,33 +1,18 @@
-# SPDX-License-Identifier: Apache-2.0
 """Calibrate on simulated devices: their text stays with them, and only their Hessians travel.
 
-A layer's Hessian is a sum over tokens, 2 sum x x^T, so those of the devices add up to that of all their text together
-(`hessian.py`).  For each block, every device runs its windows through the block and sends the sums.  The
-server adds them, solves the block and sends it back compressed.  Then the devices run their windows through the
-compressed block.  The result is that of central calibration up to the rounding of sums in float32 (with one device bit
-for bit).
-
-`ClientHessians` simulates the devices one after the other with one model.  A device's hidden states wait on disk, so memory
-does not grow with the number of devices.  Real devices do the same (`fleet/calibration_device.py`).
-
-The sums are private data: the rows of X can be recovered from X X^T when there are few of them.  On a real fleet, use
-only devices of one owner.
-
-A device's message for a block holds:
+A Hessian is a sum over tokens, 2 sum x x^T.  Every device sends its sums for a block; the server adds them in float64, in the
+order of the clients, rounds once, solves the block and sends it back.  With one device the result is that of central calibration
+bit for bit.  The sums are private data: the rows of X can be recovered from X X^T when there are few of them.
 
     NAME        float32 [C (C + 1) / 2]: the lower triangle of 2 sum x x^T, row by row, for the first layer of each
                 distinct input (q, k and v share one)
     NAME (text) for every other layer: the layer whose sums it shares
     tokens      how many tokens are in the sums
 
-The server's message after a block holds its compressed weights as the artefact has them, and `grids`: for each weight
-[bits, group, columns], or null for floats, as JSON.
-
-The server adds in float64, in the order of the clients, and rounds once.  A reply that is damaged, not finite, not as agreed
-or no sum of x x^T is refused, and its device is left out from then on; the other devices continue.  So is one whose mean
-square of an input is more than `TIMES` times the devices' median: sums add up, so it would count for all the others.
-(Honest devices of unlike text come to 1.4.  A small one takes nothing from the others.)  The median is known when the last
-reply has come; until then replies lie on disk, and one at a time is in memory.
+The server answers with the block's weights as the artefact has them, and `grids`: for each weight [bits, group, columns], or null
+for floats, as JSON.  A reply that is damaged, not finite, not as agreed or no sum of x x^T is refused, and its device is left out
+from then on.  So is one whose mean square of an input is more than `TIMES` times the devices' median: sums add up, so it would
+count for all the others (honest devices of unlike text come to 1.4).
 """
 
 from __future__ import annotations

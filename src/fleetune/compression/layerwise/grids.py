@@ -1,7 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
 r"""Fit quantisation grids, w = scale * (code - zero), to groups of weights.
-
-A group's grid is fitted when the column loop reaches its first column.
 
 | grid | zero | scale and range |
 |---|---|---|
@@ -14,12 +11,8 @@ A group's grid is fitted when the column loop reaches its first column.
 | q5_k, q4_k, q2_k | none | the same, with a minimum of each group, likewise a multiple |
 | iq4_xs | none | the same, without a minimum, with the values of iq4_nl |
 
-All scales are rounded to fp16 (those of super-blocks to what the file holds) *before* codes are chosen, so no file format has to
-round them again.  Zero is on every grid whose row says so: pruned weights stay zero there, and the small weights of a group do
-not all err in one direction.
-
-A grid that has no 0 (`iq4_nl`, `q4_k`) cannot keep weights at exactly 0.  A matrix with so many of them that it was pruned is
-refused; a few are there by chance (3 in 10,000 of SmolLM2-135M's) and get the nearest value.
+All scales are rounded to fp16 (those of super-blocks to what the file holds) *before* codes are chosen, so no file format rounds
+them again.  Pruned weights stay zero on a grid with a zero.
 """
 
 from __future__ import annotations

@@ -1,24 +1,15 @@
-# SPDX-License-Identifier: Apache-2.0
 """Estimate how much an error in each output of a matrix changes the model's next-token distributions.
 
-To second order, the KL divergence that an error e of the outputs of one layer causes at one token is e' F e / 2, with F the
-Fisher information: the mean of g g', where g is the gradient of -log p(y) by these outputs and y is drawn from the model's
-own distribution p.  Only the diagonal of F is kept: for a matrix W [R, C] with inputs x and an error E = Q - W,
+To second order, the KL divergence that an error e of a layer's outputs causes at one token is e' F e / 2, with F the Fisher
+information: the mean of g g', where g is the gradient of -log p(y) by these outputs and y is drawn from the model's own p.  With
+F's diagonal alone, for a matrix W [R, C] with inputs x and an error E = Q - W, as if g and x were independent (K-FAC: Martens and
+Grosse 2015, arXiv 1503.05671),
 
-    KL  ~  1/2 sum_i F_i (E_i H E_i'),        F_i = mean g_i^2,  H = mean x x'
+    KL  ~  1/2 sum_i F_i (E_i H E_i'),        F_i = mean g_i^2,  H = mean x x'        (means over tokens)
 
-with the mean over tokens, as if g and x were independent (K-FAC: Martens and Grosse 2015, arXiv 1503.05671).  For the rows of
-the output head it is F_v = mean p_v (1 - p_v), times the square of a factor on the logits where a model has one.  As the table
-of the input, a row counts only where its token is: the gradients of the rows that are looked up, G = mean g g', take H's place
-there, and the token's share that of F.  The experts of a mixture have an F each.
-
-transformers multiplies the matrices of all experts of a layer in one call, of which only what goes in and comes out can be
-seen: tokens x [T, H], the experts that each token chose, their weights r, and the sum of what these return,
-
-    out_t = sum over the experts e that t chose of r_te y_te,    y = W_down a,    a = act(gate) up,    (gate, up) = W_gate_up x
-
-So with g the gradient by `out`, that by y_te is r_te g_t, and one step back through W_down and the activation gives that by gate
-and up.
+The output head has F_v = mean p_v (1 - p_v), times the square of a factor on the logits.  A row of the input table counts only
+where its token is: there G = mean g g' takes H's place, and the token's share that of F.  Of experts only what goes in and comes
+out is seen, out_t = sum_e r_te y_te: the gradient by y_te is r_te g_t, and one step back gives that by gate and up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Distil a large model into a small one on answers that the small one writes itself (GKD).
 
 Agarwal, Vieillard, Zhou, Stanczyk, Ramos Garea, Geist, Bachem: "On-Policy Distillation of Language Models: Learning
@@ -24,18 +23,12 @@ An answer ends with its first end token; tokens after it do not count.
   by the size of the gradient, so in practice this only changes where `clip` takes effect.
 - Where teacher and student have output heads of different sizes (padding), both distributions are over the rows that they
   share.  Their vocabularies must be the same.
-
-## Options
-
-- `teacher=same keep_layers=N` makes a student of N of the model's own blocks, evenly spaced, with the first and the last.
-- `temperature` is that of the writing.  It does not enter the divergence.
-- Zeros of a pruned model and codes of a quantised one do not stay, because training moves every weight: distil first.
-- All weights are trained, in fp32 and without dropout.  Logits are computed and compared a chunk of tokens at a time, and
-  computed again for the gradient, so [batch, tokens, vocabulary] is never in memory, for either model.
+- All weights are trained, in fp32 and without dropout, so zeros of a pruned model and codes of a quantised one do not stay.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -43,12 +36,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from fleetune.common.settings import setting
-from fleetune.compression.depth import shallow, shallow_config
 from fleetune.compression.distillation import divergences
 from fleetune.compression.training import Checkpoints, all_trainable, clipped_step, fingerprint, learning_rate
 from fleetune.data import Batches, Encoded
@@ -58,7 +53,8 @@ from fleetune.evaluation.answers import sample_from_ids, stop_ids, until_end
 from fleetune.evaluation.losses import context_length, eval_mode, pad_id, predictors
 from fleetune.evaluation.objectives import split
 from fleetune.models.families.number_types import WEIGHTS
-from fleetune.models.net.layers import by_layer
+from fleetune.models.families.widths import KEY, has_block_widths
+from fleetune.models.net.layers import by_layer, layers_of
 from fleetune.models.net.model import Model, digest, named_tensors, uniform
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import compression_cost
@@ -239,3 +235,53 @@ def mismatches(model: Model, teacher: Model, keep_layers: int) -> list[str]:
             f"{model.name} ({len(model.tokenizer)})"
         )
     return problems
+
+
+# ---------------------------------------------------------------- a student of some blocks
+
+
+def evenly_spaced(whole: int, keep: int) -> list[int]:
+    """Return `keep` of `whole` block numbers, evenly spaced, with the first and the last (2 <= keep <= whole)."""
+    gaps = keep - 1
+    return [(2 * k * (whole - 1) + gaps) // (2 * gaps) for k in range(keep)]
+
+
+def shallow(net: PreTrainedModel, keep: int) -> PreTrainedModel:
+    """Copy `net` with `keep` of its decoder blocks, evenly spaced; `net` is left unchanged.
+
+    Students of DistilBERT start so (Sanh et al. 2019, arXiv 1910.01108, section 3).
+    Lists in the configuration with an entry a block (such as `layer_types`) are cut alike.  ModelError for a family
+    whose blocks are not known.
+    """
+    kept = evenly_spaced(len(layers_of(net)), keep)
+    path = layers_of(net)[0].name.rpartition(".")[0]
+    parent, _, stack = path.rpartition(".")
+    owner, whole = net.get_submodule(parent), cast(nn.ModuleList, net.get_submodule(path))
+    setattr(owner, stack, nn.ModuleList(whole[i] for i in kept))
+    try:
+        cut = copy.deepcopy(net)
+    finally:
+        setattr(owner, stack, whole)
+    for number, block in enumerate(cast(nn.ModuleList, cut.get_submodule(path))):
+        for module in block.modules():
+            if "layer_idx" in vars(module):
+                vars(module)["layer_idx"] = number
+    _cut_config(cut.config.get_text_config(), len(whole), kept)
+    return cut
+
+
+def shallow_config(config: Any, keep: int) -> Any:
+    """Return the configuration that `shallow` gives its copy."""
+    cut, whole = copy.deepcopy(config), int(config.get_text_config().num_hidden_layers)
+    _cut_config(cut.get_text_config(), whole, evenly_spaced(whole, keep))
+    return cut
+
+
+def _cut_config(config: Any, whole: int, kept: list[int]) -> None:
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == whole:
+            setattr(config, name, [value[i] for i in kept])
+    if has_block_widths(config):
+        table = getattr(config, KEY)
+        setattr(config, KEY, {name: [found[i] for i in kept] for name, found in table.items()})
+    config.num_hidden_layers = len(kept)

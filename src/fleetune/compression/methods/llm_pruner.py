@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Remove whole heads and MLP channels from a model, then train what is left (LLM-Pruner).
 
 Ma, Fang and Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023, arXiv 2305.11627
@@ -10,10 +9,8 @@ Weights that only make sense together are a group: a key head with its query hea
 
 1. Estimate on a few short texts how much the loss would rise without each group (`compression/importance.py` has the groups
    and the formulas).
-2. Remove the least important groups.
+2. Remove the least important groups.  With `scope=global` heads and channels are ranked apart: a head has far more weights.
 3. Recover: train the smaller model with LoRA, or distil the whole model into it (`gkd`).
-
-The result is a smaller dense model: faster and with less memory in any runtime, without special kernels.
 
 ## Differences from the paper
 
@@ -21,16 +18,8 @@ The result is a smaller dense model: faster and with less memory in any runtime,
   With 9 query and 3 key heads the two choose different heads in 13 of SmolLM2-135M's 30 blocks.
 - Rows count the tokens of their responses, plain text all of its tokens, in estimation and in recovery.
 
-## Options
-
-- `ratio` is the share of the heads and of the channels in all blocks but the `first` and `last` spared ones.  Numbers
-  are rounded to the nearest: channels to a multiple of `round_to`, heads to whole ones.
-- `scope=local` removes the same share from every block.  `scope=global` removes the least important groups wherever
-  they are; heads and channels are ranked apart, because a head has far more weights than a channel.
-- With `first=0 last=0 scope=local` the result is a plain Hugging Face directory.  Otherwise blocks differ in width:
-  fleetune loads the directory, transformers refuses it, and it exports to a GGUF file of architecture `deci`.
-- Memory: estimation needs one more copy of the weights that can be removed (`importance=mixed` two).  Recovery with
-  LoRA needs little more than the model.
+With `first=0 last=0 scope=local` the result is a plain Hugging Face directory.  Otherwise blocks differ in width: fleetune
+loads the directory, transformers refuses it, and it exports to a GGUF file of architecture `deci`.
 """
 
 from __future__ import annotations

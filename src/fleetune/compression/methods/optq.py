@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Quantise each weight matrix column by column, and correct later columns for the error of earlier ones (OPTQ, GPTQ).
 
 Frantar, Ashkboos, Hoefler, Alistarh: "OPTQ: Accurate Quantization for Generative Pre-trained Transformers",
@@ -20,21 +19,13 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
   weights from before the current block of 128 columns, so with smaller groups all but the first see stale ones.
 - The default grid is that of the runtime that will read the file, with scales rounded to fp16 before codes are chosen.
   The reference's symmetric grid clips one of the extremes; it is `grid=symmetric`.
+- The scales of `ggml`, `iq4_nl` and the super-blocks are fitted (`layerwise/fits.py`): the errors of column i weigh as its
+  curvature given those before it, 1 / U_ii^2.
 - Where H has no Cholesky factor, the reference code stops.  Here damping grows tenfold, up to 1; if there is still no
   factor, the layer is rounded to nearest and the report says so.
 - Inputs that are always zero are not an error: their weights become 0.
-- Weights that are exactly 0 stay 0, however few they are: pruned weights are never moved by the corrections.  Some grids have
-  no 0 (`iq4_nl`, `iq4_xs`, `q5_k`, `q4_k`, `q2_k`): there the weights of the last two rules get the value nearest to it, and a
-  pruned matrix is refused.
-
-## Options
-
-- `grid=iq4_nl` is for llama.cpp's type of that name: 16 values that are denser about 0, 4.5 bits a weight in groups of 32.
-  A group's scale is the one of least squared error, in which column i counts by 1 / U_ii^2.
-- `grid=q6_k`, `q5_k`, `q4_k`, `q3_k`, `q2_k` and `iq4_xs` are for llama.cpp's types of these names, whose super-blocks of 256
-  columns must divide the rows; bits and groups are the type's.  A super-block's two numbers are fitted when the loop reaches
-  it, a group's own whole numbers once more when it reaches the group (`layerwise/fits.py`).
-- The scales of `ggml` and `iq4_nl` are fitted: the errors of a column weigh as its curvature given those before it, 1 / U_ii^2.
+- Weights that are exactly 0 stay 0: pruned weights are never moved by the corrections.  Grids without a 0 (`iq4_nl`, `iq4_xs`,
+  `q5_k`, `q4_k`, `q2_k`) give the weights of the last two rules the value nearest to it, and refuse a pruned matrix.
 """
 
 from __future__ import annotations

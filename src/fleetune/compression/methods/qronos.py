@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Correct each weight matrix for the errors of the layers before it, then quantise it as OPTQ does (Qronos).
 
 Zhang, Zhang, Colbert, Saab: "Qronos: Correcting the Past by Shaping the Future... in Post-Training Quantization", ICLR 2026,
@@ -28,7 +27,6 @@ then 15 times that of OPTQ.
   OPTQ with the same damping, bit for bit.
 - λ is `damping` times the mean of H's diagonal, in all steps.  The reference code takes 1e-6 of H's largest eigenvalue, and 0 in
   step 1.
-- Grids are fitted as in `optq`, to the corrected weights.  Weights that are exactly 0 stay 0.
 - Where H has no Cholesky factor even with more damping, and where inputs are not of the same tokens in both models (routed
   experts), nothing is corrected.  Nor are embedding and head, where a budget chooses their grids.
 

@@ -1,22 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Round every weight to the nearest value of its group's grid: the baseline of all quantisation.
 
 The scheme has no paper of its own.  As the baseline it is in Frantar et al., ICLR 2023, arXiv 2210.17323, section 5.
-
-## Algorithm
-
-For each group of neighbouring columns, fit a grid (`layerwise/grids.py`) and take the nearest code of every weight.
-No calibration text is read.
-
-## Differences from the paper
-
-None in the rounding; the grids are those of the runtimes that read the file.
-
-## Options
-
-`grid=ggml`, the default, is hard to improve on among evenly spaced values at 4 bits; `grid=iq4_nl` has less error for the
-same number of bits, in llama.cpp alone.  At 3 bits rounding to nearest breaks most models: use
-`optq` there.
+At 3 bits it breaks most models: use `optq` there.
 """
 
 from __future__ import annotations
@@ -28,15 +13,8 @@ from torch import Tensor
 
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
+from fleetune.compression.layerwise import grids
 from fleetune.compression.layerwise.column_loop import nearest
-from fleetune.compression.layerwise.grids import (
-    Grid,
-    grid_problems,
-    quantise,
-    refuse_pruned,
-    row_problem,
-    settled,
-)
 
 PAPER = "the baseline of Frantar et al., ICLR 2023, arXiv 2210.17323"
 
@@ -55,20 +33,22 @@ class Solver:
 
     def problems(self) -> list[str]:
         """List what is wrong with the settings."""
-        return grid_problems(self.grid, self.bits, self.group)
+        return grids.grid_problems(self.grid, self.bits, self.group)
 
     def __post_init__(self) -> None:
         if problems := self.problems():
             raise ValueError(*problems)
-        for name, value in zip(("bits", "group"), settled(self.grid, self.bits, self.group), strict=True):
+        for name, value in zip(
+            ("bits", "group"), grids.settled(self.grid, self.bits, self.group), strict=True
+        ):
             object.__setattr__(self, name, value)  # what the grid says
 
     def check(self, name: str, R: int, C: int) -> str:
         """Say why rows of C columns cannot be divided into groups, or "" when they can."""
-        return row_problem(name, C, self.grid, self.group)
+        return grids.row_problem(name, C, self.grid, self.group)
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Round every group to its grid; H is not used."""
-        grid, group = Grid(self.grid, self.bits), self.group or W.shape[1]
-        refuse_pruned(W, grid)
-        return quantise(W, grid, group, nearest).solved(grid, group)
+        grid, group = grids.Grid(self.grid, self.bits), self.group or W.shape[1]
+        grids.refuse_pruned(W, grid)
+        return grids.quantise(W, grid, group, nearest).solved(grid, group)

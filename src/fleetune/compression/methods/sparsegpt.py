@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Prune a share of the weights of each matrix in one pass, and correct the weights that stay (SparseGPT).
 
 Frantar, Alistarh: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023,
@@ -20,11 +19,6 @@ w^2 / [H_F^-1]_ii = w^2 / U_ii^2 is among the smallest, and moves all later colu
 - Exactly the stated share is pruned.  The reference code cuts at a threshold, which prunes one weight or more too many.
 - With `bits`, grids are per group and fitted to the weights that stay (the reference: per row, to the dense weights).
 - Missing Cholesky factors and inputs that are always zero are handled as in `optq`.
-
-## Options
-
-Sparsity makes the download smaller, not inference faster: no runtime for edge devices has kernels for it.  For speed,
-set `bits`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Define the contract of an export format; a file of this folder is one format, and the folder is the registry.
+"""Define the contract of an export format.  A file of this folder is one format: `formats/mlx.py` writes `--to mlx`.
 
-`formats/mlx.py` writes `--to mlx`.  Another package registers a module of the same shape under the entry-point group
-`fleetune.targets`.  A format states plain constants, which are read without importing it:
+Another package registers a module of the same shape under the entry-point group `fleetune.targets`.  A format states plain
+constants, which are read without importing it:
 
     TARGETS       {"mlx": "one line of help", ..}: the names of `--to` that it writes; after a colon stands the kind
     TAKES         "model" (any model, the default), "codes" (compressed models alone) or "adapter" (of a tuned run)
@@ -20,9 +19,8 @@ and has functions, in which `kind` is what follows the colon of the target, None
     check(model: Checkpoint, kind) -> None
         Raise Misfit, or UsageError with a hint of its own, for a model that has no place in the format.
     write(model: Checkpoint, out: Path, kind, made: Mapping[str, str]) -> Report
-        Write the model to `out`, a path for a file that does not exist yet or an empty folder, read it back and compare it with
-        the source.  `made` says where the model comes from.  What `check` raises comes before anything is written; FleetuneError
-        when the disk gives back something else.
+        Write the model to `out`, a new file or an empty folder; read it back and compare it with the source (FleetuneError).
+        `made` says where the model comes from.  What `check` raises comes before anything is written.
     exact_target(model: Checkpoint) -> str | None
         Optional: the target that holds the model without loss, which is then named in hints where another format refuses.
 

@@ -1,29 +1,16 @@
-# SPDX-License-Identifier: Apache-2.0
 """Pack quantised matrices into ggml blocks and super-blocks, or say why that would lose bits.
 
-A block is 32 columns of a row (llama.cpp, ggml-common.h, block_q4_0 and following); numbers are
-little-endian, d and m are fp16:
+A block is 32 columns of a row (llama.cpp, ggml-common.h); numbers are little-endian, d and m are fp16.  With w = scale t, where t
+= code - zero or a codebook's value for the code, and groups that are multiples of 32:
 
-    Q4_0   d, 16 bytes:      byte j = u[j] | u[j + 16] << 4          w = d (u - 8)       4.5 bits a weight
-    IQ4_NL d, 16 bytes:      the same                                w = d CODEBOOKS["iq4_nl"][u]    4.5
-    Q4_1   d, m, 16 bytes:   the same                                w = d u + m         5.0
-    Q5_0   d, h, 16 bytes:   the same, bit i of h 2^4 of u[i]        w = d (u - 16)                5.5
-    Q5_1   d, m, h, 16 bytes: the same                               w = d u + m                   6.0
-    Q8_0   d, 32 bytes:      int8 q                                  w = d q             8.5
+    Q4_0   d, 16 bytes: byte j = u[j] | u[j + 16] << 4    w = d (u - 8)       d = scale, u = t + 8; -8 <= t <= 7
+    IQ4_NL d, 16 bytes: the same                          w = d CODEBOOKS["iq4_nl"][u]      d = scale, u = code
+    Q4_1   d, m, 16 bytes: the same                       w = d u + m         u = code <= 15, m = -scale zero exact in fp16
+    Q5_0   d, h, 16 bytes: bit i of h is 2^4 of u[i]      w = d (u - 16)      d = scale, u = t + 16; -16 <= t <= 15
+    Q5_1   d, m, h, 16 bytes: the same                    w = d u + m         as Q4_1, code <= 31
+    Q8_0   d, 32 bytes: int8 q                            w = d q             d = scale, q = t; -128 <= t <= 127
 
-With w = scale t, where t = code - zero or a codebook's value for the code, whole numbers:
-
-    Q4_0   d = scale, u = t + 8      needs -8 <= t <= 7 (a 4-bit symmetric grid has zero 8)
-    IQ4_NL d = scale, u = code       needs that codebook
-    Q4_1   d = scale, u = code       needs t = code - zero, code <= 15, and m = -scale zero exact in fp16
-    Q5_0   d = scale, u = t + 16     needs -16 <= t <= 15
-    Q5_1   as Q4_1                   needs code <= 31
-    Q8_0   d = scale, q = t          needs -128 <= t <= 127
-
-and a group that is a multiple of 32, of which each block repeats the scale.
-
-Super-blocks have 256 columns: Q2_K .. Q6_K and IQ4_XS.  Their bytes (ggml-common.h, block_q2_K and following; read by
-gguf.quants), where c are the codes, k and m the groups' multiples of d and dmin, which are fp16:
+Super-blocks have 256 columns.  Their bytes, where c are the codes, k and m the groups' multiples of d and dmin:
 
     Q2_K    16 bytes: k | m << 4;  64 bytes: 2 bits of c;  d, dmin
     Q3_K    32 bytes: bit 2 of c;  64 bytes: 2 low bits of c;  12 bytes: k + 32 in 6 bits;  d

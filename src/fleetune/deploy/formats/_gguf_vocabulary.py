@@ -1,20 +1,12 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a tokenizer as GGUF metadata (the ggml project's docs/gguf.md, "tokenizer.ggml.*").
 
-Two kinds can be written:
-
-    gpt2    byte-level BPE: tokens, merges, and under "pre" the name of the rule that splits text first.
-            llama.cpp knows rules by name only, so the name is decided by what tokenizer.json's
-            pre_tokenizer does; a rule without a name there becomes "default", with a note.
+    gpt2    byte-level BPE: tokens, merges, and the name of the rule that splits text first, decided by what tokenizer.json's
+            pre_tokenizer does; a rule that llama.cpp has no name for becomes "default", with a note
     llama   BPE over characters with bytes as fallback, as sentencepiece makes it: tokens and scores.  Pieces
-            join in the order of falling scores; minus the rank of a merge gives the order of the merges.
+            join in the order of falling scores; minus the rank of a merge gives the order of the merges
 
-llama.cpp does not normalise text: a tokenizer with NFC (Qwen's) treats letters typed in pieces differently
-there, whoever wrote the file.  Ids up to the embedding's rows that the tokenizer does not use are written
-as unused tokens "[PADi]", as converters do.
-
-A tokenizer without a chat template gets a template of the plain form in which Fleetune tunes and asks
-(`chat_template.py`): in a GGUF file always, in a directory where transformers makes the same tokens of it.
+A tokenizer without a chat template gets a template of the plain form in which Fleetune tunes and asks (`chat_template.py`): in a
+GGUF file always, in a directory where transformers makes the same tokens of it.
 """
 
 from __future__ import annotations

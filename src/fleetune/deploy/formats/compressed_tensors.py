@@ -1,23 +1,15 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Write a directory in compressed-tensors' "pack-quantized" format, for vLLM, SGLang and transformers.
+"""Write a directory in compressed-tensors' "pack-quantized" format (0.20), for vLLM, SGLang and transformers.
 
-A quantised layer NAME of shape [R, C] in groups of G columns (compressed-tensors 0.20, pack_quantized):
+A quantised layer NAME of shape [R, C] in groups of G columns; codes count from the middle, 2^(bits-1):
 
     NAME.weight_packed      int32 [R, C bits / 32]    codes, the first in the lowest bits
     NAME.weight_scale       fp16 [R, C / G]
     NAME.weight_shape       int64 [2]
     NAME.weight_zero_point  int32 [R bits / 32, C / G]    zeros, packed along the rows; not when symmetric
 
-The format counts from the middle: a code is q + 2^(bits-1) there, which is ours.  Symmetric is a zero of
-2^(bits-1) in every matrix: one that only some have would make two kinds of layers, and transformers (5.24)
-takes the first kind's settings for all.  Four and eight bits are written, which all readers pack alike.
-
-Zeros off the middle are written as the format has them, and transformers (5.24, with compressed-tensors 0.20) does
-not load them: it makes room for zeros that are not packed.  A note says so.
-
-config.json says dtype float16, since readers bring the scales to the model's dtype: in bfloat16 they would
-lose 3 of their 11 bits, and every weight of the group would move.  Dense tensors are fp16 for the same reason;
-a model stored in bf16 keeps its dense tensors in bf16, so that the file loses nothing of them.
+Symmetric is a zero of 2^(bits-1) in every matrix: transformers (5.24) takes the first kind's settings for all, and does not load
+zeros off the middle, which a note says.  config.json says dtype float16: readers bring the scales to the model's dtype, and in
+bfloat16 they would lose 3 of their 11 bits.  A model stored in bf16 keeps its dense tensors in bf16.
 """
 
 from __future__ import annotations

@@ -1,31 +1,13 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Write a model as one .gguf file, for llama.cpp and what is built on it (Ollama, LM Studio, llamafile).
+"""Write a model as one .gguf file (version 3), for llama.cpp and what is built on it (Ollama, LM Studio, llamafile).
 
-The container is the ggml project's docs/gguf.md, version 3; tensor names are gguf.TensorNameMap's, and what else a
-family needs stands in one table (`models/families/table.py`).  Quantised matrices are repacked without loss
-(`_ggml_blocks.py`); a target that cannot hold the codes is refused before anything is written.
+    gguf        quantised matrices in the smallest exact type of Q4_0, IQ4_NL, Q4_1, Q5_0, Q5_1 and Q8_0, or in that of their
+                super-blocks; embedding and head in Q8_0, other matrices in F16 (BF16 stays); of a plain model all in F16
+    gguf:q8_0   the same with Q8_0; gguf:f16, bf16 and f32 of a plain model: all matrices in that type
+    gguf:f32    quantised matrices in F32 (f16, bf16 if exact), all others in F32
 
-    target      quantised matrices             embedding, head        other matrices       norms, biases
-    gguf        Q4_0, IQ4_NL, Q4_1, Q5_0,      Q8_0                   F16 (BF16 stays)     F32
-                Q5_1 or Q8_0: the smallest
-                that is exact; or that
-                of their super-blocks
-    gguf:q8_0   Q8_0 if exact                  Q8_0                   F16 (BF16 stays)     F32
-    gguf:f32    F32 (f16, bf16 if exact)       F32                    F32                  F32
-
-of a plain directory: gguf:q8_0, f16, bf16, f32 for all matrices; gguf alone is F16 (BF16 stays).  Rows that
-Q8_0's blocks of 32 do not divide become F16, and the report says so.
-
-llama.cpp rotates pairs of neighbouring rows of a llama's q and k, transformers pairs of row i and i + d/2;
-so the rows of a head are interleaved, [2, d/2] -> [d/2, 2]; and it wants all queries of a fused matrix first.  Groups lie
-along columns and are left whole.  Norms that multiply by 1 + w are held as that.  Rescaled frequencies of Llama 3 and
-Phi-3 go into tensors of their own (`rope.py`); other rescalings are refused.  A pruned llama whose blocks differ in width
-is architecture "deci", whose numbers of heads and channels are lists.
-
-The experts of a mixture, which transformers holds in one or two tensors a layer, go into llama.cpp's three
-(`models/families/experts.py`), and the router into fp32.
-
-One tensor at a time is in memory, in writing and in reading back.
+Norms (as factors, also where a family adds 1) and biases are F32; rows that Q8_0's blocks of 32 do not divide become F16.
+llama.cpp rotates pairs of neighbouring rows of a llama's q and k, transformers pairs of row i and i + d/2: so the rows of a head
+are interleaved, [2, d/2] -> [d/2, 2].  It wants all queries of a fused matrix first.
 """
 
 from __future__ import annotations

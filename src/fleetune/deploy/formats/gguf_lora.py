@@ -1,15 +1,10 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a LoRA adapter as one .gguf file, which llama.cpp adds to a GGUF file of its base (llama-cli --lora FILE).
 
-The file (llama.cpp's src/llama-adapter.cpp says what it reads) has general.type "adapter", adapter.type "lora", the
-base's architecture, adapter.lora.alpha, and for each adapted matrix NAME of the base two tensors in fp32
+The file (llama.cpp's src/llama-adapter.cpp says what it reads) has general.type "adapter", adapter.type "lora", the base's
+architecture, adapter.lora.alpha, and for each adapted matrix NAME two tensors in fp32, of which (alpha / r) B A x is added:
 
     NAME.lora_a  [r, in]      A as it is
     NAME.lora_b  [out, r]     B, with its rows in the order of the base's file (`gguf.py`)
-
-llama.cpp adds (alpha / r) B A x with r the width of B, as LoRA does.  The base's file may be of any type; its
-weights stay what they are.  Features of PEFT that the file cannot express are refused: weights instead of factors (modules to
-save, biases), other scalings (rsLoRA, ranks or alphas by layer), DoRA.
 """
 
 from __future__ import annotations

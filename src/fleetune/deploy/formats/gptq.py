@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a directory in the GPTQ format, for GPTQModel, vLLM and other readers.
 
 A quantised layer NAME of shape [R, C] = [out, in] in groups of G inputs (AutoGPTQ; checkpoint format "gptq"):
@@ -8,10 +7,7 @@ A quantised layer NAME of shape [R, C] = [out, in] in groups of G inputs (AutoGP
     NAME.scales   fp16 [C / G, R]
     NAME.g_idx    int32 [C]                     c // G: groups are in the order of the inputs
 
-Three bits run on over the ends of words: 32 codes are 3 words.  Since zero - 1 is stored, a zero of 0 has no
-place: such a group (one without a negative weight) is counted from the other end of the codes, on a negative scale,
-which gives the same weights.  All layers of the blocks must be on one kind of grid.  dtype float16 as in
-`compressed_tensors.py`.
+Three bits run on over the ends of words: 32 codes are 3 words.  dtype float16 as in `compressed_tensors.py`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Write Hugging Face directories: weights, tokenizer and config.json; pack codes into words of 32 bits.
+"""Write plain Hugging Face directories (`--to hf`), and what the formats with codes in such directories share.
 
-The target `hf` is a plain one, which transformers and `models.load` read: weights without codes.  In fp32 the weights of a
-quantised matrix are exact: scale * (code - zero) has at most 11 + 9 bits, and super-blocks' weights are float32 numbers by
-definition.  In fp16 and bf16 they are rounded once, and the report says how many tensors kept their values.
-
-The other formats that are such directories (`compressed_tensors`, `gptq`, `mlx`) share the second half of this file.
+In fp32 the weights of a quantised matrix are exact: scale * (code - zero) has at most 11 + 9 bits, and super-blocks' weights are
+float32 numbers by definition.  In fp16 and bf16 they are rounded once, and the report counts those that kept their values.
 """
 
 from __future__ import annotations

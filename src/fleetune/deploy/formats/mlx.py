@@ -1,23 +1,14 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write a directory for MLX (mlx-lm) on Apple computers: the codes in its "affine" quantisation.
 
-A quantised layer NAME of shape [R, C] in groups of G columns (mlx.core.quantize, mlx 0.32):
+A quantised layer NAME of shape [R, C] in groups of G columns (mlx.core.quantize, mlx 0.32); with E experts, [E, R, ..]:
 
     NAME.weight  uint32 [R, C bits / 32]    codes, the first in the lowest bits; 3, 5 and 6 bits run on over words
     NAME.scales  [R, C / G]
     NAME.biases  [R, C / G]                 w = scales * code + biases, so biases = -scale * zero
 
-The experts of a mixture are three such layers for a block, gate_proj, up_proj and down_proj, whose tensors have the experts as a
-dimension in front: [E, R, ..].
-
-Scales and biases are fp16 where every scale * zero of the model is exact in it (a zero in the middle of the codes, or scales of
-few bits: grids `ggml` and `universal`), else both are fp32, and mlx computes in fp32 then.  config.json names group and bits, and
-the layers that have others; a layer without scales (a router, the head) is a plain one to mlx-lm.
-
-mlx-lm (0.32) has a model class a family, which reads some fields of config.json and fixes the rest in its code.  It does not know
-where transformers 5 keeps the rotary settings ("rope_parameters"), and what config.json leaves out it fills with defaults of its
-own.  So config.json states the `STATED` fields, and a record of `FAMILIES` says which configurations have a place.  Others
-are refused by name.
+Scales and biases are fp16 where every scale * zero of the model is exact in it, else both are fp32, in which mlx computes then.
+mlx-lm (0.32) has a model class a family, which reads some fields of config.json and fixes the rest in its code: config.json
+states the `STATED` fields, and a record of `FAMILIES` says which configurations have a place.
 """
 
 from __future__ import annotations
@@ -36,18 +27,7 @@ from torch import Tensor
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, hf
 from fleetune.models.artefact import Quantised
-from fleetune.models.families import experts, rope
-from fleetune.models.families.table import (
-    NO_WINDOW,
-    SILU,
-    TANH,
-    TIED,
-    WINDOWS,
-    Limits,
-    Options,
-    irregular,
-    only,
-)
+from fleetune.models.families import experts, rope, table
 
 TARGETS: Final = {
     "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128"
@@ -178,20 +158,20 @@ STATED: Final = (
 
 
 @dataclass(frozen=True)
-class Family(Limits):
+class Family(table.Limits):
     """How mlx-lm reads a family; functions take a configuration."""
 
-    options: Options = field(default_factory=dict)
+    options: table.Options = field(default_factory=dict)
     windowless: bool = False  # mlx-lm has no window there: longer texts differ, which a note says
     names: tuple[tuple[str, str], ...] = ()  # parts of tensors' names, and mlx-lm's; the first found counts
     fields: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # what mlx-lm calls otherwise
 
 
 _SCALED: Final = ("default", "linear", "llama3")  # of mlx-lm's initialize_rope
-_GEMMA: Final = only(
-    hidden_activation=TANH, use_bidirectional_attention=(False, None), attention_bias=(False,)
+_GEMMA: Final = table.only(
+    hidden_activation=table.TANH, use_bidirectional_attention=(False, None), attention_bias=(False,)
 )
-_UNCAPPED: Final = only(attn_logit_softcapping=(None,), final_logit_softcapping=(None,))
+_UNCAPPED: Final = table.only(attn_logit_softcapping=(None,), final_logit_softcapping=(None,))
 
 
 def _pattern(config: Any) -> int:
@@ -206,36 +186,38 @@ def _gemma3_fields(config: Any) -> dict[str, Any]:
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
     {  # by transformers' model type
-        "llama": Family(SILU, scalings=_SCALED, square=False),
-        "mistral": Family(SILU, scalings=_SCALED, square=False, windowless=True),
-        "qwen2": Family(only(SILU, NO_WINDOW), scalings=_SCALED),
-        "qwen3": Family(only(SILU, NO_WINDOW, attention_bias=(False,)), scalings=_SCALED, square=False),
-        "phi3": Family(SILU, partial=True, windowless=True),
-        "olmo2": Family(SILU, scalings=_SCALED, square=False),
-        "granite": Family(SILU, scalings=_SCALED),
-        "smollm3": Family(only(SILU, NO_WINDOW), scalings=_SCALED, square=False),
+        "llama": Family(table.SILU, scalings=_SCALED, square=False),
+        "mistral": Family(table.SILU, scalings=_SCALED, square=False, windowless=True),
+        "qwen2": Family(table.only(table.SILU, table.NO_WINDOW), scalings=_SCALED),
+        "qwen3": Family(
+            table.only(table.SILU, table.NO_WINDOW, attention_bias=(False,)), scalings=_SCALED, square=False
+        ),
+        "phi3": Family(table.SILU, partial=True, windowless=True),
+        "olmo2": Family(table.SILU, scalings=_SCALED, square=False),
+        "granite": Family(table.SILU, scalings=_SCALED),
+        "smollm3": Family(table.only(table.SILU, table.NO_WINDOW), scalings=_SCALED, square=False),
         "gemma2": Family(
-            only(_GEMMA, TIED),
+            table.only(_GEMMA, table.TIED),
             square=False,
-            layers=WINDOWS,
+            layers=table.WINDOWS,
             windowless=True,
             needed=("attn_logit_softcapping", "final_logit_softcapping"),
         ),
         "gemma3_text": Family(
-            only(_GEMMA, _UNCAPPED),
+            table.only(_GEMMA, _UNCAPPED),
             scalings=_SCALED,
             square=False,
-            layers=WINDOWS,
+            layers=table.WINDOWS,
             fields=_gemma3_fields,
-            misfit=lambda config: irregular(config, _pattern(config)),
+            misfit=lambda config: table.irregular(config, _pattern(config)),
         ),
         "mixtral": Family(
-            SILU,
+            table.SILU,
             windowless=True,
             names=((".mlp.experts.", ".block_sparse_moe.switch_mlp."), (".mlp.", ".block_sparse_moe.")),
         ),
         "qwen3_moe": Family(
-            only(SILU, NO_WINDOW, attention_bias=(False,)),
+            table.only(table.SILU, table.NO_WINDOW, attention_bias=(False,)),
             square=False,
             names=((".mlp.experts.", ".mlp.switch_mlp."),),
             fields=lambda config: {"head_dim": rope.head_dim(config)},

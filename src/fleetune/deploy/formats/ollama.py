@@ -1,10 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Write a folder for Ollama: the GGUF file, and a Modelfile that names the tokens which end an answer.
-
-    ollama create NAME -f FOLDER/Modelfile
-
-Ollama reads the chat template in the GGUF file, and takes the one of its own that looks most alike.
-"""
+"""Write a folder for Ollama: the GGUF file, and a Modelfile that names the tokens which end an answer."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Answer orders as a ClientApp: on a SuperNode, which starts a new process for every message, or in a simulation.
-
-The job is kept in the context of the run, which lives as long as the SuperNode, and a process that has not loaded what the
-job needs does so.  A SuperNode's process loads model and rows for one message; a simulation's keeps them (`partition.py`).
-"""
+"""Answer orders as a ClientApp: on a SuperNode, which starts a new process for every message, or in a simulation."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Be the clients of a simulation: the node with a partition's number has the rows of the client with this number.
-
-    RUN/flower/000003/      the state folder of client 3
-
-The division is the recipe's, as `fleetune tune` makes it.  A process of Flower's simulation is many clients in turn: they
-have one model among them, and each loads its rows once.
-"""
+"""Be the clients of a simulation: the node with a partition's number has the rows of the client with this number."""
 
 from __future__ import annotations
 
@@ -25,7 +18,6 @@ from fleetune.fleet.worker import Brings, Worker
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import foundations
 from fleetune.tuning.rounds.local_work import Memories
 
@@ -37,7 +29,7 @@ FOLDER: Final = "flower"  # in a run's: what its clients keep
 ONE_PROCESS: Final = ("drop", "stragglers", "deadline", "over_selection")  # options of a recipe
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: recipes.Recipe) -> None:
     """Raise UsageError for what only `fleetune tune` simulates."""
     usual = recipes.fields()
     if odd := [name for name in ONE_PROCESS if getattr(recipe, name) != usual[name][1]]:
@@ -95,7 +87,7 @@ class Clients:
             worker.loaded = replace(other.loaded, rows=rows, memories=Memories(worker.own.run(job.run)))
         return worker
 
-    def _brings(self, recipe: Recipe, number: int) -> Partition:
+    def _brings(self, recipe: recipes.Recipe, number: int) -> Partition:
         return Partition(
             recipe.data,
             recipe.model,

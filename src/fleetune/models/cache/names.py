@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tell what a model's name is: a built-in one, a short one, a path or a hub id; and what a folder is by its files.
 
-A short name stands for the hub id of a usual small model, and for nothing more: no revision is fixed, and parameters and
-licence are as the model's card states them.  A folder or a file of that name goes first.  Nothing heavy is imported here.
+A short name stands for a hub id, without a fixed revision; a folder or file of that name takes precedence.  Imports are light.
 """
 
 from __future__ import annotations

@@ -1,2 +1,1 @@
-# SPDX-License-Identifier: Apache-2.0
 """Handle what differs between model families: a table of them for GGUF, block widths, rotary embeddings, experts."""

@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Split the tensors of experts as runtimes have them: one tensor each of all experts' gates, ups and downs.
 
-transformers has a parameter with the matrices of all experts of a layer, [E, rows, columns], and in it the rows of gate and
-up of an expert together.  llama.cpp and mlx-lm have three tensors, [E, rows, columns] too.  So a parameter has one or two
-parts, and a part is some rows of all rows of the parameter, E times `rows` of them.
+transformers has [E, rows, columns] with the rows of an expert's gate and up together; llama.cpp and mlx-lm have three tensors.
 """
 
 from __future__ import annotations

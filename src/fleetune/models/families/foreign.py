@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Turn what goes wrong with a file from elsewhere into one error that names it.
 
-Readers of other packages (transformers, tokenizers, safetensors, gguf, jinja2) may raise anything for a file that is
-damaged or meant badly: TypeError, RecursionError, KeyError, a panic of Rust code.  So whatever reads or uses such a
-file does it within `foreign_file`.
+Other packages' readers may raise anything for a damaged or hostile file: TypeError, RecursionError, a panic of Rust code.
 """
 
 from __future__ import annotations

@@ -1,16 +1,11 @@
-# SPDX-License-Identifier: Apache-2.0
-"""List the types of numbers that weights have: plain dtypes, codebooks, and GGUF's super-blocks.
+"""List the types of numbers that weights have: plain dtypes, codebooks, and GGUF's super-blocks; torch is not imported.
 
-In a super-block 256 neighbouring columns of a row share one or two fp16 numbers.  It is 8 groups of 32 columns or 16 of 16.
-A group's scale is a small whole number k times the super-block's d.  In the types with a minimum a second whole number m
-times its dmin is taken off (gguf.quants, Q2_K .. Q6_K and IQ4_XS):
+A super-block is 256 neighbouring columns of a row, in groups of 32 or 16.  A group's scale is an integer k times the
+super-block's fp16 number d; types with a minimum subtract an integer m times dmin (gguf.quants, Q2_K .. Q6_K and IQ4_XS):
 
     w = (d k) (code - middle) - dmin m            IQ4_XS: CODEBOOKS["iq4_nl"][code] in place of code - middle
 
-d k and dmin m are exact in float32 (11 + 7 bits), and so is the product with the code (5 bits more at most): only the
-subtraction rounds, so every runtime that computes in float32 has the same values.
-
-No torch is imported here, so that a plan and the check of a recipe can ask as well.
+In float32 only the subtraction rounds, so every runtime that computes in float32 has the same values.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read the rotary embedding of a configuration, and convert rescaled frequencies to and from a GGUF file's factors.
 
-A file stores what each of the d / 2 frequencies is divided by (tensor rope_freqs.weight); transformers stores, for Llama 3,
-four numbers from which these follow.  Our files have the numbers too (key `KEY`); for others, those of Llama 3.1 and 3.2
-are tried.  Numbers that do not give the file's factors are rejected.
-
-Phi-3's LongRoPE has two lists of factors, for contexts up to the original length and for longer ones (`SHORT`, `LONG`), and
-scales queries and keys by a number.  YaRN's numbers (gpt-oss) are metadata.
+A file stores what each of the d / 2 frequencies is divided by (rope_freqs.weight); transformers stores four numbers of Llama 3
+from which these follow.  Our files have those too (`KEY`); for others, Llama 3.1's and 3.2's are tried, else the file is refused.
+LongRoPE (Phi-3) has one list of factors up to the original context and one beyond it.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
-# SPDX-License-Identifier: Apache-2.0
 """State what a GGUF file of each family of decoders has, a record a family, on top of the gguf package's map of names.
 
-llama.cpp fixes in its code what transformers has in a configuration: activations, biases, which blocks have a window.  So a
-record states, besides what is written, for which configurations llama.cpp computes the same (`Limits`); any other is refused.
+llama.cpp fixes in code what transformers reads from a configuration.  So a record also states for which configurations llama.cpp
+computes the same (`Limits`); others are refused.  tests/deploy/formats/test_gguf_families.py runs llama.cpp beside transformers.
 
-Gemma (gemma, gemma2, gemma3's text part): norms multiply by 1 + w, and the file holds 1 + w, in fp32 as transformers adds it;
-attention is scaled by query_pre_attn_scalar ** -0.5, which llama.cpp takes for the head's width (in the 27B models, which it
-knows by their number of blocks, for width / heads).
-
-Everything here was checked by running llama.cpp beside transformers (`tests/deploy/formats/test_gguf_families.py`).
+Gemma: norms multiply by 1 + w, and the file holds 1 + w; attention is scaled by query_pre_attn_scalar ** -0.5, which llama.cpp
+takes for the head's width (in the 27B models, which it knows by their number of blocks, for width / heads).
 """
 
 from __future__ import annotations

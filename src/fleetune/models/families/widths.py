@@ -1,19 +1,12 @@
-# SPDX-License-Identifier: Apache-2.0
 """Narrow the heads and MLP channels of single blocks of llama-like nets, and save and load such nets.
 
-Where all blocks are alike and transformers accepts the numbers, the configuration uses its own keys
-(`num_attention_heads`, `num_key_value_heads`, `intermediate_size`, and `head_dim` in any case), and the directory is
-a plain one.  Where blocks differ, no class of transformers can represent them.  Then config.json gets
+Where all blocks are alike and transformers accepts the numbers, the configuration is a plain one.  Else config.json gets
 
     "model_type": "fleetune_llama"      a name that transformers does not know, so that it refuses rather than guesses
     "fleetune_widths": {"num_attention_heads": [9, 6, ..], "num_key_value_heads": [3, 2, ..], "intermediate_size": [..]}
 
-beside the numbers of the whole model, and `class_of` gives the class whose layers are narrowed once they are made.  In
-memory the configuration is transformers' own with that one more key.
-
-Attention in these families takes the number of heads from what its projections give, and repeats keys by
-`num_key_value_groups`, the query heads of one key head, which does not change.  Norms within heads (Qwen3) are
-shared by all heads.  So nothing but the linear layers has to change.
+and `class_of` gives the class whose layers are narrowed once they are made.  Only the linear layers change: attention takes its
+number of heads from its projections, and `num_key_value_groups` stays.
 """
 
 from __future__ import annotations

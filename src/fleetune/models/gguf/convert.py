@@ -1,20 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Convert a GGUF file to a Hugging Face directory with the same numbers, a few rows in memory at a time.
 
-GGUF (the ggml project's docs/gguf.md, version 2 and 3) stores quantised rows.  `w = d * q + m` per group
-of 32 (Q4_1) and its relatives give values that 16-bit floats cannot hold, so the weights are written in
-**fp32**: nothing is lost, and the same file gives the same bytes everywhere.
-
-Beside sizes and rows:
-  * llama's q and k rows are stored pair-wise interleaved for ggml's rotary embedding; they are put back in
-    the half-split order that transformers uses (a permutation of rows, done before dequantising); a llama with biases
-    has them for its own, not only in the file;
-  * rescaled rotary frequencies (Llama 3.1) come as factors: used where Llama 3's rule gives them (`rope.py`),
-    else the file is refused;
-  * gemma's norms, caps and windows; the tokenizer (`tokenizer.py`).
-
-The model is never in memory as a whole: names and shapes come from a model on the meta device, every tensor of
-it must be found in the file and vice versa, and rows go straight into the safetensors file.
+The weights are written in fp32, since 16-bit floats cannot hold the values of all quantised types.  llama's q and k rows are
+interleaved pair-wise in the file and put back in transformers' half-split order; rescaled rotary frequencies that Llama 3's rule
+does not give (`rope.py`) are refused.  Names and shapes come from a model on the meta device; every tensor of it must be found in
+the file and vice versa.
 """
 
 from __future__ import annotations
@@ -27,18 +16,15 @@ from typing import Any, Final
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GenerationConfig
 
 from fleetune.errors import ModelError
-from fleetune.models import stored
 from fleetune.models.families import rope, table, widths
 from fleetune.models.families.foreign import check_blocks, check_range, foreign_file
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
-from fleetune.models.gguf.header import GgufHeader
 from fleetune.models.net.saving import disk_errors, write_pieces
-from fleetune.models.stored import MappedFile, Stored
+from fleetune.models.stored import MappedFile, Stored, write_places
 
 ANOTHER: Final = "fetch the file again, or give another one"
 INSTEAD: Final = "use the model's hub id or a Hugging Face directory of it"
@@ -89,7 +75,7 @@ def convert(
         pieces = _pieces(path, tensors, progress)
         write_pieces(folder / "model.safetensors", table, pieces, {"format": "pt"})
     else:
-        stored.write_places(folder, tensors)
+        write_places(folder, tensors)
     config.dtype = torch.float32
     config.save_pretrained(folder)
     GenerationConfig(
@@ -99,7 +85,7 @@ def convert(
         tokenizer.save_pretrained(folder)
 
 
-def _config(path: Path, head: GgufHeader) -> Any:
+def _config(path: Path, head: header.GgufHeader) -> Any:
     with foreign_file(path, "has unusable metadata", hint=INSTEAD):  # a text may be in no encoding
         architecture = _checked_architecture(path, head)
         config = _described(architecture, head)
@@ -111,7 +97,7 @@ def _config(path: Path, head: GgufHeader) -> Any:
     return config
 
 
-def _checked_architecture(path: Path, head: GgufHeader) -> str:
+def _checked_architecture(path: Path, head: header.GgufHeader) -> str:
     """Return the architecture of the metadata; ModelError for one that is not read, and for sizes that no model has."""
     architecture = str(head.values.get("general.architecture"))
     if architecture not in ARCHITECTURES:
@@ -130,7 +116,7 @@ def _checked_architecture(path: Path, head: GgufHeader) -> str:
     return architecture
 
 
-def _described(architecture: str, head: GgufHeader) -> Any:
+def _described(architecture: str, head: header.GgufHeader) -> Any:
     """Return the configuration of metadata and tensor names; a configuration class may raise anything for a wrong value."""
     names = {tensor.name for tensor in head.tensors}
     ids = {
@@ -158,7 +144,7 @@ def _described(architecture: str, head: GgufHeader) -> Any:
 class _Fields:
     """The metadata of an architecture by their keys without its name."""
 
-    def __init__(self, head: GgufHeader, architecture: str) -> None:
+    def __init__(self, head: header.GgufHeader, architecture: str) -> None:
         self._head, self._front = head, architecture
 
     def __call__(self, key: str) -> Any:
@@ -205,7 +191,7 @@ def _gemma(architecture: str, fields: _Fields) -> Any:
     return config
 
 
-def _take_factors(path: Path, head: GgufHeader, config: Any) -> None:
+def _take_factors(path: Path, head: header.GgufHeader, config: Any) -> None:
     """Set Llama 3's rescaled frequencies in the configuration; ModelError for factors that are not Llama 3's."""
     found = [tensor for tensor in head.tensors if tensor.name.startswith("rope_")]
     if not found:
@@ -221,7 +207,7 @@ def _take_factors(path: Path, head: GgufHeader, config: Any) -> None:
     config.rope_parameters = rescaled
 
 
-def _tensors(path: Path, head: GgufHeader, config: Any) -> dict[str, Stored]:
+def _tensors(path: Path, head: header.GgufHeader, config: Any) -> dict[str, Stored]:
     """Return for each tensor of the model where it is in the file, and how its rows lie there."""
     with foreign_file(path, "describes a model that cannot be made", hint=ANOTHER):
         net = widths.build(config)
@@ -259,10 +245,10 @@ def _tensors(path: Path, head: GgufHeader, config: Any) -> dict[str, Stored]:
 
 def _pieces(
     source: Path, tensors: Mapping[str, Stored], progress: Callable[[str, int, int], None] | None
-) -> Iterator[tuple[str, Iterator[Tensor]]]:
+) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
     """Yield each tensor's values in fp32, a slab at a time; ModelError for values of `source` that are not finite."""
 
-    def slabs(name: str, tensor: Stored) -> Iterator[Tensor]:
+    def slabs(name: str, tensor: Stored) -> Iterator[torch.Tensor]:
         step = max(1, SLAB * tensor.shape[0] // tensor.numbers) * (tensor.numbers // tensor.shape[0])
         for first in range(0, tensor.numbers, step):
             values = tensor.read(first, min(first + step, tensor.numbers), torch.float32)
@@ -277,7 +263,7 @@ def _pieces(
             progress("convert to safetensors", done, whole)
 
 
-def _tokenizer(path: Path, head: GgufHeader, config: Any) -> Any:
+def _tokenizer(path: Path, head: header.GgufHeader, config: Any) -> Any:
     with foreign_file(path, "has a tokenizer that cannot be read", hint=INSTEAD):
         tokenizer: Any = gguf_tokens.build_tokenizer(head.values.get)
     tokenizer.model_max_length = config.max_position_embeddings

@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Read the head of a .gguf file: its values, and where its tensors are (the ggml project's docs/gguf.md, versions 2 and 3).
 
-The package gguf makes two slices of a memory map for each token of a vocabulary, which takes a second for 49,000 of
-them; this takes a twentieth of that, and no torch.  Every length is compared with what is left of the file before
+It takes a twentieth of the gguf package's time, and no torch.  Every length is checked against the rest of the file before
 anything of that length is made.
 """
 

@@ -1,12 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Build a tokenizer from GGUF metadata ("tokenizer.ggml.*"), with exactly the file's tokens.
+"""Build a tokenizer from GGUF metadata ("tokenizer.ggml.*"), with exactly the file's tokens, where transformers adds some.
 
-transformers reads these too, but adds an unknown token to a byte-level tokenizer without one, assumes that pieces start
-with a space, reads no tokenizer of an architecture that it does not know, and parses the file once more.  Two kinds are read:
-
-    gpt2    byte-level BPE: merges, and the rule that the file names
-    llama   pieces with scores: two pieces join where the result is a piece, the highest score first, so the merges
-            are all such pairs in the order of falling scores; bytes for the rest
+gpt2    byte-level BPE: merges, and the rule that the file names
+llama   pieces with scores: two pieces join where the result is a piece, the highest score first, so the merges
+        are all such pairs in the order of falling scores; bytes for the rest
 """
 
 from __future__ import annotations

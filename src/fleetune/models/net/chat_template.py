@@ -1,12 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Give tokenizers without a chat template a plain one: every turn is a line of its own.
+r"""Give tokenizers without a chat template a plain one: every turn is a line of its own.
 
     {system}\\n{user}\\n{assistant}\\n{user}\\n...
 
-after the tokens that the tokenizer puts at the start of a text.  Such a model is tuned and prompted in this form
-(`data/encode.py`).  A runtime would use a template of its own (llama.cpp: ChatML), so exports carry this form as a chat
-template: a prompt is these lines, and an answer that ends a conversation has the end-of-text token in place of its line
-break, as in tuning.  A tokenizer that has it counts as one without: its rows have the same tokens.
+after the tokens that the tokenizer puts at the start of a text.  Exports carry it as a chat template, since a runtime would use
+one of its own (llama.cpp: ChatML); an answer that ends a conversation has the end-of-text token for its line break, as in tuning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Find the layers of a transformer, and within each its attention, projections and block outputs.
-
-Trainable modules are attached there.  Layers are found by structure, not by a family's name:
+"""Find the layers of a transformer, and within each its attention, projections and block outputs, by structure.
 
     layers       the members of the net's largest list of modules (Albert's groups: the layers within)
     attention    the module within a layer whose own children are the projections of queries, keys and values (`SPLIT`),
@@ -9,9 +6,8 @@ Trainable modules are attached there.  Layers are found by structure, not by a f
     block ends   the linear layers whose outputs go to the residual stream: the last one of the attention block and the
                  last one of what follows; a block itself where it has no such layer (experts in one tensor, a Mamba mixer)
 
-`by_layer` computes the activations of a layer again in the backward pass instead of keeping them: of a forward pass only
-what enters each layer stays, layers x tokens x width numbers (Chen, Xu, Zhang and Guestrin 2016, arXiv 1604.06174).  Dropout
-draws the same numbers both times, so in fp32 the gradients are bit for bit those of a pass that keeps everything.
+`by_layer` checkpoints each layer (Chen, Xu, Zhang and Guestrin 2016, arXiv 1604.06174): only what enters it is kept, layers x
+tokens x width numbers, and in fp32 the gradients are the same bit for bit.
 """
 
 from __future__ import annotations

@@ -1,16 +1,11 @@
-# SPDX-License-Identifier: Apache-2.0
 """Hold a model in memory, and identify it by the digest of its weights.
 
-The **base digest** identifies the weights that a run starts from.  It is SHA-256 over all parameters in name order
-(tied tensors once, under the first of their names), for each tensor
+The base digest is SHA-256 over all parameters in name order (tied tensors once, under the first of their names), for each
 
     name, NUL, dtype ("float32", "bfloat16", ..), NUL, shape ("576,1536"), NUL, raw little-endian values
 
-of the weights as loaded, so another dtype is another base.
-
-The net of a tuned model runs on its base's weights with a ledger's view or an adapter attached.  `state_dict`,
-`save_pretrained`, `copy.deepcopy` and `torch.save` would give the base, or pieces that nothing else reads.
-`refuse_copies` lets the net refuse them, and say which call does it.
+of the weights as loaded, so another dtype is another base.  A net with a ledger's view or an adapter attached holds its base's
+weights; `refuse_copies` lets it refuse `state_dict`, `copy.deepcopy` and the like, which would give the base.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Write a model as a Hugging Face directory, and safetensors files one tensor at a time; compare what the disk gives back.
-
-A safetensors file is 8 bytes with the header's length, the header (JSON: dtype, shape and offsets of each tensor) and the
-raw little-endian values.  (The writer of the safetensors package needs all tensors in memory, and its order of several
-keys of metadata varies.)
-"""
+"""Write a model as a Hugging Face directory, and safetensors files one tensor at a time; compare what the disk gives back."""
 
 from __future__ import annotations
 
@@ -20,7 +14,6 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fleetune.common.folders import staged
 from fleetune.errors import FleetuneError, ModelError, StorageError
@@ -45,8 +38,8 @@ def quiet() -> Iterator[None]:
 
 
 def save(
-    net: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    net: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     path: str | Path,
     *,
     card: str | None = None,

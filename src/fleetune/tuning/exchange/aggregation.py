@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Make the replies of a round one: the mean (FedAvg), LoRA averaged as products, and rules that a minority of liars cannot lead.
 
     mean          sum_c n_c x_c / sum_c n_c, n_c the rows of client c        McMahan et al. 2017, arXiv 1602.05629
@@ -8,19 +7,10 @@
     norm-clip     every move cut to the median size of the round, then the mean           Sun et al. 2019, arXiv 1911.07963
     sign-vote     the sign that most have, times the median size of the round      Bernstein et al. 2018, arXiv 1802.04434
 
-A method adds each reply as named arrays (`Rule.combining`, then `add`), and gets the combination of all (`tensors`).
-
-- All rules but the mean count every client once.  Rows are what a client says of itself, so a weight by rows would be the
-  liar's to choose; and the bounds of Yin et al. are for equal weights.
-- Portnoy et al. cut weights so that a given share of the clients has at most a given weight together; a multiple of the
-  median does so too, and needs no guess of how many lie.  `replies.py` cuts them (`Replies.most`, `lighter`).
-- Size is the root mean square of a move's numbers.  The vote's step has that size, so a learning rate means the same
-  under every rule (the paper and FeedSign, arXiv 2501.17610, agree on a constant instead).
-- A number that a client could not have is NaN: a direction that its walk did not meet.  A coordinate is then combined among
-  the clients that have it, and counts by their share of all, as it does in the mean.
-- Every column is sorted before it is added up, so the order of the replies changes no bit.
-- Vectors lie on disk (`Spool`) and are read by columns: beside the outcome and where the moves began (8 bytes a number
-  each), there are `NUMBERS` numbers in memory, whatever the number of clients.
+All rules but the mean count every client once: rows are the client's own claim.  Size is the root mean square of a move's
+numbers.  NaN stands for a number that a client could not have (a direction that its walk did not meet): the coordinate is
+combined among the clients that have it, times their share of all.  Columns are sorted before they are summed, so the order of
+replies changes no bit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Declare what a method trains and whether a step back-propagates, so that `fleetune plan` can count its cost.
 
-The `footprint` of a method (see `methods`) also has a placeholder state, from which the size of its messages is
-computed.  Nothing is loaded, and arrays take no memory: a placeholder has a shape and a single zero.
+The sizes of messages come from a placeholder state, whose arrays have a shape and a single zero.
 """
 
 from __future__ import annotations

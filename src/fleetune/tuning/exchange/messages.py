@@ -1,21 +1,12 @@
-# SPDX-License-Identifier: Apache-2.0
 """Encode named arrays and scalars as exact bytes, decode them, and check what a device replies.
 
-One codec for every method and every fleet.  A message on the wire is
+A message of any method and fleet is
 
     b"FT1" | CRC-32 of the body (4 bytes, little-endian) | body
 
-and the body is MessagePack of `[round, base, scalars, arrays]`: the round it belongs to, the first eight
-bytes of the base model's digest, the scalars by name, and per array `[dtype, shape, raw little-endian
-bytes]`.  Nothing is ever unpickled, counts and sizes are checked before memory or time is taken, a name that is there
-twice is refused, and what is counted as traffic is `len()` of what was really encoded.
-
-`check` refuses a reply that is not finite or has other names, shapes, types, round or base than was agreed, with a
-reason, before any method sees it.
-
-`LogCode` is the one-byte code of an integer coefficient (sign, 7 bits of log magnitude, a code for zero,
-unbiased rounding): the wire type of a zeroth-order step, after "Just One Byte" whose own code has 510
-words and none for zero.
+and the body is MessagePack of `[round, base, scalars, arrays]`: the round, the first eight bytes of the base model's digest, the
+scalars by name, and per array `[dtype, shape, raw little-endian bytes]`.  Counts and sizes are checked before memory or time is
+taken.  `check` refuses a reply in another form than was agreed before any method sees it.
 """
 
 from __future__ import annotations

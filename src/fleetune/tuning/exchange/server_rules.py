@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Step along the mean update of a round: plain averaging, momentum, FedAdam; numpy only.
 
-A round moves the model w by `Delta = mean_k w_k - w`.  Plain averaging takes it as it is; the others treat
--Delta as a gradient (a "pseudo-gradient") and keep moments of it:
+A round moves the model w by `Delta = mean_k w_k - w`; -Delta serves as a gradient (a "pseudo-gradient"):
 
     avg      w <- w + eta Delta                                     McMahan et al. 2017, arXiv 1602.05629
     avgm     m <- beta m + Delta;  w <- w + eta m                   Hsu et al. 2019, arXiv 1909.06335
@@ -10,11 +8,8 @@ A round moves the model w by `Delta = mean_k w_k - w`.  Plain averaging takes it
              v <- beta_2 v + (1 - beta_2) Delta^2
              w <- w + eta m / (sqrt(v) + tau)                       from m = 0, v = tau^2, no bias correction
 
-w is a dict of arrays of any shapes.  Everything is float64 inside and out; the caller rounds once.  The numbers are the papers'
-(beta = beta_1 = 0.9, beta_2 = 0.99, tau = 1e-3, momentum with eta = 1).  Reddi et al. search eta for every
-task; 1e-3 is what OpenFedLLM (arXiv 2402.06954) sets for LoRA.
-
-`client_variate` is SCAFFOLD's client variate (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II).
+Everything is float64; the caller rounds once.  The numbers are the papers', but for adam's eta: 1e-3 is what OpenFedLLM (arXiv
+2402.06954) sets for LoRA.  SCAFFOLD is Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II.
 """
 
 from __future__ import annotations

@@ -1,13 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Define the contract of a tuning method, and find methods: the folder is the registry.
+"""Define the contract of a tuning method, and find methods: the folder is the registry (CONTRIBUTING.md has a whole method).
 
-`methods/fedkseed.py` is `--method fedkseed`.  A method is one file: a docstring that cites the paper, the constants
-`KIND`, `PAPER` and `SENDS`, a State (NamedTuple), and a frozen dataclass `Method` that inherits the one below.  Its fields
-are the hyper-parameters, each `name: type = setting(default, symbol, help)`.  A setting that acts only beside another says
-so with `only_if` (`common/settings.py`).  Optional are the constants `CLIENTS` (a usual fleet, 8 unless stated) and
-`RECOMMENDED` (1 is the first that `plan` considers).
-
-Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
+Beside what CONTRIBUTING.md names, a file may state `CLIENTS` (a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first
+that `plan` considers).
 """
 
 from __future__ import annotations

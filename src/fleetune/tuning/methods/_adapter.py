@@ -1,24 +1,14 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Train a module on a device with AdamW, and step on the server along the devices' mean.
+"""Train a module on a device with AdamW, with fresh moments every round, and step on the server along the devices' mean.
 
-A device runs AdamW on the module's numbers, with fresh moments every round.  Two options, both off by default, keep devices
-with unlike data together:
+`Trained` is what every method that trains on devices does there; `Averaged` is a method that averages one module.  Two options
+keep devices with unlike data together:
 
 - FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): the loss has mu/2 |w - w_global|^2 added.
-- SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II): every step also moves by
-  -eta (c - c_k), where the device's variate c_k is what its own steps were last time and c the mean of all.
-
-A server takes the mean weighted by rows, then a step of `server_rules`.
-
-`Trained` is what every method that trains on devices does there; `Averaged` is a method that averages one module.
-
-What differs from SCAFFOLD's algorithm, and why:
-- The steps are AdamW's, so the variates are means of AdamW's steps, not of gradients; the correction is
-  taken after the step, as OpenFedLLM does.
-- Nothing more goes up than without it: c_k' - c_k = (w - w_k) / (tau eta) - c, all of which the server has.
-- c is the mean of the variates of the devices seen so far; the paper counts a device that never took part
-  as a zero.  With everybody asked every round the two are the same.
-- A device does not learn whether its reply arrived.  When one is lost, its c_k has moved and c has not.
+- SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II): every step also moves by -eta (c - c_k), where
+  c_k is the mean of the device's own steps last time, and c the mean of all devices.  Here the steps are AdamW's and are
+  corrected afterwards, as in OpenFedLLM.  Nothing more goes up: c_k' - c_k = (w - w_k) / (tau eta) - c, all of which the server
+  has.  c is the mean over the devices seen so far (the paper: a device that never took part counts as zero).  A device does not
+  learn whether its reply arrived, so after a lost one its c_k has moved and c has not.
 """
 
 from __future__ import annotations
@@ -36,11 +26,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fleetune import adapters, data
-from fleetune.adapters.lora_init import FROM_WEIGHTS as FROM_WEIGHTS
-from fleetune.adapters.lora_init import explained_directions
+from fleetune import adapters
+from fleetune.adapters.lora_init import FROM_WEIGHTS, explained_directions
 from fleetune.common.settings import setting
-from fleetune.data import Batch, Batches, collate, encode_rows
+from fleetune.data import Batch, Batches, collate, encode_rows, read
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.layers import by_layer
@@ -51,7 +40,6 @@ from fleetune.tuning.exchange import server_rules
 from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, norm
 
 DTYPE: Final[Mapping[str, Any]] = MappingProxyType({"fp32": np.float32, "fp16": np.float16})
 NOBODY: Final = np.zeros(0, np.int64)
@@ -155,14 +143,14 @@ class Trained(methods.Method):
                         parameters[name].sub_(direction, alpha=rate)
         return float(np.mean(losses))
 
-    def distance(self, state: Any, sent: Payload, reply: Reply) -> float:
+    def distance(self, state: Any, sent: Payload, reply: methods.Reply) -> float:
         """Return how far a device went: root mean square, over that of random steps of the learning rate's size.
 
         Such steps, and AdamW's are about that, go sqrt(sum of the steps' squared rates): with it, devices of few and of many
         rows compare.  A device of a lower rank was sent the first part of each tensor.
         """
         w_k, tensors = reply.payload.arrays, state.tensors
-        moved = norm(
+        moved = methods.norm(
             w_k[n].astype(np.float64) - t.astype(DTYPE[self.wire])[tuple(map(slice, w_k[n].shape))]
             for n, t in tensors.items()
         )
@@ -279,10 +267,10 @@ class Averaged(Trained):
     def begins(self, sent: Payload) -> Tensors:
         return group(sent.arrays)
 
-    def moved(self, sent: Payload, reply: Reply) -> Tensors:
+    def moved(self, sent: Payload, reply: methods.Reply) -> Tensors:
         return dict(reply.payload.arrays)
 
-    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
+    def aggregate(self, state: State, replies: Iterable[methods.Reply], rule: Rule = MEAN) -> State:
         """Take the mean weighted by rows, the server's step, and SCAFFOLD's c if it is on; no reply gives the state back.
 
         Another `rule` combines the modules in the mean's place, and the changes of the devices' variates.
@@ -463,7 +451,7 @@ def start_from_rows(model: Model, source: str) -> None:
 
     DataError when they cannot be read, ModelError when they show too little.
     """
-    examples = data.read(source, limit=32, offline=True)
+    examples = read(source, limit=32, offline=True)
     if model.labels:  # the answers do not matter
         examples = [replace(example, response=model.labels[0]) for example in examples]
     rows, _ = encode_rows(model, examples, 128)

@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Share a ledger between a server and its devices: as the state of zeroth-order methods and as their broadcast.
 
-The server's state is the ledger; a device is sent its sums (`ledger_payload`) and opens a view of its model at that
-point (`open_view`).  A direction's id is `epoch << 32 | k`, member k of a pool that is renewed every epoch.
+A device is sent the ledger's sums (`ledger_payload`) and opens a view of its model at that point (`open_view`).
 """
 
 from __future__ import annotations

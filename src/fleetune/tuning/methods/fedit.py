@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tune LoRA adapters on instructions in a federation, averaged by FedAvg (FedIT).
 
 Zhang, Vahidian, Kuo, Li, Zhang, Yu, Wang, Chen: "Towards Building the Federated GPT: Federated Instruction
@@ -11,39 +10,17 @@ and sends it back; the server averages, weighted by rows: A <- sum_k p_k A_k and
 
 ## Differences from the paper
 
-- LoRA on all linear layers (the code: q_proj only; its README: q, k, v, o; here `targets=q_proj,k_proj,v_proj,o_proj`), and the
-  loss on the answer alone.
-- Only trainable numbers travel, in fp16 if `wire=fp16`; the evaluation is real (theirs is a print).
+- LoRA on all linear layers (the code: q_proj only; its README: q, k, v, o), and the loss on the answer alone.
+- Only trainable numbers travel; the evaluation is real (theirs is a print).
 
 ## Options
 
-`average=product` averages the products of the factors, sum_k p_k B_k A_k, instead of A and B apart
-(`aggregation.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
-(k modulo 3)-th of them, is sent the strongest directions of the global adapter (of rank r), up to its rank,
-and sends as many back; the average is exact over all of them.
-
-A device's rate is `lr` in every step, unless `warmup` lets it rise in the first steps of a round (of w: lr / (w + 1),
-2 lr / (w + 1), ..) and `decay` lets it fall to 0 in those that follow.  Both begin anew every round, as AdamW does.
-`weight_decay` and `clip` (of the whole gradient's norm) are as in other trainers, and off.
-
-Where A and B start is the server's choice (`start`), and every device gets it from the server:
-
-| start | A and B |
-|---|---|
-| default | A uniform, B zero, as in PEFT |
-| gaussian | A normal with deviation 1/r, B zero |
-| shared | A a signed sketch with orthonormal rows, equal bits on every machine; B zero (ours) |
-| orthogonal | both random, with B A = 0; r must be even |
-| pissa, olora | the strongest directions (or the first of Q R) of each weight W0; what they hold of it is taken out |
-| eva | A the directions that explain most of what the layer sees on rows of the server (`start_data`); B zero |
-
-Sources and formulas: `adapters/lora_init.py`.  The base is never written to: for pissa and olora
-the start itself, B0 A0, is subtracted beside each layer, so it goes down with every broadcast (twice the bytes
-down, none up), and the saved adapter is a plain LoRA of rank 2 r on the plain base.
-
-For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of
-taking it (`server`: FedAvgM, FedAdam); their papers are in `methods/_adapter.py` and
-`server_rules.py`.
+- `average=product` averages sum_k p_k B_k A_k (`aggregation.product_mean`).  Then devices may have unlike `ranks`: a device is
+  sent the strongest directions of the global adapter, up to its rank, and sends as many back; the average is exact.
+- `warmup` and `decay` of the rate (of w steps: lr / (w + 1), 2 lr / (w + 1), ..) begin anew every round, as AdamW does.
+- `start` is where A and B start (`adapters/lora_init.py`).  For pissa and olora the start B0 A0 is subtracted beside each
+  layer, so it goes down with every broadcast (twice the bytes down); the saved adapter is a plain LoRA of rank 2 r.
+- For devices of unlike data: `mu` (FedProx) and `scaffold` (`methods/_adapter.py`), `server` (`server_rules.py`).
 """
 
 from __future__ import annotations
@@ -107,7 +84,7 @@ class Method(_adapter.Averaged):
         if self.average not in ("separate", "product"):
             raise ValueError(f"average = {self.average!r} is none of separate, product")
         product = self.average == "product"
-        if product and self.start in _adapter.FROM_WEIGHTS:
+        if product and self.start in adapters.lora_init.FROM_WEIGHTS:
             raise ValueError(
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "
                 "own and not what was learned; use average=separate"

@@ -1,41 +1,32 @@
-# SPDX-License-Identifier: Apache-2.0
 """Fine-tune all weights in a federation, sending one byte a step along K shared random directions (FedKSeed).
 
-Qin, Chen, Qian, Ding, Li, Deng: "Federated Full-Parameter Tuning of Billion-Sized Language Models with
-Communication Cost under 18 Kilobytes", ICML 2024, arXiv 2312.06353 (Algorithm 1; Pro: section 3.3).
+Qin, Chen, Qian, Ding, Li, Deng: "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost under
+18 Kilobytes", ICML 2024, arXiv 2312.06353 (Algorithm 1; Pro: section 3.3).
 
 ## Algorithm
 
-A pool of K directions is fixed.  A device takes tau two-point steps along directions drawn from the pool
-and reports the scalars; the server averages them per direction.  So the global model is always
+A pool of K directions is fixed.  A device takes tau two-point steps along directions drawn from the pool and reports the scalars;
+the server averages them per direction.  So the global model is always
 
     w = w0 - eta * sum_k A_k z_k
 
-whatever the number of rounds, and K numbers carry it.
-
 ## Differences from the paper
 
-- The K directions are the +1/-1 directions of a pool (one pass over the weights replays them all; the paper's
-  way is K passes).  `law=rademacher` gives independent ones, `gaussian` the paper's:
-  a pass each in every forward.
-- Devices draw from the pool with a sampler that the server seeds, so a step is one byte (`messages.LogCode`, unbiased) and
-  the directions cost nothing; what is decoded is what the device itself steps by.
+- The K directions are the +1/-1 directions of a pool (one pass over the weights replays them all).  `law=rademacher` gives
+  independent ones, `gaussian` the paper's: a pass each in every forward.
+- Devices draw from the pool with a sampler that the server seeds, so a step is one byte (`messages.LogCode`, unbiased); what is
+  decoded is what the device itself steps by.
 - Where neither `lr` nor `server_lr` is given, the server steps by the square root of the clients asked times their mean
   (`for_clients`; the paper: by the mean).
-- Pro weights a scalar with 1/(K p_k).  The reference does not, so its estimate is biased towards the
-  directions that it favours.
+- Pro weights a scalar with 1/(K p_k).  The reference does not, so its estimate is biased towards the directions that it favours.
 
-## Options
+## Mixed fleets
 
-- `pro` draws the directions by the size of their scalars (section 3.3).
-- `server_lr` is how many times the clients' mean the server steps by.
-- `backprop` is the share of devices that back-propagate (ours): in a simulation every so many-th client, on real
-  devices at most this share, of those in whose memory it fits.  Such a device reports its gradient projected
-  on the K directions, p_k = z_k . g, after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K
-  two-point steps.  Both kinds of reply are K sums and enter one ledger, weighted by their precision: with rows n_c,
-  a device that back-propagated weighs n_c, and one that took n two-point steps n_c / (1 + (K - 1) / n).  Reason: averaged over
-  the draw of the pool, n two-point samples of a d-dimensional gradient g have variance d (1/K + (1 - 1/K) / n) |g|^2; the
-  whole pool (n = infinity) has d/K |g|^2.
+`backprop` is the share of devices that back-propagate (ours): in a simulation every so many-th client, on real devices at most
+this share, of those in whose memory it fits.  Such a device reports its gradient projected on the K directions, p_k = z_k . g,
+after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K two-point steps.  Averaged over the draw of the pool,
+n two-point samples of a d-dimensional gradient g have variance d (1/K + (1 - 1/K) / n) |g|^2, the whole pool d/K |g|^2.  So, by
+precision, a device with n_c rows weighs n_c after back-propagation, and n_c / (1 + (K - 1) / n) after n two-point steps.
 """
 
 from __future__ import annotations
@@ -58,7 +49,6 @@ from fleetune.seeds import slopes
 from fleetune.seeds.descent import descend, descend_projected, uniforms
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOL
-from fleetune.seeds.slopes import Slopes
 from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import LogCode, Payload, ReplySpec
@@ -302,7 +292,7 @@ class Method(_zeroth.OfLedger):
             return self
         return replace(self, server_lr=round(math.sqrt(clients), 3))
 
-    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
+    def rate_from(self, points: Sequence[slopes.Slopes], clients: int) -> float:
         """Return the rate for the mean of clients that walk along directions of their own."""
         return slopes.rate(points, self.batch_size, averaged=clients)
 

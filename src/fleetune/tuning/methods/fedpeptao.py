@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tune prompts in every layer in a federation, where only the layers that matter travel (FedPepTAO).
 
 Che, Liu, Zhou, Ren, Zhou, Sheng, Dai, Dou: "Federated Learning of Large Language Models with Parameter-Efficient
@@ -22,41 +21,20 @@ Every layer has a prompt of its own: keys and values that its attention finds in
 
 ## Differences from the paper
 
-- The code has neither the Lipschitz rule nor a gap: the user copies the outcome of another rule by hand into a list of
-  half of the layers (`half`).  Here the paper's rule is the default, and the run itself applies it.
-  Scores and curvature come from the devices of the warm-up rounds (the code: all devices; after
-  10 rounds, 5 for LLaMA); the trained prompts of the chosen layers are kept (the code starts again).
-- The code can train the other layers' prompts on every device too, and its accuracies are of these personal models;
-  here a layer that does not travel has no prompt.
-- Scores leave padding out (the code compares padded outputs) and use `eigvalsh` (the code's eigenvalues may come
-  out complex); the last layer can be chosen too.  The Hessian is of the loss on the answer (the code: on all ids).
+- The code lets the user copy a list of half of the layers by hand (`half`).  Here the run applies the paper's rule, from the
+  scores and curvature of the warm-up's devices (the code: all devices after 10 rounds, 5 for LLaMA), and keeps the trained
+  prompts of the chosen layers (the code starts again).
+- The code can train the other layers' prompts on every device too; here a layer that does not travel has no prompt.
+- Scores leave padding out and use `eigvalsh` (the code's eigenvalues may come out complex); the last layer can be chosen too.
+  The Hessian is of the loss on the answer (the code: on all ids), by 20 products on two rows (the code: 50 on a batch, which is
+  `lanczos=50 curvature_rows=0`).
 - In the code the devices' server steps share one momentum and one live model, so they pile up; here they do not.
   Its momentum takes the change of the pseudo-gradient, D before - D now.
-- AdamW starts anew each round and its rate falls to 0 within the round (paper; the code keeps one AdamW a device
-  for the whole run).  So eta K_k, the way that a device could go, is the sum of the rates that it used.
+- AdamW starts anew each round and its rate falls to 0 within the round (the code keeps one AdamW a device for the whole run).
 - rho is the share of the devices seen so far that answered, and a new device starts at c_k = c.  With rho fixed and
   c_k = 0, c starts far too small, and the correction pulls back what was just learned.
-- A score is of 256 rows at most (the code: a batch): its eigenvalues take a time that grows with the cube of the rows.
 - Under another rule than the mean, c_k = D_k / (sum of the steps' eta), and c moves by the combination of c_k - c: what a
   median leaves out would stay in the variates of its device, and add up.
-- Prompts have no dropout.  They start small, yet the model with untrained ones is not the base: a run reports both.
-- Curvature is measured with 20 Hessian products on two rows (the code: 50 on a batch, which is
-  `lanczos=50 curvature_rows=0`).
-
-## Options
-
-- `layers_rule` is how many layers travel: by the gap in the Hessian's spectrum (`lipschitz`), `half`, `all` or a number.
-- `lanczos` and `curvature_rows` decide what the choice costs, once, in the warm-up (`half`, `all` and a number cost
-  nothing).
-
-## What the choice costs
-
-Processor time of the Lipschitz rule on a device of 16 rows of a model of 5 layers, as a multiple of its training in that
-round (0.21 s): 43 with 50 products on 8 rows, 17 with 20 on 8, 5.4 with 20 on 2 (the default), 1.3 with 5 on 2.  It finds
-no gap there, however it is measured, so all layers travel.
-After five rounds of four clients (40 rows each, base 4.800, six seeds) the loss is 3.746 by this rule, for 1.0 MB, and
-3.783 by `half`, for 0.71 MB; the noise of such a mean is 0.005.  The recipe has `clients = 4`, `rounds = 5`, `limit = 220`,
-`max_length = 64`, `held_out = 60`: `fleetune sweep choice.toml --vary layers_rule=half,lipschitz --seeds 6`
 """
 
 from __future__ import annotations
@@ -91,7 +69,6 @@ from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placehol
 from fleetune.tuning.exchange.messages import REPORTED, Payload, ReplySpec
 from fleetune.tuning.exchange.server_rules import Tensors, client_variate
 from fleetune.tuning.methods import Reply, _adapter
-from fleetune.tuning.methods._adapter import NOTHING, rounded
 
 KIND = "adapter"
 PAPER = "Che et al., EMNLP 2023, arXiv 2310.15080"
@@ -118,9 +95,9 @@ class State(NamedTuple):
     kept: float  # sum_k n_k (share of the layers that device k needs)
     steps: int = 0  # rounds of adaptive optimization so far
     eta_s: float = 0.0
-    v: Tensors = NOTHING  # float64
-    c: Tensors = NOTHING  # float64
-    c_k: Tensors = NOTHING  # float32, by "device/parameter name": it alone grows with the devices
+    v: Tensors = _adapter.NOTHING  # float64
+    c: Tensors = _adapter.NOTHING  # float64
+    c_k: Tensors = _adapter.NOTHING  # float32, by "device/parameter name": it alone grows with the devices
 
 
 @dataclass(frozen=True)
@@ -242,7 +219,7 @@ class Method(_adapter.Trained):
             return state
         means = measured.tensors()
         state = state._replace(
-            tensors=rounded(w.tensors()),
+            tensors=_adapter.rounded(w.tensors()),
             warmup=state.warmup - 1,
             rows=state.rows + int(w.total),
             scores=state.scores + w.total * means["scores"],
@@ -262,13 +239,13 @@ class Method(_adapter.Trained):
     def step(self, state: State, replies: Iterable[Reply], rule: Rule) -> State:
         """Take every device's momentum step from wbar, averaged (section 4.2; no momentum in the first round)."""
         w, answered, c_k = state.tensors, 0, dict(state.c_k)
-        past = state.c_k if rule.name == "mean" else NOTHING
+        past = state.c_k if rule.name == "mean" else _adapter.NOTHING
         w_k, mean, changes = rule.combining(w), MEAN.combining(), rule.combining()
         for reply in replies:
             answered += 1
             n, sent = reply.payload.int("n"), reply.payload.arrays
             old = {x: past.get(f"{reply.client}/{x}", state.c[x]) for x in w}  # a new device starts at c
-            new = rounded(client_variate(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
+            new = _adapter.rounded(client_variate(old, state.c, w, sent, self.walked(reply.rows or n)[0]))
             c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
             w_k.add(n, {x: sent[x] for x in w})
             mean.add(n, new)
@@ -283,7 +260,7 @@ class Method(_adapter.Trained):
             eta_s = max(0.99 * eta_s, min(1e-4, self.server_lr))
             beta = self.beta
             v = {x: beta * v[x] + (1 - beta) * (w[x] - wbar[x]) + (c[x] - own[x]) for x in w}
-        tensors = rounded({x: wbar[x] - eta_s * v[x] for x in w})
+        tensors = _adapter.rounded({x: wbar[x] - eta_s * v[x] for x in w})
         return state._replace(tensors=tensors, steps=state.steps + 1, eta_s=eta_s, v=v, c=c, c_k=c_k)
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:

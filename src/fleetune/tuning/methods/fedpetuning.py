@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tune any parameter-efficient module in a federation, averaged by FedAvg (FedPETuning).
 
 Zhang, Yang, Dai, Wang, Yu, Qu, Xu: "FedPETuning: When Federated Learning Meets the Parameter-Efficient Tuning
@@ -23,21 +22,13 @@ A classification head, where the model has one, is trained with any of them and 
 
 ## Options
 
-`lr` and `size` 0 stand for the module's own: the paper's best ones for QNLI (its appendix; `lr` 5e-5 for full,
-5e-4 for prefix, 1e-3 for adapter, lora and bitfit, 3e-2 for prompt).  Its fleets are 100
-clients of which 10 % take part in a round; cross-silo, 10 that all do; large-scale cross-device, 1,000 of which
-10 % do: `recipe:fedpetuning_cross_silo` and `recipe:fedpetuning_cross_device`.
-
-LoRA may start elsewhere than at PEFT's default (`start`): see `fedit`.
-
-For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of taking it
-(`server`: FedAvgM, FedAdam); their papers are in `methods/_adapter.py` and `server_rules.py`.
+`lr` and `size` 0 stand for the module's own: the paper's best ones for QNLI (its appendix).  `start` and the options for devices
+of unlike data (`mu`, `scaffold`, `server`) are those of `fedit`.
 
 ## Differences from the paper
 
-- It sends the whole model, frozen weights too, and computes what it would have saved; here that is saved.
-- It takes the plain mean; here devices weigh as much as their rows.  Its devices have equally many, so it is
-  the same there.
+- It sends frozen weights too; here only the module travels.
+- It takes the plain mean over devices with equally many rows; here devices weigh as much as their rows.
 - Its prefixes come from a network of 10 M numbers, which travels; here the keys and values are trained
   themselves (P-Tuning v2), and travel alone.
 """

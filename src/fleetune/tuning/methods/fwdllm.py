@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tune an adapter in a federation by forward gradients: devices run inference only (FwdLLM).
 
 Xu, Cai, Wu, Li, Wang: "FwdLLM: Efficient Federated Finetuning of Large Language Models with Perturbed
-Inferences", USENIX ATC 2024, arXiv 2308.13894 (section 3: forward gradients on PEFT modules, variance-controlled
-perturbation pacing, discriminative perturbation sampling).
+Inferences", USENIX ATC 2024, arXiv 2308.13894 (section 3).
 
 ## Algorithm
 
@@ -22,8 +20,7 @@ d).  So `2 sum g^2 / n^2 <= threshold` is the same test, less noisy, of the whol
 Discriminative sampling.  On every second batch the server draws ten times as many seeds as it needs, ranks
 them by the cosine of their v with the last accepted gradient, and sends the best tenth.  The component a of such
 a v along the unit vector u of the old gradient is then a normal cut off below at 1.28 (mean 1.755, E[a^2] =
-3.25), and all else is as before.  So the estimate is biased: its mean is grad + (E[a^2] - 1) <grad, u> u.  What
-the gradient has in common with the old one counts 3.25 times, which works like momentum.
+3.25), so the mean of the estimate is grad + (E[a^2] - 1) <grad, u> u, which works like momentum.
 
 ## Differences from the paper
 
@@ -34,12 +31,6 @@ the gradient has in common with the old one counts 3.25 times, which works like 
 - Devices draw from the list that was sent, four times as long as what they use, so that few draw the same one.
   Where two do, the direction's share of the mean is that of both, and the variance counts it as one.
 - The variance test ends after `patience` rounds on a batch; in the code it may ask for ever.
-- No half precision in the two inferences beyond the model's own: their difference is small.
-
-## Options
-
-- `module` is what is trained: LoRA, bottleneck adapters or the biases.
-- `patience=1` moves in every round; `discriminative=false` draws all directions afresh.
 """
 
 from __future__ import annotations
@@ -70,7 +61,6 @@ from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, clipped, s
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 from fleetune.tuning.exchange.server_rules import Tensors
-from fleetune.tuning.methods import OWN_DIRECTIONS, Reply, norm
 from fleetune.tuning.methods._adapter import check_targets
 from fleetune.tuning.methods._zeroth import MOST_SWEEPS
 
@@ -206,10 +196,10 @@ class Method(methods.Method):
         named = [(n, torch.from_numpy(t.copy()).to(device)) for n, t in tensors.items()]
         return View(named, nn.Module(), run_key=run_key(seed), law=LAW, grid=rate / UNITS)
 
-    def distance(self, state: State, sent: Payload, reply: Reply) -> float:
-        return norm([self.cut(reply.payload.array("g"))])
+    def distance(self, state: State, sent: Payload, reply: methods.Reply) -> float:
+        return methods.norm([self.cut(reply.payload.array("g"))])
 
-    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
+    def aggregate(self, state: State, replies: Iterable[methods.Reply], rule: Rule = MEAN) -> State:
         """Move along all directions asked on this batch, or keep the adapter and ask for more."""
         parts = [
             (
@@ -264,7 +254,7 @@ class Method(methods.Method):
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if rule.name == PRIVATE:
-            return OWN_DIRECTIONS
+            return methods.OWN_DIRECTIONS
         if rule.name != "norm-clip":
             return "every device tries directions of its own, so no two slopes compare; use aggregation=norm-clip"
         return ""

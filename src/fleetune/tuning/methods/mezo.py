@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Fine-tune all weights with two forward passes a step, in the memory of inference (MeZO).
 
 Malladi, Gao, Nichani, Damian, Lee, Chen, Arora: "Fine-Tuning Language Models with Just Forward Passes",
@@ -13,14 +12,8 @@ own data and the server takes the mean of their scalars, direction by direction.
 
 ## Differences from the paper
 
-- Stored weights are never written (`seeds/view.py`): no drift, no restore pass, and a run in bf16 is
-  bit-equal to a replay of its own ledger.  In the paper's way it is not even near (see docs/results.md).
+- Stored weights are never written (`seeds/view.py`), so a run in bf16 is bit-equal to a replay of its own ledger.
 - A fresh direction every step is the next member of a pool of K nearly orthogonal ones, a new pool every K steps.
-
-## Options
-
-- `objective` is any function of the model and a batch, differentiable or not: `accuracy`, `rouge_l`, `f1` or your own.
-- `decay` lets the learning rate fall linearly to 0.
 """
 
 from __future__ import annotations
@@ -39,7 +32,6 @@ from fleetune.models.shapes import Shape
 from fleetune.seeds import slopes
 from fleetune.seeds.descent import descend
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.slopes import Slopes
 from fleetune.tuning.exchange.aggregation import MEAN, Rule, Tensors
 from fleetune.tuning.exchange.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
@@ -143,7 +135,7 @@ class Method(_zeroth.OfLedger):
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         return ""
 
-    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
+    def rate_from(self, points: Sequence[slopes.Slopes], clients: int) -> float:
         """Return the rate for batches of all clients together: they walk along the same directions."""
         return slopes.rate(points, self.batch_size * clients)
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Fine-tune all weights on machines that share seeds, sending one byte for each direction tried (Just One Byte).
 
 Zelikman, Huang, Liang, Haber, Goodman: "Just One Byte (per gradient): A Note on Low-Bandwidth Decentralized
@@ -7,34 +6,23 @@ Language Model Finetuning Using Shared Randomness", 2023, arXiv 2306.10015 (sect
 
 ## Algorithm
 
-A round is one step.  Each of N machines measures the slope g along n directions at the same point, on its own
-data, and sends n bytes; then
+A round is one step.  Each of N machines measures the slope g along n directions of its own (from the round's key) at the same
+point, on its own data, and sends n bytes; then
 
     w <- w - eta / (n N) * sum over machines c and directions j of g_cj z_cj
 
-Every machine has directions of its own, which follow from the key that the server gives it for the round, so
-what it sends needs no seeds.
+With `wire=sign` all machines try the same n directions and send the sign of g; w moves by eta / n along each, the way the
+majority says.  A vote weighs as much as its machine has rows (with `aggregation=sign-vote`, as in FeedSign, one machine has one
+vote).  A slope of exactly zero tosses a coin.
 
 ## Differences from the paper
 
-- The byte is a byte, and is what travels and what both sides step by (`messages.LogCode`: sign, 7 bits of
-  log magnitude, a code for zero, unbiased).  In the code it has 510 words and none for zero, and is computed
-  and dropped: the floats are sent as text.
-- The mean over all N n slopes.  The code divides their sum by sqrt(N n), so that a step is sqrt(N n) times as
-  long as one machine's, and joining or leaving changes the learning rate.  A mean estimates the gradient
-  whatever N is; more machines only make it less noisy.
-- A machine has no history.  Each message holds the ledger's sums, so whoever receives it stands where all the
-  others stand: it joins late by replaying them, and leaves whenever it likes.  In the code a late machine
-  loads the weights of a peer, and one that hears not all of the others drifts away from them.
+- The byte is what travels and what both sides step by (`messages.LogCode`).  In the code it has 510 words and none for zero,
+  and is computed and dropped: the floats are sent as text.
+- The mean over all N n slopes.  The code divides their sum by sqrt(N n), so joining or leaving changes the learning rate.
+- A machine has no history: each message holds the ledger's sums, so it joins late by replaying them, and leaves whenever it
+  likes.  In the code a late machine loads the weights of a peer, and one that misses messages drifts away from the others.
 - `eta` is the code's learning rate times its eps (0.1 and 1e-3), which its update multiplies in.
-
-## Options
-
-- `wire=sign` is FeedSign's vote: all machines try the same n directions and send the sign of g; w moves by eta / n
-  along each, the way the majority says.  A vote weighs as much as its machine has rows (with `aggregation=sign-vote` as
-  in FeedSign: one machine, one vote).  A bit has no zero: a slope of exactly zero tosses a coin, so that it says nothing on
-  average.
-- `objective` is any function of the model and a batch, differentiable or not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Fine-tune all weights by zeroth-order descent with every direction stored in memory (ZO-SGD).
 
 Ghadimi, Lan: "Stochastic First- and Zeroth-Order Methods for Nonconvex Stochastic Programming", SIAM J. Optim.
@@ -9,21 +8,15 @@ Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximatio
 
     g = (L(w + eps z; B) - L(w - eps z; B)) / (2 eps),   w <- w - eta g z
 
-The step of MeZO (arXiv 2305.17333, whose section 2 names this the baseline with twice the memory of
-inference), and the same numbers bit for bit: but z, one number a weight in the weights' type, is written out
-before the step and read from memory by both evaluations.  It is here so that the survey's memory table can be
-measured instead of quoted; there is no reason to train with it.
+The step of `mezo` (whose paper's section 2 names this the baseline with twice the memory of inference), and the same numbers bit
+for bit: but z, one number a weight in the weights' type, is written out before the step and read by both evaluations.  It is
+here to measure the memory; there is no reason to train with it.
 
 ## Differences from the paper
 
-- Stored weights are not written and the step is a ledger entry, as for every zeroth-order method here; so the
-  update itself is no pass over z.
-- Signs as directions by default, MeZO's `hashed`; Spall's own are independent, as those of `law=rademacher`.
-
-## Options
-
-- `law=gaussian` is Ghadimi and Lan's; in a 16-bit model the z that is stored is rounded to 16 bits, the ledger's is not.
-- `objective` is any function of the model and a batch, differentiable or not.
+- The step is a ledger entry, so the update is no pass over z.
+- Signs as directions, nearly orthogonal by default (`hashed`); Spall's are independent (`law=rademacher`), Ghadimi and Lan's
+  `gaussian` (in a 16-bit model the z that is stored is rounded to 16 bits, the ledger's is not).
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Look at rows before anything is trained on them: how long they are, who holds them, which repeat others, what is masked.
 
 Without a model, lengths are counted in words; with one, in tokens of its tokenizer, and no weights are loaded.
@@ -15,9 +14,7 @@ from fleetune.common.display import counted
 from fleetune.common.events import DataChecked, Lengths, RowShown
 from fleetune.data import partition, sources
 from fleetune.data.forms import Example
-from fleetune.data.partition import Split
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +36,7 @@ class _Measured(NamedTuple):
     pieces: int | None = None  # rows once long texts are cut into several
 
 
-def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChecked:
+def check(recipe: recipes.Recipe, model: str = "", *, offline: bool = False) -> DataChecked:
     """Return what the rows of a recipe are; its model is not used, but for the tokenizer of `model` where one is given.
 
     DataError and RecipeError as `tune` raises them for the rows.
@@ -94,7 +91,7 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
     )
 
 
-def _remarks(parts: Split, training: int, found: _Measured, max_length: int) -> list[str]:
+def _remarks(parts: partition.Split, training: int, found: _Measured, max_length: int) -> list[str]:
     rows = len(parts.examples)
     said = list(parts.notes)
     if found.cut:
@@ -123,7 +120,7 @@ def _turns(example: Example) -> tuple[str, str]:
 
 
 def _in_tokens(
-    examples: Sequence[Example], chosen: Sequence[int], model: str, recipe: Recipe, offline: bool
+    examples: Sequence[Example], chosen: Sequence[int], model: str, recipe: recipes.Recipe, offline: bool
 ) -> _Measured:
     from fleetune import models
     from fleetune.data.encode import Cut, count_cut, encode_all, positions_of, text_lengths  # torch
@@ -159,7 +156,7 @@ def _in_tokens(
     return _Measured("tokens", list(tokens.values()), texts, count_cut(rows), len(rows))
 
 
-def _names(parts: Split) -> list[str]:
+def _names(parts: partition.Split) -> list[str]:
     if not parts.partition.startswith("column:") or parts.column is None:
         return []
     return [parts.examples[int(part[0])].meta[parts.column] for part in parts.clients]

@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Estimate the time of a simulated run before it begins, from measured steps, and fit a run into a stated time.
+"""Estimate the time of a simulated run from measured steps before it begins, and fit a run into a stated time.
 
-A step of a client's local work, the loss of a few held-out rows and a few tokens of an answer are timed on the model that is to
-be tuned; the rest is counting.  An answer counts with all the tokens that it may have.  Work of a method that is not steps (a
-FedPepTAO client's curvature) is not counted.  In a mixed fleet every client counts as one of the first's kind.
+An answer counts with all the tokens that it may have.  Work that is not steps (a FedPepTAO client's curvature) is not counted.
+In a mixed fleet every client counts as one of the first's kind.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -25,7 +22,6 @@ from fleetune.errors import FAULTS, FitError, FleetuneError, RecipeError, fault
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate
 from fleetune.tuning import methods
-from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare.trial import Bench, restored
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds import rounds
@@ -80,7 +76,7 @@ TOKENS: Final = 4  # of an answer that are timed, after the first
 ANSWERED: Final = 8  # prompts at a time, as `answers.generate` has them
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     """The size of a run, and its time on this machine."""
 
@@ -146,7 +142,7 @@ def _short(seconds: float) -> str:
 
 def of(
     recipe: Recipe,
-    method: Method,
+    method: methods.Method,
     model: Model,
     rows: Sequence[Sequence[Encoded]],
     held: Sequence[Encoded],
@@ -190,7 +186,7 @@ def of(
     )
 
 
-def _objective(method: Method, model: Model, rows: Sequence[Encoded]) -> float:
+def _objective(method: methods.Method, model: Model, rows: Sequence[Encoded]) -> float:
     name = str(getattr(method, "objective", "loss"))
     if name.partition(":")[0] in ("loss", "accuracy"):
         return 0.0
@@ -253,8 +249,8 @@ def advice(found: Estimate) -> str:
 
 
 def fitted(
-    recipe: Recipe, method: Method, found: Estimate, within: float, clients: int
-) -> tuple[Recipe, Method, Estimate]:
+    recipe: Recipe, method: methods.Method, found: Estimate, within: float, clients: int
+) -> tuple[Recipe, methods.Method, Estimate]:
     """Return the run, of a fleet of so many `clients`, made so small that it takes at most `within` seconds.
 
     If the work before and after the rounds takes more than a third of the time, the clients' own losses are left out first,
@@ -280,8 +276,8 @@ def fitted(
 
 
 def _of_steps(
-    recipe: Recipe, method: Method, found: Estimate, units: float, clients: int
-) -> tuple[Recipe, Method, Estimate]:
+    recipe: Recipe, method: methods.Method, found: Estimate, units: float, clients: int
+) -> tuple[Recipe, methods.Method, Estimate]:
     count, asked = found.rounds, found.clients
     if units < FEW_STEPS * count * asked:
         count = min(count, max(FEW_ROUNDS, int(units // (FEW_STEPS * asked))))

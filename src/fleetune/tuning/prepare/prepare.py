@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Check a recipe, read its data, load its model: everything that can be wrong is found before the first step.
-
-The data are read before the model, since that is faster.
-"""
+"""Check a recipe, read its data, then load its model: everything that can be wrong is found before the first step."""
 
 from __future__ import annotations
 
@@ -16,17 +12,14 @@ from typing import Final
 
 import torch
 
-from fleetune import data, models
+from fleetune import models
 from fleetune.common import settings
 from fleetune.common.display import counted
 from fleetune.common.events import RateFound, TuneChecked
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
-from fleetune.common.settings import parse_bytes
-from fleetune.data import Encoded, Example, check_columns, encode, partition, sources
-from fleetune.data.encode import Cut, begun, check_answers, encode_rows
-from fleetune.data.partition import Split as Split
-from fleetune.data.partition import check_partition_spec
+from fleetune.data import Encoded, Example, check_columns, digests, encode, partition, sources
+from fleetune.data.partition import Split
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
@@ -37,10 +30,8 @@ from fleetune.models.net.model import Model
 from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
-from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.prepare import estimate, private, rates
 from fleetune.tuning.prepare.estimate import Estimate
-from fleetune.tuning.prepare.rates import Search
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.defaults import settled
 from fleetune.tuning.recipe.recipe import Recipe
@@ -82,10 +73,10 @@ def check_label_rows(
     """
     given, trained = recipes.label_words(recipe.labels), objectives.label_words(objective)
     if trained:
-        check_answers(_answers(examples), trained, f"objective = {objective}", COVER)
+        encode.check_answers(_answers(examples), trained, f"objective = {objective}", COVER)
     if given:
         every = not recipe.eval_data or _encoder(recipe, offline)
-        check_answers(_answers(examples if every else held), given, f"labels = {recipe.labels}", COVER)
+        encode.check_answers(_answers(examples if every else held), given, f"labels = {recipe.labels}", COVER)
     if objective == "accuracy" and batch_size == 1 and not _encoder(recipe, offline):
         raise RecipeError(
             ["objective 'accuracy' compares a row's answer with the others of its batch, and batch_size = 1"],
@@ -113,15 +104,15 @@ class TuneJob:
     """A checked recipe with everything in memory; `prepare` makes it in stages, of which the last finds learning rates."""
 
     recipe: Recipe
-    entry: MethodEntry
-    method: Method
+    entry: methods.MethodEntry
+    method: methods.Method
     model: Model
     split: Split
     rows: list[list[Encoded]]  # per client; of a real fleet none, since they stay on the devices
     train: list[Encoded]  # training rows that are here
     validation: list[tuple[Example, list[Encoded]]]  # all that is held out; a long text is several rows
     dropped: int  # rows of whose answer the tokenizer leaves nothing
-    cut: Cut  # rows that are longer than max_length
+    cut: encode.Cut  # rows that are longer than max_length
     files: dict[str, str]  # SHA-256 of the data's files, by name
     found_rates: list[RateFound] = field(
         default_factory=list
@@ -142,7 +133,7 @@ class TuneJob:
     def prompts(self) -> list[Example]:
         """Held-out examples, for generated answers."""
         most = max(self.recipe.rouge_rows, self.recipe.samples)
-        return [begun(example) for example, _ in self.validation[:most]]
+        return [encode.begun(example) for example, _ in self.validation[:most]]
 
     @property
     def objective(self) -> str:
@@ -181,7 +172,7 @@ class TuneJob:
         return [line for line in (self.estimate.text, estimate.advice(self.estimate)) if line]
 
 
-def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
+def check(recipe: Recipe) -> tuple[methods.MethodEntry, methods.Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
     chosen_kernels()
     recipes.check_order(recipe.model, recipe.data)
@@ -191,11 +182,11 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     tests: tuple[Callable[[], object], ...] = (
         lambda: methods.make(recipe.method, recipe.set),
         lambda: check_columns(recipe.columns),
-        lambda: check_partition_spec(recipe.partition),
+        lambda: partition.check_partition_spec(recipe.partition),
         lambda: objectives.get(str(recipe.set.get("objective", "loss"))),
         lambda: aggregation.parse(recipe.aggregation),
         lambda: estimate.seconds_of(recipe.within),
-        lambda: parse_bytes(recipe.ram or None),
+        lambda: settings.parse_bytes(recipe.ram or None),
     )
     for test in tests:
         try:
@@ -231,7 +222,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     return entry, methods.make(recipe.method, recipe.set)
 
 
-def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
+def check_aggregation(recipe: Recipe, method: methods.Method, clients: int) -> None:
     """Raise RecipeError where the replies of so many clients cannot be combined by the recipe's rule."""
     asked = len(rounds.sample(range(clients), recipe.participation, recipe.seed, 1))
     if why := method.rule_problem(aggregation.parse(recipe.aggregation), asked):
@@ -241,7 +232,7 @@ def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
         )
 
 
-def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
+def split(recipe: Recipe, entry: methods.MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
     return partition.split(recipes.rows_of(recipe), entry.clients, offline=offline)
 
@@ -290,7 +281,7 @@ def prepare(
 
 
 def _divided(
-    recipe: Recipe, entry: MethodEntry, method: Method, *, offline: bool, simulated: bool
+    recipe: Recipe, entry: methods.MethodEntry, method: methods.Method, *, offline: bool, simulated: bool
 ) -> tuple[Recipe, Split]:
     """Return the settled recipe, and its rows in parts: of a fleet that is not simulated the held-out ones alone."""
     here = recipe if simulated or recipe.partition.startswith("column") else replace(recipe, clients=1)
@@ -308,7 +299,9 @@ def _divided(
     return recipe, parts
 
 
-def _loaded(recipe: Recipe, entry: MethodEntry, method: Method, parts: Split, *, offline: bool) -> TuneJob:
+def _loaded(
+    recipe: Recipe, entry: methods.MethodEntry, method: methods.Method, parts: Split, *, offline: bool
+) -> TuneJob:
     """Return the job with its model and the rows as tokens; torch's threads are set for it."""
     held_out = [parts.examples[i] for i in parts.held.tolist()]
     check_label_rows(
@@ -321,7 +314,7 @@ def _loaded(recipe: Recipe, entry: MethodEntry, method: Method, parts: Split, *,
         offline=offline,
         labels=recipes.label_words(recipe.labels) or sorted(set(_answers(parts.examples))),
         base=BLOCKS if recipe.train == SCALES else recipe.base,
-        ram=parse_bytes(recipe.ram or None) or 0,
+        ram=settings.parse_bytes(recipe.ram or None) or 0,
     )
     model.trains = recipe.train
     scale_view.moved_tensors(model)  # refuses a base that has no blocks where these are trained
@@ -332,7 +325,7 @@ def _loaded(recipe: Recipe, entry: MethodEntry, method: Method, parts: Split, *,
         )
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
-    encoded, kept = encode_rows(model, parts.examples, recipe.max_length)
+    encoded, kept = encode.encode_rows(model, parts.examples, recipe.max_length)
     place: dict[int, list[Encoded]] = {}  # an example's rows, by its number
     for i, row in zip(kept.tolist(), encoded, strict=True):
         place.setdefault(i, []).append(row)
@@ -394,8 +387,8 @@ def timed(job: TuneJob) -> TuneJob:
 
 
 def _timed(
-    job: TuneJob, searches: Sequence[Search], note: Callable[[str], None]
-) -> tuple[TuneJob, Search | None]:
+    job: TuneJob, searches: Sequence[rates.Search], note: Callable[[str], None]
+) -> tuple[TuneJob, rates.Search | None]:
     """Return the job with its estimated time, and the search before it; both fit into `within`, and `note` is told how."""
     if (whole := timed(job).estimate) is None:
         return job, next(iter(searches), None)
@@ -412,7 +405,7 @@ def _timed(
 
 
 def _with_rates(
-    job: TuneJob, names: Sequence[str], given: Set[str], search: Search, progress: rates.Progress
+    job: TuneJob, names: Sequence[str], given: Set[str], search: rates.Search, progress: rates.Progress
 ) -> TuneJob:
     """Return the job with the learning rates that are found on training rows: from here on none changes."""
     recipe = rates.for_clients(job.recipe, job.method, given, job.asked)[0] if "lr" in names else job.recipe
@@ -425,21 +418,21 @@ def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:
     sources = [source for source in (recipe.data, recipe.eval_data) if source]
     found: dict[str, str] = {}
     for source in sources:
-        found |= data.digests(source, offline=offline)
+        found |= digests(source, offline=offline)
     return found
 
 
-def objective_of(method: Method) -> str:
+def objective_of(method: methods.Method) -> str:
     """What a method minimises, by name."""
     return str(getattr(method, "objective", "loss"))
 
 
-def batch_size_of(method: Method) -> int:
+def batch_size_of(method: methods.Method) -> int:
     """How many rows a method takes at a time."""
     return int(getattr(method, "batch_size", 8))
 
 
-def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
+def _for_encoder(recipe: Recipe, method: methods.Method, model: Model) -> Recipe:
     """The recipe with the label words written out; RecipeError for what an encoder cannot do."""
     if recipe.rouge_rows:
         require_text_model(model, f"rouge_rows = {recipe.rouge_rows}")

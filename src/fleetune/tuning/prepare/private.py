@@ -1,12 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Decide how a recipe's differential privacy is kept: its noise, its clip and its delta, all before round 1.
-
-What is decided is written into the recipe, so a resumed run has the same.  The clip, and learning rates, are found on held-out
-rows: those are the server's own, and no part of the guarantee.
+"""Decide how a recipe's differential privacy is kept (noise, clip, delta), and write it into the recipe before round 1.
 
 Client level: the server adds the noise, once a round.  Example level: a client adds it in each local step, to the sum over a
-Poisson sample of its rows; of clients with unlike numbers of rows, the account is that of the one with the fewest, whose rows
-are sampled most often.  Which clients take part in a round is then no secret, so every round counts.
+Poisson sample of its rows; the account is that of the client with the fewest rows, which are sampled most often, and as it is no
+secret who takes part in a round, every round counts.  The clip and the learning rates are found on the server's held-out rows.
 """
 
 from __future__ import annotations

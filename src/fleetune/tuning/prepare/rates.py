@@ -1,17 +1,10 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Find a learning rate before round 1, so that nobody has to guess it (`lr=auto`).
-
-A method says how its rate acts, and that decides how the rate is found:
+"""Find a learning rate before round 1 (`lr=auto`; docs/learning_rate.md).
 
     rate_from        two-point descent along random directions: slope, noise and curvature give the rate (`seeds/slopes`)
     rate_at_server   the server steps by it: devices work once, the server's step is tried at many rates (`trial`)
     any other        one round of a few clients at each of some rates (`trial`)
 
-A rate that a trial finds is then tested over a few rounds, and lowered if it does not last.
-
-Rates are rounded to 1, 1.5, 2, 3, 5 or 7 times a power of ten: more digits would not be meaningful, and machines with
-different float noise find the same rate.  It is written into the run's recipe, so a resumed or repeated run does not search
-again.  The rows are training rows, the same for a simulated and for a real fleet, whose server has some in its own data.
+A rate is rounded to 1, 1.5, 2, 3, 5 or 7 times a power of ten, so that machines with different float noise find the same.
 """
 
 from __future__ import annotations
@@ -38,7 +31,6 @@ from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare import trial
 from fleetune.tuning.prepare.estimate import Estimate
-from fleetune.tuning.prepare.trial import Bench, Size
 from fleetune.tuning.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -82,7 +74,7 @@ def find(
     rows: Sequence[Encoded],
     clients: int,
     progress: Progress = lambda *_: None,
-    size: Size = trial.WHOLE,
+    size: trial.Size = trial.WHOLE,
 ) -> tuple[Recipe, list[RateFound]]:
     """Return the recipe with the rates of these names (`wanted`), and how each was found.
 
@@ -118,7 +110,7 @@ def _find(
     rows: Sequence[Encoded],
     clients: int,
     progress: Progress,
-    size: Size,
+    size: trial.Size,
 ) -> RateFound | None:
     began = time.perf_counter()
     switch = next(s.only_if for s in methods.settings(recipe.method) if s.name == name)
@@ -182,7 +174,7 @@ def from_trial(
     recipe: Recipe,
     clients: int,
     progress: Progress,
-    size: Size,
+    size: trial.Size,
 ) -> RateFound:
     """Return the rate after which the loss on rows that were not trained on is lowest."""
     at_server = method.rate_at_server
@@ -216,12 +208,12 @@ def from_trial(
     return RateFound(setting=name, rate=rate, way="trial", why=why, seconds=0.0, rates=rates, losses=losses)
 
 
-def bench_of(model: Model, rows: Sequence[Encoded], seed: int, clients: int) -> Bench:
+def bench_of(model: Model, rows: Sequence[Encoded], seed: int, clients: int) -> trial.Bench:
     """Return the bench of a trial on these rows: some are measured, the others shared out to so many clients."""
     measured = trial.aside(len(rows))
     parts = rows[measured:] or rows
     count = min(clients, len(parts))
-    return Bench(model, [parts[i::count] for i in range(count)], rows[:measured], seed)
+    return trial.Bench(model, [parts[i::count] for i in range(count)], rows[:measured], seed)
 
 
 def shortened(method: Method, rows: int) -> Method:
@@ -244,14 +236,14 @@ LONG: Final = 20.0  # seconds of a search, from which on it is said how long it 
 SHARE: Final = 0.5  # of a run, that a search which nobody asked for takes at most
 TRIED: Final = 6  # rates in a trial, as a rule
 HELD: Final = 3  # of them that are held, as a rule
-SIZES: Final = (trial.WHOLE, Size(1), Size(1, 1))
+SIZES: Final = (trial.WHOLE, trial.Size(1), trial.Size(1, 1))
 
 
 class Search(NamedTuple):
     """A search for learning rates before round 1."""
 
     names: tuple[str, ...]
-    size: Size
+    size: trial.Size
     due: bool  # however long it takes
     steps: int  # local steps that it takes, about
     losses: int  # of rows
@@ -287,7 +279,7 @@ def searches(
 
 
 def _taken(
-    recipe: Recipe, method: Method, setting: Setting, size: Size, rows: int, asked: int
+    recipe: Recipe, method: Method, setting: Setting, size: trial.Size, rows: int, asked: int
 ) -> tuple[int, int]:
     """Return how many local steps, and losses of rows, the search for one rate takes, about."""
     few = min(rows, slopes.DIRECTIONS * slopes.ROWS)

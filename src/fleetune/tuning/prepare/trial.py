@@ -1,13 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Try learning rates on one round of a few clients, and take the one after which the loss on other rows is lowest.
 
-Methods whose rate acts on a device are tried whole, a rate at a time (`try_on_devices`).  Where the rate acts on the server
-alone (`Method.rate_at_server`), devices work once, and only the server's step is repeated (`try_on_server`).
-
-The best rate for one round can be too high for the next.  So `hold` tests the rate over a few rounds, and then smaller ones as
-long as the loss ends lower; of rates that end equally low, it takes the middle one.
-
-Each trial begins at the base model and leaves it as it was.  The rows of the trial are training rows.
+All rows are training rows.  Each trial begins at the base model and leaves it as it was.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Fill in the defaults that a recipe leaves open: settings of its method, the number of clients, and on real devices the rule.
-
-A run records the complete recipe, so a later version with other defaults can repeat it.
-"""
+"""Fill in the defaults that a recipe leaves open: settings of its method, the number of clients, and on real devices the rule."""
 
 from __future__ import annotations
 

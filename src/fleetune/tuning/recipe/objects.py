@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Write the Python objects that a library user hands over to files, so that a run can be repeated and resumed.
 
-A recipe holds names.  So a model in memory is saved as a Hugging Face directory, rows as JSONL, each once under the
-digest of its content in `OUT/objects`; a function gets an import path where it has one, and else a name that is known
-in this process alone.
+A model in memory becomes a Hugging Face directory, rows a JSONL file, each once under the digest of its content in `OUT/objects`.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ from fleetune.data import sources
 from fleetune.errors import DataError, ModelError, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning import methods
-from fleetune.tuning.methods import MethodEntry
 from fleetune.tuning.recipe.recipe import AUTO_METHOD, Recipe
 
 PREFIX: Final = "fleetune_given_method_"
@@ -75,7 +71,7 @@ def name_of(cls: type) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "method"
 
 
-def entry_of(run: Path, recipe: Recipe) -> MethodEntry:
+def entry_of(run: Path, recipe: Recipe) -> methods.MethodEntry:
     """Return the method of a run; of one that is not known here what the run's result tells, which suffices to use it.
 
     A class that was given later with the same name is another method where its runs leave another result.
@@ -89,7 +85,7 @@ def entry_of(run: Path, recipe: Recipe) -> MethodEntry:
     else:
         if kind in (None, known.kind) or not known.module.startswith(PREFIX):
             return known
-    return MethodEntry(recipe.method, kind, "", "", "", "", max(1, recipe.clients), 0)
+    return methods.MethodEntry(recipe.method, kind, "", "", "", "", max(1, recipe.clients), 0)
 
 
 def method_settings(recipe: Recipe) -> dict[str, Value]:

@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """The recipe of a run: every option once, with its type, default and help.
 
-Flags of the command line, keys of a TOML file, `run.toml` in a run folder and the table in the docs are all
-made from these fields.  An unknown key is an error with a suggestion; all problems are reported at once,
-before any slow work.
+Flags, keys of a TOML file, `run.toml` and the table in the docs are made from these fields.
 """
 
 from __future__ import annotations

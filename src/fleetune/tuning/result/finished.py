@@ -1,11 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Load the model of a finished run (base plus ledger, or base plus adapter), rebuild it, and write it as a directory."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +23,6 @@ from fleetune.models.net.model import Model, Pieces, refuse_copies
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
 from fleetune.seeds import ledger as ledgers
-from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import PASSES
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.seeds.weights import kernels
@@ -35,19 +32,17 @@ from fleetune.tuning.prepare.prepare import split
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.objects import RESULT as RESULT
 from fleetune.tuning.recipe.objects import entry_of
-from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import foundations
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fleetune.models.net.model import Model
-    from fleetune.seeds.ledger import Ledger
 
 REPLAYS: Final = 256  # of a ledger that is verified; a run states one digest
 
 
-def recipe_of(run: Path) -> Recipe:
+def recipe_of(run: Path) -> recipes.Recipe:
     """The recipe that a run folder was made with; UsageError for a run that is gone."""
     if not (run / "run.toml").is_file():
         raise UsageError(
@@ -86,7 +81,7 @@ def ledger_file(run: Path) -> Path:
     return found
 
 
-def ledger_of(run: Path) -> Ledger:
+def ledger_of(run: Path) -> ledgers.Ledger:
     """The seed ledger of a run; UsageError for a run that leaves an adapter."""
     return ledgers.load(ledger_file(run))
 
@@ -113,7 +108,7 @@ def trained_on(run: Path, rows: Sequence[Example], *, offline: bool = False) -> 
 
 
 def base_of(
-    ledger: Ledger, name: str, *, offline: bool = False, device: str = "cpu", base: str = "auto"
+    ledger: ledgers.Ledger, name: str, *, offline: bool = False, device: str = "cpu", base: str = "auto"
 ) -> Model:
     """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base.
 
@@ -133,14 +128,14 @@ def base_of(
     return model
 
 
-def check_base(model: Model, ledger: Ledger) -> None:
+def check_base(model: Model, ledger: ledgers.Ledger) -> None:
     """LedgerError when a model is not the ledger's base."""
     model.trains = ledger.head.trains
     ledgers.require_base(ledger.head, model.digest, model.tokenizer_digest, moved_tensors(model))
 
 
 def rebuild(
-    model: Model, ledger: Ledger, *, threads: int | None = None, listener: Listener | None = None
+    model: Model, ledger: ledgers.Ledger, *, threads: int | None = None, listener: Listener | None = None
 ) -> str:
     """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was).
 
@@ -180,7 +175,7 @@ def told(
             done += tensor.numel()
 
 
-def stated_points(ledger: Ledger) -> dict[int, Ledger]:
+def stated_points(ledger: ledgers.Ledger) -> dict[int, ledgers.Ledger]:
     """Return round -> the ledger up to there, for each round after which it states a digest: of a run one, its last.
 
     LedgerError where these take more replays or passes than any run's ledger.
@@ -196,7 +191,9 @@ def stated_points(ledger: Ledger) -> dict[int, Ledger]:
     return points
 
 
-def verify(model: Model, ledger: Ledger, *, listener: Listener | None = None) -> tuple[str, dict[int, bool]]:
+def verify(
+    model: Model, ledger: ledgers.Ledger, *, listener: Listener | None = None
+) -> tuple[str, dict[int, bool]]:
     """(digest of the rebuilt weights, round -> whether its stated digest was found again); errors as of `stated_points`."""
     points, digests = stated_points(ledger), dict[int, str]()
     for point in [*points.values(), ledger]:
@@ -238,7 +235,7 @@ def load(
     return tuned
 
 
-def _load_ledger(path: Path, recipe: Recipe, offline: bool) -> Model:
+def _load_ledger(path: Path, recipe: recipes.Recipe, offline: bool) -> Model:
     ledger = ledgers.load(path)
     model = base_of(ledger, recipe.model, offline=offline, device=recipe.device, base=recipe.base)
     place_at(model, ledger)
@@ -255,7 +252,7 @@ def require_digest(digest: str, stated: str | None, what: Path | str) -> None:
         )
 
 
-def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
+def _load_adapter(path: Path, recipe: recipes.Recipe, offline: bool) -> Model:
     model = models.load(
         recipe.model,
         dtype=recipe.dtype,
@@ -300,7 +297,7 @@ MEASURES: Final = ("loss", "accuracy", "objective", "rouge_l")  # of a round
 COSTS: Final = ("clients", "accepted", "bytes_up", "bytes_down", "bytes_total", "seconds", "rss")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TuneResult:
     """A finished run.  `done` is its last event: measures before and after, bytes, seconds, digest."""
 
@@ -341,7 +338,7 @@ class TuneResult:
         """Load the tuned model; its stored weights stay the base's."""
         return load(self.folder, device=device, offline=offline)
 
-    def ledger(self) -> Ledger:
+    def ledger(self) -> ledgers.Ledger:
         """Read the seed ledger; UsageError for a run that leaves an adapter."""
         return ledger_of(self.folder)
 

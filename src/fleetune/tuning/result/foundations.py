@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Find out whether a stopped run still stands on what it was begun with: its recipe, base model and rows.
 
-Every checkpoint states them (`checkpoint.StandsOn`).  A run whose run.toml lost a line, or whose data or model changed, is
-refused before any round, since it would end otherwise than it was begun.
+Every checkpoint states them (`checkpoint.StandsOn`); a run that would end otherwise is refused before any round.
 """
 
 from __future__ import annotations
@@ -21,38 +19,36 @@ from fleetune.data.readers import READERS
 from fleetune.errors import DataError, FleetuneError, RecipeError, StorageError, UsageError
 from fleetune.models.cache.cache import ORIGINS
 from fleetune.runs import rundir
+from fleetune.tuning.recipe import defaults
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.defaults import options_of as all_options
-from fleetune.tuning.recipe.defaults import settled_options
-from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds import checkpoint
-from fleetune.tuning.rounds.checkpoint import StandsOn
 
 if TYPE_CHECKING:
-    from fleetune.tuning.prepare.prepare import Split, TuneJob
+    from fleetune.data.partition import Split
+    from fleetune.tuning.prepare.prepare import TuneJob
 
 PATHS: Final = ("model", "data", "eval_data")  # may be moved: what they hold is compared, not their names
 SHOWN: Final = 8  # differences at once
 
 
-def of_job(job: TuneJob) -> StandsOn:
+def of_job(job: TuneJob) -> checkpoint.StandsOn:
     """What the checkpoints of a job state beside the state."""
-    return StandsOn(
+    return checkpoint.StandsOn(
         options_of(job.recipe), job.model.digest, digest(job.rows), digest([job.held]), *texts_of(job.split)
     )
 
 
-def options_of(recipe: Recipe) -> dict[str, Any]:
+def options_of(recipe: recipes.Recipe) -> dict[str, Any]:
     """The options that decide the outcome, by name, with the method's defaults; its settings as `set.NAME`."""
-    return _deciding(all_options(recipe))
+    return _deciding(defaults.options_of(recipe))
 
 
 def _deciding(options: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what may differ: the names of what is compared itself, and where the base's weights are (`base`)."""
-    return {n: v for n, v in settled_options(options).items() if n not in (*PATHS, "base")}
+    return {n: v for n, v in defaults.settled_options(options).items() if n not in (*PATHS, "base")}
 
 
-def same(one: Recipe, other: Recipe) -> bool:
+def same(one: recipes.Recipe, other: recipes.Recipe) -> bool:
     """Whether two recipes are one, however much of it they leave to the defaults."""
     places = [[getattr(recipe, name) for name in PATHS] for recipe in (one, other)]
     return places[0] == places[1] and options_of(one) == options_of(other)
@@ -78,7 +74,7 @@ def _text_digest(parts: Iterable[Iterable[Example]]) -> str:
     return sha.hexdigest()
 
 
-def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
+def check_rows(run: Path, recipe: recipes.Recipe, parts: Split) -> None:
     """UsageError when the rows that the data gives now are not those that a run was made on."""
     stated, (clients, held_out) = stated_by(run), texts_of(parts)
     if stated is None:
@@ -93,14 +89,14 @@ def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
         )
 
 
-def stated_by(run: Path) -> StandsOn | None:
+def stated_by(run: Path) -> checkpoint.StandsOn | None:
     """What the newest readable checkpoint of a run states, with the method's defaults; None where none states it."""
     found = (checkpoint.stated_in(file) for _, file in reversed(rundir.checkpoints(run)))
     stated = next((stands_on for stands_on in found if stands_on is not None), None)
     return stated and dataclasses.replace(stated, recipe=_deciding(stated.recipe))
 
 
-def stated_recipe(run: Path, *, longer: bool = False) -> Recipe:
+def stated_recipe(run: Path, *, longer: bool = False) -> recipes.Recipe:
     """The recipe in a run's run.toml; RecipeError, with every option that differs, when it is not the run's own any more.
 
     With `longer` the number of rounds may differ.
@@ -127,7 +123,7 @@ def stated_recipe(run: Path, *, longer: bool = False) -> Recipe:
     return recipe
 
 
-def check(job: TuneJob, run: Path, *, longer: bool = False) -> StandsOn:
+def check(job: TuneJob, run: Path, *, longer: bool = False) -> checkpoint.StandsOn:
     """Return what a job stands on; UsageError if its run was begun with another recipe, model or rows.
 
     With `longer` the number of rounds may differ.
@@ -161,14 +157,14 @@ def found_again(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
     return {**values, **{n: rundir.find_from(v, start) for n, v in names.items()}}
 
 
-def recipe_of(run: Path, *, longer: bool = False) -> Recipe:
+def recipe_of(run: Path, *, longer: bool = False) -> recipes.Recipe:
     """Return the recipe of a run, its files named as they are found from here; RecipeError as `stated_recipe`."""
     recipe = stated_recipe(run, longer=longer)
     found = found_again({n: getattr(recipe, n) for n in PATHS}, run)
     return dataclasses.replace(recipe, **found)
 
 
-def as_stated(recipe: Recipe, run: Path) -> Recipe:
+def as_stated(recipe: recipes.Recipe, run: Path) -> recipes.Recipe:
     """Return a recipe with the names of its files as the run's run.toml has them; as it is where there is none yet."""
     try:
         values = recipes.read(run / "run.toml")
@@ -182,7 +178,7 @@ def note_start(run: Path) -> dict[str, str]:
     return rundir.note_start(run, environment_of(run))
 
 
-def check_files(recipe: Recipe, run: Path) -> None:
+def check_files(recipe: recipes.Recipe, run: Path) -> None:
     """DataError for a file of rows that is neither here nor in the folder that the run was started in."""
     start = rundir.start_of(run, environment_of(run))
     for name in filter(None, (recipe.data, recipe.eval_data)):

@@ -1,17 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Encode a method's state (a NamedTuple) as a checkpoint, and decode it.
 
-A field may be a number, a text, an array, a dict of arrays, or a Ledger; its kind is read off the state
-that `init` gives, so a checkpoint holds data only.
-
-A checkpoint also names all that it stands on (`StandsOn`): the recipe's options, digests of the base model and of the
-rows, how long metrics.jsonl was then, and the clients' memories with round and CRC-32.
-
-It also holds how the validation stood (`Course`): the best evaluated round so far, and when to stop since none gets better.
-A round is better where its score is lower than that of every evaluated round before it, the start (round 0) among them.
-With `keep = "best"` the state of the best round lies beside the checkpoints, in best-NNNNNN.ckpt, written before the
-checkpoint that names it.  Best rounds only ever get later, so that of the checkpoint of round r is the latest of them up to
-r: those that no kept checkpoint needs are removed.
+A field is a number, a text, an array, a dict of arrays, or a Ledger; its kind is read off the state that `init` gives.  A
+checkpoint also holds what it stands on (`StandsOn`) and how the validation stood (`Course`).  With `keep = "best"` the state of
+the best round lies beside the checkpoints, in best-NNNNNN.ckpt, written before the checkpoint that names it; those that no kept
+checkpoint needs are removed.
 """
 
 from __future__ import annotations
@@ -31,7 +23,6 @@ import numpy as np
 from fleetune.common.files import PRIVATE, read_bytes, regular, write_atomic
 from fleetune.errors import MessageError
 from fleetune.runs import rundir
-from fleetune.runs.rundir import RunDir
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning.exchange import messages
 from fleetune.tuning.exchange.messages import Message, Payload, Scalar
@@ -206,7 +197,7 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
     return type(like)(**values), Totals(*json.loads(_get("totals", "", payload)))
 
 
-def saved(run: RunDir, round: int) -> Payload | None:
+def saved(run: rundir.RunDir, round: int) -> Payload | None:
     """Return the checkpoint of a round; None when there is none (any more), or none that can be read."""
     path = dict(rundir.checkpoints(run.path)).get(round)
     try:
@@ -279,7 +270,7 @@ def best_files(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), p) for m, p in found if m)
 
 
-def keep_best(run: RunDir, round: int, data: bytes) -> None:
+def keep_best(run: rundir.RunDir, round: int, data: bytes) -> None:
     """Write the state of a best round."""
     write_atomic(_best_file(run.path, round), data, mode=PRIVATE)
 
@@ -299,7 +290,7 @@ def best_state(run: Path, round: int, like: Any) -> Any:
     return unpack(read_best(run, round), like)[0]
 
 
-def forget_bests(run: RunDir) -> None:
+def forget_bests(run: rundir.RunDir) -> None:
     """Remove the states of best rounds that no checkpoint needs any more."""
     oldest = min((number for number, _ in rundir.checkpoints(run.path)), default=0)
     needed = max((number for number, _ in best_files(run.path) if number <= oldest), default=0)
@@ -308,7 +299,7 @@ def forget_bests(run: RunDir) -> None:
             path.unlink(missing_ok=True)
 
 
-def cut_bests(run: RunDir, round: int) -> None:
+def cut_bests(run: rundir.RunDir, round: int) -> None:
     """Remove those of rounds after `round`, which a kill left."""
     for number, path in best_files(run.path):
         if number > round:

@@ -1,13 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Say what every fleet can do for a round, and of which kind each of its clients is.
+"""Define what a fleet does for a round, and which kind of work each of its clients does.
 
-A fleet has the clients' row counts and one function: `ask(round, clients, message)` gives an `Answer` for
-every client asked, one at a time, as they come.
-
-A client is of one kind of those that the method has (`fedkseed`: one that back-propagates, or one that only runs the model
-forward; `fedit`: the rank of its adapter).  A recipe wants kinds by the clients' numbers: as the method spreads them, or as
-its option `kinds` lists them.  A simulated client is of the kind that is wanted.  A real device is of a kind that fits its
-memory (`Assignment`).
+A method may have several kinds (`fedkseed`: with or without back-propagation; `fedit`: ranks).  A simulated client is of the kind
+that is wanted of its number, a real device of one that fits its memory (`Assignment`).
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
-# SPDX-License-Identifier: Apache-2.0
 """Do one client's local work of a round, and keep what its method remembers: the same in a simulated fleet and on a device.
 
     memories/client-000017.round-000005.ckpt        what client 17 stored at the end of its work in round 5
 
-The memory that a method keeps of a client (SCAFFOLD's variates) lies on disk (`Memories`).  It is read when the client starts
-and written when it is done, so the process holds one memory however many clients there are.  A round counts with the run's
-checkpoint: `rewind` deletes what a kill left beyond it, `forget_before` what no resume can need.  The checkpoint names every
-memory that it stands on (`kept`), and a resumed run compares them before it begins (`check`).
+A round counts with the run's checkpoint, which names every memory that it stands on (`kept`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Count how often a run with differential privacy has released a round.
+"""Count how often a run with differential privacy has released a round, in a file that is written before each release.
 
-A run that goes on from an earlier checkpoint, since a later one is damaged or gone, releases rounds again, with new noise:
-both releases count.  So the count is a file of its own, written before each release and never cut back.
+A resumed run may release a round again, with new noise: both releases count, so the file is never cut back.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from fleetune.common.files import read_text
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError
 from fleetune.runs import rundir
-from fleetune.runs.rundir import RunDir
 
 FILE: Final = "releases"  # in the run's folder: the count, and the CRC-32 of its digits
 
@@ -48,7 +45,7 @@ class Releases:
     """The releases of an open run: how many there were, and how many its budget allows."""
 
     def __init__(
-        self, run: RunDir, epsilon: Callable[[int], float], within: Callable[[int, int], int]
+        self, run: rundir.RunDir, epsilon: Callable[[int], float], within: Callable[[int, int], int]
     ) -> None:
         """`epsilon(n)` is spent by n releases; `within(rounds, n)` is how many of so many rounds may follow them."""
         self.count = released(run.path)

@@ -1,25 +1,10 @@
-# SPDX-License-Identifier: Apache-2.0
 """Gather the replies of a round: check each, leave out those that go too far, and hand the rest to the method.
 
-A reply can be well formed, finite and in range, and still be a lie: a weight of 1e8, or a hundred times the honest
-change with the sign turned.  So a reply is held against the others of its round: one that goes much further than
-their median (`allowed`) is refused.  How far a reply goes is the method's to say (`Method.distance`).  Sun et al.
-2019, arXiv 1911.07963 ("norm thresholding"), cut such an update down to the bound; here it is left out, since what is
-known to be wrong need not be used in part.
-
-- Rows are what a client says of itself, and excuse a longer way: more steps.  Under every rule but the plain mean, they
-  excuse at most `EXCUSED` times the way from the median rows of those that were asked.  Where the rule bounds them
-  (`mean:TIMES`), a reply counts at most so many times these, and its rows times its `reach`, the distance of the same reply
-  from a client with the median rows, stay within the bound too: no reply moves the mean further than a usual one may.
-- Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
-  may send fewer than it was asked for, and the slack is not its to choose.
-- With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.  Under every rule
-  but the plain mean, two are held against the one that goes less far: better too little is learned than anything.
-  There a kind is also held against the replies of all kinds, which may differ `APART` times more: liars may be a whole kind.
-- The median is not known before the last reply has come.  Until then replies lie on disk, so memory does not grow with
-  their number.
-- They are handed over in the clients' order, so the sums do not depend on who answered first.
-- A reply on which the method fails is refused as well, and the round is added up again without it.
+A reply that goes much further (`Method.distance`) than the median of its round is refused (`allowed`; Sun et al. 2019, arXiv
+1911.07963, cut such an update down to the bound instead); docs/safety.md has the rules.  Claimed rows excuse a longer way: under
+every rule but the plain mean, at most `EXCUSED` times; under `mean:TIMES`, rows times `reach`, the distance of the same reply
+from a client with the median rows, stay within the bound too.  Few numbers vary by chance, so a reply of few may go further; how
+few is what was agreed, not what came.  Replies lie on disk until the last has come, and are handed over in the clients' order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Run the rounds of federated learning: sample, broadcast, local, aggregate, record, evaluate, checkpoint.
+"""Run the rounds of federated learning, the same for every method and fleet: sample, broadcast, local, aggregate, checkpoint.
 
-The same function for every method and every fleet.  It does not use the model: `evaluate` is passed in.
+The loop does not use the model: `evaluate` is passed in.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """Add up a round's replies by a secure sum: what the server asks, in four steps, and what a client answers.
 
-The clients do the round's work first and keep their replies (`Participant.hold`); what they say then is only that they are done.
-Those that are done take part in the sum (`privacy/secagg.py` has its steps), in quick succession, so that few drop out in its
-middle.  One that does is left out of the sum, or in it with its masks taken off by the others: never half.
+The clients do the round's work first and keep their replies (`Participant.hold`).  Those that are done take part in the sum
+(`privacy/secagg.py`) in quick succession, so that few drop out in its middle.
 
     rounds      keys -> shares -> masked -> reveal       an order of each name; its body is a message of arrays
     sum.ckpt    in the run's folder, once the shares have come, and again once the masked vectors have: a server that is killed
@@ -26,7 +24,6 @@ from fleetune.common.files import PRIVATE, read_bytes, write_atomic
 from fleetune.errors import MessageError
 from fleetune.privacy import secagg
 from fleetune.privacy.mechanism import Sealed
-from fleetune.privacy.secagg import Member
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.rounds.fleets import Fleet, Step
 
@@ -90,7 +87,7 @@ class Participant:
     file: Path | None = None
     round: int = 0
     vector: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # its noise in it
-    member: Member | None = None
+    member: secagg.Member | None = None
     identity: Identity = ANYBODY
 
     @classmethod
@@ -143,12 +140,12 @@ class Participant:
             if self._is_masked:
                 raise MessageError(f"round {self.round} has been summed already")
             own = context(self.run, self.round, attempt)
-            self.member = member = Member(number, self.sealed.least, self.sealed.N, own, attempt)
+            self.member = member = secagg.Member(number, self.sealed.least, self.sealed.N, own, attempt)
             self._keep()
         text = signed_text(self.run, self.round, attempt, number)
         return {"keys": np.frombuffer(self.identity.announcement(text, member.keys()), np.uint8)}
 
-    def _peers(self, member: Member, announced: Mapping[int, bytes]) -> dict[int, bytes]:
+    def _peers(self, member: secagg.Member, announced: Mapping[int, bytes]) -> dict[int, bytes]:
         """Return member -> its keys; MessageError where one is nobody's that this client trusts, or is there twice."""
         names = [self.identity.name, *(a[KEYS : KEYS + NAME] for a in announced.values())]
         if self.identity.name != ANYBODY.name and len(set(names)) < len(names):
@@ -158,7 +155,7 @@ class Participant:
             for v, a in announced.items()
         }
 
-    def _step(self, step: str, member: Member, arrays: Arrays) -> Arrays:
+    def _step(self, step: str, member: secagg.Member, arrays: Arrays) -> Arrays:
         if step == "reveal":
             return _rows(member.reveal(_numbers(arrays)), secagg.SHARE)
         if step == "shares":
@@ -178,7 +175,7 @@ class Participant:
             write_atomic(self.file, encode(Message(self.round, b"", payload)), mode=PRIVATE)
 
 
-def _dumped(member: Member | None) -> str:
+def _dumped(member: secagg.Member | None) -> str:
     if member is None:
         return "null"
 
@@ -190,13 +187,13 @@ def _dumped(member: Member | None) -> str:
     return json.dumps({f.name: plain(getattr(member, f.name)) for f in fields(member)})
 
 
-def _member(found: Mapping[str, Any]) -> Member:
+def _member(found: Mapping[str, Any]) -> secagg.Member:
     def back(value: Any) -> Any:
         if isinstance(value, str):
             return bytes.fromhex(value)
         return {int(k): bytes.fromhex(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    return Member(**{name: back(value) for name, value in found.items()})
+    return secagg.Member(**{name: back(value) for name, value in found.items()})
 
 
 # The server ---------------------------------------------------------------------------------------------

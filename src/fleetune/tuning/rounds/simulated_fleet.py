@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Simulate a fleet in this process: one model in memory, the clients in turn.
 
-Clients share the model, and what a method remembers on them is on disk, so memory does not grow with their
-number.  Every message goes through bytes both ways, as on a network.  Drop-outs and stragglers are simulated
-from the recipe, as pure functions of (seed, round, client): a resumed run meets the same ones.
+Every message goes through bytes both ways.  Drop-outs and stragglers are pure functions of (seed, round, client).
 """
 
 from __future__ import annotations

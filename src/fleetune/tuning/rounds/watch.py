@@ -1,11 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Notice as soon as it shows that a run diverges, and say once what to change.
-
-It shows in the clients' replies (most are not finite, or the losses of most are a multiple of what they were; one may lie) or
-in the validation: the loss has risen from its lowest by more than noise, and by more than half of what the run had gained.
-The second part leaves out the ups and downs of training, which are larger than the noise of the rows.  The noise is two
-standard errors of the change from the base, row by row.  Events recorded before a resume count too.
-"""
+"""Notice as soon as it shows that a run diverges, and say once what to change; docs/watch.md lists the signs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Describe a tuning run: its header, its first event, its environment, its page of samples."""
 
 from __future__ import annotations
@@ -26,10 +25,8 @@ from fleetune.common.settings import Value
 from fleetune.data.encode import digest
 from fleetune.evaluation.losses import response_loss
 from fleetune.runs import rundir
-from fleetune.runs.rundir import RunDir
 from fleetune.seeds.scale_view import moved_tensors, scales_share
 from fleetune.tuning import methods
-from fleetune.tuning.methods import Method
 from fleetune.tuning.prepare import private
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.defaults import given
@@ -126,7 +123,7 @@ def client_names(job: TuneJob) -> list[str] | None:
     return [str(parts.examples[int(part[0])].meta[parts.column]) for part in parts.clients]
 
 
-def letters(method: Method, name: str) -> str:
+def letters(method: methods.Method, name: str) -> str:
     """Write a method's settings as `K 1,024 · tau 200 · lr 3e-07`; those without effect are left out."""
     parts = []
     for s in methods.settings(name):
@@ -140,7 +137,7 @@ def letters(method: Method, name: str) -> str:
     return " · ".join(parts)
 
 
-def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
+def header(job: TuneJob, run: rundir.RunDir, fleet: str) -> list[tuple[str, str]]:
     """Return what is about to run, for the console; `fleet` says where."""
     recipe, m = job.recipe, job.model
     share = scales_share(m)
@@ -230,7 +227,7 @@ def unmoved(first: Any, last: Any, digest: str, base: str) -> bool:
     return all(np.array_equal(tensor, first.tensors.get(name)) for name, tensor in last.tensors.items())
 
 
-def of_unmoved(job: TuneJob, run: RunDir, *, stays: bool) -> str:
+def of_unmoved(job: TuneJob, run: rundir.RunDir, *, stays: bool) -> str:
     """Say that nothing moved (`stays`) or that nothing shows, with the cause where the events tell it, and what to do."""
     events = list(rundir.events(run.path))
     replies = [e for e in events if e["event"] == "client"]

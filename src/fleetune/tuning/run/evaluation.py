@@ -1,10 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Measure the model of a run before and after, and keep what was found in its eval.json.
-
-That is: answers to fixed prompts, measures on the held-out rows, the loss of every row (`losses`: so it can be said how sure
-a change is, `common/paired.py`, later also between two runs on the same rows), and each simulated client's loss on a few of
-its own rows.
-"""
+"""Measure the model of a run before and after, and keep answers, measures and the loss of every row in its eval.json."""
 
 from __future__ import annotations
 

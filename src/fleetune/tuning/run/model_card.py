@@ -1,8 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Write a model card from a finished run: what was tuned, on what, how, and what came of it.
+"""Write a model card from what a finished run recorded, with the Hub's front matter (`huggingface_hub.ModelCardData`).
 
-The front matter is the Hub's (`huggingface_hub.ModelCardData`).  A card has no row of the data, no name of a client and no
-path of the machine; everything in it was recorded by the run.
+A card has no row of the data, no name of a client and no path of the machine.
 """
 
 from __future__ import annotations

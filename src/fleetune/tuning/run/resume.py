@@ -1,9 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Resume a run by its own recipe, also with more rounds than it was begun with.
 
-No method looks at the number of rounds to come, so the result has the bits of a run that had as many from the start, and the
-same learning rate.  Every checkpoint states the recipe; those of the run are written anew with the new number, then run.toml.
-Before all that the run is no longer said to be finished, so that the same command goes on after a stop at any point of it.
+No method looks at the number of rounds to come, so the result has the bits of a run that had as many from the start.
 """
 
 from __future__ import annotations
@@ -20,15 +17,12 @@ from fleetune.common.shell import quoted
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
-from fleetune.runs.rundir import RunDir
 from fleetune.tuning.methods import entry
 from fleetune.tuning.prepare import private
 from fleetune.tuning.prepare.prepare import check, prepare, timed
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished, foundations
-from fleetune.tuning.result.finished import TuneResult, read
 from fleetune.tuning.rounds import checkpoint, releases
 from fleetune.tuning.run.run import ONE_AT_A_TIME, SIMULATED, Fleets, goes_on, tune
 
@@ -43,7 +37,7 @@ def resume(
     fleets: Fleets = SIMULATED,
     rounds: int = 0,
     base: str = "",
-) -> TuneResult:
+) -> finished.TuneResult:
     """Resume a stopped run by its own recipe; return the result of a finished one.
 
     With more `rounds` than it has it goes on until it has as many, finished or not; UsageError, with nothing written,
@@ -53,7 +47,7 @@ def resume(
     """
     recipe, had = _own_recipe(path, rounds, base)
     if recipe.rounds == had and is_done(path, listener.note):
-        found = read(path)
+        found = finished.read(path)
         more = "; --rounds N gives it more rounds" if fleets.simulated else ""
         listener.note(f"{path} is finished already{more}")
         listener.event(found.done)
@@ -61,7 +55,7 @@ def resume(
     foundations.check_files(recipe, path)
     if private.is_accounted(recipe):
         releases.released(path)
-    with ONE_AT_A_TIME, goes_on(path, fleets), RunDir(path) as folder:
+    with ONE_AT_A_TIME, goes_on(path, fleets), rundir.RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
         if not any(round for round, _ in rundir.checkpoints(path)):  # no round tells how long one takes
@@ -69,10 +63,10 @@ def resume(
         if recipe.rounds != had:
             foundations.check(job, path, longer=True)  # a refusal leaves a finished run as it is
             write_rounds(job.recipe, folder)
-        return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
+        return finished.TuneResult(path.absolute(), tune(job, folder, listener, fleets))
 
 
-def _own_recipe(path: Path, rounds: int, base: str) -> tuple[Recipe, int]:
+def _own_recipe(path: Path, rounds: int, base: str) -> tuple[recipes.Recipe, int]:
     """Return the recipe by which a run is resumed, checked, and how many rounds the run has; arguments as for `resume`."""
     recipe = foundations.recipe_of(path, longer=rounds > 0)
     recipe = dataclasses.replace(recipe, base=base or recipe.base)
@@ -116,7 +110,7 @@ def rounds_number(rounds: object) -> int:
     return recipes.make({"model": "m", "data": "demo", "rounds": rounds}).rounds
 
 
-def longer(recipe: Recipe, run: Path, rounds: int) -> Recipe:
+def longer(recipe: recipes.Recipe, run: Path, rounds: int) -> recipes.Recipe:
     """Return a run's recipe with so many rounds; UsageError where it has more already, or cannot have more."""
     onwards = f"tune on from its result instead: fleetune export {quoted(run)} --to hf"
     had = checkpoint_rounds(run) or recipe.rounds
@@ -150,7 +144,7 @@ def checkpoint_rounds(run: Path) -> int:
     return next((int(on.recipe.get("rounds", 0)) for on in stated if on is not None), 0)
 
 
-def write_rounds(recipe: Recipe, run: RunDir) -> None:
+def write_rounds(recipe: recipes.Recipe, run: rundir.RunDir) -> None:
     """Write the recipe's number of rounds into the checkpoints and run.toml of an open run; it is no longer finished.
 
     Call it once all else is found to be as the run was begun with (`foundations.check`).

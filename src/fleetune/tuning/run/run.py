@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Run a recipe in a folder, or resume one: the rounds, the answers before and after, the result and the report."""
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -25,15 +23,12 @@ from fleetune.errors import Interrupted, fault
 from fleetune.evaluation.losses import pad_id
 from fleetune.runs import rundir, trackers
 from fleetune.runs.listener import Listener
-from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange import aggregation
-from fleetune.tuning.exchange.aggregation import Rule
 from fleetune.tuning.prepare import private
 from fleetune.tuning.prepare.prepare import CheckMemory, TuneJob, check, prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.objects import data_name
-from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import foundations
 from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.rounds import rounds
@@ -45,7 +40,6 @@ from fleetune.tuning.rounds.sealed import Summing
 from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 from fleetune.tuning.rounds.watch import Watch
 from fleetune.tuning.run import describe, evaluation
-from fleetune.tuning.run.evaluation import EVALUATION
 from fleetune.tuning.run.save_result import finish, save
 
 Step = Callable[[int, int], None]  # called with a client and the number of its next local step
@@ -61,7 +55,7 @@ class Fleets(Protocol):
     def about(self, job: TuneJob) -> str:
         """Return the fleet in a few words, for the header."""
 
-    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+    def make(self, job: TuneJob, run: rundir.RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet; a real one has then enough devices."""
 
 
@@ -76,7 +70,7 @@ class Simulated:
         asked = len(rounds.sample(range(count), recipe.participation, recipe.seed, 1, recipe.over_selection))
         return f"this machine · {job.model.device} · {counted(count, 'client')}, {asked} a round"
 
-    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+    def make(self, job: TuneJob, run: rundir.RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet, with the faults that the recipe simulates."""
         recipe = job.recipe
         faults = Faults(recipe.drop, recipe.stragglers, recipe.deadline)
@@ -106,7 +100,7 @@ ONE_AT_A_TIME = threading.RLock()
 
 
 def start(
-    recipe: Recipe,
+    recipe: recipes.Recipe,
     out: Path,
     listener: Listener,
     *,
@@ -140,7 +134,7 @@ def goes_on(path: Path, fleets: Fleets) -> AbstractContextManager[None]:
     return resumable(f"fleetune {verb} --resume {quoted(path)}")
 
 
-def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULATED) -> TuneDone:
+def tune(job: TuneJob, run: rundir.RunDir, listener: Listener, fleets: Fleets = SIMULATED) -> TuneDone:
     """Run (or resume) the job in its folder; its last event, which holds the final table.
 
     UsageError, with nothing changed, when the folder's run was begun on another recipe, model or rows.
@@ -165,7 +159,9 @@ def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULAT
         raise
 
 
-def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_on: StandsOn) -> TuneDone:
+def _tune(
+    job: TuneJob, run: rundir.RunDir, listener: Listener, fleets: Fleets, stands_on: StandsOn
+) -> TuneDone:
     recipe, model, method = job.recipe, job.model, job.method
     _announce(job, run, listener, fleets.about(job))
     trackers.begin(listener, run.path, describe.facts_of(job))
@@ -228,19 +224,21 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     return finish(job, run, first, outcome, measured or evaluation.measure(job), base_rows, listener, began)
 
 
-def _summing(job: TuneJob, run: RunDir, listener: Listener, fleet: Fleet, fleets: Fleets) -> Summing | None:
+def _summing(
+    job: TuneJob, run: rundir.RunDir, listener: Listener, fleet: Fleet, fleets: Fleets
+) -> Summing | None:
     """Return how the run's replies are added up; None where that is by no secure sum."""
     if (sealed := private.sealed_of(job)) is None:
         return None
     return Summing(sealed, fleet.run, None if fleets.simulated else run.path, listener.note)
 
 
-@dataclass
+@dataclasses.dataclass
 class _Sitting:
     """The part of a run from its start or resume to its end or stop, as the rounds see it."""
 
     job: TuneJob
-    run: RunDir
+    run: rundir.RunDir
     listener: Listener
     fleet: Fleet
     first: Any  # state before round 1
@@ -266,7 +264,7 @@ class _Sitting:
         """Say how far the run is, and where eval.json has lost the base that it was measured again."""
         self.listener.note(describe.progress_words(self.run.path, self.job.recipe.rounds))
         if self.base is not None:
-            file = self.run.path / EVALUATION
+            file = self.run.path / evaluation.EVALUATION
             self.listener.note(f"{file} is damaged or gone: the base model has answered again")
             self._start()
 
@@ -304,7 +302,7 @@ class _Sitting:
         return start
 
 
-def _first(job: TuneJob, rule: Rule) -> Any:
+def _first(job: TuneJob, rule: aggregation.Rule) -> Any:
     """Return the state before round 1; a ledger states the rule by which replies are combined, and no path."""
     state = job.method.init(job.model, derive(job.recipe.seed, "init"))
     if job.entry.kind != "ledger":
@@ -325,7 +323,7 @@ class _Base(NamedTuple):
     probed: float
 
 
-def _base(job: TuneJob, run: RunDir) -> _Base:
+def _base(job: TuneJob, run: rundir.RunDir) -> _Base:
     """Measure the base and let it answer; call it before the method's `init`, which may attach a module."""
     measured, rows = evaluation.measure(job)
     measured = evaluation.answer(job, run, "base", measured, rows)
@@ -336,7 +334,7 @@ def _base(job: TuneJob, run: RunDir) -> _Base:
     return _Base(measured, rows, describe.probe(job))
 
 
-def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None:
+def _announce(job: TuneJob, run: rundir.RunDir, listener: Listener, fleet: str) -> None:
     recipe = job.recipe
     run.write("run.toml", recipes.to_toml(foundations.as_stated(recipe, run.path)))
     made_of = describe.model_facts(job) | describe.data_facts(job, run.path)

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Save and report the result of a run: the ledger or adapter, the last answers and measures, the last event, the report."""
 
 from __future__ import annotations
@@ -9,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fleetune import adapters, models, report
+from fleetune import adapters, models
 from fleetune.common import sums
 from fleetune.common.events import TuneDone, as_dict
 from fleetune.common.memory import peak_rss
 from fleetune.common.paired import Difference, RowLosses, difference
+from fleetune.report import single
 from fleetune.runs import metrics, rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
@@ -68,7 +68,7 @@ def finish(
     listed = Path(done.result).name + (f"/{sums.FILE}" if job.entry.kind == "adapter" else "")
     sums.write(run.path, ["run.toml", rundir.ENVIRONMENT, metrics.FILE, evaluation.EVALUATION, listed])
     run.status("done")
-    report.write(run.path)
+    single.write(run.path)
     done = dataclasses.replace(done, t=recorded["t"], report=str(run.path / "report.html"))
     listener.event(done)
     return done
