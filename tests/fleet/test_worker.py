@@ -153,11 +153,6 @@ def test_its_memory_follows_the_servers_word(place: Path, tmp_path: Path, worker
     assert other.what == "failed"
 
 
-def test_work_before_the_job_fails_and_says_so(place: Path, worker: Worker, job: Job) -> None:
-    reply = Reply.decode(worker.answer(Order("work", 1, 0, 7, message(place, job, 1)).encode()))
-    assert (reply.what, reply.code) == ("failed", "no-job")
-
-
 @pytest.mark.parametrize("body", [b"", b"rubbish", encode(Message(1, bytes(8), methods.Payload()))])
 def test_a_message_that_is_none_fails_the_round_and_no_more(
     place: Path, worker: Worker, job: Job, body: bytes

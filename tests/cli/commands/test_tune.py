@@ -59,14 +59,6 @@ def test_help_is_quick_and_loads_no_torch():
     raise AssertionError(f"{seconds} s")
 
 
-def test_methods_json_lists_the_contract_fields(capsys):
-    code, out, _ = call(capsys, "methods", "--json")
-    listed = {e["name"]: e for e in events(out)}
-    assert code == 0
-    assert {"mezo", "fedkseed", "fedit"} <= set(listed)
-    assert all({"v", "name", "kind", "paper", "sends"} <= set(e) for e in listed.values())
-
-
 def test_every_recipe_field_is_a_flag(capsys):
     from fleetune.tuning.recipe import recipe
 
