@@ -145,8 +145,9 @@ def test_a_method_may_be_its_own_dataclass() -> None:
 def test_a_recipe_says_everything() -> None:
     recipe = Recipe(model="tiny", data="rows.jsonl", method="fedkseed", set=SMALL, **FEW)
     assert fleetune.tune(recipe).digest == tune().digest
-    with pytest.raises(errors.UsageError, match="nothing is given beside it"):
-        fleetune.tune(recipe, "rows.jsonl")
+    for beside in ({"data": "rows.jsonl"}, {"method": "fedit"}):
+        with pytest.raises(errors.UsageError, match="nothing is given beside it"):
+            fleetune.tune(recipe, **beside)
 
 
 # Objects ----------------------------------------------------------------------------------------------
@@ -384,9 +385,6 @@ def test_a_listeners_own_error_is_raised_and_blamed_on_no_client(at: Path) -> No
 
 
 def test_nothing_is_ignored_in_silence(at: Path) -> None:
-    recipe = Recipe(model="tiny", data="rows.jsonl", method="fedkseed", set=SMALL, **FEW)
-    with pytest.raises(errors.UsageError, match="nothing is given beside it"):
-        fleetune.tune(recipe, method="fedit")
     with pytest.raises(errors.ModelError, match="has its own tokenizer"):
         tune("tiny", tokenizer=models.load("tiny", device="cpu").tokenizer)
     with pytest.raises(errors.RecipeError, match="calibrate = 'client' is none of server, clients, fleet"):

@@ -36,8 +36,9 @@ def damped(H: Tensor, damping: float) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def inverse_rows(H: Tensor) -> list[Tensor]:
-    """The first row of [H_F]^-1 with F the columns from i on, inverted anew for every column."""
-    return [torch.linalg.inv(H[i:, i:])[0] for i in range(len(H))]
+    """The first row of [H_F]^-1 with F the columns from i on, solved anew for every column."""
+    first = torch.eye(len(H), 1, dtype=H.dtype)
+    return [torch.linalg.solve(H[i:, i:], first[: len(H) - i])[:, 0] for i in range(len(H))]
 
 
 def brain_surgeon(W: Tensor, H: Tensor, settle) -> Tensor:
