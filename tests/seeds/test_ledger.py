@@ -617,7 +617,6 @@ def test_diff():
 
 
 A, B = TENSORS
-A, B = TENSORS
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def started(tiny: str, *more: str) -> subprocess.Popen[str]:
 
 
 def wait_for_round(folder: Path, least: int) -> None:
-    for _ in range(1200):
+    for _ in range(6000):  # a busy machine takes its time
         found = list(folder.glob("runs/0001-*/checkpoints/round-*.ckpt"))
         if any(int(p.stem[-6:]) >= least for p in found):
             return
