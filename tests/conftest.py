@@ -26,7 +26,7 @@ settings.register_profile("fuzz", derandomize=False, deadline=None, max_examples
 settings.load_profile("fixed")
 
 
-def pytest_runtestloop() -> None:
+def pytest_collection_finish() -> None:
     from fleetune.tuning.prepare import estimate
 
     estimate.REPEATS = 1  # type: ignore[misc]  # every run times its steps before it begins: once will do for tiny models
