@@ -67,8 +67,10 @@ def test_1_the_reply_alone_rebuilds_the_clients_weights(name):
         there.init(other, key())
         state = there.aggregate(state, iter([answer]))
         there.apply(other, state)
-        if "average=product" in name:  # comes out of an SVD, which rounds
+        if "average=product" in name or name == "signlora":  # an SVD, or a product beside the weights, rounds
             torch.testing.assert_close(logits(other), on_the_device, rtol=0, atol=2e-5)
+            if name == "signlora":
+                continue
             return
         assert torch.equal(logits(other), on_the_device)
 

@@ -20,7 +20,7 @@ from fleetune import adapters, models, seeds
 from fleetune.cli.main import main
 from fleetune.common.events import PlanRow
 from fleetune.data import Encoded, collate
-from fleetune.errors import UsageError
+from fleetune.errors import ModelError, UsageError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model, shapes, tiny_llama
 from fleetune.models.tiny import tiny_bert, tiny_roberta
@@ -159,7 +159,7 @@ def test_work_that_cannot_be(wrong: dict[str, Any]) -> None:
 def test_the_command_says_that_nothing_fits_after_the_table(tiny: str, capsys: Any) -> None:
     assert main(["plan", tiny, "--ram", "100MB", "--json"]) == 3
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [e["event"] for e in events] == ["plan"] * 11 + ["error"]
+    assert [e["event"] for e in events] == ["plan"] * 12 + ["error"]
     assert events[-1]["exit_code"] == 3
     assert "no method fits 100 MB: the smallest, " in events[-1]["message"]
     assert events[0]["fits"].startswith("no: ")
@@ -326,10 +326,13 @@ def test_message_bytes_is_the_length_of_the_message(arrays: Any, scalars: Any) -
 
 
 def _filled(method: Any, model: Model) -> Any:
-    """A state whose sums need their full 32 bits."""
+    """A state whose sums need their full 32 bits, of a method that has sums."""
     state = method.init(model, (1 << 63) + 5)
     if not hasattr(state, "ledger"):
         return state
+    if hasattr(state, "places"):  # a round's entries
+        rows = [n for n in method.rows(state) for _ in range(method.r)]
+        return method.written(state, [np.ones(n) for n in rows])
     ledger = state.ledger.append(np.zeros(1, np.uint64), np.array([1 << 20]), 1)
     head = dataclasses.replace(ledger.head, run_key=(1 << 63) + 7)
     state = state._replace(ledger=dataclasses.replace(ledger, head=head))
@@ -344,6 +347,11 @@ def test_traffic_is_that_of_a_real_round(name: str, family: str) -> None:
     row = Encoded(ids, 0, ids * 0, 1) if model.labels else Encoded(ids, 4)
     more = {"layers_rule": "all"} if name == "fedpeptao" else {}  # all layers travel, and nothing is measured
     method = methods.make(name, more).sized(3, 2)
+    if name == "signlora" and model.labels:
+        assert method.footprint(shapes.shape_of(model.net.config)) is None
+        with pytest.raises(ModelError, match="no classification head"):
+            method.init(model, 1)
+        return
     message = encode(Message(1, bytes(8), method.broadcast(_filled(method, model))))
     (answer,) = LocalFleet(model, method, [[row] * plan.ROWS], 0, 0).ask(1, [0], message)
     assert answer.data is not None, answer.reason

@@ -98,7 +98,7 @@ class LoraPart(Part):
         }
         both = {n: (m.lora_B[ADAPTER].weight, m.lora_A[ADAPTER].weight) for n, m in self.layers.items()}
         self.parameters = dict(
-            sorted(p for n, pair in both.items() for p in zip(_names(n), pair, strict=True))
+            sorted(p for n, pair in both.items() for p in zip(factor_names(n), pair, strict=True))
         )
 
     def subtract(self, factors: Mapping[str, Tensor]) -> None:
@@ -122,7 +122,7 @@ class LoraPart(Part):
             for name, layer in self.layers.items():
                 weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).float()
                 if self.subtracted:
-                    b0, a0 = (self.subtracted[n] for n in _names(name))
+                    b0, a0 = (self.subtracted[n] for n in factor_names(name))
                     base_part = layer.scaling[ADAPTER] * (b0 @ a0)
                     delta -= base_part.T if layer.fan_in_fan_out else base_part
                 weight.copy_(weight.float().add_(delta))
@@ -167,10 +167,10 @@ def subtract_factors(model: Model, factors: Mapping[str, np.ndarray]) -> None:
 def pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Return layer -> the names of its (B [out, r], A [r, in]) among an adapter's tensor names."""
     layers = sorted(n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight"))
-    return {layer: _names(layer) for layer in layers}
+    return {layer: factor_names(layer) for layer in layers}
 
 
-def _names(layer: str) -> tuple[str, str]:
+def factor_names(layer: str) -> tuple[str, str]:
     return f"{layer}.lora_B.weight", f"{layer}.lora_A.weight"
 
 
@@ -215,7 +215,7 @@ def _initialise(part: LoraPart, spec: Lora, seed: int) -> None:
         else:
             drawn = FROM_SEED[spec.init](name, out, into, spec.r, seed)
             factors = torch.from_numpy(drawn[0]), torch.from_numpy(drawn[1])
-        start |= dict(zip(_names(name), factors, strict=True))
+        start |= dict(zip(factor_names(name), factors, strict=True))
     for name, parameter in part.parameters.items():
         parameter.data = start[name].to(parameter.device, torch.float32).contiguous()
     if spec.init in FROM_WEIGHTS:
@@ -224,7 +224,7 @@ def _initialise(part: LoraPart, spec: Lora, seed: int) -> None:
 
 def _subtracting_hook(subtracted: Mapping[str, Tensor], layer: str, scale: float) -> Any:
     """Return a hook on the base's layer that subtracts scale B0 A0 x from its output, where `subtracted` has them."""
-    b, a = _names(layer)
+    b, a = factor_names(layer)
 
     def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not subtracted:

@@ -40,7 +40,8 @@ ROWS: Final = 1000  # rows of a device: decides the width of one integer of its 
 
 def traffic(method: methods.Method, footprint: Footprint) -> tuple[int, int]:
     """Return (bytes up, bytes down) of a device in one round; sums at their full 32 bits."""
-    tensors, state = footprint.module.tensors, footprint.state
+    state = footprint.state
+    tensors = footprint.module.tensors if "tensors" in state._fields else {}  # else they do not travel
     reply = method.expects(state)
     numbers = {n: 0.5 if kind is float else ROWS for n, (kind, _, _) in reply.scalars.items()}
     arrays = {n: (kind, tuple(abs(d or 0) for d in sizes)) for n, (kind, sizes) in reply.arrays.items()}

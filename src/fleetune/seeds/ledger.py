@@ -26,6 +26,7 @@ from fleetune.seeds import noise
 FORMAT = 1
 NAME = "fleetune-ledger"
 ARRAYS = {"id": "U64", "coefficient": "I32", "round": "U32"}
+SIGNS = {"signs": "U8"}  # beside these, where the law is `outer`
 AGAIN = "get it again from its origin; a run writes its own again: fleetune tune --resume RUN"
 TRAINS = ("weights", SCALES)
 LARGEST = (1 << 31) - 1  # a coefficient, of either sign
@@ -40,7 +41,7 @@ class LedgerHead:
     tokenizer: str  # SHA-256 of the tokenizer
     tensors: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype, in name order
     run_key: int  # 64-bit key of the directions
-    law: str  # one of noise.LAWS
+    law: str  # one of noise.LAWS, or outer
     K: int  # directions an epoch of a pool; else 1
     grid: float  # the weight change that coefficient 1 means (a float32)
     law_version: int = noise.LAW_VERSION
@@ -58,6 +59,11 @@ class LedgerHead:
     def trains(self) -> str:
         """Return what its directions move: weights, or the scales of a quantised base (`scale_view.py`)."""
         return str(self.hyper.get("train", "weights"))
+
+    @property
+    def arrays(self) -> dict[str, str]:
+        """Return the arrays of a file of this law, and their types in safetensors."""
+        return ARRAYS | SIGNS if self.law == noise.OUTER else ARRAYS
 
     def to_json(self) -> str:
         """Return canonical JSON: sorted keys, no spaces; `run_key` in hexadecimal."""
@@ -91,7 +97,7 @@ def _sound(head: LedgerHead) -> bool:
     texts = (head.base, head.tokenizer, head.law, head.lr, head.method, head.aggregation, head.privacy)
     return (
         all(type(text) is str for text in (*texts, head.previous))
-        and head.law in noise.LAWS
+        and head.law in (*noise.LAWS, noise.OUTER)
         and type(head.K) is int
         and 1 <= head.K <= noise.MOST
         and head.K & (head.K - 1) == 0
@@ -132,6 +138,7 @@ class Ledger:
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     coefficients: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     rounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
+    signs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # bits of all entries; law outer
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -145,8 +152,10 @@ class Ledger:
         last = max(map(int, self.head.checks), default=-1)
         return self.head.checks[str(last)] if last >= int(self.rounds.max(initial=0)) else None
 
-    def append(self, ids: np.ndarray, coefficients: np.ndarray, round: int) -> Ledger:
-        """Return this ledger with the entries of one more round; zeros are left out.
+    def append(
+        self, ids: np.ndarray, coefficients: np.ndarray, round: int, signs: np.ndarray | None = None
+    ) -> Ledger:
+        """Return this ledger with the entries of one more round; zeros are left out.  `signs`: uint8, their bits (law outer).
 
         LedgerError if a coefficient does not fit 32 bits.
         """
@@ -155,19 +164,47 @@ class Ledger:
             raise LedgerError(
                 "a coefficient does not fit 32 bits", hint="lower the learning rate or set clip"
             )
-        return replace(
-            self,
-            ids=np.concatenate([self.ids, ids[keep].astype(np.uint64)]),
-            coefficients=np.concatenate([self.coefficients, coefficients[keep].astype(np.int32)]),
-            rounds=np.concatenate([self.rounds, np.full(len(keep), round, np.uint32)]),
+        bits = self.signs[:0] if signs is None else signs
+        new = Ledger(self.head, ids, coefficients, np.full(len(ids), round, np.uint32), bits)._taken(keep)
+        return Ledger(
+            self.head, *(np.concatenate(pair) for pair in zip(self._all(), new._all(), strict=True))
         )
+
+    def _all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return ids, coefficients, rounds and signs in the types of the file."""
+        return *self._arrays(), self.signs
+
+    def _taken(self, which: np.ndarray) -> Ledger:
+        """Return the entries that a mask or an array of places chooses, in its order, under the same head."""
+        ids, coefficients, rounds = (array[which] for array in self._arrays())
+        ends = np.cumsum(self.sign_bytes())
+        starts = ends - self.sign_bytes()
+        places = zip(starts[which].tolist(), ends[which].tolist(), strict=True)
+        signs = np.concatenate([self.signs[:0], *(self.signs[a:b] for a, b in places)])
+        return Ledger(self.head, ids, coefficients, rounds, signs)
+
+    def since(self, round: int) -> Ledger:
+        """Return the entries of `round` and of later ones alone, under the same head."""
+        return self._taken(self.rounds >= round)
+
+    def sign_bytes(self) -> np.ndarray:
+        """Return how many bytes of `signs` each entry has: int64 [n]."""
+        if self.head.law != noise.OUTER:
+            return np.zeros(len(self), np.int64)
+        rows = np.array(noise.rows_of([shape for _, shape, _ in self.head.tensors]), np.int64)
+        return -(-rows // 8)[(self.ids & np.uint64(noise.LOW)).astype(np.int64)]
 
     def passes(self) -> noise.Passes:
         """Return the entries as replay passes (one a direction, or one an epoch for a pool)."""
+        if self.head.law == noise.OUTER:
+            shapes = [shape for _, shape, _ in self.head.tensors]
+            return noise.outer_passes(shapes, self.ids, self.coefficients, self.signs)
         return noise.passes(self.head.law, self.head.K, self.ids, self.coefficients)
 
     def count_passes(self) -> int:
         """Return the number of replay passes, without their tables."""
+        if self.head.law == noise.OUTER:
+            return len(np.unique(self.ids >> np.uint64(32)))
         return noise.count_passes(self.head.law, self.ids, self.coefficients)
 
     def with_check(self, round: int, digest: str) -> Ledger:
@@ -177,7 +214,7 @@ class Ledger:
     def fingerprint(self) -> str:
         """Return the SHA-256 over the canonical head and the entries."""
         h = hashlib.sha256(self.head.to_json().encode())
-        for array in self._arrays():
+        for array in self._all():
             h.update(array.tobytes())
         return h.hexdigest()
 
@@ -189,7 +226,7 @@ class Ledger:
 
     def _derived(self, keep: np.ndarray, checks: dict[str, str]) -> Ledger:
         head = replace(self.head, previous=self.fingerprint(), checks=checks)
-        return Ledger(head, *(array[keep] for array in self._arrays()))
+        return replace(self._taken(keep), head=head)
 
     def last_round(self) -> int:
         """Return the last round of which the ledger has an entry or states a digest; 0 for none."""
@@ -243,8 +280,10 @@ class Ledger:
     def compact(self) -> Ledger:
         """Return one entry a direction (its sum), sorted by id: the same weights, without the history of rounds.
 
-        A sum beyond 32 bits takes as many entries as it needs, one after another.
+        A sum beyond 32 bits takes as many entries as it needs, one after another.  Entries of the law outer stay.
         """
+        if self.head.law == noise.OUTER:
+            return self
         ids, left = noise.merged(self.ids, self.coefficients.astype(np.int64))
         parts = []
         while left.any():
@@ -267,10 +306,12 @@ class Ledger:
                 hint="merge needs the same base model, run key, law, K and grid",
             )
         order = np.argsort(np.concatenate([self.rounds, other.rounds]), kind="stable")
-        both = [np.concatenate(pair)[order] for pair in zip(self._arrays(), other._arrays(), strict=True)]
+        both = Ledger(
+            self.head, *(np.concatenate(pair) for pair in zip(self._all(), other._all(), strict=True))
+        )
         parents = "".join(sorted([self.fingerprint(), other.fingerprint()])).encode()
         head = replace(self.head, previous=hashlib.sha256(parents).hexdigest(), checks={})
-        return Ledger(head, *both)
+        return replace(both._taken(order), head=head)
 
     def head_changes(self, other: Ledger) -> list[Change]:
         """Return the fields of the head that differ."""
@@ -281,16 +322,13 @@ class Ledger:
         """Return the differences of the heads, of the entries by round, and of the fine-tunes as vectors."""
         changes = self.head_changes(other)
         for r in np.union1d(self.rounds, other.rounds):
-            a, b = self.rounds == r, other.rounds == r
-            if (
-                self.ids[a].tobytes() + self.coefficients[a].tobytes()
-                != other.ids[b].tobytes() + other.coefficients[b].tobytes()
-            ):
-                changes.append(Change(f"round {r}", f"{a.sum()} entries", f"{b.sum()} entries"))
+            a, b = self._taken(self.rounds == r), other._taken(other.rounds == r)
+            if [x.tobytes() for x in a._all()] != [x.tobytes() for x in b._all()]:
+                changes.append(Change(f"round {r}", f"{len(a)} entries", f"{len(b)} entries"))
         if all(c.what not in MUST_AGREE for c in changes):
-            left, right = self.compact(), other.compact()
-            cosine = _cosine(left, right)
-            if cosine < 1.0 or len(left) != len(right):
+            left, right = _sums(self), _sums(other)
+            cosine = _cosine(*left, *right)
+            if cosine < 1.0 or len(left[0]) != len(right[0]):
                 changes.append(
                     Change("cosine of the two fine-tunes", f"{cosine:.6f}", "1.000000 = same direction")
                 )
@@ -303,7 +341,7 @@ class Ledger:
         metadata = {"format": NAME, "head": self.head.to_json(), "fingerprint": self.fingerprint()}
         header: dict[str, Any] = {"__metadata__": metadata}
         data = b""
-        for (name, kind), values in zip(ARRAYS.items(), self._arrays(), strict=True):
+        for (name, kind), values in zip(self.head.arrays.items(), self._all(), strict=False):
             place = [len(data), len(data) + values.nbytes]
             header[name] = {"data_offsets": place, "dtype": kind, "shape": [len(values)]}
             data += values.tobytes()
@@ -330,21 +368,25 @@ def load(path: str | os.PathLike[str]) -> Ledger:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             ours = metadata.get("format") == NAME and set(metadata) == {"format", "head", "fingerprint"}
-            if not ours or set(file.keys()) != set(ARRAYS):
+            if not ours or set(file.keys()) - set(SIGNS) != set(ARRAYS):
                 raise LedgerError(f"{path} is a safetensors file, but not a ledger", hint=AGAIN)
-            arrays = [file.get_tensor(n) for n in ARRAYS]
+            arrays = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: types numpy lacks
         raise LedgerError(f"{path} is damaged or not a ledger ({error})", hint=AGAIN) from error
     try:
         head = LedgerHead.from_json(metadata["head"])
     except LedgerError as error:
         raise LedgerError(f"{path}: {error.message}", hint=error.hint) from error
-    kinds = [(a.dtype.name, a.ndim) for a in arrays]
-    if kinds != [("uint64", 1), ("int32", 1), ("uint32", 1)] or len({len(a) for a in arrays}) != 1:
+    kinds = {n: (a.dtype.name, a.ndim) for n, a in arrays.items()}
+    wanted = {n: ({"U": "uint", "I": "int"}[kind[0]] + kind[1:], 1) for n, kind in head.arrays.items()}
+    if kinds != wanted or len({len(arrays[n]) for n in ARRAYS}) != 1:
         raise LedgerError(f"{path} is damaged: its arrays are {kinds}", hint=AGAIN)
-    if head.law == noise.POOL and int((arrays[0] & np.uint64(0xFFFFFFFF)).max(initial=0)) >= head.K:
-        raise LedgerError(f"{path} is damaged: it names directions outside its pool of {head.K}", hint=AGAIN)
-    found = Ledger(head, *arrays)
+    most = {noise.POOL: head.K, noise.OUTER: len(head.tensors)}.get(head.law, 1 << 32)
+    if int((arrays["id"] & np.uint64(noise.LOW)).max(initial=0)) >= most:
+        raise LedgerError(f"{path} is damaged: it names directions outside its pool of {most}", hint=AGAIN)
+    found = Ledger(head, *(arrays[n] for n in head.arrays))
+    if len(found.signs) != found.sign_bytes().sum():
+        raise LedgerError(f"{path} is damaged: it has signs for other entries", hint=AGAIN)
     if (stated := metadata["fingerprint"]) != found.fingerprint():
         raise LedgerError(
             f"{path} is not what was written: its fingerprint is {found.fingerprint()[:16]}.., it states {stated[:16]}..",
@@ -376,11 +418,19 @@ def require_base(
         )
 
 
-def _cosine(left: Ledger, right: Ledger) -> float:
+def _sums(ledger: Ledger) -> tuple[np.ndarray, np.ndarray]:
+    """Return the directions that a ledger moves along, ascending, and how far: uint64 [n], int64 [n]."""
+    if ledger.head.law != noise.OUTER:
+        return noise.merged(ledger.ids, ledger.coefficients.astype(np.int64))
+    found = ledger.passes()  # each row of a table has a direction of its own
+    rows = np.arange(found.tables.shape[1], dtype=np.uint64)
+    ids = found.ids[:, None] * np.uint64(len(rows)) + rows
+    return noise.merged(ids.reshape(-1), found.tables.astype(np.int64).reshape(-1))
+
+
+def _cosine(left: np.ndarray, a: np.ndarray, right: np.ndarray, b: np.ndarray) -> float:
     # The directions of a law are orthogonal or nearly so, so the coefficients' cosine is the moves'.
-    ids = np.union1d(left.ids, right.ids)
-    a, b = np.zeros(len(ids)), np.zeros(len(ids))
-    np.add.at(a, np.searchsorted(ids, left.ids), left.coefficients)
-    np.add.at(b, np.searchsorted(ids, right.ids), right.coefficients)
-    length = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return 1.0 if length == 0.0 else float(a @ b) / length
+    _, i, j = np.intersect1d(left, right, assume_unique=True, return_indices=True)
+    lengths = [float(np.linalg.norm(x.astype(np.float64))) for x in (a, b)]
+    product = lengths[0] * lengths[1]
+    return 1.0 if product == 0.0 else float(a[i].astype(np.float64) @ b[j].astype(np.float64)) / product

@@ -16,6 +16,7 @@ j is words[c*32 + j], and element e of the tile has the bit (words[e % 128] >> (
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -27,6 +28,7 @@ from fleetune.errors import UsageError
 LAW_VERSION = 1
 LAWS = ("hashed", "rademacher", "gaussian")
 POOL = "hashed"  # the law with K directions in one pass
+OUTER = "outer"  # the law whose entries have signs of their own: a low-rank change
 MOST = 1 << 24  # directions of a pool: the table of a pass has as many numbers
 PASSES = 1 << 20  # of a sum: ten times the 100,000 steps of the longest runs in MeZO's paper
 TABLES = 1 << 26  # numbers in the tables of all passes, 256 MiB: 67 million steps along fresh directions
@@ -375,3 +377,57 @@ def moved_scales(
     u = (rounding(run_key, start, len(bits)).astype(np.float32) + np.float32(0.5)) / np.float32(256)
     whole = np.clip(np.floor(p * np.float32(STEPS) + u), 0, LARGEST).astype(np.uint16)
     return np.where(bits & 0x7FFF, whole | (bits & 0x8000), bits)
+
+
+# --- outer products -----------------------------------------------------------------------------------------
+# The law `outer`: a low-rank change.  An entry (id, c) has signs b of its own, one for each row of a matrix W
+# [rows, columns], and adds
+#
+#     grid * c * b s'        to W, with s[j] the sign of direction p at the element W[0, j]
+#
+# where p is the id's upper 32 bits, and its lower ones are the place of W among the head's tensors.  A tensor of more
+# dimensions is a matrix whose columns are its last one.  So all entries of one p are a table with a number for each row, and
+# acc = sum_p table_p s_p' is an integer product, exact in float64: equal bits in any order and on any number of threads.
+
+MOST_DIRECTIONS: Final = 1 << 12  # p of a ledger: a number for each row of the model is in memory for each
+
+
+def rows_of(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """Return how many rows each tensor has: 0 for a vector."""
+    return [math.prod(shape[:-1]) if len(shape) > 1 else 0 for shape in shapes]
+
+
+def packed(signs: np.ndarray) -> np.ndarray:
+    """Return signs as bits, 1 for what is below 0: [rows] -> uint8 [rows / 8, rounded up]."""
+    return np.packbits(signs < 0)
+
+
+def unpacked(bits: np.ndarray, rows: int) -> np.ndarray:
+    """Return the signs that bits stand for: int64 [rows], +1 or -1."""
+    return 1 - 2 * np.unpackbits(bits, count=rows).astype(np.int64)
+
+
+def outer_passes(
+    shapes: Sequence[Sequence[int]], ids: np.ndarray, coefficients: np.ndarray, bits: np.ndarray
+) -> Passes:
+    """Return the entries as one table for each p, int64 [p, rows of all tensors], without those that are 0.
+
+    UsageError for more p than a run makes, and for sums that float64 does not hold exactly.
+    """
+    rows = rows_of(shapes)
+    starts = np.concatenate([[0], np.cumsum(rows)])
+    p, where = np.unique(ids >> np.uint64(32), return_inverse=True)
+    if len(p) > MOST_DIRECTIONS or np.abs(coefficients.astype(np.float64)).sum() >= 2.0**53:
+        raise UsageError(
+            f"{len(p):,} directions of outer products are more than {MOST_DIRECTIONS:,}, or their sums too large",
+            hint="a run of that size takes fewer directions in turn",
+        )
+    tables, at = np.zeros((len(p), starts[-1]), np.int64), 0
+    for number, m, c in zip(
+        where.tolist(), (ids & np.uint64(LOW)).tolist(), coefficients.tolist(), strict=True
+    ):
+        end = at + -(-rows[m] // 8)
+        tables[number, starts[m] : starts[m + 1]] += c * unpacked(bits[at:end], rows[m])
+        at = end
+    kept = tables.any(axis=1)
+    return Passes(p[kept], tables[kept])

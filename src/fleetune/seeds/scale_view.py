@@ -23,7 +23,8 @@ from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.lazy import LazyWeight, in_blocks, kinds_of
 from fleetune.models.net.model import Model, Pieces, named_tensors
 from fleetune.models.stored import apply_scales, check_scales, scale_bits, write_codes
-from fleetune.seeds.noise import LARGEST, STEPS, rounding
+from fleetune.seeds.noise import LARGEST, OUTER, STEPS, rounding
+from fleetune.seeds.outer_view import OuterView
 from fleetune.seeds.view import View
 from fleetune.seeds.weights import CHUNK, WeightSlot, layout, read_stored
 
@@ -149,14 +150,14 @@ def scales_share(model: Model) -> list[str]:
     return [said] if said else []
 
 
-def view_type(model: Model) -> type[View]:
-    """Return the view that moves what `model.trains` says."""
-    return ScaleView if model.trains == SCALES else View
+def view_type(model: Model, law: str) -> type[View]:
+    """Return the view that moves what `model.trains` says, by a law."""
+    return OuterView if law == OUTER else ScaleView if model.trains == SCALES else View
 
 
 def view_on(model: Model, *, run_key: int, law: str, grid: float) -> View:
     """Return a view of a model that moves what `model.trains` says."""
-    return view_type(model)(named_tensors(model.net), model.net, run_key=run_key, law=law, grid=grid)
+    return view_type(model, law)(named_tensors(model.net), model.net, run_key=run_key, law=law, grid=grid)
 
 
 def place_of(bits: Tensor) -> Tensor:

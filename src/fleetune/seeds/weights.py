@@ -183,16 +183,20 @@ class MovedWeights:
         for first in range(0, out.numel(), step := max(TILE, step)):
             heard()
             part = slice(first, first + step)
-            self.swept += len(passes.ids) * out[part].numel()
-            if 0 < self.most < self.swept:
-                raise UsageError(
-                    "the directions take more passes over the weights than a device makes at a time",
-                    hint="law=hashed takes a pass for K directions; or take fewer directions, or fewer steps",
-                )
+            self.count(len(passes.ids) * out[part].numel())
             move = (start + first, self.run_key, passes, self.grid, probe)
             other = None if minus is None else minus[part]
             self.kernels.sweep(
                 out[part], base[part], *move, gaussian=gaussian, minus=other, threads=self.threads
+            )
+
+    def count(self, moved: int) -> None:
+        """Count elements times passes; UsageError beyond the limit."""
+        self.swept += moved
+        if 0 < self.most < self.swept:
+            raise UsageError(
+                "the directions take more passes over the weights than a device makes at a time",
+                hint="law=hashed takes a pass for K directions; or take fewer directions, or fewer steps",
             )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -120,7 +120,7 @@ class Trained(methods.Method):
 
     def train(self, model: Model, batches: Batches, key: int, correction: Mapping[str, np.ndarray]) -> float:
         """Train the module, and return the mean loss of the steps; `correction` is SCAFFOLD's c - c_k by name, {} for none."""
-        parameters = adapters.trainable(model)
+        parameters = {n: p for n, p in adapters.trainable(model).items() if p.requires_grad}
         away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in correction.items()}
         steps = Steps(list(parameters.values()), self, model.device, whole=batches.private is not None)
         taken = batches.steps if self.steps else batches.epochs

@@ -164,7 +164,7 @@ def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
     """Return the view that `model` carries, made anew if it has none or one of another key, law or grid."""
     view = model.attachment
     if isinstance(view, View):
-        same = type(view) is view_type(model)
+        same = type(view) is view_type(model, law)
         if same and (view.run_key, view.law, view.grid) == (run_key, law, grid):
             return view
         view.remove()

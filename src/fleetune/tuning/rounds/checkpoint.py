@@ -29,6 +29,7 @@ from fleetune.tuning.exchange.messages import Message, Payload, Scalar
 
 ON: Final = "stands_on"  # the scalar with what it stands on, as JSON
 KEPT: Final = "kept"  # arrays: client, round and CRC-32 of memories
+ENTRIES: Final = {"id": "ids", "c": "coefficients", "round": "rounds", "signs": "signs"}  # arrays of a ledger
 COURSE: Final = "course"  # the scalar with how the validation stood, as JSON
 
 
@@ -209,9 +210,7 @@ def saved(run: rundir.RunDir, round: int) -> Payload | None:
 def _put(path: str, value: Any, arrays: dict[str, np.ndarray], scalars: dict[str, Scalar]) -> None:
     if isinstance(value, Ledger):
         scalars[path] = value.head.to_json()
-        arrays.update(
-            {f"{path}/id": value.ids, f"{path}/c": value.coefficients, f"{path}/round": value.rounds}
-        )
+        arrays.update({f"{path}/{name}": getattr(value, field) for name, field in ENTRIES.items()})
     elif isinstance(value, dict):
         arrays.update({f"{path}/{name}": array for name, array in value.items()})
     elif isinstance(value, np.ndarray):
@@ -224,7 +223,7 @@ def _get(path: str, like: Any, payload: Payload) -> Any:
     try:
         if isinstance(like, Ledger):
             head = LedgerHead.from_json(str(payload.scalars[path]))
-            return Ledger(head, *(payload.arrays[f"{path}/{name}"].copy() for name in ("id", "c", "round")))
+            return Ledger(head, *(payload.arrays[f"{path}/{name}"].copy() for name in ENTRIES))
         if isinstance(like, dict):
             prefix = path + "/"
             return {n[len(prefix) :]: a.copy() for n, a in payload.arrays.items() if n.startswith(prefix)}

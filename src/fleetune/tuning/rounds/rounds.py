@@ -248,8 +248,7 @@ def _played(
     with Replies(
         method, asked, run, hooks.emit, plan.rule, plan.max_rows, plan.releases is not None
     ) as replies:
-        coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
-        messages = {client: coded[kind] for client, kind in kinds.items()}
+        messages = _messages(method, fleet, replies, chosen)
         replies.gather(fleet.ask(r, chosen, messages, goal if len(chosen) > goal else 0))
         _check_model(replies, run, hooks)
         if plan.releases is not None:
@@ -272,8 +271,7 @@ def _summed(
     with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, True) as replies:
         if not summing.pending(r):
             chosen = [client for client in fleet.present() if client not in summing.left_out]
-            coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
-            replies.gather(fleet.ask(r, chosen, {client: coded[fleet.kind(client)] for client in chosen}))
+            replies.gather(fleet.ask(r, chosen, _messages(method, fleet, replies, chosen)))
             if plan.releases is not None:
                 plan.releases.add()
         numbers = sum(start.size for start in method.begins(replies.kinds[0][0]).values())
@@ -288,6 +286,17 @@ def _summed(
     if not finite(new):
         raise ModelLostError(f"the sum of round {r} gives no finite model", r - 1, state)
     return new, replies
+
+
+def _messages(method: Method, fleet: Fleet, replies: Replies, chosen: Sequence[int]) -> dict[int, bytes]:
+    """Return what each client is sent: the broadcast of its kind, or the news since what it remembers."""
+    asked, kept = replies.round, fleet.kept() if method.has_own("news") else {}
+    made: dict[tuple[int, int], bytes] = {}
+    keys = {client: (asked.kind(client), kept.get(client, (0, 0))[0]) for client in chosen}
+    for kind, known in dict.fromkeys(keys.values()):
+        payload = method.news(asked.state, known) if known else replies.kinds[kind][0]
+        made[kind, known] = encode(Message(asked.number, asked.base, payload))
+    return {client: made[key] for client, key in keys.items()}
 
 
 def sample(
