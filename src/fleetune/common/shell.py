@@ -1,7 +1,5 @@
 """Write a command so that it can be pasted into a shell, and so that no word of it drives the terminal."""
 
-from __future__ import annotations
-
 import shlex
 
 

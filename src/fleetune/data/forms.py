@@ -6,8 +6,6 @@ causal model a question about them (`LABELLED`).  Turns that are not text are le
 twice in a row, the two turns become one.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping

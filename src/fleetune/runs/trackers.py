@@ -4,8 +4,6 @@ Only settings and figures are passed on: no row of the data, no name of a client
 is reported once, and the run goes on without it.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import io

@@ -8,8 +8,6 @@ layer keeps its input alone; each row block W_r of its weights is computed again
     gradient of the block     = g[:, r]' x,      handed to `sink` at once
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Iterable

@@ -7,8 +7,6 @@ runs/0007-sweep-case-study/
   status          log.txt
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence

@@ -7,8 +7,6 @@ Gemma: norms multiply by 1 + w, and the file holds 1 + w; attention is scaled by
 takes for the head's width (in the 27B models, which it knows by their number of blocks, for width / heads).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType

@@ -5,8 +5,6 @@ llama   pieces with scores: two pieces join where the result is a piece, the hig
         are all such pairs in the order of falling scores; bytes for the rest
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType

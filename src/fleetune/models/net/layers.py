@@ -10,8 +10,6 @@
 tokens x width numbers, and in fp32 the gradients are the same bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple

@@ -29,8 +29,6 @@ n two-point samples of a d-dimensional gradient g have variance d (1/K + (1 - 1/
 precision, a device with n_c rows weighs n_c after back-propagation, and n_c / (1 + (K - 1) / n) after n two-point steps.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

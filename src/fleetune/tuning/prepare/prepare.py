@@ -1,7 +1,5 @@
 """Check a recipe, read its data, then load its model: everything that can be wrong is found before the first step."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence, Set

@@ -1,11 +1,9 @@
 """Decide how a recipe's differential privacy is kept (noise, clip, delta), and write it into the recipe before round 1.
 
 Client level: the server adds the noise, once a round.  Example level: a client adds it in each local step, to the sum over a
-Poisson sample of its rows; the account is that of the client with the fewest rows, which are sampled most often, and as it is no
-secret who takes part in a round, every round counts.  The clip and the learning rates are found on the server's held-out rows.
+Poisson sample of its rows.  The account is then that of the client with the fewest rows, which are sampled most often; who takes
+part in a round is no secret, so every round counts.  The clip and learning rates are found on the server's held-out rows.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Fill in the defaults that a recipe leaves open: settings of its method, the number of clients, and on real devices the rule."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Final

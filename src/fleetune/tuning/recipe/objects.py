@@ -3,8 +3,6 @@
 A model in memory becomes a Hugging Face directory, rows a JSONL file, each once under the digest of its content in `OUT/objects`.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import importlib

@@ -3,8 +3,6 @@
 Flags, keys of a TOML file, `run.toml` and the table in the docs are made from these fields.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import importlib

@@ -3,8 +3,6 @@
 The loop does not use the model: `evaluate` is passed in.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -3,8 +3,6 @@
 Every message goes through bytes both ways.  Drop-outs and stragglers are pure functions of (seed, round, client).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

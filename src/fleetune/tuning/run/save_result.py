@@ -1,7 +1,5 @@
 """Save and report the result of a run: the ledger or adapter, the last answers and measures, the last event, the report."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time
