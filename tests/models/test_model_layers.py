@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import family_matrix as families
 from fleetune.errors import ModelError
 from fleetune.models.net import layers
 from fleetune.models.net.layers import (
+    HEAP,
     attention_layers,
     body_of,
     by_layer,
@@ -142,6 +144,40 @@ def test_a_small_batch_keeps_its_activations() -> None:
     assert trained(net, by_layer(net))[1] == all_of_them
     assert trained(net, by_layer(net, small=entering + 1))[1] == all_of_them
     assert trained(net, by_layer(net, small=entering))[1] < all_of_them
+
+
+def test_a_step_keeps_its_activations_where_they_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    net: Any = build("llama", num_hidden_layers=5)
+    whole, much = trained(net, nullcontext())
+    again: list[int] = []
+
+    def counted(*args: Any, **how: Any) -> Any:
+        again.append(1)
+        return checkpoint(*args, **how)
+
+    monkeypatch.setattr(layers, "checkpoint", counted)
+    with by_layer(net, small=0, room=lambda: 1 << 40) as seen:
+        trained(net, nullcontext())
+    entering = IDS.numel() * net.config.hidden_size * 4
+    weights = sum(p.numel() for layer in layers_of(net) for p in net.get_submodule(layer.name).parameters())
+    assert not again
+    assert (much - weights) * 2 < 5 * seen.each * entering < (much + weights) * 6  # bytes, of numbers of 4
+    # of five layers the first alone is kept where a guess says that there is room and its activations that there is none
+    for share, counts in {0.0: [5, 5], 0.5: [5, 5], 0.99: [4, 5], 1.01: [0, 0]}.items():
+        asked: list[float] = []
+
+        def room(share: float = share, asked: list[float] = asked) -> float:
+            asked.append(share * 5 * HEAP * seen.each * entering)
+            return asked[-1]
+
+        with by_layer(net, small=0, room=room) as found:
+            for count in counts:
+                again.clear()
+                grads, _ = trained(net, nullcontext())
+                assert all(torch.equal(whole[name], grads[name]) for name in whole)
+                assert len(again) == count
+                assert found.recomputed == (count > 0)
+        assert len(asked) == 1  # once a block, not a step
 
 
 def test_free_memory_is_given_back_every_few_layers_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:

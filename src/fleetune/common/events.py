@@ -679,7 +679,7 @@ class PlanRow(Event, event="plan"):
 
     model: str  # name of the model
     method: str  # tuning method, or name of the comparison
-    note: str  # size of what is trained, such as r=8; "" for all weights
+    note: str  # size of what is trained, such as r=8, and "keeps activations" where there is room for them
     tunes: bool  # False for a row shown only for comparison, such as inference
     peak: int | None  # peak memory, bytes; null where the method has no `footprint`
     parts: Mapping[str, int]  # bytes of the peak, by part: weights, activations, ..

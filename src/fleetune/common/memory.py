@@ -49,6 +49,16 @@ def usable_memory(process: Path = Path("/proc/self"), groups: Path = Path("/sys/
     return min((limit for limit in found if limit > 0), default=0)
 
 
+def free_memory(most: int = 0) -> int:
+    """Return the bytes that this process may still take of `most` (0: `usable_memory`), and that the machine has free."""
+    import psutil  # type: ignore[import-untyped]
+
+    give_back()
+    free = int(psutil.virtual_memory().available)
+    most = most or usable_memory()
+    return max(0, min(free, most - rss())) if most else free
+
+
 def _group_limits(process: Path, groups: Path) -> Iterator[int]:
     """Yield the limits that a process's control groups state, from its own up: of version 2, and of 1's memory controller.
 
@@ -163,7 +173,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _without_proc() -> tuple[int, int]:
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     told = psutil.Process().memory_info()
     try:

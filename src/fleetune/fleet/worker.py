@@ -338,6 +338,7 @@ class Worker:
         memories.forget_before(max(min(order.oldest, round), round - MEMORIES))
 
 
+OWN: Final = "checkpointing"  # of a method's settings, the one that a device's own memory decides
 WORK: Final[Mapping[str, Callable[[Worker, Loaded, orders.Order], bytes]]] = {
     "work": Worker._train,
     **dict.fromkeys(STEPS, Worker._sum),
@@ -461,7 +462,7 @@ def _method(job: orders.Job) -> methods.Method:
             f"the run optimises {objective:.100}, a function of the server's: a device runs only what is installed on it",
             hint="use a built-in objective",
         )
-    return methods.make(entry.name, job.set)
+    return methods.make(entry.name, {n: v for n, v in job.set.items() if n != OWN})
 
 
 def measured_speed(model: Model, rows: Sequence[Encoded]) -> float:

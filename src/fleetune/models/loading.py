@@ -188,12 +188,12 @@ def load(
         try:
             path, tensors = stored()
             with called(path, name):
-                return _load_folder(name, path, dtype, device, labels, tensors)
+                return _load_folder(name, path, dtype, device, labels, tensors, ram)
         except NotMappable as error:
             if base in cache.MAPPED:
                 raise
             log.info("%s", error)
-    return _load_folder(name, folder(), dtype, device, labels)
+    return _load_folder(name, folder(), dtype, device, labels, ram=ram)
 
 
 def _is_mapped(
@@ -277,6 +277,7 @@ def _load_folder(
     chosen: str,
     labels: Sequence[str],
     tensors: Mapping[str, Stored] | None = None,
+    ram: int = 0,
 ) -> Model:
     """The model of a directory that is checked, on a device that is; with `tensors` its weights stay where these are."""
     try:
@@ -305,7 +306,7 @@ def _load_folder(
             hint="the tokenizer belongs to another model: fetch the model again",
         )
     return Model(
-        net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, None, words, new
+        net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, None, words, new, ram
     )
 
 

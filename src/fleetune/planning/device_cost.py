@@ -26,7 +26,7 @@ from fleetune.errors import UsageError
 from fleetune.evaluation.head_loss import BLOCK, CHUNK_BYTES
 from fleetune.models.cache.cache import PLACES
 from fleetune.models.families.number_types import WEIGHTS
-from fleetune.models.net.layers import SMALL
+from fleetune.models.net.layers import HEAP, SMALL
 from fleetune.models.shapes import Shape
 from fleetune.models.stored import KEPT
 from fleetune.seeds import chosen_kernels
@@ -87,7 +87,6 @@ SURE: Final = 0.92  # of a count without weights: no run that was measured took 
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
 # with checkpoints: a layer's activations, their gradients, and what a few layers leave behind
 LAYERS: Final = 1.2
-HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
 FOLDED: Final = 20  # bytes for each element of a block that is folded: fp32 copy, signs, places and sums
 LOGITS_FORWARD: Final = 1.0  # fp32 arrays of the logits of a block of rows alive in a forward
 LOGITS_BACKWARD: Final = 5.0  # ... and their gradients, and the first chunk's own
@@ -151,6 +150,14 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
     return parts | {"activations": both * n * (s * shape.widest + 8 * module.rank), "logits": both * logits}
 
 
+def keeps(shape: Shape, work: Workload, footprint: Footprint, ram: int) -> bool:
+    """Return whether a device of so much memory keeps a step's activations: where they take at most half of what is free."""
+    if not footprint.checkpointing:
+        return False
+    parts = memory(shape, work, footprint._replace(checkpointing=False))
+    return 2 * parts["activations"] <= ram - parts["floor"] - parts["weights"]
+
+
 def least(shape: Shape, work: Workload, footprint: Footprint, *, in_file: bool) -> int:
     """Return the bytes of a device's peak that cannot be done without: what no file backs, by a count that may be too high.
 
@@ -190,7 +197,7 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
         )
         parts = {"gradients": together, "optimizer": moments * own, "adapter": (1 + footprint.kept) * own}
     elif footprint.projects:
-        return _projected(shape, work, footprint.module)
+        return _projected(shape, work, footprint)
     else:
         parts = {"gradients": weights, "optimizer": moments * weights}
     return {**_graph(shape, work, footprint, parts["gradients"] + parts["optimizer"]), **parts}
@@ -212,13 +219,12 @@ def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> d
     return {"activations": int(activations), "logits": int(logits)}
 
 
-def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
+def _projected(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
     n, s = work.tokens, work.size
-    layer = LAYERS * activation_bytes(shape, work, module) / shape.layers
     whole = (work.batch if shape.labels else n) * shape.outputs * 4
     block = whole if shape.labels else min(CHUNK_BYTES, n * (CHUNK // shape.hidden) * 4)
     return {
-        "activations": int(layer + shape.layers * n * shape.hidden * s),
+        "activations": _graph(shape, work, footprint, 0)["activations"],
         "logits": int(LOGITS_FORWARD * min(whole, block)),
         "gradients": min(CHUNK, shape.largest) * (2 * s + FOLDED),
     }
@@ -287,6 +293,7 @@ def step_seconds(shape: Shape, work: Workload, footprint: Footprint, rates: Rate
     inner = sum(linear.out * linear.into for linear in shape.linears)
     scored = work.batch if shape.labels else n
     head = 2 * scored * shape.outputs * shape.hidden
+    twice = footprint.checkpointing and shape.layers * n * shape.hidden * s >= SMALL
     forward = 2 * n * inner + head + 4 * n * work.length * shape.hidden * shape.layers
     moved = float(TOUCH * n * s * (shape.kept + shape.norms) + 3 * scored * 4 * shape.outputs)
     weights = shape.params * s
@@ -300,12 +307,14 @@ def step_seconds(shape: Shape, work: Workload, footprint: Footprint, rates: Rate
         return 2 * forward / rates.flops + (2 * (moved + sweep) + stored) / rates.copy
     if module.tensors:
         own = module.size
-        flops = 2 * forward + head + 6 * n * own * bool(module.adapted)
+        flops = (2 + twice) * forward + head + 6 * n * own * bool(module.adapted)
         if module.dropout:
             moved += TOUCH * n * 4 * 2 * sum(x.into for x in module.adapted)
-        return flops / rates.flops + (2 * moved + 7 * 4 * own) / rates.copy
+        return flops / rates.flops + ((2 + twice) * moved + 7 * 4 * own) / rates.copy
     update = 2 + 2 * footprint.moments  # reads and writes of each weight
-    return (3 * forward + head) / rates.flops + (2 * moved + update * weights) / rates.copy
+    return ((3 + twice) * forward + head) / rates.flops + (
+        (2 + twice) * moved + update * weights
+    ) / rates.copy
 
 
 def calibrate(work: Workload) -> Rates:

@@ -257,12 +257,16 @@ def table(
 
     def row(method: str, footprint: Footprint, up: int | None, down: int | None) -> PlanRow:
         module, infers = footprint.module, footprint.gradient == "none"
+        notes = [module.note] * bool(module.note)
+        if ram and device_cost.keeps(shape, work, footprint, ram):
+            footprint = footprint._replace(checkpointing=False)
+            notes.append("keeps activations")
         parts = device_cost.memory(shape, work, footprint)
         peak = sum(parts.values())
         return PlanRow(
             model=name,
             method=method,
-            note=module.note,
+            note=", ".join(notes),
             tunes=method not in device_cost.COMPARISON,
             peak=peak,
             parts=parts,

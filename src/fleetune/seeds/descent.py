@@ -311,12 +311,13 @@ def descend_projected(
     ids = np.concatenate([np.array(position.ids, np.uint64), pool])
     begun = np.array(position.coefficients, np.int64)
     projection = Projection(view, K, epoch)
-    with Tape(view, projection.add), by_layer(model.net), torch.enable_grad():
+    with Tape(view, projection.add), by_layer(model.net, room=model.room) as kept, torch.enable_grad():
         for batch in batches:
             view.place(passes(view.law, K, ids, np.concatenate([begun, np.rint(moved).astype(np.int64)])))
             p, value = _projected(model, batch, projection)
             if math.isfinite(value) and np.isfinite(p).all():
                 losses.append(value)
                 moved -= units / K * (np.clip(p, -clip, clip) if clip else p)
+    model.recomputes = kept.recomputed
     position.place(view)
     return Projected(moved, len(losses), float(np.mean(losses)) if losses else math.inf)

@@ -65,7 +65,7 @@ def after_backward(
     ],
 )
 def test_they_are_the_steps_after_backward(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_adapter, "by_layer", lambda net: by_layer(net, small=0))
+    monkeypatch.setattr(_adapter, "by_layer", lambda net, room: by_layer(net, small=0, room=room))
     how = Training(**({"lr": 0.01, "epochs": 3, "batch_size": 2} | more))
     one, other = with_lora(), with_lora()
     rng = np.random.default_rng(5)

@@ -6,10 +6,11 @@
     block ends   the linear layers whose outputs go to the residual stream: the last one of the attention block and the
                  last one of what follows; a block itself where it has no such layer (experts in one tensor, a Mamba mixer)
 
-`by_layer` checkpoints each layer (Chen, Xu, Zhang and Guestrin 2016, arXiv 1604.06174): only what enters it is kept, layers x
-tokens x width numbers, and in fp32 the gradients are the same bit for bit.
+`by_layer` checkpoints each layer (Chen, Xu, Zhang and Guestrin 2016, arXiv 1604.06174) of a step whose activations have no room:
+only what enters it is kept, layers x tokens x width numbers, and in fp32 the gradients are the same bit for bit.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
@@ -209,11 +210,78 @@ LARGE: Final = 1 << 20  # bytes that enter one layer; from here on what it leave
 EVERY: Final = 5
 
 
-@contextmanager
-def by_layer(net: nn.Module, *, small: int | None = None) -> Iterator[None]:
-    """Checkpoint every layer of a net while the block runs; a net that has no list of layers keeps its activations.
+# bytes that a layer keeps for each that enters it, before one is seen: few, so that only its first layer is kept in vain
+FEWEST: Final = 16
+HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
 
-    So does any net for a batch whose layers are entered by fewer than `small` bytes (None: `SMALL`) together.
+
+class Activations:
+    """What the layers of a net keep for backward: at the first layer of a step it is decided for all of them."""
+
+    def __init__(self, net: Any, layers: list[nn.Module], least: float, room: Callable[[], float]) -> None:
+        config = net.config.get_text_config() if hasattr(net, "config") else None
+        self.layers = max(
+            len(layers), getattr(config, "num_hidden_layers", 0)
+        )  # Albert runs one several times
+        self.least, self.room = least, functools.cache(room)
+        self.each: float = FEWEST  # bytes kept for each that enters a layer
+        self.recomputed = False
+
+    def has_room(self, entering: int) -> bool:
+        return HEAP * self.layers * self.each * entering <= self.room()
+
+    def of(self, layer: nn.Module, *, first: bool, gives_back: bool) -> Callable[..., Any]:
+        """Return the forward of a layer that keeps its activations, or is run under a checkpoint."""
+        forward = layer.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if gives_back and _entering(args, kwargs) >= LARGE:
+                give_back()
+            return forward(*args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            entering = _entering(args, kwargs)
+            if not torch.is_grad_enabled() or entering < self.least:
+                return forward(*args, **kwargs)
+            if first:
+                self.recomputed = not self.has_room(entering)
+            if self.recomputed:
+                return checkpoint(run, *args, use_reentrant=False, **kwargs)
+            if not first:
+                return forward(*args, **kwargs)
+            with _kept(layer) as kept:
+                out = forward(*args, **kwargs)
+            self.each = max(self.each, sum(kept.values()) / entering)
+            self.recomputed = not self.has_room(entering)
+            return out
+
+        return call
+
+
+@contextmanager
+def _kept(layer: nn.Module) -> Iterator[dict[int, int]]:
+    """Yield the bytes that autograd keeps beside the layer's weights while the block runs, by address."""
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # an output that is kept as itself would hold its own graph
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+@contextmanager
+def by_layer(
+    net: nn.Module, *, small: int | None = None, room: Callable[[], float] = lambda: 0
+) -> Iterator[Activations]:
+    """Checkpoint every layer of a net while the block runs, in steps whose activations would take more than `room()` bytes.
+
+    A net that has no list of layers keeps its activations.  So does any net for a batch whose layers are entered by fewer than
+    `small` bytes (None: `SMALL`) together.
     """
     try:
         layers = [net.get_submodule(layer.name) for layer in layers_of(net)]
@@ -221,31 +289,16 @@ def by_layer(net: nn.Module, *, small: int | None = None) -> Iterator[None]:
         layers = []
     before = [layer.__dict__.get("forward") for layer in layers]
     least = (SMALL if small is None else small) / max(1, len(layers))
+    activations = Activations(net, layers, least, room)
     for place, layer in enumerate(layers):
-        layer.forward = _again(layer.forward, least, place % EVERY == EVERY - 1)
+        layer.forward = activations.of(layer, first=place == 0, gives_back=place % EVERY == EVERY - 1)
     try:
-        yield
+        yield activations
     finally:
         for layer, own in zip(layers, before, strict=True):
             del layer.forward
             if own is not None:
                 layer.forward = own
-
-
-def _again(forward: Callable[..., Any], least: float, gives_back: bool) -> Callable[..., Any]:
-    """Return a layer's forward that is run under a checkpoint where at least `least` bytes enter it."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if gives_back and _entering(args, kwargs) >= LARGE:
-            give_back()
-        return forward(*args, **kwargs)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or _entering(args, kwargs) < least:
-            return forward(*args, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
-
-    return call
 
 
 def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

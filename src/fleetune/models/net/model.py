@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fleetune.common.display import human_count
 from fleetune.common.hearing import heard
+from fleetune.common.memory import free_memory
 from fleetune.errors import ModelError
 from fleetune.models.lazy import LazyWeight
 from fleetune.models.net import saving
@@ -49,6 +50,8 @@ class Model:
         str, ...
     ] = ()  # an encoder's label words, in the order of its outputs (else it writes text)
     new_head: bool = False  # whether an encoder's head is not the checkpoint's: nothing has trained it yet
+    ram: int = 0  # bytes that the work may take; 0: all that this process may use
+    recomputes: bool = False  # whether the last back-propagation computed activations twice
     trains: str = "weights"  # what methods with directions move: weights, or the scales of a quantised base
 
     def __post_init__(self) -> None:
@@ -68,6 +71,15 @@ class Model:
     def n_params(self) -> int:
         """Return the number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.net.parameters())
+
+    def room(self) -> int:
+        """Return the bytes that the activations of a step may take: half of what is free."""
+        if self.device == "cuda":
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            return int(torch.cuda.mem_get_info()[0] + unused) // 2
+        if self.device == "mps":
+            return (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) // 2
+        return free_memory(self.ram) // 2
 
     def merge(self) -> Model:
         """Put what is attached into the stored weights, for good, and return this model, a plain one.

@@ -13,8 +13,8 @@ keep devices with unlike data together:
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -40,6 +40,10 @@ from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placehol
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
 
 DTYPE: Final[Mapping[str, Any]] = MappingProxyType({"fp32": np.float32, "fp16": np.float16})
+# bytes that activations may take, by `checkpointing`; None: by the device's memory
+ROOM: Final[Mapping[str, Callable[[], float] | None]] = MappingProxyType(
+    {"auto": None, "true": lambda: 0.0, "false": lambda: math.inf}
+)
 NOBODY: Final = np.zeros(0, np.int64)
 NOTHING: Final[Tensors] = {}  # never written to: a state is replaced
 
@@ -65,7 +69,7 @@ class Trained(methods.Method):
     batch_size: int
     weight_decay: float
     clip: float  # of the gradient's norm; 0: not
-    checkpointing: bool
+    checkpointing: str  # auto, true or false, as `ROOM`
     decay: bool = True  # linear to 0 within the round, after them
     mu: float = 0.0  # FedProx
     scaffold: bool = False
@@ -80,6 +84,8 @@ class Trained(methods.Method):
             raise ValueError(
                 f"clip = {self.clip}, weight_decay = {self.weight_decay}, mu = {self.mu}: each must be 0 or a positive number"
             )
+        if str(self.checkpointing).lower() not in ROOM:
+            raise ValueError(f"checkpointing = {self.checkpointing!r} is none of {', '.join(ROOM)}")
         if self.wire not in DTYPE:
             raise ValueError(f"wire = {self.wire!r} is none of {', '.join(DTYPE)}")
 
@@ -92,6 +98,11 @@ class Trained(methods.Method):
     def rising(self) -> int:
         """The steps at the beginning of a round in which the rate rises."""
         return 0
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations may be computed twice."""
+        return self.checkpointing.lower() != "false"
 
     def local_steps(self, rows: int) -> int:
         return self.steps or self.epochs * -(-rows // self.batch_size)
@@ -122,8 +133,8 @@ class Trained(methods.Method):
         away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in correction.items()}
         steps = Steps(list(parameters.values()), self, model.device, whole=batches.private is not None)
         taken = batches.steps if self.steps else batches.epochs
-        checkpoints, losses = by_layer(model.net) if self.checkpointing else nullcontext(), []
-        with adapters.training(model, key), checkpoints, steps.in_backward():
+        room, losses = ROOM[self.checkpointing.lower()] or model.room, []
+        with adapters.training(model, key), by_layer(model.net, room=room) as kept, steps.in_backward():
             for batch, rate in zip(
                 taken(self.steps or self.epochs, self.batch_size), self.rates(batches.n), strict=True
             ):
@@ -139,6 +150,7 @@ class Trained(methods.Method):
                 with torch.no_grad():
                     for name, direction in away.items():
                         parameters[name].sub_(direction, alpha=rate)
+        model.recomputes = kept.recomputed
         return float(np.mean(losses))
 
     def distance(self, state: Any, sent: Payload, reply: methods.Reply) -> float:
@@ -195,7 +207,7 @@ class Averaged(Trained):
     )
     mu: float = setting(0.0, "μ", "FedProx: pull towards the global module (0.01 is usual)")
     scaffold: bool = setting(False, "c_k", "SCAFFOLD: correct a device's drift (its c goes down too)")
-    checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
+    checkpointing: str = setting("auto", "ckpt", "activations twice: auto (short memory), true or false")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -323,7 +335,7 @@ class Averaged(Trained):
             "backward",
             module,
             State(placeholders(module), WIDE >> 1),
-            checkpointing=self.checkpointing,
+            checkpointing=self.recomputes,
             whole_gradient=self.clip > 0,
             kept=kept,
         )

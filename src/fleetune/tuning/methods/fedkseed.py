@@ -308,7 +308,7 @@ class Method(_zeroth.OfLedger):
         return Footprint("two-point", state=State(placeholder_ledger(self.K), 0, none, none))
 
     def footprints(self, shape: Shape) -> Sequence[Footprint]:
-        works = self.footprint(shape), Footprint("backward", moments=0, projects=True)
+        works = self.footprint(shape), Footprint("backward", moments=0, projects=True, checkpointing=True)
         return works[: len(self.kind_names)]
 
 

@@ -130,7 +130,7 @@ class Method(_adapter.Trained):
     )
     beta: float = setting(0.9, "β", "server momentum")
     server_lr: float = setting(0.05, "ηₛ", "server step, times 0.99 each round, 1e-4 at least (0: FedAvg)")
-    checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
+    checkpointing: str = setting("auto", "ckpt", "activations twice: auto (short memory), true or false")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -303,7 +303,7 @@ class Method(_adapter.Trained):
             "backward",
             module,
             state,
-            checkpointing=self.checkpointing,
+            checkpointing=self.recomputes,
             hessian_products=products,
             hessian_rows=self.curvature_rows,
             whole_gradient=self.clip > 0,

@@ -111,7 +111,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     share: int = setting(1, "m", "a device sends every so many-th row of a matrix, another one each round")
     planes: int = setting(2, "q", "vectors of signs that the server writes for each direction and round")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
-    checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
+    checkpointing: str = setting("auto", "ckpt", "activations twice: auto (short memory), true or false")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,7 +327,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             "backward",
             module,
             self.written(state, vectors),
-            checkpointing=self.checkpointing,
+            checkpointing=self.recomputes,
             whole_gradient=False,
         )
 

@@ -92,6 +92,7 @@ class Estimate:
     client_rows: int = 0  # of all clients, whose loss is measured before the run and after it
     client_row: float = 0.0  # seconds
     search: float = 0.0  # seconds of a search for a learning rate, before the run
+    twice: bool = False  # whether a step computes activations twice, for want of memory
     ends: int = 2  # how often there are answers and losses of each client: before the run and after it
 
     @property
@@ -130,9 +131,10 @@ class Estimate:
             )
         if self.search:
             more += f", after {human_time(self.search)} of finding a learning rate"
+        step = _short(self.step) + " with activations computed twice" * self.twice
         return (
             f"about {human_time(max(self.seconds, 0.1))}: {counted(self.rounds, 'round')} × {counted(self.clients, 'client')} × "
-            f"{steps} of {_short(self.step)}, and {counted(self.evaluations, 'evaluation')} of {_short(self.evaluation)}{more}"
+            f"{steps} of {step}, and {counted(self.evaluations, 'evaluation')} of {_short(self.evaluation)}{more}"
         )
 
 
@@ -183,6 +185,7 @@ def of(
         _answer(model, prompts, recipe.answer_tokens, recipe.max_length),
         sum(min(of_each, size) for size in sizes),  # of all clients, before and again after the run
         row,
+        twice=model.recomputes,
     )
 
 
