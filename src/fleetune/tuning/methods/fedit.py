@@ -87,6 +87,10 @@ class Method(_adapter.Averaged):
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "
                 "own and not what was learned; use average=separate"
             )
+        if product and self.wire != "fp32":
+            raise ValueError(
+                "average=product turns the factors every round, so that their change says nothing of them; use wire=fp32"
+            )
         if product and (self.server != "avg" or self.server_lr or self.scaffold):
             raise ValueError(
                 "average=product turns the factors every round, so that what server, server_lr and scaffold "
@@ -129,7 +133,7 @@ class Method(_adapter.Averaged):
     ) -> Payload:
         """Train the adapter of the rank that came."""
         came = {a.shape[:1] for n, a in payload.arrays.items() if n.endswith(".lora_A.weight")}
-        rank = next((k for k in self.each_rank if came == {(k,)}), None)
+        rank = next((k for k in self.each_rank if came == {(k,)} or "bits" in payload.arrays), None)
         if rank is None:
             raise MessageError("the adapter that came has none of the run's ranks")
         self.attach(model, payload.int("seed"), rank=rank)
