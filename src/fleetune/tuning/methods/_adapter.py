@@ -61,7 +61,7 @@ class State(NamedTuple):
     round: int = 0
     bits: np.ndarray = NO_SIGNS.bits  # what the last rounds changed, as `Signs`: `PLANES` each
     scales: np.ndarray = NO_SIGNS.scales
-    left: np.ndarray = np.zeros(0, np.float32)  # of the mean, what was not sent yet
+    left: np.ndarray = np.zeros(1, np.float32)  # of the mean, what was not sent yet
 
 
 class Trained(methods.Method):
@@ -356,9 +356,11 @@ class Averaged(Trained):
         mean = combined.tensors()
         if self.wire == "sign":
             mean = {n: w[n] + change for n, change in Layout.of(w).tensors(mean["change"]).items()}
-        new = state._replace(tensors=rounded(mean))
+        else:
+            mean = rounded(mean)
+        new = state._replace(tensors=mean)
         if self.server != "avg" or self.server_lr not in (0.0, 1.0):  # else the mean itself
-            delta = {n: m.astype(np.float64) - w[n].astype(np.float64) for n, m in new.tensors.items()}
+            delta = {n: m.astype(np.float64) - w[n].astype(np.float64) for n, m in mean.items()}
             moved, moments = server_rules.step(self.server, w, delta, state.moments, lr=self.server_lr)
             new = state._replace(tensors=rounded(moved), moments=moments)
         if self.wire == "sign":
@@ -371,12 +373,15 @@ class Averaged(Trained):
     def written(self, state: State, new: State) -> State:
         """Return `new` with its change from `state` as signs, and what these leave; nothing more is written without one."""
         layout = Layout.of(state.tensors)
-        start, aim = layout.flat(state.tensors), layout.flat(new.tensors)
-        if new is not state and state.left.size:
-            aim = aim + state.left
-        signs = sign_code.encode(aim.astype(np.float64) - start, layout.sizes, PLANES)
+        start = layout.flat(state.tensors)
+        change = layout.flat(new.tensors).astype(np.float64) - start
+        if new is not state:
+            change += state.left
+        signs = sign_code.encode(change, layout.sizes, PLANES)
         end = sign_code.add(start, signs, layout.sizes)
-        left = aim - end if new is not state else state.left
+        left = state.left
+        if new is not state:
+            left = (change - sign_code.add(np.zeros(len(start)), signs, layout.sizes)).astype(np.float32)
         # history, of no more bytes than the module
         most = PLANES * max(1, 4 * len(start) // (signs.bits.nbytes + signs.scales.nbytes))
         bits, scales = (
