@@ -91,7 +91,9 @@ def test_whatever_a_device_missed_it_has_the_servers_module(
         if not clients:
             assert all(np.array_equal(new.tensors[n], t) for n, t in state.tensors.items())
         elif values.get("server") is None:  # what was not sent is not lost
-            moves = [(x.payload.int("n"), *method.moved(method.broadcast(state), x).values()) for x in replies]
+            moves = [
+                (x.payload.int("n"), *method.moved(method.broadcast(state), x).values()) for x in replies
+            ]
             mean = sum(n * m.astype(np.float64) for n, m in moves) / sum(n for n, _ in moves)
             was = layout.flat(state.tensors) + state.left
             np.testing.assert_allclose(layout.flat(new.tensors) + new.left, was + mean, atol=1e-6)

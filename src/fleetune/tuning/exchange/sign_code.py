@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 
     def flat(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return tensors as the one vector."""
-        matrices = [tensors[name].reshape(tensors[name].shape[:1] + (-1,)) for name in self.shapes]
+        matrices = [tensors[name].reshape((*tensors[name].shape[:1], -1)) for name in self.shapes]
         return np.concatenate([(m.T if len(m) > m.shape[1] else m).ravel() for m in matrices])
 
     def tensors(self, vector: np.ndarray) -> Tensors:

@@ -9,6 +9,11 @@ keep devices with unlike data together:
   corrected afterwards, as in OpenFedLLM.  Nothing more goes up: c_k' - c_k = (w - w_k) / (tau eta) - c, all of which the server
   has.  c is the mean over the devices seen so far (the paper: a device that never took part counts as zero).  A device does not
   learn whether its reply arrived, so after a lost one its c_k has moved and c has not.
+
+With `wire=sign`, changes travel as signs with scales (`exchange/sign_code.py`).  A device sends one plane of its change.  The
+server writes the mean as `PLANES` planes, and adds what they leave to the next mean (error feedback: Karimireddy et al. 2019,
+arXiv 1901.09847, Algorithm 1).  A device that remembers the module is sent the planes of the rounds since; any other draws the
+start from the seed and is sent all planes, or the module where that is less.  So all have one module, the server's, to the bit.
 """
 
 import math
@@ -44,7 +49,11 @@ NOBODY: Final = np.zeros(0, np.int64)
 NOTHING: Final[Tensors] = {}  # never written to: a state is replaced
 PLANES: Final = 2  # of signs down; up goes one
 NO_SIGNS: Final = Signs(np.zeros((0, 0), np.uint8), np.zeros((0, 0), np.float32))
-SAME_EVERYWHERE: Final = ("default", "gaussian", "shared")  # starts of LoRA that each machine draws to the same bits
+SAME_EVERYWHERE: Final = (
+    "default",
+    "gaussian",
+    "shared",
+)  # starts of LoRA that each machine draws to the same bits
 
 
 class State(NamedTuple):
