@@ -15,12 +15,13 @@ from typing import Any
 
 import devices_harness
 import httpx
+import numpy as np
 import pytest
 from deploy_harness import compressed, tiny
 from devices_harness import Device, free_port
 
 import fleetune
-from command_line import Capture, refused
+from command_line import Capture
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import Interrupted, UsageError
@@ -30,7 +31,9 @@ from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.remote import Pace
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.worker import Brings
+from fleetune.privacy import mechanism
 from fleetune.runs import rundir
+from fleetune.seeds import ledger as ledgers
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
@@ -38,7 +41,8 @@ from heard import Heard
 
 CLIENTS = 3
 COMMON: dict[str, Any] = {**devices_harness.COMMON, "clients": CLIENTS, "rounds": 3}
-FEDKSEED = {**COMMON, "method": "fedkseed", "set": {"K": 16, "tau": 2, "lr": 1e-2, "backprop": 0.5}}
+WALK = {"K": 16, "tau": 2, "lr": 1e-2, "backprop": 0.5, "backprop_lr": 1e-3, "backprop_steps": 2}
+FEDKSEED = {**COMMON, "method": "fedkseed", "set": WALK}
 FEDIT = {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}}
 QUICK = Pace(grace=20, poll=0.01)
 
@@ -118,6 +122,30 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
     assert ("back-propagation" in shown.out) == bool(kinds)
 
 
+def test_devices_that_hide_their_rows_do_the_steps_of_the_simulation(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all noise still, to the same bits; the server states epsilon for a row, and for all rounds."""
+    monkeypatch.setattr(mechanism, "discrete_gaussian", lambda count: np.zeros(count, np.int64))
+    settings = FEDKSEED["set"] | {"batch_size": 99, "backprop": 0.0}
+    hidden = {"privacy": "example", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0, "aggregation": "mean:1"}
+    recipe = FEDKSEED | hidden | {"set": settings, "keep": "best"}
+    simulated = fleetune.tune(recipes.make(recipe), out="simulated")
+    split(recipe)
+    door = ["--port", str(port := free_port()), "--keys", "keys", "--certificate", "certs"]
+    with devices(port) as joined:
+        assert main(["fleet", "serve", "-c", "recipe.toml", "--out", "real", *door]) == 0
+    found = fleetune.open("latest", out="real")
+    head = ledgers.load(found.folder / "ledger.safetensors").head
+    assert head.checks["3"] == simulated.digest
+    stated = head.privacy
+    assert "epsilon 8 at delta 1e-05 for adding or removing one row, after 3 rounds" in stated
+    assert "noise of its own" in stated
+    spent = [e["report"]["epsilon"] for e in rundir.events(found.folder) if e["event"] == "round"]
+    assert spent == [8.0] * 3
+    assert any("privacy: each row is hidden" in note for note in joined[0].notes)
+
+
 @pytest.mark.parametrize("given", ["", 'aggregation = "mean"'], ids=["median", "mean:1"])
 def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(
     place: Path, given: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
@@ -179,9 +207,8 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
         shown = fleet_status.look(run)
         hint = str(stopped.value.hint)
         assert "fleet serve --resume" in hint
-        assert hint.endswith(
-            f" --port {port} --keys keys --certificate certs --grace 20"
-        )  # so that devices find it again, and are waited for as long
+        # so that devices find it again, and are waited for as long
+        assert hint.endswith(f" --port {port} --keys keys --certificate certs --grace 20")
         assert (shown.status, shown.replies["ok"]) == ("interrupted", 2 * CLIENTS)
         goes_on = Resumed()
         joined[1].leave.set()  # and one is replaced by a new process meanwhile
@@ -356,13 +383,3 @@ def test_scales_of_a_compressed_model_are_tuned_to_the_same_digest(place: Path, 
     (run,) = fleetune.list_runs("real")
     assert run.done.digest == simulated.done.digest
     assert recipes.read(run.folder / "run.toml")["model"] == "codes/codes.gguf"
-
-
-def test_a_compressed_model_without_train_is_refused(place: Path, capsys: Capture) -> None:
-    compressed(tiny(), Path("codes"))
-    Path("recipe.toml").write_text(
-        recipes.to_toml(recipes.make({**COMMON, "model": "codes", "method": "mezo"}))
-    )
-    assert "codes is a compressed model: codes, not plain weights" in refused(
-        capsys, "fleet", "serve", "-c", "recipe.toml", "--port", "0"
-    )

@@ -10,8 +10,6 @@ holds the others.  So sums are over at least `least_tokens`, of one result on on
 (`DeviceState.allow_calibration`), and behind one compressed form of each block (`DeviceState.allow_block`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -41,9 +39,8 @@ from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.result import finished
 
 BEGIN: Final = "begin"
-ASKED: Final = frozenset(
-    {"windows", "length"} | {result.FILE + name for name in result.FILES}
-)  # in the order `begin`
+# in the order `begin`
+ASKED: Final = frozenset({"windows", "length"} | {result.FILE + name for name in result.FILES})
 LONGEST: Final = 1 << 17  # tokens of a window
 MOST: Final = 1 << 14  # windows
 

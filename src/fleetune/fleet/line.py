@@ -1,7 +1,5 @@
 """Answer a server's orders from a device by the requests of `door.py`, and come back with the same key whatever happens."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math
@@ -50,10 +48,8 @@ REFUSED: Final[Mapping[int, str]] = {
     410: "the server was started anew",
     421: "this is another server: its certificate is for other names, or it listens elsewhere, or its ca.pem is not --ca",
 }
-NO_TLS: Final = (
-    "WRONG_VERSION_NUMBER",
-    "RECORD_LAYER_FAILURE",
-)  # what OpenSSL says of an answer in plain HTTP
+# what OpenSSL says of an answer in plain HTTP
+NO_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ Block by block the peak is a sum (bytes; weights of s bytes, blocks with matrice
 Constants are measured as in `device_cost`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
@@ -81,9 +79,8 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     if work.trained:
         step = work._replace(length=max(work.length, STEP))
         stages["training"] = _backward(shape, step) + _scales(shape, work)
-        stages["training"] += work.size * _weights(
-            list(shape.experts)
-        )  # of the compressed model, in its place
+        # of the compressed model, in its place
+        stages["training"] += work.size * _weights(list(shape.experts))
     if work.measured:
         rows, length = EVALUATED
         stages["measuring"] = rows * length * work.size * shape.widest + 2 * CHUNK_BYTES

@@ -26,9 +26,8 @@ from fleetune.seeds.weights import MovedWeights, WeightSlot
 
 log = logging.getLogger(__name__)
 
-WHOLE: Final = (
-    1 << 22
-)  # numbers of a tensor that is seen whole, at most, while both signs run: two copies exist then
+# numbers of a tensor that is seen whole, at most, while both signs run: two copies exist then
+WHOLE: Final = 1 << 22
 
 
 _WARNED: Final[WeakSet[nn.Module]] = WeakSet()  # nets whose unreached tensors were told

@@ -204,9 +204,8 @@ class SweepResult:
 
     folder: Path
     runs: tuple[finished.TuneResult, ...]
-    cells: Sequence[
-        Mapping[str, Any]
-    ]  # combinations: values, runs, base, tuned (mean and spread), bytes, seconds
+    # combinations: values, runs, base, tuned (mean and spread), bytes, seconds
+    cells: Sequence[Mapping[str, Any]]
 
     @property
     def page(self) -> Path:

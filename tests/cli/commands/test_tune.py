@@ -20,6 +20,7 @@ import pytest
 from command_line import call, events, ok, refused
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.tuning.methods import fedkseed
@@ -49,22 +50,14 @@ def test_help_is_quick_and_loads_no_torch():
         "import sys, time, fleetune.cli.main as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
         "print('torch' in sys.modules, time.process_time())"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        for _ in "123"
-    ]
-    loaded, seconds = zip(*(run.stdout.split()[-2:] for run in runs), strict=True)
-    assert set(loaded) == {"False"}
-    assert "examples:" in runs[0].stdout
-    assert min(map(float, seconds)) < 0.5
-
-
-def test_methods_json_lists_the_contract_fields(capsys):
-    code, out, _ = call(capsys, "methods", "--json")
-    listed = {e["name"]: e for e in events(out)}
-    assert code == 0
-    assert {"mezo", "fedkseed", "fedit"} <= set(listed)
-    assert all({"v", "name", "kind", "paper", "sends"} <= set(e) for e in listed.values())
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        loaded, seconds = done.stdout.split()[-2:]
+        assert loaded == "False"
+        assert "examples:" in done.stdout
+        if float(seconds) < 0.5:
+            return
+    raise AssertionError(f"{seconds} s")
 
 
 def test_every_recipe_field_is_a_flag(capsys):
@@ -204,7 +197,7 @@ def started(tiny: str, *more: str) -> subprocess.Popen[str]:
 
 
 def wait_for_round(folder: Path, least: int) -> None:
-    for _ in range(1200):
+    for _ in range(6000):  # a busy machine takes its time
         found = list(folder.glob("runs/0001-*/checkpoints/round-*.ckpt"))
         if any(int(p.stem[-6:]) >= least for p in found):
             return
@@ -290,21 +283,19 @@ def test_a_data_file_whose_name_is_not_utf_8_is_refused_before_a_folder_is_made(
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, at, capsys, monkeypatch):
-    import fleetune.runs.rundir as rd
-
-    real = rd.write_atomic
+    real = files.write_atomic
 
     def full(path: Path, data: bytes | str, *, mode: int | None = None) -> None:
         if path.name == "round-000002.ckpt":
-            raise rd.storage_error(OSError(errno.ENOSPC, "No space left on device"), path)
+            raise files.storage_error(OSError(errno.ENOSPC, "No space left on device"), path)
         real(path, data, mode=mode)
 
-    monkeypatch.setattr(rd, "write_atomic", full)
+    monkeypatch.setattr(files, "write_atomic", full)
     err = refused(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3", code=1)
     assert "the disk is full" in err
     assert "free some space, then: fleetune tune --resume runs/0001" in err.replace(str(at) + "/", "")
     assert "Traceback" not in err
-    monkeypatch.setattr(rd, "write_atomic", real)
+    monkeypatch.setattr(files, "write_atomic", real)
     resumed = ok(capsys, "tune", "--resume", "latest")[-1]["digest"]
     whole = ok(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3", "--out", "whole")
     assert whole[-1]["digest"] == resumed
@@ -312,9 +303,8 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, at, capsys, monkeypatc
 
 def test_a_read_only_folder_is_said_before_any_work(tiny, at, capsys, monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise OSError(
-            errno.EROFS, "Read-only file system"
-        )  # root may write anywhere, so the system is asked to refuse
+        # root may write anywhere, so the system is asked to refuse
+        raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(rundir.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(models, "load", refuse)

@@ -10,8 +10,6 @@ A quantised layer NAME of shape [R, C] = [out, in] in groups of G inputs (AutoGP
 Three bits run on over the ends of words: 32 codes are 3 words.  dtype float16 as in `compressed_tensors.py`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -90,9 +88,8 @@ def check(model: Checkpoint, kind: str | None = None) -> dict[str, Quantised]:
     """Return the grids of the linear layers; Misfit when the format cannot hold them, UsageError for plain weights."""
     grids = hf.matrices(model, TARGET)
     plain = model.linears - grids.keys() - {HEAD}
-    missing = sorted(
-        name for name in plain if model.shapes[name][0] > 1
-    )  # runtimes hold gates of one output plain
+    # runtimes hold gates of one output plain
+    missing = sorted(name for name in plain if model.shapes[name][0] > 1)
     if missing or HEAD in grids:
         what = f"{missing[0]} is not quantised" if missing else f"{HEAD} is"
         raise Misfit(f"{TARGET} wants all linear layers but the head quantised; {what}", remedy=REMEDY)

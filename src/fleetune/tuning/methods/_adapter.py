@@ -519,8 +519,9 @@ def no_signs(layout: Layout, planes: int = 0) -> Signs:
 
 def sizes_sent(sent: Payload) -> np.ndarray:
     """Return the sizes of the groups of what was sent."""
-    groups = np.frombuffer(bytes(sent.scalars["groups"]), np.uint32)
-    return Layout({}, groups.reshape(-1, 2)).sizes
+    groups = sent.scalars["groups"]
+    assert isinstance(groups, bytes)
+    return Layout({}, np.frombuffer(groups, np.uint32).reshape(-1, 2)).sizes
 
 
 def rounded(tensors: Mapping[str, np.ndarray]) -> Tensors:

@@ -195,9 +195,8 @@ class Method(_zeroth.OfLedger):
                 LogCode.decode(LogCode.encode(np.array([-g * UNITS * weights[j]]), coins[j : j + 1]))[0]
             ),
         )
-        codes = LogCode.encode(
-            steps.coefficients, np.zeros(len(steps.coefficients))
-        )  # levels: nothing is rounded
+        # levels: nothing is rounded
+        codes = LogCode.encode(steps.coefficients, np.zeros(len(steps.coefficients)))
         return Payload({"codes": codes}, {"n": batches.n, "loss": steps.loss})
 
     def walk(self, reply: Reply, p: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
