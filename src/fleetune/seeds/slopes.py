@@ -30,9 +30,7 @@ ROWS: Final = 24  # of a direction
 STEPS: Final = 16  # of the walk
 GRID: Final = 1e-9  # of the walk's coefficients: a fraction of any weight's own precision
 LIMIT: Final = (1 << 31) - 1
-CAREFUL: Final = (
-    0.4  # share of the rate at which the first step's loss is least: G falls while the noise stays
-)
+CAREFUL: Final = 0.4  # share of the rate at which the first step's loss is least: G falls, noise stays
 CAP: Final = 0.35  # lr times curvature, at most: a walk that is averaged with others must itself be stable
 
 
@@ -42,7 +40,7 @@ class Slopes:
 
     gradient: float  # G, the squared norm of the gradient
     noise: float  # s^2, the variance of a slope on one row
-    curvature: float  # h, the trace of the Hessian
+    curvature: float  # h, the mean of |z' H z|: no step is safer where the loss is concave
     slopes: tuple[float, ...]  # of each direction
     curvatures: tuple[float, ...]  # of each direction, with its sign
 
@@ -132,10 +130,7 @@ def _at_point(
         counted(3)
     slopes, variances, curvatures = np.array(measured).T
     noise = float(variances.mean())
-    squared, curvature = (
-        float((slopes**2).mean()),
-        float(np.abs(curvatures).mean()),
-    )  # no step is safer where it is < 0
+    squared, curvature = float((slopes**2).mean()), float(np.abs(curvatures).mean())
     return Slopes(
         squared - noise, noise * size, curvature, tuple(slopes.tolist()), tuple(curvatures.tolist())
     )

@@ -33,10 +33,10 @@ Every layer has a prompt of its own: keys and values that its attention finds in
 - Under another rule than the mean, c_k = D_k / (sum of the steps' eta), and c moves by the combination of c_k - c: what a median
   leaves out would stay in the variates of its device, and add up.
 
-The measurement costs a device of 16 rows 5.4 times the processor time of its training in that round (a model of 5 layers; with 50
-products on 8 rows 43 times).  It finds no gap there, so all layers travel: after five rounds of four clients the loss is 3.746 for
-1.0 MB, and 3.783 for 0.71 MB by `half` (noise 0.005).  `fleetune sweep choice.toml --vary layers_rule=half,lipschitz --seeds 6`,
-with `clients = 4`, `rounds = 5`, `limit = 220`, `max_length = 64`, `held_out = 60` in the recipe, measures that.
+The measurement costs a device of 16 rows 5.4 times the processor time of its training in that round (a model of 5 layers; 43
+times with 50 products on 8 rows).  It finds no gap there, so all layers travel: after five rounds of four clients the loss is
+3.746 for 1.0 MB, and 3.783 for 0.71 MB by `half` (noise 0.005).  `fleetune sweep choice.toml --vary layers_rule=half,lipschitz
+--seeds 6` measures that, with `clients = 4`, `rounds = 5`, `limit = 220`, `max_length = 64` and `held_out = 60` in the recipe.
 """
 
 import logging
