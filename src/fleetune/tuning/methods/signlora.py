@@ -134,10 +134,11 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
 
     def attached(self, model: Model) -> SignLora:
         """Return the LoRA of a model, put on where it is not."""
-        if not (isinstance(model.attachment, Attachment) and isinstance(model.attachment.spec, SignLora)):
+        own = SignLora(self.r, self.r, targets=self.targets)
+        if not (isinstance(model.attachment, Attachment) and model.attachment.spec == own):
             if model.attachment is not None:
                 model.attachment.detach(model)
-            adapters.attach(model, SignLora(self.r, self.r, targets=self.targets), seed=0)
+            adapters.attach(model, own, seed=0)
         spec = adapters.attachment_of(model).spec
         assert isinstance(spec, SignLora)
         return spec
@@ -230,11 +231,17 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         shapes = [tuple(slot.tensor.shape) for slot in slots.values()]
         if [rows for rows, _ in shapes] != payload.array("rows").tolist():
             raise MessageError("the matrices that the run trains are not those of this model")
-        if p.max(initial=0) >= self.pool or m.max(initial=0) >= len(shapes):
+        scale, bits = payload.array("scale"), payload.array("signs")
+        here = (
+            p.max(initial=0) < self.pool and m.max(initial=0) < len(shapes) and len(p) == len(m) == len(scale)
+        )
+        if not here or len(bits) != sum(-(-shapes[place][0] // 8) for place in m.tolist()):
             raise MessageError("the entries that came are not of this run's matrices and directions")
-        came = outer_passes(shapes, p << np.uint64(32) | m, payload.array("scale"), payload.array("signs"))
+        came = outer_passes(shapes, p << np.uint64(32) | m, scale, bits)
         tables = dict(zip(came.ids.tolist(), came.tables, strict=True))
         if payload.int("known"):
+            if "directions" not in memory:
+                raise MessageError("this device does not remember the entries that came before")
             for direction, table in zip(memory["directions"].tolist(), memory["tables"], strict=True):
                 tables[direction] = tables.get(direction, 0) + table.astype(np.int64)
         used = sorted(tables)
