@@ -221,7 +221,7 @@ def told(
 ) -> tuple[list[Answer], dict[int, bytes]]:
     """What the clients of a round answer, and what they were sent: the news since what each remembers."""
     asked = Round(number, base_of(fleet.model), fleet.rows, state)
-    with Replies(chosen, asked, Folder(folder), lambda event: None) as replies:  # type: ignore[arg-type]
+    with Replies(chosen, asked, Folder(folder), lambda event: None) as replies:
         messages = _messages(chosen, fleet, replies, present)
     return list(fleet.ask(number, present, messages)), messages
 
@@ -278,13 +278,13 @@ def wrong(change: str, sent: Payload) -> None:
     """Change what is sent so that it cannot be of this run."""
     arrays = sent.arrays
     if change == "known":
-        sent.scalars["known"] = 2  # type: ignore[index]
+        sent.scalars["known"] = 2
     elif change == "rows":
-        arrays["rows"] = arrays["rows"][::-1].copy()  # type: ignore[index]
+        arrays["rows"] = arrays["rows"][::-1].copy()
     elif change in ("direction", "matrix"):
-        arrays[change] = np.full_like(arrays[change], 8)  # type: ignore[index]
+        arrays[change] = np.full_like(arrays[change], 8)
     else:
-        arrays[change] = arrays[change][:-1]  # type: ignore[index]
+        arrays[change] = arrays[change][:-1]
 
 
 @pytest.mark.parametrize(
