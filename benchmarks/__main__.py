@@ -25,7 +25,7 @@ ALL = {
     "solvers": solvers.run,
     "privacy": privacy.run,
 }
-ALONE = ("privacy",)  # run only where named: an hour, and files
+ALONE = ("privacy",)  # run only where named: 20 minutes, and files
 
 
 def main() -> int:
@@ -59,7 +59,10 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks", description="Ours against the papers' way, as ratios.")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)} (default: all but privacy)"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(ALL)} (default: all but privacy: it takes 20 minutes, and files)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a small model and few repeats; no number counts"

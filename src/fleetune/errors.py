@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-FAULTS: Final = (
-    Exception,
-    SystemExit,
-)  # what a user's own code may raise: its sys.exit() ends no job of ours
+# what a user's own code may raise: its sys.exit() ends no job of ours
+FAULTS: Final = (Exception, SystemExit)
 REASON: Final = 300  # characters of a reason that goes into a record, a log and on the screen
 
 

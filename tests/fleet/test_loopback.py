@@ -15,6 +15,7 @@ from typing import Any
 
 import devices_harness
 import httpx
+import numpy as np
 import pytest
 from deploy_harness import compressed, tiny
 from devices_harness import Device, free_port
@@ -30,7 +31,9 @@ from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.remote import Pace
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.worker import Brings
+from fleetune.privacy import mechanism
 from fleetune.runs import rundir
+from fleetune.seeds import ledger as ledgers
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
@@ -129,6 +132,30 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
     shown = capsys.readouterr()
     assert (f"--kinds {kinds}" in shown.out + shown.err) == bool(kinds)
     assert ("back-propagation" in shown.out) == bool(kinds)
+
+
+def test_devices_that_hide_their_rows_do_the_steps_of_the_simulation(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all noise still, to the same bits; the server states epsilon for a row, and for all rounds."""
+    monkeypatch.setattr(mechanism, "discrete_gaussian", lambda count: np.zeros(count, np.int64))
+    settings = FEDKSEED["set"] | {"batch_size": 99, "backprop": 0.0}
+    hidden = {"privacy": "example", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0, "aggregation": "mean:1"}
+    recipe = FEDKSEED | hidden | {"set": settings, "keep": "best"}
+    simulated = fleetune.tune(recipes.make(recipe), out="simulated")
+    split(recipe)
+    door = ["--port", str(port := free_port()), "--keys", "keys", "--certificate", "certs"]
+    with devices(port) as joined:
+        assert main(["fleet", "serve", "-c", "recipe.toml", "--out", "real", *door]) == 0
+    found = fleetune.open("latest", out="real")
+    head = ledgers.load(found.folder / "ledger.safetensors").head
+    assert head.checks["3"] == simulated.digest
+    stated = head.privacy
+    assert "epsilon 8 at delta 1e-05 for adding or removing one row, after 3 rounds" in stated
+    assert "noise of its own" in stated
+    spent = [e["report"]["epsilon"] for e in rundir.events(found.folder) if e["event"] == "round"]
+    assert spent == [8.0] * 3
+    assert any("privacy: each row is hidden" in note for note in joined[0].notes)
 
 
 @pytest.mark.parametrize("given", ["", 'aggregation = "mean"'], ids=["median", "mean:1"])

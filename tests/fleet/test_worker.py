@@ -21,14 +21,15 @@ from fleetune.data.encode import encode_rows
 from fleetune.deploy.export import write as export
 from fleetune.errors import FitError, FleetError, MessageError
 from fleetune.evaluation.losses import pad_id
-from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply, Secure
+from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Hidden, Job, Order, Reply, Secure
 from fleetune.fleet.worker import ANSWER, Brings, Worker, fitting_kinds
 from fleetune.models import loading
 from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
-from fleetune.privacy import accountant
+from fleetune.privacy import accountant, mechanism
+from fleetune.privacy.mechanism import Privacy
 from fleetune.privacy.secagg import SEALED as SHARES
 from fleetune.privacy.secagg import Member
 from fleetune.seeds.noise import derive
@@ -454,7 +455,7 @@ def test_an_open_run_has_no_sums_to_ask_for(worker: Worker, job: Job) -> None:
         ({"least": 3}, None, "no-sum 3"),
         ({"least": 5}, SUM, "no-sum 5"),
         ({"epsilon": 8.0}, SUM, "no-noise"),
-        ({"epsilon": 8.0}, None, "no-sum 3"),
+        ({"epsilon": 8.0}, None, "no-noise"),
     ],
 )
 def test_a_device_takes_part_in_the_sums_that_it_was_told_alone(
@@ -478,6 +479,8 @@ def test_a_device_counts_its_own_budget_over_all_runs(place: Path, tmp_path: Pat
     assert [reply.what for reply in done] == ["done", "done"]
     more = Reply.decode(worker.answer(Order("work", 3, 0, 9, message(place, job, 3)).encode()))
     assert (more.what, more.code) == ("failed", "budget")
+    again = make_worker(place, tmp_path, epsilon=2.3, delta=0.001)  # restarted, in the same run
+    assert take(again, job).what == "ready"
     fresh = make_worker(place, tmp_path, epsilon=2.3, delta=0.001)
     assert take(fresh, dataclasses.replace(job, run="e" * 32, rounds=1)).code == "budget"
 
@@ -501,3 +504,105 @@ def test_a_method_that_keeps_memories_of_clients_is_in_no_secure_sum(worker: Wor
 def test_a_secure_sum_that_hides_nothing_is_no_job(odd: dict[str, float]) -> None:
     with pytest.raises((MessageError, ValidationError)):
         dataclasses.replace(SUM, **odd)
+
+
+# Rows that the device hides ------------------------------------------------------------------------------
+
+HIDDEN = Hidden(4.0, 1e-3, 1.0)
+STEPS = 2  # of a round
+
+
+def hiding(job: Job, batch: int = 99, **more: object) -> Job:
+    settings = {name: value for name, value in SET.items() if name != "scaffold"} | {"batch_size": batch}
+    return dataclasses.replace(job, set=settings, hidden=HIDDEN, **more)
+
+
+def trained(worker: Worker, place: Path, job: Job, round: int) -> Reply:
+    return Reply.decode(worker.answer(Order("work", round, 0, 7, message(place, job, round)).encode()))
+
+
+def test_its_noise_is_its_own_and_costs_the_epsilon_of_the_run(
+    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own rows; and the steps are those of a simulated client, whose noise and sample are the same where both are still."""
+    job = hiding(job, 4)
+    worker = make_worker(place, tmp_path)
+    assert take(worker, job).what == "ready"
+    assert worker.loaded is not None
+    hides = worker.loaded.hides
+    assert hides is not None
+    assert (hides.clip, hides.q, hides.N) == (1.0, 4 / 12, 12)
+    spent = accountant.epsilon(hides.noise, hides.q, job.rounds * STEPS, 1e-3)
+    assert spent <= 4.0 < 1.02 * spent
+    replies = [trained(worker, place, job, 1).body for _ in range(2)]
+    assert replies[0] != replies[1]  # the server's key decides none of it
+    monkeypatch.setattr(mechanism, "discrete_gaussian", lambda count: np.zeros(count, np.int64))
+    monkeypatch.setattr("fleetune.data.encode.sample", lambda rows, q: list(rows)[:3])
+    reply = trained(worker, place, job, 1)
+    model = models.load(str(place / "model"), device="cpu")
+    rows = encode_rows(model, data.read(str(place / "rows.jsonl")), 48)[0]
+    batches = Batches(rows, pad_id(model), 7, "cpu", 0, Privacy(1.0, hides.noise, 4 / 12, 12))
+    sent, method = decode(message(place, job, 1)), methods.make("fedit", job.set)
+    assert reply.body == work(method, model, batches, 7, sent, Memories(), lambda client, step: None)
+    assert decode(reply.body).payload.scalars["loss"] == 0.0
+
+
+def test_it_counts_the_steps_of_a_run_whatever_the_server_says(place: Path, tmp_path: Path, job: Job) -> None:
+    """Over restarts, in rounds that come again, and where the job comes again with fewer rounds or a larger epsilon."""
+    plain, job = job, hiding(job)
+    for round in range(1, 4):
+        worker = make_worker(place, tmp_path, epsilon=4.0, delta=1e-3)
+        assert take(worker, job).what == "ready"
+        assert trained(worker, place, job, round).what == "done"
+    for round in (3, 4):
+        more = trained(worker, place, job, round)
+        assert (more.what, more.code) == ("failed", "budget")
+    for other in (
+        dataclasses.replace(job, rounds=1),
+        dataclasses.replace(job, hidden=dataclasses.replace(HIDDEN, epsilon=90.0)),
+        dataclasses.replace(job, run="e" * 32),
+    ):
+        assert take(make_worker(place, tmp_path, epsilon=4.0, delta=1e-3), other).code == "budget"
+    assert take(make_worker(place, tmp_path), dataclasses.replace(job, rounds=1)).code == "budget"
+    assert take(make_worker(place, tmp_path, epsilon=90.0), summed(plain, noise=9.0)).code == "unit"
+
+
+@pytest.mark.parametrize(
+    ("brings", "odd", "code"),
+    [
+        ({"epsilon": 3.9, "delta": 1e-3}, {}, "budget"),
+        ({"epsilon": 4.0, "delta": 1e-4}, {}, "budget"),
+        ({"least": 3}, {}, "no-sum 3"),
+        ({"epsilon": 4.0}, {"hidden": None}, "no-noise"),
+        ({}, {"hidden": dataclasses.replace(HIDDEN, delta=0.1)}, "settings"),
+        ({}, {"rounds": 1_000_000}, "settings"),
+        ({}, {"rounds": 0}, "settings"),
+        ({}, {"set": SET}, "settings"),
+        ({}, {"method": "fwdllm", "set": {}}, "settings"),
+    ],
+)
+def test_a_run_that_hides_less_than_it_asks_for_is_refused(
+    place: Path, tmp_path: Path, job: Job, brings: dict[str, float], odd: dict[str, object], code: str
+) -> None:
+    refused = take(make_worker(place, tmp_path, **brings), dataclasses.replace(hiding(job), **odd))
+    assert (refused.what, refused.code) == ("refused", code)
+
+
+def test_back_propagation_that_was_not_agreed_is_counted(place: Path, tmp_path: Path, job: Job) -> None:
+    """A message can ask fedkseed for other steps than its settings say: more of them than are accounted never leave."""
+    job = dataclasses.replace(hiding(job), method="fedkseed", set={"K": 16, "tau": 1, "backprop_steps": 9})
+    worker = make_worker(place, tmp_path)
+    assert take(worker, dataclasses.replace(job, rounds=1)).what == "ready"
+    model, method = models.load(str(place / "model"), device="cpu"), methods.make("fedkseed", job.set)
+    sent = method.broadcast(method.init(model, 5))
+    marked = Payload(sent.arrays, {**sent.scalars, "backprop": True})
+    body = encode(Message(1, bytes.fromhex(job.base)[:8], marked))
+    assert Reply.decode(worker.answer(Order("work", 1, 0, 7, body).encode())).code == "budget"
+
+
+@pytest.mark.parametrize(
+    "odd", [{"dtype": "bf16"}, {"task": "eval"}, {"secure": SUM}, {"hidden": {"epsilon": 4.0}}]
+)
+def test_a_job_that_cannot_hide_rows_is_none(job: Job, odd: dict[str, object]) -> None:
+    with pytest.raises((MessageError, ValidationError)):
+        dataclasses.replace(hiding(job), **odd)

@@ -5,8 +5,6 @@ two `Part`s: the module's own, and the classification head's where the model has
 Trainable parameters are fp32 also on a 16-bit base: their steps are far smaller than a bf16 step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

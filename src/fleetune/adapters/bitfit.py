@@ -1,10 +1,8 @@
-"""Train some of the model's own parameters as fp32 copies: biases, or all.
+"""Train some of the model's own parameters as fp32 copies: biases, norms, or all.
 
-BitFit (Ben Zaken, Ravfogel, Goldberg, ACL 2022, arXiv 2106.10199) trains the biases alone.  A bias by which a router only
-chooses experts (ERNIE 4.5's) has no gradient and counts as none.
+BitFit (Ben Zaken, Ravfogel, Goldberg, ACL 2022, arXiv 2106.10199) trains the biases alone.  A bias by which a router only chooses
+experts (ERNIE 4.5's) has no gradient and counts as none.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Final

@@ -1,10 +1,8 @@
 """Save and load an adapter as a PEFT directory where PEFT supports it, else as two files of our own; both are exact to the bit.
 
-PEFT's are LoRA (with a classification head in `modules_to_save`), the prefix in every layer of a decoder, and a decoder's soft
-prompt.  Ours are module.json (the spec, and its base) and module.safetensors (the fp32 tensors by name).
+PEFT has LoRA (a classification head in `modules_to_save`), the prefix in every layer of a decoder, and a decoder's soft prompt.
+Our files are module.json (the spec, and its base) and module.safetensors (the fp32 tensors by name).
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json

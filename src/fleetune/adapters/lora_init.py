@@ -17,8 +17,6 @@ rows: exact up to that many rows, else a close approximation.  Unlike the paper,
 are read until the rows end.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType

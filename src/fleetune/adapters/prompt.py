@@ -1,6 +1,6 @@
 """Train a soft prompt: T embeddings among those of the words.
 
-Prompt Tuning (Lester, Al-Rfou, Constant, EMNLP 2021, arXiv 2104.08691, section 2).  They start as the embeddings of T pieces of
+Prompt Tuning (Lester, Al-Rfou, Constant, EMNLP 2021, arXiv 2104.08691, section 2).  The embeddings start as those of T pieces of
 the vocabulary (section 2.2), drawn by the seed.  In a decoder they come first, as in PEFT; in an encoder behind the first token,
 whose output the classifier reads.
 """

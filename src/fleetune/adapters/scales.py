@@ -1,8 +1,8 @@
 """Train the scales of a quantised base by back-propagation, and leave its codes as they are.
 
-PEQA (Kim et al., NeurIPS 2023, arXiv 2305.14152, section 3): a linear layer's weight is W = s q with frozen codes q and a scale
-s for each group.  Here a group is a block of ggml, perhaps with an offset too; trained is a move delta of p, about log2 |s|, in
-fp32 (`seeds/scale_view.py`).  A forward pass runs on the scales' nearest numbers in fp16, so the model that is trained is the
+PEQA (Kim et al., NeurIPS 2023, arXiv 2305.14152, section 3): a linear layer's weight is W = s q with frozen codes q and a scale s
+for each group.  Here a group is a block of ggml, which may also have an offset, and what is trained is a move delta of p, about
+log2 |s|, in fp32 (`seeds/scale_view.py`).  A forward pass uses the nearest scales in fp16, so the model that is trained is the
 file that is written.
 """
 

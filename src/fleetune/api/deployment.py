@@ -220,9 +220,8 @@ def measure(
     """
     from fleetune.deploy import measure as measuring
 
-    found = [
-        subjects.open(model, out=out) for model in models
-    ]  # what is no model is refused before torch is imported
+    # what is no model is refused before torch is imported
+    found = [subjects.open(model, out=out) for model in models]
     if kept_gain and found:
         measuring.check_kept(found)
 

@@ -1,7 +1,5 @@
 """Format numbers and measures for people, and make names and messages from strangers' models and data safe to show."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

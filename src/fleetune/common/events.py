@@ -7,8 +7,6 @@ same lines with the time `t` (seconds since 1970); its last one ends with `crc`,
 Units: bytes, seconds, nats for losses.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

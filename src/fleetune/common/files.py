@@ -1,7 +1,5 @@
 """Write files atomically, lock an open one for one process, and turn the system's errors into clear ones."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import json

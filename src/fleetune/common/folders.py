@@ -4,8 +4,6 @@ A folder is made under a hidden name beside its place, locked by its process, an
 unlocked, and `sweep` removes it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets

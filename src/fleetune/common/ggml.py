@@ -1,7 +1,5 @@
 """Name ggml's types of blocks whose scales can be tuned: 32 codes of a row, and one or two fp16 numbers in front of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Final

@@ -4,8 +4,6 @@ Long work calls `heard` before each piece: a block of a model, a chunk of weight
 around the work; an exception that it raises ends the work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

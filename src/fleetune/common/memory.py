@@ -1,7 +1,5 @@
 """Measure and limit this process's memory on Linux, macOS and Windows, without heavy imports."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

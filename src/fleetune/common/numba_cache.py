@@ -1,7 +1,5 @@
 """Compile with `numba.njit` and an on-disk cache that may fail, and say when that takes long."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable

@@ -9,8 +9,6 @@ The same formula with L'_i - L_i for L_i gives the difference of two models, and
 kept.  docs/watch.md says what such an error means.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple

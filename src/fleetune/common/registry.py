@@ -3,8 +3,6 @@
 The constants at the top of a module (`KIND`, `PAPER`, ..) are read from its text (`ast`), so listing imports nothing.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib

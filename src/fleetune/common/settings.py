@@ -7,8 +7,6 @@
 A `__post_init__` raises ValueError(*problems), in plain words, for values that do not go together.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

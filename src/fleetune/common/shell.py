@@ -1,8 +1,9 @@
 """Write a command so that it can be pasted into a shell, and so that no word of it drives the terminal."""
 
-from __future__ import annotations
-
+import importlib.util
 import shlex
+
+from fleetune.errors import UsageError
 
 
 def quoted(word: object) -> str:
@@ -32,3 +33,10 @@ def command(*words: object) -> str:
 def pip_install(extra: str = "") -> str:
     """Return the command that installs Fleetune with an extra (none for "")."""
     return f"pip install {quoted(f'fleetune[{extra}]' if extra else 'fleetune')}"
+
+
+def check_installed(what: str, extra: str, *packages: str) -> None:
+    """UsageError where one of the packages, which come with an extra and are needed for `what`, is not there."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"{what} needs {name}, which is not installed", hint=pip_install(extra))

@@ -3,8 +3,6 @@
 `sha256sum -c SHA256SUMS` reads the file.  README.md is left out, since people edit it.  A folder without SHA256SUMS is accepted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Collection, Iterator

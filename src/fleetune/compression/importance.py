@@ -5,8 +5,7 @@
 
 The biases of removed rows go with them.  With g the gradient of the mean loss, and F the mean of the squared gradients of each
 text's loss (Fisher's diagonal in place of the Hessian's), a weight w has the importance |w| (magnitude), |w g| (first), w^2 F
-(second) or |w g - w^2 F / 2| (mixed; the paper's element-wise equations 3 and 5).  g is not 0: the model was not trained on these
-texts.
+(second) or |w g - w^2 F / 2| (mixed; the paper's element-wise equations 3 and 5).  g is not 0: the texts are new.
 """
 
 from __future__ import annotations

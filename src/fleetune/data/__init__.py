@@ -4,8 +4,6 @@ The names of `encode.py`, which needs torch, are loaded when first used.  `encod
 of the same name, which they would hide.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING
 

@@ -6,8 +6,6 @@ causal model a question about them (`LABELLED`).  Turns that are not text are le
 twice in a row, the two turns become one.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -261,9 +259,8 @@ LABELLED: Final = {  # name: the fields to read, and what is asked about them
     "labelled sentence": (("sentence",), "{}\nHow is this sentence labelled?"),
     "labelled text": (("text",), "{}\nHow is this text labelled?"),
 }
-SPOKEN: Final = {
-    "QNLI": {"entailment": "yes", "not_entailment": "no", "0": "yes", "1": "no"}
-}  # GLUE's numbers, too
+# GLUE's numbers, too
+SPOKEN: Final = {"QNLI": {"entailment": "yes", "not_entailment": "no", "0": "yes", "1": "no"}}
 OPTIONAL: Final = {SYSTEM, CLIENT, "context", "input"}
 FIELDS: Final = tuple(
     dict.fromkeys(

@@ -9,8 +9,6 @@
 Random words are Philox's, the same on every platform.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A source is a file, a folder with one file per client (its name becomes the rows
 Hugging Face hub ("owner/name", or "owner/name:file").  Every row must have the form of the first (`forms.py`).
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import os

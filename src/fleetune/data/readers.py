@@ -1,9 +1,4 @@
-"""Read the rows of a file (.jsonl, .json, .csv, .parquet) one by one, each with its place in the file.
-
-A reader yields a `Problem` in place of an invalid row; an invalid file as a whole is a DataError.
-"""
-
-from __future__ import annotations
+"""Read the rows of a file (.jsonl, .json, .csv, .parquet) each with its place; a `Problem` stands for an invalid row."""
 
 import csv
 import difflib

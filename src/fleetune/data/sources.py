@@ -1,6 +1,4 @@
-"""Find the files of a data set: on the hub or in its cache, in a folder; store rows from standard input, so a run can resume."""
-
-from __future__ import annotations
+"""Find the files of a data set (on the hub, in its cache, in a folder), and store rows from standard input for a later resume."""
 
 import hashlib
 import logging

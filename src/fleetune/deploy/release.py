@@ -9,21 +9,22 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from fleetune.common import sums
 from fleetune.common.events import Released
 from fleetune.common.files import PRIVATE, json_text, storage_error, write_atomic
 from fleetune.common.folders import staged
-from fleetune.common.shell import pip_install, quoted
+from fleetune.common.openssh import read_key
+from fleetune.common.shell import check_installed, quoted
 from fleetune.errors import ModelError, UsageError
 from fleetune.runs import compression_folder, metrics, rundir
 from fleetune.subject import Run
@@ -32,7 +33,7 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished, foundations
 from fleetune.tuning.run import describe, model_card
 
-with contextlib.suppress(ImportError):  # of the extra `fleet`: `_check_installed` says what is missing
+with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed` says what is missing
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import serialization as forms
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -41,6 +42,7 @@ SIGNATURE: Final = f"{sums.FILE}.sig"
 SIGNER: Final = "signer.pub"
 NAMESPACE: Final = b"file"
 HASH: Final = b"sha512"
+OF: Final = "on the curve ed25519"
 ARMOUR: Final = ("-----BEGIN SSH SIGNATURE-----", "-----END SSH SIGNATURE-----")
 # what is told of the first and the last event: no path, no client's name, no traffic, which tells how many took part
 FACTS: Final = (
@@ -55,14 +57,18 @@ def write(run: Run, out: Path | None = None, key: Path | None = None) -> Release
     `key` is an ed25519 key as `ssh-keygen -t ed25519` makes it, without a password; by default the user's own, made when it is
     first needed.  UsageError for a run without a result, a folder that exists, or a key that cannot be used.
     """
-    _check_installed()
+    check_installed("a signature", "fleet", "cryptography")
     result, place = run.result, out or run.folder / "release"
     if place.exists():
         raise UsageError(f"{place} exists already", hint="choose a new folder with --to, or remove it first")
     if (done := finished.stated_by(run.folder)) == {}:
         raise UsageError(f"{run.folder} is not finished", hint=f"fleetune tune --resume {quoted(run.folder)}")
     file = key or own_key()
-    secret = _read(file)
+    hint, load = (
+        "make one: ssh-keygen -t ed25519 -N '' -f FILE",
+        partial(forms.load_ssh_private_key, password=None),
+    )
+    secret = read_key(file, load, Ed25519PrivateKey, OF, hint)
     with staged(place) as folder:
         (folder / model_card.CARD).write_text(model_card.of_release(run.folder), encoding="utf-8")
         public: dict[str, Any] = {n: describe.public(getattr(run.recipe, n)) for n in describe.NAMED}
@@ -98,7 +104,7 @@ def check(folder: Path, signer: str = "") -> str:
     ModelError where the signature is not the key's, a file is not as it was signed or was not signed, or `signer` (a
     fingerprint, a public key or its file) is another key.
     """
-    _check_installed()
+    check_installed("a signature", "fleet", "cryptography")
     for name in (SIGNATURE, SIGNER, sums.FILE):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} is no release: it has no {name}", hint="get it again from its maker")
@@ -166,29 +172,9 @@ def fingerprint(key: Ed25519PublicKey) -> str:
     return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
-def _read(path: Path) -> Ed25519PrivateKey:
-    hint = "make one: ssh-keygen -t ed25519 -N '' -f FILE"
-    try:
-        secret = forms.load_ssh_private_key(path.read_bytes(), None)
-    except OSError as error:
-        raise UsageError(f"cannot read the key {path}: {error.strerror}", hint=hint) from error
-    except Exception as error:
-        raise UsageError(f"{path} is not an OpenSSH key without a password ({error})", hint=hint) from error
-    if not isinstance(secret, Ed25519PrivateKey):
-        raise UsageError(f"{path} is not an ed25519 key", hint=hint)
-    return secret
-
-
 def _public(path: Path) -> Ed25519PublicKey:
-    try:
-        key = forms.load_ssh_public_key(path.read_bytes())
-    except Exception as error:
-        raise ModelError(
-            f"{path} is not a public key in OpenSSH's form ({error})", hint="get it again"
-        ) from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise ModelError(f"{path} is not an ed25519 key", hint="get it again")
-    return key
+    load = forms.load_ssh_public_key
+    return cast(Ed25519PublicKey, read_key(path, load, Ed25519PublicKey, OF, "get it again", ModelError))
 
 
 def _openssh(key: Ed25519PublicKey) -> str:
@@ -214,8 +200,3 @@ def _armoured(key: Ed25519PublicKey, signature: bytes) -> str:
         b"SSHSIG" + (1).to_bytes(4, "big") + b"".join(map(_string, (_wire(key), NAMESPACE, b"", HASH))) + own
     )
     return "\n".join([ARMOUR[0], *textwrap.wrap(base64.b64encode(blob).decode(), 70), ARMOUR[1], ""])
-
-
-def _check_installed() -> None:
-    if not importlib.util.find_spec("cryptography"):
-        raise UsageError("signatures need cryptography, which is not installed", hint=pip_install("fleet"))

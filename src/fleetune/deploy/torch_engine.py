@@ -33,9 +33,8 @@ class Torch:
         self.model, self.vocab = model, model.net.get_input_embeddings().weight.shape[0]
         takes = inspect.signature(model.net.forward).parameters
         self._last: Mapping[str, int] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self._keyword = (
-            "cache" if "cache" in takes else "past_key_values"
-        )  # as transformers before 5.20 has it
+        # as transformers before 5.20 has it
+        self._keyword = "cache" if "cache" in takes else "past_key_values"
 
     def open(self, length: int) -> None:
         """Nothing to do: the cache grows as it is filled."""

@@ -41,9 +41,8 @@ from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.result import finished
 
 BEGIN: Final = "begin"
-ASKED: Final = frozenset(
-    {"windows", "length"} | {result.FILE + name for name in result.FILES}
-)  # in the order `begin`
+# in the order `begin`
+ASKED: Final = frozenset({"windows", "length"} | {result.FILE + name for name in result.FILES})
 LONGEST: Final = 1 << 17  # tokens of a window
 MOST: Final = 1 << 14  # windows
 

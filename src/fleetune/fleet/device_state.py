@@ -22,6 +22,7 @@ from fleetune.common.files import PRIVATE, read_bytes, read_json, storage_error,
 from fleetune.errors import StorageError
 from fleetune.fleet.orders import Declined, Job
 from fleetune.privacy import accountant
+from fleetune.privacy.mechanism import Privacy
 
 MARK: Final = ".fleetune-device"
 SECRET: Final = "secret"
@@ -136,21 +137,32 @@ class DeviceState:
         write_atomic(file, json.dumps({"rows": before["rows"], "known": sorted(known)}), mode=PRIVATE)
 
     def spend(
-        self, noise: float, delta: float, budget: float, replies: int = 1, *, dry: bool = False
+        self, job: Job, how: Privacy, releases: int, delta: float, budget: float, *, whole: bool = False
     ) -> float:
-        """Count replies in sums with noise of this multiplier; return epsilon so far, of all runs (0: no budget).
+        """Count releases of a run, replies or local steps; return epsilon so far, of all runs (0: no budget).
 
-        Gaussian releases of multipliers z_i are one of (sum z_i^-2)^(-1/2), exactly.  Declined, and nothing counted, where that
-        is more than the budget.
+        With `whole`, they are all that the run will have, and nothing is written.  Declined, and nothing counted, where they cost
+        more than the budget, or than the run says that it costs; or where what another kind of run has told is not counted.
         """
-        file = self.folder / PRIVACY
-        spent = (_noted(file, spent=float)["spent"] if file.exists() else 0.0) + replies * noise**-2
-        epsilon = accountant.epsilon(spent**-0.5, 1.0, 1, delta) if budget else 0.0
-        if epsilon > budget:
+        file, unit = self.folder / PRIVACY, "row" if job.hidden else "reply"
+        noted = _noted(file, spent=list)["spent"] if file.exists() else []
+        spent = {tuple(key): count for *key, count in noted}
+        key = (job.run, unit, how.noise, how.q)
+        spent[key] = max(spent.get(key, 0), releases) if whole else spent.get(key, 0) + releases
+
+        def epsilon(delta: float, run: str = "") -> float:
+            return accountant.epsilon_of(
+                tuple((z, q, n) for (of, _, z, q), n in spent.items() if run in ("", of)), delta
+            )
+
+        if budget and any(of != unit for _, of, _, _ in spent):
+            raise Declined("unit", hint=f"what was spent is in {file}")
+        total = epsilon(delta) if budget else 0.0
+        if total > budget or (job.hidden and epsilon(job.hidden.delta, job.run) > job.hidden.epsilon):
             raise Declined("budget", hint=f"raise --epsilon; what was spent is in {file}")
-        if not dry:
-            write_atomic(file, json.dumps({"spent": spent}), mode=PRIVATE)
-        return epsilon
+        if not whole:
+            write_atomic(file, json.dumps({"spent": [[*k, n] for k, n in spent.items()]}), mode=PRIVATE)
+        return total
 
 
 def _noted(file: Path, **kinds: type) -> dict[str, Any]:

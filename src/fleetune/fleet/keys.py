@@ -8,16 +8,18 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import importlib.util
 import ipaddress
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+from fleetune.common import shell
 from fleetune.common.files import PRIVATE, storage_error, write_atomic
-from fleetune.common.shell import pip_install, quoted
+from fleetune.common.openssh import read_key
+from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.tuning.rounds.sealed import Identity
 
@@ -31,7 +33,7 @@ with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed
 
 
 DAYS: Final = 3650  # that a certificate is valid
-INSTALL: Final = pip_install("fleet")
+OF: Final = "on a NIST curve"
 
 
 def fingerprint(pem: bytes) -> str:
@@ -62,9 +64,7 @@ class PrivateKey:
 
 def check_installed() -> None:
     """UsageError where the libraries of a real fleet are not there."""
-    for name in ("cryptography", "httpx", "starlette", "uvicorn"):
-        if not importlib.util.find_spec(name):
-            raise UsageError(f"a real fleet needs {name}, which is not installed", hint=INSTALL)
+    shell.check_installed("a real fleet", "fleet", "cryptography", "httpx", "starlette", "uvicorn")
 
 
 def sign(key: PrivateKey, text: bytes) -> bytes:
@@ -110,14 +110,8 @@ def make(path: Path) -> PrivateKey:
 def read(path: Path) -> PrivateKey:
     """Read a device's key; UsageError where it is none."""
     hint = f"make one: fleetune fleet keys new {quoted(path)}"
-    try:
-        secret = forms.load_ssh_private_key(path.read_bytes(), None)
-    except OSError as error:
-        raise UsageError(f"cannot read the key {path}: {error.strerror}", hint=hint) from error
-    except Exception as error:
-        raise UsageError(f"{path} is not an OpenSSH key without a password ({error})", hint=hint) from error
-    if not isinstance(secret, ec.EllipticCurvePrivateKey):
-        raise UsageError(f"{path} is not a key on a NIST curve", hint=hint)
+    load = partial(forms.load_ssh_private_key, password=None)
+    secret = read_key(path, load, ec.EllipticCurvePrivateKey, OF, hint)
     return PrivateKey(secret, PublicKey(path.name, _pem(secret.public_key())))
 
 
@@ -125,14 +119,8 @@ def registered(folder: Path) -> list[PublicKey]:
     """Return the public keys in a folder (NAME.pub), by name; UsageError where there are none or one is bad."""
     found = []
     for path in sorted(folder.glob("*.pub")):
-        try:
-            public = forms.load_ssh_public_key(path.read_bytes())
-        except Exception as error:
-            raise UsageError(f"{path} is not a public key in OpenSSH's form ({error})") from error
-        if not isinstance(public, ec.EllipticCurvePublicKey):
-            raise UsageError(
-                f"{path} is not a key on a NIST curve", hint="make it with: fleetune fleet keys new"
-            )
+        hint = "make it with: fleetune fleet keys new"
+        public = read_key(path, forms.load_ssh_public_key, ec.EllipticCurvePublicKey, OF, hint)
         found.append(PublicKey(path.stem, _pem(public)))
     if not found:
         raise UsageError(

@@ -50,10 +50,8 @@ REFUSED: Final[Mapping[int, str]] = {
     410: "the server was started anew",
     421: "this is another server: its certificate is for other names, or it listens elsewhere, or its ca.pem is not --ca",
 }
-NO_TLS: Final = (
-    "WRONG_VERSION_NUMBER",
-    "RECORD_LAYER_FAILURE",
-)  # what OpenSSL says of an answer in plain HTTP
+# what OpenSSL says of an answer in plain HTTP
+NO_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,8 @@ Label = Annotated[str, Field(min_length=1, max_length=200), Printable]
 Text = Annotated[str, Field(max_length=MAX_TEXT), Printable]
 ODD: Final = "[^A-Za-z0-9()@._+-]"  # what no word of a `Line` has
 _WORD: Final = f"[{ODD[2:]}+"
-Line = Annotated[
-    str, Field(max_length=64, pattern=f"^({_WORD}( {_WORD})*)?$")
-]  # shown among the server's words
+# shown among the server's words
+Line = Annotated[str, Field(max_length=64, pattern=f"^({_WORD}( {_WORD})*)?$")]
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Setting = bool | Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | Number | Text
 Kinds = Annotated[tuple[Annotated[int, Field(ge=0, lt=1000)], ...], Field(min_length=1, max_length=1000)]
@@ -109,6 +108,15 @@ class Secure:
 
 
 @dataclass(frozen=True, config=EXACT)
+class Hidden:
+    """How each row of a device is hidden: it makes the noise by which all rounds cost it this epsilon at most."""
+
+    epsilon: Annotated[float, Field(gt=0, le=100)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    clip: Annotated[float, Field(gt=0, le=1e15)]  # C, L2, of what a row adds to a step
+
+
+@dataclass(frozen=True, config=EXACT)
 class Job:
     """What a device needs to know of a run.  All of it is data: a device runs only what is installed on it."""
 
@@ -127,10 +135,13 @@ class Job:
     )
     train: Trained = "weights"  # of a GGUF file
     secure: Secure | None = None  # where the server sees sums of replies alone
+    hidden: Hidden | None = None  # where the server sees replies with the device's noise in them alone
     format: Literal[1] = 1
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:
+        if self.hidden and (self.secure or self.task != "tune" or self.dtype != "fp32"):
+            raise errors.MessageError("the job's noise is none that hides rows")
         if not self.method and self.task != "eval":
             raise errors.MessageError(f"the job is not as agreed: one to {self.task} names no method")
         return self
@@ -162,11 +173,13 @@ class Job:
         return _read(_JOB, text, "the job")
 
 
-def secure_of(sealed: Sealed | None) -> Secure | None:
-    """Return what devices are told of a run's secure sums; None where it has none."""
-    if sealed is None:
-        return None
-    return Secure(sealed.N, sealed.least, sealed.clip, sealed.noise)
+def terms_of(recipe: Recipe, sealed: Sealed | None) -> dict[str, Secure | Hidden | None]:
+    """Return what devices are told of how a run hides their replies, or their rows."""
+    by_row = recipe.privacy == "example"
+    return {
+        "secure": Secure(sealed.N, sealed.least, sealed.clip, sealed.noise) if sealed else None,
+        "hidden": Hidden(recipe.epsilon, recipe.delta, recipe.clip_norm) if by_row else None,
+    }
 
 
 def is_path(model: str) -> bool:
@@ -360,13 +373,14 @@ WORDS: Final[Mapping[str, str]] = MappingProxyType(
         "no-data": "it was not told which rows it has: start the SuperNode with --node-config \"data='FILE'\"",
         "no-evaluation": "it takes no part in evaluations: join with the --held-out that it trained with, or --eval-data FILE",
         "no-sum": "it takes part in secure sums alone, of {} devices or more",
-        "no-noise": "it takes part in sums with noise alone: fleetune fleet serve .. --privacy sealed --epsilon E",
+        "no-noise": "it takes part in runs with its own noise alone: serve --privacy sealed or example with --epsilon",
         "no-job": "it has no job yet; does another process use its key?",
         "order": "it was sent something that it does not obey; its console says more",
         "remembers": "it no longer has what it kept in round {}; its console says more",
         "rows": "its rows cannot be used for this run; its console says more",
         "settings": "it cannot do this work with these settings; its console says more",
         "storage": "its disk takes no more",
+        "unit": "its privacy budget counts rows, or replies as a whole, and this run needs the other",
         "work": "it was asked for {} rows' work in a round, and does {} at most",
     }
 )

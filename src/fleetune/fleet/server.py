@@ -23,7 +23,7 @@ from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.door import Door
 from fleetune.fleet.http_server import Address
-from fleetune.fleet.orders import Job, is_path, job_of, secure_of
+from fleetune.fleet.orders import Job, is_path, job_of, terms_of
 from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
@@ -207,7 +207,8 @@ class Served:
                 f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
             )
         devices = Devices(run.path)
-        told = job_of(job.recipe, devices.run, job.model.digest, secure=secure_of(private.sealed_of(job)))
+        terms = terms_of(job.recipe, private.sealed_of(job))
+        told = job_of(job.recipe, devices.run, job.model.digest, **terms)
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
         kinds = wanted(job.method, job.recipe.kinds)
         apart = job.recipe.privacy in private.BY_CLIENT

@@ -41,12 +41,14 @@ from fleetune.models.net.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.privacy import secagg
+from fleetune.privacy.mechanism import Privacy
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.prepare.prepare import usual_threads
+from fleetune.tuning.prepare.private import own_of
 from fleetune.tuning.rounds.fleets import STEPS
 from fleetune.tuning.rounds.local_work import Memories, work
 from fleetune.tuning.rounds.sealed import ANYBODY, FILE, Identity, Participant
@@ -89,10 +91,10 @@ class Brings:
             else "measures no result (--held-out)"
         )
         trains = "trains on its rows"
-        if self.least or self.epsilon:
+        if self.least:
             trains += f", for secure sums of {max(secagg.FEWEST, self.least)} devices or more alone"
         if self.epsilon:
-            trains += f" and up to epsilon {self.epsilon:g}"
+            trains += f", with noise of its own, up to epsilon {self.epsilon:g}"
         sums = "gives sums over its rows for calibration" if self.calibrate else "gives no sums (--calibrate)"
         return f"{trains}, {measures}, {sums}"
 
@@ -117,6 +119,7 @@ class Loaded:
     kinds: tuple[int, ...]  # kinds of the method's work that fit this device
     speed: float  # tokens a second of a forward pass
     calibration: Calibration
+    hides: Privacy | None = None  # its own noise, where a local step hides each row
 
 
 class Worker:
@@ -175,6 +178,8 @@ class Worker:
                 self.loaded = load(job, self.brings, self.own)
                 mapped = memory_of(self.loaded.model.net) is not None
                 self.note("base mapped: the weights stay in their file" if mapped else "base in memory")
+                if self.loaded.hides is not None:
+                    self.note(f"privacy: each row is hidden by {self.loaded.hides.text}")
             loaded = self.loaded
             told = orders.Device(
                 len(loaded.rows),
@@ -265,14 +270,23 @@ class Worker:
     def _train(self, loaded: Loaded, order: orders.Order) -> bytes:
         assert loaded.method is not None  # a job to tune names one
         self._stand_on(loaded.memories, order)
-        batches = Batches(loaded.rows, pad_id(loaded.model), order.key, loaded.model.device, order.client)
+        job, model = loaded.job, loaded.model
+        batches = Batches(loaded.rows, pad_id(model), order.key, model.device, order.client, loaded.hides)
         received = decode(order.take())
         if received.round != order.round:
             raise errors.MessageError(f"the message is of round {received.round}, the order of {order.round}")
-        hold = self._hold if loaded.job.secure else None
-        return work(
-            loaded.method, loaded.model, batches, order.key, received, loaded.memories, self.on_step, hold
-        )
+        hold = self._hold if job.secure else None
+        reply = work(loaded.method, model, batches, order.key, received, loaded.memories, self.on_step, hold)
+        if loaded.hides is not None:
+            self._spend(job, loaded.hides, batches.taken)
+        return reply
+
+    def _spend(self, job: orders.Job, how: Privacy, releases: int) -> None:
+        """Count in the device's own budget what is about to leave it; Declined where that is spent."""
+        own = self.brings
+        spent = self.own.spend(job, how, releases, own.delta, own.epsilon)
+        if own.epsilon:
+            self.note(f"privacy: epsilon {spent:.3g} of {own.epsilon:g} at delta {own.delta:g}")
 
     def _hold(self, round: int, moves: Mapping[str, np.ndarray]) -> None:
         """Keep how far a reply moves each number for a secure sum, and count it in the device's own budget."""
@@ -280,11 +294,7 @@ class Worker:
         sealed = self.loaded.job.sealed
         assert sealed is not None
         if sealed.noise:
-            spent = self.own.spend(sealed.noise, self.brings.delta, self.brings.epsilon)
-            if self.brings.epsilon:
-                self.note(
-                    f"privacy: epsilon {spent:.3g} of {self.brings.epsilon:g} at delta {self.brings.delta:g}"
-                )
+            self._spend(self.loaded.job, sealed, 1)
         self._participant(self.loaded).hold(round, sealed.vector(moves))
 
     def _participant(self, loaded: Loaded) -> Participant:
@@ -372,13 +382,13 @@ def load(job: orders.Job, brings: Brings, own: DeviceState) -> Loaded:
         raise orders.Declined("no-calibration")
     if job.task == "eval" and not aside:
         raise orders.Declined("no-evaluation")
-    if job.task == "tune" and (brings.least or brings.epsilon):
-        if job.secure is None or job.secure.least < max(secagg.FEWEST, brings.least):
+    if job.task == "tune":
+        if brings.least and (job.secure is None or job.secure.least < max(secagg.FEWEST, brings.least)):
             raise orders.Declined("no-sum", max(secagg.FEWEST, brings.least))
-        if brings.epsilon and not job.secure.noise:
+        if brings.epsilon and not job.hidden and not (job.secure and job.secure.noise):
             raise orders.Declined("no-noise")
-    if brings.epsilon and job.secure is not None:
-        own.spend(job.secure.noise, brings.delta, brings.epsilon, job.rounds, dry=True)
+    if brings.epsilon and job.sealed is not None:
+        own.spend(job, job.sealed, job.rounds, brings.delta, brings.epsilon, whole=True)
     folder = own.run(job.run)
     method = _method(job) if job.method else None
     name = _model(job, brings)
@@ -408,12 +418,16 @@ def load(job: orders.Job, brings: Brings, own: DeviceState) -> Loaded:
         raise errors.UsageError(f"the run's replies cannot be summed: {why}")
     if method is not None and job.task == "tune":
         check_work(method, len(rows))
+    hides = None
+    if method is not None and (h := job.hidden):
+        hides = own_of(method, len(rows), h.clip, h.epsilon, h.delta, job.rounds)
+        steps = job.rounds * method.local_steps(len(rows))
+        own.spend(job, hides, steps, brings.delta, brings.epsilon, whole=True)
     held = _encoded(model, aside, job.max_length, brings.eval_data or brings.data) if aside else []
     calibration = Calibration(model, rows, own, job)
     speed = measured_speed(model, rows) if job.task == "tune" else 0.0
-    return Loaded(
-        job, method, model, rows, held, eval_device.digest(aside), Memories(folder), kinds, speed, calibration
-    )
+    words, memories = eval_device.digest(aside), Memories(folder)
+    return Loaded(job, method, model, rows, held, words, memories, kinds, speed, calibration, hides)
 
 
 def check_work(method: methods.Method, rows: int) -> None:

@@ -3,8 +3,6 @@
 transformers builds as many blocks as a configuration claims, so the claims are first compared with the tensors in the files.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

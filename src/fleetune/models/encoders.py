@@ -5,8 +5,6 @@ words keyed by the tensor's name: every machine makes the same, and the base dig
 cover those of the data keeps its head and the order of its labels.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Collection, Sequence

@@ -10,8 +10,6 @@ A `LazyWeight` stands in a net where a parameter would; torch hands every operat
 Values and products are those of a model in memory, bit for bit, except for a product by blocks.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager

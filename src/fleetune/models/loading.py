@@ -5,8 +5,6 @@ and converted one tensor at a time, so the peak is one copy of the weights.  In 
 mapping of it, so the file must not be overwritten in place meanwhile.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

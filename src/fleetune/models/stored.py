@@ -11,8 +11,6 @@ numbers of a row: a scale d (fp16), in Q4_1 and Q5_1 an offset m (fp16), and cod
 The low halves of 16 bytes are numbers 0..15, the high halves 16..31; Q5_0 and Q5_1 have a word of 32 fifth bits.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import mmap

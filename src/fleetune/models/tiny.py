@@ -1,7 +1,5 @@
 """Make tiny random models in code, for tests and benchmarks: the same on every machine, no download."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any, Final

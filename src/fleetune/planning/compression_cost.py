@@ -81,9 +81,8 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     if work.trained:
         step = work._replace(length=max(work.length, STEP))
         stages["training"] = _backward(shape, step) + _scales(shape, work)
-        stages["training"] += work.size * _weights(
-            list(shape.experts)
-        )  # of the compressed model, in its place
+        # of the compressed model, in its place
+        stages["training"] += work.size * _weights(list(shape.experts))
     if work.measured:
         rows, length = EVALUATED
         stages["measuring"] = rows * length * work.size * shape.widest + 2 * CHUNK_BYTES

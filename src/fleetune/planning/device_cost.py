@@ -82,9 +82,8 @@ PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
 # By `seeds.chosen_kernels`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
 # pieces of words and sums.
 KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
-CODE: Final = (
-    128 * MIB
-)  # of FLOOR: pages of libraries' files, which the system takes back where memory is short
+# of FLOOR: pages of libraries' files, which the system takes back where memory is short
+CODE: Final = 128 * MIB
 KERNEL_CODE: Final = 64 * MIB  # ... and of KERNELS
 SURE: Final = 0.92  # of a count without weights: no run that was measured took less (docs/memory.md)
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
@@ -232,9 +231,8 @@ def activation_bytes(shape: Shape, work: Workload, module: Module) -> int:
     n, s = work.tokens, work.size
     total = n * (s * shape.kept + 4 * shape.norms)
     seen = work.length + module.tokens  # by each token
-    if work.batch > 1 or (
-        module.tokens and not shape.labels
-    ):  # a mask a layer, keys and values for every head
+    # a mask a layer, keys and values for every head
+    if work.batch > 1 or (module.tokens and not shape.labels):
         total += n * s * shape.padded + shape.layers * n * seen * s
     if module.tensors and shape.dropped:  # in training: what is dropped, and attention written out
         total += shape.layers * n * (2 * shape.hidden + shape.dropped * seen * (2 * s + 1))
@@ -258,9 +256,8 @@ def _beside(work: Workload, module: Module, shape: Shape) -> int:
         numbers = shape.padded + 2 * sum(width for _, width in shape.attention)
         return work.batch * module.tokens * work.size * numbers
     shared = {(x.name.rpartition(".")[0], x.into) for x in module.adapted}
-    same = (
-        shape.layers * shape.hidden if shape.labels and len(shared) > shape.layers else 0
-    )  # as in `_trained`
+    # as in `_trained`
+    same = shape.layers * shape.hidden if shape.labels and len(shared) > shape.layers else 0
     into = sum(into for _, into in shared) - same
     each = sum(x.into for x in module.adapted)
     if work.size < 4:

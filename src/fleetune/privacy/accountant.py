@@ -11,8 +11,7 @@ import logging
 import math
 from typing import Any, Final
 
-from fleetune.common.shell import pip_install
-from fleetune.errors import UsageError
+from fleetune.common.shell import check_installed
 
 ORDERS: Final = (*(1.5 + x / 10 for x in range(95)), *range(11, 64), 128, 256, 512)  # of Renyi divergences
 FINE: Final = 7  # halvings of the interval between the two accountants' noise
@@ -22,42 +21,51 @@ COARSE: Final = 1000  # releases
 LARGE: Final = 100.0  # epsilon, from which on it is a bound
 
 
-def epsilon(noise: float, q: float, releases: int, delta: float) -> float:
-    """Return epsilon after so many Gaussian releases of multiplier `noise`, each on a Poisson sample of rate q (1: all).
+Releases = tuple[tuple[float, float, int], ...]  # (noise multiplier, rate of the sample or 1: all, how many)
 
-    Infinity without noise; 0 before the first release.  Without sampling, so many Gaussian releases are one of multiplier
-    noise / sqrt(releases), exactly.  Beyond `LARGE` it is the bound by Renyi divergences: nobody needs three digits of that;
-    so it is where privacy losses are far below the PLD's interval, which makes that the looser of the two bounds.
-    """
-    if not releases:
-        return 0.0
-    return _epsilon(noise, q, releases, delta) if noise else math.inf
+
+def epsilon(noise: float, q: float, releases: int, delta: float) -> float:
+    """Return epsilon after so many Gaussian releases of multiplier `noise`, each on a Poisson sample of rate q (1: all)."""
+    return epsilon_of(((noise, q, releases),), delta)
 
 
 @functools.lru_cache(maxsize=4096)
-def _epsilon(noise: float, q: float, releases: int, delta: float) -> float:
-    if q >= 1:
+def epsilon_of(releases: Releases, delta: float) -> float:
+    """Return epsilon after releases of several kinds.
+
+    Infinity without noise; 0 before the first release.  Without sampling, Gaussian releases of multipliers z_i are one of
+    (sum z_i^-2)^(-1/2), exactly.  Beyond `LARGE` it is the bound by Renyi divergences: nobody needs three digits of that;
+    so it is where privacy losses are far below the PLD's interval, which makes that the looser of the two bounds.
+    """
+    releases = tuple(made for made in releases if made[2])
+    if not all(noise for noise, _, _ in releases):
+        return math.inf
+    if all(q >= 1 for _, q, _ in releases):
         exact = _accounting().gaussian_mechanism.get_epsilon_gaussian
-        return float(exact(noise / math.sqrt(releases), delta))
-    if (bound := renyi_epsilon(noise, q, releases, delta)) > LARGE:
+        return float(exact(sum(n / z**2 for z, _, n in releases) ** -0.5, delta)) if releases else 0.0
+    if (bound := _renyi(releases, delta)) > LARGE:
         return bound
-    interval = (
-        1e-3 if releases <= COARSE else 1e-4
-    )  # of privacy losses, rounded up: costs 0.1 % of epsilon at most
+    # of privacy losses, rounded up: costs 0.1 % of epsilon at most
+    interval = 1e-3 if sum(n for _, _, n in releases) <= COARSE else 1e-4
     accountant = _accounting().pld.PLDAccountant(value_discretization_interval=interval)
-    accountant.compose(_release(noise, q), releases)
+    for noise, q, n in releases:
+        accountant.compose(_release(noise, q), n)
     return min(bound, float(accountant.get_epsilon(delta)))
 
 
 def renyi_epsilon(noise: float, q: float, releases: int, delta: float) -> float:
     """Return the upper bound on `epsilon` by Renyi divergences."""
+    return _renyi(((noise, q, releases),), delta)
+
+
+def _renyi(releases: Releases, delta: float) -> float:
     accountant, told = _accounting().rdp.RdpAccountant(ORDERS), logging.getLogger("absl")
     level = told.level
     try:
-        told.setLevel(
-            logging.ERROR
-        )  # it warns of orders that it leaves out, which makes the bound larger, not wrong
-        accountant.compose(_release(noise, q), releases)
+        # it warns of orders that it leaves out, which makes the bound larger, not wrong
+        told.setLevel(logging.ERROR)
+        for noise, q, n in releases:
+            accountant.compose(_release(noise, q), n)
     finally:
         told.setLevel(level)
     return float(accountant.get_epsilon(delta))
@@ -82,9 +90,8 @@ def noise_for(budget: float, q: float, releases: int, delta: float) -> float:
             low = middle
     digits = 10.0 ** (2 - math.floor(math.log10(high)))
     found = math.ceil(high * digits)
-    while (
-        epsilon(found / digits, q, releases, delta) > budget
-    ):  # near PLD's interval, more noise may cost more
+    # near PLD's interval, more noise may cost more
+    while epsilon(found / digits, q, releases, delta) > budget:
         found += 1
     return found / digits
 
@@ -117,14 +124,10 @@ def _release(noise: float, q: float) -> Any:
 
 def _accounting() -> Any:
     """Return the package; UsageError where it is missing."""
-    try:
-        import dp_accounting
-        import dp_accounting.gaussian_mechanism
-        import dp_accounting.pld
-        import dp_accounting.rdp
-    except ImportError as error:
-        raise UsageError(
-            "differential privacy is accounted by dp-accounting, which is not installed",
-            hint=pip_install("privacy"),
-        ) from error
+    check_installed("the account of privacy", "privacy", "dp_accounting")
+    import dp_accounting
+    import dp_accounting.gaussian_mechanism
+    import dp_accounting.pld
+    import dp_accounting.rdp
+
     return dp_accounting

@@ -38,7 +38,7 @@ class Privacy:
     clip: float  # C, L2 norm of the vector of one client, or row
     noise: float  # z, noise multiplier: deviation over clip
     q: float  # with which each of N takes part, by a draw of its own; 1: all do
-    N: int
+    N: int  # 0: noise, q and N are each real device's own, and not known here
 
     @property
     def grid(self) -> float:
@@ -52,6 +52,8 @@ class Privacy:
     @property
     def text(self) -> str:
         """Return the mechanism in words."""
+        if not self.N:
+            return f"Poisson sampling by each device, clipped to {self.clip:.4g} (L2), discrete Gaussian noise of its own"
         how = f"Poisson sampling at {self.q:.4g} of {self.N:,}" if self.q < 1 else f"all {self.N:,}"
         return (
             f"{how}, clipped to {self.clip:.4g} (L2), discrete Gaussian noise of multiplier {self.noise:.4g}, "

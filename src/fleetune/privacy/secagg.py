@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +31,9 @@ from typing import Final
 
 import numpy as np
 
-from fleetune.common.shell import pip_install
-from fleetune.errors import MessageError, UsageError
+from fleetune.errors import MessageError
 
-with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed` says what is missing
+with contextlib.suppress(ImportError):  # of the extra `fleet`: `shell.check_installed` says what is missing
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -51,12 +49,6 @@ SHARE: Final = 33  # bytes of a number below P
 SEALED: Final = 2 * SHARE + 16  # bytes of two shares, encrypted
 KEYS: Final = 3 * SECRET  # mask key, cipher key, SHA-256 of the seed
 PIECE: Final = 1 << 16  # numbers that are masked at a time
-
-
-def check_installed() -> None:
-    """UsageError where the library of the ciphers is not there."""
-    if not importlib.util.find_spec("cryptography"):
-        raise UsageError("secure sums need cryptography, which is not installed", hint=pip_install("fleet"))
 
 
 class WrongSharesError(MessageError):

@@ -234,9 +234,8 @@ def _figure(number: int, axes: Sequence[SweepAxis], measure: str, members: Seque
     plot = svg.Plot(f"axis-{number}-{measure}", title, f"Lines: {', '.join(groups)}.", x, y, right=right)
     if any(s.spread for s in mean.values()):
         plot.band([(places[v], *pair) for v, pair in zip(mean, edges, strict=True)], -1)
-    for colour, (name, line) in reversed(
-        list(enumerate(zip(groups, found, strict=True), -1))
-    ):  # the mean on top
+    # the mean on top
+    for colour, (name, line) in reversed(list(enumerate(zip(groups, found, strict=True), -1))):
         points = [(places[v], s.mean) for v, s in line.items()]
         tips = [f"{name or axis.name} at {runlog.value_text(v)}: {s.text(digits)}" for v, s in line.items()]
         plot.line(points, colour, tips)

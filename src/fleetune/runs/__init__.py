@@ -1,1 +1,1 @@
-"""The folder that a run leaves, and the report made from it."""
+"""The folder that a run or a compression leaves, its metrics, listeners and trackers."""

@@ -8,8 +8,6 @@ runs/0008-optq-smollm2-135m/
   measure.json    what `fleetune measure` found
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Subclass `Silent`, which ignores every call, and override the calls you need.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

@@ -1,7 +1,5 @@
 """Write metrics.jsonl, one event a line; cut it to its length at a checkpoint when a run is resumed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

@@ -4,10 +4,7 @@ Only settings and figures are passed on: no row of the data, no name of a client
 is reported once, and the run goes on without it.
 """
 
-from __future__ import annotations
-
 import importlib
-import importlib.util
 import io
 import logging
 import os
@@ -20,7 +17,7 @@ from typing import Any, Final
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneDone
 from fleetune.common.files import read_text, write_atomic
 from fleetune.common.settings import Value
-from fleetune.common.shell import pip_install
+from fleetune.common.shell import check_installed
 from fleetune.errors import FAULTS, Interrupted, UsageError, cut_reason, fault, suggest
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Relay
@@ -98,10 +95,7 @@ def check(wanted: Iterable[str]) -> tuple[str, ...]:
     for name in found:
         if name not in TRACKERS:
             raise UsageError(f"no tracker '{name}'.{suggest(name, TRACKERS)}", hint=", ".join(TRACKERS))
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(
-                f"the tracker {name} needs the package {name}, which is not installed", hint=pip_install(name)
-            )
+        check_installed(f"the tracker {name}", name, name)
     return found
 
 

@@ -3,8 +3,6 @@
 Both kernels give the same bits, so devices of a fleet may differ.  Numba's are faster on a CPU, but take some 80 MB of memory.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Final
 

@@ -13,8 +13,6 @@ and one fast Walsh-Hadamard transform, without ever existing whole (`Tape`):
 2025, arXiv 2409.06277, projects on independent directions, a pass over the weights each.)
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

@@ -10,8 +10,6 @@ consecutive words and vectorises; the sums of many passes stay in the first-leve
 Numba's cache on disk knows this file's text only: touch it for new numbers of `noise`.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import os

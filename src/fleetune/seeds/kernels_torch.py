@@ -6,8 +6,6 @@ acc is the integer sum of `noise.Passes` and `place` that of `noise.places`.  Ea
 none is contracted.  32-bit words are held in int64, whose products wrap modulo 2^64.  Denormals must not be flushed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

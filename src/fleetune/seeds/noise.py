@@ -13,8 +13,6 @@ j is words[c*32 + j], and element e of the tile has the bit (words[e % 128] >> (
 - gaussian: Box-Muller (1958), see `normals`.  Its sums are floats, so their order matters: ids ascend.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ has the bits floor(1024 p + u) (docs/scales.md).  For back-propagation the round
     dL/dp = 2^e sign(d) sum_q q dL/dw        of an offset m: 2^e sign(m) sum_q dL/dw        e the exponent of d or m
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 

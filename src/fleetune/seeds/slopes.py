@@ -6,7 +6,7 @@ arXiv 2305.17333).  Over z and B the loss changes by
     E[change] = -eta G + (eta^2 / 2) h (G + s^2 / b),      G = |grad L|^2,   h = E[z' H z] = tr H,
 
 where s^2 / b is the variance that the rows of a batch of b give to the slope (the largest eigenvalue is neglected beside h).
-It is least at eta = G / (h (G + s^2 / b)).  A run takes a share of that (`CAREFUL`), because G falls while the noise stays.
+The change is least at eta = G / (h (G + s^2 / b)).  A run takes a share of that (`CAREFUL`), since G falls while the noise stays.
 
 Everything comes from three losses along each of a few directions, row by row, at w, w + eps z and w - eps z:
 
@@ -17,8 +17,6 @@ Everything comes from three losses along each of a few directions, row by row, a
 
 Curvature may be much higher a few steps away, so all is measured again after a short walk at the rate that was found (`rate`).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence

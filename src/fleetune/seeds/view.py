@@ -8,8 +8,6 @@ layer keeps its input alone; each row block W_r of its weights is computed again
     gradient of the block     = g[:, r]' x,      handed to `sink` at once
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Iterable
@@ -28,9 +26,8 @@ from fleetune.seeds.weights import MovedWeights, WeightSlot
 
 log = logging.getLogger(__name__)
 
-WHOLE: Final = (
-    1 << 22
-)  # numbers of a tensor that is seen whole, at most, while both signs run: two copies exist then
+# numbers of a tensor that is seen whole, at most, while both signs run: two copies exist then
+WHOLE: Final = 1 << 22
 
 
 _WARNED: Final[WeakSet[nn.Module]] = WeakSet()  # nets whose unreached tensors were told

@@ -6,8 +6,6 @@ from the base, the ledger's passes and the probe direction, in a small scratch b
 nothing to restore (docs/view.md).  The only way to the base is `read_stored`.  `view.py` runs a net on such weights.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence

@@ -7,8 +7,6 @@ runs/0007-sweep-case-study/
   status          log.txt
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -206,9 +204,8 @@ class SweepResult:
 
     folder: Path
     runs: tuple[finished.TuneResult, ...]
-    cells: Sequence[
-        Mapping[str, Any]
-    ]  # combinations: values, runs, base, tuned (mean and spread), bytes, seconds
+    # combinations: values, runs, base, tuned (mean and spread), bytes, seconds
+    cells: Sequence[Mapping[str, Any]]
 
     @property
     def page(self) -> Path:

@@ -20,6 +20,7 @@ import pytest
 from command_line import call, events, ok, refused
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common import files
 from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.tuning.methods import fedkseed
@@ -290,21 +291,19 @@ def test_a_data_file_whose_name_is_not_utf_8_is_refused_before_a_folder_is_made(
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, at, capsys, monkeypatch):
-    import fleetune.runs.rundir as rd
-
-    real = rd.write_atomic
+    real = files.write_atomic
 
     def full(path: Path, data: bytes | str, *, mode: int | None = None) -> None:
         if path.name == "round-000002.ckpt":
-            raise rd.storage_error(OSError(errno.ENOSPC, "No space left on device"), path)
+            raise files.storage_error(OSError(errno.ENOSPC, "No space left on device"), path)
         real(path, data, mode=mode)
 
-    monkeypatch.setattr(rd, "write_atomic", full)
+    monkeypatch.setattr(files, "write_atomic", full)
     err = refused(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3", code=1)
     assert "the disk is full" in err
     assert "free some space, then: fleetune tune --resume runs/0001" in err.replace(str(at) + "/", "")
     assert "Traceback" not in err
-    monkeypatch.setattr(rd, "write_atomic", real)
+    monkeypatch.setattr(files, "write_atomic", real)
     resumed = ok(capsys, "tune", "--resume", "latest")[-1]["digest"]
     whole = ok(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "3", "--out", "whole")
     assert whole[-1]["digest"] == resumed

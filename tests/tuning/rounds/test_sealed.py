@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contract_harness import base_of, fleet, key, kind_of, short
+from contract_harness import base_of, equal_states, fleet, key, kind_of, short
 
 from fleetune import models
 from fleetune.errors import MessageError
 from fleetune.fleet.keys import identity, make
 from fleetune.models.net.model import Model
-from fleetune.privacy import secagg
-from fleetune.privacy.mechanism import S, Sealed, SealedSum, flattened
+from fleetune.privacy import mechanism, secagg
+from fleetune.privacy.mechanism import Privacy, S, Sealed, SealedSum, flattened
 from fleetune.tuning.exchange.aggregation import PRIVATE, Rule
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.methods import Method, Reply
@@ -54,7 +54,10 @@ def summing(folder: Path, sealed: Sealed = SEALED) -> Summing:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_round_is_bit_for_bit_that_without_masks(name: str, model: Model, tmp_path: Path) -> None:
+def test_a_round_is_bit_for_bit_that_without_masks(
+    name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum, and the new state: that of the open replies by the server's own sum on the same grid, its noise still."""
     method, sealed = short(name), SMALL if name == "fedit" else SEALED
     state = method.init(model, key())
     _, plain = asked(model, method, state, None)
@@ -74,7 +77,11 @@ def test_a_round_is_bit_for_bit_that_without_masks(name: str, model: Model, tmp_
     start = method.begins(kind_of(method, state)[0])
     for n, tensor in sums.items():  # the mean of the replies, on a grid
         np.testing.assert_allclose(tensor - start[n], mean[n], rtol=2e-6, atol=sealed.grid)
-    assert type(new) is type(state)
+    monkeypatch.setattr(mechanism, "discrete_gaussian", lambda count: np.zeros(count, np.int64))
+    unmasked = Rule(PRIVATE, privacy=Privacy(sealed.clip, 1.0, 1.0, 4))
+    replies = [Reply(a.client, a.key, decode(a.data or b"").payload) for a in plain]
+    assert equal_states(new, method.aggregate(state, iter(replies), unmasked))
+    assert not equal_states(new, method.aggregate(state, iter(replies[1:]), unmasked))
 
 
 class Dropping(LocalFleet):
@@ -174,6 +181,7 @@ def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, 
     files = {c: tmp_path / f"{c}.ckpt" for c in range(4)}
     for c, file in files.items():
         Participant("", SEALED, file).hold(1, np.array([1, 2, 3]) * 10**c)
+    written = {c: file.stat().st_ino for c, file in files.items()}
 
     class Restarted(LocalFleet):
         def exchange(
@@ -187,6 +195,9 @@ def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, 
     made = Restarted(model, short("mezo"), [[]] * 4, 7, 0, sealed=SEALED)
     total, _ = summing(tmp_path).add_up(made, 1, range(4), 3)
     np.testing.assert_array_equal(total, np.array([1, 2, 3]) * 1111)
+    assert {
+        c: file.stat().st_ino for c, file in files.items()
+    } == written  # the vectors once, the steps beside them
     for c, file in files.items():  # of a round that has been summed nothing else is said
         with pytest.raises(MessageError, match="summed already"):
             Participant.kept("", SEALED, file).hold(1, np.array([5, 5, 5]))

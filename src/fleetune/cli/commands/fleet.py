@@ -18,7 +18,7 @@ from fleetune.cli.console import Ui
 from fleetune.cli.listener import InterruptHandler, console_listener
 from fleetune.common.display import human_bytes, human_time
 from fleetune.common.settings import parse_bytes
-from fleetune.common.shell import quoted
+from fleetune.common.shell import check_installed, quoted
 from fleetune.data import check_columns, sources
 from fleetune.data.partition import held_out_problem
 from fleetune.data.read_rows import row_of
@@ -56,6 +56,7 @@ stop RUN                              end the server after this step; it can be 
 audit RUN                             check the log of all that was taken or refused
 app DIR                               write the app for a Flower of your own: flwr run DIR
 """
+OWN = "model device threads held_out eval_data columns base ram epsilon delta"  # options of a recipe that a device gives
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -235,19 +236,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     given = flags.given(args)
     if not (rows := given.pop("data", "")):
         raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
-    names = (
-        "model",
-        "device",
-        "threads",
-        "held_out",
-        "eval_data",
-        "columns",
-        "base",
-        "ram",
-        "epsilon",
-        "delta",
-    )
-    own = {name: given.pop(name, "") for name in names}
+    own = {name: given.pop(name, "") for name in OWN.split()}
     if other := [*given, *args.set]:
         raise UsageError(
             f"{other[0]} is the server's to say",
@@ -375,7 +364,7 @@ def _word(args: argparse.Namespace, such: str) -> str:
 
 
 def _app(args: argparse.Namespace, ui: Ui) -> None:
-    flower.check_installed()
+    check_installed("Flower", "flower", "flwr")
     folder = Path(_word(args, "fleetune-app"))
     flower.write_app(folder)
     ui.paths(

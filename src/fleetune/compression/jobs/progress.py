@@ -82,9 +82,8 @@ def warn_of_memory(listener: Listener, planned: int, way: str) -> None:
 
     `way` is an option that would need less memory, "" for none.
     """
-    from fleetune.planning import (
-        compression_cost,
-    )  # it imports torch, which a wrong request is refused without
+    # it imports torch, which a wrong request is refused without
+    from fleetune.planning import compression_cost
 
     free, more = compression_cost.available(), planned - memory.rss()
     if free is not None and more > free:

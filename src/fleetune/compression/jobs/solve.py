@@ -70,9 +70,8 @@ class SolveJob:
     calibration: Tensor | None = (
         None  # windows int64 [n, length]; None where devices have them, or none are needed
     )
-    shares: Mapping[int, Tensor] = field(
-        default_factory=dict
-    )  # client -> its windows; {} unless clients calibrate
+    # client -> its windows; {} unless clients calibrate
+    shares: Mapping[int, Tensor] = field(default_factory=dict)
     replies: list[HessianReply] = field(default_factory=list)  # of these clients, in order of arrival
     devices: Devices | None = None  # real ones, that calibrate
     agreed: dict[int, int] = field(default_factory=dict)  # client -> its number of windows, once it is known

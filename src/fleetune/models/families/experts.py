@@ -3,8 +3,6 @@
 transformers has [E, rows, columns] with the rows of an expert's gate and up together; llama.cpp and mlx-lm have three tensors.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple

@@ -3,8 +3,6 @@
 Other packages' readers may raise anything for a damaged or hostile file: TypeError, RecursionError, a panic of Rust code.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ super-block's fp16 number d; types with a minimum subtract an integer m times dm
 In float32 only the subtraction rounds, so every runtime that computes in float32 has the same values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, NamedTuple

@@ -5,8 +5,6 @@ from which these follow.  Our files have those too (`KEY`); for others, Llama 3.
 LongRoPE (Phi-3) has one list of factors up to the original context and one beyond it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ Gemma: norms multiply by 1 + w, and the file holds 1 + w; attention is scaled by
 takes for the head's width (in the 27B models, which it knows by their number of blocks, for width / heads).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -83,9 +81,8 @@ WINDOWS: Final = ("full_attention", "sliding_attention")
 TANH: Final = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # transformers' names of the GELU by tanh
 
 Value = int | float | str  # bool is an int
-Keys = Mapping[
-    str, str | Callable[[Any], int]
-]  # key -> the field of a configuration, or what is computed from it
+# key -> the field of a configuration, or what is computed from it
+Keys = Mapping[str, str | Callable[[Any], int]]
 
 
 @dataclass(frozen=True)
@@ -124,18 +121,14 @@ def _smollm3_misfit(config: Any) -> str | None:
 
 
 def _olmoe_misfit(config: Any) -> str | None:
-    heads, of_keys = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-    )  # llama.cpp wants a key for each query
+    # llama.cpp wants a key for each query
+    heads, of_keys = config.num_attention_heads, config.num_key_value_heads
     return None if of_keys == heads else f"num_key_value_heads={of_keys} of {heads} heads in a olmoe"
 
 
 def _ernie_misfit(config: Any) -> str | None:
-    last, blocks = (
-        config.moe_layer_end_index,
-        config.num_hidden_layers,
-    )  # llama.cpp has experts up to the last block
+    # llama.cpp has experts up to the last block
+    last, blocks = config.moe_layer_end_index, config.num_hidden_layers
     return None if last == blocks - 1 else f"moe_layer_end_index={last} of {blocks} blocks"
 
 

@@ -9,8 +9,6 @@ and `class_of` gives the class whose layers are narrowed once they are made.  On
 number of heads from its projections, and `num_key_value_groups` stays.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

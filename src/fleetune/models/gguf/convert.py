@@ -6,8 +6,6 @@ does not give (`rope.py`) are refused.  Names and shapes come from a model on th
 the file and vice versa.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType

@@ -4,8 +4,6 @@ It takes a twentieth of the gguf package's time, and no torch.  Every length is 
 anything of that length is made.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import struct

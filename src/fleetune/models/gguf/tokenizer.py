@@ -5,8 +5,6 @@ llama   pieces with scores: two pieces join where the result is a piece, the hig
         are all such pairs in the order of falling scores; bytes for the rest
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -46,14 +44,10 @@ RULES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "gpt-4o": _cased(_SHORT + "?", r"\p{N}{1,3}"),
     }
 )
-WHOLE: Final = (
-    "llama-bpe",
-    "tekken",
-)  # rules with which llama.cpp takes a word that is a token without merging
-MARKS: Final = (
-    "tekken",
-    "gpt-4o",
-)  # rules with which llama.cpp parts a letter from a combining mark that follows
+# rules with which llama.cpp takes a word that is a token without merging
+WHOLE: Final = ("llama-bpe", "tekken")
+# rules with which llama.cpp parts a letter from a combining mark that follows
+MARKS: Final = ("tekken", "gpt-4o")
 # transformers' name -> the one in GGUF's key
 SPECIAL: Final[Mapping[str, str]] = MappingProxyType(
     {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

@@ -10,8 +10,6 @@
 tokens x width numbers, and in fp32 the gradients are the same bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
@@ -38,9 +36,8 @@ class Layer(NamedTuple):
     """One layer of a net: names in full, and the sizes of its keys and values."""
 
     name: str
-    ends: tuple[
-        str, ...
-    ]  # what the attention block and what follows hand to the residual stream; one for Mamba
+    # what the attention block and what follows hand to the residual stream; one for Mamba
+    ends: tuple[str, ...]
     attention: str = ""  # the module that calls the attention function; "" for a layer without attention
     query: str = ""
     value: str = ""  # where one matrix makes queries, keys and values, `query` and `value` are that matrix

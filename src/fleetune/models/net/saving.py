@@ -1,7 +1,5 @@
 """Write a model as a Hugging Face directory, and safetensors files one tensor at a time; compare what the disk gives back."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,9 +1,4 @@
-"""Declare what a method trains and whether a step back-propagates, so that `fleetune plan` can count its cost.
-
-The sizes of messages come from a placeholder state, whose arrays have a shape and a single zero.
-"""
-
-from __future__ import annotations
+"""Declare what a method trains and whether a step back-propagates, so that `fleetune plan` can count its cost."""
 
 import math
 from collections.abc import Mapping

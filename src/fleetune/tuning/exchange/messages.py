@@ -32,9 +32,8 @@ MAX_BYTES = 1 << 32  # a message larger than 4 GiB is an attack or a mistake
 MAX_DIMS = 8  # of an array; the widest that a method sends has 4
 MAX_NAMES = 1 << 17  # of arrays or scalars; an adapter on every expert of a large mixture has 2^16
 MAX_NAME = 512  # characters
-MAX_TEXT = (
-    1 << 20
-)  # bytes of a text, which may take four times that in memory; the longest names each expert of a block
+# bytes of a text, which may take four times that in memory; the longest names each expert of a block
+MAX_TEXT = 1 << 20
 EMPTY = 1 << 31  # of a dim of an array without values
 DTYPES = (  # their places in this table are what is sent
     "uint8",

@@ -12,8 +12,6 @@ Everything is float64; the caller rounds once.  The numbers are the papers', but
 2402.06954) sets for LoRA.  SCAFFOLD is Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final

@@ -11,8 +11,6 @@ keep devices with unlike data together:
   learn whether its reply arrived, so after a lost one its c_k has moved and c has not.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 A device is sent the ledger's sums (`ledger_payload`) and opens a view of its model at that point (`open_view`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from typing import Any

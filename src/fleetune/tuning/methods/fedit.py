@@ -23,8 +23,6 @@ and sends it back; the server averages, weighted by rows: A <- sum_k p_k A_k and
 - For devices of unlike data: `mu` (FedProx) and `scaffold` (`methods/_adapter.py`), `server` (`server_rules.py`).
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterable, Sequence

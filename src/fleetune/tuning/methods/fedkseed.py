@@ -29,8 +29,6 @@ n two-point samples of a d-dimensional gradient g have variance d (1/K + (1 - 1/
 precision, a device with n_c rows weighs n_c after back-propagation, and n_c / (1 + (K - 1) / n) after n two-point steps.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -197,9 +195,8 @@ class Method(_zeroth.OfLedger):
                 LogCode.decode(LogCode.encode(np.array([-g * UNITS * weights[j]]), coins[j : j + 1]))[0]
             ),
         )
-        codes = LogCode.encode(
-            steps.coefficients, np.zeros(len(steps.coefficients))
-        )  # levels: nothing is rounded
+        # levels: nothing is rounded
+        codes = LogCode.encode(steps.coefficients, np.zeros(len(steps.coefficients)))
         return Payload({"codes": codes}, {"n": batches.n, "loss": steps.loss})
 
     def walk(self, reply: Reply, p: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

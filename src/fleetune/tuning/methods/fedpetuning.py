@@ -33,8 +33,6 @@ of unlike data (`mu`, `scaffold`, `server`) are those of `fedit`.
   themselves (P-Tuning v2), and travel alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType

@@ -33,8 +33,6 @@ a v along the unit vector u of the old gradient is then a normal cut off below a
 - The variance test ends after `patience` rounds on a batch; in the code it may ask for ever.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace

@@ -16,8 +16,6 @@ own data and the server takes the mean of their scalars, direction by direction.
 - A fresh direction every step is the next member of a pool of K nearly orthogonal ones, a new pool every K steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self

@@ -25,8 +25,6 @@ vote).  A slope of exactly zero tosses a coin.
 - `eta` is the code's learning rate times its eps (0.1 and 1e-3), which its update multiplies in.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

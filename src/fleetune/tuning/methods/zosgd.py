@@ -19,8 +19,6 @@ here to measure the memory; there is no reason to train with it.
   `gaussian` (in a 16-bit model the z that is stored is rounded to 16 bits, the ledger's is not).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Check a recipe, read its data, then load its model: everything that can be wrong is found before the first step."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -94,9 +92,8 @@ def _encoder(recipe: Recipe, offline: bool) -> bool:
 
 log = logging.getLogger(__name__)
 
-CheckMemory = Callable[
-    [int, int], None
-]  # of the rows of a usual client, and the tokens of a usual row; FitError
+# of the rows of a usual client, and the tokens of a usual row; FitError
+CheckMemory = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -114,9 +111,8 @@ class TuneJob:
     dropped: int  # rows of whose answer the tokenizer leaves nothing
     cut: encode.Cut  # rows that are longer than max_length
     files: dict[str, str]  # SHA-256 of the data's files, by name
-    found_rates: list[RateFound] = field(
-        default_factory=list
-    )  # learning rates that were found before round 1
+    # learning rates that were found before round 1
+    found_rates: list[RateFound] = field(default_factory=list)
     estimate: Estimate | None = None  # of a run that begins, simulated
 
     @property

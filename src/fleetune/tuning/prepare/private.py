@@ -1,11 +1,10 @@
 """Decide how a recipe's differential privacy is kept (noise, clip, delta), and write it into the recipe before round 1.
 
 Client level: the server adds the noise, once a round.  Example level: a client adds it in each local step, to the sum over a
-Poisson sample of its rows; the account is that of the client with the fewest rows, which are sampled most often, and as it is no
-secret who takes part in a round, every round counts.  The clip and the learning rates are found on the server's held-out rows.
+Poisson sample of its rows.  The account is then that of the client with the fewest rows, which are sampled most often; who takes
+part in a round is no secret, so every round counts.  A real device chooses the noise by its own rows, so that all rounds cost it
+the run's epsilon, and counts them.  The clip and learning rates are found on the server's held-out rows.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,8 +13,9 @@ from statistics import median
 from typing import Final, Protocol
 
 from fleetune.common.display import counted
+from fleetune.common.shell import check_installed
 from fleetune.data import Encoded
-from fleetune.errors import RecipeError
+from fleetune.errors import RecipeError, UsageError
 from fleetune.models.net.model import Model
 from fleetune.privacy import accountant, secagg
 from fleetune.privacy.mechanism import Measuring, Privacy, Sealed
@@ -32,6 +32,8 @@ BY_CLIENT: Final = (CLIENT, SEALED)
 FEWEST: Final = 10  # clients: the mean of fewer is lost in the noise that hides one of them
 MOST: Final = 100.0  # epsilon: beyond it, nothing is promised
 MEASURED: Final = 32  # held-out rows on which the clip is found, at most
+DELTA: Final = 1e-5  # of real devices' rows, which nobody has counted
+STEPS: Final = 100_000  # of a device in a run, at most: the account of more takes minutes
 TINY: Final = 1e-30  # clip while it is found
 OPTIONS: Final = ("epsilon", "delta", "noise", "clip_norm")
 TOO_LOUD: Final = 3.0
@@ -40,27 +42,18 @@ PAGE: Final = "what is promised, and what it costs: docs/privacy.md"
 
 
 class Job(Protocol):
-    """What is needed of a job (`prepare.TuneJob`)."""
+    """What is needed of a job (`prepare.TuneJob`); `rows` are those of every client, where they are here."""
 
     @property
-    def recipe(self) -> Recipe:
-        """Return its recipe."""
-
+    def recipe(self) -> Recipe: ...
     @property
-    def method(self) -> Method:
-        """Return its method."""
-
+    def method(self) -> Method: ...
     @property
-    def model(self) -> Model:
-        """Return its model."""
-
+    def model(self) -> Model: ...
     @property
-    def rows(self) -> Sequence[Sequence[Encoded]]:
-        """Return the rows of every client, where they are here."""
-
+    def rows(self) -> Sequence[Sequence[Encoded]]: ...
     @property
-    def held(self) -> list[Encoded]:
-        """Return held-out rows."""
+    def held(self) -> list[Encoded]: ...
 
 
 def problems(recipe: Recipe) -> list[str]:
@@ -122,7 +115,7 @@ def check(recipe: Recipe, method: Method, clients: int) -> None:
     if found:
         raise RecipeError(found, hint=PAGE)
     if recipe.privacy == SEALED:
-        secagg.check_installed()
+        check_installed("a secure sum", "fleet", "cryptography")
     if recipe.privacy == EXAMPLE and recipe.dtype != "fp32":
         raise RecipeError(
             [
@@ -148,20 +141,25 @@ class Account:
     per_round: int  # releases
     delta: float
     budget: float  # epsilon; infinity where only the noise was given
+    own: int = 0  # rounds that cost real devices, which account for their rows themselves, the budget
 
     def spent(self, released: int) -> float:
         """Return epsilon after so many rounds were released, or one of them again."""
+        if self.own:
+            return self.budget if released else 0.0
         return accountant.epsilon(self.privacy.noise, self.privacy.q, released * self.per_round, self.delta)
 
     def rounds_within(self, rounds: int, released: int = 0) -> int:
         """Return how many of the rounds the budget allows after so many that were released."""
+        if self.own:
+            return max(0, min(rounds, self.own - released))
         p, most = self.privacy, (released + rounds) * self.per_round
         allowed = accountant.releases_within(self.budget, p.noise, p.q, most, self.delta) // self.per_round
         return max(0, allowed - released)
 
     def promise(self, rounds: int, released: int) -> str:
         """Return what is guaranteed after so many rounds, and so many releases of them."""
-        what = "client" if self.level in BY_CLIENT else "row"
+        what = {CLIENT: "client", SEALED: "client's reply"}.get(self.level, "row")
         each = "" if self.per_round == 1 else f" of {counted(self.per_round, 'step')}"
         return (
             f"epsilon {self.spent(released):.3g} at delta {self.delta:g} for adding or removing one {what}, after "
@@ -171,27 +169,27 @@ class Account:
 
     def statement(self, rounds: int, released: int) -> str:
         """Return the whole guarantee, for the console, the cards and the ledger's head."""
-        what = "clients" if self.level in BY_CLIENT else "rows of the client with the fewest"
+        rows = "rows of a device" if self.own else "rows of the client with the fewest"
+        what = "clients" if self.level in BY_CLIENT else rows
         return (
             f"differential privacy: {self.promise(rounds, released)}; {what}: {self.privacy.text} ({accountant.version()}); "
             "held-out rows, numbers of rows and settings are outside"
         )
 
 
-def account(job: Job) -> Account | None:
-    """Return the account of a settled job; None where it has no privacy."""
-    return _account(job.recipe, job.method, _sizes(job), clients_of(job))
-
-
-def _account(recipe: Recipe, method: Method, sizes: Sequence[int], clients: int) -> Account | None:
+def account(job: Job, recipe: Recipe | None = None) -> Account | None:
+    """Return the account of a settled job, or of it with another recipe; None where it has no privacy."""
+    recipe, method, sizes = recipe or job.recipe, job.method, [len(rows) for rows in job.rows]
     if not is_accounted(recipe):
         return None
     budget = recipe.epsilon or float("inf")
     if recipe.privacy in BY_CLIENT:
-        return Account(recipe.privacy, by_client(recipe, clients), 1, recipe.delta, budget)
-    steps = max(
-        map(method.local_steps, sizes)
-    )  # and rows of the fewest are sampled most: together, no client's account is more
+        return Account(recipe.privacy, by_client(recipe, clients_of(job)), 1, recipe.delta, budget)
+    if not sizes:
+        theirs = Privacy(recipe.clip_norm, 0.0, 0.0, 0)
+        return Account(recipe.privacy, theirs, 1, recipe.delta, budget, recipe.rounds)
+    # rows of the fewest are sampled most: with the most steps, no client's account is more
+    steps = max(map(method.local_steps, sizes))
     return Account(recipe.privacy, of_rows(recipe, method, min(sizes)), steps, recipe.delta, budget)
 
 
@@ -204,7 +202,21 @@ def by_client(recipe: Recipe, clients: int) -> Privacy:
 
 def of_rows(recipe: Recipe, method: Method, n: int) -> Privacy:
     """Return the mechanism of a local step of a client with n rows."""
-    return Privacy(recipe.clip_norm, recipe.noise, min(1.0, getattr(method, "batch_size", 8) / n), n)
+    return Privacy(recipe.clip_norm, recipe.noise, sampled(method, n), n)
+
+
+def sampled(method: Method, n: int) -> float:
+    """Return q, with which each of n rows is in a step."""
+    return min(1.0, getattr(method, "batch_size", 8) / n)
+
+
+def own_of(method: Method, n: int, clip: float, epsilon: float, delta: float, rounds: int) -> Privacy:
+    """Return the mechanism by which a device with n rows spends at most epsilon in so many rounds; UsageError for none."""
+    steps, why = rounds * method.local_steps(n), method.cannot_hide_rows()
+    if why or delta * n >= 1 or not 0 < steps <= STEPS:
+        why = why or f"delta is {delta:g} for {n:,} rows, and {steps:,} steps of {STEPS:,} at most"
+        raise UsageError(f"the run cannot hide each of this device's rows: {why}", hint=PAGE)
+    return Privacy(clip, accountant.noise_for(epsilon, q := sampled(method, n), steps, delta), q, n)
 
 
 def rule_of(job: Job) -> Rule:
@@ -228,16 +240,18 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
     recipe = job.recipe
     if recipe.privacy == NONE:
         return recipe
-    hidden = clients_of(job) if recipe.privacy in BY_CLIENT else sum(_sizes(job))
-    if recipe.epsilon or recipe.noise:
+    hidden = clients_of(job) if recipe.privacy in BY_CLIENT else sum(map(len, job.rows))
+    if not hidden:  # no rows are here: each device finds its own noise
+        recipe = replace(recipe, delta=recipe.delta or DELTA)
+    elif recipe.epsilon or recipe.noise:
         recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"))
         recipe = _with_noise(job, recipe, hidden)
         if job.recipe.noise and job.recipe.clip_norm:  # as of a run that is resumed
             return recipe
-    elif recipe.clip_norm:
+    if recipe.clip_norm and not recipe.noise:
         return recipe
     measured = _measured(job)
-    if (found := _account(recipe, job.method, _sizes(job), clients_of(job))) is not None:
+    if recipe.noise and (found := account(job, recipe)) is not None:
         numbers, privacy = measured.sizes[0], found.privacy
         loud = privacy.noise * math.sqrt(numbers) / (privacy.q * privacy.N)
         note(
@@ -255,7 +269,7 @@ def _with_noise(job: Job, recipe: Recipe, hidden: int) -> Recipe:
         raise RecipeError(
             [f"delta = {recipe.delta:g} must be below 1 / {hidden:,} rows: leave it out"], hint=PAGE
         )
-    plain = _account(replace(recipe, noise=1.0), job.method, _sizes(job), clients_of(job))
+    plain = account(job, replace(recipe, noise=1.0))
     assert plain is not None
     q, releases = plain.privacy.q, recipe.rounds * plain.per_round
     try:
@@ -295,14 +309,10 @@ def planned(job: Job, done: int, released: int) -> str:
     assert found is not None
     left = found.rounds_within(rounds - done, released)
     last = "" if done + left == rounds else f", after which the budget of {found.budget:g} is spent"
-    sampled = "" if found.privacy.q < 1 else "; no amplification by sampling"
-    return f"{found.promise(done + left, released + left)}{last} · {found.privacy.text}{sampled}"
+    plain = "" if found.privacy.q < 1 else "; no amplification by sampling"
+    return f"{found.promise(done + left, released + left)}{last} · {found.privacy.text}{plain}"
 
 
 def clients_of(job: Job) -> int:
     """Return N, the public number of clients."""
     return len(job.rows) or job.recipe.clients
-
-
-def _sizes(job: Job) -> list[int]:
-    return [len(rows) for rows in job.rows]

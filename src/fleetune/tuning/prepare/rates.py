@@ -7,8 +7,6 @@
 A rate is rounded to 1, 1.5, 2, 3, 5 or 7 times a power of ten, so that machines with different float noise find the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

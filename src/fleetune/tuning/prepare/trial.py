@@ -3,8 +3,6 @@
 All rows are training rows.  Each trial begins at the base model and leaves it as it was.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence

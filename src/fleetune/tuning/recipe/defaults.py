@@ -1,7 +1,5 @@
 """Fill in the defaults that a recipe leaves open: settings of its method, the number of clients, and on real devices the rule."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Final
@@ -34,11 +32,13 @@ def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
     """
     keep = recipe.keep if "keep" in named or not recipe.eval_every else "best"
     if recipe.privacy == "example":
-        raise RecipeError(
-            ["privacy = example is for fleetune tune: real devices do not add noise of their own yet"],
-            hint="--privacy client hides whether a device took part",
-        )
-    if recipe.privacy != "none":  # every device counts once; N is what the recipe says from now on
+        if recipe.noise or not recipe.epsilon:
+            raise RecipeError(
+                ["real devices choose the noise for their rows themselves, from a budget"],
+                hint="--privacy example --epsilon 8, without --noise",
+            )
+        recipe = dataclasses.replace(recipe, clients=devices)
+    elif recipe.privacy != "none":  # every device counts once; N is what the recipe says from now on
         return dataclasses.replace(recipe, clients=devices, keep=keep)
     rule = (
         aggregation.parse(recipe.aggregation) if "aggregation" in named else default_rule(recipe, devices)[0]
@@ -63,7 +63,7 @@ def about_rule(recipe: Recipe, count: int) -> str:
             "mode sealed: this server sees sums of replies and never one; every device counts once, and proves nothing "
             "(docs/privacy.md)"
         )
-    if recipe.privacy != "none":
+    if recipe.privacy == "client":
         return (
             "mode private: replies are summed with noise, so that what is published hides each device; every one counts once, "
             "within its clip (docs/privacy.md)"
@@ -111,9 +111,8 @@ def given(recipe: Recipe) -> list[str]:
     usual = {name: default for name, (_, default, _) in recipes.fields().items() if name != "set"}
     method = methods.make(recipe.method, {}).written_out()
     usual |= {f"set.{name}": value for name, value in methods.values_of(method).items()}
-    written = usual | {
-        f"set.{s.name}": s.default for s in methods.settings(recipe.method)
-    }  # 0 where one follows
+    # 0 where one follows
+    written = usual | {f"set.{s.name}": s.default for s in methods.settings(recipe.method)}
     clients = _usual_clients(recipe.method, recipe.partition)
     return [
         name

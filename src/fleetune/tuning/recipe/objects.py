@@ -3,8 +3,6 @@
 A model in memory becomes a Hugging Face directory, rows a JSONL file, each once under the digest of its content in `OUT/objects`.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import importlib
@@ -27,10 +25,8 @@ from fleetune.tuning import methods
 from fleetune.tuning.recipe.recipe import AUTO_METHOD, Recipe
 
 PREFIX: Final = "fleetune_given_method_"
-RESULT: Final = {
-    "ledger": "ledger.safetensors",
-    "adapter": "adapter",
-}  # in a run's folder, by the method's KIND
+# in a run's folder, by the method's KIND
+RESULT: Final = {"ledger": "ledger.safetensors", "adapter": "adapter"}
 STATED: Final = ("KIND", "PAPER", "SENDS", "CLIENTS")
 HINT: Final = "what a method is: CONTRIBUTING.md#add-a-tuning-method"
 

@@ -3,8 +3,6 @@
 Flags, keys of a TOML file, `run.toml` and the table in the docs are made from these fields.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import importlib
@@ -252,7 +250,7 @@ class Recipe:
         default="none",
         pattern="^(none|client|example|sealed)$",
         description="client: differential privacy that hides whether any one client took part; example: any one row of a "
-        "client; sealed: the server sees sums alone, with epsilon as client without a server to trust (docs/privacy.md)",
+        "client; sealed: the server sees sums of replies alone; epsilon then hides any one reply from it, too (docs/privacy.md)",
     )
     epsilon: float = Field(
         default=0.0,

@@ -4,8 +4,6 @@ A method may have several kinds (`fedkseed`: with or without back-propagation; `
 that is wanted of its number, a real device of one that fits its memory (`Assignment`).
 """
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from collections import Counter

@@ -3,8 +3,6 @@
 A resumed run may release a round again, with new noise: both releases count, so the file is never cut back.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable
 from pathlib import Path

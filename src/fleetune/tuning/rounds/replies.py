@@ -20,7 +20,6 @@ from typing import Any, Final, NamedTuple
 from fleetune.common.events import ClientReply
 from fleetune.common.memory import rss
 from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
-from fleetune.privacy.mechanism import Sealed
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.exchange.aggregation import FEWEST, IN_MEMORY, MEAN, Rule, Spool, usual
 from fleetune.tuning.exchange.messages import NotFiniteError, Payload, ReplySpec, check, decode
@@ -77,9 +76,6 @@ class Replies:
         """With `private`, nothing that tells of a client's rows is recorded."""
         self.method, self.round, self.emit, self.private = method, round, emit, private
         self.kinds = method.kinds(round.state)
-        self.sealed = isinstance(rule.privacy, Sealed)
-        if self.sealed:
-            self.kinds = [(sent, ReplySpec({}, {})) for sent, _ in self.kinds]  # that they are done, no more
         self.kept: list[Kept] = []
         self.asked = self.failed = self.not_finite = 0  # failed: refused ones included
         self.bytes_up = self.bytes_down = 0
@@ -121,9 +117,8 @@ class Replies:
             self.bytes_down += answer.sent
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
-        if (
-            self.rule.privacy is None
-        ):  # else no client may decide whether another counts: the clip is the bound
+        # else no client may decide whether another counts: the clip is the bound
+        if self.rule.privacy is None:
             self._compare()
         self.kept.sort(key=lambda kept: kept.answer.client)
 
@@ -156,7 +151,7 @@ class Replies:
         n = _rows_of(payload, asked.rows[answer.client], self.most, self.private)
 
         def distance_with(rows: int) -> float:
-            if self.sealed:
+            if not spec.arrays:  # it says that it is done, no more
                 return 0.0
             return self.method.distance(asked.state, sent, _reply(answer, payload, rows))
 

@@ -3,8 +3,6 @@
 The loop does not use the model: `evaluate` is passed in.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -25,7 +23,7 @@ from fleetune.runs import rundir
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.aggregation import MEAN, Rule, usual
-from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, encode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.rounds.checkpoint import Course, StandsOn, Totals
@@ -269,6 +267,8 @@ def _summed(
     """Return the state that a round gives whose replies nobody sees, and those that were to give one."""
     asked = Round(r, plan.base, fleet.rows, state, fleet.kind)
     with Replies(method, asked, run, hooks.emit, plan.rule, plan.max_rows, True) as replies:
+        # that they are done, no more
+        replies.kinds = [(sent, ReplySpec({}, {})) for sent, _ in replies.kinds]
         if not summing.pending(r):
             chosen = [client for client in fleet.present() if client not in summing.left_out]
             replies.gather(fleet.ask(r, chosen, _messages(method, fleet, replies, chosen)))
@@ -328,9 +328,8 @@ def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) ->
     A round fails when every client fails, or when most replies are not finite.
     """
     all_failed = replies.failed >= replies.asked > 0 and not replies.accepted
-    if (
-        plan.rule.privacy is not None and plan.summing is None
-    ):  # then no client's reply may decide whether there is another round
+    # then no client's reply may decide whether there is another round
+    if plan.rule.privacy is not None and plan.summing is None:
         if all_failed:
             log.warning(
                 "round %d: every client that was asked failed: %s", replies.round.number, replies.reason
@@ -354,9 +353,8 @@ def _aggregated(method: Method, replies: Replies, plan: RoundPlan) -> Any:
     """Return the new state, or the old one where too few replies are good; ModelLostError when it is not finite."""
     number, state = replies.round.number, replies.round.state
     new = replies.aggregate()
-    if (
-        plan.rule.privacy is not None
-    ):  # released as it is, noise alone included: whether to is no client's choice
+    # released as it is, noise alone included: whether to is no client's choice
+    if plan.rule.privacy is not None:
         pass
     elif replies.mostly_not_finite or replies.accepted < plan.quorum:
         log.warning(

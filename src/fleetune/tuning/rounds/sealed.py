@@ -33,6 +33,7 @@ T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]
 
 FILE: Final = "sum.ckpt"
+STEPS: Final = ".steps"  # a client's, beside its FILE
 ATTEMPT: Final = 16  # bytes of its number
 KEYS: Final = secagg.KEYS
 NAME: Final = 32  # bytes
@@ -80,7 +81,7 @@ def signed_text(run: str, round: int, attempt: bytes, number: int) -> bytes:
 
 @dataclass
 class Participant:
-    """What one client keeps for the sum of one round, in `file` where it is to survive a restart."""
+    """What one client keeps for the sum of one round: its vector in `file`, its steps beside it, to survive a restart."""
 
     run: str
     sealed: Sealed
@@ -96,11 +97,10 @@ class Participant:
         found = cls(run, sealed, file, identity=identity)
         try:
             message = decode(read_bytes(file), any_size=True)
-            member = json.loads(str(message.payload.scalars["member"]))
             found.round = message.round
             if message.payload.scalars["terms"] == sealed.text:  # else it was made for another sum
+                found.member = _member(file.with_suffix(STEPS), found.round)
                 found.vector = message.payload.array("vector").copy()
-                found.member = _member(member) if member else None
         except FileNotFoundError:
             pass
         except (OSError, MessageError, KeyError, ValueError, TypeError) as error:
@@ -112,7 +112,9 @@ class Participant:
         if round < self.round or (round == self.round and self._is_masked):
             raise MessageError(f"round {round} has been summed already")
         self.round, self.vector, self.member = round, vector, None
-        self._keep()
+        if self.file is not None:  # the vector before its steps are gone: no round is masked twice
+            self._write(self.file, {"vector": vector}, {"terms": self.sealed.text})
+            self.file.with_suffix(STEPS).unlink(missing_ok=True)
 
     @property
     def _is_masked(self) -> bool:
@@ -131,7 +133,7 @@ class Participant:
         before = _dumped(member)
         found = self._step(step, member, arrays)
         if _dumped(member) != before:
-            self._keep()
+            self._keep(member)
         return self._coded(found)
 
     def _keys(self, number: int, attempt: bytes) -> Arrays:
@@ -141,7 +143,7 @@ class Participant:
                 raise MessageError(f"round {self.round} has been summed already")
             own = context(self.run, self.round, attempt)
             self.member = member = secagg.Member(number, self.sealed.least, self.sealed.N, own, attempt)
-            self._keep()
+            self._keep(member)
         text = signed_text(self.run, self.round, attempt, number)
         return {"keys": np.frombuffer(self.identity.announcement(text, member.keys()), np.uint8)}
 
@@ -167,18 +169,15 @@ class Participant:
     def _coded(self, arrays: Arrays) -> bytes:
         return encode(Message(self.round, b"", Payload(arrays)))
 
-    def _keep(self) -> None:
+    def _keep(self, member: secagg.Member) -> None:
         if self.file is not None:
-            payload = Payload(
-                {"vector": self.vector}, {"member": _dumped(self.member), "terms": self.sealed.text}
-            )
-            write_atomic(self.file, encode(Message(self.round, b"", payload)), mode=PRIVATE)
+            self._write(self.file.with_suffix(STEPS), {}, {"member": _dumped(member)})
+
+    def _write(self, file: Path, arrays: Arrays, scalars: Mapping[str, str]) -> None:
+        write_atomic(file, encode(Message(self.round, b"", Payload(arrays, scalars))), mode=PRIVATE)
 
 
-def _dumped(member: secagg.Member | None) -> str:
-    if member is None:
-        return "null"
-
+def _dumped(member: secagg.Member) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.hex()
@@ -187,12 +186,17 @@ def _dumped(member: secagg.Member | None) -> str:
     return json.dumps({f.name: plain(getattr(member, f.name)) for f in fields(member)})
 
 
-def _member(found: Mapping[str, Any]) -> secagg.Member:
+def _member(file: Path, round: int) -> secagg.Member | None:
+    """Return the steps of a round; None where there are none."""
+    if not file.exists() or (message := decode(read_bytes(file), any_size=True)).round != round:
+        return None
+
     def back(value: Any) -> Any:
         if isinstance(value, str):
             return bytes.fromhex(value)
         return {int(k): bytes.fromhex(v) for k, v in value.items()} if isinstance(value, dict) else value
 
+    found = json.loads(str(message.payload.scalars["member"]))
     return secagg.Member(**{name: back(value) for name, value in found.items()})
 
 

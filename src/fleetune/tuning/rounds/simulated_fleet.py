@@ -3,8 +3,6 @@
 Every message goes through bytes both ways.  Drop-outs and stragglers are pure functions of (seed, round, client).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -165,9 +163,8 @@ class LocalFleet(Fleet):
                     f"client {client} in round {round}: memory does not suffice on '{self.model.device}'",
                     hint=f"see: fleetune plan {quoted(self.model.name)}   (less: batch_size, --max-length, --dtype bf16)",
                 ) from error
-            log.info(
-                "client %d failed in round %d", client, round, exc_info=True
-            )  # its reason is shown anyway
+            # its reason is shown anyway
+            log.info("client %d failed in round %d", client, round, exc_info=True)
             return Answer(client, key, None, "failed", fault(error), time.monotonic() - began, len(sent))
         spent, done = time.monotonic() - began, self.batches
         steps, tokens = (done.taken or None, done.tokens or None) if done else (None, None)

@@ -1,7 +1,5 @@
 """Notice as soon as it shows that a run diverges, and say once what to change; docs/watch.md lists the signs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """Measure the model of a run before and after, and keep answers, measures and the loss of every row in its eval.json."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final

@@ -3,8 +3,6 @@
 A card has no row of the data, no name of a client and no path of the machine.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import textwrap

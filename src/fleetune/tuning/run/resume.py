@@ -3,8 +3,6 @@
 No method looks at the number of rounds to come, so the result has the bits of a run that had as many from the start.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

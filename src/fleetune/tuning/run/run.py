@@ -111,9 +111,8 @@ def start(
     """Check a recipe, then run it in a new folder under `out`."""
     check(recipe)
     rundir.check_writable(out)
-    recipe = dataclasses.replace(
-        recipe, data=data_name(recipe.data, out)
-    )  # rows from standard input are stored
+    # rows from standard input are stored
+    recipe = dataclasses.replace(recipe, data=data_name(recipe.data, out))
     with ONE_AT_A_TIME:
         job = prepare(
             recipe,
@@ -165,9 +164,8 @@ def _tune(
     recipe, model, method = job.recipe, job.model, job.method
     _announce(job, run, listener, fleets.about(job))
     trackers.begin(listener, run.path, describe.facts_of(job))
-    began = time.monotonic() - sum(
-        rate.seconds for rate in job.found_rates
-    )  # none is found of a run that is resumed
+    # none is found of a run that is resumed
+    began = time.monotonic() - sum(rate.seconds for rate in job.found_rates)
 
     def step(client: int, number: int) -> None:
         listener.step(client, number)

@@ -1,7 +1,5 @@
 """Save and report the result of a run: the ledger or adapter, the last answers and measures, the last event, the report."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time
@@ -79,9 +77,8 @@ def _clients(job: TuneJob, run: RunDir) -> dict[str, Any] | None:
     before, chosen = evaluation.read(run).get("per_client"), evaluation.client_rows(job)
     if not isinstance(before, dict) or chosen is None:
         return None
-    own = [
-        rows[:n] for rows, n in zip(chosen[1], before["n"], strict=True)
-    ]  # those of a run with fewer rounds
+    # those of a run with fewer rounds
+    own = [rows[:n] for rows, n in zip(chosen[1], before["n"], strict=True)]
     after = {**before, "tuned": evaluation.client_losses(job, own)}
     evaluation.add(run, {"per_client": after})
     return after
