@@ -330,7 +330,8 @@ class Ledger:
         if all(c.what not in MUST_AGREE for c in changes):
             left, right = _sums(self), _sums(other)
             cosine = _cosine(*left, *right)
-            if cosine < 1.0 or len(left[0]) != len(right[0]):
+            same = all(map(np.array_equal, left, right))  # then the cosine may still be rounded
+            if not same and (cosine < 1.0 or len(left[0]) != len(right[0])):
                 changes.append(
                     Change("cosine of the two fine-tunes", f"{cosine:.6f}", "1.000000 = same direction")
                 )
