@@ -47,10 +47,10 @@ def run(setting: Setting) -> Result:
 
 
 def _papers(setting: Setting, model: Model) -> Timing:
-    named, rng = papers.trained(model.net), np.random.default_rng(42)
+    named, rng = list(model.net.named_parameters()), np.random.default_rng(42)
     kept = [p.data for _, p in named]  # the passes write out of place, so this is the base
     seeds = rng.integers(1, 10**11, setting.repeats(SEEDS) + 1).tolist()
-    taken = [clock(lambda s=s: papers.catch_up(named, [(s, 50.0)], LR)) for s in seeds][1:]
+    taken = [clock(lambda s=s: papers.update(named, s, 50.0, LR)) for s in seeds][1:]
     for (_, p), base in zip(named, kept, strict=True):
         p.data = base
     return Timing([w for w, _ in taken], [c for _, c in taken])

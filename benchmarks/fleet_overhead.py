@@ -7,9 +7,7 @@ local steps a round are unfavourable to us: the papers take 200.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,8 +42,9 @@ class Clocked:
     def __init__(self, method: Method) -> None:
         self.method = method
         self.seconds = self.cpu = 0.0
-        self.init, self.broadcast, self.expects = method.init, method.broadcast, method.expects
-        self.aggregate, self.apply = method.aggregate, method.apply
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
@@ -105,18 +104,7 @@ def _fleet(model: Model, method: Method, clients: int, rows: int, length: int = 
         yield play
     finally:
         if model.attachment is not None:
-            _detach(model)
-
-
-def _detach(model: Model) -> None:
-    from fleetune import adapters
-    from fleetune.seeds.view import View
-
-    if isinstance(model.attachment, View):
-        model.attachment.remove()
-        model.attachment = None
-    else:
-        adapters.detach(model)
+            model.attachment.detach(model)
 
 
 def _overhead(
@@ -136,7 +124,7 @@ def _overhead(
 
 
 def _memory(result: Result, setting: Setting) -> Result:
-    few, many = (child("fleet_overhead", n, int(setting.quick)) for n in (8, 20 if setting.quick else 200))
+    few, many = (child("fleet_overhead", n, setting.quick) for n in (8, 20 if setting.quick else 200))
     result.raw["memory"] = {"few": few, "many": many}
     name = f"Fleet memory: {many['clients']} clients against 8"
     note = f"peak RSS of a FedKSeed round, each fleet in its own process; its rows are {many['data'] / 1e6:.1f} MB of it"
@@ -145,8 +133,8 @@ def _memory(result: Result, setting: Setting) -> Result:
     return result
 
 
-def main(clients: int, quick: bool) -> None:
-    """The child: one round of so many clients, one step each; prints the peak."""
+def one(clients: int, quick: bool) -> dict[str, int]:
+    """In the child: one round of so many clients, one step each."""
     torch.set_num_threads(1)
     model = shape.model(quick)
     method = methods.make("fedkseed", {"tau": 1})
@@ -154,12 +142,4 @@ def main(clients: int, quick: bool) -> None:
     with _fleet(model, method, clients, 8, 16) as play:
         play(1)
         peak = peak_rss()
-    print(json.dumps({"clients": clients, "peak": peak, "data": clients * 8 * 16 * 4}))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("clients", type=int)
-    parser.add_argument("quick", type=int, choices=(0, 1))
-    args = parser.parse_args()
-    main(args.clients, bool(args.quick))
+    return {"clients": clients, "peak": peak, "data": clients * 8 * 16 * 4}

@@ -155,11 +155,11 @@ class Result:
 
 
 def child(module: str, *arguments: object) -> Any:
-    """Run a module of this package in a process of its own; the JSON that it prints."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    """What `one(*arguments)` of a module of this package returns in a process of its own."""
+    code = f"import json; from benchmarks.{module} import one; print(json.dumps(one(*{arguments!r})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[2:])} failed:\n{done.stderr}")
+        raise RuntimeError(f"{module}.one{arguments!r} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -8,8 +8,6 @@ whatever the size of the model.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 
 import torch
@@ -43,7 +41,7 @@ def run(setting: Setting) -> Result:
 
 def _peak(setting: Setting, mode: str, dtype: str) -> dict[str, float]:
     repeats = 3 if mode in MODES[:3] and not setting.quick else 1
-    runs = [child("memory", mode, dtype, int(setting.quick)) for _ in range(repeats)]
+    runs = [child("memory", mode, dtype, setting.quick) for _ in range(repeats)]
     return {key: statistics.median(r[key] for r in runs) for key in runs[0]}
 
 
@@ -62,8 +60,8 @@ def _rows(dtype: str, peak: dict[str, float], strict: bool) -> list[Row]:
     return rows
 
 
-def main(mode: str, dtype: str, quick: bool) -> None:
-    """The child: load, forget the peak so far, do one mode, print the peak."""
+def one(mode: str, dtype: str, quick: bool) -> dict[str, int]:
+    """In the child: load, forget the peak so far, do one mode."""
     torch.set_num_threads(1)  # so that no thread's own buffers blur the comparison
     model = shape.model(quick, dtype)
     batch = shape.batch(quick, 16, 64)
@@ -72,7 +70,7 @@ def main(mode: str, dtype: str, quick: bool) -> None:
     release_memory()
     loaded = rss()
     WORK[mode](model, batch)
-    print(json.dumps({"loaded": loaded, "peak": peak_rss()}))
+    return {"loaded": loaded, "peak": peak_rss()}
 
 
 def load_kernels(dtype: str) -> None:
@@ -98,7 +96,8 @@ def _ours(model: Model, batch: Batch) -> None:
 
 def _papers(model: Model, batch: Batch, in_place: bool = False) -> None:
     loss = objectives.get("loss")
-    papers.step(papers.trained(model.net), lambda: loss(model, batch), 7, 1e-3, 1e-6, in_place=in_place)
+    named = list(model.net.named_parameters())
+    papers.step(named, lambda: loss(model, batch), 7, 1e-3, 1e-6, in_place=in_place)
 
 
 def _gradient(model: Model, batch: Batch, kind: type[torch.optim.Optimizer]) -> None:
@@ -119,11 +118,3 @@ WORK = {
     "SGD": lambda model, batch: _gradient(model, batch, torch.optim.SGD),
     "AdamW": lambda model, batch: _gradient(model, batch, torch.optim.AdamW),
 }
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("mode", choices=WORK)
-    parser.add_argument("dtype", choices=("fp32", "bf16", "fp16"))
-    parser.add_argument("quick", type=int, choices=(0, 1))
-    args = parser.parse_args()
-    main(args.mode, args.dtype, bool(args.quick))

@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from transformers import LlamaConfig
-
+from benchmarks.shape import llama
 from fleetune.common.display import human_bytes
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.models.stored import KEPT
@@ -29,31 +28,11 @@ MODELS: Final = {
 }
 WORK: Final = Workload(1, 256, 1, "fp32", "mapped")
 FILE: Final = 18 / 32  # bytes of a weight in Q4_0
-PASSES: Final = {
-    "inference": 1,
-    "mezo": 1,
-    "fedkseed, back-propagating": 3,
-    "fedit": 3,
-}  # over the file, a step
+# over the file, a step
+PASSES: Final = {"inference": 1, "mezo": 1, "fedkseed, back-propagating": 3, "fedit": 3}
 MAPPED_FLOOR: Final = 120e6  # of the process itself: code and data that files back
 DEVICES: Final = (2, 4, 8, 16)  # GB
 LEFT: Final = 0.5e9  # for the system
-
-
-def shape(sizes: tuple[int, ...]) -> Shape:
-    """The shape of a llama."""
-    hidden, inner, layers, heads, kv, vocab = sizes
-    return shape_of(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv,
-            vocab_size=vocab,
-            tie_word_embeddings=vocab > 100_000,
-        )
-    )
 
 
 def footprint(name: str, of: Shape) -> Footprint:
@@ -71,7 +50,7 @@ def main() -> None:
     print("| llama | method | peak | of it private | file | read a step | fits |")
     print("|---|---|---|---|---|---|---|")
     for model, sizes in MODELS.items():
-        of = shape(sizes)
+        of = shape_of(llama(*sizes))
         file = of.params * FILE
         for name, passes in PASSES.items():
             parts = device_cost.memory(of, WORK, footprint(name, of))

@@ -83,7 +83,7 @@ def sweep(view: View) -> None:
 
 
 def _passes(result: Result, setting: Setting, model: Model) -> None:
-    view, named = look(model), papers.trained(model.net)
+    view, named = look(model), list(model.net.named_parameters())
     view.place(passes("hashed", K, *moved()))
 
     def ours() -> None:
@@ -115,7 +115,7 @@ def _passes(result: Result, setting: Setting, model: Model) -> None:
 
 
 def _step(result: Result, setting: Setting, model: Model, size: int, repeats: int) -> None:
-    batch, named = shape.batch(setting.quick, size, 64), papers.trained(model.net)
+    batch, named = shape.batch(setting.quick, size, 64), list(model.net.named_parameters())
     position, views_ = Position("hashed", K, *moved()), list[View]()
     loss = functools.partial(objectives.get("loss"), model, batch)
     times = measure(

@@ -11,17 +11,12 @@ FedKSeed (arXiv 2312.06353): to catch up, one such update pass for each of the K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Named = Sequence[tuple[str, Tensor]]
-
-
-def trained(net: nn.Module) -> Named:
-    """All parameters in the order of the modules, tied ones once."""
-    return list(net.named_parameters())
+Named = Sequence[tuple[str, Tensor]]  # `named_parameters`: in the order of the modules, tied ones once
 
 
 def direction(like: Tensor) -> Tensor:
@@ -42,10 +37,8 @@ def perturb(named: Named, seed: int, scale: float, eps: float, *, in_place: bool
 
 
 @torch.no_grad()
-def update(
-    named: Named, seed: int, g: float, lr: float, *, decay: float = 0.0, in_place: bool = False
-) -> None:
-    """w <- w - lr * (g * z(seed) + decay * w): one pass; no decay on biases and layer norms."""
+def update(named: Named, seed: int, g: float, lr: float, *, in_place: bool = False) -> None:
+    """w <- w - lr * (g * z(seed) + 0 * w): one pass; no decay on biases and layer norms."""
     torch.manual_seed(seed)
     for name, p in named:
         z = direction(p)
@@ -54,7 +47,7 @@ def update(
         elif any(part in name for part in ("bias", "layer_norm", "layernorm")):
             p.data = p.data - lr * (g * z)
         else:
-            p.data = p.data - lr * (g * z + decay * p.data)
+            p.data = p.data - lr * (g * z + 0.0 * p.data)
 
 
 def step(
@@ -69,9 +62,3 @@ def step(
     g = (plus - minus) / (2 * eps)
     update(named, seed, g, lr, in_place=in_place)
     return g
-
-
-def catch_up(named: Named, entries: Iterable[tuple[int, float]], lr: float) -> None:
-    """From the base to the global model: one pass for each (seed, accumulated scalar)."""
-    for seed, scalar in entries:
-        update(named, seed, scalar, lr)

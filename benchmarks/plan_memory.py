@@ -1,27 +1,24 @@
 """The plan against what happens: predicted and measured peak memory of every method and comparison.
 
 Each measurement is a process of its own that loads a model from disk and does one round of a few steps the
-way a device does: a message comes in, the method's own `local` works on it (`fleets.local`), a message goes
+way a device does: a message comes in, the method's own `local` works on it (`local_work`), a message goes
 out.  Full SGD and Adam, which are no methods, take the same steps through the same loss.  The peak is that of
 the whole process, interpreter and libraries with it; "inference with kernels" is inference in a process that
 has loaded the compiled kernels, which do not depend on the model, and "mezo, torch's kernels" needs none of them
 (`FLEETUNE_KERNELS=torch`).  A step's seconds are the processor's, in the same processes: a round over its steps, with
 what it loads at first (Numba takes a second or two).
 
-    python -m benchmarks.plan_memory [MODEL] [--only NAME ..] [--repeats R] [--json]
-                                     [--batch B] [--length T] [--steps S] [--dtype D] [--base B]
+    python -m benchmarks.plan_memory [MODEL] [OPTIONS]
 
-prints a table (or one JSON object); MODEL is smollm2-135m unless stated.
+prints a table; MODEL is smollm2-135m unless stated.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -55,8 +52,8 @@ PARTS: Final = ("inference", KERNELS, TORCH, *SETTINGS, "full SGD", "full Adam")
 
 def compare(
     model: str, names: Sequence[str], batch: int, length: int, steps: int, dtype: str, base: str, repeats: int
-) -> dict[str, Any]:
-    """Predicted and measured peak bytes and seconds a step of the named rows of the plan, and their ratios.
+) -> dict[str, dict[str, float]]:
+    """Predicted and measured peak bytes, and the processor's seconds a step, of the named rows of the plan.
 
     Measured are medians of `repeats` processes, taken by turns.
     """
@@ -70,30 +67,13 @@ def compare(
     planned[SCALES] = _row(model, work, planned["fedpetuning"], {"module": "scales"})
     turns: dict[str, list[dict[str, float]]] = {n: [] for n in names if n != SCALES or base == "mapped"}
     for name in list(turns) * repeats:
-        options = {"--batch": batch, "--length": length, "--steps": steps, "--dtype": dtype, "--base": base}
-        turns[name].append(
-            child("plan_memory", model, "--one", name, *(part for pair in options.items() for part in pair))
-        )
-    rows: dict[str, Any] = {}
+        turns[name].append(child("plan_memory", name, model, batch, length, steps, dtype, base))
+    rows = {}
     for name, seen in turns.items():
-        measured, seconds, cpu, private = (
-            statistics.median(turn[key] for turn in seen) for key in ("peak", "seconds", "cpu", "private")
-        )
+        rows[name] = {key: statistics.median(turn[key] for turn in seen) for key in seen[0]}
         row = planned["inference" if name == KERNELS else "mezo" if name == TORCH else name]
-        peak = int(row.peak + _kernels(name))
-        rows[name] = {
-            "measured": measured,
-            "predicted": peak,
-            "ratio": round(peak / measured, 3),
-            "parts": row.parts,
-            "predicted_step_seconds": row.seconds and round(row.seconds / steps, 3),
-            "measured_step_seconds": round(seconds / steps, 3),
-            "measured_step_cpu": round(cpu / steps, 3),
-            "peaks": [turn["peak"] for turn in seen],
-            "private": private,
-        }
-    said = {"model": model, "batch": batch, "length": length, "steps": steps, "dtype": dtype, "base": base}
-    return {**said, "rows": rows}
+        rows[name]["planned"] = row.peak + _kernels(name)
+    return rows
 
 
 def _row(model: str, work: Any, usual: Any, settings: Mapping[str, Any]) -> Any:
@@ -119,42 +99,27 @@ def _kernels(name: str) -> int:
     return {KERNELS: here, TORCH: known["torch"] - here}.get(name, 0)
 
 
-def text(found: Mapping[str, Any]) -> str:
+def text(rows: Mapping[str, Mapping[str, float]]) -> str:
     """The comparison as lines: peaks in MB, and what each is of inference's, bare and with the kernels loaded."""
-    rows = found["rows"]
-    heads = [
-        "",
-        "measured",
-        "private",
-        "of inference",
-        "with kernels",
-        "plan",
-        "plan / measured",
-        "CPU a step",
-    ]
-    lines = [heads]
+    head = ",peak,private,of inference,with kernels,plan,plan / peak,CPU a step"
+    lines = [head.split(",")]
     for name, row in rows.items():
-        of = [
-            f"{row['measured'] / rows[base]['measured']:.3f}" if base in rows else ""
-            for base in ("inference", KERNELS)
-        ]
-        mb = [f"{row[kind] / 1e6:,.0f} MB" for kind in ("measured", "predicted")]
-        step = f"{row['measured_step_cpu']:.2f} s"
-        lines.append(
-            [name, mb[0], f"{row['private'] / 1e6:,.0f} MB", *of, mb[1], f"{row['ratio']:.3f}", step]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    said = "{model}, {dtype}, base {base}, {steps} steps of {batch} x {length} tokens".format(**found)
-    return "\n".join([said, *("  ".join(map(str.rjust, line, widths)) for line in lines)])
+        of = [f"{row['peak'] / rows[base]['peak']:.3f}" if base in rows else "" for base in PARTS[:2]]
+        peak, private, plan = (f"{row[kind] / 1e6:,.0f} MB" for kind in ("peak", "private", "planned"))
+        ratio = f"{row['planned'] / row['peak']:.3f}"
+        lines.append([name, peak, private, *of, plan, ratio, f"{row['cpu']:.2f} s"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def one(
     name: str, model_name: str, batch: int, length: int, steps: int, dtype: str, base: str
 ) -> dict[str, float]:
-    """In the child: one round, the peak of this process and of what no file backs, the round's seconds and the processor's."""
+    """In the child: one round, the peak of this process and of what no file backs, the processor's seconds a step."""
     import torch
 
     from fleetune import models
+    from fleetune.common.memory import peak_rss
 
     torch.set_num_threads(1)
     if name == TORCH:
@@ -168,11 +133,9 @@ def one(
     rows = _rows(model, batch, length)
     work = _round if name in SETTINGS or name == TORCH else _steps
     before = time.process_time()
-    seconds = work("mezo" if name == TORCH else name, model, rows, batch, steps)
-    cpu = time.process_time() - before
-    from fleetune.common.memory import peak_rss
-
-    return {"peak": peak_rss(), "private": max(private), "seconds": seconds, "cpu": cpu}
+    work("mezo" if name == TORCH else name, model, rows, batch, steps)
+    cpu = (time.process_time() - before) / steps
+    return {"peak": peak_rss(), "private": max(private), "cpu": cpu}
 
 
 def watched() -> list[int]:
@@ -208,7 +171,7 @@ def _rows(model: Any, batch: int, length: int) -> list[Any]:
     return [Encoded(row, 1) for row in ids]
 
 
-def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> float:
+def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> None:
     """A device's own round, from bytes to bytes; it has no state of a server's, and lets go of the bytes it has read."""
     from fleetune.data import Batches
     from fleetune.evaluation.losses import pad_id
@@ -219,9 +182,7 @@ def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
     (counted, _), *more = SETTINGS[name].items()
     method = methods.make(name.partition(",")[0], {"batch_size": batch, counted: steps} | dict(more))
     received = decode(_message(method, model))
-    began = time.monotonic()
     work(method, model, Batches(rows, pad_id(model), 1), 1, received, Memories(), lambda *step: None)
-    return time.monotonic() - began
 
 
 def _message(method: Any, model: Any) -> bytes:
@@ -232,7 +193,7 @@ def _message(method: Any, model: Any) -> bytes:
     return encode(Message(1, bytes.fromhex(model.digest)[:8], payload))
 
 
-def _steps(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> float:
+def _steps(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> None:
     """Forward passes, or steps of full SGD or Adam, through the methods' loss."""
     import torch
 
@@ -240,12 +201,12 @@ def _steps(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
     from fleetune.evaluation import objectives
     from fleetune.evaluation.losses import pad_id
 
-    began, batches = time.monotonic(), Batches(rows, pad_id(model), 1).steps(steps, batch)
+    batches = Batches(rows, pad_id(model), 1).steps(steps, batch)
     if name in ("inference", KERNELS):
         loss = objectives.get("loss")
         for part in batches:
             loss(model, part)
-        return time.monotonic() - began
+        return
     model.net.requires_grad_(True)
     optimizer = {"full SGD": torch.optim.SGD, "full Adam": torch.optim.AdamW}[name](
         model.net.parameters(), lr=1e-6
@@ -254,11 +215,10 @@ def _steps(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
         objectives.loss_tensor(model, part).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return time.monotonic() - began
 
 
 def main() -> None:
-    """Compare all rows; or, as a child, measure one."""
+    """Compare the rows, and print the table."""
     parser = argparse.ArgumentParser(
         "benchmarks.plan_memory", description="The plan's peak memory against measured."
     )
@@ -266,22 +226,15 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help=", ".join(PARTS)
     )
-    parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--base", default="memory", choices=["memory", "mapped"])
     parser.add_argument("--repeats", type=int, default=1, help="processes of each row, whose median counts")
-    parser.add_argument("--json", action="store_true", help="every number, as one JSON object")
     o = parser.parse_args()
-    work = (o.batch, o.length, o.steps, o.dtype, o.base)
-    if o.one:
-        print(json.dumps(one(o.one, o.model, *work)))
-        return
-    found = compare(o.model, o.only, *work, o.repeats)
-    print(json.dumps(found, indent=1) if o.json else text(found))
+    print(text(compare(o.model, o.only, o.batch, o.length, o.steps, o.dtype, o.base, o.repeats)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

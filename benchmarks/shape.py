@@ -20,18 +20,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def config(quick: bool) -> LlamaConfig:
     """The configuration of SmolLM2-135M (134.5 M parameters in 272 tensors), or of its small stand-in."""
-    width, inner, heads, kv, depth, vocab = (576, 1536, 9, 3, 30, 49152)
-    if quick:
-        width, inner, heads, kv, depth, vocab = (256, 680, 4, 2, 4, 4096)
+    return llama(*((256, 680, 4, 4, 2, 4096) if quick else (576, 1536, 30, 9, 3, 49152)))
+
+
+def llama(width: int, inner: int, depth: int, heads: int, kv: int, vocab: int) -> LlamaConfig:
+    """The configuration of a llama: embeddings are tied unless the vocabulary has 32,000 pieces, as Llama 2's."""
     return LlamaConfig(
         hidden_size=width,
         intermediate_size=inner,
+        num_hidden_layers=depth,
         num_attention_heads=heads,
         num_key_value_heads=kv,
-        num_hidden_layers=depth,
         vocab_size=vocab,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
+        tie_word_embeddings=vocab != 32000,
         initializer_range=0.041666,
         rms_norm_eps=1e-5,
         use_cache=False,

@@ -1,4 +1,4 @@
-"""One thread for the tiny models, a cache of their own, and the same examples at every run.
+"""One thread for the tiny models, each step timed once, a cache of their own, and the same examples at every run.
 
 `make test` is to say the same of the same code twice, so its property tests draw fixed examples; `make fuzz`
 runs them with new ones, in which a failure is a fault to mend and an example to add.
@@ -24,6 +24,12 @@ for harnesses in ("contract", "deploy"):
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("fuzz", derandomize=False, deadline=None, max_examples=1000)
 settings.load_profile("fixed")
+
+
+def pytest_collection_finish() -> None:
+    from fleetune.tuning.prepare import estimate
+
+    estimate.REPEATS = 1  # type: ignore[misc]  # every run times its steps before it begins: once will do for tiny models
 
 
 @pytest.fixture(scope="session")

@@ -127,9 +127,8 @@ def peer_of(result: TuneResult, model: Path, peer: str) -> Any:
             .requires_grad_(False)
         )
     written = fleetune.export(result, to="hf", path=result.folder / "hf")
-    if (
-        result.path.is_file() and written.done.digest != result.digest
-    ):  # a ledger's run states that of its weights
+    # a ledger's run states that of its weights
+    if result.path.is_file() and written.done.digest != result.digest:
         raise Fault("the directory has other weights than the run")
     return kind.from_pretrained(written.path).eval().requires_grad_(False)
 

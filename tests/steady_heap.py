@@ -15,7 +15,6 @@ from types import ModuleType
 import pytest
 
 MANY = 100  # modules imported since, for which it is done again
-
 _set_aside = 0
 _module: ModuleType | None = None
 

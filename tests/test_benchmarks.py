@@ -67,12 +67,8 @@ def test_canaries_are_compared_with_themselves(privacy: Any) -> None:
 def test_a_row_is_found_as_often_as_theory_says(privacy: Any) -> None:
     vectors, x = 3 * np.eye(32), np.linspace(-9, 25, 20_001)
     below = np.array([0.5 * (1 + math.erf(t / math.sqrt(2))) for t in x])
-    for noise in (
-        0.1,
-        0.5,
-        1.0,
-        100.0,
-    ):  # of 32 normals of one variance, one has mean 1 / noise: is it the largest?
+    # of 32 normals of one variance, one has mean 1 / noise: is it the largest?
+    for noise in (0.1, 0.5, 1.0, 100.0):
         chance = np.trapezoid(np.exp(-0.5 * (x - 1 / noise) ** 2) / math.sqrt(2 * math.pi) * below**31, x)
         assert privacy.guessed(vectors, 0.7, noise) == pytest.approx(chance, abs=0.04)
     assert privacy.guessed(vectors, math.inf, 0.0) == 1.0

@@ -6,9 +6,11 @@ their start (0 or 1), so that one which is used where another should be shows in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -137,6 +139,32 @@ def build(family: str, **changes: Any) -> PreTrainedModel:
             for parameter in net.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.dim() < 2 else 0.1))
     return net.eval()
+
+
+def model_of(net: PreTrainedModel, words: Any, name: str) -> models.Model:
+    """Return a net with a tokenizer as a model."""
+    digests = models.digest(models.named_tensors(net)), models.tokenizer_digest(words)
+    return models.Model(net, words, name, Path(name), *digests, "fp32", "cpu")
+
+
+def drawn(
+    config: Any,
+    words: Any,
+    name: str,
+    seed: int,
+    scale: float,
+    one: Callable[[torch.Tensor], bool],
+    **how: Any,
+) -> models.Model:
+    """Return a model whose numbers are drawn about 0, or about 1 in the tensors that `one` names."""
+    with torch.random.fork_rng(devices=[]):
+        net = AutoModelForCausalLM.from_config(config, **how)
+    net.eval().requires_grad_(False)
+    rng = np.random.default_rng(seed)
+    for _, tensor in models.named_tensors(net):
+        values = rng.standard_normal(tuple(tensor.shape), dtype=np.float32) * scale
+        tensor.copy_(torch.from_numpy(values + one(tensor)))
+    return model_of(net, words, name)
 
 
 def save(family: str, folder: Path) -> Path:

@@ -1,7 +1,5 @@
 """Every error that Fleetune raises on purpose, and its exit code; a message says what failed, `hint` what to do next."""
 
-from __future__ import annotations
-
 import difflib
 import sysconfig
 import traceback

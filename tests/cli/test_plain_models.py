@@ -85,6 +85,8 @@ def test_every_command_that_tunes_says_it(tmp_path: Path) -> None:
         ["plan", RUN],
     ):
         assert f"fleetune export {RUN} --to hf" in refused(*words), words
+    recipe.write_text(f'model = "{CODES}"\ndata = "demo"\nmethod = "mezo"\n')
+    assert "is a compressed model: codes" in refused("fleet", "serve", "-c", str(recipe), "--port", "0")
 
 
 def test_what_was_exported_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -59,9 +59,8 @@ def test_a_run_is_resumed_from_another_folder(elsewhere: Path, capsys: pytest.Ca
     assert after["digest"] == before["digest"]
     assert files.read_json(run / "env.json", "")[rundir.STARTED_IN] == "../.."
     assert len(Run(run).held_out()) == 4
-    assert (
-        main(["tune", "--resume", str(run)]) == 0
-    )  # finished already: its files are named as seen from here
+    # finished already: its files are named as seen from here
+    assert main(["tune", "--resume", str(run)]) == 0
     assert f"result    {run}/adapter" in capsys.readouterr().out
 
 

@@ -41,7 +41,7 @@ TOUR = {
     "models rm mine.gguf": {"ModelRemoved"},
     "recipes": {"RecipeListed"},
     "recipes mezo": {"RecipeListed"},
-    f"tune tiny demo {ZEROTH} {FEW} --dry-run": {"TuneChecked"},
+    f"tune tiny demo {ZEROTH} --set lr=1e-3 {FEW} --dry-run": {"TuneChecked"},
     f"tune tiny demo {ZEROTH} {FEW}": {"TuneStart", "ClientReply", "RoundDone", "RoundEvaluated", "TuneDone"},
     f"tune tiny demo --method fedit --set r=2 {FEW} --partition dirichlet:1:category": {"TuneDone"},
     "tune --resume 1": {"TuneDone"},
@@ -108,7 +108,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
         "samples": 0,
     }
     keys = "".join(f"{k} = {json.dumps(v)}\n" for k, v in recipe.items())
-    table = "[set]\ntau = 2\nbatch_size = 1\n[sweep]\nK = [4, 8]\n"
+    table = "[set]\ntau = 2\nbatch_size = 1\nlr = 1e-3\n[sweep]\nK = [4, 8]\n"
     (at / "sweep.toml").write_text(f'{keys}held_out = 2\ndevice = "cpu"\n{table}', encoding="utf-8")
     (cached := at / "home" / "models" / "gguf-0123").mkdir(parents=True)
     (cached / "config.json").write_text("{}", encoding="utf-8")

@@ -37,20 +37,14 @@ OLD = "9:name=systemd:/x\n4:memory:/docker/3f\n3:cpu,cpuacct:/docker/3f\n0::/\n"
         (SERVICE, {f"{UNIT}/memory.max": 800 * MB, "system.slice/memory.max": "max"}, 800 * MB),
         (SERVICE, {f"{UNIT}/memory.max": 800 * MB, "system.slice/memory.max": 500 * MB}, 500 * MB),
         (SERVICE, {f"{UNIT}/memory.max": 800 * MB, f"{UNIT}/memory.high": 600 * MB}, 600 * MB),
-        (
-            SERVICE,
-            {f"{UNIT}/memory.max": "max", "memory.max": 300 * MB},
-            300 * MB,
-        ),  # a container's own, at the top
+        # a container's own, at the top
+        (SERVICE, {f"{UNIT}/memory.max": "max", "memory.max": 300 * MB}, 300 * MB),
         (SERVICE, {"system.slice/other.service/memory.max": MB}, None),
         ("0::/\n", {"memory.max": 700 * MB}, 700 * MB),
         ("0::/../sibling\n", {"memory.max": 700 * MB}, 700 * MB),  # of a group outside of the container's
         (OLD, {"memory/docker/3f/memory.limit_in_bytes": 400 * MB}, 400 * MB),
-        (
-            OLD,
-            {"memory/memory.limit_in_bytes": 400 * MB},
-            400 * MB,
-        ),  # the container's group is mounted at the top
+        # the container's group is mounted at the top
+        (OLD, {"memory/memory.limit_in_bytes": 400 * MB}, 400 * MB),
         (OLD, {"memory/docker/3f/memory.limit_in_bytes": 9223372036854771712}, None),
         (OLD, {"cpu,cpuacct/docker/3f/memory.limit_in_bytes": MB}, None),
         ("", {"memory.max": MB}, None),
@@ -80,7 +74,7 @@ def test_a_limit_on_addresses_counts_less_what_is_mapped_and_not_in_memory() -> 
 
 
 HELD = """
-import sys, torch
+import resource, sys, torch
 from fleetune.common import memory
 if sys.argv[1] == "return":
     memory.return_large_pieces()
@@ -90,28 +84,6 @@ small = [small for _, small in parts]
 before = memory.rss()
 del parts
 print(before - memory.rss())
-"""
-
-
-def freed(how: str, **limits: str) -> int:
-    env = {name: value for name, value in os.environ.items() if name not in memory.OWN_LIMITS} | limits
-    done = subprocess.run(
-        [sys.executable, "-c", HELD, how], capture_output=True, text=True, check=True, env=env
-    )
-    return int(done.stdout)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_freed_pieces_are_given_back_at_once() -> None:
-    assert freed("keep") < 2 * 12e6, "else glibc does so by itself, and nothing is to be set"
-    assert freed("return") > 7 * 12e6
-    assert freed("return", MALLOC_MMAP_THRESHOLD_=str(1 << 25)) < 2 * 12e6, "a limit of the user's own stays"
-
-
-USED_AGAIN = """
-import resource, torch
-from fleetune.common import memory
-memory.return_large_pieces()
 x = torch.ones(4 << 18)  # 4 MB: 1024 pages of 4 KB
 y = (x * 2 + 1).relu()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -121,9 +93,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def freed(how: str, **limits: str) -> tuple[int, int]:
+    """(bytes of large pieces that are given back, pages that smaller ones have the system clear)."""
+    env = {name: value for name, value in os.environ.items() if name not in memory.OWN_LIMITS} | limits
+    done = subprocess.run(
+        [sys.executable, "-c", HELD, how], capture_output=True, text=True, check=True, env=env
+    )
+    given_back, cleared = map(int, done.stdout.split())
+    return given_back, cleared
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_smaller_pieces_are_not_fetched_from_the_system_each_time() -> None:
-    done = subprocess.run([sys.executable, "-c", USED_AGAIN], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 5 * 1024, (
-        "pages that the system had to clear: those of every result would be 150 * 1024"
+def test_freed_pieces_are_given_back_at_once_and_smaller_ones_are_not_fetched_anew() -> None:
+    assert freed("keep")[0] < 2 * 12e6, "else glibc does so by itself, and nothing is to be set"
+    given_back, cleared = freed("return")
+    assert given_back > 7 * 12e6
+    assert cleared < 5 * 1024, "those of every result would be 150 * 1024"
+    assert freed("return", MALLOC_MMAP_THRESHOLD_=str(1 << 25))[0] < 2 * 12e6, (
+        "a limit of the user's own stays"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ from family_harness import build
 from torch import Tensor
 from torch.nn import functional as F
 
-from fleetune import models
 from fleetune.compression.layerwise.driver import experts_in
 from fleetune.compression.layerwise.experts import Experts
 from fleetune.models import Model, tiny_tokenizer
+from tiny_families import model_of
 
 
 def mixture(family: str, **changes: Any) -> Model:
@@ -22,17 +21,7 @@ def mixture(family: str, **changes: Any) -> Model:
     for name, p in net.named_parameters():
         if "experts." in name and p.dim() == 3:
             p.mul_(2.0)
-    words = tiny_tokenizer()
-    return Model(
-        net,
-        words,
-        family,
-        Path(family),
-        models.digest(models.named_tensors(net)),
-        models.tokenizer_digest(words),
-        "fp32",
-        "cpu",
-    )
+    return model_of(net, tiny_tokenizer(), family)
 
 
 def experts_of(model: Model) -> list[Experts]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,14 @@ import torch
 from gkd_harness import END
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from fleetune import compression, models
 from fleetune.compression.methods import llm_pruner
 from fleetune.data import Encoded
 from fleetune.errors import Interrupted
 from fleetune.models import Model
+from tiny_families import drawn
 
 IDS = torch.tensor([[256, 12, 200, 7, 255, 31, 90, 63, 64, 65]])
 
@@ -58,24 +58,14 @@ def tiny(kind: str = "llama", seed: int = 0, **sizes: Any) -> Model:
         )
         | sizes,
     )
-    with torch.random.fork_rng(devices=[]):
-        net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    net.eval()
-    net.requires_grad_(False)
-    rng = np.random.default_rng(seed)
-    for _, tensor in models.named_tensors(net):
-        values = rng.standard_normal(tuple(tensor.shape), dtype=np.float32) * 0.2
-        tensor.copy_(torch.from_numpy(values + (1 if tensor.dim() == 1 and len(tensor) in (4, 36) else 0)))
-    words = models.tiny_tokenizer()
-    return Model(
-        net,
-        words,
+    return drawn(
+        config,
+        models.tiny_tokenizer(),
         kind,
-        Path(kind),
-        models.digest(models.named_tensors(net)),
-        models.tokenizer_digest(words),
-        "fp32",
-        "cpu",
+        seed,
+        0.2,
+        lambda tensor: tensor.dim() == 1 and len(tensor) in (4, 36),
+        dtype=torch.float32,
     )
 
 

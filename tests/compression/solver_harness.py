@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -32,13 +34,19 @@ def damped(H: Tensor, damping: float) -> Tensor:
     return H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
 
 
+@functools.lru_cache(maxsize=2)
+def inverse_rows(H: Tensor) -> list[Tensor]:
+    """The first row of [H_F]^-1 with F the columns from i on, solved anew for every column."""
+    first = torch.eye(len(H), 1, dtype=H.dtype)
+    return [torch.linalg.solve(H[i:, i:], first[: len(H) - i])[:, 0] for i in range(len(H))]
+
+
 def brain_surgeon(W: Tensor, H: Tensor, settle) -> Tensor:
-    """Column by column with (H_F)^-1 inverted anew for every column; settle(i, updated W) gives column i."""
+    """Column by column with (H_F)^-1; settle(i, updated W) gives column i."""
     W = W.clone()
-    for i in range(W.shape[1]):
-        inverse = torch.linalg.inv(H[i:, i:])
+    for i, row in enumerate(inverse_rows(H)):
         q = settle(i, W)
-        W[:, i + 1 :] -= torch.outer((W[:, i] - q) / inverse[0, 0], inverse[0, 1:])
+        W[:, i + 1 :] -= torch.outer((W[:, i] - q) / row[0], row[1:])
         W[:, i] = q
     return W
 
@@ -53,7 +61,7 @@ def onto(grid: Grid, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def curvature(H: Tensor) -> Tensor:
     """1 / [H_F^-1]_ii with F the columns from i on, [C]."""
-    return torch.stack([1 / torch.linalg.inv(H[i:, i:])[0, 0] for i in range(len(H))])
+    return torch.stack([1 / row[0] for row in inverse_rows(H)])
 
 
 def dense(solved: compression.Solved) -> Tensor:

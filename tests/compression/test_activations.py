@@ -32,9 +32,8 @@ def test_hessians_are_of_the_inputs_in_the_compressed_model(family: str, tmp_pat
     parts = driver.run(model, spy, windows, tmp_path)
     assert all(torch.equal(p, before[n]) for n, p in model.net.named_parameters())  # the model is as it was
     blocks = linears_of(model)
-    names = [
-        matrix.name for block in parts.blocks for matrix in block.matrices
-    ]  # in the order they were solved
+    # in the order they were solved
+    names = [matrix.name for block in parts.blocks for matrix in block.matrices]
     assert sorted(names) == sorted(name for _, linears in blocks for name in linears)
     assert len(spy.seen) == len(names) == len(parts)
     for at, (_, x) in enumerate(compressed_inputs(model, parts, windows, in_turn=False)):

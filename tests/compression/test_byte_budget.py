@@ -23,8 +23,6 @@ from fleetune.compression.layerwise.driver import End
 from fleetune.models.artefact import Master
 
 SMALL = ("--text", "text.txt", "--windows", "4", "--length", "16")
-
-
 Events = list[dict[str, Any]]
 
 

@@ -42,11 +42,8 @@ def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: Capture
     assert result["before"]["perplexity"] != result["after"]["perplexity"]
     assert 0 < result["error"] < 0.1
     code, events, _ = call(capsys, "compress", tiny, *SMALL, *text)
-    assert (code, events[-1]["event"], events[-1]["digest"]) == (
-        0,
-        "done",
-        result["digest"],
-    )  # the same bytes
+    # the same bytes
+    assert (code, events[-1]["event"], events[-1]["digest"]) == (0, "done", result["digest"])
     assert [e["block"] for e in events if e["event"] == "block"] == [0, 1]
 
 
@@ -81,41 +78,33 @@ def test_a_tuned_run_is_compressed_from_its_ledger(tiny: str, at: Path, capsys: 
     assert "loss" in out[-1]["after"]
 
 
-def test_a_stopped_one_is_taken_up_again(
-    tiny: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(10))
-        code, said, _ = call(capsys, "compress", tiny, *SMALL, "--seed", "7")
-    assert code == 130
-    assert "fleetune compress --resume runs/0001-optq-tiny" in json.dumps(said[-1])
-    folder = at / "runs" / "0001-optq-tiny"
-    assert [p.name for p in (folder / "parts").glob("block-*")] == ["block-0000.safetensors"]
-    assert not (folder / "model").exists()
-    resumed = ok(capsys, "compress", "--resume", "latest")
-    assert resumed[-1]["folder"] == "runs/0001-optq-tiny"
-    _, whole, _ = call(capsys, "compress", tiny, *SMALL, "--seed", "7")
-    assert whole[-1]["digest"] == resumed[-1]["digest"]
-
-
-@pytest.mark.parametrize("change", ["text", "weights", "settings"])
-def test_a_stopped_one_does_not_go_on_with_something_else(
+@pytest.mark.parametrize("change", ["", "text", "weights", "settings"])
+def test_a_stopped_one_is_taken_up_again_and_does_not_go_on_with_something_else(
     change: str, tiny: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny, at / "mine")
+    text = ["--text", "text.txt"] if change else []  # else the model writes its own
+    work = ["compress", "mine", *SMALL, *text, "--seed", "7"]
     with monkeypatch.context() as patch:
         patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(10))
-        assert call(capsys, "compress", "mine", *SMALL, "--text", "text.txt")[0] == 130
+        code, said, _ = call(capsys, *work)
+    assert code == 130
+    assert "fleetune compress --resume runs/0001-optq-mine" in json.dumps(said[-1])
     folder = Path("runs/0001-optq-mine")
+    assert not (folder / "model").exists()
+    if not change:
+        resumed = ok(capsys, "compress", "--resume", "latest")
+        assert resumed[-1]["folder"] == str(folder)
+        assert resumed[-1]["digest"] == ok(capsys, *work)[-1]["digest"]
+        return
     if change == "text":
         Path("text.txt").write_text("Another text, of which there is enough as well. " * 30)
     elif change == "weights":
         shutil.rmtree("mine")
         models.tiny_llama(seed=5).save(Path("mine"))
     else:
-        record = files.read_json(
-            folder / "compress.json", ""
-        )  # without its checksum, as earlier versions wrote it
+        # without its checksum, as earlier versions wrote it
+        record = files.read_json(folder / "compress.json", "")
         (folder / "compress.json").write_text(json.dumps(record | {"set": {"group": "8", "bits": "3"}}))
     code, said, _ = call(capsys, "compress", "--resume", "latest")
     assert code == 2

@@ -222,13 +222,20 @@ def test_the_bits_of_a_weight_are_those_of_the_file(kind: str) -> None:
         assert found == (8 * grid.block[1] / grid.block[0] if grid.block else None), bits
 
 
+@cache
+def problem(C: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, their Hessian, and the same damped."""
+    W, H = work(2, 3, C)
+    return W, H, damped(H, 0.02)
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_optq_is_the_surgeon_on_super_blocks(kind: str) -> None:
     """A super-block is fitted when it is reached, a group's multiples again when it is."""
-    C, of = (512 if kind == "q4_k" else 256), SUPER_TYPES[kind]
-    W, H = work(2, 3, C)
+    of = SUPER_TYPES[kind]
+    W, H, damped_ = problem(512 if kind == "q4_k" else 256)
     got = dense(compression.make("optq", {"grid": kind, "damping": 0.02}).solve(W.clone(), H.clone()))
-    H = damped(H, 0.02)
+    H = damped_
     h, found = curvature(H), dict[int, fits.SuperFit]()
     steps = torch.tensor(CODEBOOKS[of.codebook] if of.codebook else range(1 << of.bits)).double() - of.middle
 

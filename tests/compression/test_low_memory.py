@@ -147,9 +147,8 @@ def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
     assert peak(2, windows=16, clients=2) == peak(2)
     assert peak(2, heads=4) == peak(2)  # of one window they are little
     assert peak(2, windows=0) < peak(2)
-    assert (
-        peak(20, measured=True) - peak(20) == peak(2, measured=True) - peak(2) > 0
-    )  # no second copy of the blocks
+    # no second copy of the blocks
+    assert peak(20, measured=True) - peak(20) == peak(2, measured=True) - peak(2) > 0
 
 
 def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:

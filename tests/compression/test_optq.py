@@ -40,9 +40,8 @@ def test_optq_is_the_optimal_brain_surgeon_on_a_grid(kind: str, block: int) -> N
             found.append(grid.find(Wt[begin : begin + group].T, h[begin : begin + group]))
         return Segment(begin - begin % group + group, *found[-1], grid.top, None, grid.levels)
 
-    if (
-        block == 3
-    ):  # groups that go beyond a block are fitted before its end is known: only the loop is compared
+    # groups that go beyond a block are fitted before its end is known: only the loop is compared
+    if block == 3:
         scale, zero = grid.find(W)
 
         def alike(i: int, now: Tensor) -> Tensor:

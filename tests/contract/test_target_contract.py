@@ -36,7 +36,6 @@ KINDS = ("gguf:q8_0", "gguf:f16")
 OF_MODELS = [n for n in (*FIRST, *KINDS) if n == "npz" or targets.find(n).takes != "adapter"]
 MADE = {"fleetune.method": "a-method-of-the-contract"}
 TAKEN: dict[str, set[str]] = {}  # the targets that hints named for a source, and that did hold it
-
 every = pytest.mark.parametrize("to", NAMES)
 each_format = pytest.mark.parametrize("to", FIRST)  # one target of each
 

@@ -267,10 +267,8 @@ def test_collate_pads_right_and_masks_prompt_and_padding():
     assert all(tensor.dtype == torch.int64 for tensor in batch[:3])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 3, 3, 3]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.labels.tolist() == [
-        [-100, -100, 7, 8],
-        [-100, 3, -100, -100],
-    ]  # a real token equal to pad counts
+    # a real token equal to pad counts
+    assert batch.labels.tolist() == [[-100, -100, 7, 8], [-100, 3, -100, -100]]
 
 
 def firsts(batches) -> list[list[int]]:

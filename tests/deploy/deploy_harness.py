@@ -8,23 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
 from fleetune.models.families.number_types import CODEBOOKS
+from tiny_families import drawn
 
 LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -123,25 +117,8 @@ def tiny(kind: str = "llama", seed: int = 0, **sizes: Any) -> Model:
         }
         | sizes
     )
-    with torch.random.fork_rng(devices=[]):
-        net = AutoModelForCausalLM.from_config(config)
-    net.eval()
-    net.requires_grad_(False)
-    rng = np.random.default_rng(seed)
-    for _, tensor in models.named_tensors(net):
-        values = rng.standard_normal(tuple(tensor.shape), dtype=np.float32)
-        tensor.copy_(torch.from_numpy(values * 0.1 + (1 if tensor.dim() == 1 else 0)))
     words = tokenizer(qwen_split() if kind.startswith("qwen") else None)
-    return Model(
-        net,
-        words,
-        kind,
-        Path(kind),
-        models.digest(models.named_tensors(net)),
-        models.tokenizer_digest(words),
-        "fp32",
-        "cpu",
-    )
+    return drawn(config, words, kind, seed, 0.1, lambda tensor: tensor.dim() == 1)
 
 
 def on_grid(

@@ -75,11 +75,8 @@ LFM2 = GROUPED | {
     "block_multiple_of": 32,
     "layer_types": ["conv", "full_attention", "conv", "conv"],
 }
-EXPERTS = {
-    "num_experts": 5,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 64,
-}  # of another width than the block's
+# of another width than the block's
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
 LOCAL = {"num_local_experts": 5, "num_experts_per_tok": 3}
 ERNIE = {"moe_num_experts": 5, "moe_k": 3, "moe_intermediate_size": 64}
 OSS = WIDE | LOCAL | {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 3000.0}}

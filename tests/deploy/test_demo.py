@@ -39,6 +39,5 @@ def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
     after = measures.evaluate(
         packed, held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)[1::2], ["loss"]
     ).values
-    assert after["loss"] == pytest.approx(
-        done[2]["after"]["loss"], rel=0.02
-    )  # the embedding is Q8_0 in the file
+    # the embedding is Q8_0 in the file
+    assert after["loss"] == pytest.approx(done[2]["after"]["loss"], rel=0.02)

@@ -125,10 +125,8 @@ def test_no_gain_is_kept_where_the_gain_is_within_noise() -> None:
 
 
 def test_windows_are_apart_and_the_last_may_be_short() -> None:
-    assert harness.windows([[1, 2, 3], [4, 5]], 2, 9) == [
-        ([1, 2], 1),
-        ([3, 4], 1),
-    ]  # one token predicts nothing
+    # one token predicts nothing
+    assert harness.windows([[1, 2, 3], [4, 5]], 2, 9) == [([1, 2], 1), ([3, 4], 1)]
     assert harness.windows([[1, 2, 3, 4, 5]], 3, 9) == [([1, 2, 3], 1), ([4, 5], 1)]
     assert harness.windows([[1, 2, 3, 4, 5]], 2, 1) == [([1, 2], 1)]
     with pytest.raises(DataError, match="nothing to predict"):

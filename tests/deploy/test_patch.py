@@ -222,7 +222,7 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
 def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path) -> None:
     """From the rows to the patched file: export, patch and replay give one file, which lost nothing."""
     settings = {
-        "fedkseed": {"tau": 4, "K": 64, "backprop": 0.5, "backprop_steps": 3},
+        "fedkseed": {"tau": 4, "K": 64, "backprop": 0.5, "backprop_lr": 0.05, "backprop_steps": 3},
         "onebyte": {"directions": 6, "batch_size": 4},
     }[method]
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
@@ -231,7 +231,7 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
         rows,
         method=method,
         train="scales",
-        clients=1 if method == "mezo" else 2,
+        clients=2,
         rounds=2,
         settings={"lr": 0.05, "eps": 0.01, **settings},
         out=tmp_path / "runs",

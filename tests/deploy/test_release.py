@@ -29,7 +29,7 @@ def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> fleetune.TuneRes
         tiny,
         ROWS,
         method="fedkseed",
-        settings={"K": 16, "tau": 2, "objective": f"{file}:mine"},
+        settings={"K": 16, "tau": 2, "lr": 1e-3, "objective": f"{file}:mine"},
         partition="column:who",
         out=tmp_path_factory.mktemp("runs"),
         **FEW | {"clients": 0},

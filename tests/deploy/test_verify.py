@@ -80,8 +80,6 @@ PARTS = {  # what is flipped -> (name that is verified, files)
     "release of an adapter": (f"runs/{ADAPTER}/release", [f"runs/{ADAPTER}/release/**/*"]),
 }
 RELEASED = "README.md"  # people write in it, unless it is signed
-
-
 QUICK = [part for part in PARTS if part not in SLOW]
 
 

@@ -21,6 +21,7 @@ import fleetune
 from fleetune import models
 from fleetune.models.cache import cache
 from fleetune.tuning import methods
+from fleetune.tuning.prepare import rates
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "deploy"))
@@ -52,6 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     models.save(model.net, model.tokenizer, cache.hub_target(cache.SMOLLM2_135M.hub))
     monkeypatch.setattr(methods.REGISTRY, "_given", {})  # a page hands over a method of its own
     monkeypatch.setattr(methods, "make", functools.partial(_quick, methods.make))
+    monkeypatch.setattr(rates, "wanted", lambda recipe: [])  # no rate is searched for
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"

@@ -15,8 +15,6 @@ from fleetune.evaluation.losses import eval_mode, token_losses
 from fleetune.models import Model
 
 CHUNK_BYTES = "fleetune.evaluation.head_loss.CHUNK_BYTES"
-
-
 VOCAB = 264
 
 

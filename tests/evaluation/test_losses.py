@@ -238,9 +238,8 @@ def _viewed(model: Model) -> View:
     return view
 
 
-@pytest.mark.parametrize(
-    "rows_of_head", [1, 5, 70, 1000]
-)  # blocks that divide the vocabulary, do not, hold it all
+# blocks that divide the vocabulary, do not, hold it all
+@pytest.mark.parametrize("rows_of_head", [1, 5, 70, 1000])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])  # tokens at a time
 def test_a_streamed_head_has_the_same_losses(
     chunk: int, rows_of_head: int, monkeypatch: pytest.MonkeyPatch

@@ -48,10 +48,8 @@ def test_on_battery(tmp_path: Path, supplies: dict[str, dict[str, str]], decline
 )
 def test_busy(tmp_path: Path, most: float, declines: bool) -> None:
     stat = tmp_path / "stat"
-    before, after = (
-        "cpu  100 0 50 1000 10 5 5 0 7 0",
-        "cpu  150 10 60 1015 20 5 10 0 99 0",
-    )  # 75 of 100 ticks busy
+    # 75 of 100 ticks busy
+    before, after = ("cpu  100 0 50 1000 10 5 5 0 7 0", "cpu  150 10 60 1015 20 5 10 0 99 0")
     stat.write_text(f"{before}\ncpu0 1 2 3\n")
     waits: list[float] = []
 

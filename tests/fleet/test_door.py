@@ -470,9 +470,8 @@ def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(house: Hous
             before = stay.session
             house.door._end(key)  # a new server knows as much of it
             until = time.monotonic() + 20
-            while (
-                stay.session in ("", before) and time.monotonic() < until
-            ):  # the door knows it a moment before
+            # the door knows it a moment before
+            while stay.session in ("", before) and time.monotonic() < until:
                 time.sleep(0.02)
             number = house.push(house.two, b"the next")
             got, body = stay._send("0" * 32, b"what nobody waits for", "order")

@@ -226,11 +226,8 @@ def test_the_mean_is_that_of_all_tokens() -> None:
     assert (done.devices, done.asked, done.rows, done.tokens) == (3, 4, 3, 100)
     assert (done.base, done.tuned) == (pytest.approx(2.4), pytest.approx(2.3))
     assert done.change == pytest.approx(-0.1)
-    without = [
-        (30 * 1 - 60 * 0.5) / 90,
-        (-10 - 60 * 0.5) / 70,
-        (-10 + 30 * 1) / 40,
-    ]  # the change, by who is left out
+    # the change, by who is left out
+    without = [(30 * 1 - 60 * 0.5) / 90, (-10 - 60 * 0.5) / 70, (-10 + 30 * 1) / 40]
     squares = sum((R + 0.1) ** 2 for R in without)
     assert done.change_error == pytest.approx(math.sqrt(2 / 3 * squares))
     assert (done.base_median, done.median, done.change_median, done.improved) == (3.0, 2.0, -0.5, 2)
@@ -257,11 +254,8 @@ def test_a_device_that_claims_all_tokens_neither_decides_nor_seems_certain(lie: 
     assert disagreement(mean("m", each[:3]), each[:3]) == ""
 
 
-WORSE = [
-    (3500, 4.40, 5.9),
-    (3800, 4.45, 6.1),
-    (3300, 4.50, 6.0),
-]  # honest devices, of a run that made the model worse
+# honest devices, of a run that made the model worse
+WORSE = [(3500, 4.40, 5.9), (3800, 4.45, 6.1), (3300, 4.50, 6.0)]
 BETTER = [(3000, 4.0, tuned) for tuned in (3.1, 3.3, 3.0)]
 GOOD = [(3563, 3.8087, 2.9648), (3858, 3.6614, 2.9495)]
 SAME = [(3000, loss, loss) for loss in (3.1, 3.3, 3.0)]  # of a plain model

@@ -28,9 +28,8 @@ KILLS = int(os.environ.get("FLEETUNE_KILLS", "12"))
 ALONE = int(os.environ.get("FLEETUNE_KILLS", "1"))  # of the server alone
 DEVICES = 2
 PATIENCE = 120.0  # seconds for a part of the work without a kill
-MINUTES = float(
-    os.environ.get("FLEETUNE_MINUTES", "15")
-)  # in which so many are killed, or as many as it takes
+# in which so many are killed, or as many as it takes
+MINUTES = float(os.environ.get("FLEETUNE_MINUTES", "15"))
 RECIPE = """\
 model = "model"
 data = "rows.jsonl"
@@ -48,7 +47,6 @@ METHODS = {
     "fedkseed": 'aggregation = "mean:1"\nmethod = "fedkseed"\n[set]\nK = 16\ntau = 40\nlr = 1e-3\nbackprop = 0.5\n',
     "scaffold": 'aggregation = "mean:1"\nmethod = "fedit"\n[set]\nr = 2\nsteps = 12\nscaffold = true\n',
 }
-
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["preloaded"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import socket
@@ -79,10 +80,15 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@functools.cache
+def base_digest() -> str:
+    """The digest of `made`'s model."""
+    return models.load("model", device="cpu").digest
+
+
 def job(**changes: Any) -> dict[str, Any]:
     """A job as a server may send it, with fields that `Job` would not let it have."""
-    base = models.load("model", device="cpu").digest
-    whole = Job(RUN, "fedit", SET, "tiny", base, "fp32", 48, (), 3)
+    whole = Job(RUN, "fedit", SET, "tiny", base_digest(), "fp32", 48, (), 3)
     return {**json.loads(whole.to_json()), **changes}
 
 

@@ -155,9 +155,8 @@ def test_an_order_may_be_as_large_as_the_device_says(tmp_path: Path) -> None:
             session = stayed(way, key, tmp_path, server)
             tracemalloc.start()
             assert len(session._send("", b"", "order")[1]) == 3 * MILLION
-            assert (
-                tracemalloc.get_traced_memory()[1] < 5 * MILLION
-            )  # once; the server of the test has another
+            # once; the server of the test has another
+            assert tracemalloc.get_traced_memory()[1] < 5 * MILLION
             tracemalloc.stop()
             most[0] -= 1
             with pytest.raises(line.Odd):

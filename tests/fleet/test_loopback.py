@@ -21,7 +21,7 @@ from deploy_harness import compressed, tiny
 from devices_harness import Device, free_port
 
 import fleetune
-from command_line import Capture, refused
+from command_line import Capture
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import Interrupted, UsageError
@@ -41,7 +41,8 @@ from heard import Heard
 
 CLIENTS = 3
 COMMON: dict[str, Any] = {**devices_harness.COMMON, "clients": CLIENTS, "rounds": 3}
-FEDKSEED = {**COMMON, "method": "fedkseed", "set": {"K": 16, "tau": 2, "lr": 1e-2, "backprop": 0.5}}
+WALK = {"K": 16, "tau": 2, "lr": 1e-2, "backprop": 0.5, "backprop_lr": 1e-3, "backprop_steps": 2}
+FEDKSEED = {**COMMON, "method": "fedkseed", "set": WALK}
 FEDIT = {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}}
 SIGNLORA = {
     **COMMON,
@@ -219,9 +220,8 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
         shown = fleet_status.look(run)
         hint = str(stopped.value.hint)
         assert "fleet serve --resume" in hint
-        assert hint.endswith(
-            f" --port {port} --keys keys --certificate certs --grace 20"
-        )  # so that devices find it again, and are waited for as long
+        # so that devices find it again, and are waited for as long
+        assert hint.endswith(f" --port {port} --keys keys --certificate certs --grace 20")
         assert (shown.status, shown.replies["ok"]) == ("interrupted", 2 * CLIENTS)
         goes_on = Resumed()
         joined[1].leave.set()  # and one is replaced by a new process meanwhile
@@ -396,13 +396,3 @@ def test_scales_of_a_compressed_model_are_tuned_to_the_same_digest(place: Path, 
     (run,) = fleetune.list_runs("real")
     assert run.done.digest == simulated.done.digest
     assert recipes.read(run.folder / "run.toml")["model"] == "codes/codes.gguf"
-
-
-def test_a_compressed_model_without_train_is_refused(place: Path, capsys: Capture) -> None:
-    compressed(tiny(), Path("codes"))
-    Path("recipe.toml").write_text(
-        recipes.to_toml(recipes.make({**COMMON, "model": "codes", "method": "mezo"}))
-    )
-    assert "codes is a compressed model: codes, not plain weights" in refused(
-        capsys, "fleet", "serve", "-c", "recipe.toml", "--port", "0"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def job(place: Path) -> Job:
     digest = models.load(str(place / "model"), device="cpu").digest
     return Job("d" * 32, "fedit", SET, "tiny", digest, "fp32", 48, (), 3)
@@ -72,11 +73,16 @@ def take(worker: Worker, job: Job) -> Reply:
     return Reply.decode(worker.answer(Order("job", body=job.to_json().encode()).encode()))
 
 
+@functools.cache
+def start(place: Path) -> Payload:
+    """What a method sends at its start."""
+    method = methods.make("fedit", SET)
+    return method.broadcast(method.init(models.load(str(place / "model"), device="cpu"), 5))
+
+
 def message(place: Path, job: Job, round: int) -> bytes:
     """What the server of a run at its start sends."""
-    model = models.load(str(place / "model"), device="cpu")
-    method = methods.make("fedit", SET)
-    return encode(Message(round, bytes.fromhex(job.base)[:8], method.broadcast(method.init(model, 5))))
+    return encode(Message(round, bytes.fromhex(job.base)[:8], start(place)))
 
 
 def test_its_reply_is_that_of_a_simulated_client(place: Path, worker: Worker, job: Job) -> None:
@@ -146,11 +152,6 @@ def test_its_memory_follows_the_servers_word(place: Path, tmp_path: Path, worker
     assert lost.code == "remembers 1"
     other = step(4, (3, 12345))
     assert other.what == "failed"
-
-
-def test_work_before_the_job_fails_and_says_so(place: Path, worker: Worker, job: Job) -> None:
-    reply = Reply.decode(worker.answer(Order("work", 1, 0, 7, message(place, job, 1)).encode()))
-    assert (reply.what, reply.code) == ("failed", "no-job")
 
 
 @pytest.mark.parametrize("body", [b"", b"rubbish", encode(Message(1, bytes(8), methods.Payload()))])
@@ -432,10 +433,8 @@ def test_its_reply_to_a_secure_sum_never_leaves_it(place: Path, worker: Worker, 
         "done",
         "done",
     )
-    few = {
-        "of": told[:1],
-        "rows": np.zeros((1, SHARES), np.uint8),
-    }  # the server says that nobody else has shared
+    # the server says that nobody else has shared
+    few = {"of": told[:1], "rows": np.zeros((1, SHARES), np.uint8)}
     assert ask(worker, "masked", few).code == "order"
     alone = {"of": np.array([0], np.uint32)}
     assert ask(worker, "reveal", alone).code == "order"

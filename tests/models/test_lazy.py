@@ -149,11 +149,8 @@ def test_threads_have_scratch_of_their_own(weight: LazyWeight) -> None:
     assert all(found)
 
 
-STACKED = [
-    "mixtral",
-    "qwen3_moe",
-    "gpt_neox",
-]  # their experts, or their parts, are put together while a model is loaded
+# their experts, or their parts, are put together while a model is loaded
+STACKED = ["mixtral", "qwen3_moe", "gpt_neox"]
 FAMILIES = ["llama", "gpt2", "qwen3", "gemma3_text", "mamba", "phi", "gpt_oss", "lfm2", "bert"]
 IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -171,9 +168,8 @@ def test_a_model_of_any_family_is_the_one_in_memory(family: str, dtype: str, tmp
     with torch.inference_mode():
         outs = [m.net(input_ids=IDS, output_hidden_states=True) for m in (whole, mapped)]
     assert all(torch.equal(a, b) for a, b in zip(*(out.hidden_states for out in outs), strict=True))
-    torch.testing.assert_close(
-        outs[0].logits, outs[1].logits, rtol=0.02, atol=1e-3
-    )  # the head goes by blocks
+    # the head goes by blocks
+    torch.testing.assert_close(outs[0].logits, outs[1].logits, rtol=0.02, atol=1e-3)
     into_memory(mapped.net)
     with torch.inference_mode():
         assert torch.equal(mapped.net(input_ids=IDS).logits, outs[0].logits)

@@ -105,9 +105,8 @@ def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
     few = device_cost.memory(shape, Workload(1, 512), footprint)
     every_row = device_cost.memory(shape, work, Footprint("none"))
     found = next(s for s in Search(shape, GB, {"batch": 1}).tried("fedit"))
-    assert (
-        found.peak == max(sum(few.values()), sum(every_row.values())) + server
-    )  # an evaluation is of 8 rows
+    # an evaluation is of 8 rows
+    assert found.peak == max(sum(few.values()), sum(every_row.values())) + server
 
 
 def test_the_printed_command_makes_tune_use_what_was_planned(

@@ -23,7 +23,6 @@ CATEGORIES = (
 )
 PARAMS = 134_515_008
 
-
 REASONS = {
     "refused": "array 'lora_A.3' is not finite",
     "dropped": "client dropped out (simulated)",

@@ -23,7 +23,7 @@ SMALL = shlex.split(
     "--max-length 48 --device cpu --threads 1"
 )
 TUNE = {
-    "fedkseed": ["--method", "fedkseed", "--set", "K=16", "--set", "tau=2"],
+    "fedkseed": ["--method", "fedkseed", "--set", "K=16", "--set", "tau=2", "--set", "lr=1e-3"],
     "scaffold": ["--method", "fedit", "--set", "r=2", "--set", "steps=2", "--set", "scaffold=true"],
 }
 CHANGES = {"t", "seconds", "wall", "rss", "peak_rss", "run", "path", "report", "result", "folder", "planned"}

@@ -22,7 +22,6 @@ each_backend = pytest.mark.parametrize("kernels", BACKENDS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIXTEEN = DTYPES[1:]
 ONE = 7, np.array([0.3], np.float32)
-
 Probe = tuple[int, np.ndarray] | None
 
 
@@ -255,10 +254,8 @@ def test_sums_beyond_2_31_are_exact(kernels: ModuleType, law: str, K: int, ids: 
 def test_every_16_bit_code_is_read_and_moved_both_ways(kernels: ModuleType, dtype: torch.dtype) -> None:
     base = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     check(kernels, base, 5, 1, EMPTY, 0.0, None)
-    for scale in (
-        1 / 3,
-        2.0**-20 / 3,
-    ):  # moved by something of its own size, each code shows the float it was read as
+    # moved by something of its own size, each code shows the float it was read as
+    for scale in (1 / 3, 2.0**-20 / 3):
         check(kernels, base, 5, 1, EMPTY, 0.0, (9, np.array([scale], np.float32)))
 
 

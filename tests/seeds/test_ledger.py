@@ -482,9 +482,8 @@ def test_the_last_check_is_that_of_all_rounds():
     ledger = Ledger(head(checks={})).append(np.array([1]), np.array([1]), 3)
     assert ledger.final_check() is None
     assert ledger.with_check(2, "aa").final_check() is None
-    assert (
-        ledger.with_check(2, "aa").with_check(10, "bb").final_check() == "bb"
-    )  # nothing moved after round 3
+    # nothing moved after round 3
+    assert ledger.with_check(2, "aa").with_check(10, "bb").final_check() == "bb"
     assert ledger.with_check(3, "cc").compact().final_check() == "cc"
     assert ledger.with_check(3, "cc").drop(3).final_check() is None
 
@@ -756,9 +755,6 @@ def test_signs_that_cannot_be_those_of_the_entries_are_refused(
 
 
 # --- the base -----------------------------------------------------------------------------------------------
-
-
-A, B = TENSORS
 
 
 A, B = TENSORS

@@ -41,7 +41,7 @@ from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.seeds.noise import LAWS, POOL, passes, probe
 from fleetune.seeds.view import Tape, Unpaired, View, _embedding
 from fleetune.seeds.weights import WeightSlot, read_stored
-from tiny_families import DECODERS, ENCODERS, build
+from tiny_families import DECODERS, ENCODERS, build, model_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 
@@ -271,16 +271,7 @@ APART = ["gpt_oss", "mamba", "phi", "opt"]
 
 @pytest.mark.parametrize("family", [*PAIRED, *APART])
 def test_any_family_has_the_losses_of_two_forwards(family: str) -> None:
-    model = Model(
-        build(family).eval().requires_grad_(False),
-        tiny_llama().tokenizer,
-        family,
-        Path(),
-        "",
-        "",
-        "fp32",
-        "cpu",
-    )
+    model = model_of(build(family).requires_grad_(False), tiny_llama().tokenizer, family)
     view, batch = moved_view(model), rows()
     one, two = both_ways(model, view, batch)
     assert one == (two if family in PAIRED else None)
@@ -326,9 +317,8 @@ def test_it_is_taken_where_the_batch_is_small_and_the_objective_is_the_loss(
     monkeypatch.setattr(descent, "PAIRED", batch.labels.numel() - 1)
     assert count() == 2
     monkeypatch.setattr(descent, "PAIRED", 10**6)
-    batch = collate(
-        [Encoded(np.arange(6, dtype=np.int32), 2) for _ in range(3)], 0, "cpu"
-    )  # 6 x 3: which are the rows?
+    # 6 x 3: which are the rows?
+    batch = collate([Encoded(np.arange(6, dtype=np.int32), 2) for _ in range(3)], 0, "cpu")
     assert count() == 2
 
 

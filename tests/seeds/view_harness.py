@@ -31,7 +31,6 @@ COEFFICIENTS = np.array([900, -1500, 400, 8193], np.int64)
 ENTRIES = list(zip(IDS.tolist(), COEFFICIENTS.tolist(), strict=True))
 DIRECTION = 5 << 32 | 7
 TOKENS = torch.tensor([[5, 9, 200, 5, 0, 263, 44], [1, 1, 2, 3, 120, 7, 8]])
-
 IDENTIFIERS = {"vocab_size": 264, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SMALL = IDENTIFIERS | {
     "hidden_size": 32,

@@ -4,8 +4,6 @@ A command is one file in `cli/commands/`: `HELP` (one line), `EXAMPLES`, `argume
 registers a module of that shape under the entry-point group `fleetune.commands`.  Only the command that is run is imported.
 """
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import gc

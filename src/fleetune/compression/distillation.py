@@ -1,7 +1,5 @@
 """Compute the divergence of a student's next-token distributions from a teacher's (arXiv 2306.13649, section 3.1)."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

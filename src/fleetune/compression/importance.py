@@ -8,8 +8,6 @@ text's loss (Fisher's diagonal in place of the Hessian's), a weight w has the im
 (second) or |w g - w^2 F / 2| (mixed; the paper's element-wise equations 3 and 5).  g is not 0: the texts are new.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple

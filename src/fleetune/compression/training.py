@@ -1,7 +1,5 @@
 """Train in AdamW steps with a learning-rate schedule, gradient clipping, and checkpoints to resume from bit for bit."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

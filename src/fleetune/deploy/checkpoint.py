@@ -5,8 +5,6 @@ are one (tied embeddings) and which belong to linear layers.  The source must ho
 hold a parameter in parts (a matrix an expert): transformers knows which (`WeightConverter`), and its own conversions run here.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

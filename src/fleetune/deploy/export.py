@@ -4,8 +4,6 @@ The whole file or folder appears, or nothing does.  A format may hold where the 
 and path: the same work gives the same bytes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -4,8 +4,6 @@ Of the package llama-cpp-py-sync (`fleetune[llamacpp]`) only the bindings of lla
 by the file's own tokenizer: so the numbers compare weights and kernels.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ where the blocks lie, and key, law and grid of a ledger, whose directions and co
 no torch, and a few MB.  A patch states what it produces, but not who made it: get it from where you get models.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

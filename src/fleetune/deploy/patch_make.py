@@ -1,7 +1,5 @@
 """Make a patch (`patch.py`) of a run's ledger; and give a GGUF file the scales that a run has trained."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections import Counter

@@ -4,8 +4,6 @@ SHA256SUMS lists all files.  Its signature, SHA256SUMS.sig, is ed25519 in OpenSS
 `file`), so `ssh-keygen -Y` checks it as well.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

@@ -1,7 +1,5 @@
 """Write an export again from its source, and name the first place that differs: file, byte and tensor."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """List the export targets, and check that a place suits one; what formats state is read without importing them."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import logging

@@ -1,7 +1,5 @@
 """Run a model in torch, through our own loaders or, to check an export, as transformers reads the directory."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Write the GGUF file of a compressed model in which its scales are then tuned, where `fleetune export --to gguf` writes it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -5,8 +5,6 @@ log-probability as in MeZO (arXiv 2305.17333).  Scores in percent: Rouge-L of Li
 (arXiv 2204.07705) use it; F1 and exact match of SQuAD (arXiv 1606.05250).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

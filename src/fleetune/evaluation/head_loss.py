@@ -10,8 +10,6 @@ trained head, or any other module (LoRA, hooks), the logits of some tokens are m
 model changes each logit after its head (Gemma 2, Granite, Cohere), with s_v the slope of that, p_v W_v becomes s_v p_v W_v.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast

@@ -5,8 +5,6 @@ errors are sd / sqrt(n) over the n tokens, as in llama.cpp's `perplexity --kl-di
 those of one window are not.  The reference's logits wait in a file, float32 [tokens, vocabulary].
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Sized
 from pathlib import Path

@@ -6,8 +6,6 @@ and PEFT layers take part.  A short-lived hook takes the output head's inputs at
 computed in pieces (`head_loss`): logits of all positions would be the memory of an evaluation.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

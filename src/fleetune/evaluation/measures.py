@@ -1,7 +1,5 @@
 """Evaluate a model on held-out rows by named tasks: loss, perplexity, accuracy, scores of answers."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType

@@ -5,8 +5,6 @@ text (MeZO, arXiv 2305.17333, section 3.3).  A row's prompt is where `attention_
 `ids[labels != -100]`.  A function is code that runs here: never take its path from a peer.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import inspect

@@ -4,8 +4,6 @@ audit.jsonl has one JSON object a line; "chain" is the SHA-256 of the chain of t
 last chain, kept elsewhere, proves the whole log.  A line that a kill cut short is dropped when the log is opened again.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import io

@@ -10,8 +10,6 @@ holds the others.  So sums are over at least `least_tokens`, of one result on on
 (`DeviceState.allow_calibration`), and behind one compressed form of each block (`DeviceState.allow_block`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -3,8 +3,6 @@
 The windows of each device are agreed before block 0 (`parts/agreed.json`); a resumed compression goes on with these.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """Join a fleet as a device, and stay until its run is over; decline work while the machine runs on its battery or is busy."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager

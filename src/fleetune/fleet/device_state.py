@@ -8,8 +8,6 @@ answer                       the last answer: given again when its order comes a
 run-3f2a../                  a run's memories, result/, calibration/, sum.ckpt; removed only where it has `MARK`
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import json

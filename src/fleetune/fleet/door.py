@@ -24,8 +24,6 @@ A signature is of the server's name, port and certificate authority too, so that
 Before a session is known, no body is read; an answer belongs to an open order of the device and has a bound (`link.py`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import hmac

@@ -5,8 +5,6 @@ base, tuned     the summed cross-entropy of the answers' tokens, in nats; the me
                 `EXACT` nats: a server that makes its model for it reads rows out of the digits
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -7,8 +7,6 @@ device i (CV3 of MacKinnon, Nielsen and Webb 2022, arXiv 2205.03288):
     se(R)^2 = (n - 1) / n sum (R_-i - R)^2        R_-i - R = w_i (R - l_i) / (1 - w_i)
 """
 
-from __future__ import annotations
-
 import math
 import secrets
 import statistics

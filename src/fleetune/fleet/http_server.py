@@ -1,7 +1,5 @@
 """Serve an ASGI app from a thread of this process, with uvicorn."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

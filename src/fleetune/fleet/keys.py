@@ -3,8 +3,6 @@
 A device's key is an OpenSSH key on the curve P-384 (`ssh-keygen -t ecdsa -b 384`); NAME.pub goes to the server's folder of keys.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import hashlib

@@ -1,7 +1,5 @@
 """Answer a server's orders from a device by the requests of `door.py`, and come back with the same key whatever happens."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -1,7 +1,5 @@
 """Say what a way between server and devices can do (`door.py`, `flower/server_app.py`), and read the answers that come by it."""
 
-from __future__ import annotations
-
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping

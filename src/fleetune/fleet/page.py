@@ -1,7 +1,5 @@
 """Show a running fleet in a browser (`/`), as JSON (`/status`) and to Prometheus (`/metrics`), read-only."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hmac

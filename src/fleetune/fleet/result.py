@@ -1,7 +1,5 @@
 """Bring the result of a run to a device: the ledger or the adapter as its files are, checked by the digest in the job."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final

@@ -5,8 +5,6 @@ fleet.stop       the session of a server that is to stop (`ask_to_stop`); the se
 metrics.jsonl    what became of every reply and round
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter

@@ -3,8 +3,6 @@
 A device is its key.  One that comes back is the client that it was, as long as it brings the same rows.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

@@ -4,8 +4,6 @@ A device runs what is installed on it.  An order is data: a method's name and se
 itself would read in a simulated fleet.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import platform

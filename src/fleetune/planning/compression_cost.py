@@ -13,8 +13,6 @@ Block by block the peak is a sum (bytes; weights of s bytes, blocks with matrice
 Constants are measured as in `device_cost`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 

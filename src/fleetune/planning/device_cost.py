@@ -14,8 +14,6 @@ Beside the process and AdamW's moments the peak is a sum (bytes; P weights of s 
     lanczos      the vectors of a measurement of curvature, whose graph is then the peak
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics

@@ -4,8 +4,6 @@ The stated epsilon is by privacy loss distributions (PLD; Koskela et al. 2020, a
 budget is sought by Renyi divergences (Mironov 2017, arXiv 1702.07476), quick and never too low, then lowered by PLD.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

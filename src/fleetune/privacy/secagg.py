@@ -19,8 +19,6 @@ The server takes off PRG(b_v) of those that have sent, and PRG(s_uv) towards tho
 - Every answer of a member follows from its secrets and what came, so that it can be given again after a restart.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import secrets

@@ -3,8 +3,6 @@
 A recipe's first comment says what it does; a line "Expected: .." before it states the outcome, which a test repeats.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from dataclasses import dataclass

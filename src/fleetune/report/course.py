@@ -1,7 +1,5 @@
 """Show a run round by round, and its clients: loss, whose data, who got better or worse, which replies did not count."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

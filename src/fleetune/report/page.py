@@ -3,8 +3,6 @@
 All text is escaped, for samples and names are untrusted.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path

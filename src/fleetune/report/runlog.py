@@ -3,8 +3,6 @@
 After a resume a round may be in the file twice; the later one counts.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import tomllib

@@ -1,7 +1,5 @@
 """Write the report page of one run into its folder: what it was, what came of it, what it cost, and how to repeat it."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import statistics

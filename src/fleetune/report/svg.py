@@ -4,8 +4,6 @@ Colours are classes `c0` .. `c7` and CSS variables of `style.css`, for light and
 Universal Design", 2008); series differ in marker shape as well.  Every text is escaped here, where it becomes markup.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ A seed draws its own held-out rows, clients and directions, so all runs of one s
 computed seed by seed (over the other axes), then over the seeds; the spread is that of the change by tuning.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import math

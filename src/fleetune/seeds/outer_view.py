@@ -1,7 +1,5 @@
 """Run a net whose matrices are moved by outer products of signs (`noise.py`, the law `outer`)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,25 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from deploy_harness import piece_tokenizer
 from tokenizers import AddedToken, normalizers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, PreTrainedTokenizerBase
 
 from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.models import Model
+from tiny_families import drawn
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
 CLASSES = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
 IDS = torch.tensor([[1, *range(262, 287), *range(40, 70)]])  # longer than the windows
 LOCAL = {
@@ -58,24 +51,8 @@ def tiny(kind: str, **sizes: Any) -> Model:
         given |= {"query_pre_attn_scalar": 32, "sliding_window": 8}
     if kind == "gemma3_text":
         given["num_hidden_layers"] = 7  # the sixth looks at everything
-    with torch.random.fork_rng(devices=[]):
-        net = AutoModelForCausalLM.from_config(CLASSES[kind](**(given | sizes)), attn_implementation="eager")
-    net.eval()
-    net.requires_grad_(False)
-    rng = np.random.default_rng(0)
-    for _, tensor in models.named_tensors(net):
-        tensor.copy_(torch.from_numpy(rng.standard_normal(tuple(tensor.shape), dtype=np.float32) * 0.2))
-    made = words()
-    return Model(
-        net,
-        made,
-        kind,
-        Path(kind),
-        models.digest(models.named_tensors(net)),
-        models.tokenizer_digest(made),
-        "fp32",
-        "cpu",
-    )
+    config = CLASSES[kind](**(given | sizes))
+    return drawn(config, words(), kind, 0, 0.2, lambda tensor: False, attn_implementation="eager")
 
 
 def saved(model: Model, folder: Path) -> Path:

@@ -28,7 +28,6 @@ from fleetune.models.families import rope
 from fleetune.models.gguf import header
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
 
 

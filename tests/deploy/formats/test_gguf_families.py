@@ -25,10 +25,8 @@ from fleetune.errors import ModelError, UsageError
 from fleetune.models.families import table
 
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
-pytestmark = [
-    pytest.mark.usefixtures("own_cache"),
-    pytest.mark.filterwarnings("ignore"),
-]  # of transformers, about made-up sizes
+# of transformers, about made-up sizes
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore")]
 SAME = 1e-5  # nats: llama.cpp's cache of keys and values is fp16
 SEEN = 30 * SAME  # what one tensor in another order must be off by at least
 

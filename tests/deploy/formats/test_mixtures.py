@@ -26,10 +26,8 @@ from fleetune.models.loading import load_artefact
 from fleetune.runs.listener import Silent
 
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
-pytestmark = [
-    pytest.mark.usefixtures("own_cache"),
-    pytest.mark.filterwarnings("ignore"),
-]  # of transformers, about made-up sizes
+# of transformers, about made-up sizes
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore")]
 PARTED = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "ernie4_5_moe"]  # stored as a matrix an expert
 
 

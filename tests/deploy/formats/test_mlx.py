@@ -25,16 +25,12 @@ from fleetune.errors import UsageError
 from fleetune.models import Model
 from fleetune.models.artefact import Quantised
 
-pytestmark = [
-    pytest.mark.usefixtures("own_cache"),
-    pytest.mark.filterwarnings("ignore"),
-]  # of transformers, about made-up sizes
+# of transformers, about made-up sizes
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore")]
 SAME, NEAR = 1e-10, 1e-5  # nats; the second where mlx-lm computes something otherwise, as docs/export.md says
 LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 3.0}}
-MLX = {
-    "gemma2": {"sliding_window": 100},
-    "mixtral": {"head_dim": 16},
-}  # it has no window, and only whole heads
+# it has no window, and only whole heads
+MLX = {"gemma2": {"sliding_window": 100}, "mixtral": {"head_dim": 16}}
 OFF = {"gemma3_text"}
 RUN = [case for case, (family, _) in CASES.items() if family in mlx.ARCHITECTURES and "longrope" not in case]
 BLOCK = "model.layers.2"
@@ -43,9 +39,8 @@ BLOCK = "model.layers.2"
 def config(case: str, **changes: Any) -> Any:
     """The configuration of a case, with changes."""
     family, sizes = CASES.get(case, (case, {}))
-    return AutoConfig.for_model(
-        family, **copy.deepcopy(sizes | MLX.get(case, {}) | changes)
-    )  # it writes into what it is given
+    # it writes into what it is given
+    return AutoConfig.for_model(family, **copy.deepcopy(sizes | MLX.get(case, {}) | changes))
 
 
 def compressed(case: str, folder: Path, grid: str = "asymmetric", **changes: Any) -> tuple[Path, Path]:

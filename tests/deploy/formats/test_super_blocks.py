@@ -30,7 +30,6 @@ from fleetune.models.families.number_types import SUPER_TYPES, SUPER_WIDTH
 from fleetune.tuning.exchange.messages import decode
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
 TYPES = sorted(SUPER_TYPES)
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
 

@@ -25,8 +25,6 @@ from fleetune.tuning.methods import fedit
 from fleetune.tuning.methods._zeroth import draw
 
 PAIRS = {"q": ("q.B", "q.A"), "v": ("v.B", "v.A")}
-
-
 SHAPES = {"q": (12, 9), "v": (5, 14)}
 
 
@@ -396,9 +394,8 @@ def test_scaffolds_mean_moves_by_the_combined_change(tmp_path: Path) -> None:
     """One device that lies about w moves c no further than the others do."""
     _, state = begun("fedit scaffold")
     payloads = replies_of("fedit scaffold")
-    lie = {
-        n: a + (a - state.tensors[n]) for n, a in payloads[4].arrays.items()
-    }  # within the bound of the door
+    # within the bound of the door
+    lie = {n: a + (a - state.tensors[n]) for n, a in payloads[4].arrays.items()}
     lying = [*payloads[:4], Payload(lie, payloads[4].scalars)]
     moved = {}
     for rule in (MEAN, parse("norm-clip")):

@@ -28,10 +28,7 @@ from fleetune.tuning.exchange.messages import (
 )
 
 BASE = bytes(range(8))
-
-
 SMALL = Message(3, BASE, Payload({"c": np.array([1, -2], np.int8)}, {"n": 5, "loss": 0.5}))
-
 
 SMALL_BODY = bytes.fromhex(
     "94 03 c408 0001020304050607 82 a16e05 a46c6f7373 cb3fe0000000000000 81 a163 93 01 9102 c402 01fe"
@@ -59,7 +56,6 @@ scalars = st.one_of(
     st.integers(-(2**63), 2**64 - 1), st.floats(), st.booleans(), st.text(max_size=8), st.binary(max_size=8)
 )
 
-
 arrays = st.sampled_from(DTYPES).flatmap(
     lambda kind: hnp.arrays(
         st.sampled_from([np.dtype(kind), np.dtype(kind).newbyteorder(">")]),
@@ -67,9 +63,7 @@ arrays = st.sampled_from(DTYPES).flatmap(
     )
 )
 
-
 names = st.text(max_size=6)
-
 
 messages = st.builds(
     Message,

@@ -249,18 +249,6 @@ def test_what_a_start_takes_out_goes_down_with_every_broadcast_and_never_up(
         assert up == usual[2]
 
 
-def test_a_saved_run_is_a_plain_lora_of_the_base(tmp_path: Path) -> None:
-    model, method = models.tiny_llama(), methods.make("fedit", FAST | {"r": 4, "start": "olora"})
-    state = method.init(model, 5)
-    state = method.aggregate(state, iter(round_of(model, method, state)[0]))
-    method.apply(model, state)
-    adapters.save(model, tmp_path / "adapter")
-    other = models.tiny_llama()
-    adapters.load(other, tmp_path / "adapter")
-    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=2e-5)
-    assert (logits(other) - logits(models.tiny_llama())).abs().max() > 1e-2
-
-
 def test_eva_starts_from_the_servers_rows(tmp_path: Path) -> None:
     mine, starts = tmp_path / "mine.jsonl", {}
     mine.write_text("".join(f'{{"instruction": "say {i}", "response": "red{i} {i}"}}\n' for i in range(40)))

@@ -17,9 +17,8 @@ from fleetune import models
 from fleetune.data.encode import Batch, Batches
 from fleetune.errors import MessageError, RecipeError
 from fleetune.seeds import noise
-from fleetune.seeds.ledger import Ledger, load
-from fleetune.seeds.view import View
-from fleetune.seeds.weights import kernels, layout
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.weights import layout
 from fleetune.tuning.exchange.aggregation import Spool, parse
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, check
 from fleetune.tuning.methods import Reply, fedkseed, make
@@ -180,25 +179,6 @@ def test_the_servers_step_is_the_weighted_mean_in_float64(lr: float) -> None:
         mean = sum(n * LogCode.decode(code) for n, code in zip(rows, codes, strict=True)) / sum(rows) / UNITS
         expected = (lr or 1.0) * mean
         np.testing.assert_allclose(of_round(state.ledger, number), expected, rtol=0, atol=0.5 / UNITS + 1e-6)
-
-
-@pytest.mark.parametrize("changes", ["server_lr=0.5", "pro=true", "backprop=0.5,backprop_lr=0.05"])
-def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(changes: str, tmp_path) -> None:
-    name = f"fedkseed:tau=6,{changes}"
-    model, whole, _ = harness.train(name, tmp_path / "whole", 3)
-    _, _, run = harness.train(name, tmp_path / "cut", 2)
-    _, resumed, _ = harness.train(name, tmp_path, 3, run_dir=type(run)(run.path))
-    assert harness.equal_states(whole, resumed)
-    assert isinstance(view := model.attachment, View)
-    whole.ledger.save(tmp_path / "ledger.safetensors")
-    ledger = load(tmp_path / "ledger.safetensors")
-    assert len(ledger)
-    fresh = models.tiny_llama()
-    head, named = ledger.head, models.named_tensors(fresh.net)
-    again = View(named, fresh.net, run_key=head.run_key, law=head.law, grid=head.grid)
-    again.kernels = kernels(again.device, "torch")
-    again.place(ledger.passes())
-    assert models.digest(again.tensors()) == models.digest(view.tensors()) != models.digest(named)
 
 
 def test_pro_probabilities_are_the_softmax_of_scaled_sizes() -> None:

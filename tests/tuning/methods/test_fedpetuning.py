@@ -21,9 +21,8 @@ from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 NETS: dict[str, Callable[[], Model]] = {"llama": models.tiny_llama, "bert": models.tiny_bert}
 BASE = b"12345678"
 SIZES = (6, 9, 3)
-each = pytest.mark.parametrize(
-    ("net", "module"), [(n, m) for n in NETS for m in MODULES if m != "scales"]
-)  # adapters/test_scales_module
+# adapters/test_scales_module
+each = pytest.mark.parametrize(("net", "module"), [(n, m) for n in NETS for m in MODULES if m != "scales"])
 
 
 def rows(model: Model, count: int, seed: int) -> list[Encoded]:

@@ -31,6 +31,7 @@ from fleetune.tuning.rounds.rounds import _messages
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 ETA = 0.05
+KEY = (1 << 64) - 29
 
 
 def tiny(**changes: Any) -> Method:
@@ -51,7 +52,7 @@ def answer(
 ) -> Payload:
     """A device's reply, from bytes to bytes."""
     down = decode(encode(Message(1, bytes(8), payload))).payload
-    up = chosen.local(model, down, Batches(rows, 257, 5), 5, memory)
+    up = chosen.local(model, down, Batches(rows, 257, KEY), KEY, memory)
     return decode(encode(Message(1, bytes(8), up))).payload
 
 
@@ -64,6 +65,11 @@ def starts(model: Model) -> dict[str, int]:
     return found
 
 
+def sent_rows(rows: int, share: int, key: int) -> list[int]:
+    """The rows of a matrix that a device sends: every so many-th from one on that its key names, one at least."""
+    return [(key + i * share) % rows for i in range(max(1, rows // share))]
+
+
 def dense(model: Model, rows: Sequence[Encoded]) -> dict[str, np.ndarray]:
     """The gradient of every parameter of a plain model, in float64."""
     net: Any = copy.deepcopy(model.net).double().requires_grad_(True)
@@ -73,13 +79,14 @@ def dense(model: Model, rows: Sequence[Encoded]) -> dict[str, np.ndarray]:
     return {name: p.grad.numpy() for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "v_proj,down_proj"])
+@pytest.mark.parametrize(("targets", "share"), [("all-linear", 1), ("v_proj,down_proj", 3)])
 def test_a_step_sends_the_sign_of_minus_the_dense_gradient_along_each_direction(
-    targets: str, rows: Any
+    targets: str, share: int, rows: Any
 ) -> None:
     """Also at a point that was moved, and along a direction for the second time: B starts from 0 in every round."""
-    model, chosen = tiny_llama(layers=1), tiny(r=2, pool=4, targets=targets, batch_size=len(rows), lr=1.0)
-    first, seen = starts(model), 0
+    model = tiny_llama(layers=1)
+    chosen = tiny(r=2, pool=4, targets=targets, share=share, batch_size=len(rows), lr=1.0)
+    first, seen, total = starts(model), 0, 0
     state = chosen.init(model, 3)
     head = state.ledger.head
     assert len(state.places) == (7 if targets == "all-linear" else 2)
@@ -95,16 +102,16 @@ def test_a_step_sends_the_sign_of_minus_the_dense_gradient_along_each_direction(
             name, (out, width), _ = head.tensors[place]
             for p in directions:
                 s = noise.signs(head.run_key, p, first[name], width)
-                g = gradients[name] @ s / np.sqrt(width)
-                sent, bits = np.unpackbits(bits[: -(-out // 8)])[:out], bits[-(-out // 8) :]
+                g = (gradients[name] @ s / np.sqrt(width))[sent_rows(out, share, KEY)]
+                size = -(-len(g) // 8)
+                sent, bits = np.unpackbits(bits[:size])[: len(g)], bits[size:]
                 clear = np.abs(g) > 1e-4 * np.abs(g).mean()  # else float32 may have the other sign
                 assert np.array_equal(sent[clear], g[clear] > 0)
-                seen += int(clear.sum())
+                seen, total = seen + int(clear.sum()), total + len(g)
                 step = np.mean(np.abs(g) / (np.abs(g) + 1e-8))  # AdamW's first, of rate 1
                 assert abs(next(scales) - chosen.lr * step / np.sqrt(width) / head.grid) <= 0.51
         assert not bits.size
-        state = chosen.aggregate(state, [Reply(0, 5, reply)])
-    total = 6 * sum(head.tensors[place][1][0] for place in state.places.tolist())
+        state = chosen.aggregate(state, [Reply(0, KEY, reply)])
     assert seen > 0.99 * total
 
 
@@ -129,14 +136,17 @@ def begun(chosen: Method) -> State:
 
 def fake(chosen: Method, seed: int, n: int) -> tuple[Reply, list[np.ndarray]]:
     """A reply, and the vectors that it stands for, matrix by matrix and in it direction by direction."""
-    draw = np.random.default_rng(seed)
-    sizes = [rows for rows in ROWS for _ in range(chosen.r)]
-    scales = draw.integers(0, 1 << draw.integers(1, 32), len(sizes), dtype=np.uint32)
-    bits = [draw.integers(0, 2, rows) for rows in sizes]
+    draw, key = np.random.default_rng(seed), (1 << 63) + seed
+    sent = [sent_rows(rows, chosen.share, key) for rows in ROWS for _ in range(chosen.r)]
+    scales = draw.integers(0, 1 << draw.integers(1, 32), len(sent), dtype=np.uint32)
+    bits = [draw.integers(0, 2, len(rows)) for rows in sent]
     packed = [int("".join(map(str, b)).ljust(-(-len(b) // 8) * 8, "0"), 2) for b in bits]
     signs = b"".join(x.to_bytes(-(-len(b) // 8), "big") for x, b in zip(packed, bits, strict=True))
     payload = Payload({"scales": scales, "signs": np.frombuffer(signs, np.uint8)}, {"n": n, "loss": 1.0})
-    return Reply(0, 1, payload), [int(c) * (1 - 2 * b) for c, b in zip(scales, bits, strict=True)]
+    vectors = [np.zeros(rows) for rows in ROWS for _ in range(chosen.r)]
+    for vector, rows, c, b in zip(vectors, sent, scales.tolist(), bits, strict=True):
+        vector[rows] = len(vector) / len(rows) * c * (1 - 2 * b)  # in the mean over all keys, c b itself
+    return Reply(0, key, payload), vectors
 
 
 def written(ledger: Ledger, pool: int) -> np.ndarray:
@@ -155,8 +165,9 @@ def written(ledger: Ledger, pool: int) -> np.ndarray:
 
 @st.composite
 def settings_of(draw: Any) -> Method:
-    pool = draw(st.integers(1, 5))
-    return tiny(pool=pool, r=draw(st.integers(1, pool)), planes=draw(st.integers(1, 3)))
+    pool, small = draw(st.integers(1, 5)), st.integers(1, 3)
+    share = draw(st.integers(1, 5))  # more than a matrix has rows, too
+    return tiny(pool=pool, r=draw(st.integers(1, pool)), planes=draw(small), stay=draw(small), share=share)
 
 
 replies = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(1, 999)), max_size=4)
@@ -182,7 +193,7 @@ def test_the_server_writes_the_mean_as_signs_and_adds_what_is_left_the_next_time
         for place, (matrix, rows) in enumerate(zip(MATRICES, ROWS, strict=True)):
             first = sum(ROWS[:place])
             for i in range(chosen.r):
-                p = (number * chosen.r + i) % chosen.pool
+                p = (number // chosen.stay * chosen.r + i) % chosen.pool
                 vectors = [v[place * chosen.r + i] for _, v in made]
                 mean = sum(n * v for n, v in zip(weights, vectors, strict=True)) / sum(weights)
                 means[p, first : first + rows] += mean
@@ -205,6 +216,11 @@ def test_the_server_writes_the_mean_as_signs_and_adds_what_is_left_the_next_time
 def test_a_round_without_replies_is_one_whose_directions_are_passed_over() -> None:
     chosen = tiny(pool=3)
     state = begun(chosen)
+    assert chosen.expects(state).arrays["signs"] == ("uint8", (4,))
+    assert tiny(share=9, r=2).expects(state).arrays["signs"] == (
+        "uint8",
+        (6,),
+    )  # a row of each matrix at least
     for _ in range(2):
         state = chosen.aggregate(state, iter(()))
     state = chosen.aggregate(state, iter([fake(chosen, seed, 2)[0] for seed in (4, 5)]))
@@ -295,7 +311,7 @@ def wrong(change: str, sent: Payload) -> None:
         ("matrix", "not of this run's matrices and directions"),
         ("signs", "not of this run's matrices and directions"),
         ("scale", "not of this run's matrices and directions"),
-        ("known", "this device does not remember the entries that came before"),
+        ("known", "this device does not remember the rounds before those that came"),
     ],
 )
 def test_a_message_that_is_not_of_the_run_is_refused(change: str, said: str, rows: Any) -> None:
@@ -334,6 +350,8 @@ def adapters_rank(model: Model) -> int:
         ({"pool": 1025}, "that at most 1024"),
         ({"planes": 0}, "planes = 0 must be 1 to 8"),
         ({"planes": 9}, "planes = 9 must be 1 to 8"),
+        ({"stay": 0}, "stay = 0 at least 1"),
+        ({"share": 0}, "share = 0 1 to 1024"),
         ({"lr": 0.0}, "lr = 0.0 must be positive"),
         ({"targets": "q_proj,"}, "targets = 'q_proj,'"),
     ],

@@ -55,9 +55,8 @@ def test_slope_variance_and_curvature_are_those_of_a_ratio_of_sums(middle: list[
     assert slope == pytest.approx((plus.sum() / total - minus.sum() / total) / (2 * eps))
     residuals = [(p - m) / (2 * eps) - slope * n for p, m, n in zip(plus, minus, tokens, strict=True)]
     mean_tokens = total / b
-    expected = (
-        sum(r * r for r in residuals) / (b - 1) / (b * mean_tokens**2)
-    )  # Cochran, equation 2.46 with f = 0
+    # Cochran, equation 2.46 with f = 0
+    expected = sum(r * r for r in residuals) / (b - 1) / (b * mean_tokens**2)
     assert variance == pytest.approx(expected)
     assert curvature == pytest.approx((plus.sum() + minus.sum() - 2 * sum(middle)) / total / eps**2, abs=1e-6)
 
@@ -230,9 +229,8 @@ def test_a_run_records_what_was_found_and_repeats_it(place: Path) -> None:
     assert len(event["slopes"]) == 2 * slopes.DIRECTIONS
     again = fleetune.tune(recipes.make(written))
     assert again.digest == first.digest
-    assert not [
-        e for e in rundir.events(Path(again.done.run)) if e["event"] == "rate"
-    ]  # nothing is searched for twice
+    # nothing is searched for twice
+    assert not [e for e in rundir.events(Path(again.done.run)) if e["event"] == "rate"]
     assert fleetune.tune("tiny", "rows.jsonl", **FEW).digest == first.digest
 
 

@@ -72,9 +72,8 @@ def test_a_run_whose_data_changed_is_not_measured_on_them(at: Path, capsys: Capt
         assert "data.jsonl was changed since" in said
         assert "other clients' and held-out rows" in said
         assert "fleetune eval runs/0001-fedit-tiny FILE" in said
-    assert (
-        main(["eval", "1", "data.jsonl", "--tasks", "loss"]) == 0
-    )  # rows that are named are no held-out ones
+    # rows that are named are no held-out ones
+    assert main(["eval", "1", "data.jsonl", "--tasks", "loss"]) == 0
     shutil.copy("kept.jsonl", "data.jsonl")
     assert main(["eval", "1", "--tasks", "loss"]) == 0
 

@@ -21,7 +21,6 @@ SMALL: dict[str, list[dict[str, Any]]] = {  # settings that make each method sma
     "mezo": [{"K": 16, "tau": 10}, {"K": 16, "tau": 10, "law": "gaussian"}],
 }
 
-
 CASES = [(name, i) for name in sorted(methods.entries()) for i in range(len(SMALL.get(name, [{}])))]
 
 

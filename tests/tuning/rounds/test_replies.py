@@ -68,9 +68,8 @@ def with_weight(n: int, rule: Rule, max_rows: int = 0) -> float:
 
 
 def test_rows_weigh_at_most_so_many_times_the_median_of_the_round() -> None:
-    assert with_weight(ANY, MEAN) == pytest.approx(
-        ANY, rel=1e-6
-    )  # as published: a simulated client has its rows
+    # as published: a simulated client has its rows
+    assert with_weight(ANY, MEAN) == pytest.approx(ANY, rel=1e-6)
     assert with_weight(ANY, Rule(times=4.0)) == pytest.approx(4 * ROWS)
     assert with_weight(25, Rule(times=4.0)) == pytest.approx(25)
     assert with_weight(1, Rule(times=4.0)) == pytest.approx(1)
@@ -98,9 +97,8 @@ def test_no_weight_moves_the_mean_further_than_a_usual_reply_may(
     if factor > 3.5 * middle * allowed(SIZE) / 4:
         return  # it may be refused
     assert not played.refused()
-    x = float(
-        played.state.tensors["w"] @ unit
-    )  # (sum of the others - W factor) / (7 + W), in weights of ROWS
+    # (sum of the others - W factor) / (7 + W), in weights of ROWS
+    x = float(played.state.tensors["w"] @ unit)
     W = (sum(moves) - 7 * x) / (x + factor)
     assert W * factor <= allowed(SIZE) * middle * 1.001
     assert W <= 4.001

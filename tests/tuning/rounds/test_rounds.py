@@ -132,11 +132,8 @@ def test_replies_that_are_not_finite_for_the_models_own_sake_bring_back_the_one_
     assert newest[0] == 1
     kept, _ = checkpoint.unpack(checkpoint.decode(newest[1].read_bytes()), start())
     assert np.array_equal(kept.tensors["w"], good.tensors["w"])
-    assert {e["round"] for e in events(run.path) if e["event"] == "client"} == {
-        1,
-        2,
-        3,
-    }  # what happened is on record
+    # what happened is on record
+    assert {e["round"] for e in events(run.path) if e["event"] == "client"} == {1, 2, 3}
 
 
 def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path: Path) -> None:
@@ -258,9 +255,8 @@ def test_the_run_stops_and_the_best_round_is_the_result(tmp_path: Path) -> None:
     assert counted(tmp_path / "d", patience=0).last == 10
     rising = counted(tmp_path / "e", losses=(1.0, 2.0, 3.0, 4.0, 5.0))
     assert (rising.last, rising.round, rising.state.tensors["w"][0]) == (3, 0, 0)  # the start counts
-    sparse = counted(
-        tmp_path / "f", patience=2, every=3
-    )  # 9 5(2).. : rounds 3, 6, 9 and the last are evaluated
+    # 9 5(2).. : rounds 3, 6, 9 and the last are evaluated
+    sparse = counted(tmp_path / "f", patience=2, every=3)
     assert (sparse.last, sparse.round) == (10, 10)
 
 
@@ -307,9 +303,8 @@ def test_a_kill_at_any_point_changes_nothing(
         assert next([(e["round"], e["loss"]) for e in of] for of in told) == [
             (e["round"], e["loss"]) for e in told[1]
         ]
-    assert (
-        counted(tmp_path / "whole", 2, best=best, losses=losses).last == whole.last
-    )  # resumed when it is over: not one round more
+    # resumed when it is over: not one round more
+    assert counted(tmp_path / "whole", 2, best=best, losses=losses).last == whole.last
 
 
 def test_few_states_are_kept_however_often_a_round_is_the_best(tmp_path: Path) -> None:

@@ -22,11 +22,7 @@ from fleetune.tuning.rounds.releases import Releases
 from fleetune.tuning.rounds.rounds import Hooks, RoundPlan
 
 BASE = bytes(8)
-
-
 ROWS = 10
-
-
 SIZE = 50
 
 
@@ -62,9 +58,8 @@ class Devices(Fleet):
     told: Told
     clients: int = 8
     order: Callable[[Sequence[int]], Sequence[int]] = lambda clients: clients
-    declared: Mapping[int, int] = field(
-        default_factory=dict
-    )  # rows by client, of those that say another number
+    # rows by client, of those that say another number
+    declared: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[int]:

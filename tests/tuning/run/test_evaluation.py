@@ -53,6 +53,7 @@ def job_of(places: Path, model: str = "llama", **more: Any) -> prepare.TuneJob:
         "model": str(places / model),
         "data": str(places / "rows.jsonl"),
         "max_length": 64,
+        "set": {"lr": 0.01},
         **more,
     }
     return prepare.prepare(recipe.make(values), offline=True)
@@ -117,7 +118,7 @@ def test_many_clients_are_measured_only_where_it_is_asked_for(
 def test_steps_and_tokens_are_counted(places: Path, tmp_path: Path) -> None:
     heard, seen = Heard(), set[tuple[int, int]]()  # a step is heard of between its pieces, too
     heard.step = lambda client, step: seen.add((client, step))  # type: ignore[method-assign]
-    settings = {"K": 8, "tau": 3, "batch_size": 2}
+    settings = {"K": 8, "tau": 3, "batch_size": 2, "lr": 1e-3}
     tune(places, tmp_path, "fedkseed", clients=2, held_out=4, listener=heard, settings=settings)
     steps = Counter(client for client, _ in seen)
     assert {r.client: r.steps for r in heard.of("client")} == dict(steps) == {0: 3, 1: 3}

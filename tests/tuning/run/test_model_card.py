@@ -31,7 +31,10 @@ QUICK: dict[str, Any] = {
     "partition": "column:ward",
     "offline": True,
 }
-SETTINGS: dict[str, dict[str, Any]] = {"fedit": {"r": 2, "lr": 0.01}, "mezo": {"tau": 2, "K": 16}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fedit": {"r": 2, "lr": 0.01, "steps": 2},
+    "mezo": {"tau": 2, "K": 16, "lr": 1e-3},
+}
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ FEW: dict[str, Any] = {
     "max_length": 64,
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "fedit": {"r": 2, "batch_size": 2, "lr": 1e-2, "server": "adam", "scaffold": True},
+    "fedit": {"r": 2, "batch_size": 2, "lr": 1e-2, "steps": 3, "server": "adam", "scaffold": True},
     "fedkseed": {"K": 16, "tau": 3, "lr": 1e-3, "batch_size": 2},
 }
 
@@ -137,7 +137,7 @@ def test_what_decides_the_bits_is_compared() -> None:
 
 SHORT: dict[str, Any] = command_line.FEW | {
     "method": "fedit",
-    "settings": {"r": 2, "batch_size": 2, "lr": 1e-2},
+    "settings": {"r": 2, "batch_size": 2, "lr": 1e-2, "steps": 3},
     "limit": 30,
     "max_length": 64,
     "rounds": 2,

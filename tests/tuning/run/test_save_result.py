@@ -117,7 +117,7 @@ def test_the_base_row_is_the_untouched_model_bit_for_bit(
         ("fedpetuning", {"module": "prefix", "size": 4}, True),
         ("fedpeptao", {"tokens": 4, "lanczos": 2}, True),
         ("fedpetuning", {"module": "lora", "size": 4}, False),
-        ("fedkseed", {"K": 4, "tau": 2}, False),
+        ("fedkseed", {"K": 4, "tau": 2, "lr": 1e-3}, False),
     ],
 )
 def test_a_start_that_is_not_the_base_is_told(
@@ -149,7 +149,7 @@ def test_an_encoder_with_a_new_head_says_so(places: Path, tmp_path: Path) -> Non
 
 def test_a_custom_objective_is_measured_before_and_after(places: Path, tmp_path: Path) -> None:
     objective = f"{places}/own.py:size"
-    settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4}
+    settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4, "lr": 1e-3}
     result = tune(places, tmp_path, settings=settings)
     worth = (4 * 4 + 2 * 2) / 6  # batches of 4 and 2 of the 6 held-out rows, each its own number of rows
     assert result.done.base["objective"] == result.done.tuned["objective"] == pytest.approx(worth)
@@ -163,7 +163,7 @@ def test_a_custom_objective_is_measured_before_and_after(places: Path, tmp_path:
 
 @pytest.mark.parametrize("objective", ["accuracy:yes,no", "accuracy"])
 def test_an_accuracy_that_is_trained_is_measured(objective: str, places: Path, tmp_path: Path) -> None:
-    settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4}
+    settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4, "lr": 1e-3}
     done = tune(places, tmp_path, settings=settings).done
     assert set(done.base) == set(done.tuned) == {"loss", "accuracy"}
     assert 0 <= (done.base["accuracy"] or 0) <= 100

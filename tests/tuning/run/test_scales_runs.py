@@ -58,7 +58,7 @@ def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, 
 
 
 def test_a_run_that_tuned_a_file_has_the_bits_of_that_file(file: Path, tmp_path: Path) -> None:
-    options: Any = {"out": tmp_path / "runs", **FEW, "rounds": 1}
+    options: Any = {"out": tmp_path / "runs", **FEW, "rounds": 1, "settings": {"tau": 2, "lr": 0.05}}
     run = fleetune.tune(str(file), ROWS, method="mezo", train="scales", **options)
     plain = fleetune.tune(str(file), ROWS, method="mezo", **options)
     found = {

@@ -1,7 +1,5 @@
 """`fleetune data check FILE`: look at rows before anything is trained on them."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 

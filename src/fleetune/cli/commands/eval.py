@@ -1,7 +1,5 @@
 """`fleetune eval`: a model, a finished run or a compressed one, on given rows or on its own held-out ones."""
 
-from __future__ import annotations
-
 import argparse
 
 import fleetune

@@ -1,7 +1,5 @@
 """`fleetune methods`: the tuning methods, or one with its settings."""
 
-from __future__ import annotations
-
 import argparse
 
 from fleetune.cli.console import Ui

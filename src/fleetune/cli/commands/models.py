@@ -1,7 +1,5 @@
 """`fleetune models`: the built-in models and the cache; `pull NAME` fetches one, `rm NAME` removes one."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections import Counter

@@ -1,7 +1,5 @@
 """`fleetune patch`: make, apply: update a quantised model on a device by kilobytes."""
 
-from __future__ import annotations
-
 import argparse
 import textwrap
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`fleetune recipes`: the recipes that come with Fleetune, or one as a file."""
 
-from __future__ import annotations
-
 import argparse
 
 from fleetune import recipes

@@ -1,7 +1,5 @@
 """`fleetune release`: write a finished run as one signed folder."""
 
-from __future__ import annotations
-
 import argparse
 
 import fleetune

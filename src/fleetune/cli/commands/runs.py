@@ -1,7 +1,5 @@
 """`fleetune runs`: list, show, compare and remove tuned runs and compressions."""
 
-from __future__ import annotations
-
 import argparse
 import textwrap
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`fleetune serve`: an OpenAI-compatible endpoint and a chat page, of an engine that others maintain."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`fleetune sweep`: tune over a grid of values and seeds, on one page."""
 
-from __future__ import annotations
-
 import argparse
 from contextlib import ExitStack
 from pathlib import Path

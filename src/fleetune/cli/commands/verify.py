@@ -1,7 +1,5 @@
 """`fleetune verify`: prove what a model was made from."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -5,8 +5,6 @@ step that saves most cost for a byte is taken next, while it fits.  As long as e
 bytes that it uses (Everett 1963).  The last steps fill what is left.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections import Counter

@@ -4,8 +4,6 @@ A run's held-out rows are few and all of one kind.  A model calibrated on them a
 loss on these rows does not show.  So a run is calibrated and measured on its rows and on text that its model writes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace

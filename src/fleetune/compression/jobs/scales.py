@@ -10,8 +10,6 @@ the d and dmin of a super-block; at the end scales are rounded to what the file 
 its dense weights by quantised ones, which forward and backward make of codes and scales, a matrix at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 For `measure --kept-gain` the base is compressed as its tuned model was, on the same windows (they share a tokenizer).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Compress a whole model to a plain Hugging Face directory: distil a student from a teacher, or prune it and train the rest."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

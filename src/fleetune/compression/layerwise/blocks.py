@@ -1,7 +1,5 @@
 """Write each compressed block to a file, and read the weights of finished blocks from there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

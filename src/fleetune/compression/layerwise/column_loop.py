@@ -10,8 +10,6 @@ matrix product for all columns after it.  The compiled loop stores columns as ro
 E U and U H U^T = I, so tr((W - Q) H (W - Q)^T) = sum e^2 is the loss, without another product.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ sum_j c_j e_j^2 on a row whose columns err by e_j when it reaches them, and thes
 rounding.  So with F from `sensitivity.py` the KL divergence is about 1/2 sum_i F_i sum_j c_j e_ij^2, without running the loop.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ has them transposed.  With fewer tokens than columns a Hessian has no full rank:
 would be corrected at will.  Such an expert gets the Hessian of all tokens of the layer, and the report says how many these are.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace

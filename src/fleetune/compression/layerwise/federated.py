@@ -15,8 +15,6 @@ from then on.  So is one whose mean square of an input is more than `TIMES` time
 count for all the others (honest devices of unlike text come to 1.4).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -16,8 +16,6 @@ In GGUF's super-blocks a weight is (d k) q - dmin m: k and m are whole numbers o
 3. Least squares for d and dmin with all q, k and m; round to fp16; let the groups try again.  The best d and dmin are kept.
 """
 
-from __future__ import annotations
-
 from typing import Final, NamedTuple
 
 import numba

@@ -15,8 +15,6 @@ All scales are rounded to fp16 (those of super-blocks to what the file holds) *b
 them again.  Pruned weights stay zero on a grid with a zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

@@ -5,8 +5,6 @@ difference, since damping is relative.  The loop needs only the upper Cholesky f
 are still to come, [H_F^-1]_ii = U_ii^2 and row i of H_F^-1 is U_ii U[i, i:] (Frantar et al. 2023, section 4, step 3).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

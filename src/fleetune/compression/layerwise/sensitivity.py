@@ -12,8 +12,6 @@ where its token is: there G = mean g g' takes H's place, and the token's share t
 out is seen, out_t = sum_e r_te y_te: the gradient by y_te is r_te g_t, and one step back gives that by gate and up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

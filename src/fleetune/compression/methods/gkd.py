@@ -26,8 +26,6 @@ An answer ends with its first end token; tokens after it do not count.
 - All weights are trained, in fp32 and without dropout, so zeros of a pruned model and codes of a quantised one do not stay.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import hashlib

@@ -22,8 +22,6 @@ With `first=0 last=0 scope=local` the result is a plain Hugging Face directory. 
 loads the directory, transformers refuses it, and it exports to a GGUF file of architecture `deci`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

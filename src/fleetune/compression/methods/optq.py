@@ -28,8 +28,6 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
   `q5_k`, `q4_k`, `q2_k`) give the weights of the last two rules the value nearest to it, and refuse a pruned matrix.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

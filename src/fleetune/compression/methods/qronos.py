@@ -43,8 +43,6 @@ divergence on held-out text, 12 windows of WikiText-2 (SmolLM2-135M, calibrated 
 | 3 bits, asymmetric | | 0.286 | 0.277 | | 0.497 | |
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@ The scheme has no paper of its own.  As the baseline it is in Frantar et al., IC
 At 3 bits it breaks most models: use `optq` there.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

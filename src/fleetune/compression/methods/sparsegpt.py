@@ -21,8 +21,6 @@ w^2 / [H_F^-1]_ii = w^2 / U_ii^2 is among the smallest, and moves all later colu
 - Missing Cholesky factors and inputs that are always zero are handled as in `optq`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -27,8 +27,6 @@ and has functions, in which `kind` is what follows the colon of the target, None
 For TAKES = "adapter" these are check(adapter: Path, kind) and write(adapter: Path, base: Checkpoint, out, kind, made).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

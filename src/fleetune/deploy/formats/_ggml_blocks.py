@@ -23,8 +23,6 @@ Super-blocks have 256 columns.  Their bytes, where c are the codes, k and m the 
 first in the lowest bits; w is 32, of Q6_K's low bits 64, of IQ4_XS 16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final

@@ -9,8 +9,6 @@ A tokenizer without a chat template gets a template of the plain form in which F
 GGUF file always, in a directory where transformers makes the same tokens of it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ zeros off the middle, which a note says.  config.json says dtype float16: reader
 bfloat16 they would lose 3 of their 11 bits.  A model stored in bf16 keeps its dense tensors in bf16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path

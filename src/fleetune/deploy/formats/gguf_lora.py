@@ -7,8 +7,6 @@ architecture, adapter.lora.alpha, and for each adapted matrix NAME two tensors i
     NAME.lora_b  [out, r]     B, with its rows in the order of the base's file (`gguf.py`)
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -10,8 +10,6 @@ A quantised layer NAME of shape [R, C] = [out, in] in groups of G inputs (AutoGP
 Three bits run on over the ends of words: 32 codes are 3 words.  dtype float16 as in `compressed_tensors.py`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

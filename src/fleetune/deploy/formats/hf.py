@@ -4,8 +4,6 @@ In fp32 the weights of a quantised matrix are exact: scale * (code - zero) has a
 float32 numbers by definition.  In fp16 and bf16 they are rounded once, and the report counts those that kept their values.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter

@@ -11,8 +11,6 @@ mlx-lm (0.32) has a model class a family, which reads some fields of config.json
 states the `STATED` fields, and a record of `FAMILIES` says which configurations have a place.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Write a folder for Ollama: the GGUF file, and a Modelfile that names the tokens which end an answer."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 This folder alone imports `flwr`: the documented `flwr.app`, `flwr.serverapp` and `flwr.clientapp`.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """Answer orders as a ClientApp: on a SuperNode, which starts a new process for every message, or in a simulation."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

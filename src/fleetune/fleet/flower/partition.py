@@ -1,7 +1,5 @@
 """Be the clients of a simulation: the node with a partition's number has the rows of the client with this number."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence

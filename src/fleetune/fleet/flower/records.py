@@ -1,7 +1,5 @@
 """Pack bytes into Flower's records; the same on both sides."""
 
-from __future__ import annotations
-
 from typing import Final
 
 from flwr.app import ConfigRecord, RecordDict

@@ -19,10 +19,8 @@ feedback: Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847).  So eve
 a ledger of the law `outer` (`seeds/noise.py`): rank P, and one bit for a row, a direction and a plane.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
@@ -101,12 +99,16 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     clip = 0.0
     decay = False
 
-    lr: float = setting(0.05, "η", "AdamW learning rate of B; a weight moves by lr / sqrt(in) in a step")
+    lr: float = setting(
+        0.05, "η", "AdamW learning rate of B; a step moves a weight by η / sqrt(in)", found=True
+    )
     epochs: int = setting(1, "E", "local epochs a round", only_if="steps=0")
     batch_size: int = setting(4, "B", "rows a step")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
     r: int = setting(1, "r", "directions of each matrix that are trained in a round")
     pool: int = setting(8, "P", "directions of each matrix that are trained in turn: the rank of the change")
+    stay: int = setting(1, "T", "rounds in a row in which the same directions are trained")
+    share: int = setting(1, "m", "a device sends every so many-th row of a matrix, another one each round")
     planes: int = setting(2, "q", "vectors of signs that the server writes for each direction and round")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
     checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
@@ -118,8 +120,10 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             raise ValueError(
                 f"r = {self.r} must be at least 1 and at most pool = {self.pool}, that at most {1 << 10}"
             )
-        if not 1 <= self.planes <= 8:
-            raise ValueError(f"planes = {self.planes} must be 1 to 8")
+        if not 1 <= self.planes <= 8 or self.stay < 1 or not 1 <= self.share <= 1 << 10:
+            raise ValueError(
+                f"planes = {self.planes} must be 1 to 8, stay = {self.stay} at least 1, and share = {self.share} 1 to {1 << 10}"
+            )
 
     @property
     def grid_lr(self) -> float:
@@ -152,7 +156,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
 
     def trained_in(self, round: int) -> list[int]:
         """Return the directions p of a round, counted from 0."""
-        return [(round * self.r + i) % self.pool for i in range(self.r)]
+        return [(round // self.stay * self.r + i) % self.pool for i in range(self.r)]
 
     def rows(self, state: State) -> list[int]:
         """Return the rows of each matrix that is trained."""
@@ -178,10 +182,14 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         return Payload(arrays, scalars)
 
     def expects(self, state: State) -> ReplySpec:
-        size = sum(-(-rows // 8) for rows in self.rows(state))
+        size = sum(-(-len(self.sent_rows(rows, 0)) // 8) for rows in self.rows(state))
         return ReplySpec(
             {"scales": ("uint32", (self.r * len(state.places),)), "signs": ("uint8", (self.r * size,))}
         )
+
+    def sent_rows(self, rows: int, key: int) -> np.ndarray:
+        """Return the rows of a matrix that a device sends with the key of a round: int64 [rows / share, rounded down, or 1]."""
+        return (key % rows + self.share * np.arange(max(1, rows // self.share))) % rows
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
@@ -197,13 +205,17 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         zeros = np.zeros((self.r, tables.shape[1]))
         adapters.load_(model, self.factors(run_key, slots, now, zeros))
         loss = self.train(model, batches, key, {})
-        trained = [(part.parameters[factor_names(name)[0]], self.unit(slot)) for name, slot in slots.items()]
-        vectors = [x for b, unit in trained for x in b.detach().cpu().double().numpy().T / unit]
-        scales, bits, left = plane(vectors)
-        for b, unit in trained:  # the model is then what was sent
-            rest, left = np.stack(left[: self.r], axis=1) * unit, left[self.r :]
-            b.data -= torch.from_numpy(rest).to(b)
-        return Payload({"scales": scales, "signs": bits}, {"n": batches.n, "loss": loss})
+        vectors = []
+        for name, slot in slots.items():
+            b = part.parameters[factor_names(name)[0]].detach().cpu().double().numpy().T / self.unit(slot)
+            vectors += list(b[:, self.sent_rows(b.shape[1], key)])
+        scales, bits, _ = plane(vectors)
+        reply = Payload({"scales": scales, "signs": bits}, {"n": batches.n, "loss": loss})
+        sent = self.matrices(payload, self.moved(payload, Reply(batches.client, key, reply))["b"])
+        for name, slot in slots.items():  # the model is then what was sent
+            b = np.stack([next(sent) for _ in range(self.r)], axis=1) * self.unit(slot)
+            part.parameters[factor_names(name)[0]].data.copy_(torch.from_numpy(b))
+        return reply
 
     def unit(self, slot: WeightSlot) -> float:
         """Return how much of B one unit of the grid is, for a matrix: B s' / sqrt(in) is what moves it."""
@@ -240,8 +252,8 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         came = outer_passes(shapes, p << np.uint64(32) | m, scale, bits)
         tables = dict(zip(came.ids.tolist(), came.tables, strict=True))
         if payload.int("known"):
-            if "directions" not in memory:
-                raise MessageError("this device does not remember the entries that came before")
+            if not memory:
+                raise MessageError("this device does not remember the rounds before those that came")
             for direction, table in zip(memory["directions"].tolist(), memory["tables"], strict=True):
                 tables[direction] = tables.get(direction, 0) + table.astype(np.int64)
         used = sorted(tables)
@@ -257,12 +269,20 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         return {"b": np.zeros(self.r * int(sent.array("rows").sum(dtype=np.int64)))}
 
     def moved(self, sent: Payload, reply: Reply) -> Tensors:
-        """Return what a reply moves: B of each matrix and direction, in units of the grid."""
-        rows = np.repeat(sent.array("rows").astype(np.int64), self.r)
-        ends = np.cumsum(-(-rows // 8))
-        scales, bits = reply.payload.array("scales").astype(np.int64), reply.payload.array("signs")
-        parts = zip(rows.tolist(), ends.tolist(), scales.tolist(), strict=True)
-        return {"b": np.concatenate([c * unpacked(bits[end - -(-n // 8) : end], n) for n, end, c in parts])}
+        """Return what a reply moves: B of each matrix and direction, in units of the grid; rows that were not sent by 0."""
+        found = self.begins(sent)
+        bits, scales = reply.payload.array("signs"), iter(reply.payload.array("scales").tolist())
+        for vector in self.matrices(sent, found["b"]):
+            rows = self.sent_rows(len(vector), reply.key)
+            size = -(-len(rows) // 8)
+            vector[rows] = len(vector) / len(rows) * next(scales) * unpacked(bits[:size], len(rows))
+            bits = bits[size:]
+        return found
+
+    def matrices(self, sent: Payload, whole: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the part of a vector of all rows that each matrix and direction has."""
+        ends = np.cumsum(np.repeat(sent.array("rows").astype(np.int64), self.r))
+        return iter(np.split(whole, ends[:-1]))
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Take the mean weighted by rows, and write it as `planes` vectors of signs."""
@@ -272,8 +292,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             combined.add(float(reply.payload.int("n")), self.moved(sent, reply))
         if not combined.total:
             return state._replace(round=state.round + 1)
-        vectors = np.split(combined.tensors()["b"], np.cumsum(np.repeat(sent.array("rows"), self.r))[:-1])
-        return self.written(state, vectors)
+        return self.written(state, list(self.matrices(sent, combined.tensors()["b"])))
 
     def written(self, state: State, vectors: Sequence[np.ndarray]) -> State:
         """Return the state with a round's moves, those of each matrix and direction, as `planes` vectors of signs."""
