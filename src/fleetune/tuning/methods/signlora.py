@@ -138,10 +138,11 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
 
     def attached(self, model: Model) -> SignLora:
         """Return the LoRA of a model, put on where it is not."""
-        if not (isinstance(model.attachment, Attachment) and isinstance(model.attachment.spec, SignLora)):
+        own = SignLora(self.r, self.r, targets=self.targets)
+        if not (isinstance(model.attachment, Attachment) and model.attachment.spec == own):
             if model.attachment is not None:
                 model.attachment.detach(model)
-            adapters.attach(model, SignLora(self.r, self.r, targets=self.targets), seed=0)
+            adapters.attach(model, own, seed=0)
         spec = adapters.attachment_of(model).spec
         assert isinstance(spec, SignLora)
         return spec
@@ -181,14 +182,14 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         return Payload(arrays, scalars)
 
     def expects(self, state: State) -> ReplySpec:
-        size = sum(-(-(rows // self.share) // 8) for rows in self.rows(state))
+        size = sum(-(-len(self.sent_rows(rows, 0)) // 8) for rows in self.rows(state))
         return ReplySpec(
             {"scales": ("uint32", (self.r * len(state.places),)), "signs": ("uint8", (self.r * size,))}
         )
 
     def sent_rows(self, rows: int, key: int) -> np.ndarray:
-        """Return the rows of a matrix that a device sends with the key of a round: int64 [rows / share, rounded down]."""
-        return (key % rows + self.share * np.arange(rows // self.share)) % rows
+        """Return the rows of a matrix that a device sends with the key of a round: int64 [rows / share, rounded down, or 1]."""
+        return (key % rows + self.share * np.arange(max(1, rows // self.share))) % rows
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
@@ -242,9 +243,13 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         shapes = [tuple(slot.tensor.shape) for slot in slots.values()]
         if [rows for rows, _ in shapes] != payload.array("rows").tolist():
             raise MessageError("the matrices that the run trains are not those of this model")
-        if p.max(initial=0) >= self.pool or m.max(initial=0) >= len(shapes):
+        scale, bits = payload.array("scale"), payload.array("signs")
+        here = (
+            p.max(initial=0) < self.pool and m.max(initial=0) < len(shapes) and len(p) == len(m) == len(scale)
+        )
+        if not here or len(bits) != sum(-(-shapes[place][0] // 8) for place in m.tolist()):
             raise MessageError("the entries that came are not of this run's matrices and directions")
-        came = outer_passes(shapes, p << np.uint64(32) | m, payload.array("scale"), payload.array("signs"))
+        came = outer_passes(shapes, p << np.uint64(32) | m, scale, bits)
         tables = dict(zip(came.ids.tolist(), came.tables, strict=True))
         if payload.int("known"):
             if not memory:
@@ -270,7 +275,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         for vector in self.matrices(sent, found["b"]):
             rows = self.sent_rows(len(vector), reply.key)
             size = -(-len(rows) // 8)
-            vector[rows] = self.share * next(scales) * unpacked(bits[:size], len(rows))
+            vector[rows] = len(vector) / len(rows) * next(scales) * unpacked(bits[:size], len(rows))
             bits = bits[size:]
         return found
 
