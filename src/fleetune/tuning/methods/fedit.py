@@ -129,10 +129,10 @@ class Method(_adapter.Averaged):
     ) -> Payload:
         """Train the adapter of the rank that came."""
         came = {a.shape[:1] for n, a in payload.arrays.items() if n.endswith(".lora_A.weight")}
-        rank = next((k for k in self.each_rank if came == {(k,)} or "bits" in payload.arrays), None)
-        if rank is None:
+        rank = next((k for k in self.each_rank if came == {(k,)}), None)
+        if rank is None and "bits" not in payload.arrays:
             raise MessageError("the adapter that came has none of the run's ranks")
-        self.attach(model, payload.int("seed"), rank=rank)
+        self.attach(model, payload.int("seed"), rank=rank or 0)
         return self.trained(model, payload, batches, key, memory)
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
