@@ -46,7 +46,8 @@ from fleetune.tuning.methods import Reply, _adapter, _zeroth, norm
 
 KIND = "ledger"
 PAPER = "FFA-LoRA: Sun et al., ICLR 2024, arXiv 2403.12313; signs: ours"
-SENDS = "one bit a row of each matrix up, two down"
+SENDS = "one bit per row of each matrix up, two down"
+RECOMMENDED = 2
 
 STEP = 1 << 14  # units of the grid in a step of AdamW, for a matrix with one column
 
