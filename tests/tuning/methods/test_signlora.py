@@ -35,7 +35,7 @@ KEY = (1 << 64) - 29
 
 
 def tiny(**changes: Any) -> Method:
-    return Method(**({"lr": ETA, "batch_size": 3, "steps": 1} | changes))
+    return Method(**({"lr": ETA, "batch_size": 3, "steps": 1, "stay": 1} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +102,14 @@ def test_a_step_sends_the_sign_of_minus_the_dense_gradient_along_each_direction(
             name, (out, width), _ = head.tensors[place]
             for p in directions:
                 s = noise.signs(head.run_key, p, first[name], width)
-                g = (gradients[name] @ s / np.sqrt(width))[sent_rows(out, share, KEY)]
+                g = (gradients[name] @ s / np.sqrt(chosen.r * width))[sent_rows(out, share, KEY)]
                 size = -(-len(g) // 8)
                 sent, bits = np.unpackbits(bits[:size])[: len(g)], bits[size:]
                 clear = np.abs(g) > 1e-4 * np.abs(g).mean()  # else float32 may have the other sign
                 assert np.array_equal(sent[clear], g[clear] > 0)
                 seen, total = seen + int(clear.sum()), total + len(g)
                 step = np.mean(np.abs(g) / (np.abs(g) + 1e-8))  # AdamW's first, of rate 1
-                assert abs(next(scales) - chosen.lr * step / np.sqrt(width) / head.grid) <= 0.51
+                assert abs(next(scales) - chosen.lr * step / np.sqrt(chosen.r * width) / head.grid) <= 0.51
         assert not bits.size
         state = chosen.aggregate(state, [Reply(0, KEY, reply)])
     assert seen > 0.99 * total

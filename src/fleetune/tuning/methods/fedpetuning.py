@@ -42,7 +42,7 @@ from fleetune.tuning.methods import _adapter
 KIND = "adapter"
 PAPER = "Zhang et al., ACL Findings 2023, arXiv 2212.10025"
 SENDS = "the module's numbers (and a classification head's), up and down"
-RECOMMENDED = 2
+RECOMMENDED = 3
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ travels as signs (signSGD: Bernstein et al. 2018, arXiv 1802.04434) with one sca
 
 In a round, each matrix W [out, in] has directions s_p [in] of +1 and -1, the next r of a pool of P in turn.  A device trains
 
-    W x + sum_p b_p (s_p' x) / sqrt(in),    b_p [out] from 0 on,
+    W x + sum_p b_p (s_p' x) / sqrt(r in),    b_p [out] from 0 on,
 
 by AdamW, and sends sign(b_p) and mean |b_p|.  The server takes the mean over the devices, and writes it as q vectors of
 signs with a scale each, every one of what the vector before leaves; what the last leaves is added the next time (error
@@ -46,7 +46,8 @@ from fleetune.tuning.methods import Reply, _adapter, _zeroth, norm
 
 KIND = "ledger"
 PAPER = "FFA-LoRA: Sun et al., ICLR 2024, arXiv 2403.12313; signs: ours"
-SENDS = "one bit a row of each matrix up, two down"
+SENDS = "one bit per row of each matrix up, two down"
+RECOMMENDED = 2
 
 STEP = 1 << 14  # units of the grid in a step of AdamW, for a matrix with one column
 
@@ -100,14 +101,14 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     decay = False
 
     lr: float = setting(
-        0.05, "η", "AdamW learning rate of B; a step moves a weight by η / sqrt(in)", found=True
+        0.05, "η", "AdamW learning rate of B; a step moves a weight by about η / sqrt(in)", found=True
     )
     epochs: int = setting(1, "E", "local epochs a round", only_if="steps=0")
     batch_size: int = setting(4, "B", "rows a step")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
     r: int = setting(1, "r", "directions of each matrix that are trained in a round")
     pool: int = setting(8, "P", "directions of each matrix that are trained in turn: the rank of the change")
-    stay: int = setting(1, "T", "rounds in a row in which the same directions are trained")
+    stay: int = setting(2, "T", "rounds in a row in which the same directions are trained")
     share: int = setting(1, "m", "a device sends every so many-th row of a matrix, another one each round")
     planes: int = setting(2, "q", "vectors of signs that the server writes for each direction and round")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
@@ -218,8 +219,8 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         return reply
 
     def unit(self, slot: WeightSlot) -> float:
-        """Return how much of B one unit of the grid is, for a matrix: B s' / sqrt(in) is what moves it."""
-        return _zeroth.grid_of(self.grid_lr) * math.sqrt(slot.tensor.shape[1])
+        """Return how much of B one unit of the grid is, for a matrix: B s' / sqrt(r in) is what moves it."""
+        return _zeroth.grid_of(self.grid_lr) * math.sqrt(self.r * slot.tensor.shape[1])
 
     def factors(
         self, run_key: int, slots: Mapping[str, WeightSlot], directions: Sequence[int], tables: np.ndarray
@@ -230,7 +231,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             rows, width = slot.tensor.shape
             b, a = factor_names(name)
             s = np.stack([signs(run_key, p, slot.start, width) for p in directions])
-            found[a] = s.astype(np.float32) / np.float32(math.sqrt(width))
+            found[a] = s.astype(np.float32) / np.float32(math.sqrt(self.r * width))
             found[b] = np.float32(-self.unit(slot)) * tables[:, first : first + rows].T.astype(np.float32)
             first += rows
         return found
