@@ -45,9 +45,7 @@ class Footprint(NamedTuple):
     stores_direction: bool = False  # two-point: the direction is written out, one number a weight
     moments: int = 2  # backward: the optimizer's numbers for each trained one
     projects: bool = False  # backward: weights and gradients exist a block of rows at a time
-    checkpointing: bool = (
-        False  # backward: where memory is short, of a layer's activations only what enters it is kept
-    )
+    checkpointing: bool = False  # backward: where memory is short, only what enters a layer is kept of it
     whole_gradient: bool = True  # backward: all gradients are there before the first step
     kept: int = 0  # backward: further fp32 copies of the module that are there through the training
     hessian_products: int = 0  # backward: of a Lanczos iteration, whose vectors are in memory together
