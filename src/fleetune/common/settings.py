@@ -150,8 +150,10 @@ def _parse(value: Any, kind: type) -> Any:
         if number != int(number):
             raise ValueError
         return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
-    if kind is str and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+    if kind is str and not isinstance(value, str | int | float):
         raise ValueError
+    if kind is str and isinstance(value, bool):
+        return str(value).lower()  # a setting may take auto beside true and false
     return kind(value)
 
 

@@ -97,7 +97,7 @@ class Trained(methods.Method):
             raise ValueError(
                 f"clip = {self.clip}, weight_decay = {self.weight_decay}, mu = {self.mu}: each must be 0 or a positive number"
             )
-        if str(self.checkpointing).lower() not in CHECKPOINTING:
+        if self.checkpointing not in CHECKPOINTING:
             raise ValueError(f"checkpointing = {self.checkpointing!r} is none of {', '.join(CHECKPOINTING)}")
 
     @property
@@ -113,7 +113,7 @@ class Trained(methods.Method):
     @property
     def recomputes(self) -> bool:
         """Whether activations may be computed twice."""
-        return str(self.checkpointing).lower() != "false"
+        return self.checkpointing != "false"
 
     def local_steps(self, rows: int) -> int:
         return self.steps or self.epochs * -(-rows // self.batch_size)
@@ -145,7 +145,7 @@ class Trained(methods.Method):
         steps = Steps(list(parameters.values()), self, model.device, whole=batches.private is not None)
         taken = batches.steps if self.steps else batches.epochs
         rooms = {"auto": model.room, "true": lambda: 0.0, "false": lambda: math.inf}
-        room, losses = rooms[str(self.checkpointing).lower()], []
+        room, losses = rooms[self.checkpointing], []
         with adapters.training(model, key), by_layer(model.net, room=room) as kept, steps.in_backward():
             for batch, rate in zip(
                 taken(self.steps or self.epochs, self.batch_size), self.rates(batches.n), strict=True
