@@ -1,4 +1,4 @@
-"""The places of a pool's law as docs/ledger.md defines them, one Python integer at a time."""
+"""The signs and the places of directions as docs/ledger.md defines them, one Python integer at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,27 @@ from functools import cache
 import numpy as np
 
 MULTIPLIER = 0x9E3779B97F4A7C15
+
+
+def slow_philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 as the paper's figure has it, in Python integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        h0, l0 = divmod(0xD2511F53 * c[0], 2**32)
+        h1, l1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [h1 ^ c[1] ^ k[0], l1, h0 ^ c[3] ^ k[1], l0]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def slow_sign(run_key: int, id: int, i: int) -> int:
+    """The sign of one element, from the text of the format alone."""
+    tile, e = divmod(i, 4096)
+    c, j = divmod(e % 128, 32)
+    block = tile * 32 + j
+    counter = [block % 2**32, block >> 32, id % 2**32, id >> 32]
+    word = slow_philox(counter, [run_key % 2**32, run_key >> 32])[c]
+    return 1 - 2 * ((word >> (e // 128)) & 1)
 
 
 def mixed(x: int) -> int:

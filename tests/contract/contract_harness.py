@@ -70,6 +70,7 @@ STATEFUL = [
     "fedit:scaffold=true,server=adam",
     "fedpetuning:scaffold=true,mu=0.1,server=avgm",
     "fedpeptao:epochs=1,layers_rule=all",
+    "signlora:r=2,pool=3,planes=1",
 ]
 NAMES = sorted(methods.entries()) + VARIANTS
 COLOURS = ("red", "green", "blue")

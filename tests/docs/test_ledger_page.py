@@ -47,9 +47,15 @@ def on(model: Model, law: str, K: int, entries: list[tuple[int, int]]) -> Ledger
     return Ledger(head).append(ids[:2], coefficients[:2], 1).append(ids[2:], coefficients[2:], 2)
 
 
-def test_it_rebuilds_a_tuned_model(tiny: Path, tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [("fedkseed", ["K=64", "tau=3", "lr=1e-3"]), ("signlora", ["steps=2", "pool=3", "r=2", "lr=0.05"])],
+)
+def test_it_rebuilds_a_tuned_model(
+    method: str, values: list[str], tiny: Path, tmp_path: Path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    words = ["--method", "fedkseed", "--set", "K=64", "--set", "tau=3", "--set", "lr=1e-3", "--clients", "2"]
+    words = ["--method", method, *(word for value in values for word in ("--set", value)), "--clients", "2"]
     sizes = ["--rounds", "2", "--limit", "20", "--max-length", "48", "--samples", "0"]
     run = Path(ok(capsys, "tune", tiny, "demo", *words, *sizes)[-1]["run"])
     verified = ok(capsys, "ledger", "replay", str(run))[-1]

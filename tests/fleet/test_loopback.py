@@ -44,6 +44,12 @@ COMMON: dict[str, Any] = {**devices_harness.COMMON, "clients": CLIENTS, "rounds"
 WALK = {"K": 16, "tau": 2, "lr": 1e-2, "backprop": 0.5, "backprop_lr": 1e-3, "backprop_steps": 2}
 FEDKSEED = {**COMMON, "method": "fedkseed", "set": WALK}
 FEDIT = {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}}
+SIGNLORA = {
+    **COMMON,
+    "method": "signlora",
+    "set": {"steps": 1, "r": 2, "pool": 3, "lr": 0.05},
+    "participation": 0.7,  # so that some are told the news of several rounds
+}
 QUICK = Pace(grace=20, poll=0.01)
 
 
@@ -83,12 +89,19 @@ def served(port: int, pace: Pace = QUICK) -> Served:
     return Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=pace)
 
 
-@pytest.mark.parametrize("kinds", ["", "0,0,1"], ids=["fedit", "fedkseed"])
+@pytest.mark.parametrize(
+    ("recipe", "kinds"),
+    [(FEDIT, ""), (FEDKSEED, "0,0,1"), (SIGNLORA, "")],
+    ids=["fedit", "fedkseed", "signlora"],
+)
 def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
-    place: Path, kinds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    recipe: dict[str, Any],
+    kinds: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With `kinds`, device 1 has no memory to back-propagate, and device 2 does it instead: as the table of devices says."""
-    recipe = FEDKSEED if kinds else FEDIT
     monkeypatch.setattr(
         worker,
         "fitting_kinds",

@@ -109,6 +109,25 @@ def test_every_client_answers_once_and_knows_its_number_key_and_memory(tmp_path:
     assert [o.kept for o in memory.seen[-2:] if o.client == 0] == [(1, 4)]
 
 
+def test_a_device_that_has_lost_its_memory_is_next_asked_for_work_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = link(2)
+    made, honest = fleet(memory, tmp_path), memory.answer
+
+    def forgets(key: str, order: Order) -> bytes:
+        done = honest(key, order)
+        lost = Reply("failed", order.nonce, order.round, code="remembers 1").encode()
+        return lost if (key, order.what, order.round) == ("k0", "work", 2) else done
+
+    monkeypatch.setattr(memory, "answer", forgets)
+    found = {r: {a.client: a.status for a in made.ask(r, [0, 1], b"a")} for r in (1, 2, 3)}
+    assert found == {1: {0: "ok", 1: "ok"}, 2: {0: "failed", 1: "ok"}, 3: {0: "ok", 1: "ok"}}
+    work = {(o.client, o.round): o.kept for o in memory.seen if o.what == "work"}
+    assert [work[0, r] for r in (1, 2, 3)] == [NOTHING_KEPT, (1, 5), NOTHING_KEPT]
+    assert [work[1, r] for r in (1, 2, 3)] == [NOTHING_KEPT, (1, 5), (2, 5)]
+
+
 @settings(max_examples=60)
 @given(st.integers(0, 10_000), st.floats(0.0, 0.1), st.integers(1, 5))
 def test_whatever_restarts_or_is_lost_each_client_has_one_answer_and_it_is_its_own(

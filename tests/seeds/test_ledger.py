@@ -613,6 +613,147 @@ def test_diff():
     }
 
 
+# --- signs of its own: the law outer ------------------------------------------------------------------------
+
+OUTERS = (("a", (13, 5), "float32"), ("b", (9,), "float32"), ("c", (2, 4, 3), "float32"))  # 13, 0, 8 rows
+SIGNED = [  # p, place, coefficient, bytes of signs, round
+    (0, 0, 7, b"\xa5\x18", 1),
+    (0, 2, -300, b"\x0f", 1),
+    (2, 2, 5, b"\x81", 2),
+    (0, 0, 2**30, b"\xff\xf8", 2),
+    (1, 0, -1, b"\x00\x00", 4),
+]
+Signed = list[tuple[int, int, int, bytes, int]]
+
+
+def outer(entries: Signed, **changes: Any) -> Ledger:
+    ledger = Ledger(head(law="outer", K=1, tensors=OUTERS, **changes))
+    for p, place, c, signs, round in entries:
+        bits = np.frombuffer(signs, np.uint8)
+        ledger = ledger.append(np.array([p << 32 | place], np.uint64), np.array([c]), round, bits)
+    return ledger
+
+
+def signed(ledger: Ledger) -> Signed:
+    """The entries, each with its bytes of signs."""
+    found, at = [], 0
+    for id, c, round in rows(ledger):
+        p, place = divmod(id, 1 << 32)
+        size = (2, 0, 1)[place]
+        found.append((p, place, c, ledger.signs[at : at + size].tobytes(), round))
+        at += size
+    assert at == len(ledger.signs)
+    return found
+
+
+signs_of = st.tuples(
+    st.integers(0, 3),
+    st.integers(0, 2),
+    st.integers(-(2**31) + 1, 2**31 - 1).filter(bool),
+    st.binary(min_size=2, max_size=2),
+    st.integers(1, 4),
+).map(lambda e: (*e[:3], e[3][: (2, 0, 1)[e[1]]], e[4]))
+
+
+@given(left=st.lists(signs_of, max_size=8), right=st.lists(signs_of, max_size=5), r=st.integers(1, 4))
+@settings(max_examples=15)
+def test_every_operation_keeps_each_entrys_signs(
+    left: Signed, right: Signed, r: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    one, other = outer(left).with_check(4, "44" * 32), outer(right)
+    assert signed(one) == left
+    path = tmp_path_factory.getbasetemp() / "outer.safetensors"
+    one.save(path)
+    assert signed(load(path)) == left
+    assert load(path).to_bytes() == one.to_bytes() == path.read_bytes()
+    assert load(path).fingerprint() == one.fingerprint()
+    assert signed(one.truncate(r)) == [e for e in left if e[4] <= r]
+    assert signed(one.drop(r)) == [e for e in left if e[4] != r]
+    assert signed(one.since(r)) == [e for e in left if e[4] >= r]
+    assert signed(one.scale(-2.0)) == [(p, m, -c, bits, n) for p, m, c, bits, n in left]
+    assert signed(one.merge(other)) == sorted([*left, *right], key=lambda e: e[4])
+    assert signed(one.compact()) == left
+    assert one.diff(outer(left).with_check(4, "44" * 32)) == []
+
+
+def test_signs_go_with_the_entries_whose_coefficient_is_not_0() -> None:
+    ids = np.array([0, 2, 2, 1 << 32], np.uint64)
+    bits = np.arange(1, 7, dtype=np.uint8)
+    found = Ledger(head(law="outer", K=1, tensors=OUTERS)).append(ids, np.array([0, 5, 0, 6]), 1, bits)
+    assert signed(found) == [(0, 2, 5, b"\x03", 1), (1, 0, 6, b"\x05\x06", 1)]
+
+
+def test_diff_sees_one_sign() -> None:
+    turned = [(*e[:3], b"\x0e" if e[3] == b"\x0f" else e[3], e[4]) for e in SIGNED]
+    found = {c.what: c for c in outer(SIGNED).diff(outer(turned))}
+    assert found.keys() == {"round 1", "cosine of the two fine-tunes"}
+    tables = [outer(entries).passes().tables.reshape(-1).astype(float) for entries in (SIGNED, turned)]
+    cosine = tables[0] @ tables[1] / np.linalg.norm(tables[0]) / np.linalg.norm(tables[1])
+    assert found["cosine of the two fine-tunes"].left == f"{cosine:.6f}"
+    negated = outer(SIGNED).diff(outer([(p, m, -c, bits, r) for p, m, c, bits, r in SIGNED]))
+    assert negated[-1] == ("cosine of the two fine-tunes", "-1.000000", "1.000000 = same direction")
+
+
+def test_its_passes_are_its_directions() -> None:
+    ledger = outer(SIGNED)
+    assert ledger.passes().ids.tolist() == [0, 1, 2]
+    assert ledger.count_passes() == 3
+    assert ledger.passes().tables[2].tolist() == [0] * 13 + [-5, 5, 5, 5, 5, 5, 5, -5]
+
+
+def test_any_flipped_bit_of_the_signs_is_noticed(tmp_path: Path) -> None:
+    data = outer(SIGNED).to_bytes()
+    place = 8 + int.from_bytes(data[:8], "little") + 16 * len(SIGNED)
+    assert len(data) - place == len(outer(SIGNED).signs) == 8
+    for i in range(8 * (len(data) - place)):
+        spoilt = bytearray(data)
+        spoilt[place + i // 8] ^= 1 << i % 8
+        assert opened(tmp_path / "l", bytes(spoilt)) is None
+
+
+def of_outer(tensors: Any = OUTERS, law: str = "outer", **arrays: np.ndarray) -> bytes:
+    """A file of that law whose fingerprint is its own."""
+    text = json.dumps({**json.loads(head(law="outer", K=1).to_json()), "tensors": tensors, "law": law})
+    text = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    found = {"id": np.array([2, 0], "u8"), "coefficient": np.ones(2, "i4"), "round": np.ones(2, "u4")}
+    found |= {"signs": np.zeros(3, "u1")} | arrays
+    found = {name: array for name, array in found.items() if array.size or name != "signs"}
+    h = hashlib.sha256(text.encode())
+    for name in ("id", "coefficient", "round", "signs"):
+        h.update(found[name].tobytes() if name in found else b"")
+    return safetensors_save(found, {"format": "fleetune-ledger", "head": text, "fingerprint": h.hexdigest()})
+
+
+NONE = np.zeros(0, "u1")
+
+
+@pytest.mark.parametrize(
+    ("said", "data"),
+    [
+        ("signs for other entries", of_outer(signs=np.zeros(2, "u1"))),
+        ("signs for other entries", of_outer(signs=np.zeros(4, "u1"))),
+        ("signs for other entries", of_outer(tensors=[["a", [13, 5], "float32"]] * 3)),
+        ("outside its pool of 3", of_outer(id=np.array([3, 0], "u8"))),
+        ("outside its pool of 3", of_outer(id=np.array([2, 0xFFFFFFFF], "u8"))),
+        ("its arrays are", of_outer(signs=NONE)),
+        ("its arrays are", of_outer(signs=np.zeros(3, "i1"))),
+        ("its arrays are", of_outer(signs=np.zeros((3, 1), "u1"))),
+        ("its arrays are", of_outer(law="rademacher")),
+        ("head is damaged", of_outer(tensors=[["a", [1 << 70, 5], "float32"]] * 3)),
+        ("head is damaged", of_outer(tensors=[["a", [1 << 40, 1 << 40, 5], "float32"]] * 3)),
+        ("head is damaged", of_outer(tensors=[["a", [-13, 5], "float32"]] * 3)),
+    ],
+)
+def test_signs_that_cannot_be_those_of_the_entries_are_refused(
+    said: str, data: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "l").write_bytes(of_outer())
+    assert len(load(tmp_path / "l")) == 2
+    (tmp_path / "l").write_bytes(data)
+    with pytest.raises(LedgerError, match=said):
+        load(tmp_path / "l")
+
+
 # --- the base -----------------------------------------------------------------------------------------------
 
 

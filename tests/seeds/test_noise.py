@@ -13,30 +13,9 @@ from hypothesis import strategies as st
 
 from fleetune.errors import UsageError
 from fleetune.seeds import noise
-from law_definition import place, slow_places
+from law_definition import place, slow_philox, slow_places, slow_sign
 
 U64 = st.integers(0, 2**64 - 1)
-
-
-def slow_philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 as the paper's figure has it, in Python integers."""
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        h0, l0 = divmod(0xD2511F53 * c[0], 2**32)
-        h1, l1 = divmod(0xCD9E8D57 * c[2], 2**32)
-        c = [h1 ^ c[1] ^ k[0], l1, h0 ^ c[3] ^ k[1], l0]
-        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
-    return c
-
-
-def slow_sign(run_key: int, id: int, i: int) -> int:
-    """The sign of one element, from the text of the format alone."""
-    tile, e = divmod(i, 4096)
-    c, j = divmod(e % 128, 32)
-    block = tile * 32 + j
-    counter = [block % 2**32, block >> 32, id % 2**32, id >> 32]
-    word = slow_philox(counter, [run_key % 2**32, run_key >> 32])[c]
-    return 1 - 2 * ((word >> (e // 128)) & 1)
 
 
 def dense_hadamard(K: int) -> np.ndarray:
@@ -269,3 +248,64 @@ def test_normals_of_extreme_words_are_finite():
             )
         )
         assert np.allclose(r, want, rtol=1e-4, atol=4e-4)
+
+
+# --- outer products -----------------------------------------------------------------------------------------
+
+SHAPES = [(5, 3), (4,), (2, 3, 7), (16, 2)]  # 5, 0, 6 and 16 rows
+STARTS = [0, 5, 5, 11]
+outer_entries = st.lists(
+    st.tuples(
+        st.sampled_from([0, 1, 7, 2**32 - 1]),
+        st.integers(0, 3),
+        st.integers(-(2**31), 2**31 - 1),
+        st.integers(0, 2**16 - 1),
+    ),
+    max_size=8,
+)
+
+
+@given(entries=outer_entries)
+@settings(max_examples=25)
+def test_the_tables_of_outer_products_are_the_sums_of_the_entries(
+    entries: list[tuple[int, int, int, int]],
+) -> None:
+    """Row by row: the first is the most significant bit of the entry's first byte; 1 is below 0."""
+    want: dict[int, list[int]] = {}
+    signs = b""
+    for p, m, c, drawn in entries:
+        rows = [5, 0, 6, 16][m]
+        mine = drawn.to_bytes(2, "big")[: (rows + 7) // 8]
+        signs += mine
+        for row in range(rows):
+            down = mine[row // 8] >> (7 - row % 8) & 1
+            table = want.setdefault(p, [0] * 27)
+            table[STARTS[m] + row] += -c if down else c
+    ids = np.array([p << 32 | m for p, m, _, _ in entries], np.uint64)
+    coefficients = np.array([c for _, _, c, _ in entries], np.int32)
+    found = noise.outer_passes(SHAPES, ids, coefficients, np.frombuffer(signs, np.uint8))
+    kept = {p: table for p, table in sorted(want.items()) if any(table)}
+    assert found.ids.tolist() == list(kept)
+    assert found.tables.tolist() == list(kept.values())
+    assert found.tables.shape == (len(kept), 27)
+    assert found.tables.dtype == np.int64
+
+
+@given(st.lists(st.sampled_from([-3.5, -0.0, 0.0, 2.0]), max_size=19))
+@settings(max_examples=25)
+def test_signs_as_bits_come_back(values: list[float]) -> None:
+    bits = noise.packed(np.array(values))
+    assert noise.unpacked(bits, len(values)).tolist() == [-1 if x < 0 else 1 for x in values]
+    assert bits.nbytes == -(-len(values) // 8)
+
+
+def test_more_outer_products_than_a_run_makes_are_refused() -> None:
+    assert noise.MOST_DIRECTIONS == 4096
+    ids = np.arange(4097, dtype=np.uint64) << np.uint64(32)
+    ones, bits = np.ones(4097, np.int32), np.zeros(4097, np.uint8)
+    assert len(noise.outer_passes([(1, 1)], ids[1:], ones[1:], bits[1:]).ids) == 4096
+    with pytest.raises(UsageError, match="4,097 directions of outer products"):
+        noise.outer_passes([(1, 1)], ids, ones, bits)
+    most = np.array([2**53 - 1, 1])
+    with pytest.raises(UsageError, match="or their sums too large"):
+        noise.outer_passes([(1, 1)], ids[:1].repeat(2), most, bits[:2])

@@ -18,20 +18,8 @@ from contextlib import contextmanager, suppress
 from io import UnsupportedOperation
 from typing import TYPE_CHECKING, Final, TextIO, cast
 
-from fleetune.common.display import (
-    change,
-    clean,
-    counted,
-    human_bytes,
-    human_count,
-    human_time,
-    improved,
-    is_noise,
-    message_text,
-    metric,
-    one_line,
-    show,
-)
+from fleetune.common import display
+from fleetune.common.display import clean, counted, improved, is_noise, message_text, metric, one_line, show
 from fleetune.common.events import VERSION, Event, Failed, Stopped, as_dict
 from fleetune.common.files import finite
 from fleetune.errors import FleetuneError, Interrupted
@@ -102,7 +90,7 @@ class Bar:
         console: Console | None,
         clock: Callable[[], float],
         say: Callable[[str], None] | None = None,
-        number: Callable[[float | None], str] = human_count,
+        number: Callable[[float | None], str] = display.human_count,
     ) -> None:
         """`say` is given the text at every move, where there is no console to draw on; `number` writes counts."""
         self.label, self.console, self.clock, self.say = clean(label), console, clock, say
@@ -165,7 +153,7 @@ def _left(elapsed: float, done: float, ahead: float) -> str:
     if seconds < 59.5:
         return f"{math.ceil(seconds)} s left"
     minutes = round(seconds / 60)
-    return f"{minutes} min left" if minutes < 60 else f"{human_time(seconds)} left"
+    return f"{minutes} min left" if minutes < 60 else f"{display.human_time(seconds)} left"
 
 
 class Ui:
@@ -300,7 +288,7 @@ class Ui:
         self._before = self._before if loss is None else loss
         if self.quiet >= 1:
             return
-        costs = [human_bytes(sent), human_bytes(received), human_time(seconds)]
+        costs = [display.human_bytes(sent), display.human_bytes(received), display.human_time(seconds)]
         up, down, took = ("" if cost == "-" else cost for cost in costs)
         if self._err.fancy:
             if not self._headed:
@@ -318,7 +306,7 @@ class Ui:
         self._say(self._err, "  ".join([*parts, note] if note else parts))
 
     @contextmanager
-    def bar(self, label: str, number: Callable[[float | None], str] = human_count) -> Iterator[Bar]:
+    def bar(self, label: str, number: Callable[[float | None], str] = display.human_count) -> Iterator[Bar]:
         """Show a live bar on stderr while the block runs: how far it is, and the time left."""
         told = self.quiet < 1 and not self.json
         drawn = told and self._err.fancy and self._bar is None
@@ -358,7 +346,7 @@ class Ui:
             told = count and (not lines or name == "rouge_l")
             label = metric(name).label + (f", {counted(count, 'held-out row')}" if told else "")
             b, t, error = base.get(name), tuned[name], (errors or {}).get(name)
-            diff = change(name, b, t, error) + (", noise" if is_noise(name, b, t, error) else "")
+            diff = display.change(name, b, t, error) + (", noise" if is_noise(name, b, t, error) else "")
             lines.append((label, show(name, b), show(name, t), diff, improved(name, b, t, error)))
         wide = max([30, *(len(line[0]) for line in lines), *(len(label) for label, _, _ in costs)])
         room = max([9, *(len(line[3]) + 2 for line in lines)])

@@ -1,20 +1,7 @@
 """Encode what a real fleet's server orders of a device, and what the device answers.
 
 Both are messages of the usual codec (`tuning/exchange/messages.py`) with scalars only, the bytes that a method sends among them.
-
-    server -> device    job      all that the device needs to know of the run, once a session
-                        work     a round's message, for this client
-                        keys, shares, masked, reveal    the steps of a secure sum (`tuning/rounds/sealed.py`)
-                        eval     the run's result, to be measured on the device's held-out rows
-                        begin    the run's result, to be calibrated on the device's training rows
-                        block    the compressed block before this one: the sums of this one are wanted
-                        end      the run is over, or (body: `refused`) the device cannot take part: why
-    device -> server    ready    what the device is: rows, memory, threads, speed, the kinds of work that fit it
-                        done     the reply of the method, the measures or the sums
-                        failed   why there is none; refused: why the device will not take part
-                        declined why it does not work now; it is asked again
-
-An order has a number that its answer repeats: an answer is bound to one order, and that to one device, run and round.
+An order has a number that its answer repeats: so an answer is bound to one order, and that to one device, run and round.
 """
 
 from __future__ import annotations
@@ -196,7 +183,16 @@ def job_of(recipe: Recipe, run: str, base: str, **other: Any) -> Job:
 
 @dataclass(frozen=True, config=EXACT)
 class Order:
-    """What the server wants of a device."""
+    """What the server wants of a device.
+
+    job      all that the device needs to know of the run, once a session
+    work     a round's message, for this client
+    keys, shares, masked, reveal    the steps of a secure sum (`tuning/rounds/sealed.py`)
+    eval     the run's result, to be measured on the device's held-out rows
+    begin    the run's result, to be calibrated on the device's training rows
+    block    the compressed block before this one: the sums of this one are wanted
+    end      the run is over, or (body: `refused`) the device cannot take part: why
+    """
 
     what: What
     round: Count = 0
@@ -244,7 +240,13 @@ class Order:
 
 @dataclass(frozen=True, config=EXACT)
 class Reply:
-    """What a device answers to an order."""
+    """What a device answers to an order.
+
+    ready    what the device is: rows, memory, threads, speed, the kinds of work that fit it
+    done     the reply of the method, the measures or the sums
+    failed   why there is none; refused: why the device will not take part
+    declined why it does not work now; it is asked again
+    """
 
     what: Literal["ready", "done", "failed", "declined", "refused"]
     nonce: Nonce

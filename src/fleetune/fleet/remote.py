@@ -437,6 +437,8 @@ class RemoteFleet(Fleet):
 
     def _answer(self, order: Order, reply: Reply) -> Answer:
         if reply.what != "done":
+            if reply.code.startswith("remembers "):
+                self._kept.pop(order.client, None)  # its next work stands on none
             return self._without(order, "failed", reply.reason)
         if order.what == "work":
             self._kept[order.client] = reply.kept

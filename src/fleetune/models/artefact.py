@@ -11,16 +11,10 @@ for each quantised matrix NAME (a parameter's name, [R, C] = [out, in]), which i
 
     w[r, c] = scale[r, c // group] * (codes[r, c] - zero[r, c // group])
 
-The header (JSON under "master" in the file's metadata) may name a codebook for NAME (zero is 0 then) or a type of super-blocks;
-see `families/number_types.py`.  For the latter the file holds instead of scale and zero
-
-                            NAME.d           float16 [R, C / 256]
-                            NAME.multiples   int8 [R, C / group], of d: a group's scale
-                            NAME.dmin        float16 [R, C / 256]         both of types with a minimum alone
-                            NAME.minima      int8 [R, C / group], of dmin
-
-A mixture's experts [E, R, C] lie one below another, [E R, C]; the header says how many experts NAME has, and lists under
-"transposed" those that the model holds as [E, C, R] (gpt-oss).  It has no time and no path: the same work gives the same bytes.
+The header (JSON under "master" in the file's metadata) may name for NAME a codebook (zero is 0 then) or a type of super-blocks
+(`families/number_types.py`), whose parts are NAME.d, multiples, dmin and minima (`SuperBlocks`) in place of scale and zero.  A
+mixture's experts [E, R, C] lie one below another, [E R, C]; the header says how many NAME has, and lists under "transposed" those
+that the model holds as [E, C, R] (gpt-oss).  It has no time and no path: the same work gives the same bytes.
 """
 
 from __future__ import annotations

@@ -5,15 +5,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_digest, uniform
 
@@ -63,7 +58,7 @@ def tiny_llama(
     seed: int = 0, *, vocab: int = 264, hidden: int = 32, layers: int = 2, heads: int = 4, kv_heads: int = 2
 ) -> Model:
     """Make a random llama (grouped-query attention, tied embeddings) with `tiny_tokenizer`, on the CPU."""
-    config = AutoConfig.for_model(
+    config = transformers.AutoConfig.for_model(
         "llama",
         vocab_size=vocab,
         hidden_size=hidden,
@@ -77,7 +72,7 @@ def tiny_llama(
         eos_token_id=257,
         pad_token_id=257,
     )
-    return _made(config, AutoModelForCausalLM, tiny_tokenizer(), seed)
+    return _made(config, transformers.AutoModelForCausalLM, tiny_tokenizer(), seed)
 
 
 def tiny_bert(seed: int = 0, *, labels: tuple[str, ...] = ("no", "yes"), layers: int = 2) -> Model:
@@ -91,7 +86,7 @@ def tiny_roberta(seed: int = 0, *, labels: tuple[str, ...] = ("no", "yes"), laye
 
 
 def _encoder(kind: str, seed: int, labels: tuple[str, ...], layers: int, **sizes: int) -> Model:
-    config = AutoConfig.for_model(
+    config = transformers.AutoConfig.for_model(
         kind,
         vocab_size=264,
         hidden_size=32,
@@ -106,7 +101,9 @@ def _encoder(kind: str, seed: int, labels: tuple[str, ...], layers: int, **sizes
         problem_type="single_label_classification",
         **sizes,
     )
-    return _made(config, AutoModelForSequenceClassification, tiny_pair_tokenizer(kind), seed, labels)
+    return _made(
+        config, transformers.AutoModelForSequenceClassification, tiny_pair_tokenizer(kind), seed, labels
+    )
 
 
 def _made(

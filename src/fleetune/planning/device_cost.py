@@ -1,18 +1,4 @@
-"""Estimate the peak memory and the seconds of a device's round; `benchmarks/plan_memory.py` holds them against real rounds.
-
-Beside the process and AdamW's moments the peak is a sum (bytes; P weights of s bytes, N = batch * length tokens a step):
-
-    weights      P s; of a mapped base what is kept of its file, and the largest matrix (of a view: a piece) in fp32
-    direction    of a method that writes its direction out: P s once more
-    scratch      the piece of moved weights that a zeroth-order forward holds (`seeds/view.py`)
-    activations  forward alone: the widest point of one layer, N s (3 I + 2 h) for a llama.  With
-                 back-propagation: all that autograd keeps, over all layers, times `HEAP`
-    logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
-    gradients    of what is trained; of an adapter's largest tensor where each takes its step in backward; of a block of rows
-                 where they are folded on directions (`seeds/descent.py`), and layers are computed again from what enters each
-    adapter      its own fp32 weights, and the copies that its training keeps (FedProx, SCAFFOLD), or that go to and from the wire
-    lanczos      the vectors of a measurement of curvature, whose graph is then the peak
-"""
+"""Estimate the peak memory and the seconds of a device's round; `benchmarks/plan_memory.py` holds them against real rounds."""
 
 import dataclasses
 import math
@@ -123,7 +109,21 @@ class Rates(NamedTuple):
 
 
 def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
-    """Return the bytes of a device's peak by part (see the module's text)."""
+    """Return the bytes of a device's peak by part.
+
+    Beside the process and AdamW's moments the peak is a sum (bytes; P weights of s bytes, N = batch * length tokens a step):
+
+        weights      P s; of a mapped base what is kept of its file, and the largest matrix (of a view: a piece) in fp32
+        direction    of a method that writes its direction out: P s once more
+        scratch      the piece of moved weights that a zeroth-order forward holds (`seeds/view.py`)
+        activations  forward alone: the widest point of one layer, N s (3 I + 2 h) for a llama.  With
+                     back-propagation: all that autograd keeps, over all layers, times `HEAP`
+        logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
+        gradients    of what is trained; of an adapter's largest tensor where each takes its step in backward; of a block of rows
+                     where they are folded on directions (`seeds/descent.py`), and layers are computed again from what enters each
+        adapter      its own fp32 weights, and the copies that its training keeps (FedProx, SCAFFOLD), or that go over the wire
+        lanczos      the vectors of a measurement of curvature, whose graph is then the peak
+    """
     module = footprint.module
     by_seeds = footprint.gradient == "two-point" or footprint.projects
     kernels = KERNELS[chosen_kernels()] * by_seeds

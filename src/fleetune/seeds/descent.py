@@ -4,8 +4,8 @@ With a random direction z and the losses at w + eps z and w - eps z on one batch
 along z (Malladi et al. 2023, arXiv 2305.17333, Definition 1; Spall 1992).  The step `w <- w - lr g z` is taken and recorded as
 the integer `c = -lr g / grid`: the integers alone give the weights.
 
-A gradient g is back-propagated and projected on the K directions z_k[i] = D[i] H[place(i), k] of a pool (`noise`), by one fold
-and one fast Walsh-Hadamard transform, without ever existing whole (`Tape`):
+A gradient g is projected on the K directions z_k[i] = D[i] H[place(i), k] of a pool (`noise`) as it is back-propagated (`Tape`),
+by one fold s and one fast Walsh-Hadamard transform:
 
     s[j] = sum over the i whose place is j of D[i] g[i],    p = H s,    p_k = z_k . g exactly
 

@@ -1,11 +1,9 @@
 # mypy: allow-untyped-defs, allow-untyped-calls
 """Compute directions on a CPU in one fused, threaded pass over the weights (Numba), bit-equal to `kernels_torch`.
 
-The formula is there; `minus` writes it for the probe and for the opposite one in one pass.  Every operation is rounded to float32
-and none is contracted (Numba leaves fused multiply-adds out unless asked for them).
-
-A tile's row of 128 words (`noise`) serves all its 32 rows of 128 elements, so the inner loop over a row tests one fixed bit of
-consecutive words and vectorises; the sums of many passes stay in the first-level cache.  Threads take chunks from one counter.
+Every operation is rounded to float32, and none is contracted (Numba leaves fused multiply-adds out unless asked for them).  A
+tile's row of 128 words (`noise`) serves all its 32 rows of 128 elements, so the inner loop tests one fixed bit of consecutive
+words and vectorises; the sums of many passes stay in the first-level cache.
 
 Numba's cache on disk knows this file's text only: touch it for new numbers of `noise`.
 """

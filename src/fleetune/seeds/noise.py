@@ -6,10 +6,10 @@ key, counter = (block low, block high, id low, id high).  A tile of 4096 element
 j is words[c*32 + j], and element e of the tile has the bit (words[e % 128] >> (e // 128)) & 1: sign +1 for 0, -1 for 1.
 
 - rademacher: z(id)[i] is that sign.  E[z z'] = I, as MeZO (Malladi et al. 2023, arXiv 2305.17333) needs of z.
-- hashed: a pool of K directions that are replayed in one pass, whatever K is.  The id is epoch << 32 | k, and
-  z[i] = D[i] * H[place(i), k], D the sign for id = epoch, H[j, k] = (-1)^popcount(j & k) (Walsh-Hadamard).  The sum of all K of
-  them is sum_k a_k z_k[i] = D[i] * (H a)[place(i)], place(i) = (h(i // 128) + i mod 128) mod K.  With place(i) = i mod K, a
-  column of a matrix whose width shares a factor with K would see one direction up to its sign, or few.
+- hashed: a pool of K directions, all replayed in one pass.  With id = epoch << 32 | k, z[i] = D[i] * H[place(i), k], D the sign
+  for id = epoch, H[j, k] = (-1)^popcount(j & k) (Walsh-Hadamard); so sum_k a_k z_k[i] = D[i] * (H a)[place(i)].  With
+  place(i) = i mod K, instead of (h(i // 128) + i mod 128) mod K, a column of a matrix whose width shares a factor with K would
+  see few directions.
 - gaussian: Box-Muller (1958), see `normals`.  Its sums are floats, so their order matters: ids ascend.
 """
 

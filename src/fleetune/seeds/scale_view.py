@@ -2,8 +2,8 @@
 
 A block of ggml is w = d q + m with 32 codes q, an fp16 scale d and perhaps an fp16 offset m.  Training d and m alone (PEQA, Kim
 et al. 2023, arXiv 2305.14152; EfficientQAT, Chen et al. 2024, arXiv 2407.11062) leaves a file of the same codes.  A direction
-moves them on the grid of fp16 itself: with b the bits of |d| as a whole number, p = b / 1024 is about log2 |d|, and a scale at p
-has the bits floor(1024 p + u) (docs/scales.md).  For back-propagation the rounding is passed over (straight-through):
+moves p = b / 1024, about log2 |d|, with b the bits of |d| as a whole number (docs/scales.md).  Back-propagation passes over the
+rounding (straight-through):
 
     dL/dp = 2^e sign(d) sum_q q dL/dw        of an offset m: 2^e sign(m) sum_q dL/dw        e the exponent of d or m
 """

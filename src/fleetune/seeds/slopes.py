@@ -5,17 +5,9 @@ arXiv 2305.17333).  Over z and B the loss changes by
 
     E[change] = -eta G + (eta^2 / 2) h (G + s^2 / b),      G = |grad L|^2,   h = E[z' H z] = tr H,
 
-where s^2 / b is the variance that the rows of a batch of b give to the slope (the largest eigenvalue is neglected beside h).
-The change is least at eta = G / (h (G + s^2 / b)).  A run takes a share of that (`CAREFUL`), since G falls while the noise stays.
-
-Everything comes from three losses along each of a few directions, row by row, at w, w + eps z and w - eps z:
-
-    slope of a row          g_i = (l+_i - l-_i) / (2 eps);  the batch's g is their mean weighted by answer tokens,
-    its variance s^2 / b    that of a ratio of sums (Cochran 1977, Sampling Techniques, section 2.11),
-    G                       the mean of g^2 less that variance, over the directions,
-    h                       the mean of |l+ + l- - 2 l0| / eps^2: where the loss is concave along z no step is safer.
-
-Curvature may be much higher a few steps away, so all is measured again after a short walk at the rate that was found (`rate`).
+which is least at eta = G / (h (G + s^2 / b)).  s^2 / b is the variance that the rows of a batch of b give to the slope; the
+largest eigenvalue is neglected beside h.  G is measured as the mean of g^2 less that variance, over a few directions (`along`).
+Curvature may be much higher a few steps away, so all is measured again after a short walk at the rate that was found.
 """
 
 import math
@@ -38,7 +30,7 @@ ROWS: Final = 24  # of a direction
 STEPS: Final = 16  # of the walk
 GRID: Final = 1e-9  # of the walk's coefficients: a fraction of any weight's own precision
 LIMIT: Final = (1 << 31) - 1
-CAREFUL: Final = 0.4  # share of the rate at which the first step's loss is least
+CAREFUL: Final = 0.4  # share of the rate at which the first step's loss is least: G falls, noise stays
 CAP: Final = 0.35  # lr times curvature, at most: a walk that is averaged with others must itself be stable
 
 
@@ -48,7 +40,7 @@ class Slopes:
 
     gradient: float  # G, the squared norm of the gradient
     noise: float  # s^2, the variance of a slope on one row
-    curvature: float  # h, the trace of the Hessian
+    curvature: float  # h, the mean of |z' H z|: no step is safer where the loss is concave
     slopes: tuple[float, ...]  # of each direction
     curvatures: tuple[float, ...]  # of each direction, with its sign
 
@@ -164,7 +156,9 @@ def along(
 ) -> tuple[float, float, float]:
     """Return (slope, variance of the slope, curvature) along one direction.
 
-    Takes the summed losses float64[b] of each row at w, w + eps z and w - eps z, and its answer tokens int64[b].
+    Takes the summed losses l0, l+, l- float64[b] of each row at w, w + eps z and w - eps z, and its answer tokens int64[b].  The
+    slope is the mean of the rows' (l+ - l-) / (2 eps) weighted by tokens, its variance that of a ratio of sums (Cochran 1977,
+    Sampling Techniques, section 2.11), the curvature (l+ + l- - 2 l0) / eps^2.
     """
     total, rows = int(tokens.sum()), len(tokens)
     own = (plus - minus) / (2 * eps)

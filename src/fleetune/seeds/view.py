@@ -1,11 +1,9 @@
 """Run the modules of a net with the moved weights (`weights.py`), one sign of its probe or both in one forward, and back.
 
-With both signs, the batch has every row twice.  A layer reads the base once and multiplies each half by the weights of its sign,
-with the operations and shapes of a forward of one sign, so that the numbers are the same.  In back-propagation (`Tape`) a linear
-layer keeps its input alone; each row block W_r of its weights is computed again, and with g the gradient of the output
-
-    gradient of the input    += g[:, r] W_r
-    gradient of the block     = g[:, r]' x,      handed to `sink` at once
+With both signs the batch has every row twice, and a layer multiplies each half by the weights of its sign, with the operations
+and shapes of a forward of one sign, so that the numbers are the same.  In back-propagation (`Tape`) a linear layer keeps its
+input alone: each row block W_r of its weights is computed again.  With g the gradient of the output, that of the input is the sum
+of g[:, r] W_r, and that of the block, g[:, r]' x, goes to `sink` at once.
 """
 
 import functools

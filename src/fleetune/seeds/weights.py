@@ -2,8 +2,7 @@
 
     w[i] = round( w0[i] + grid * sum_k c_k z_k[i]  +  eps z[i] )
 
-from the base, the ledger's passes and the probe direction, in a small scratch block: bit-equal to a replay of the ledger, with
-nothing to restore (docs/view.md).  The only way to the base is `read_stored`.  `view.py` runs a net on such weights.
+from base, ledger and probe: bit-equal to a replay of the ledger (docs/view.md).  Only `read_stored` reads the base.
 """
 
 import importlib

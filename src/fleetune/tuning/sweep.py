@@ -13,20 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune import errors
 from fleetune.common.events import Event, Recorded, RoundDone, SweepDone, SweepRun, SweepStart, TuneDone
 from fleetune.common.files import resumable, write_atomic
 from fleetune.common.settings import AUTO, Value
 from fleetune.common.shell import quoted
-from fleetune.errors import (
-    FAULTS,
-    FleetuneError,
-    Interrupted,
-    RecipeError,
-    StorageError,
-    UsageError,
-    fault,
-    suggest,
-)
 from fleetune.report import runlog
 from fleetune.report import sweep as summary
 from fleetune.runs import rundir
@@ -71,7 +62,9 @@ def make_grid(values: Mapping[str, Any], vary: Sequence[str] = (), seeds: int | 
     base = recipes.make({k: v for k, v in values.items() if k != "sweep"})
     table = values.get("sweep", {})
     if not isinstance(table, dict):
-        raise RecipeError(["sweep is not a table"], hint="write [sweep], then a line such as K = [64, 512]")
+        raise errors.RecipeError(
+            ["sweep is not a table"], hint="write [sweep], then a line such as K = [64, 512]"
+        )
     wanted: dict[str, Any] = _flat(table)
     count = wanted.pop("seeds", 1) if seeds is None else seeds
     wanted.pop("seeds", None)
@@ -123,7 +116,9 @@ def _axes(
         if name == "seed":
             problems.append("seed varies by seeds: --seeds N, or seeds = N in [sweep]")
         elif key not in known:
-            guess = suggest(name.removeprefix("set."), [k.removeprefix("set.") for k in known], cutoff=0.5)
+            guess = errors.suggest(
+                name.removeprefix("set."), [k.removeprefix("set.") for k in known], cutoff=0.5
+            )
             problems.append(f"nothing called '{name}' can vary.{guess}")
         elif not isinstance(values, list) or not values:
             problems.append(f"{name} = {values!r} is not a list of values")
@@ -144,7 +139,7 @@ def _axes(
 def _points(base: recipes.Recipe, axes: Sequence[summary.SweepAxis], seeds: int) -> tuple[Point, ...]:
     combinations = list(itertools.product(*(a.values for a in axes)))
     if len(combinations) * seeds > MANY:
-        raise RecipeError([f"{len(combinations) * seeds:,} runs are more than {MANY:,}"])
+        raise errors.RecipeError([f"{len(combinations) * seeds:,} runs are more than {MANY:,}"])
     points: list[Point] = []
     problems: list[str] = []
     plain = dataclasses.asdict(base)
@@ -154,7 +149,7 @@ def _points(base: recipes.Recipe, axes: Sequence[summary.SweepAxis], seeds: int)
         parts = "-".join(rundir.slug(f"{name}-{shown(value)}") for name, value in named)
         try:
             recipe = recipes.make(_changed(plain, axes, values) | {"seed": seed})
-        except RecipeError as error:
+        except errors.RecipeError as error:
             problems += error.problems
             continue
         points.append(Point(values, seed, recipe, f"{len(points) + 1:04d}-{parts[:80].rstrip('-.')}", words))
@@ -190,7 +185,7 @@ def raise_together(problems: Sequence[str]) -> None:
     if different:
         more = [f"and {len(different) - SHOWN} more problems"] if len(different) > SHOWN else []
         hint = "options: fleetune sweep --help; settings: fleetune methods NAME"
-        raise RecipeError(different[:SHOWN] + more, hint=hint)
+        raise errors.RecipeError(different[:SHOWN] + more, hint=hint)
 
 
 FILE: Final = "sweep.toml"
@@ -227,15 +222,15 @@ def check(grid: SweepGrid, *, offline: bool = False) -> None:
     for point in grid.points:
         try:
             prepare.check(point.recipe)
-        except RecipeError as error:
+        except errors.RecipeError as error:
             problems += error.problems
-        except UsageError as error:
+        except errors.UsageError as error:
             problems.append(error.message)
     raise_together(problems)
     for point in {_of_data(point.recipe): point for point in reversed(grid.points)}.values():
         try:
             prepare.split(point.recipe, methods.entry(point.recipe.method), offline=offline)
-        except UsageError as error:
+        except errors.UsageError as error:
             error.message = f"{point.words}: {error.message}"
             raise
 
@@ -273,7 +268,7 @@ def find(name: str, out: Path) -> Path:
         return found[-1]
     matches = [p for p in found if name in (p.name, p.name.split("-")[0].lstrip("0"), p.name.split("-")[0])]
     if not matches:
-        raise UsageError(f"no sweep '{name}' in {out}", hint="a sweep's folder has a file sweep.toml")
+        raise errors.UsageError(f"no sweep '{name}' in {out}", hint="a sweep's folder has a file sweep.toml")
     return matches[0]
 
 
@@ -282,8 +277,10 @@ def read(folder: Path) -> SweepGrid:
     values = recipes.read(folder / FILE)
     try:
         return make_grid(values)
-    except RecipeError as error:
-        raise RecipeError([f"{folder / FILE} is no sweep's", *error.problems], hint=error.hint) from None
+    except errors.RecipeError as error:
+        raise errors.RecipeError(
+            [f"{folder / FILE} is no sweep's", *error.problems], hint=error.hint
+        ) from None
 
 
 def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
@@ -296,7 +293,7 @@ def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
         return False
     try:
         have = foundations.stated_recipe(path)
-    except RecipeError as error:
+    except errors.RecipeError as error:
         error.hint = (
             f"remove {path / 'run.toml'}: the sweep writes it again, and the run goes on where it was"
         )
@@ -307,7 +304,7 @@ def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
         point.recipe, set={**have.set, **stated}, labels=point.recipe.labels or have.labels
     )
     if not foundations.same(have, now):
-        raise UsageError(
+        raise errors.UsageError(
             f"{path} was made by another recipe than {folder / FILE} states now",
             hint=f"put {FILE} back as it was, or begin a new sweep with the changed one",
         )
@@ -404,7 +401,7 @@ def _runs(folder: rundir.RunDir, grid: SweepGrid, listener: Listener, *, offline
             for point, had in zip(grid.points, before, strict=True):
                 listener.progress("rounds", rounds, total, point.words)
                 if listener.stop_requested and not had:
-                    raise Interrupted("stopped between two runs")
+                    raise errors.Interrupted("stopped between two runs")
                 reason = "" if had else _one(folder, point, _OfRun(listener, point, rounds, total), offline)
                 failed += [point.name] if reason else []
                 over, rounds = over + 1, rounds + point.recipe.rounds
@@ -424,8 +421,8 @@ def _runs(folder: rundir.RunDir, grid: SweepGrid, listener: Listener, *, offline
                     write_results(path, grid)
             ended, caveats = write_results(path, grid)
     except BaseException as error:
-        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-        if isinstance(error, Interrupted):
+        stopped = isinstance(error, errors.Interrupted | KeyboardInterrupt)
+        if isinstance(error, errors.Interrupted):
             error.message = (
                 f"stopped in run {over + 1} of {len(grid.points)}; nothing that was finished is lost"
             )
@@ -440,7 +437,7 @@ def _runs(folder: rundir.RunDir, grid: SweepGrid, listener: Listener, *, offline
     if failed:
         what = f"{len(failed)} of {len(grid.points)} runs failed: {', '.join(failed[:3])}"
         folder.status(f"failed: {what}")
-        raise FleetuneError(what, hint=again)
+        raise errors.FleetuneError(what, hint=again)
     folder.status("done")
     return SweepResult(path.absolute(), tuple(finished.read(path / p.name) for p in grid.points), ended.cells)
 
@@ -450,10 +447,10 @@ def _one(folder: rundir.RunDir, point: Point, listener: Listener, offline: bool)
         with rundir.at(folder.path / point.name) as run:
             job = prepare.prepare(point.recipe, offline=offline, measure=False)
             jobs.tune(job, run, listener)
-    except (StorageError, Interrupted):
+    except (errors.StorageError, errors.Interrupted):
         raise
-    except FAULTS as error:
-        reason = error.message if isinstance(error, FleetuneError) else fault(error)
+    except errors.FAULTS as error:
+        reason = error.message if isinstance(error, errors.FleetuneError) else errors.fault(error)
         folder.log(f"{point.name} failed: {reason}")
         return reason
     return ""

@@ -35,6 +35,7 @@ LEVELS: dict[str, dict[str, Any]] = {
     "fedkseed": {"K": 16, "tau": 2, "lr": 1e-3},
     "mezo": {"K": 16, "tau": 2, "lr": 1e-3},
     "onebyte": {"K": 16, "directions": 2, "lr": 1e-3},
+    "signlora": {"lr": 1e-2, "steps": 1, "batch_size": 2},
     "fedit": {"r": 2, "lr": 1e-2, "steps": 1, "batch_size": 2},
 }
 SMALL: dict[str, Any] = FEW | {

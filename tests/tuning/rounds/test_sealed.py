@@ -26,7 +26,7 @@ from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 SEALED = Sealed(1e7, 0.0, 1.0, 4, 3)  # integers of a ledger
 SMALL = dataclasses.replace(SEALED, clip=10.0)  # an adapter's numbers
-METHODS = ("fedkseed", "mezo", "onebyte", "fedit")
+METHODS = ("fedkseed", "mezo", "onebyte", "signlora", "fedit")
 
 
 @pytest.fixture

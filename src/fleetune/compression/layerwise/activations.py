@@ -1,8 +1,7 @@
 """Run calibration windows through a model block by block, and collect the Hessians of each block's linear layers.
 
-For a solver that aims at the dense model's outputs (`Corrector`) the layers of a block are solved in turn, each on the outputs of
-the compressed layers before it; a window then takes the time of about two passes.  With x the input of a layer in the dense model
-and y its input in the compressed one, the drift of its inputs is D = sum of 2 (x - y) y^T over all tokens.
+Where the layers of a block are solved in turn (for a `Corrector`), a window takes the time of about two passes.  With x the input
+of a layer in the dense model and y its input in the compressed one, the drift is D = sum of 2 (x - y) y^T over all tokens.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Compress a model block by block, each block on the outputs of the compressed blocks before it.
 
-Calibration windows run through a block and its Hessians are summed (`hessian.py`); the layers are solved; then the windows run
-through the compressed block.  For a `Corrector` a layer also sees the outputs of the compressed layers before it in its own
-block, since two layers in a row would else both correct the same error.  Norms and routers are not compressed, and embedding and
-head only with a `Plan`.  Every finished block is a file, from which a killed run resumes.
+Calibration windows run through a block and its Hessians are summed; the layers are solved; then the windows run through the
+compressed block.  For a `Corrector` layers are solved in turn, each on the outputs of the compressed layers before it: two layers
+in a row would else both correct the same error.  Norms and routers are not compressed, and embedding and head only with a `Plan`.
+Every finished block is a file, from which a killed run resumes.
 """
 
 from __future__ import annotations

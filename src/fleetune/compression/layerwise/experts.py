@@ -1,8 +1,7 @@
 """Solve the matrices of a mixture's experts, each with the Hessian of the tokens that were routed to it.
 
-transformers has the matrices of all experts of a layer in two parameters, [E, 2 F, H] (gate and up) and [E, H, F] (down); gpt-oss
-has them transposed.  With fewer tokens than columns a Hessian has no full rank: in the directions that no token had, columns
-would be corrected at will.  Such an expert gets the Hessian of all tokens of the layer, and the report says how many these are.
+transformers has the matrices of a layer's experts in two parameters, [E, 2 F, H] (gate and up) and [E, H, F] (down); gpt-oss has
+them transposed.  An expert that saw fewer tokens than columns has no Hessian of full rank, and gets that of all tokens.
 """
 
 from collections import Counter

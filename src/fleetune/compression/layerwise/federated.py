@@ -1,18 +1,13 @@
 """Calibrate on simulated devices: their text stays with them, and only their Hessians travel.
 
-A Hessian is a sum over tokens, 2 sum x x^T.  Every device sends its sums for a block; the server adds them in float64, in the
-order of the clients, rounds once, solves the block and sends it back.  With one device the result is that of central calibration
-bit for bit.  The sums are private data: the rows of X can be recovered from X X^T when there are few of them.
-
-    NAME        float32 [C (C + 1) / 2]: the lower triangle of 2 sum x x^T, row by row, for the first layer of each
-                distinct input (q, k and v share one)
-    NAME (text) for every other layer: the layer whose sums it shares
-    tokens      how many tokens are in the sums
+Every device sends its sums of 2 x x^T over tokens for a block; the server adds them in float64, in the order of the clients,
+rounds once, solves the block and sends it back.  With one device the result is that of central calibration bit for bit.  The sums
+are private data: the rows of X can be recovered from X X^T when there are few of them.
 
 The server answers with the block's weights as the artefact has them, and `grids`: for each weight [bits, group, columns], or null
-for floats, as JSON.  A reply that is damaged, not finite, not as agreed or no sum of x x^T is refused, and its device is left out
-from then on.  So is one whose mean square of an input is more than `TIMES` times the devices' median: sums add up, so it would
-count for all the others (honest devices of unlike text come to 1.4).
+for floats, as JSON.  A device is left out from its first reply that is damaged, not finite, not as agreed or no sum of x x^T, or
+whose mean square of an input is more than `TIMES` times the devices' median: it would count for all the others (honest devices of
+unlike text come to 1.4).
 """
 
 import json
@@ -193,7 +188,13 @@ def beyond(squares: Mapping[str, float], middles: Mapping[str, float]) -> str:
 
 
 def message_of(H: Mapping[str, Tensor], tokens: int, number: int, base: bytes) -> bytes:
-    """Return a device's message: the sums over its windows; layers that share a tensor of `H` share what is sent."""
+    """Return a device's message: the sums over its windows.
+
+    NAME         float32 [C (C + 1) / 2]: the lower triangle of 2 sum x x^T, row by row, for the first layer of each distinct
+                 input (q, k and v share one tensor of `H`)
+    NAME (text)  for every other layer: the layer whose sums it shares
+    tokens       how many tokens are in the sums
+    """
     shared = sharing(H)
     arrays = {name: lower_triangle(H[name]).numpy() for name, of in shared.items() if name == of}
     texts = {name: of for name, of in shared.items() if name != of}

@@ -2,18 +2,11 @@
 """Fit scales to groups of weights: the least weighted squared error.
 
 For a group with a scale of its own, scales are tried that put the element of largest |x| near either end of the values, or that
-of largest sqrt(h) |x| on each value but 0.  The weights are rounded to the nearest value, q.  For these the best scale is known,
-and what it takes off the error; the scale that takes off most is kept:
+of largest sqrt(h) |x| on each value but 0.  With q the nearest values, least squares gives s and its error; the best s is kept:
 
     s = sum h q x / sum h q^2            sum h (x - s q)^2 = sum h x^2 - (sum h q x)^2 / sum h q^2
 
 In GGUF's super-blocks a weight is (d k) q - dmin m: k and m are whole numbers of its group, d and dmin fp16 numbers of the block.
-
-1. Each group alone: the scale S of least error, or S and the minimum M.  The ends of the range that the codes cover are
-   moved in and out; for each range the weights are rounded to q, for which least squares gives S and M, and so again.
-2. For some d and dmin about those that put the largest S and M at the largest k and m: round S / d and M / dmin, and let every
-   group try its neighbours of k and m, with weights rounded anew to each.
-3. Least squares for d and dmin with all q, k and m; round to fp16; let the groups try again.  The best d and dmin are kept.
 """
 
 from typing import Final, NamedTuple
@@ -137,7 +130,14 @@ class SuperFit(NamedTuple):
 
 
 def fit_block(x: Tensor, of: SuperType, curvature: Tensor | None) -> SuperFit:
-    """Fit a super-block to x [R, 256]; curvature [256] are the weights of the squared errors (None: 1)."""
+    """Fit a super-block to x [R, 256]; curvature [256] are the weights of the squared errors (None: 1).
+
+    1. Each group alone: the scale S of least error, or S and the minimum M.  The ends of the range that the codes cover are
+       moved in and out; for each range the weights are rounded to q, for which least squares gives S and M, and so again.
+    2. For some d and dmin about those that put the largest S and M at the largest k and m: round S / d and M / dmin, and let
+       every group try its neighbours of k and m, with weights rounded anew to each.
+    3. Least squares for d and dmin with all q, k and m; round to fp16; let the groups try again.  The best d and dmin are kept.
+    """
     work = _Work(x, of, curvature)
     S, M = work.groups()
     best, least = work.started(S, M, 1.0), torch.full((len(x),), torch.inf, dtype=x.dtype)

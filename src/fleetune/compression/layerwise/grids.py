@@ -1,18 +1,6 @@
-r"""Fit quantisation grids, w = scale * (code - zero), to groups of weights.
+"""Fit quantisation grids, w = scale * (code - zero), to groups of weights.
 
-| grid | zero | scale and range |
-|---|---|---|
-| ggml | 2^(b-1) | of either sign.  With a Hessian of least error (`fits.py`), else ggml's: the largest is code 0 |
-| symmetric | 2^(b-1) | that of the GPTQ reference code, scale = 2 max\|w\| / (2^b - 1): it clips one of the extremes |
-| asymmetric | integer | from the smallest to the largest element; 0 is always exact |
-| universal | integer | as asymmetric; scales of 7 significant bits (6 where b = 5): scale * zero is exact in fp16 (Q4_1, Q5_1) |
-| iq4_nl | none | the 16 values of llama.cpp's IQ4_NL, denser about 0; the scale of least squared error (`fits.py`) |
-| q6_k, q3_k | 32, 4 | GGUF's super-blocks: the scales in 256 columns are multiples of one number (`fits.py`) |
-| q5_k, q4_k, q2_k | none | the same, with a minimum of each group, likewise a multiple |
-| iq4_xs | none | the same, without a minimum, with the values of iq4_nl |
-
-All scales are rounded to fp16 (those of super-blocks to what the file holds) *before* codes are chosen, so no file format rounds
-them again.  Pruned weights stay zero on a grid with a zero.
+Scales are rounded to what the file holds (fp16, or multiples) *before* codes are chosen.  With a zero, pruned weights stay 0.
 """
 
 from collections.abc import Mapping
@@ -72,7 +60,19 @@ _BLOCKS: Final = {
 
 @dataclass(frozen=True)
 class Grid:
-    """A kind of grid with 2^bits values."""
+    r"""A kind of grid with 2^bits values.
+
+    | grid | zero | scale and range |
+    |---|---|---|
+    | ggml | 2^(b-1) | of either sign.  With a Hessian of least error (`fits.py`), else ggml's: the largest is code 0 |
+    | symmetric | 2^(b-1) | that of the GPTQ reference code, scale = 2 max\|w\| / (2^b - 1): it clips one of the extremes |
+    | asymmetric | integer | from the smallest to the largest element; 0 is always exact |
+    | universal | integer | as asymmetric; scales of 7 significant bits (6 if b = 5): scale * zero is exact in fp16 (Q4_1, Q5_1) |
+    | iq4_nl | none | the 16 values of llama.cpp's IQ4_NL, denser about 0; the scale of least squared error (`fits.py`) |
+    | q6_k, q3_k | 32, 4 | GGUF's super-blocks: the scales in 256 columns are multiples of one number (`fits.py`) |
+    | q5_k, q4_k, q2_k | none | the same, with a minimum of each group, likewise a multiple |
+    | iq4_xs | none | the same, without a minimum, with the values of iq4_nl |
+    """
 
     kind: str
     bits: int

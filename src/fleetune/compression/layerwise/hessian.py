@@ -1,8 +1,8 @@
 """Accumulate the Hessian of a layer's output error, and factor its inverse for the column loop.
 
-The error ||W X - Q X||^2 as a function of Q has the Hessian H = 2 X X^T, the same for every row.  A positive factor makes no
-difference, since damping is relative.  The loop needs only the upper Cholesky factor U of H^-1 = U^T U: with F the columns that
-are still to come, [H_F^-1]_ii = U_ii^2 and row i of H_F^-1 is U_ii U[i, i:] (Frantar et al. 2023, section 4, step 3).
+||W X - Q X||^2 as a function of Q has the Hessian H = 2 X X^T, the same for every row.  The loop needs only the upper Cholesky
+factor U of H^-1 = U^T U: with F the columns that are still to come, [H_F^-1]_ii = U_ii^2 and row i of H_F^-1 is U_ii U[i, i:]
+(Frantar et al. 2023, section 4, step 3).
 """
 
 from collections.abc import Iterator

@@ -1,15 +1,15 @@
 """Estimate how much an error in each output of a matrix changes the model's next-token distributions.
 
 To second order, the KL divergence that an error e of a layer's outputs causes at one token is e' F e / 2, with F the Fisher
-information: the mean of g g', where g is the gradient of -log p(y) by these outputs and y is drawn from the model's own p.  With
-F's diagonal alone, for a matrix W [R, C] with inputs x and an error E = Q - W, as if g and x were independent (K-FAC: Martens and
-Grosse 2015, arXiv 1503.05671),
+information: the mean of g g', g the gradient of -log p(y) by these outputs and y drawn from the model's own p.  With F's diagonal
+alone, for a matrix W [R, C] with inputs x and an error E = Q - W, as if g and x were independent (K-FAC: Martens and Grosse 2015,
+arXiv 1503.05671),
 
     KL  ~  1/2 sum_i F_i (E_i H E_i'),        F_i = mean g_i^2,  H = mean x x'        (means over tokens)
 
 The output head has F_v = mean p_v (1 - p_v), times the square of a factor on the logits.  A row of the input table counts only
-where its token is: there G = mean g g' takes H's place, and the token's share that of F.  Of experts only what goes in and comes
-out is seen, out_t = sum_e r_te y_te: the gradient by y_te is r_te g_t, and one step back gives that by gate and up.
+where its token is: there G = mean g g' takes H's place, and the token's share that of F.  An expert's output y_te counts r_te
+times in the layer's, so the gradient by it is r_te g_t; one step back gives that by gate and up.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

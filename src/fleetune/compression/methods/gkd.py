@@ -1,28 +1,23 @@
 """Distil a large model into a small one on answers that the small one writes itself (GKD).
 
-Agarwal, Vieillard, Zhou, Stanczyk, Ramos Garea, Geist, Bachem: "On-Policy Distillation of Language Models: Learning
-from Self-Generated Mistakes", ICLR 2024, arXiv 2306.13649 (algorithm 1; section 3.1 for the divergence).
+Agarwal, Vieillard, Zhou, Stanczyk, Ramos Garea, Geist, Bachem: "On-Policy Distillation of Language Models: Learning from
+Self-Generated Mistakes", ICLR 2024, arXiv 2306.13649 (algorithm 1; section 3.1 for the divergence).
 
 ## Algorithm
 
-Each step takes a batch of prompts and draws a number u from [0, 1):
-
-1. With u < lmbda the student writes the answers.  Otherwise the teacher writes them (`seq_kd`), or they are those of the
-   data.  No gradient goes through the writing.
-2. AdamW moves all weights of the student down the mean, over the tokens of the answers, of the generalised
-   Jensen-Shannon divergence of teacher P and student Q, with M = beta P + (1 - beta) Q:
+1. With probability lmbda the student writes the answers to a batch of prompts, up to the first end token.  Otherwise the teacher
+   writes them (`seq_kd`), or they are those of the data.  No gradient goes through the writing.
+2. AdamW moves all weights of the student down the mean, over the tokens of the answers, of the generalised Jensen-Shannon
+   divergence of teacher P and student Q, with M = beta P + (1 - beta) Q:
 
        D = beta KL(P || M) + (1 - beta) KL(Q || M)        beta = 0 is KL(P || Q), beta = 1 is KL(Q || P)
 
-An answer ends with its first end token; tokens after it do not count.
-
 ## Differences from the paper
 
-- The formula of D tends to 0 at both ends, like beta KL(P || Q) and (1 - beta) KL(Q || P).  At the ends the whole
-  divergence is used, as in TRL, so the loss and its gradient jump there, by 1 / beta and by 1 / (1 - beta).  AdamW divides
-  by the size of the gradient, so in practice this only changes where `clip` takes effect.
-- Where teacher and student have output heads of different sizes (padding), both distributions are over the rows that they
-  share.  Their vocabularies must be the same.
+- D as written tends to 0 at both ends, like beta KL(P || Q) and (1 - beta) KL(Q || P).  At the ends the whole divergence is used,
+  as in TRL: the loss and its gradient jump there.  AdamW divides by the gradient's size, so this only changes where `clip` acts.
+- Where the output heads differ in size (padding), both distributions are over the rows that they share.  The vocabularies must be
+  the same.
 - All weights are trained, in fp32 and without dropout, so zeros of a pruned model and codes of a quantised one do not stay.
 """
 

@@ -5,21 +5,16 @@ Ma, Fang and Wang, "LLM-Pruner: On the Structural Pruning of Large Language Mode
 
 ## Algorithm
 
-Weights that only make sense together are a group: a key head with its query heads, or an MLP channel.
-
-1. Estimate on a few short texts how much the loss would rise without each group (`compression/importance.py` has the groups
-   and the formulas).
+1. Estimate on a few short texts how much the loss would rise without each group of weights that only make sense together: a key
+   head with its query heads, or an MLP channel (`compression/importance.py` has the formulas).
 2. Remove the least important groups.  With `scope=global` heads and channels are ranked apart: a head has far more weights.
 3. Recover: train the smaller model with LoRA, or distil the whole model into it (`gkd`).
 
 ## Differences from the paper
 
-- The reference implementation credits query head h to key head h % n_kv.  Here it is h // n_rep, as in attention itself.
-  With 9 query and 3 key heads the two choose different heads in 13 of SmolLM2-135M's 30 blocks.
+- The reference code credits query head h to key head h % n_kv; here it is h // n_rep, as in attention itself.  In 13 of
+  SmolLM2-135M's 30 blocks (9 query and 3 key heads) the two choose different heads.
 - Rows count the tokens of their responses, plain text all of its tokens, in estimation and in recovery.
-
-With `first=0 last=0 scope=local` the result is a plain Hugging Face directory.  Otherwise blocks differ in width: fleetune
-loads the directory, transformers refuses it, and it exports to a GGUF file of architecture `deci`.
 """
 
 import dataclasses

@@ -1,13 +1,12 @@
 """Quantise each weight matrix column by column, and correct later columns for the error of earlier ones (OPTQ, GPTQ).
 
-Frantar, Ashkboos, Hoefler, Alistarh: "OPTQ: Accurate Quantization for Generative Pre-trained Transformers",
-ICLR 2023, arXiv 2210.17323 (algorithm 1; section 4).
+Frantar, Ashkboos, Hoefler, Alistarh: "OPTQ: Accurate Quantization for Generative Pre-trained Transformers", ICLR 2023,
+arXiv 2210.17323 (algorithm 1; section 4).
 
 ## Algorithm
 
-Every linear layer is quantised on its own.  H = 2 X X^T is the Hessian of its squared output error on the calibration
-tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  The columns are taken in order
-(`layerwise/column_loop.py`):
+H = 2 X X^T is the Hessian of a layer's squared output error on the calibration tokens X, and U the upper Cholesky factor of H^-1.
+The columns are taken in order:
 
 1. At the first column of a group, fit a grid to the group's weights as updated so far (`layerwise/grids.py`).
 2. Round column i to its group's grid: w_i becomes q_i.
@@ -15,17 +14,14 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
 
 ## Differences from the paper
 
-- The grid of a group is fitted to the weights as updated by all columns before it.  The reference code reads the
-  weights from before the current block of 128 columns, so with smaller groups all but the first see stale ones.
-- The default grid is that of the runtime that will read the file, with scales rounded to fp16 before codes are chosen.
-  The reference's symmetric grid clips one of the extremes; it is `grid=symmetric`.
-- The scales of `ggml`, `iq4_nl` and the super-blocks are fitted (`layerwise/fits.py`): the errors of column i weigh as its
-  curvature given those before it, 1 / U_ii^2.
-- Where H has no Cholesky factor, the reference code stops.  Here damping grows tenfold, up to 1; if there is still no
-  factor, the layer is rounded to nearest and the report says so.
-- Inputs that are always zero are not an error: their weights become 0.
-- Weights that are exactly 0 stay 0: pruned weights are never moved by the corrections.  Grids without a 0 (`iq4_nl`, `iq4_xs`,
-  `q5_k`, `q4_k`, `q2_k`) give the weights of the last two rules the value nearest to it, and refuse a pruned matrix.
+- The reference code fits a group's grid to the weights from before the current block of 128 columns: of smaller groups all but
+  the first see stale ones.  Its symmetric grid clips one of the extremes (`grid=symmetric`).
+- The default grid is that of the runtime that will read the file.  Scales are rounded to fp16 before codes are chosen.  Those of
+  `ggml`, `iq4_nl` and the super-blocks are fitted: an error in column i weighs 1 / U_ii^2 (`layerwise/fits.py`).
+- Where H has no Cholesky factor, the reference code stops.  Here damping grows tenfold, up to 1; then the layer is rounded to
+  nearest, and the report says so.
+- Weights of inputs that are always zero become 0, and weights that are exactly 0 stay 0.  Grids without a 0 (`iq4_nl`, `iq4_xs`,
+  `q5_k`, `q4_k`, `q2_k`) give them the value nearest to it, and refuse a pruned matrix.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,16 @@
 """Prune a share of the weights of each matrix in one pass, and correct the weights that stay (SparseGPT).
 
-Frantar, Alistarh: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023,
-arXiv 2301.00774 (algorithm 1; section 3).
+Frantar, Alistarh: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023, arXiv 2301.00774
+(algorithm 1; section 3).
 
 ## Algorithm
 
-The column loop of OPTQ (`layerwise/column_loop.py`).  Instead of rounding a weight it sets it to 0, if its saliency
+The column loop of OPTQ (`layerwise/column_loop.py`) sets a weight to 0 instead of rounding it, if its saliency
 w^2 / [H_F^-1]_ii = w^2 / U_ii^2 is among the smallest, and moves all later columns to correct the error:
 
-- unstructured (`n=0`): the smallest share `sparsity` of each block of 128 columns, over all rows.  It is chosen when
-  the loop reaches the block, from the weights as updated by the blocks before;
+- unstructured (`n=0`): the smallest share `sparsity` of each block of 128 columns, over all rows, as earlier blocks left them;
 - n:m (`n=2 m=4`): in every row the n smallest of m neighbours, chosen when the loop reaches the first of them;
-- with `bits`, the weights that stay are quantised in the same pass (section 3.5), so that later weights correct both
-  errors.  A pruned weight is exactly 0 on every grid.
+- with `bits`, the weights that stay are quantised in the same pass (section 3.5), so that later weights correct both errors.
 
 ## Differences from the paper
 

@@ -1,7 +1,6 @@
 """Define the contract of an export format.  A file of this folder is one format: `formats/mlx.py` writes `--to mlx`.
 
-Another package registers a module of the same shape under the entry-point group `fleetune.targets`.  A format states plain
-constants, which are read without importing it:
+Another package registers its module under the entry-point group `fleetune.targets`.  Constants, read without an import:
 
     TARGETS       {"mlx": "one line of help", ..}: the names of `--to` that it writes; after a colon stands the kind
     TAKES         "model" (any model, the default), "codes" (compressed models alone) or "adapter" (of a tuned run)
@@ -10,11 +9,10 @@ constants, which are read without importing it:
     PROVENANCE    True where the file says where the model comes from (`export.py`; default False)
     RUNTIME       what `--text` runs the result in: "llama.cpp", "mlx-lm" or "transformers"; left out for none
     NEEDS         the modules that this takes besides Fleetune's own dependencies
-    INSTALL       the command that installs them; or
-    EXTRA         the extra of Fleetune that does
+    INSTALL       the command that installs them, or EXTRA, the extra of Fleetune that does
     ORDER         place in listings (default: last)
 
-and has functions, in which `kind` is what follows the colon of the target, None for none:
+Functions, in which `kind` is what follows the colon of the target, None for none:
 
     check(model: Checkpoint, kind) -> None
         Raise Misfit, or UsageError with a hint of its own, for a model that has no place in the format.
@@ -22,7 +20,7 @@ and has functions, in which `kind` is what follows the colon of the target, None
         Write the model to `out`, a new file or an empty folder; read it back and compare it with the source (FleetuneError).
         `made` says where the model comes from.  What `check` raises comes before anything is written.
     exact_target(model: Checkpoint) -> str | None
-        Optional: the target that holds the model without loss, which is then named in hints where another format refuses.
+        Optional: the target that holds the model without loss, which hints name where another format refuses it.
 
 For TAKES = "adapter" these are check(adapter: Path, kind) and write(adapter: Path, base: Checkpoint, out, kind, made).
 """

@@ -9,18 +9,6 @@ A block is 32 columns of a row (llama.cpp, ggml-common.h); numbers are little-en
     Q5_0   d, h, 16 bytes: bit i of h is 2^4 of u[i]      w = d (u - 16)      d = scale, u = t + 16; -16 <= t <= 15
     Q5_1   d, m, h, 16 bytes: the same                    w = d u + m         as Q4_1, code <= 31
     Q8_0   d, 32 bytes: int8 q                            w = d q             d = scale, q = t; -128 <= t <= 127
-
-Super-blocks have 256 columns.  Their bytes, where c are the codes, k and m the groups' multiples of d and dmin:
-
-    Q2_K    16 bytes: k | m << 4;  64 bytes: 2 bits of c;  d, dmin
-    Q3_K    32 bytes: bit 2 of c;  64 bytes: 2 low bits of c;  12 bytes: k + 32 in 6 bits;  d
-    Q4_K    d, dmin;  12 bytes: k and m in 6 bits;  128 bytes: 4 bits of c
-    Q5_K    d, dmin;  12 bytes: the same;  32 bytes: bit 4 of c;  128 bytes: 4 low bits of c
-    Q6_K    128 bytes: 4 low bits of c;  64 bytes: 2 high bits of c;  16 bytes: k, signed;  d
-    IQ4_XS  d;  2 + 4 bytes: k + 32 in 6 bits;  128 bytes: 4 bits of c
-
-8 / b columns share a byte, of b bits each.  In every run of w 8 / b columns byte i has those of columns i, i + w, i + 2 w .., the
-first in the lowest bits; w is 32, of Q6_K's low bits 64, of IQ4_XS 16.
 """
 
 from collections.abc import Callable, Mapping
@@ -102,6 +90,18 @@ def pack_q8_0(q: Quantised) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- super-blocks
+#
+# Super-blocks have 256 columns.  Their bytes, where c are the codes, k and m the groups' multiples of d and dmin:
+#
+#     Q2_K    16 bytes: k | m << 4;  64 bytes: 2 bits of c;  d, dmin
+#     Q3_K    32 bytes: bit 2 of c;  64 bytes: 2 low bits of c;  12 bytes: k + 32 in 6 bits;  d
+#     Q4_K    d, dmin;  12 bytes: k and m in 6 bits;  128 bytes: 4 bits of c
+#     Q5_K    d, dmin;  12 bytes: the same;  32 bytes: bit 4 of c;  128 bytes: 4 low bits of c
+#     Q6_K    128 bytes: 4 low bits of c;  64 bytes: 2 high bits of c;  16 bytes: k, signed;  d
+#     IQ4_XS  d;  2 + 4 bytes: k + 32 in 6 bits;  128 bytes: 4 bits of c
+#
+# 8 / b columns share a byte, of b bits each.  In every run of w 8 / b columns byte i has those of columns i, i + w, i + 2 w ..,
+# the first in the lowest bits; w is 32, of Q6_K's low bits 64, of IQ4_XS 16.
 
 
 def pack_q2_k(q: Quantised) -> np.ndarray:

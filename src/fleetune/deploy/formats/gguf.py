@@ -6,8 +6,8 @@
     gguf:f32    quantised matrices in F32 (f16, bf16 if exact), all others in F32
 
 Norms (as factors, also where a family adds 1) and biases are F32; rows that Q8_0's blocks of 32 do not divide become F16.
-llama.cpp rotates pairs of neighbouring rows of a llama's q and k, transformers pairs of row i and i + d/2: so the rows of a head
-are interleaved, [2, d/2] -> [d/2, 2].  It wants all queries of a fused matrix first.
+llama.cpp rotates pairs of neighbouring rows of a llama's q and k, transformers rows i and i + d/2: so the rows of a head are
+interleaved, [2, d/2] -> [d/2, 2].  It wants all queries of a fused matrix first.
 """
 
 from __future__ import annotations

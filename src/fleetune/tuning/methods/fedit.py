@@ -1,25 +1,21 @@
 """Tune LoRA adapters on instructions in a federation, averaged by FedAvg (FedIT).
 
-Zhang, Vahidian, Kuo, Li, Zhang, Yu, Wang, Chen: "Towards Building the Federated GPT: Federated Instruction
-Tuning", ICASSP 2024, arXiv 2305.05644 (Algorithm 1; its code is "Shepherd").
+Zhang, Vahidian, Kuo, Li, Zhang, Yu, Wang, Chen: "Towards Building the Federated GPT: Federated Instruction Tuning", ICASSP 2024,
+arXiv 2305.05644 (Algorithm 1; its code is "Shepherd").
 
 ## Algorithm
 
-A round: the server sends the adapter; a device trains it for some epochs on its own rows with a fresh AdamW
-and sends it back; the server averages, weighted by rows: A <- sum_k p_k A_k and B <- sum_k p_k B_k.
-
-## Differences from the paper
-
-- LoRA on all linear layers (the code: q_proj only; its README: q, k, v, o), and the loss on the answer alone.
-- Only trainable numbers travel; the evaluation is real (theirs is a print).
+A round: the server sends the adapter; a device trains it for some epochs on its own rows with a fresh AdamW and sends it back;
+the server averages, weighted by rows: A <- sum_k p_k A_k and B <- sum_k p_k B_k.  Differences from the paper: LoRA is on all
+linear layers (the code: q_proj alone), the loss on the answer alone, and only trainable numbers travel.
 
 ## Options
 
 - `average=product` averages sum_k p_k B_k A_k (`aggregation.product_mean`).  Then devices may have unlike `ranks`: a device is
   sent the strongest directions of the global adapter, up to its rank, and sends as many back; the average is exact.
 - `warmup` and `decay` of the rate (of w steps: lr / (w + 1), 2 lr / (w + 1), ..) begin anew every round, as AdamW does.
-- `start` is where A and B start (`adapters/lora_init.py`).  For pissa and olora the start B0 A0 is subtracted beside each
-  layer, so it goes down with every broadcast (twice the bytes down); the saved adapter is a plain LoRA of rank 2 r.
+- `start` is where A and B start (`adapters/lora_init.py`).  For pissa and olora the start B0 A0 is subtracted beside each layer,
+  so it goes down with every broadcast (twice the bytes down); the saved adapter is a plain LoRA of rank 2 r.
 - For devices of unlike data: `mu` (FedProx) and `scaffold` (`methods/_adapter.py`), `server` (`server_rules.py`).
 """
 

@@ -6,27 +6,23 @@ Qin, Chen, Qian, Ding, Li, Deng: "Federated Full-Parameter Tuning of Billion-Siz
 ## Algorithm
 
 A pool of K directions is fixed.  A device takes tau two-point steps along directions drawn from the pool and reports the scalars;
-the server averages them per direction.  So the global model is always
-
-    w = w0 - eta * sum_k A_k z_k
+the server averages them per direction.  So the global model is always w = w0 - eta * sum_k A_k z_k.
 
 ## Differences from the paper
 
-- The K directions are the +1/-1 directions of a pool (one pass over the weights replays them all).  `law=rademacher` gives
-  independent ones, `gaussian` the paper's: a pass each in every forward.
-- Devices draw from the pool with a sampler that the server seeds, so a step is one byte (`messages.LogCode`, unbiased); what is
-  decoded is what the device itself steps by.
-- Where neither `lr` nor `server_lr` is given, the server steps by the square root of the clients asked times their mean
-  (`for_clients`; the paper: by the mean).
+- The +1/-1 directions of a pool are replayed in one pass over the weights.  `law=rademacher` gives independent ones, `gaussian`
+  the paper's: a pass each in every forward.
+- The server seeds the sampler by which devices draw, so a step is one byte (`messages.LogCode`, unbiased), and what is decoded is
+  what the device itself steps by.
+- Where neither `lr` nor `server_lr` is given, the server steps by their mean (the paper) times the root of the clients asked.
 - Pro weights a scalar with 1/(K p_k).  The reference does not, so its estimate is biased towards the directions that it favours.
 
 ## Mixed fleets
 
 `backprop` is the share of devices that back-propagate (ours): in a simulation every so many-th client, on real devices at most
 this share, of those in whose memory it fits.  Such a device reports its gradient projected on the K directions, p_k = z_k . g,
-after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K two-point steps.  Averaged over the draw of the pool,
-n two-point samples of a d-dimensional gradient g have variance d (1/K + (1 - 1/K) / n) |g|^2, the whole pool d/K |g|^2.  So, by
-precision, a device with n_c rows weighs n_c after back-propagation, and n_c / (1 + (K - 1) / n) after n two-point steps.
+after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K two-point steps, and replies weigh by their precision
+(`Method.weight`).
 """
 
 import math
@@ -256,7 +252,12 @@ class Method(_zeroth.OfLedger):
         return State(ledger, state.round + 1, size, seen)
 
     def weight(self, payload: Payload) -> float:
-        """Return what a reply weighs: its rows n; in a mixed fleet n / (1 + (K - 1) / steps) after two-point steps."""
+        """Return what a reply weighs: its rows n; in a mixed fleet n / (1 + (K - 1) / steps) after two-point steps.
+
+        Averaged over the draw of the pool, n two-point samples of a d-dimensional gradient g have variance
+        d (1/K + (1 - 1/K) / n) |g|^2, the whole pool d/K |g|^2;
+        a reply counts by the inverse.
+        """
         n = payload.int("n")
         if not self.backprop or "projected" in payload.arrays:
             return float(n)

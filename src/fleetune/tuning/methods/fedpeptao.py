@@ -1,18 +1,18 @@
 """Tune prompts in every layer in a federation, where only the layers that matter travel (FedPepTAO).
 
-Che, Liu, Zhou, Ren, Zhou, Sheng, Dai, Dou: "Federated Learning of Large Language Models with Parameter-Efficient
-Prompt Tuning and Adaptive Optimization", EMNLP 2023, arXiv 2310.15080 (section 4; Algorithm 1).
+Che, Liu, Zhou, Ren, Zhou, Sheng, Dai, Dou: "Federated Learning of Large Language Models with Parameter-Efficient Prompt Tuning
+and Adaptive Optimization", EMNLP 2023, arXiv 2310.15080 (section 4; Algorithm 1).
 
 ## Algorithm
 
 Every layer has a prompt of its own: keys and values that its attention finds in front of the text (P-Tuning v2).
 
-1. Partial prompt tuning.  The first `warmup` rounds are FedAvg of all prompts; a device also tells how alike its
-   rows look to each layer (the score), and which share of the layers the curvature of its loss needs.  The means
-   over devices, weighted by rows, choose the layers; from then on only their prompts exist and travel.
-2. Adaptive optimization, at no extra traffic.  A device trains with AdamW from zero moments; the server keeps a
-   momentum v and a control variate c_k of every device (SCAFFOLD's).  With p_k = n_k / sum n, D_k = w - w_k,
-   wbar = sum_k p_k w_k and D = w - wbar, every device's step starts at the same wbar:
+1. Partial prompt tuning.  The first `warmup` rounds are FedAvg of all prompts; a device also tells how alike its rows look to
+   each layer (the score), and which share of the layers the curvature of its loss needs.  The means over devices, weighted by
+   rows, choose the layers; from then on only their prompts exist and travel.
+2. Adaptive optimization, at no extra traffic.  A device trains with AdamW from zero moments; the server keeps a momentum v and a
+   control variate c_k of every device (SCAFFOLD's).  With p_k = n_k / sum n, D_k = w - w_k, wbar = sum_k p_k w_k and
+   D = w - wbar, every device's step starts at the same wbar:
 
        c_k' = c_k - c + D_k / (sum of the steps' eta)       c <- c + rho sum_k (K_k / sum K) (c_k' - c_k)
        v_k  = beta v + (1 - beta) D + (c - c_k')            w <- sum_k p_k (wbar - eta_s v_k)
@@ -21,28 +21,22 @@ Every layer has a prompt of its own: keys and values that its attention finds in
 
 ## Differences from the paper
 
-- The code lets the user copy a list of half of the layers by hand (`half`).  Here the run applies the paper's rule, from the
-  scores and curvature of the warm-up's devices (the code: all devices after 10 rounds, 5 for LLaMA), and keeps the trained
-  prompts of the chosen layers (the code starts again).
-- The code can train the other layers' prompts on every device too; here a layer that does not travel has no prompt.
-- Scores leave padding out and use `eigvalsh` (the code's eigenvalues may come out complex); the last layer can be chosen too.
-  The Hessian is of the loss on the answer (the code: on all ids), by 20 products on two rows (the code: 50 on a batch, which is
-  `lanczos=50 curvature_rows=0`).
-- In the code the devices' server steps share one momentum and one live model, so they pile up; here they do not.
-  Its momentum takes the change of the pseudo-gradient, D before - D now.
-- AdamW starts anew each round and its rate falls to 0 within the round (the code keeps one AdamW a device for the whole run).
-- rho is the share of the devices seen so far that answered, and a new device starts at c_k = c.  With rho fixed and
-  c_k = 0, c starts far too small, and the correction pulls back what was just learned.
-- Under another rule than the mean, c_k = D_k / (sum of the steps' eta), and c moves by the combination of c_k - c: what a
-  median leaves out would stay in the variates of its device, and add up.
+- The run applies the paper's rule itself, after the warm-up, and keeps the trained prompts of the chosen layers.  The code has
+  the user copy a list of half of the layers (`half`), measured on all devices after 10 rounds (LLaMA: 5), and starts again.
+- Scores leave padding out, and the last layer can be chosen too.  The Hessian is of the loss on the answer (the code: on all
+  ids), by 20 products on two rows (the code: 50 on a batch, which is `lanczos=50 curvature_rows=0`).
+- In the code the devices' server steps share one momentum and one live model, so they pile up; here they do not.  Its momentum
+  takes the change of the pseudo-gradient, D before - D now.
+- AdamW starts anew each round and its rate falls to 0 within it (the code keeps one AdamW a device for the whole run).
+- rho is the share of the devices seen so far that answered, and a new device starts at c_k = c.  With rho fixed and c_k = 0, c
+  starts far too small, and the correction pulls back what was just learned.
+- Under another rule than the mean, c_k = D_k / (sum of the steps' eta), and c moves by the combination of c_k - c: what a median
+  leaves out would stay in the variates of its device, and add up.
 
-## What the choice costs
-
-Processor time of the Lipschitz rule on a device of 16 rows of a model of 5 layers, as a multiple of its training in that round
-(0.21 s): 43 with 50 products on 8 rows, 5.4 with 20 on 2 (the default).  It finds no gap there, so all layers travel.
-After five rounds of four clients (40 rows each, base 4.800, six seeds) the loss is 3.746 by this rule, for 1.0 MB, and
-3.783 by `half`, for 0.71 MB; the noise of such a mean is 0.005.  The recipe has `clients = 4`, `rounds = 5`, `limit = 220`,
-`max_length = 64`, `held_out = 60`: `fleetune sweep choice.toml --vary layers_rule=half,lipschitz --seeds 6`
+The measurement costs a device of 16 rows 5.4 times the processor time of its training in that round (a model of 5 layers; 43
+times with 50 products on 8 rows).  It finds no gap there, so all layers travel: after five rounds of four clients the loss is
+3.746 for 1.0 MB, and 3.783 for 0.71 MB by `half` (noise 0.005).  `fleetune sweep choice.toml --vary layers_rule=half,lipschitz
+--seeds 6` measures that, with `clients = 4`, `rounds = 5`, `limit = 220`, `max_length = 64` and `held_out = 60` in the recipe.
 """
 
 import logging

@@ -1,12 +1,12 @@
 """Tune any parameter-efficient module in a federation, averaged by FedAvg (FedPETuning).
 
-Zhang, Yang, Dai, Wang, Yu, Qu, Xu: "FedPETuning: When Federated Learning Meets the Parameter-Efficient Tuning
-Methods of Pre-trained Language Models", ACL Findings 2023, arXiv 2212.10025 (section 3, Algorithm 1).
+Zhang, Yang, Dai, Wang, Yu, Qu, Xu: "FedPETuning: When Federated Learning Meets the Parameter-Efficient Tuning Methods of
+Pre-trained Language Models", ACL Findings 2023, arXiv 2212.10025 (section 3, Algorithm 1).
 
 ## Algorithm
 
-A round: the server sends the module; a device trains it for an epoch on its own rows with a fresh AdamW, whose
-rate falls to 0 within the round, and sends it back; the server averages, weighted by rows.
+A round: the server sends the module; a device trains it for an epoch on its own rows with a fresh AdamW, whose rate falls to 0
+within the round, and sends it back; the server averages, weighted by rows.
 
 | module | what is trained | size | traffic |
 |---|---|---|---|
@@ -18,19 +18,13 @@ rate falls to 0 within the round, and sends it back; the server averages, weight
 | prompt | embeddings of virtual tokens at the input (not in the paper) | tokens | least |
 | scales | the scales of a quantised base (PEQA, arXiv 2305.14152; not in the paper) | | more than LoRA |
 
-A classification head, where the model has one, is trained with any of them and travels too, as in the paper.
-
-## Options
-
-`lr` and `size` 0 stand for the module's own: the paper's best ones for QNLI (its appendix).  `start` and the options for devices
-of unlike data (`mu`, `scaffold`, `server`) are those of `fedit`.
+A classification head, where the model has one, is trained with any of them and travels too, as in the paper.  An `lr` or
+`size` of 0 is the module's own, the paper's best for QNLI (its appendix).  `start`, `mu`, `scaffold` and `server` are `fedit`'s.
 
 ## Differences from the paper
 
-- It sends frozen weights too; here only the module travels.
-- It takes the plain mean over devices with equally many rows; here devices weigh as much as their rows.
-- Its prefixes come from a network of 10 M numbers, which travels; here the keys and values are trained
-  themselves (P-Tuning v2), and travel alone.
+- The paper sends frozen weights too, and takes the plain mean over devices with equally many rows.
+- Its prefixes come from a network of 10 M numbers, which travels; here the keys and values are trained (P-Tuning v2), and travel.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +42,7 @@ from fleetune.tuning.methods import _adapter
 KIND = "adapter"
 PAPER = "Zhang et al., ACL Findings 2023, arXiv 2212.10025"
 SENDS = "the module's numbers (and a classification head's), up and down"
-RECOMMENDED = 2
+RECOMMENDED = 3
 
 
 @dataclass(frozen=True)

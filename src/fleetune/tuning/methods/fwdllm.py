@@ -1,35 +1,28 @@
 """Tune an adapter in a federation by forward gradients: devices run inference only (FwdLLM).
 
-Xu, Cai, Wu, Li, Wang: "FwdLLM: Efficient Federated Finetuning of Large Language Models with Perturbed
-Inferences", USENIX ATC 2024, arXiv 2308.13894 (section 3).
+Xu, Cai, Wu, Li, Wang: "FwdLLM: Efficient Federated Finetuning of Large Language Models with Perturbed Inferences",
+USENIX ATC 2024, arXiv 2308.13894 (section 3).
 
 ## Algorithm
 
-A device evaluates its batch on both sides of its point along random directions v ~ N(0, I),
+A device evaluates its batch on both sides of its point w (the adapter alone) along random directions v ~ N(0, I); the server
+makes the forward gradient of all of them, whose mean is the gradient:
 
-    g = (L(w + h v; B) - L(w - h v; B)) / (2 h)          w: the adapter alone
+    g = (L(w + h v; B) - L(w - h v; B)) / (2 h)          (1/n) sum_k g_k v_k
 
-and the server makes the forward gradient of all of them, (1/n) sum_k g_k v_k, whose mean is the gradient.
+Pacing.  The server keeps w and asks for more directions on the same batches until the variance of what it has is at most a
+threshold (the code: that of the means of two halves of the g_k v_k; here `2 sum g^2 / n^2`, see `descent`).
 
-Pacing.  The server keeps w and asks for more directions on the same batches until the variance of what it
-has is at most a threshold.  The code splits the g_k v_k of one tensor into two halves and takes the unbiased
-variance of the two half means, averaged over elements.  Its expectation is 2 s^2 / n with s^2 the variance of
-an element of g v, and s^2 = E[g^2] for such v (less the square of an element of the gradient: one part in
-d).  So `2 sum g^2 / n^2 <= threshold` is the same test, less noisy, of the whole adapter, from scalars alone.
-
-Discriminative sampling.  On every second batch the server draws ten times as many seeds as it needs, ranks
-them by the cosine of their v with the last accepted gradient, and sends the best tenth.  The component a of such
-a v along the unit vector u of the old gradient is then a normal cut off below at 1.28 (mean 1.755, E[a^2] =
-3.25), so the mean of the estimate is grad + (E[a^2] - 1) <grad, u> u, which works like momentum.
+Discriminative sampling.  On every second batch the server draws ten times as many seeds as it needs, ranks them by the cosine of
+their v with the last accepted gradient, and sends the best tenth, which works like momentum (`rank`).
 
 ## Differences from the paper
 
 - A direction is a seed, so a reply is 4 bytes a direction; the code sends the dense gradient, and has no seeds.
 - Rows weigh (a scalar counts n_c); the code says that it weighs and does not.
-- Seeds are ranked as whole directions; the code ranks each tensor's part apart, and above 1000 candidates keeps
-  the wrong ones (it returns its last chunk).
-- Devices draw from the list that was sent, four times as long as what they use, so that few draw the same one.
-  Where two do, the direction's share of the mean is that of both, and the variance counts it as one.
+- Seeds are ranked as whole directions; the code ranks each tensor's part apart, and above 1000 returns its last chunk alone.
+- Devices draw from the list that was sent, four times as long as what they use, so that few draw the same one.  Where two do, the
+  direction's share of the mean is that of both, and the variance counts it as one.
 - The variance test ends after `patience` rounds on a batch; in the code it may ask for ever.
 """
 
@@ -244,7 +237,11 @@ class Method(methods.Method):
         )
 
     def rank(self, state: State, used: int) -> np.ndarray:
-        """Return the fresh directions most like the last gradient, best first."""
+        """Return the fresh directions most like the last gradient, best first.
+
+        The component a of such a v along the unit vector u of the old gradient is a normal cut off below at 1.28
+        (E[a^2] = 3.25), so the mean of the estimate is grad + (E[a^2] - 1) <grad, u> u.
+        """
         first, keep = np.uint64((state.round + 1) << 32), SPARE * used
         ids = first + np.arange(keep * CANDIDATES, dtype=np.uint64)
         alike = cosines(state.last, ids, run_key(state.seed))
@@ -338,7 +335,9 @@ def slopes_along(
 def descent(ids: np.ndarray, g: np.ndarray, rows: np.ndarray) -> tuple[Passes, float]:
     """Return -(sum_k rows_k g_k v_k) / (sum_k rows_k) as passes, and the variance 2 sum_k a_k^2 of that mean.
 
-    a_k is the share of direction k in the mean (all its slopes together): g_k / n where rows are equal.
+    a_k is the share of direction k in the mean (all its slopes together): g_k / n where rows are equal.  The code's variance
+    of the means of two halves, tensor by tensor, has the expectation 2 s^2 / n with s^2 = E[g^2], the variance of an element of
+    g v (less the square of an element of the gradient: one part in d).  So this is the same test, less noisy, from scalars alone.
     """
     unique, where = np.unique(ids, return_inverse=True)
     a = np.bincount(where, rows * g) / rows.sum()

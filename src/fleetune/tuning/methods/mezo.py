@@ -1,19 +1,14 @@
 """Fine-tune all weights with two forward passes a step, in the memory of inference (MeZO).
 
-Malladi, Gao, Nichani, Damian, Lee, Chen, Arora: "Fine-Tuning Language Models with Just Forward Passes",
-NeurIPS 2023, arXiv 2305.17333 (Algorithm 1).
-
-## Algorithm
+Malladi, Gao, Nichani, Damian, Lee, Chen, Arora: "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023,
+arXiv 2305.17333 (Algorithm 1).
 
     g = (L(w + eps z; B) - L(w - eps z; B)) / (2 eps),   w <- w - eta g z,   z fresh every step
 
-By default a fleet of one: this machine.  With more clients every device walks the same directions on its
-own data and the server takes the mean of their scalars, direction by direction.
-
-## Differences from the paper
-
-- Stored weights are never written (`seeds/view.py`), so a run in bf16 is bit-equal to a replay of its own ledger.
-- A fresh direction every step is the next member of a pool of K nearly orthogonal ones, a new pool every K steps.
+By default a fleet of one: this machine.  With more clients every device walks the same directions on its own data, and the server
+takes the mean of their scalars, direction by direction.  Differences from the paper: stored weights are never written
+(`seeds/view.py`), so a run in bf16 is bit-equal to a replay of its own ledger; and the directions are those of a pool of K nearly
+orthogonal ones, a new pool every K steps.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,8 +1,8 @@
 """Fine-tune all weights on machines that share seeds, sending one byte for each direction tried (Just One Byte).
 
-Zelikman, Huang, Liang, Haber, Goodman: "Just One Byte (per gradient): A Note on Low-Bandwidth Decentralized
-Language Model Finetuning Using Shared Randomness", 2023, arXiv 2306.10015 (section 2, and its code).  With
-`wire=sign`: FeedSign, arXiv 2501.17610 (Algorithm 1), one bit and a majority vote.
+Zelikman, Huang, Liang, Haber, Goodman: "Just One Byte (per gradient): A Note on Low-Bandwidth Decentralized Language Model
+Finetuning Using Shared Randomness", 2023, arXiv 2306.10015 (section 2, and its code).  With `wire=sign`: FeedSign,
+arXiv 2501.17610 (Algorithm 1), one bit and a majority vote.
 
 ## Algorithm
 
@@ -11,17 +11,16 @@ point, on its own data, and sends n bytes; then
 
     w <- w - eta / (n N) * sum over machines c and directions j of g_cj z_cj
 
-With `wire=sign` all machines try the same n directions and send the sign of g; w moves by eta / n along each, the way the
-majority says.  A vote weighs as much as its machine has rows (with `aggregation=sign-vote`, as in FeedSign, one machine has one
-vote).  A slope of exactly zero tosses a coin.
+With `wire=sign` all machines try the same n directions and send the sign of g (a coin's where g is 0); w moves by eta / n along
+each, the way the majority says.  A vote weighs as much as its machine has rows (with `aggregation=sign-vote`, as in
+FeedSign, all weigh the same).
 
 ## Differences from the paper
 
-- The byte is what travels and what both sides step by (`messages.LogCode`).  In the code it has 510 words and none for zero,
-  and is computed and dropped: the floats are sent as text.
+- Both sides step by the byte that travels (`messages.LogCode`).  The code computes one and drops it: floats are sent as text.
 - The mean over all N n slopes.  The code divides their sum by sqrt(N n), so joining or leaving changes the learning rate.
-- A machine has no history: each message holds the ledger's sums, so it joins late by replaying them, and leaves whenever it
-  likes.  In the code a late machine loads the weights of a peer, and one that misses messages drifts away from the others.
+- A machine has no history: each message holds the ledger's sums, so it joins late and leaves whenever it likes.  In the code a
+  late machine loads the weights of a peer, and one that misses messages drifts away from the others.
 - `eta` is the code's learning rate times its eps (0.1 and 1e-3), which its update multiplies in.
 """
 

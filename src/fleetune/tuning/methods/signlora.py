@@ -8,7 +8,7 @@ travels as signs (signSGD: Bernstein et al. 2018, arXiv 1802.04434) with one sca
 
 In a round, each matrix W [out, in] has directions s_p [in] of +1 and -1, the next r of a pool of P in turn.  A device trains
 
-    W x + sum_p b_p (s_p' x) / sqrt(in),    b_p [out] from 0 on,
+    W x + sum_p b_p (s_p' x) / sqrt(r in),    b_p [out] from 0 on,
 
 by AdamW, and sends sign(b_p) and mean |b_p|.  The server takes the mean over the devices, and writes it as q vectors of
 signs with a scale each, every one of what the vector before leaves; what the last leaves is added the next time (error
@@ -46,7 +46,8 @@ from fleetune.tuning.methods import Reply, _adapter, _zeroth, norm
 
 KIND = "ledger"
 PAPER = "FFA-LoRA: Sun et al., ICLR 2024, arXiv 2403.12313; signs: ours"
-SENDS = "one bit a row of each matrix up, two down"
+SENDS = "one bit per row of each matrix up, two down"
+RECOMMENDED = 2
 
 STEP = 1 << 14  # units of the grid in a step of AdamW, for a matrix with one column
 
@@ -102,14 +103,14 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     decay = False
 
     lr: float = setting(
-        0.05, "η", "AdamW learning rate of B; a step moves a weight by η / sqrt(in)", found=True
+        0.05, "η", "AdamW learning rate of B; a step moves a weight by about η / sqrt(in)", found=True
     )
     epochs: int = setting(1, "E", "local epochs a round", only_if="steps=0")
     batch_size: int = setting(4, "B", "rows a step")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
     r: int = setting(1, "r", "directions of each matrix that are trained in a round")
     pool: int = setting(8, "P", "directions of each matrix that are trained in turn: the rank of the change")
-    stay: int = setting(1, "T", "rounds in a row in which the same directions are trained")
+    stay: int = setting(2, "T", "rounds in a row in which the same directions are trained")
     share: int = setting(1, "m", "a device sends every so many-th row of a matrix, another one each round")
     planes: int = setting(2, "q", "vectors of signs that the server writes for each direction and round")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
@@ -140,10 +141,11 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
 
     def attached(self, model: Model) -> SignLora:
         """Return the LoRA of a model, put on where it is not."""
-        if not (isinstance(model.attachment, Attachment) and isinstance(model.attachment.spec, SignLora)):
+        own = SignLora(self.r, self.r, targets=self.targets)
+        if not (isinstance(model.attachment, Attachment) and model.attachment.spec == own):
             if model.attachment is not None:
                 model.attachment.detach(model)
-            adapters.attach(model, SignLora(self.r, self.r, targets=self.targets), seed=0)
+            adapters.attach(model, own, seed=0)
         spec = adapters.attachment_of(model).spec
         assert isinstance(spec, SignLora)
         return spec
@@ -183,14 +185,14 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         return Payload(arrays, scalars)
 
     def expects(self, state: State) -> ReplySpec:
-        size = sum(-(-(rows // self.share) // 8) for rows in self.rows(state))
+        size = sum(-(-len(self.sent_rows(rows, 0)) // 8) for rows in self.rows(state))
         return ReplySpec(
             {"scales": ("uint32", (self.r * len(state.places),)), "signs": ("uint8", (self.r * size,))}
         )
 
     def sent_rows(self, rows: int, key: int) -> np.ndarray:
-        """Return the rows of a matrix that a device sends with the key of a round: int64 [rows / share, rounded down]."""
-        return (key % rows + self.share * np.arange(rows // self.share)) % rows
+        """Return the rows of a matrix that a device sends with the key of a round: int64 [rows / share, rounded down, or 1]."""
+        return (key % rows + self.share * np.arange(max(1, rows // self.share))) % rows
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
@@ -219,8 +221,8 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         return reply
 
     def unit(self, slot: WeightSlot) -> float:
-        """Return how much of B one unit of the grid is, for a matrix: B s' / sqrt(in) is what moves it."""
-        return _zeroth.grid_of(self.grid_lr) * math.sqrt(slot.tensor.shape[1])
+        """Return how much of B one unit of the grid is, for a matrix: B s' / sqrt(r in) is what moves it."""
+        return _zeroth.grid_of(self.grid_lr) * math.sqrt(self.r * slot.tensor.shape[1])
 
     def factors(
         self, run_key: int, slots: Mapping[str, WeightSlot], directions: Sequence[int], tables: np.ndarray
@@ -231,7 +233,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             rows, width = slot.tensor.shape
             b, a = factor_names(name)
             s = np.stack([signs(run_key, p, slot.start, width) for p in directions])
-            found[a] = s.astype(np.float32) / np.float32(math.sqrt(width))
+            found[a] = s.astype(np.float32) / np.float32(math.sqrt(self.r * width))
             found[b] = np.float32(-self.unit(slot)) * tables[:, first : first + rows].T.astype(np.float32)
             first += rows
         return found
@@ -244,9 +246,13 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         shapes = [tuple(slot.tensor.shape) for slot in slots.values()]
         if [rows for rows, _ in shapes] != payload.array("rows").tolist():
             raise MessageError("the matrices that the run trains are not those of this model")
-        if p.max(initial=0) >= self.pool or m.max(initial=0) >= len(shapes):
+        scale, bits = payload.array("scale"), payload.array("signs")
+        here = (
+            p.max(initial=0) < self.pool and m.max(initial=0) < len(shapes) and len(p) == len(m) == len(scale)
+        )
+        if not here or len(bits) != sum(-(-shapes[place][0] // 8) for place in m.tolist()):
             raise MessageError("the entries that came are not of this run's matrices and directions")
-        came = outer_passes(shapes, p << np.uint64(32) | m, payload.array("scale"), payload.array("signs"))
+        came = outer_passes(shapes, p << np.uint64(32) | m, scale, bits)
         tables = dict(zip(came.ids.tolist(), came.tables, strict=True))
         if payload.int("known"):
             if not memory:
@@ -272,7 +278,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         for vector in self.matrices(sent, found["b"]):
             rows = self.sent_rows(len(vector), reply.key)
             size = -(-len(rows) // 8)
-            vector[rows] = self.share * next(scales) * unpacked(bits[:size], len(rows))
+            vector[rows] = len(vector) / len(rows) * next(scales) * unpacked(bits[:size], len(rows))
             bits = bits[size:]
         return found
 

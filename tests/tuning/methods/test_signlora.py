@@ -1,0 +1,376 @@
+"""Signlora: a device's signs against the dense gradient, what the server writes and keeps, and what a device is told."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from contract_harness import base_of, fleet
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from methods_harness import Folder
+
+from fleetune.data import Encoded, Example
+from fleetune.data.encode import Batches, collate, encode_all
+from fleetune.errors import MessageError, ModelError
+from fleetune.models import Model, tiny_bert, tiny_llama
+from fleetune.seeds import noise
+from fleetune.seeds.ledger import Ledger, LedgerHead
+from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
+from fleetune.tuning.methods import Reply
+from fleetune.tuning.methods.signlora import Method, State
+from fleetune.tuning.rounds.fleets import Answer
+from fleetune.tuning.rounds.local_work import Memories
+from fleetune.tuning.rounds.replies import Replies, Round
+from fleetune.tuning.rounds.rounds import _messages
+from fleetune.tuning.rounds.simulated_fleet import LocalFleet
+
+ETA = 0.05
+KEY = (1 << 64) - 29
+
+
+def tiny(**changes: Any) -> Method:
+    return Method(**({"lr": ETA, "batch_size": 3, "steps": 1, "stay": 1} | changes))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Encoded]:
+    examples = [Example((("user", f"say {n}"),), "yes" if n % 2 else "a number", {}) for n in range(6)]
+    return encode_all(examples, tiny_llama().tokenizer, 48)[0]
+
+
+# --- a device -----------------------------------------------------------------------------------------------
+
+
+def answer(
+    model: Model, chosen: Method, payload: Payload, rows: Sequence[Encoded], memory: dict[str, Any]
+) -> Payload:
+    """A device's reply, from bytes to bytes."""
+    down = decode(encode(Message(1, bytes(8), payload))).payload
+    up = chosen.local(model, down, Batches(rows, 257, KEY), KEY, memory)
+    return decode(encode(Message(1, bytes(8), up))).payload
+
+
+def starts(model: Model) -> dict[str, int]:
+    """The index of each tensor's first element, from a multiple of 4096."""
+    found, start = {}, 0
+    for name, tensor in sorted(model.net.named_parameters()):
+        found[name] = start
+        start += -(-tensor.numel() // 4096) * 4096
+    return found
+
+
+def sent_rows(rows: int, share: int, key: int) -> list[int]:
+    """The rows of a matrix that a device sends: every so many-th from one on that its key names, one at least."""
+    return [(key + i * share) % rows for i in range(max(1, rows // share))]
+
+
+def dense(model: Model, rows: Sequence[Encoded]) -> dict[str, np.ndarray]:
+    """The gradient of every parameter of a plain model, in float64."""
+    net: Any = copy.deepcopy(model.net).double().requires_grad_(True)
+    batch = collate(rows, 257)
+    logits = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels[:, 1:]).backward()
+    return {name: p.grad.numpy() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize(("targets", "share"), [("all-linear", 1), ("v_proj,down_proj", 3)])
+def test_a_step_sends_the_sign_of_minus_the_dense_gradient_along_each_direction(
+    targets: str, share: int, rows: Any
+) -> None:
+    """Also at a point that was moved, and along a direction for the second time: B starts from 0 in every round."""
+    model = tiny_llama(layers=1)
+    chosen = tiny(r=2, pool=4, targets=targets, share=share, batch_size=len(rows), lr=1.0)
+    first, seen, total = starts(model), 0, 0
+    state = chosen.init(model, 3)
+    head = state.ledger.head
+    assert len(state.places) == (7 if targets == "all-linear" else 2)
+    for directions in ([0, 1], [2, 3], [0, 1]):
+        reply = answer(model, chosen, chosen.broadcast(state), rows, {})
+        scales, bits = iter(reply.array("scales").tolist()), reply.array("signs")
+        plain = tiny_llama(layers=1)
+        chosen.apply(plain, state)
+        assert plain.attachment is not None
+        plain.attachment.merge(plain)
+        gradients = dense(plain, rows)
+        for place in state.places.tolist():
+            name, (out, width), _ = head.tensors[place]
+            for p in directions:
+                s = noise.signs(head.run_key, p, first[name], width)
+                g = (gradients[name] @ s / np.sqrt(chosen.r * width))[sent_rows(out, share, KEY)]
+                size = -(-len(g) // 8)
+                sent, bits = np.unpackbits(bits[:size])[: len(g)], bits[size:]
+                clear = np.abs(g) > 1e-4 * np.abs(g).mean()  # else float32 may have the other sign
+                assert np.array_equal(sent[clear], g[clear] > 0)
+                seen, total = seen + int(clear.sum()), total + len(g)
+                step = np.mean(np.abs(g) / (np.abs(g) + 1e-8))  # AdamW's first, of rate 1
+                assert abs(next(scales) - chosen.lr * step / np.sqrt(chosen.r * width) / head.grid) <= 0.51
+        assert not bits.size
+        state = chosen.aggregate(state, [Reply(0, KEY, reply)])
+    assert seen > 0.99 * total
+
+
+# --- the server ---------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "a.weight": (13, 5),
+    "b.weight": (8, 3),
+    "norm": (7,),
+    "z.weight": (3, 9),
+}  # rows that fill no byte, too
+MATRICES = [0, 1, 3]
+ROWS = [13, 8, 3]
+
+
+def begun(chosen: Method) -> State:
+    """A first state, of no model."""
+    tensors = tuple((name, shape, "float32") for name, shape in SHAPES.items())
+    head = LedgerHead("ab" * 32, "", tensors, 7, "outer", 1, 2.0**-12)
+    return State(Ledger(head), 0, np.array(MATRICES), np.zeros((chosen.pool, sum(ROWS)), np.float32))
+
+
+def fake(chosen: Method, seed: int, n: int) -> tuple[Reply, list[np.ndarray]]:
+    """A reply, and the vectors that it stands for, matrix by matrix and in it direction by direction."""
+    draw, key = np.random.default_rng(seed), (1 << 63) + seed
+    sent = [sent_rows(rows, chosen.share, key) for rows in ROWS for _ in range(chosen.r)]
+    scales = draw.integers(0, 1 << draw.integers(1, 32), len(sent), dtype=np.uint32)
+    bits = [draw.integers(0, 2, len(rows)) for rows in sent]
+    packed = [int("".join(map(str, b)).ljust(-(-len(b) // 8) * 8, "0"), 2) for b in bits]
+    signs = b"".join(x.to_bytes(-(-len(b) // 8), "big") for x, b in zip(packed, bits, strict=True))
+    payload = Payload({"scales": scales, "signs": np.frombuffer(signs, np.uint8)}, {"n": n, "loss": 1.0})
+    vectors = [np.zeros(rows) for rows in ROWS for _ in range(chosen.r)]
+    for vector, rows, c, b in zip(vectors, sent, scales.tolist(), bits, strict=True):
+        vector[rows] = len(vector) / len(rows) * c * (1 - 2 * b)  # in the mean over all keys, c b itself
+    return Reply(0, key, payload), vectors
+
+
+def written(ledger: Ledger, pool: int) -> np.ndarray:
+    """The ledger's tables by the text of the format: int64 [pool, rows of all matrices]."""
+    total, bits = np.zeros((pool, sum(ROWS)), np.int64), ledger.signs
+    firsts = dict(zip(MATRICES, (0, 13, 21), strict=True))
+    for id, c in zip(ledger.ids.tolist(), ledger.coefficients.tolist(), strict=True):
+        p, place = divmod(id, 1 << 32)
+        rows = ROWS[MATRICES.index(place)]
+        mine, bits = bits[: -(-rows // 8)], bits[-(-rows // 8) :]
+        for row in range(rows):
+            total[p, firsts[place] + row] += -c if mine[row // 8] >> (7 - row % 8) & 1 else c
+    assert not bits.size
+    return total
+
+
+@st.composite
+def settings_of(draw: Any) -> Method:
+    pool, small = draw(st.integers(1, 5)), st.integers(1, 3)
+    share = draw(st.integers(1, 5))  # more than a matrix has rows, too
+    return tiny(pool=pool, r=draw(st.integers(1, pool)), planes=draw(small), stay=draw(small), share=share)
+
+
+replies = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(1, 999)), max_size=4)
+
+
+@given(chosen=settings_of(), rounds=st.lists(replies, min_size=1, max_size=6))
+@settings(max_examples=25)
+def test_the_server_writes_the_mean_as_signs_and_adds_what_is_left_the_next_time(
+    chosen: Method, rounds: list[list[tuple[int, int]]]
+) -> None:
+    state, means = begun(chosen), np.zeros((chosen.pool, sum(ROWS)))
+    left, largest = np.zeros((chosen.pool, sum(ROWS)), np.float32), 0.0
+    for number, answers in enumerate(rounds):
+        made = [fake(chosen, seed, n) for seed, n in answers]
+        before, state = state, chosen.aggregate(state, iter([reply for reply, _ in made]))
+        assert state.round == number + 1
+        if not made:
+            assert state.ledger is before.ledger
+            assert np.array_equal(state.left, before.left)
+            continue
+        weights = [n for _, n in answers]
+        entries = []
+        for place, (matrix, rows) in enumerate(zip(MATRICES, ROWS, strict=True)):
+            first = sum(ROWS[:place])
+            for i in range(chosen.r):
+                p = (number // chosen.stay * chosen.r + i) % chosen.pool
+                vectors = [v[place * chosen.r + i] for _, v in made]
+                mean = sum(n * v for n, v in zip(weights, vectors, strict=True)) / sum(weights)
+                means[p, first : first + rows] += mean
+                rest = mean + left[p, first : first + rows].astype(np.float64)
+                for plane in range(chosen.planes):
+                    c = int(np.rint(np.abs(rest).mean()))
+                    rest = np.array([x + c if x < 0 else x - c for x in rest])
+                    entries.append((plane, place, i, p << 32 | matrix, c))
+                left[p, first : first + rows] = rest
+        new = state.ledger._taken(state.ledger.rounds == number + 1)
+        expected = [(id, c) for *_, id, c in sorted(entries) if c]
+        assert list(zip(new.ids.tolist(), new.coefficients.tolist(), strict=True)) == expected
+        assert np.array_equal(state.left, left)
+        assert state.left.dtype == np.float32
+        largest = max(largest, float(np.abs(left).max()))
+    off = means - written(state.ledger, chosen.pool) - left
+    assert np.abs(off).max() <= len(rounds) * largest * 2.0**-24
+
+
+def test_a_round_without_replies_is_one_whose_directions_are_passed_over() -> None:
+    chosen = tiny(pool=3)
+    state = begun(chosen)
+    assert chosen.expects(state).arrays["signs"] == ("uint8", (4,))
+    assert tiny(share=9, r=2).expects(state).arrays["signs"] == (
+        "uint8",
+        (6,),
+    )  # a row of each matrix at least
+    for _ in range(2):
+        state = chosen.aggregate(state, iter(()))
+    state = chosen.aggregate(state, iter([fake(chosen, seed, 2)[0] for seed in (4, 5)]))
+    assert set((state.ledger.ids >> np.uint64(32)).tolist()) == {2}
+    assert set(state.ledger.rounds.tolist()) == {3}
+    assert np.flatnonzero(state.left.any(axis=1)).tolist() == [2]
+
+
+# --- what a device is told ----------------------------------------------------------------------------------
+
+
+def told(
+    chosen: Method, fleet: LocalFleet, state: State, number: int, present: Sequence[int], folder: Path
+) -> tuple[list[Answer], dict[int, bytes]]:
+    """What the clients of a round answer, and what they were sent: the news since what each remembers."""
+    asked = Round(number, base_of(fleet.model), fleet.rows, state)
+    with Replies(chosen, asked, Folder(folder), lambda event: None) as replies:
+        messages = _messages(chosen, fleet, replies, present)
+    return list(fleet.ask(number, present, messages)), messages
+
+
+@given(rounds=st.lists(st.sets(st.integers(0, 1)), min_size=2, max_size=5))
+@example(rounds=[{0, 1}, {0}, {0}, set(), {0, 1}, {1}])
+@settings(max_examples=2)
+def test_a_device_that_is_told_the_news_replies_as_one_that_is_told_everything(
+    rounds: list[set[int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whoever took part when, from bytes to bytes, with memories in files."""
+    chosen = tiny(r=2, pool=3)
+    own, other = (fleet(tiny_llama(layers=1), chosen, 2) for _ in range(2))
+    state = chosen.init(own.model, 3)
+    for number, present in enumerate(map(sorted, rounds), 1):
+        knew = {client: round for client, (round, _) in own.kept().items()}
+        answers, messages = told(chosen, own, state, number, present, tmp_path_factory.getbasetemp())
+        everything = encode(Message(number, base_of(own.model), chosen.broadcast(state)))
+        whole = list(other.ask(number, present, everything))
+        assert [a.reason for a in answers] == [""] * len(present)
+        assert [a.data for a in answers] == [a.data for a in whole]
+        for client in present:
+            since = sum(r >= knew.get(client, 0) for r in state.ledger.rounds.tolist())
+            assert len(decode(messages[client]).payload.array("direction")) == since
+        replies = [Reply(a.client, a.key, decode(a.data or b"").payload) for a in answers]
+        state = chosen.aggregate(state, iter(replies))
+
+
+def test_a_device_whose_memory_is_gone_says_so_and_is_then_told_everything(tmp_path: Path) -> None:
+    chosen = tiny()
+    own, other = (fleet(tiny_llama(layers=1), chosen, 2, memories=tmp_path / name) for name in ("a", "b"))
+    state = chosen.init(own.model, 3)
+    for number in (1, 2):
+        answers, _ = told(chosen, own, state, number, [0, 1], tmp_path)
+        state = chosen.aggregate(
+            state, iter([Reply(a.client, a.key, decode(a.data or b"").payload) for a in answers])
+        )
+    for file in own.memories.folder.glob("client-000000*"):
+        file.unlink()
+    (lost, well), _ = told(chosen, own, state, 3, [0, 1], tmp_path)
+    assert (lost.data, lost.status, well.status) == (None, "failed", "ok")
+    assert "client-000000.round-000002.ckpt" in lost.reason
+    own.memories = Memories(own.memories.folder)
+    answers, messages = told(chosen, own, state, 3, [0, 1], tmp_path)
+    assert len(messages[0]) > len(messages[1])
+    everything = encode(Message(3, base_of(own.model), chosen.broadcast(state)))
+    assert answers[0].data == next(other.ask(3, [0], everything)).data
+
+
+# --- what cannot be -----------------------------------------------------------------------------------------
+
+
+def wrong(change: str, sent: Payload) -> None:
+    """Change what is sent so that it cannot be of this run."""
+    arrays = sent.arrays
+    if change == "known":
+        sent.scalars["known"] = 2
+    elif change == "rows":
+        arrays["rows"] = arrays["rows"][::-1].copy()
+    elif change in ("direction", "matrix"):
+        arrays[change] = np.full_like(arrays[change], 8)
+    else:
+        arrays[change] = arrays[change][:-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("rows", "the matrices that the run trains are not those of this model"),
+        ("direction", "not of this run's matrices and directions"),
+        ("matrix", "not of this run's matrices and directions"),
+        ("signs", "not of this run's matrices and directions"),
+        ("scale", "not of this run's matrices and directions"),
+        ("known", "this device does not remember the rounds before those that came"),
+    ],
+)
+def test_a_message_that_is_not_of_the_run_is_refused(change: str, said: str, rows: Any) -> None:
+    model, chosen = tiny_llama(layers=1), tiny()
+    state = chosen.init(model, 3)
+    ones = [np.ones(rows) for rows in chosen.rows(state)]
+    state = chosen.written(state, ones)
+    sent, memory = chosen.broadcast(state), dict[str, Any]()
+    wrong(change, sent)
+    with pytest.raises(MessageError, match=said):
+        answer(model, chosen, sent, rows, memory)
+    assert not memory
+
+
+def test_a_model_in_another_methods_hands_is_given_the_own_directions() -> None:
+    """As where a device does the work of two runs."""
+    model = tiny_llama(layers=1)
+    tiny(targets="q_proj").attached(model)
+    assert len(tiny(r=2).init(model, 3).places) == 7
+    tiny(r=2).attached(model)
+    assert len(tiny().attached(model).places) == 7
+    assert adapters_rank(model) == 1
+
+
+def adapters_rank(model: Model) -> int:
+    """The rank of the LoRA that a model carries."""
+    assert model.attachment is not None
+    return int(min(min(p.shape) for p in model.attachment.parameters.values()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"r": 9}, "r = 9 must be at least 1 and at most pool = 8"),
+        ({"r": 0}, "r = 0 must be at least 1"),
+        ({"pool": 1025}, "that at most 1024"),
+        ({"planes": 0}, "planes = 0 must be 1 to 8"),
+        ({"planes": 9}, "planes = 9 must be 1 to 8"),
+        ({"stay": 0}, "stay = 0 at least 1"),
+        ({"share": 0}, "share = 0 1 to 1024"),
+        ({"lr": 0.0}, "lr = 0.0 must be positive"),
+        ({"targets": "q_proj,"}, "targets = 'q_proj,'"),
+    ],
+)
+def test_settings_that_cannot_be(settings: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tiny(**settings)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "said"),
+    [
+        (tiny_bert, "all-linear", "signlora trains no classification head"),
+        (tiny_llama, "q_proj,no_proj", "no linear layer named 'no_proj'"),
+    ],
+)
+def test_a_model_that_has_no_place_for_it_is_left_as_it_is(model: Any, targets: str, said: str) -> None:
+    made = model()
+    with pytest.raises(ModelError, match=said) as refused:
+        tiny(targets=targets).init(made, 3)
+    assert refused.value.hint
+    assert made.attachment is None
