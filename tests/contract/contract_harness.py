@@ -51,7 +51,7 @@ VARIANTS = [
     "fedit:average=product,ranks=2;4",
     "fedit:start=pissa,dropout=0",
     "fedit:start=eva",
-    "fedit:wire=fp16",
+    "fedit:wire=sign",
     "fedkseed:law=gaussian",
     "fedkseed:pro=true",
     "fedkseed:backprop=0.5,backprop_lr=0.05",
@@ -62,7 +62,7 @@ VARIANTS = [
     "zosgd:law=gaussian",
     "fedpetuning:module=prefix",
     "fedpetuning:module=full,size=0",
-    "fedpetuning:module=bitfit,size=0,scaffold=true,wire=fp16",
+    "fedpetuning:module=bitfit,size=0,scaffold=true",
     "fedpeptao:layers_rule=all,server_lr=0",
 ]
 # Methods that remember on the server or on the devices: a run that goes on must go on with all of it.

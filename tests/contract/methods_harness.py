@@ -23,7 +23,7 @@ CLIENTS = len(ROWS)
 LORA = {"r": 2, "steps": 2}
 CASES: dict[str, dict[str, Any]] = {
     "fedit": LORA,
-    "fedit fp16": LORA | {"wire": "fp16", "server": "adam"},
+    "fedit sign": LORA | {"wire": "sign", "server": "adam"},
     "fedit scaffold": LORA | {"scaffold": True},
     "fedpeptao": {"tokens": 1, "steps": 2, "layers_rule": "half"},
     "fedpeptao all": {"tokens": 1, "steps": 2, "layers_rule": "all"},
@@ -57,7 +57,9 @@ def usual(method: Any, state: Any, client: int) -> Payload:
     for name, (kind, shape) in spec.arrays.items():
         step = rng.normal(size=[abs(n) for n in shape])
         if np.dtype(kind).kind == "f":
-            arrays[name] = (sent.arrays.get(name, np.zeros(step.shape)) + 1e-3 * step).astype(kind)
+            start = sent.arrays.get(name)
+            here = 0.0 if start is None or start.shape != step.shape else start  # signs are changes
+            arrays[name] = (here + 1e-3 * step).astype(kind)
         elif kind == "uint8":
             arrays[name] = LogCode.encode(300 * step, np.full(step.shape, 0.5))
         else:

@@ -41,14 +41,11 @@ ROWS: Final = 1000  # rows of a device: decides the width of one integer of its 
 def traffic(method: methods.Method, footprint: Footprint) -> tuple[int, int]:
     """Return (bytes up, bytes down) of a device in one round; sums at their full 32 bits."""
     state = footprint.state
-    tensors = footprint.module.tensors if "tensors" in state._fields else {}  # else they do not travel
     reply = method.expects(state)
     numbers = {n: 0.5 if kind is float else ROWS for n, (kind, _, _) in reply.scalars.items()}
     arrays = {n: (kind, tuple(abs(d or 0) for d in sizes)) for n, (kind, sizes) in reply.arrays.items()}
-    # `broadcast` may copy the module, so it is left out there and added here
-    down = method.broadcast(state._replace(tensors={}) if tensors else state)
+    down = method.broadcast(state)
     sent = {n: (a.dtype.name, a.shape) for n, a in down.arrays.items()}
-    sent |= {n: ("float32", sizes) for n, sizes in tensors.items()}
     return message_bytes(arrays, numbers), message_bytes(sent, down.scalars)
 
 

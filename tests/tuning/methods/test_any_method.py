@@ -205,7 +205,7 @@ PRIVATELY = Rule(PRIVATE, privacy=Privacy(1.0, 1.0, 1.0, CLIENTS))
 
 
 @pytest.mark.parametrize(
-    "case", ["fedit", "fedit fp16", "fedkseed", "fedkseed bp", "mezo", "onebyte", "onebyte sign"]
+    "case", ["fedit", "fedit sign", "fedkseed", "fedkseed bp", "mezo", "onebyte", "onebyte sign"]
 )
 def test_of_a_private_round_the_state_keeps_the_noisy_sum_alone(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -271,7 +271,7 @@ def test_eva_starts_from_the_servers_rows(tmp_path: Path) -> None:
         ("fedit", {"start": "magic"}, "none of default, gaussian"),
         ("fedit", {"start": "orthogonal", "r": 3}, "even rank"),
         ("fedit", {"start": "pissa"}, "dropout=0"),
-        ("fedit", {"start": "olora", "dropout": 0, "wire": "fp16"}, "wire=fp32"),
+        ("fedit", {"start": "olora", "dropout": 0, "wire": "sign"}, "wire=fp32"),
         ("fedit", {"start": "pissa", "dropout": 0, "average": "product"}, "average=separate"),
         ("fedit", {"ranks": "2,4"}, "average=product"),
         ("fedit", {"ranks": "2,17", "average": "product"}, "1 to r = 16"),
@@ -279,7 +279,7 @@ def test_eva_starts_from_the_servers_rows(tmp_path: Path) -> None:
         ("fedit", {"ranks": "2;4", "average": "product"}, "1 to r = 16"),
         ("fedit", {"ranks": "2", "average": "product", "start": "orthogonal"}, "orthogonal"),
         ("fedpetuning", {"start": "pissa", "module": "adapter"}, "module=lora"),
-        ("fedpetuning", {"start": "pissa", "wire": "fp16"}, "wire=fp32"),
+        ("fedpetuning", {"start": "pissa", "wire": "sign"}, "wire=fp32"),
         ("fedpetuning", {"start": "orthogonal", "size": 5}, "even rank"),
     ],
 )

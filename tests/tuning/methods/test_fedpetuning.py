@@ -146,7 +146,7 @@ def test_lora_has_alpha_equal_to_its_rank_on_query_and_value() -> None:
         ({"module": "prefix", "targets": "all-linear"}, "needs module=lora"),
         ({"module": "lora", "places": "pfeiffer"}, "needs module=adapter"),
         ({"lr": -1.0}, "must be positive"),
-        ({"wire": "int8"}, "none of fp32, fp16"),
+        ({"wire": "int8"}, "neither fp32 nor sign"),
         ({"epochs": 0}, "at least 1"),
     ],
 )

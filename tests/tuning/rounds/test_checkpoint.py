@@ -16,7 +16,7 @@ from fleetune.tuning.methods import Method, Reply
 from fleetune.tuning.rounds.checkpoint import Course, Totals, pack, unpack
 
 SMALL: dict[str, list[dict[str, Any]]] = {  # settings that make each method small, one run a set
-    "fedit": [{"r": 2}, {"r": 2, "average": "product", "wire": "fp16"}],
+    "fedit": [{"r": 2}, {"r": 2, "average": "product"}, {"r": 2, "wire": "sign"}],
     "fedkseed": [{"K": 32, "tau": 5}, {"K": 32, "tau": 5, "pro": True}],
     "mezo": [{"K": 16, "tau": 10}, {"K": 16, "tau": 10, "law": "gaussian"}],
 }

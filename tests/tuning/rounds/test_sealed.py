@@ -26,7 +26,7 @@ from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 SEALED = Sealed(1e7, 0.0, 1.0, 4, 3)  # integers of a ledger
 SMALL = dataclasses.replace(SEALED, clip=10.0)  # an adapter's numbers
-METHODS = ("fedkseed", "mezo", "onebyte", "signlora", "fedit")
+METHODS = ("fedkseed", "mezo", "onebyte", "signlora", "fedit", "fedit:wire=sign")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_round_is_bit_for_bit_that_without_masks(
     name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sum, and the new state: that of the open replies by the server's own sum on the same grid, its noise still."""
-    method, sealed = short(name), SMALL if name == "fedit" else SEALED
+    method, sealed = short(name), SMALL if name.startswith("fedit") else SEALED
     state = method.init(model, key())
     _, plain = asked(model, method, state, None)
     wanted = sum(flattened(sealed.units(moves(method, state, answer))) for answer in plain)

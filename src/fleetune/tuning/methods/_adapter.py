@@ -9,6 +9,11 @@ keep devices with unlike data together:
   corrected afterwards, as in OpenFedLLM.  Nothing more goes up: c_k' - c_k = (w - w_k) / (tau eta) - c, all of which the server
   has.  c is the mean over the devices seen so far (the paper: a device that never took part counts as zero).  A device does not
   learn whether its reply arrived, so after a lost one its c_k has moved and c has not.
+
+With `wire=sign`, changes travel as signs with scales (`exchange/sign_code.py`).  A device sends one plane of its change.  The
+server writes the mean as `PLANES` planes, and adds what they leave to the next mean (error feedback: Karimireddy et al. 2019,
+arXiv 1901.09847, Algorithm 1).  A device that remembers the module is sent the planes of the rounds since; any other draws the
+start from the seed and is sent all planes, or the module where that is less.  So all have one module, the server's, to the bit.
 """
 
 import math
@@ -17,7 +22,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
@@ -28,20 +32,28 @@ from fleetune import adapters
 from fleetune.adapters.lora_init import FROM_WEIGHTS, explained_directions
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, collate, encode_rows, read
+from fleetune.errors import MessageError
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.privacy.mechanism import Privacy, PrivateSum
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import server_rules
+from fleetune.tuning.exchange import server_rules, sign_code
 from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
+from fleetune.tuning.exchange.sign_code import Layout, Signs
 
-DTYPE: Final[Mapping[str, Any]] = MappingProxyType({"fp32": np.float32, "fp16": np.float16})
 NOBODY: Final = np.zeros(0, np.int64)
 NOTHING: Final[Tensors] = {}  # never written to: a state is replaced
+PLANES: Final = 2  # of signs down; up goes one
+NO_SIGNS: Final = Signs(np.zeros((0, 0), np.uint8), np.zeros((0, 0), np.float32))
+SAME_EVERYWHERE: Final = (
+    "default",
+    "gaussian",
+    "shared",
+)  # starts of LoRA that each machine draws to the same bits
 
 
 class State(NamedTuple):
@@ -54,6 +66,11 @@ class State(NamedTuple):
     c: Tensors = NOTHING
     seen: np.ndarray = NOBODY  # devices that c is the mean of
     start: Tensors = NOTHING  # what a LoRA's start took out of the base (B0, A0)
+    # wire=sign
+    round: int = 0
+    bits: np.ndarray = NO_SIGNS.bits  # what the last rounds changed, as `Signs`: `PLANES` each
+    scales: np.ndarray = NO_SIGNS.scales
+    left: np.ndarray = np.zeros(1, np.float32)  # of the mean, what was not sent yet
 
 
 class Trained(methods.Method):
@@ -69,7 +86,6 @@ class Trained(methods.Method):
     decay: bool = True  # linear to 0 within the round, after them
     mu: float = 0.0  # FedProx
     scaffold: bool = False
-    wire: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.epochs < 1 or self.steps < 0 or self.rising < 0:
@@ -80,8 +96,6 @@ class Trained(methods.Method):
             raise ValueError(
                 f"clip = {self.clip}, weight_decay = {self.weight_decay}, mu = {self.mu}: each must be 0 or a positive number"
             )
-        if self.wire not in DTYPE:
-            raise ValueError(f"wire = {self.wire!r} is none of {', '.join(DTYPE)}")
 
     @property
     def own_lr(self) -> float:
@@ -149,8 +163,7 @@ class Trained(methods.Method):
         """
         w_k, tensors = reply.payload.arrays, state.tensors
         moved = methods.norm(
-            w_k[n].astype(np.float64) - t.astype(DTYPE[self.wire])[tuple(map(slice, w_k[n].shape))]
-            for n, t in tensors.items()
+            w_k[n].astype(np.float64) - t[tuple(map(slice, w_k[n].shape))] for n, t in tensors.items()
         )
         _, walk = self.walked(reply.payload.int("n"))
         return moved / (math.sqrt(sum(w_k[n].size for n in tensors)) * walk)
@@ -188,7 +201,7 @@ class Averaged(Trained):
     start_data: str = setting(
         "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
     )
-    wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
+    wire: str = setting("fp32", "wire", "fp32; sign: changes as signs, 1 bit a number up, 2 down")
     server: str = setting("avg", "server", "the server's rule: avg, avgm or adam")
     server_lr: float = setting(
         0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, 1e-3 for adam)"
@@ -199,6 +212,10 @@ class Averaged(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.wire not in ("fp32", "sign"):
+            raise ValueError(f"wire = {self.wire!r} is neither fp32 nor sign")
+        if self.wire == "sign" and self.scaffold:
+            raise ValueError("scaffold's variates are not sent as signs; use wire=fp32, or scaffold=false")
         server_rules.check(self.server, lr=self.server_lr)
         check_targets(self.targets)
 
@@ -216,18 +233,38 @@ class Averaged(Trained):
         self.attach(model, seed, self.start)
         if self.start == "eva":
             start_from_rows(model, self.start_data)
-        start = group(coded(adapters.subtracted_factors(model), self.wire))
-        adapters.subtract_factors(model, start)
-        return State(adapters.export(model), seed, start=start)
+        tensors = adapters.export(model)
+        none = no_signs(Layout.of(tensors)) if self.wire == "sign" else NO_SIGNS
+        return State(
+            tensors, seed, start=adapters.subtracted_factors(model), bits=none.bits, scales=none.scales
+        )
 
     def broadcast(self, state: State) -> Payload:
         """Send the module, what its start took out of the base, and SCAFFOLD's c once there is one."""
-        arrays = coded(state.tensors, self.wire) | coded(state.start, self.wire, "start/")
-        return Payload(arrays | coded(state.c, self.wire, "c/"), {"seed": state.seed})
+        if self.wire == "sign":
+            return self.news(state, 0)
+        arrays = state.tensors | prefixed(state.start, "start/") | prefixed(state.c, "c/")
+        return Payload(arrays, {"seed": state.seed})
+
+    def news(self, state: State, known: int) -> Payload:
+        """Send what changed since the module that a device was sent in round `known`; 0: since the start.
+
+        The whole module is sent where that is less, or the start is no function of the seed.
+        """
+        missed = PLANES * (state.round - max(known - 1, 0))
+        whole = missed > len(state.bits) or not (known or self.start in SAME_EVERYWHERE)
+        first = len(state.bits) - missed
+        arrays = state.tensors if whole else {"bits": state.bits[first:], "scales": state.scales[first:]}
+        groups = Layout.of(state.tensors).groups.tobytes()
+        return Payload(arrays, {"seed": state.seed, "known": 0 if whole else known, "groups": groups})
 
     def expects(self, state: State) -> ReplySpec:
-        arrays = {n: (np.dtype(DTYPE[self.wire]).name, t.shape) for n, t in state.tensors.items()}
-        return ReplySpec(arrays)
+        if self.wire == "fp32":
+            return ReplySpec({n: ("float32", t.shape) for n, t in state.tensors.items()})
+        sizes = Layout.of(state.tensors).sizes
+        return ReplySpec(
+            {"bits": ("uint8", (1, -(-int(sizes.sum()) // 8))), "scales": ("float32", (1, len(sizes)))}
+        )
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
@@ -243,62 +280,125 @@ class Averaged(Trained):
 
         `payload` has no arrays afterwards: in training, the module's parameters are all that is left of them.
         """
-        arrays = payload.take()
+        told = self.told(model, payload, memory) if self.wire == "sign" else {}
+        arrays = told or payload.take()
         adapters.subtract_factors(model, group(arrays, "start/"))
         adapters.load_(model, group(arrays))
         if c := group(arrays, "c/"):
             adapters.check_form(model, c)
-        if not self.scaffold:
+        if not self.scaffold and not told:
             arrays.clear()
         w, c_k = group(arrays), group(memory, "c/")
         correction = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if c or c_k else {}
         loss = self.train(model, batches, key, correction)
-        sent = coded(adapters.export(model), self.wire)
-        w_k = group(sent)
-        adapters.load_(model, w_k)
+        w_k = adapters.export(model)
+        if told:
+            layout = Layout.of(w)
+            start = layout.flat(w)
+            signs = sign_code.encode(layout.flat(w_k).astype(np.float64) - start, layout.sizes)
+            adapters.load_(model, layout.tensors(sign_code.add(start, signs, layout.sizes)))
+            return Payload(signs._asdict(), {"n": batches.n, "loss": loss})
         if self.scaffold:
             variate = server_rules.client_variate(c_k, c, w, w_k, self.walked(batches.n)[0])
             if all(np.isfinite(v).all() for v in variate.values()):  # else the reply will be refused
                 memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
-        return Payload(sent, {"n": batches.n, "loss": loss})
+        return Payload(w_k, {"n": batches.n, "loss": loss})
+
+    def told(self, model: Model, payload: Payload, memory: dict[str, Any]) -> Tensors:
+        """Return the module of a round of wire=sign, and remember it: what came, added to what the device has."""
+        came = dict(payload.arrays)
+        if "bits" not in came:
+            module = came
+        else:
+            if not payload.int("known"):  # the start
+                adapters.detach(model)
+                self.attach(model, payload.int("seed"), self.start)
+            module = adapters.export(model)
+            layout = Layout.of(module)
+            if layout.groups.tobytes() != payload.scalars.get("groups"):
+                raise MessageError("the changes that came are not of this model's module")
+            start = memory["module"] if payload.int("known") else layout.flat(module)
+            signs = Signs(payload.array("bits"), payload.array("scales"))
+            module = layout.tensors(sign_code.add(start, signs, layout.sizes))
+        memory["module"] = Layout.of(module).flat(module)
+        return module
 
     def begins(self, sent: Payload) -> Tensors:
+        if self.wire == "sign":
+            return {"change": np.zeros(int(sizes_sent(sent).sum()))}
         return group(sent.arrays)
 
     def moved(self, sent: Payload, reply: methods.Reply) -> Tensors:
-        return dict(reply.payload.arrays)
+        arrays = reply.payload.arrays
+        if self.wire == "sign":
+            none, sizes = self.begins(sent)["change"], sizes_sent(sent)
+            return {"change": sign_code.add(none, Signs(arrays["bits"], arrays["scales"]), sizes)}
+        return dict(arrays)
+
+    def distance(self, state: State, sent: Payload, reply: methods.Reply) -> float:
+        if self.wire == "fp32":
+            return super().distance(state, sent, reply)
+        (change,) = self.moved(sent, reply).values()
+        return methods.norm([change]) / (math.sqrt(change.size) * self.walked(reply.payload.int("n"))[1])
 
     def aggregate(self, state: State, replies: Iterable[methods.Reply], rule: Rule = MEAN) -> State:
         """Take the mean weighted by rows, the server's step, and SCAFFOLD's c if it is on; no reply gives the state back.
 
         Another `rule` combines the modules in the mean's place, and the changes of the devices' variates.
         """
-        sent = self.broadcast(state).arrays
-        w, c, seen = group(sent), group(sent, "c/"), set(state.seen.tolist())
+        sent = self.broadcast(state)
+        w, c, seen = state.tensors, state.c, set(state.seen.tolist())
         zeros = {n: np.zeros(tensor.shape) for n, tensor in w.items()}
-        before = {n: len(seen) * np.asarray(state.c.get(n, 0.0), np.float64) + zeros[n] for n in w}
-        combined, variates = rule.combining(w), (rule if self.scaffold else MEAN).combining(sums=before)
+        before = {n: len(seen) * np.asarray(c.get(n, 0.0), np.float64) + zeros[n] for n in w}
+        combined = rule.combining(self.begins(sent))
+        variates = (rule if self.scaffold else MEAN).combining(sums=before)
         for reply in replies:
-            n, w_k = reply.payload.int("n"), reply.payload.arrays
-            combined.add(float(n), w_k)
+            n = reply.payload.int("n")
+            combined.add(float(n), self.moved(sent, reply))
             if self.scaffold:
                 walked, _ = self.walked(reply.rows or n)
-                variates.add(1.0, server_rules.client_variate({}, c, w, w_k, walked))  # c_k' - c_k
+                variate = server_rules.client_variate({}, c, w, reply.payload.arrays, walked)
+                variates.add(1.0, variate)  # c_k' - c_k
                 seen.add(reply.client)
         if not combined.total:
-            return state
+            return self.written(state, state) if self.wire == "sign" else state
         mean = combined.tensors()
-        new = state._replace(tensors=rounded(mean))
+        if self.wire == "sign":
+            mean = {n: w[n] + change for n, change in Layout.of(w).tensors(mean["change"]).items()}
+        else:
+            mean = rounded(mean)
+        new = state._replace(tensors=mean)
         if self.server != "avg" or self.server_lr not in (0.0, 1.0):  # else the mean itself
-            delta = {n: m.astype(np.float64) - w[n].astype(np.float64) for n, m in new.tensors.items()}
-            moved, moments = server_rules.step(
-                self.server, state.tensors, delta, state.moments, lr=self.server_lr
-            )
+            delta = {n: m.astype(np.float64) - w[n].astype(np.float64) for n, m in mean.items()}
+            moved, moments = server_rules.step(self.server, w, delta, state.moments, lr=self.server_lr)
             new = state._replace(tensors=rounded(moved), moments=moments)
+        if self.wire == "sign":
+            return self.written(state, new)
         if not self.scaffold:
             return new
         c = {n: total / len(seen) for n, total in variates.sums().items()}
         return new._replace(c=c, seen=np.array(sorted(seen), np.int64))
+
+    def written(self, state: State, new: State) -> State:
+        """Return `new` with its change from `state` as signs, and what these leave; nothing more is written without one."""
+        layout = Layout.of(state.tensors)
+        start = layout.flat(state.tensors)
+        change = layout.flat(new.tensors).astype(np.float64) - start
+        if new is not state:
+            change += state.left
+        signs = sign_code.encode(change, layout.sizes, PLANES)
+        end = sign_code.add(start, signs, layout.sizes)
+        left = state.left
+        if new is not state:
+            left = (change - sign_code.add(np.zeros(len(start)), signs, layout.sizes)).astype(np.float32)
+        # history, of no more bytes than the module
+        most = PLANES * max(1, 4 * len(start) // (signs.bits.nbytes + signs.scales.nbytes))
+        bits, scales = (
+            np.concatenate([old, added])[-most:]
+            for old, added in ((state.bits, signs.bits), (state.scales, signs.scales))
+        )
+        tensors = layout.tensors(end)
+        return new._replace(tensors=tensors, round=state.round + 1, bits=bits, scales=scales, left=left)
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
@@ -317,12 +417,16 @@ class Averaged(Trained):
         """Return a device's work of training this module, with the state that its messages are counted by."""
         if module is None:
             return None
-        # FedProx's origins; SCAFFOLD's w, c, c_k and correction, and w and c as they came, where that is in fp16
-        kept = (self.mu > 0) + self.scaffold * (5 if self.wire == "fp16" else 4)
+        # FedProx's origins; SCAFFOLD's w, c, c_k and correction; the module that signs are added to
+        kept = (self.mu > 0) + self.scaffold * 4 + (self.wire == "sign")
+        state = State(placeholders(module), WIDE >> 1)
+        if self.wire == "sign":
+            none = no_signs(Layout.of(state.tensors), PLANES)
+            state = state._replace(round=1, bits=none.bits, scales=none.scales)
         return Footprint(
             "backward",
             module,
-            State(placeholders(module), WIDE >> 1),
+            state,
             checkpointing=self.checkpointing,
             whole_gradient=self.clip > 0,
             kept=kept,
@@ -401,9 +505,23 @@ def prox_(parameter: nn.Parameter, origin: torch.Tensor, mu: float) -> None:
 # What travels -------------------------------------------------------------------------------------------
 
 
-def coded(tensors: Mapping[str, np.ndarray], wire: str, prefix: str = "") -> Tensors:
-    """Return tensors in the wire's type, their names after `prefix`; those that have it are the same arrays."""
-    return {prefix + n: t.astype(DTYPE[wire], copy=False) for n, t in tensors.items()}
+def prefixed(tensors: Mapping[str, np.ndarray], prefix: str) -> Tensors:
+    """Return tensors with their names after `prefix`."""
+    return {prefix + n: t for n, t in tensors.items()}
+
+
+def no_signs(layout: Layout, planes: int = 0) -> Signs:
+    """Return planes that change nothing."""
+    numbers = int(layout.sizes.sum())
+    shape = (planes, len(layout.sizes))
+    return Signs(np.zeros((planes, -(-numbers // 8)), np.uint8), np.zeros(shape, np.float32))
+
+
+def sizes_sent(sent: Payload) -> np.ndarray:
+    """Return the sizes of the groups of what was sent."""
+    groups = sent.scalars["groups"]
+    assert isinstance(groups, bytes)
+    return Layout({}, np.frombuffer(groups, np.uint32).reshape(-1, 2)).sizes
 
 
 def rounded(tensors: Mapping[str, np.ndarray]) -> Tensors:

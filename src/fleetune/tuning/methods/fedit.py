@@ -83,6 +83,10 @@ class Method(_adapter.Averaged):
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "
                 "own and not what was learned; use average=separate"
             )
+        if product and self.wire != "fp32":
+            raise ValueError(
+                "average=product turns the factors every round, so that their change says nothing of them; use wire=fp32"
+            )
         if product and (self.server != "avg" or self.server_lr or self.scaffold):
             raise ValueError(
                 "average=product turns the factors every round, so that what server, server_lr and scaffold "
@@ -126,9 +130,9 @@ class Method(_adapter.Averaged):
         """Train the adapter of the rank that came."""
         came = {a.shape[:1] for n, a in payload.arrays.items() if n.endswith(".lora_A.weight")}
         rank = next((k for k in self.each_rank if came == {(k,)}), None)
-        if rank is None:
+        if rank is None and "bits" not in payload.arrays:
             raise MessageError("the adapter that came has none of the run's ranks")
-        self.attach(model, payload.int("seed"), rank=rank)
+        self.attach(model, payload.int("seed"), rank=rank or 0)
         return self.trained(model, payload, batches, key, memory)
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
