@@ -8,7 +8,7 @@ import re
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -85,8 +85,8 @@ def finite(content: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def write_atomic(path: Path, data: bytes | str, *, mode: int | None = None) -> None:
-    """Write `data` to a temporary file beside `path`, flush it to the disk, and rename it into place.
+def write_atomic(path: Path, data: bytes | str | Iterable[bytes], *, mode: int | None = None) -> None:
+    """Write `data`, whole or in pieces, to a temporary file beside `path`, flush it to the disk, and rename it into place.
 
     `mode` is the file's mode (default: by the umask).  StorageError when the disk is full, read-only or
     the folder is missing, or where `path` is a device, a pipe or a folder, which renaming would replace; then `path`
@@ -95,11 +95,12 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int | None = None) -> N
     if os.path.exists(path) and not os.path.isfile(path):
         raise StorageError(f"{path} is not a regular file", hint="give the name of a file")
     raw = data.encode() if isinstance(data, str) else data
+    pieces = [raw] if isinstance(raw, bytes | bytearray) else raw
     temporary: str | None = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            file.write(raw)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, default_mode() if mode is None else mode)

@@ -4,6 +4,7 @@
       run.toml        every value resolved; re-runs it       env.json   versions, device, digests
       metrics.jsonl   append-only, one object a line         log.txt    status
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
+                      replies-000003: what the round counted (`keep_replies`)
       releases        how often a run with privacy has released a round (`tuning/rounds/releases.py`)
       memories/       what methods keep on simulated clients, if they do (`local_work.Memories`)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
@@ -223,7 +224,7 @@ class RunDir:
         return self.metrics.record(event)
 
     def cut(self, round: int, size: int | None = None) -> list[str]:
-        """Drop what a kill left: metrics after `round` and of the end, later checkpoints, temporary files.
+        """Drop what a kill left: metrics after `round` and of the end, later checkpoints and replies, temporary files.
 
         `size` is the length of metrics.jsonl that the checkpoint of the round states.  Lost lines are logged and returned.
         """
@@ -231,6 +232,7 @@ class RunDir:
         left = [
             p for p in (*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")) if not p.is_dir()
         ]
+        left += [p for p in self.path.glob("checkpoints/replies-*") if int(p.name[len("replies-") :]) > round]
         for path in (*left, *(p for r, p in checkpoints(self.path) if r > round)):
             path.unlink(missing_ok=True)
         folders.sweep(self.path)
@@ -436,6 +438,11 @@ def checkpoints(path: Path) -> list[tuple[int, Path]]:
     """(round, file) of the checkpoints in a run folder, oldest first."""
     found = [(re.fullmatch(r"round-(\d+)\.ckpt", p.name), p) for p in (path / "checkpoints").glob("*.ckpt")]
     return sorted((int(m[1]), p) for m, p in found if m)
+
+
+def replies_file(path: Path, round: int) -> Path:
+    """Return the file of a run folder that has what `round` counted."""
+    return path / "checkpoints" / f"replies-{round:06d}"
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ export FILE --to DIR    write the tuned model as a Hugging Face directory
 merge FILE FILE --to F  both ledgers' steps in one: the changes are added
 truncate FILE --to F    without the rounds after --round N
 drop FILE --to F        without round --round N
+drop RUN --to F         without the replies of --client N, of a run with keep_replies = true
 scale FILE --to F       all steps times --factor X
 compact FILE --to F     steps along one direction added up: the same weights, a smaller file
 """
@@ -60,6 +61,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--round", type=int, help="for truncate: the last round that stays; for drop: the round left out"
     )
+    sub.add_argument("--client", type=int, help="for drop: the client left out, by its number in the report")
     sub.add_argument("--factor", type=float, help="for scale: what all steps are multiplied by")
     sub.add_argument("--threads", type=int, help="threads of the replay (default: all)")
 
@@ -196,8 +198,12 @@ def _derive(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     """Write a ledger that is made of one or two."""
     path, ledger = flags.new_path(args.to, f"ledger {args.action}"), loaded[0]
     needed = {"truncate": "round", "drop": "round", "scale": "factor"}.get(args.action)
-    if needed and getattr(args, needed) is None:
-        raise UsageError(f"ledger {args.action} needs --{needed}")
+    if args.client is not None and (args.action != "drop" or args.round is not None):
+        raise UsageError("--client is for ledger drop, in place of --round")
+    if needed and getattr(args, needed) is None and args.client is None:
+        raise UsageError(
+            f"ledger {args.action} needs --{needed}{' or --client' * (needed == 'round' and args.action == 'drop')}"
+        )
     match args.action:
         case "merge":
             made = ledger.merge(loaded[1])
@@ -205,6 +211,11 @@ def _derive(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
             made = ledger.compact()
         case "scale":
             made = ledger.scale(args.factor)
+        case "drop" if args.client is not None:
+            from fleetune.tuning.run.removal import without_client
+
+            folder, name = paths[0].parent, args.model or ""
+            made = without_client(folder, args.client, ledger, name, offline=args.offline, base=args.base)
         case "drop":
             made = ledger.drop(args.round)
         case _:

@@ -73,6 +73,7 @@ class Method(_zeroth.OfLedger):
 
     steps_setting: ClassVar[str] = "tau"
     server_setting: ClassVar[str] = "server_lr"
+    replies_by: ClassVar[tuple[str, ...]] = ("size", "seen")
 
     K: int = setting(
         0, "K", "directions in the pool, a power of two (0: 1024, or 4096 where clients back-propagate)"

@@ -13,7 +13,7 @@ orthogonal ones, a new pool every K steps.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -48,6 +48,8 @@ class State(NamedTuple):
 @dataclass(frozen=True)
 class Method(_zeroth.OfLedger):
     """Hyper-parameters with the paper's symbols and defaults (full-parameter setting, Table 15)."""
+
+    replies_by: ClassVar[tuple[str, ...]] = ("step",)
 
     lr: float = setting(1e-6, "η", "learning rate", found=True)
     eps: float = setting(1e-3, "ε", "size of the perturbation")

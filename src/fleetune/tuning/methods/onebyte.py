@@ -64,6 +64,7 @@ class Method(_zeroth.OfLedger):
     """Hyper-parameters with the defaults of the paper's code."""
 
     rate_at_server: ClassVar[bool] = True
+    replies_by: ClassVar[tuple[str, ...]] = ()
 
     lr: float = setting(1e-4, "η", "learning rate", found=True)
     eps: float = setting(1e-3, "ε", "size of the perturbation")

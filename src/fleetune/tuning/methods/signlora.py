@@ -22,7 +22,7 @@ a ledger of the law `outer` (`seeds/noise.py`): rank P, and one bit for a row, a
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -92,6 +92,8 @@ class SignLora(adapters.Lora):
 @dataclass(frozen=True)
 class Method(_adapter.Trained, _zeroth.OfLedger):
     """Hyper-parameters."""
+
+    replies_by: ClassVar[tuple[str, ...]] = ()
 
     law = OUTER
     K = 1

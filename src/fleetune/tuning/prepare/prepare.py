@@ -203,6 +203,8 @@ def check(recipe: Recipe) -> tuple[methods.MethodEntry, methods.Method]:
         problems.append(
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
+    if recipe.keep_replies and (recipe.privacy != private.NONE or entry.kind != "ledger"):
+        problems.append("keep_replies needs a method that leaves a ledger, and privacy = none")
     if recipe.train == SCALES:
         of_scales, change = recipes.scales_problems(
             recipe.method, recipe.set, recipe.base, recipe.device, recipes.SCALE_METHODS

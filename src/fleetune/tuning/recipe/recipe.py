@@ -279,6 +279,10 @@ class Recipe:
     max_rows: int = Field(
         default=0, ge=0, le=MOST_ROWS, description="rows that a client counts at most (0: any number)"
     )
+    keep_replies: bool = Field(
+        default=False,
+        description="store the replies that each round counts, so that a client can be left out afterwards (docs/ledger.md)",
+    )
     eval_every: int = Field(
         default=1, ge=0, description="validation loss every so many rounds (0: before and after only)"
     )

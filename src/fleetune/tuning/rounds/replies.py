@@ -5,6 +5,7 @@ A reply that goes much further (`Method.distance`) than the median of its round 
 every rule but the plain mean, at most `EXCUSED` times; under `mean:TIMES`, rows times `reach`, the distance of the same reply
 from a client with the median rows, stay within the bound too.  Few numbers vary by chance, so a reply of few may go further; how
 few is what was agreed, not what came.  Replies lie on disk until the last has come, and are handed over in the clients' order.
+With `keep_replies` each is stored for good, in a message of its own, behind the length of that.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
 from fleetune.common.events import ClientReply
+from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.memory import rss
 from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
-from fleetune.runs.rundir import RunDir
+from fleetune.runs.rundir import RunDir, replies_file
+from fleetune.tuning.exchange import messages
 from fleetune.tuning.exchange.aggregation import FEWEST, IN_MEMORY, MEAN, Rule, Spool, usual
 from fleetune.tuning.exchange.messages import NotFiniteError, Payload, ReplySpec, check, decode
 from fleetune.tuning.methods import Method, Reply
@@ -33,6 +37,7 @@ FURTHEST: Final = 4.0  # times the median distance of a round's replies, for rep
 APART: Final = 4.0  # times as far: honest replies of one kind, by the median of all kinds
 EXCUSED: Final = 2.0  # times as far, by rows that a client says it has: random steps do so where they are four times as many
 STEPS: Final = "; with many more rows, it takes more steps: --set steps=N gives all clients as many"
+LENGTH: Final = 8  # bytes of a stored reply's length
 FEW: Final = 8  # numbers in a reply with which it may go twice as far: few slopes vary by chance
 
 
@@ -81,6 +86,7 @@ class Replies:
         self.bytes_up = self.bytes_down = 0
         self.reason = ""  # of the first that failed
         self._spool = Spool(run.path, IN_MEMORY)
+        self._folder = run.path
         self.rule = replace(rule, spool=self._spool)
         self.doubted = rule.name != "mean" or rule.times < math.inf  # rows are what devices say
         self.most = min(max_rows or math.inf, rule.times * round.usual if rule.times < math.inf else math.inf)
@@ -153,7 +159,7 @@ class Replies:
         def distance_with(rows: int) -> float:
             if not spec.arrays:  # it says that it is done, no more
                 return 0.0
-            return self.method.distance(asked.state, sent, _reply(answer, payload, rows))
+            return self.method.distance(asked.state, sent, _reply(answer.client, answer.key, payload, rows))
 
         try:
             rows = payload.int("n") if n else 0
@@ -204,8 +210,19 @@ class Replies:
         for kept in tuple(self.kept):
             self._in_hand = kept
             payload = decode(self._spool.read(kept.offset, kept.size)).payload
-            yield _reply(kept.answer, payload, kept.n)
+            yield _reply(kept.answer.client, kept.answer.key, payload, kept.n)
         self._in_hand = None
+
+    def keep(self, good: bool) -> None:
+        """Store what the round counts, before its checkpoint: nothing unless it is `good`."""
+        file = replies_file(self._folder, self.round.number)
+        write_atomic(file, map(self._stored, self.kept if good else ()), mode=PRIVATE)
+
+    def _stored(self, kept: Kept) -> bytes:
+        data, answer = self._spool.read(kept.offset, kept.size), kept.answer
+        told = Payload({}, {"client": answer.client, "key": answer.key, "n": kept.n, "reply": data})
+        data = messages.encode(messages.Message(self.round.number, self.round.base, told))
+        return len(data).to_bytes(LENGTH, "little") + data
 
     # One reply ------------------------------------------------------------------------------------------
 
@@ -242,12 +259,23 @@ class Replies:
         )
 
 
-def _reply(answer: Answer, payload: Payload, n: int) -> Reply:
+def stored(run: Path, round: int) -> Iterator[Reply]:
+    """Yield the replies that a round has counted, as its method got them; MessageError or OSError where they are not whole."""
+    with open(replies_file(run, round), "rb", opener=regular) as file:
+        while length := file.read(LENGTH):
+            message = decode(file.read(int.from_bytes(length, "little")), any_size=True)
+            told = message.payload
+            if message.round != round or not isinstance(data := told.scalars.get("reply"), bytes):
+                raise MessageError(f"what is stored is no reply of round {round}")
+            yield _reply(told.int("client"), told.int("key"), decode(data).payload, told.int("n"))
+
+
+def _reply(client: int, key: int, payload: Payload, n: int) -> Reply:
     """Return a reply as its method gets it; `n` are the rows that it counts, 0 where it has none."""
     if not n:
-        return Reply(answer.client, answer.key, payload)
+        return Reply(client, key, payload)
     counting = Payload(payload.arrays, {**payload.scalars, "n": n})
-    return Reply(answer.client, answer.key, counting, payload.int("n"))
+    return Reply(client, key, counting, payload.int("n"))
 
 
 def _rows_of(payload: Payload, rows: int, most: float, private: bool) -> int:

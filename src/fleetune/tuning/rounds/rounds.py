@@ -77,6 +77,7 @@ class RoundPlan:
     max_rows: int = 0  # that a reply counts at most; 0: any number
     releases: Releases | None = None  # of a run with differential privacy
     summing: Summing | None = None  # where replies are added up by a secure sum
+    keep_replies: bool = False  # in the run's folder
 
 
 @dataclass(frozen=True)
@@ -353,10 +354,11 @@ def _aggregated(method: Method, replies: Replies, plan: RoundPlan) -> Any:
     """Return the new state, or the old one where too few replies are good; ModelLostError when it is not finite."""
     number, state = replies.round.number, replies.round.state
     new = replies.aggregate()
-    # released as it is, noise alone included: whether to is no client's choice
-    if plan.rule.privacy is not None:
-        pass
-    elif replies.mostly_not_finite or replies.accepted < plan.quorum:
+    # with privacy released as it is, noise alone included: whether to is no client's choice
+    good = not replies.mostly_not_finite and replies.accepted >= plan.quorum
+    if plan.keep_replies:
+        replies.keep(good)
+    if plan.rule.privacy is None and not good:
         log.warning(
             "round %d: %d good replies (quorum %d), %d not finite; the model stays",
             number,

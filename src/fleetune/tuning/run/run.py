@@ -21,10 +21,12 @@ from fleetune.common.paired import RowLosses, difference
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, fault
 from fleetune.evaluation.losses import pad_id
+from fleetune.models.net.model import Model
 from fleetune.runs import rundir, trackers
 from fleetune.runs.listener import Listener
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange import aggregation
+from fleetune.tuning.methods import Method, entry
 from fleetune.tuning.prepare import private
 from fleetune.tuning.prepare.prepare import CheckMemory, TuneJob, check, prepare
 from fleetune.tuning.recipe import recipe as recipes
@@ -178,7 +180,7 @@ def _tune(
     account = private.account(job)
     releases = Releases(run, account.spent, account.rounds_within) if account else None
     rule = private.rule_of(job)
-    first = _first(job, rule)
+    first = first_state(recipe, method, model, rule)
     fleet = fleets.make(job, run, listener, step)
     start = None if base else known.get("start", {}).get("loss")
     watch = Watch(method, job.objective, rundir.events(run.path) if known else (), start)
@@ -199,6 +201,7 @@ def _tune(
         recipe.max_rows,
         releases,
         _summing(job, run, listener, fleet, fleets),
+        recipe.keep_replies,
     )
     hooks = rounds.Hooks(
         sitting.begin,
@@ -300,16 +303,16 @@ class _Sitting:
         return start
 
 
-def _first(job: TuneJob, rule: aggregation.Rule) -> Any:
+def first_state(recipe: recipes.Recipe, method: Method, model: Model, rule: aggregation.Rule) -> Any:
     """Return the state before round 1; a ledger states the rule by which replies are combined, and no path."""
-    state = job.method.init(job.model, derive(job.recipe.seed, "init"))
-    if job.entry.kind != "ledger":
+    state = method.init(model, derive(recipe.seed, "init"))
+    if entry(recipe.method).kind != "ledger":
         return state
     head = state.ledger.head
     hyper = {n: describe.public(v) if n == "objective" else v for n, v in head.hyper.items()}
     head = dataclasses.replace(head, hyper=hyper)
     if rule != aggregation.MEAN:
-        head = dataclasses.replace(head, aggregation=rule.text, privacy=job.recipe.privacy)
+        head = dataclasses.replace(head, aggregation=rule.text, privacy=recipe.privacy)
     return state._replace(ledger=dataclasses.replace(state.ledger, head=head))
 
 
