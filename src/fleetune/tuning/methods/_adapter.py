@@ -261,6 +261,8 @@ class Averaged(Trained):
 
         The whole module is sent where that is less, or the start is no function of the seed.
         """
+        if self.wire == "fp32":
+            return self.broadcast(state)
         missed = PLANES * (state.round - max(known - 1, 0))
         whole = missed > len(state.bits) or not (known or self.start in SAME_EVERYWHERE)
         first = len(state.bits) - missed
