@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fleetune import models
 from fleetune.errors import ModelError
 from fleetune.models import lazy
 from fleetune.models.lazy import LazyWeight, Memory, into_memory, leave_in_file, weights_of
+from fleetune.models.net.layers import by_layer
 from fleetune.models.stored import of_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
@@ -173,6 +175,20 @@ def test_a_model_of_any_family_is_the_one_in_memory(family: str, dtype: str, tmp
     into_memory(mapped.net)
     with torch.inference_mode():
         assert torch.equal(mapped.net(input_ids=IDS).logits, outs[0].logits)
+
+
+def test_activations_are_kept_beside_weights_that_lie_in_a_file(tmp_path: Path) -> None:
+    folder, grads, seen = str(tiny_families.save("llama", tmp_path)), [], []
+    for base, room in (("memory", math.inf), ("mapped", math.inf), ("mapped", 0)):
+        net: Any = models.load(folder, device="cpu", base=base).net
+        x = net.get_input_embeddings()(IDS).detach().requires_grad_()
+        with by_layer(net, small=0, room=lambda room=room: room) as found:
+            net.model(inputs_embeds=x, use_cache=False).last_hidden_state.square().sum().backward()
+        grads.append(x.grad)
+        seen.append(found.recomputed)
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[1], grads[2])
+    assert seen == [False, False, True]
 
 
 @pytest.mark.parametrize("family", STACKED)

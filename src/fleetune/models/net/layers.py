@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fleetune.common.memory import give_back
 from fleetune.errors import ModelError
+from fleetune.models.lazy import LazyWeight
 
 # Names of the projections of queries, keys and values within attention.
 SPLIT: Final = (
@@ -261,7 +262,8 @@ class Activations:
 @contextmanager
 def _kept(layer: nn.Module) -> Iterator[dict[int, int]]:
     """Yield the bytes that autograd keeps beside the layer's weights while the block runs, by address."""
-    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    here = [p for p in layer.parameters() if not isinstance(p, LazyWeight)]
+    weights = {p.untyped_storage().data_ptr() for p in here}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
