@@ -50,7 +50,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(_adapter, "loss_tensor", quadratic)
     parameters = {n: nn.Parameter(torch.zeros(s, dtype=torch.float64)) for n, s in SIZES.items()}
     attached = Attachment(spec=None, parameters=parameters, parts=())  # type: ignore[arg-type]
-    return SimpleNamespace(attachment=attached, net=nn.Module(), device="cpu")
+    return SimpleNamespace(attachment=attached, net=nn.Module(), device="cpu", room=lambda: 0)
 
 
 def batches(tokens: list[int]) -> Batches:

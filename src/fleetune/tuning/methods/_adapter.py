@@ -253,7 +253,7 @@ class Averaged(Trained):
         """Send the module, what its start took out of the base, and SCAFFOLD's c once there is one."""
         if self.wire == "sign":
             return self.news(state, 0)
-        arrays = state.tensors | prefixed(state.start, "start/") | prefixed(state.c, "c/")
+        arrays = state.tensors | prefixed(state.start, "start/") | prefixed(rounded(state.c), "c/")
         return Payload(arrays, {"seed": state.seed})
 
     def news(self, state: State, known: int) -> Payload:
