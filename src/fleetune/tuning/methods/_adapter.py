@@ -253,7 +253,7 @@ class Averaged(Trained):
         """Send the module, what its start took out of the base, and SCAFFOLD's c once there is one."""
         if self.wire == "sign":
             return self.news(state, 0)
-        arrays = state.tensors | prefixed(state.start, "start/") | prefixed(rounded(state.c), "c/")
+        arrays = rounded(state.tensors) | prefixed(state.start, "start/") | prefixed(rounded(state.c), "c/")
         return Payload(arrays, {"seed": state.seed})
 
     def news(self, state: State, known: int) -> Payload:
@@ -532,8 +532,8 @@ def sizes_sent(sent: Payload) -> np.ndarray:
 
 
 def rounded(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Return float32, what travels."""
-    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    """Return float32, what travels; those that are float32 are the same arrays."""
+    return {name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()}
 
 
 def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
