@@ -303,7 +303,7 @@ class Averaged(Trained):
         w, c_k = group(arrays), group(memory, "c/")
         correction = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if c or c_k else {}
         loss = self.train(model, batches, key, correction)
-        w_k = adapters.export(model)
+        w_k = rounded(adapters.export(model))
         if told:
             layout = Layout.of(w)
             start = layout.flat(w)
