@@ -146,3 +146,10 @@ def test_changes_of_another_module_are_refused() -> None:
 def test_what_does_not_go_as_signs_is_said_at_once(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         methods.make("fedit", {"dropout": 0.0, "wire": "sign"} | values)
+
+
+def test_a_device_that_forgot_the_module_says_so() -> None:
+    method, model = methods.make("fedit", FAST | {"wire": "sign"}), models.tiny_llama()
+    news = method.news(method.aggregate(method.init(model, 1), iter(())), 1)
+    with pytest.raises(MessageError, match="does not remember"):
+        method.local(model, news, Batches(rows(0), 0, 0, "cpu", 0), 0, {})

@@ -50,11 +50,8 @@ NOBODY: Final = np.zeros(0, np.int64)
 NOTHING: Final[Tensors] = {}  # never written to: a state is replaced
 PLANES: Final = 2  # of signs down; up goes one
 NO_SIGNS: Final = Signs(np.zeros((0, 0), np.uint8), np.zeros((0, 0), np.float32))
-SAME_EVERYWHERE: Final = (
-    "default",
-    "gaussian",
-    "shared",
-)  # starts of LoRA that each machine draws to the same bits
+# starts of LoRA that each machine draws to the same bits
+SAME_EVERYWHERE: Final = ("default", "gaussian", "shared")
 
 
 class State(NamedTuple):
@@ -329,6 +326,8 @@ class Averaged(Trained):
             layout = Layout.of(module)
             if layout.groups.tobytes() != payload.scalars.get("groups"):
                 raise MessageError("the changes that came are not of this model's module")
+            if payload.int("known") and "module" not in memory:
+                raise MessageError("this device does not remember the rounds before those that came")
             start = memory["module"] if payload.int("known") else layout.flat(module)
             signs = Signs(payload.array("bits"), payload.array("scales"))
             module = layout.tensors(sign_code.add(start, signs, layout.sizes))
