@@ -20,7 +20,6 @@ import pytest
 from starlette.datastructures import URL
 from starlette.requests import Request
 
-from fault_report import Injected
 from fleetune.fleet import door, http_server, keys, line, link, server
 from fleetune.fleet.audit import FILE, Audit, verify
 from fleetune.fleet.door import (
@@ -200,7 +199,7 @@ def forgeries(house: House) -> dict[str, Callable[[], httpx.Response]]:
 
 
 @pytest.mark.injects
-def test_forged_identities_are_refused_and_logged(house: House, tmp_path: Path, injected: Injected) -> None:
+def test_forged_identities_are_refused_and_logged(house, tmp_path, injected):
     (tmp_path / "keys").mkdir()
     for name in ("one", "two"):
         (tmp_path / "keys" / f"{name}.pub").write_bytes((house.folder / f"{name}.pub").read_bytes())
@@ -223,7 +222,7 @@ def test_forged_identities_are_refused_and_logged(house: House, tmp_path: Path, 
     assert set(house.door.online()) == {house.one.public.fingerprint, house.two.public.fingerprint}
 
 
-def test_a_revoked_key_is_thrown_out_and_a_new_one_comes_in(house: House) -> None:
+def test_a_revoked_key_is_thrown_out_and_a_new_one_comes_in(house):
     number = house.push(house.two)
     house.door.admit([house.one.public, house.stranger.public])
     assert house.exchange(house.two).status_code == 410
@@ -235,8 +234,8 @@ def test_a_revoked_key_is_thrown_out_and_a_new_one_comes_in(house: House) -> Non
 
 @pytest.mark.parametrize("wrong", ["nothing", "a stray file", "a copy", "the rest is gone", "a new key too"])
 def test_a_removal_holds_whatever_else_is_wrong_and_though_nobody_waits_for_devices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
-) -> None:
+    tmp_path, monkeypatch, wrong
+):
     """A stray file kept revoked devices in, as did an empty folder, and a server that was adding up."""
     monkeypatch.setattr(server, "LOOK", 0.0)
     house, folder = House(tmp_path), tmp_path / "known"
@@ -264,16 +263,14 @@ def test_a_removal_holds_whatever_else_is_wrong_and_though_nobody_waits_for_devi
         assert len(served._news) == (1 if wrong == "nothing" else 2)  # what is wrong is said once
 
 
-def test_a_device_that_means_another_server_is_told_so(house: House) -> None:
+def test_a_device_that_means_another_server_is_told_so(house):
     for other in ({"address": f"a.org:{house.port}"}, {"trusted": "ab" * 32}):
         assert house.post("session", house.signed(house.one, **other)).status_code == 421
     assert "another server" in line.REFUSED[421]
     assert house.post("session", house.signed(house.stranger, trusted="ab" * 32)).status_code == 403
 
 
-def test_a_key_that_is_revoked_while_it_comes_in_stays_out(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_that_is_revoked_while_it_comes_in_stays_out(house, monkeypatch):
     """The folder of keys is read in another thread than requests are answered in."""
     verify = keys.has_signed
 
@@ -287,7 +284,7 @@ def test_a_key_that_is_revoked_while_it_comes_in_stays_out(
     assert set(house.door.online()) == {house.one.public.fingerprint}
 
 
-def test_a_key_is_there_once_unless_its_own_process_comes_again(house: House, tmp_path: Path) -> None:
+def test_a_key_is_there_once_unless_its_own_process_comes_again(house, tmp_path):
     said: list[str] = []
     device = line.Server(f"127.0.0.1:{house.port}")
     line.stay(device, house.one, tmp_path, lambda order: b"", over=lambda: bool(said), note=said.append)
@@ -297,7 +294,7 @@ def test_a_key_is_there_once_unless_its_own_process_comes_again(house: House, tm
     assert house.door.online()[house.one.public.fingerprint] != mark
 
 
-def test_a_challenge_is_for_one_key_once_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_challenge_is_for_one_key_once_within_a_minute(monkeypatch):
     now = [5 * 10**9]
     monkeypatch.setattr(door.time, "monotonic_ns", lambda: now[0])
     challenges = door.Challenges()
@@ -333,9 +330,7 @@ def test_a_challenge_is_for_one_key_once_within_a_minute(monkeypatch: pytest.Mon
         ([], "fleet.org", False),
     ],
 )
-def test_a_server_is_called_by_its_certificate(
-    tmp_path: Path, certificate: list[str], host: str, called: bool
-) -> None:
+def test_a_server_is_called_by_its_certificate(tmp_path, certificate, host, called):
     if certificate:
         keys.make_certificate(tmp_path, certificate)
     address = Address("127.0.0.1", 1, tmp_path / "server.pem" if certificate else None)
@@ -343,7 +338,7 @@ def test_a_server_is_called_by_its_certificate(
     assert Door(address, None)._is_called(f"{host}:2") is (called and bool(certificate))  # a proxy's port
 
 
-def test_a_device_that_has_gone_is_known_to_have_whatever_interval_it_named(house: House) -> None:
+def test_a_device_that_has_gone_is_known_to_have_whatever_interval_it_named(house):
     for stated, taken in (("1800", 60), ("-1", 60), ("nan", 60), ("x", 60), ("0.5", 0.5)):
         house.come(house.one, stated)
         assert house.session(house.one).heartbeat == taken
@@ -355,9 +350,7 @@ def test_a_device_that_has_gone_is_known_to_have_whatever_interval_it_named(hous
     assert len(house.door.online()) == 2
 
 
-def test_where_any_key_comes_in_their_number_is_bounded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_any_key_comes_in_their_number_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(door, "SESSIONS", 2)
     house = House(tmp_path)
     house.door = Door(Address("127.0.0.1", house.port), None)
@@ -379,7 +372,7 @@ def test_where_any_key_comes_in_their_number_is_bounded(
 # Orders and answers ------------------------------------------------------------------------------------
 
 
-def test_an_order_is_given_until_it_is_answered_and_its_answer_taken_once(house: House) -> None:
+def test_an_order_is_given_until_it_is_answered_and_its_answer_taken_once(house):
     number = house.push(house.one, b"head tail", 4)
     for _ in range(2):
         got = house.exchange(house.one)
@@ -392,7 +385,7 @@ def test_an_order_is_given_until_it_is_answered_and_its_answer_taken_once(house:
     assert not house.door.mail._open
 
 
-def test_a_request_waits_for_the_order(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_waits_for_the_order(house, monkeypatch):
     """A later one of the device sends it away: its connection may be dead. So does the device's end."""
     monkeypatch.setattr(door, "HOLD", 10.0)
     began, left = time.monotonic(), list[int]()
@@ -412,7 +405,7 @@ def test_a_request_waits_for_the_order(house: House, monkeypatch: pytest.MonkeyP
     assert time.monotonic() - began < 8
 
 
-def test_nobody_answers_the_order_of_another(house: House) -> None:
+def test_nobody_answers_the_order_of_another(house):
     number = house.push(house.one)
     assert house.exchange(house.two).status_code == 204  # nor is given it
     assert house.exchange(house.two, b"a lie", number).status_code == 204
@@ -423,7 +416,7 @@ def test_nobody_answers_the_order_of_another(house: House) -> None:
     assert house.pull(number) == [(number, b"the truth")]
 
 
-def test_what_was_ordered_in_an_earlier_stay_is_lost(house: House) -> None:
+def test_what_was_ordered_in_an_earlier_stay_is_lost(house):
     """So a process that has not taken the job yet is given no work."""
     number = house.push(house.two)
     house.come(house.two)
@@ -431,9 +424,7 @@ def test_what_was_ordered_in_an_earlier_stay_is_lost(house: House) -> None:
     assert house.exchange(house.two).status_code == 204
 
 
-def test_an_order_that_went_to_a_dead_connection_is_given_again(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_order_that_went_to_a_dead_connection_is_given_again(house, monkeypatch):
     """Its device is killed while its request waits: the socket is closed with a reset, which nobody looks at."""
     monkeypatch.setattr(door, "HOLD", 10.0)
     with house.raw("/fleet/exchange", house.heads["one"]) as dead:
@@ -444,9 +435,7 @@ def test_an_order_that_went_to_a_dead_connection_is_given_again(
     assert (got.status_code, got.content, got.headers[ORDER]) == (200, b"work", number)
 
 
-def test_a_large_answer_comes_in_pieces(
-    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_answer_comes_in_pieces(house, tmp_path, monkeypatch):
     monkeypatch.setattr(line, "PIECE", 1000)
     number = house.push(house.one, data := bytes(range(256)) * 1000, 200_000)
     device = line.Server(f"127.0.0.1:{house.port}")
@@ -458,7 +447,7 @@ def test_a_large_answer_comes_in_pieces(
     assert house.pull(number) == [(number, data[:12_345])]
 
 
-def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(house: House, tmp_path: Path) -> None:
+def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(house, tmp_path):
     """The server was started anew: it shows the device while it works on, and has its next order ready."""
     key = house.two.public.fingerprint
     house.post("leave", house.heads["two"])
@@ -482,9 +471,7 @@ def test_a_device_at_work_comes_in_again_when_a_heartbeat_is_refused(house: Hous
 
 
 @pytest.mark.parametrize("text", [b"", b"x", b"\xff\xfe", b"a.b", b"9" * 5000, b"a\r\nx: y"])
-def test_a_spoilt_file_of_the_last_session_keeps_no_device_out(
-    house: House, tmp_path: Path, text: bytes
-) -> None:
+def test_a_spoilt_file_of_the_last_session_keeps_no_device_out(house, tmp_path, text):
     house.post("leave", house.heads["one"])
     (tmp_path / line.FILE).write_bytes(text)
     device = line.Server(f"127.0.0.1:{house.port}")
@@ -500,9 +487,7 @@ def test_a_spoilt_file_of_the_last_session_keeps_no_device_out(
     assert house.one.public.fingerprint in house.door.online()
 
 
-def test_a_full_disk_keeps_no_device_out(
-    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_keeps_no_device_out(house, tmp_path, monkeypatch, caplog):
     """Its next process is only let in when this stay is over."""
 
     def full(handle: int) -> None:
@@ -518,7 +503,7 @@ def test_a_full_disk_keeps_no_device_out(
     assert not list(tmp_path.glob(f"*{line.FILE}*"))
 
 
-def test_orders_that_end_alike_share_their_end() -> None:
+def test_orders_that_end_alike_share_their_end():
     box, body = Mail(), bytes(1000)
     for device in "012":
         box.put(device, device.encode() + body, len(body), 100)
@@ -530,7 +515,7 @@ def test_orders_that_end_alike_share_their_end() -> None:
 # What no request can do --------------------------------------------------------------------------------
 
 
-def test_what_is_too_large_is_refused(house: House) -> None:
+def test_what_is_too_large_is_refused(house):
     number = house.push(house.one, room=10)  # of all pieces together
     assert house.exchange(house.one).content == b"work"
     head = house.heads["one"]
@@ -564,7 +549,7 @@ def test_what_is_too_large_is_refused(house: House) -> None:
         "/v1/fleet/pull-messages",
     ],
 )
-def test_nothing_but_what_devices_use_is_there(house: House, path: str) -> None:
+def test_nothing_but_what_devices_use_is_there(house, path):
     """Whoever asks, and before a body is read."""
     for head in ({}, house.heads["one"]):
         with house.raw(path, head, "content-length: 1000000") as opened:
@@ -572,12 +557,12 @@ def test_nothing_but_what_devices_use_is_there(house: House, path: str) -> None:
     assert house.http.get("exchange").status_code == 405
 
 
-def test_a_strangers_body_is_not_read(house: House) -> None:
+def test_a_strangers_body_is_not_read(house):
     with house.raw("/fleet/exchange", {"authorization": "Bearer x.y"}, "content-length: 1000000") as opened:
         assert b" 410 " in opened.recv(4096)
 
 
-def test_half_open_connections_lock_nobody_out(house: House) -> None:
+def test_half_open_connections_lock_nobody_out(house):
     """200 that send the begin of a request, or of a body, and no more."""
     opened = [house.raw("/fleet/exchange", house.heads["two"], "content-length: 9", b"1") for _ in range(100)]
     opened += [socket.create_connection(("127.0.0.1", house.port), timeout=10) for _ in range(100)]
@@ -594,7 +579,7 @@ def test_half_open_connections_lock_nobody_out(house: House) -> None:
             half.close()
 
 
-def test_a_device_fills_no_memory_with_bodies_that_do_not_end(house: House) -> None:
+def test_a_device_fills_no_memory_with_bodies_that_do_not_end(house):
     """Of an answer that is wanted the last one that began is kept, and of others nothing."""
     number = house.push(house.one)
     assert house.exchange(house.one).content == b"work"
@@ -614,7 +599,7 @@ def test_a_device_fills_no_memory_with_bodies_that_do_not_end(house: House) -> N
     assert house.session(house.one).coming is None
 
 
-def test_an_order_that_is_not_read_is_not_kept(house: House) -> None:
+def test_an_order_that_is_not_read_is_not_kept(house):
     """A later request of the device ends the earlier answer, and the end of its stay ends the last."""
     number = house.push(house.one, bytes(8 << 20))
     with house.raw("/fleet/exchange", house.heads["one"]) as first:
@@ -630,9 +615,7 @@ def test_an_order_that_is_not_read_is_not_kept(house: House) -> None:
     assert house.exchange(house.one).headers[ORDER] == number  # who reads gets it
 
 
-def test_more_connections_than_may_be_are_hung_up_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_connections_than_may_be_are_hung_up_at_once(tmp_path, monkeypatch):
     """The other open files that the system allows are for the run."""
     monkeypatch.setattr(http_server, "_connections", lambda: 3)
     house = House(tmp_path)
@@ -655,9 +638,7 @@ def test_more_connections_than_may_be_are_hung_up_at_once(
     house.http.close()
 
 
-def test_requests_that_wait_in_one_connection_fill_no_memory(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_that_wait_in_one_connection_fill_no_memory(house, monkeypatch):
     """A client that sends request after request without reading is not read on, while the first waits."""
     monkeypatch.setattr(door, "HOLD", 5.0)
     with house.raw("/fleet/exchange", house.heads["one"]) as opened:
@@ -671,7 +652,7 @@ def test_requests_that_wait_in_one_connection_fill_no_memory(
         assert sent < 30 << 20  # what the system's buffers hold
 
 
-def test_a_connection_without_a_request_is_closed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_without_a_request_is_closed(house, monkeypatch):
     """The first request of a connection, or a later one."""
     monkeypatch.setattr(http_server, "HEAD", 0.3)
     with socket.create_connection(("127.0.0.1", house.port), timeout=10) as opened:
@@ -684,7 +665,7 @@ def test_a_connection_without_a_request_is_closed(house: House, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("begin", [b"POST / HTTP/1.1\r\nX: a", b"POST /v1/fleet/"])
-def test_a_head_that_does_not_end_is_not_kept(house: House, begin: bytes) -> None:
+def test_a_head_that_does_not_end_is_not_kept(house, begin):
     with house.raw("/fleet/alive", house.heads["one"]) as opened:
         assert b" 204 " in opened.recv(4096)
         opened.sendall(begin)
@@ -699,9 +680,7 @@ def test_a_head_that_does_not_end_is_not_kept(house: House, begin: bytes) -> Non
         assert sent < 50 * http_server.LONGEST_HEAD or answered[:12] == b"HTTP/1.1 400"
 
 
-def test_a_connection_that_does_not_greet_in_tls_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_connection_that_does_not_greet_in_tls_is_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(http_server, "HEAD", 0.3)
     keys.make_certificate(tmp_path, ["127.0.0.1"])
     house = House(tmp_path)
@@ -714,16 +693,14 @@ def test_a_connection_that_does_not_greet_in_tls_is_closed(
     house.door.close()
 
 
-def test_what_a_stranger_states_as_a_key_is_logged_as_a_hash_alone(house: House) -> None:
+def test_what_a_stranger_states_as_a_key_is_logged_as_a_hash_alone(house):
     """No control characters of a token, such as C1's, reach the audit log."""
     for token in ('x"}\x85{"t": 1\x9b2J', "f" * 63, "F" * 64, "0" * 64 + "0"):
         house.post("alive", {"authorization": f"Bearer {token}.secret".encode("latin-1")})  # type: ignore[dict-item]
     assert {key for _, _, key in house.door.refusals.taken()} == {""}
 
 
-def test_what_a_request_calls_the_server_is_not_in_the_log(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_request_calls_the_server_is_not_in_the_log(house, monkeypatch):
     """Starlette 0.40 makes a request's URL, and its path, of the Host that it states; a malformed one has no URL."""
 
     def url(request: Request) -> URL:
@@ -738,7 +715,7 @@ def test_what_a_request_calls_the_server_is_not_in_the_log(
         assert house.door.refusals.taken() == {(403, "/fleet/session", ""): 1}
 
 
-def test_refusals_are_counted_in_bounded_memory() -> None:
+def test_refusals_are_counted_in_bounded_memory():
     refusals = door.Refusals()
     for i in range(1000):
         refusals.note(403, "/fleet/session", f"{i}")

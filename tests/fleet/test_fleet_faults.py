@@ -25,7 +25,6 @@ from test_worker import job
 from test_worker import place as device_place
 
 import fleetune
-from fault_report import Injected
 from fleetune.fleet import audit as audits
 from fleetune.fleet import line
 from fleetune.fleet.audit import verify
@@ -71,7 +70,7 @@ def jump(by: datetime.timedelta) -> Iterator[None]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("days", [1, -1])
-def test_a_run_goes_on_while_the_clock_jumps(place: Path, injected: Injected, days: int) -> None:
+def test_a_run_goes_on_while_the_clock_jumps(place, injected, days):
     expected, port = simulated(FEDIT), free_port()
 
     class Jumping(fleetune.Silent):
@@ -131,9 +130,7 @@ class Proxy:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("recipe", [FEDKSEED, FEDIT], ids=lambda r: str(r["method"]))
-def test_connections_that_are_cut_in_the_middle_of_a_message(
-    place: Path, injected: Injected, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any]
-) -> None:
+def test_connections_that_are_cut_in_the_middle_of_a_message(place, injected, monkeypatch, recipe):
     monkeypatch.setattr(line, "LONGEST", 0.5)
     monkeypatch.setattr(Door, "_is_called", lambda self, address: True)  # the proxy has another port
     recipe = {**recipe, "rounds": 40}
@@ -183,21 +180,17 @@ def unruly(folder: Path, messages: int, seed: int) -> int:
     return link.messages
 
 
-def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path: Path) -> None:
+def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path):
     unruly(tmp_path, 500, seed=1)
 
 
 @pytest.mark.faults
-def test_ten_thousand_answers_that_come_twice_late_or_out_of_order(
-    tmp_path: Path, injected: Injected
-) -> None:
+def test_ten_thousand_answers_that_come_twice_late_or_out_of_order(tmp_path, injected):
     injected("answers twice, late or out of order", unruly(tmp_path, 10_000, seed=2))
 
 
 @pytest.mark.faults
-def test_devices_that_are_away_or_slow_hold_no_round_longer_than_was_said(
-    tmp_path: Path, injected: Injected
-) -> None:
+def test_devices_that_are_away_or_slow_hold_no_round_longer_than_was_said(tmp_path, injected):
     known = {f"k{i}": Told(10 + i, f"{i}" * 64, 1 << 33, 1, "0") for i in range(6)}
     rng, link = random.Random(4), Memory(known, random.Random(5))
     made = RemoteFleet(link, Devices(tmp_path), JOB, 42, Pace(grace=1.0, deadline=5.0, poll=0.01))
@@ -219,7 +212,7 @@ def test_devices_that_are_away_or_slow_hold_no_round_longer_than_was_said(
 
 
 @pytest.mark.faults
-def test_two_processes_with_one_key_are_one_device(place: Path, injected: Injected) -> None:
+def test_two_processes_with_one_key_are_one_device(place, injected):
     """Copies of a device's folder: the server has one answer of the client a round, or says why there is none."""
     simulated(FEDIT)
     port, recipe = free_port(), recipes.make({**FEDIT, "rounds": 8})

@@ -20,7 +20,6 @@ from test_worker import job, make_worker, message, take
 from test_worker import place as device_place
 
 import fleetune
-from fault_report import Injected
 from fleetune.errors import FleetuneError, StorageError
 from fleetune.fleet import audit as audits
 from fleetune.fleet import table
@@ -92,13 +91,13 @@ def torn_log(folder: Path, count: int) -> int:
 
 
 @pytest.mark.parametrize("spoil", [torn_table, torn_log])
-def test_torn_files_of_the_server_are_mended_or_named(tmp_path: Path, spoil: Any) -> None:
+def test_torn_files_of_the_server_are_mended_or_named(tmp_path, spoil):
     assert spoil(tmp_path, 30) > 60
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("spoil", [torn_table, torn_log])
-def test_torn_files_of_the_server_at_many_places(tmp_path: Path, injected: Injected, spoil: Any) -> None:
+def test_torn_files_of_the_server_at_many_places(tmp_path, injected, spoil):
     injected("torn files of the server", spoil(tmp_path, 500))
 
 
@@ -137,16 +136,16 @@ def make_worker_again(worker: Any) -> Any:
 
 
 @pytest.mark.faults
-def test_torn_files_of_a_device(device_place: Path, tmp_path: Path, job: Job, injected: Injected) -> None:
+def test_torn_files_of_a_device(device_place, tmp_path, job, injected):
     injected("torn files of a device", torn_device(device_place, tmp_path, job, 40))
 
 
-def test_torn_files_of_a_device_at_a_few_places(device_place: Path, tmp_path: Path, job: Job) -> None:
+def test_torn_files_of_a_device_at_a_few_places(device_place, tmp_path, job):
     assert torn_device(device_place, tmp_path, job, 1) == 6
 
 
 @pytest.mark.injects
-def test_a_log_on_a_full_disk_has_no_half_line(tmp_path: Path, injected: Injected) -> None:
+def test_a_log_on_a_full_disk_has_no_half_line(tmp_path, injected):
     """The system takes a part of the line (RLIMIT_FSIZE), as a disk does that becomes full."""
     audit = Audit(tmp_path)
     audit.write("ok", client=1)
@@ -187,9 +186,7 @@ def full(folder: Path, after: int) -> Iterator[Full]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("after", [5, 8, 11, 14, 17, 20])
-def test_a_server_whose_disk_is_full_says_so_and_goes_on_later(
-    place: Path, injected: Injected, after: int
-) -> None:
+def test_a_server_whose_disk_is_full_says_so_and_goes_on_later(place, injected, after):
     expected, port = simulated(FEDKSEED), free_port()
     with devices(port):
         Path("real").mkdir()
@@ -208,7 +205,7 @@ def test_a_server_whose_disk_is_full_says_so_and_goes_on_later(
 
 
 @pytest.mark.faults
-def test_a_device_whose_disk_is_full_fails_its_rounds_and_comes_back(place: Path, injected: Injected) -> None:
+def test_a_device_whose_disk_is_full_fails_its_rounds_and_comes_back(place, injected):
     simulated(FEDIT)
     port = free_port()
     with full(Path("state-1"), 0) as disk:

@@ -131,7 +131,7 @@ def saved(seed: int = 5) -> Path:
 @pytest.mark.parametrize(
     "run", ["x/../../victim", "../victim", "/victim", "x\0", "", RUN + "/..", RUN.upper()]
 )
-def test_the_name_of_a_run_leads_nowhere(place: Path, run: str) -> None:
+def test_the_name_of_a_run_leads_nowhere(place, run):
     victim = place / "victim" / "result"
     victim.mkdir(parents=True)
     (victim / "precious.txt").write_text("mine")
@@ -146,7 +146,7 @@ def test_the_name_of_a_run_leads_nowhere(place: Path, run: str) -> None:
     assert (victim / "precious.txt").read_text() == "mine"
 
 
-def test_a_folder_of_the_run_that_leads_elsewhere_or_was_not_made_here_is_left_alone(place: Path) -> None:
+def test_a_folder_of_the_run_that_leads_elsewhere_or_was_not_made_here_is_left_alone(place):
     victim = place / "victim"
     (victim / "result").mkdir(parents=True)
     (victim / "result" / "precious.txt").write_text("mine")
@@ -165,7 +165,7 @@ def test_a_folder_of_the_run_that_leads_elsewhere_or_was_not_made_here_is_left_a
     assert [p.name for p in (victim / "result").iterdir()] == ["precious.txt"]
 
 
-def test_a_folder_is_emptied_where_this_device_made_it(tmp_path: Path) -> None:
+def test_a_folder_is_emptied_where_this_device_made_it(tmp_path):
     own = DeviceState(tmp_path / "state")
     folder = own.renewed(own.run(RUN) / "result")
     (folder / "old").write_text("x")
@@ -176,7 +176,7 @@ def test_a_folder_is_emptied_where_this_device_made_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"on": 1, "blocks": {}, "rows": [], "known": []}'])
-def test_what_was_noted_and_is_damaged_allows_nothing_and_is_named(tmp_path: Path, text: str) -> None:
+def test_what_was_noted_and_is_damaged_allows_nothing_and_is_named(tmp_path, text):
     own, job = DeviceState(tmp_path), Job(RUN, "fedit", {}, "m", "b" * 64, "fp32", 8, (), 0, "eval", "c" * 64)
     (tmp_path / "secret").write_bytes(bytes(32))
     for name, call in (
@@ -220,7 +220,7 @@ BOMBS: dict[str, tuple[dict[str, Any], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_message_larger_than_the_job_is_refused_before_it_is_taken(place: Path, kind: str) -> None:
+def test_a_message_larger_than_the_job_is_refused_before_it_is_taken(place, kind):
     changes, body = BOMBS[kind]
     device = worker()
     assert take(device, **changes).what == "ready"
@@ -231,7 +231,7 @@ def test_a_message_larger_than_the_job_is_refused_before_it_is_taken(place: Path
 
 
 @pytest.mark.parametrize("r", [10**7, 3])
-def test_an_adapter_that_states_another_size_than_its_tensors_is_refused(place: Path, r: int) -> None:
+def test_an_adapter_that_states_another_size_than_its_tensors_is_refused(place, r):
     adapter = saved()
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": r}))
@@ -245,9 +245,7 @@ def test_an_adapter_that_states_another_size_than_its_tensors_is_refused(place: 
     assert rss() - before < 64 << 20
 
 
-def test_work_that_would_take_more_memory_than_the_device_gives_ends(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_that_would_take_more_memory_than_the_device_gives_ends(place, monkeypatch):
     device = worker(memory=rss() + (64 << 20))
     assert take(device).what == "ready"
     taken: list[int] = []
@@ -266,7 +264,7 @@ def test_work_that_would_take_more_memory_than_the_device_gives_ends(
     torch.ones(1 << 26)  # afterwards there is no bound
 
 
-def test_a_device_remembers_few_rounds_and_one_client(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_remembers_few_rounds_and_one_client(place, monkeypatch):
     """A server that never lets it forget, or gives it other numbers, does not fill its disk."""
     monkeypatch.setattr("fleetune.fleet.worker.MEMORIES", 3)
     device = worker()
@@ -289,7 +287,7 @@ def test_a_device_remembers_few_rounds_and_one_client(place: Path, monkeypatch: 
 # What a device has agreed to --------------------------------------------------------------------------
 
 
-def test_a_device_does_the_orders_of_the_task_that_it_joined_for(place: Path) -> None:
+def test_a_device_does_the_orders_of_the_task_that_it_joined_for(place):
     device = worker()
     assert take(device, task="eval", result="e" * 64).code == "no-evaluation"
     assert take(device, task="calibrate", result="e" * 64).code == "no-calibration"
@@ -330,9 +328,7 @@ def tokens_in(more: np.ndarray, less: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("guarded", [False, True])
-def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(
-    place: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
-) -> None:
+def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(place, monkeypatch, guarded):
     saved()
     plain = models.load("model", device="cpu")
     ids = np.concatenate([row.ids for row in encode_rows(plain, data.read("rows-0.jsonl"), 48)[0]])
@@ -358,7 +354,7 @@ def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(
     assert (again == first).all()  # the same sums tell nothing more
 
 
-def test_a_digest_that_leaves_a_device_confirms_no_guess(place: Path) -> None:
+def test_a_digest_that_leaves_a_device_confirms_no_guess(place):
     rows = encode_rows(models.load("model", device="cpu"), data.read("rows-0.jsonl"), 48)[0]
     told = [take(Worker(worker().brings, Path(name))).body for name in ("a", "a", "b")]
     digests = [json.loads(body)["rows_digest"] for body in told]
@@ -434,7 +430,7 @@ def shapes_of(ids: list[int]) -> Iterator[bytes]:
     yield json.dumps(ids, separators=(",", ":"))[1:-1].encode()
 
 
-def test_no_byte_that_leaves_a_device_is_of_its_rows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_byte_that_leaves_a_device_is_of_its_rows(place, monkeypatch):
     """In joining, training, evaluating, calibrating and failing: neither words, nor tokens, nor an unkeyed digest."""
     monkeypatch.setattr(Door, "_is_called", lambda self, address: True)  # the wire has ports of its own
     recipe = {**RECIPES["adapter"], "data": "rows-0.jsonl", "clients": 2}
@@ -483,7 +479,7 @@ def test_no_byte_that_leaves_a_device_is_of_its_rows(place: Path, monkeypatch: p
 # What an attacker has found since -----------------------------------------------------------------------
 
 
-def test_a_calibration_that_was_begun_in_one_job_is_checked_again_in_another(place: Path) -> None:
+def test_a_calibration_that_was_begun_in_one_job_is_checked_again_in_another(place):
     """The rows are cut by the job's max_length, so the windows of the same order may be others."""
     saved()
     device = worker(calibrate=True)
@@ -502,9 +498,7 @@ def test_a_calibration_that_was_begun_in_one_job_is_checked_again_in_another(pla
         assert ask(device, "begin", asked).code.partition(" ")[0] == code
 
 
-def test_results_are_measured_a_few_times_and_to_a_few_digits(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_measured_a_few_times_and_to_a_few_digits(place, monkeypatch):
     monkeypatch.setattr("fleetune.fleet.device_state.MOST_MEASUREMENTS", 2)
     codes = []
     for seed in (10, 20, 30, 10):
@@ -520,7 +514,7 @@ def test_results_are_measured_a_few_times_and_to_a_few_digits(
     assert not list(Path("state").glob("run-*/result"))
 
 
-def test_a_model_made_for_it_tells_no_large_number(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_made_for_it_tells_no_large_number(place, monkeypatch):
     """A loss of any size would hold several tokens: a mean is at most twice that of a guess."""
     monkeypatch.setattr(
         eval_device, "all_row_losses", lambda *asked: (np.array([1e6, 2e6]), np.array([3, 4]))
@@ -535,9 +529,7 @@ def test_a_model_made_for_it_tells_no_large_number(place: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("task", "what"), [("eval", "eval"), ("calibrate", "begin")])
-def test_a_file_whose_head_is_large_is_not_read_and_nothing_is_left(
-    task: str, what: str, place: Path
-) -> None:
+def test_a_file_whose_head_is_large_is_not_read_and_nothing_is_left(task, what, place):
     """The reader of safetensors ends the process where memory is short."""
     files = {"file adapter_model.safetensors": (1 << 21).to_bytes(8, "little") + b"{" * (1 << 21)}
     device = worker(held_out=4, calibrate=True)
@@ -547,7 +539,7 @@ def test_a_file_whose_head_is_large_is_not_read_and_nothing_is_left(
     assert not [p for p in Path("state").glob("run-*/*") if p.name in ("result", "calibration")]
 
 
-def test_a_message_of_another_round_than_its_order_leaves_nothing(place: Path) -> None:
+def test_a_message_of_another_round_than_its_order_leaves_nothing(place):
     device = worker()
     assert take(device, set={**SET, "scaffold": True}).what == "ready"
     model = models.load("model", device="cpu")
@@ -558,7 +550,7 @@ def test_a_message_of_another_round_than_its_order_leaves_nothing(place: Path) -
     assert not list(Path("state").glob("run-*/client-*"))
 
 
-def test_folders_of_many_runs_fill_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_many_runs_fill_no_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("fleetune.fleet.device_state.RUNS", 3)
     own = DeviceState(tmp_path)
     for i in range(3):
@@ -569,7 +561,7 @@ def test_folders_of_many_runs_fill_no_disk(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("byte", [b"\x80", b"\x90"], ids=["maps", "lists"])
-def test_nested_nothing_takes_no_memory(byte: bytes) -> None:
+def test_nested_nothing_takes_no_memory(byte):
     tree = b"\xdc\x00\x08" + byte * 8
     for _ in range(6):
         tree = b"\xdc\x00\x08" + tree * 8  # 2 million of them
@@ -581,7 +573,7 @@ def test_nested_nothing_takes_no_memory(byte: bytes) -> None:
     assert rss() - before < 64 << 20
 
 
-def test_a_model_that_anybody_put_on_the_hub_is_not_fetched_for_a_server(place: Path) -> None:
+def test_a_model_that_anybody_put_on_the_hub_is_not_fetched_for_a_server(place):
     device = Worker(Brings("rows-0.jsonl", "", "cpu", 1, offline=True), Path("state"))
     assert take(device, model="somebody/model-with-a-template").code == "model"
     assert "it is no built-in model" in device.ended
@@ -594,9 +586,7 @@ def measured(**changes: Any) -> str:
     return ask(device, "eval", body()).code
 
 
-def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_server_chooses(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_server_chooses(place, monkeypatch):
     """Cut to 2, 3, 4 .. tokens, the base alone tells the rows token by token."""
     monkeypatch.setattr("fleetune.fleet.device_state.MOST_MEASUREMENTS", 3)
     assert measured(method="") == ""
@@ -611,7 +601,7 @@ def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_serve
         own.allow_measurement("rows", dataclasses.replace(job_, labels=("b", "a")))
 
 
-def test_every_file_of_an_adapter_is_in_the_list_that_the_job_states(place: Path) -> None:
+def test_every_file_of_an_adapter_is_in_the_list_that_the_job_states(place):
     """Else one digest would stand for as many results as a server likes."""
     saved()
     listed = ADAPTER / "SHA256SUMS"
@@ -621,7 +611,7 @@ def test_every_file_of_an_adapter_is_in_the_list_that_the_job_states(place: Path
     assert ask(device, "eval", body(result.packed(ADAPTER))).code == "order"
 
 
-def test_windows_go_through_one_compressed_form_of_each_block(place: Path) -> None:
+def test_windows_go_through_one_compressed_form_of_each_block(place):
     """Behind weights of the server's choice the sums of the same tokens are others, as many as it likes."""
     saved()
     block = driver.linears_of(models.load("model", device="cpu"))[0][1]
@@ -649,7 +639,7 @@ def test_windows_go_through_one_compressed_form_of_each_block(place: Path) -> No
 
 
 @pytest.mark.parametrize("text", ["a" * (1 << 25), "a" * (1 << 25) + "\U0001f600"], ids=["narrow", "wide"])
-def test_a_long_text_is_refused_before_it_is_taken(place: Path, text: str) -> None:
+def test_a_long_text_is_refused_before_it_is_taken(place, text):
     device = worker()
     scalars = {
         "what": "end",
@@ -671,14 +661,14 @@ def test_a_long_text_is_refused_before_it_is_taken(place: Path, text: str) -> No
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel bounds it there")
-def test_an_order_is_read_in_the_memory_that_the_device_gives(place: Path) -> None:
+def test_an_order_is_read_in_the_memory_that_the_device_gives(place):
     data = Order("work", 1, body=bytes(1 << 28)).encode()
     device = worker(memory=1 << 20)
     with pytest.raises(MessageError, match="does not fit this device's memory"):
         device.answer(data)
 
 
-def test_a_digest_of_rows_tells_nothing_of_what_a_server_chooses(place: Path) -> None:
+def test_a_digest_of_rows_tells_nothing_of_what_a_server_chooses(place):
     """Equal digests would say that no row is longer, or that none has one of two swapped labels."""
     device = worker(held_out=4)
     told = [json.loads(take(device, max_length=n).body) for n in (4000, 4001, 4000)]
@@ -687,7 +677,7 @@ def test_a_digest_of_rows_tells_nothing_of_what_a_server_chooses(place: Path) ->
         assert a == again != b
 
 
-def test_a_device_hears_that_it_shall_stop_in_a_measurement_of_curvature(place: Path) -> None:
+def test_a_device_hears_that_it_shall_stop_in_a_measurement_of_curvature(place):
     device, heard = worker(), list[int]()
     settings = {"tokens": 2, "batch_size": 1, "steps": 1, "lanczos": 30, "curvature_rows": 1}
     assert take(device, method="fedpeptao", set=settings).what == "ready"
@@ -705,9 +695,7 @@ def test_a_device_hears_that_it_shall_stop_in_a_measurement_of_curvature(place: 
 
 
 @pytest.mark.parametrize(("law", "most"), [("rademacher", 1 << 15), ("hashed", 1 << 12)])
-def test_a_ledger_is_replayed_in_the_passes_of_any_run_and_a_stop_is_heard(
-    tmp_path: Path, law: str, most: int
-) -> None:
+def test_a_ledger_is_replayed_in_the_passes_of_any_run_and_a_stop_is_heard(tmp_path, law, most):
     model = models.tiny_llama()
     head = mezo.Method(law=law, K=4, lr=1e-3, eps=1e-3).empty(model, 5).head
 
@@ -760,9 +748,7 @@ FORWARD: dict[str, Any] = {"method": "fwdllm", "set": {"r": 2, "P": 1, "batch_si
 
 
 @pytest.mark.parametrize("objective", ["loss", "accuracy", "rouge_l"])
-def test_a_stop_is_heard_before_each_block_of_a_model_whatever_the_objective(
-    place: Path, objective: str
-) -> None:
+def test_a_stop_is_heard_before_each_block_of_a_model_whatever_the_objective(place, objective):
     settings = FORWARD["set"] | {"objective": objective}
     model, method = models.load("model", device="cpu"), methods.make("fwdllm", settings)
     sent = encode(Message(1, bytes(8), method.broadcast(method.init(model, 5))))
@@ -774,9 +760,7 @@ def test_a_stop_is_heard_before_each_block_of_a_model_whatever_the_objective(
         stops_at(device, number, "work", sent, 1)
 
 
-def test_the_last_move_of_many_directions_is_made_in_pieces_that_hear_a_stop(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_move_of_many_directions_is_made_in_pieces_that_hear_a_stop(place, monkeypatch):
     model, method = models.load("model", device="cpu"), methods.make("fwdllm", FORWARD["set"])
     sent = encode(Message(1, bytes(8), method.broadcast(method.init(model, 5))))
     device, moved = worker(), list[int]()
@@ -793,13 +777,13 @@ def test_the_last_move_of_many_directions_is_made_in_pieces_that_hear_a_stop(
     assert len(heard) - moved[-1] >= len(adapters.export(model))
 
 
-def test_a_stop_is_heard_between_the_rows_of_an_evaluation(place: Path) -> None:
+def test_a_stop_is_heard_between_the_rows_of_an_evaluation(place):
     device = worker(held_out=4)
     assert take(device, task="eval", method="").what == "ready"
     assert heard_of(device, "eval", body()) >= 4
 
 
-def test_a_stop_is_heard_between_the_windows_of_a_calibration(place: Path) -> None:
+def test_a_stop_is_heard_between_the_windows_of_a_calibration(place):
     saved()
     device = worker(calibrate=True)
     wanted = {"task": "calibrate", "result": result.digest_of(ADAPTER)}
@@ -816,7 +800,7 @@ def test_a_stop_is_heard_between_the_windows_of_a_calibration(place: Path) -> No
     stops_at(device, windows // 2, "block", b"", 0)
 
 
-def test_a_device_has_so_many_windows_at_most(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_has_so_many_windows_at_most(place, monkeypatch):
     saved()
     monkeypatch.setattr(calibration_device, "MOST", 200)
     device = worker(calibrate=True)
@@ -826,9 +810,7 @@ def test_a_device_has_so_many_windows_at_most(place: Path, monkeypatch: pytest.M
     assert decode(ask(device, "block", b"").body).payload.int("tokens") == 200
 
 
-def test_a_stop_is_heard_while_rows_are_read_and_encoded(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_is_heard_while_rows_are_read_and_encoded(place, monkeypatch):
     monkeypatch.setattr("fleetune.data.encode.CHUNK", 4)
     content, device, heard = json.dumps(job()).encode(), worker(), list[str]()
     device.on_step = lambda client, number: heard.append(traceback.extract_stack(limit=4)[0].name)
@@ -839,7 +821,7 @@ def test_a_stop_is_heard_while_rows_are_read_and_encoded(
         stops_at(worker(), number, "job", content)
 
 
-def test_a_servers_last_words_are_one_line(place: Path) -> None:
+def test_a_servers_last_words_are_one_line(place):
     device = worker()
     whole = decode(Order("end", reason="over").encode()).payload.scalars
     for words in ("over\n  error: run this", "over\x1b[2J", "over\u200f", "o" * 1001):
@@ -849,7 +831,7 @@ def test_a_servers_last_words_are_one_line(place: Path) -> None:
     assert device.ended == "over connected to"
 
 
-def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place: Path) -> None:
+def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place):
     """Behind weights that were placed, or in another type, they would be other sums of the same tokens."""
     saved()
     device = worker(calibrate=True)
@@ -885,7 +867,7 @@ def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place: 
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_sums_are_made_in_any_type(place: Path, dtype: str) -> None:
+def test_sums_are_made_in_any_type(place, dtype):
     saved()
     device, base = worker(calibrate=True), models.load("model", device="cpu", dtype=dtype).digest
     stated = result.digest_of(ADAPTER)
@@ -894,9 +876,7 @@ def test_sums_are_made_in_any_type(place: Path, dtype: str) -> None:
     assert ask(device, "block", b"").what == "done"
 
 
-def test_a_device_makes_a_bounded_number_of_passes_in_all_forwards(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_makes_a_bounded_number_of_passes_in_all_forwards(place, monkeypatch):
     """They are made anew in each forward."""
     monkeypatch.setattr(_zeroth, "MOST_SWEEPS", 300)
     device, K = worker(), 16

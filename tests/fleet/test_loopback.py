@@ -21,7 +21,6 @@ from deploy_harness import compressed, tiny
 from devices_harness import Device, free_port
 
 import fleetune
-from command_line import Capture
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import Interrupted, UsageError
@@ -94,13 +93,7 @@ def served(port: int, pace: Pace = QUICK) -> Served:
     [(FEDIT, ""), (FEDKSEED, "0,0,1"), (SIGNLORA, "")],
     ids=["fedit", "fedkseed", "signlora"],
 )
-def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
-    place: Path,
-    recipe: dict[str, Any],
-    kinds: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(place, recipe, kinds, monkeypatch, capsys):
     """With `kinds`, device 1 has no memory to back-propagate, and device 2 does it instead: as the table of devices says."""
     monkeypatch.setattr(
         worker,
@@ -135,9 +128,7 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
     assert ("back-propagation" in shown.out) == bool(kinds)
 
 
-def test_devices_that_hide_their_rows_do_the_steps_of_the_simulation(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_devices_that_hide_their_rows_do_the_steps_of_the_simulation(place, monkeypatch, capsys):
     """With all noise still, to the same bits; the server states epsilon for a row, and for all rounds."""
     monkeypatch.setattr(mechanism, "discrete_gaussian", lambda count: np.zeros(count, np.int64))
     settings = FEDKSEED["set"] | {"batch_size": 99, "backprop": 0.0}
@@ -160,9 +151,7 @@ def test_devices_that_hide_their_rows_do_the_steps_of_the_simulation(
 
 
 @pytest.mark.parametrize("given", ["", 'aggregation = "mean"'], ids=["median", "mean:1"])
-def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(
-    place: Path, given: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(place, given, request, capsys):
     """The simulation of that recipe ends in the same digest, though one client has far more rows than the others."""
     rule = request.node.callspec.id
     split(FEDIT)
@@ -190,9 +179,7 @@ def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(
         assert fleetune.tune(plain, out="simulated").done.digest != run.done.digest
 
 
-def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(place, monkeypatch):
     monkeypatch.setattr(server, "PUBLISHED", 0.0)
     recipe = recipes.make(FEDIT)
     simulated = fleetune.tune(recipe, out="simulated")
@@ -263,7 +250,7 @@ def status_of_the_fleet(run: str) -> None:
     assert main(["fleet", "devices", run, "--out", "real"]) == 0
 
 
-def test_the_door(place: Path) -> None:
+def test_the_door(place):
     """A stranger's key, a device without TLS, and everything that is not the devices' interface stay outside."""
     split(FEDKSEED)
     port = free_port()
@@ -294,9 +281,7 @@ def test_the_door(place: Path) -> None:
         assert not fleets._door.online()
 
 
-def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(place, monkeypatch):
     """The third device's key comes after the start; the first one's is removed after the first round."""
     monkeypatch.setattr(server, "LOOK", 0.0)
     split(FEDKSEED)
@@ -343,9 +328,7 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
     assert found.done.digest
 
 
-def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(place, monkeypatch, capsys):
     """No device is left that could come: every registered key has refused."""
     monkeypatch.setattr(server, "PUBLISHED", 0.0)
     split(FEDKSEED)
@@ -375,7 +358,7 @@ def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_scales_of_a_compressed_model_are_tuned_to_the_same_digest(place: Path, capsys: Capture) -> None:
+def test_scales_of_a_compressed_model_are_tuned_to_the_same_digest(place, capsys):
     compressed(tiny(), Path("codes"))
     recipe = {**COMMON, "model": "codes", "method": "mezo", "train": "scales", "set": {"tau": 2, "lr": 0.05}}
     recipe["aggregation"] = "mean:1"  # what a mean is where rows are what devices say

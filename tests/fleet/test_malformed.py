@@ -21,7 +21,6 @@ from malformed import WORK, Honest
 from methods_harness import mean_of
 from test_remote import JOB, Memory
 
-from fault_report import Injected
 from fleetune import models
 from fleetune.common.events import ClientReply
 from fleetune.data import Batches, Example
@@ -228,9 +227,7 @@ def reference_of(place: Place) -> Any:
 
 
 @pytest.mark.injects
-def test_every_malformed_answer_is_refused_with_its_own_reason(
-    tmp_path: Path, run: RunDir, injected: Injected
-) -> None:
+def test_every_malformed_answer_is_refused_with_its_own_reason(tmp_path, run, injected):
     assert len(WORK) >= 60
     place = Place(averaging(), run, tmp_path)
     survived, faults = knock(place, reference_of(place))
@@ -250,7 +247,7 @@ REAL = {
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", list(REAL))
-def test_so_it_is_with_real_methods(tmp_path: Path, run: RunDir, injected: Injected, name: str) -> None:
+def test_so_it_is_with_real_methods(tmp_path, run, injected, name):
     place = Place(real(name, REAL[name]), run, tmp_path)
     survived, faults = knock(place, reference_of(place))
     injected("malformed answers", len(WORK), survived=survived)
@@ -258,9 +255,7 @@ def test_so_it_is_with_real_methods(tmp_path: Path, run: RunDir, injected: Injec
 
 
 @pytest.mark.injects
-def test_a_device_that_is_malformed_when_it_joins_takes_no_part(
-    tmp_path: Path, run: RunDir, injected: Injected
-) -> None:
+def test_a_device_that_is_malformed_when_it_joins_takes_no_part(tmp_path, run, injected):
     place = Place(averaging(), run, tmp_path)
     known, faults = (tmp_path / FILE).read_bytes(), []
     for name, case in JOBS.items():
@@ -323,19 +318,19 @@ def storm(place: Place, count: int, seed: int) -> dict[str, int]:
     return found
 
 
-def test_mutated_answers_change_nothing_or_are_within_what_was_agreed(tmp_path: Path, run: RunDir) -> None:
+def test_mutated_answers_change_nothing_or_are_within_what_was_agreed(tmp_path, run):
     found = storm(Place(averaging(), run, tmp_path), 150, seed=1)
     assert found["refused"] > 110
 
 
 @pytest.mark.faults
-def test_ten_thousand_mutated_answers(tmp_path: Path, run: RunDir, injected: Injected) -> None:
+def test_ten_thousand_mutated_answers(tmp_path, run, injected):
     found = storm(Place(averaging(), run, tmp_path), 10_000, seed=2)
     injected("mutated answers", sum(found.values()))
     assert found["refused"] > 8_000
 
 
-def test_a_device_that_dies_of_every_order_does_not_hold_the_round(tmp_path: Path, run: RunDir) -> None:
+def test_a_device_that_dies_of_every_order_does_not_hold_the_round(tmp_path, run):
     """Or that comes in anew all the time: it is asked ten times, and the round goes on without it."""
     place = Place(averaging(), run, tmp_path)
     reference = reference_of(place)

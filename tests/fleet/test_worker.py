@@ -84,7 +84,7 @@ def message(place: Path, job: Job, round: int) -> bytes:
     return encode(Message(round, bytes.fromhex(job.base)[:8], start(place)))
 
 
-def test_its_reply_is_that_of_a_simulated_client(place: Path, worker: Worker, job: Job) -> None:
+def test_its_reply_is_that_of_a_simulated_client(place, worker, job):
     told = take(worker, job)
     assert told.what == "ready"
     device = Device.from_json(told.body)
@@ -102,9 +102,7 @@ def test_its_reply_is_that_of_a_simulated_client(place: Path, worker: Worker, jo
     assert reply.kept[0] == 1
 
 
-def test_an_order_that_comes_again_is_answered_from_the_disk(
-    place: Path, tmp_path: Path, worker: Worker, job: Job
-) -> None:
+def test_an_order_that_comes_again_is_answered_from_the_disk(place, tmp_path, worker, job):
     take(worker, job)
     order = Order("work", 1, 0, 7, message(place, job, 1)).encode()
     first = worker.answer(order)
@@ -117,9 +115,7 @@ def test_an_order_that_comes_again_is_answered_from_the_disk(
     assert (again.body, again.kept) == (Reply.decode(first).body, Reply.decode(first).kept)
 
 
-def test_an_order_is_gone_from_memory_when_its_work_begins(
-    place: Path, worker: Worker, job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_order_is_gone_from_memory_when_its_work_begins(place, worker, job, monkeypatch):
     take(worker, job)
     data, left = bytearray(Order("work", 1, 0, 7, message(place, job, 1)).encode()), []
     monkeypatch.setattr(worker, "on_step", lambda client, step: left.append(len(data)))
@@ -128,7 +124,7 @@ def test_an_order_is_gone_from_memory_when_its_work_begins(
     assert not any(left)
 
 
-def test_its_memory_follows_the_servers_word(place: Path, tmp_path: Path, worker: Worker, job: Job) -> None:
+def test_its_memory_follows_the_servers_word(place, tmp_path, worker, job):
     """A server that goes on from an earlier round gets what it would have got then."""
     take(worker, job)
 
@@ -154,9 +150,7 @@ def test_its_memory_follows_the_servers_word(place: Path, tmp_path: Path, worker
 
 
 @pytest.mark.parametrize("body", [b"", b"rubbish", encode(Message(1, bytes(8), methods.Payload()))])
-def test_a_message_that_is_none_fails_the_round_and_no_more(
-    place: Path, worker: Worker, job: Job, body: bytes
-) -> None:
+def test_a_message_that_is_none_fails_the_round_and_no_more(place, worker, job, body):
     take(worker, job)
     reply = Reply.decode(worker.answer(Order("work", 1, 0, 7, body).encode()))
     assert reply.what == "failed"
@@ -201,9 +195,7 @@ def test_a_message_that_is_none_fails_the_round_and_no_more(
         ),
     ],
 )
-def test_a_job_that_it_cannot_do_is_refused_before_any_work(
-    worker: Worker, job: Job, change: dict[str, object], code: str, reason: str
-) -> None:
+def test_a_job_that_it_cannot_do_is_refused_before_any_work(worker, job, change, code, reason):
     reply = take(worker, dataclasses.replace(job, **change))  # type: ignore[arg-type]
     assert (reply.what, reply.code) == ("refused", code)
     assert reason in worker.error.message == worker.ended
@@ -214,13 +206,8 @@ def test_a_job_that_it_cannot_do_is_refused_before_any_work(
     [("fedit", SET), *(("fedpetuning", {"module": module}) for module in ("adapter", "bitfit", "full"))],
 )
 def test_a_device_short_of_memory_refuses_before_it_loads_the_model(
-    place: Path,
-    tmp_path: Path,
-    job: Job,
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-    settings: dict[str, object],
-) -> None:
+    place, tmp_path, job, monkeypatch, method, settings
+):
     worker = make_worker(place, tmp_path, memory=1 << 20)
     monkeypatch.setattr(models, "load", None)
     reply = take(worker, dataclasses.replace(job, method=method, set=settings))
@@ -230,9 +217,7 @@ def test_a_device_short_of_memory_refuses_before_it_loads_the_model(
     assert "this device has 1.0 MB" in worker.error.message
 
 
-def test_scales_are_counted_with_the_base_in_its_file(
-    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scales_are_counted_with_the_base_in_its_file(place, tmp_path, job, monkeypatch):
     settings = {"module": "scales", "batch_size": 2}
     scales = dataclasses.replace(job, method="fedpetuning", set=settings, train="scales")
     shape = shape_of(models.load_config(str(place / "model")))._replace(params=1 << 30)
@@ -255,8 +240,8 @@ def test_scales_are_counted_with_the_base_in_its_file(
 
 
 def test_a_base_that_fits_only_in_its_file_is_left_there_and_the_person_is_told(
-    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    place, tmp_path, job, monkeypatch
+):
     shape = shape_of(models.load_config(str(place / "model")))._replace(params=1 << 28)
     monkeypatch.setattr("fleetune.fleet.worker.shape_of", lambda config: shape)
     footprint = methods.make("fedit", SET).footprint(shape)
@@ -282,9 +267,7 @@ def test_a_base_that_fits_only_in_its_file_is_left_there_and_the_person_is_told(
     assert told(half - 9, measures, held_out=4)[0] == notes
 
 
-def test_a_device_without_a_stated_memory_has_what_its_container_allows(
-    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_without_a_stated_memory_has_what_its_container_allows(place, tmp_path, job, monkeypatch):
     monkeypatch.setattr(loading, "usable_memory", lambda: 1 << 20)
     device = make_worker(place, tmp_path)
     assert take(device, job).what == "refused"
@@ -293,9 +276,7 @@ def test_a_device_without_a_stated_memory_has_what_its_container_allows(
     assert Device.from_json(take(make_worker(place, tmp_path), job).body).memory == 3 << 30
 
 
-def test_it_says_which_kinds_of_work_fit_it_and_does_the_one_that_it_is_sent(
-    place: Path, tmp_path: Path, job: Job
-) -> None:
+def test_it_says_which_kinds_of_work_fit_it_and_does_the_one_that_it_is_sent(place, tmp_path, job):
     mixed = {"K": 16, "tau": 2, "backprop": 0.5, "backprop_steps": 1, "batch_size": 4}
     run, method = dataclasses.replace(job, method="fedkseed", set=mixed), methods.make("fedkseed", mixed)
     shape = shape_of(models.load_config(str(place / "model")))
@@ -320,9 +301,7 @@ def test_it_says_which_kinds_of_work_fit_it_and_does_the_one_that_it_is_sent(
             assert decode(reply.body).payload.arrays.keys() == spec.arrays.keys()
 
 
-def test_it_declines_while_there_is_a_reason_and_works_afterwards(
-    place: Path, tmp_path: Path, job: Job
-) -> None:
+def test_it_declines_while_there_is_a_reason_and_works_afterwards(place, tmp_path, job):
     reasons = ["battery", ""]
     worker = make_worker(place, tmp_path)
     worker.declines = lambda: reasons.pop(0)
@@ -336,9 +315,7 @@ def test_it_declines_while_there_is_a_reason_and_works_afterwards(
     assert worker.answer(order) == done  # from the disk: it is not asked whether it would
 
 
-def test_a_folder_of_the_servers_is_not_looked_for_on_the_device(
-    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_the_servers_is_not_looked_for_on_the_device(place, tmp_path, job, monkeypatch):
     worker = make_worker(place, tmp_path, model="")
     monkeypatch.chdir(place)  # which has a folder "model"
     monkeypatch.setattr(models, "load", None)
@@ -358,21 +335,21 @@ def test_a_folder_of_the_servers_is_not_looked_for_on_the_device(
         assert "which a device does not fetch by itself" in worker.ended
 
 
-def test_the_end_of_a_run_is_heard(worker: Worker) -> None:
+def test_the_end_of_a_run_is_heard(worker):
     Reply.decode(worker.answer(Order("end", reason="the run is finished").encode()))
     assert worker.ended == "the run is finished"
     assert worker.error is None
 
 
-def test_a_device_that_is_refused_ends_with_an_error(worker: Worker) -> None:
+def test_a_device_that_is_refused_ends_with_an_error(worker):
     worker.answer(Order("end", body=REFUSED, reason="it brings other rows").encode())
     assert isinstance(worker.error, FleetError)
     assert "it brings other rows" in worker.error.message
 
 
 def test_a_run_of_blocks_maps_the_devices_file_and_one_without_any_is_refused_at_the_job(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    place, tmp_path, monkeypatch
+):
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
     compressed(tiny(), tmp_path / "codes")
     export(tmp_path / "codes", "gguf", tmp_path / "m.gguf")
@@ -392,7 +369,7 @@ def test_a_run_of_blocks_maps_the_devices_file_and_one_without_any_is_refused_at
     assert "no scales" in other.ended
 
 
-def test_a_built_in_objective_may_have_its_argument(worker: Worker, job: Job) -> None:
+def test_a_built_in_objective_may_have_its_argument(worker, job):
     settings = {"K": 16, "tau": 2, "batch_size": 1, "objective": "rouge_l:8"}
     assert take(worker, dataclasses.replace(job, method="fedkseed", set=settings)).what == "ready"
 
@@ -415,7 +392,7 @@ def ask(worker: Worker, what: str, arrays: dict[str, np.ndarray], round: int = 1
 BEGIN = {"attempt": np.arange(16, dtype=np.uint8)}
 
 
-def test_its_reply_to_a_secure_sum_never_leaves_it(place: Path, worker: Worker, job: Job) -> None:
+def test_its_reply_to_a_secure_sum_never_leaves_it(place, worker, job):
     job = summed(job)
     assert take(worker, job).what == "ready"
     reply = Reply.decode(worker.answer(Order("work", 1, 0, 7, message(place, job, 1)).encode()))
@@ -442,7 +419,7 @@ def test_its_reply_to_a_secure_sum_never_leaves_it(place: Path, worker: Worker, 
     assert ask(again, "keys", BEGIN).body == announced.body
 
 
-def test_an_open_run_has_no_sums_to_ask_for(worker: Worker, job: Job) -> None:
+def test_an_open_run_has_no_sums_to_ask_for(worker, job):
     take(worker, job)
     assert ask(worker, "keys", BEGIN).code == "order"
 
@@ -456,14 +433,12 @@ def test_an_open_run_has_no_sums_to_ask_for(worker: Worker, job: Job) -> None:
         ({"epsilon": 8.0}, None, "no-noise"),
     ],
 )
-def test_a_device_takes_part_in_the_sums_that_it_was_told_alone(
-    place: Path, tmp_path: Path, job: Job, brings: dict[str, float], sum: Secure | None, code: str
-) -> None:
+def test_a_device_takes_part_in_the_sums_that_it_was_told_alone(place, tmp_path, job, brings, sum, code):
     declined = take(make_worker(place, tmp_path, **brings), dataclasses.replace(summed(job), secure=sum))
     assert (declined.what, declined.code) == ("refused", code)
 
 
-def test_a_device_counts_its_own_budget_over_all_runs(place: Path, tmp_path: Path, job: Job) -> None:
+def test_a_device_counts_its_own_budget_over_all_runs(place, tmp_path, job):
     """Two rounds of multiplier 2 are one of 2 / sqrt 2: the third would be beyond epsilon 2.3, in whichever run."""
     worker, job = make_worker(place, tmp_path, epsilon=2.3, delta=0.001), summed(job, noise=2.0)
     spent = [accountant.epsilon(2 / math.sqrt(n), 1.0, 1, 0.001) for n in (1, 2, 3)]
@@ -483,7 +458,7 @@ def test_a_device_counts_its_own_budget_over_all_runs(place: Path, tmp_path: Pat
     assert take(fresh, dataclasses.replace(job, run="e" * 32, rounds=1)).code == "budget"
 
 
-def test_a_method_that_keeps_memories_of_clients_is_in_no_secure_sum(worker: Worker, job: Job) -> None:
+def test_a_method_that_keeps_memories_of_clients_is_in_no_secure_sum(worker, job):
     assert take(worker, dataclasses.replace(job, secure=SUM)).code == "settings"
 
 
@@ -499,7 +474,7 @@ def test_a_method_that_keeps_memories_of_clients_is_in_no_secure_sum(worker: Wor
         {"noise": 1e-9},
     ],
 )
-def test_a_secure_sum_that_hides_nothing_is_no_job(odd: dict[str, float]) -> None:
+def test_a_secure_sum_that_hides_nothing_is_no_job(odd):
     with pytest.raises((MessageError, ValidationError)):
         dataclasses.replace(SUM, **odd)
 
@@ -519,9 +494,7 @@ def trained(worker: Worker, place: Path, job: Job, round: int) -> Reply:
     return Reply.decode(worker.answer(Order("work", round, 0, 7, message(place, job, round)).encode()))
 
 
-def test_its_noise_is_its_own_and_costs_the_epsilon_of_the_run(
-    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_noise_is_its_own_and_costs_the_epsilon_of_the_run(place, tmp_path, job, monkeypatch):
     """By its own rows; and the steps are those of a simulated client, whose noise and sample are the same where both are still."""
     job = hiding(job, 4)
     worker = make_worker(place, tmp_path)
@@ -545,7 +518,7 @@ def test_its_noise_is_its_own_and_costs_the_epsilon_of_the_run(
     assert decode(reply.body).payload.scalars["loss"] == 0.0
 
 
-def test_it_counts_the_steps_of_a_run_whatever_the_server_says(place: Path, tmp_path: Path, job: Job) -> None:
+def test_it_counts_the_steps_of_a_run_whatever_the_server_says(place, tmp_path, job):
     """Over restarts, in rounds that come again, and where the job comes again with fewer rounds or a larger epsilon."""
     plain, job = job, hiding(job)
     for round in range(1, 4):
@@ -579,14 +552,12 @@ def test_it_counts_the_steps_of_a_run_whatever_the_server_says(place: Path, tmp_
         ({}, {"method": "fwdllm", "set": {}}, "settings"),
     ],
 )
-def test_a_run_that_hides_less_than_it_asks_for_is_refused(
-    place: Path, tmp_path: Path, job: Job, brings: dict[str, float], odd: dict[str, object], code: str
-) -> None:
+def test_a_run_that_hides_less_than_it_asks_for_is_refused(place, tmp_path, job, brings, odd, code):
     refused = take(make_worker(place, tmp_path, **brings), dataclasses.replace(hiding(job), **odd))
     assert (refused.what, refused.code) == ("refused", code)
 
 
-def test_back_propagation_that_was_not_agreed_is_counted(place: Path, tmp_path: Path, job: Job) -> None:
+def test_back_propagation_that_was_not_agreed_is_counted(place, tmp_path, job):
     """A message can ask fedkseed for other steps than its settings say: more of them than are accounted never leave."""
     job = dataclasses.replace(hiding(job), method="fedkseed", set={"K": 16, "tau": 1, "backprop_steps": 9})
     worker = make_worker(place, tmp_path)
@@ -601,6 +572,6 @@ def test_back_propagation_that_was_not_agreed_is_counted(place: Path, tmp_path: 
 @pytest.mark.parametrize(
     "odd", [{"dtype": "bf16"}, {"task": "eval"}, {"secure": SUM}, {"hidden": {"epsilon": 4.0}}]
 )
-def test_a_job_that_cannot_hide_rows_is_none(job: Job, odd: dict[str, object]) -> None:
+def test_a_job_that_cannot_hide_rows_is_none(job, odd):
     with pytest.raises((MessageError, ValidationError)):
         dataclasses.replace(hiding(job), **odd)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import hostile
-from fault_report import Injected
 from fleetune.errors import REASON, MessageError, cut_reason
 from fleetune.tuning.exchange.messages import (
     MAGIC,
@@ -94,7 +93,7 @@ CASES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_a_hostile_message_is_refused_at_once_and_shortly(case: str) -> None:
+def test_a_hostile_message_is_refused_at_once_and_shortly(case):
     message = CASES[case]()
     tracemalloc.start()
     began = time.process_time()
@@ -107,7 +106,7 @@ def test_a_hostile_message_is_refused_at_once_and_shortly(case: str) -> None:
     assert seconds < 0.5, f"{case}: {seconds:.2f} s for {len(message):,} bytes"
 
 
-def test_a_reason_is_short_and_printable_whatever_the_names_are() -> None:
+def test_a_reason_is_short_and_printable_whatever_the_names_are():
     names = {f"\x1b[2J\n{'x' * 400}{i}": 1 for i in range(5_000)}
     reply = decode(packed(scalars=names))
     with pytest.raises(MessageError) as caught:
@@ -117,7 +116,7 @@ def test_a_reason_is_short_and_printable_whatever_the_names_are() -> None:
     assert "x" * 200 in str(caught.value)  # there was something to cut
 
 
-def test_a_reason_is_cut_where_it_is_long() -> None:
+def test_a_reason_is_cut_where_it_is_long():
     assert cut_reason("as it is") == "as it is"
     assert cut_reason("a\n\tb\x07") == "a b?"
     assert cut_reason("x" * REASON) == "x" * REASON
@@ -125,7 +124,7 @@ def test_a_reason_is_cut_where_it_is_long() -> None:
     assert len(cut_reason(" " * 10_000 + "x" * 10_000)) <= REASON
 
 
-def test_the_honest_message_passes() -> None:
+def test_the_honest_message_passes():
     assert hostile.refusal(lambda: check(decode(encode(HONEST)), SPEC, round=1, base=BASE)) is None
     wide = Message(1, BASE, Payload({"a": np.zeros((1,) * MAX_DIMS)}, {}))
     assert decode(encode(wide)).payload.arrays["a"].shape == (1,) * MAX_DIMS
@@ -164,12 +163,12 @@ def storm(count: int, seed: int) -> dict[str, int]:
     return counts
 
 
-def test_mutated_messages_are_refused_or_within_what_was_agreed() -> None:
+def test_mutated_messages_are_refused_or_within_what_was_agreed():
     assert storm(600, seed=11)["refused"] > 300
 
 
 @pytest.mark.faults
-def test_a_storm_of_mutated_messages(injected: Injected) -> None:
+def test_a_storm_of_mutated_messages(injected):
     counts = storm(100_000, seed=12)
     injected("mutated messages", sum(counts.values()))
     assert counts["refused"] > 50_000
