@@ -9,16 +9,15 @@ FOLDER and not repeated; each ends in a line of the table, and the drawings are 
 """
 
 import argparse
-import itertools
 import json
 import math
-import statistics
 import time
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
+
+import numpy as np
 
 import fleetune
 from fleetune.common.display import human_bytes
@@ -27,42 +26,38 @@ from fleetune.report import svg
 from fleetune.runs.listener import Silent
 
 MODEL: Final = "smollm2-135m"
-SHARED: Final[Mapping[str, Any]] = MappingProxyType(
-    {"held_out": 32, "max_length": 256, "samples": 0, "client_rows": 0, "rounds": 3, "participation": 0.167}
-)
-DATA: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
-    {
-        "demo": {"data": "demo", "partition": "column:client"},
-        "dolly": {
-            "data": "databricks-dolly-15k.jsonl",
-            "limit": 320,
-            "clients": 24,
-            "partition": "dirichlet:0.5:category",
-        },
-    }
-)
+SHARED: Final = {
+    "held_out": 32,
+    "max_length": 256,
+    "samples": 0,
+    "client_rows": 0,
+    "rounds": 3,
+    "participation": 0.167,
+}
+DOLLY: Final = {
+    "data": "databricks-dolly-15k.jsonl",
+    "limit": 320,
+    "clients": 24,
+    "partition": "dirichlet:0.5:category",
+}
+DATA: Final = {"demo": {"data": "demo", "partition": "column:client"}, "dolly": DOLLY}
 BATCH: Final = {"batch_size": 2}
+LORA: Final = {**BATCH, "lr": 2e-3, "r": 8, "alpha": 16, "dropout": 0.0}
 FORWARD: Final = {"batch_size": 4, "lr": 1e-4}  # two-point steps
-METHODS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
-    {
-        "fedit": {**BATCH, "lr": 2e-3, "r": 8, "alpha": 16, "dropout": 0.0},
-        "fedit, sign": {**BATCH, "lr": 2e-3, "r": 8, "alpha": 16, "dropout": 0.0, "wire": "sign"},
-        "signlora": {**BATCH, "lr": 0.05},
-        "signlora, share 4": {**BATCH, "lr": 0.05, "share": 4},
-        "fedpetuning, bitfit": {**BATCH, "module": "bitfit", "lr": 5e-3},
-        "fedpeptao": {**BATCH, "lr": 1e-2},
-        "fedkseed, backward": {
-            "batch_size": 4,
-            "backprop": 1.0,
-            "backprop_steps": 3,
-            "backprop_lr": 5e-3,
-            "K": 1024,
-        },
-        "fedkseed": {**FORWARD, "tau": 4, "K": 1024},
-        "onebyte": {**FORWARD, "directions": 4},
-        "fwdllm": {"batch_size": 4},
-    }
-)
+BACKWARD: Final = {"batch_size": 4, "backprop": 1.0, "backprop_steps": 3, "backprop_lr": 5e-3, "K": 1024}
+METHODS: Final[dict[str, dict[str, Any]]] = {
+    "fedit": LORA,
+    "fedit, sign": {**LORA, "wire": "sign"},
+    "signlora": {**BATCH, "lr": 0.05},
+    "signlora, share 4": {**BATCH, "lr": 0.05, "share": 4},
+    "fedpetuning, bitfit": {**BATCH, "module": "bitfit", "lr": 5e-3},
+    "fedpeptao": {**BATCH, "lr": 1e-2},
+    "fedkseed, backward": BACKWARD,
+    "fedkseed": {**FORWARD, "tau": 4, "K": 1024},
+    "onebyte": {**FORWARD, "directions": 4},
+    "fwdllm": {"batch_size": 4},
+}
+SPENT: Final = {"up": "bytes that a client has sent", "seconds": "processor seconds of all clients"}
 
 
 def main() -> None:
@@ -75,11 +70,9 @@ def main() -> None:
                     found.write_text(json.dumps(_run(options.folder, data, name, seed)), encoding="utf-8")
         courses = {name: _courses(options.folder, data, name) for name in options.methods}
         print(f"{data}\n\n" + _table(courses), flush=True)
-        for what, label in (
-            ("up", "bytes that a client has sent"),
-            ("seconds", "processor seconds of all clients"),
-        ):
-            drawing = _drawing({name: runs for name, runs in courses.items() if runs}, what, label, data)
+        drawn = {name: runs for name, runs in courses.items() if runs}
+        for what, label in SPENT.items():
+            drawing = _drawing(drawn, what, label, data)
             (options.folder / f"loss-{what}-{data}.svg").write_text(drawing, encoding="utf-8")
 
 
@@ -113,27 +106,23 @@ def _file(folder: Path, data: str, name: str, seed: int) -> Path:
 def _run(folder: Path, data: str, name: str, seed: int) -> dict[str, Any]:
     """Tune; return for each round the loss, and up to it the bytes that a client sent and got, and all clients' seconds."""
     clock, method = _Clock(), name.partition(",")[0]
-    options = {**SHARED, **DATA[data], "method": method, "settings": METHODS[name], "seed": seed}
-    done = fleetune.tune(MODEL, out=folder / "runs", listener=clock, progress=False, **options).history
-    share = [1 / n if n else 0.0 for n in done["clients"][1:]]
-    up, down = (
-        [0.0, *itertools.accumulate(b * s for b, s in zip(done[key][1:], share, strict=True))]
-        for key in ("bytes_up", "bytes_down")
-    )
-    return {
-        "loss": done["loss"],
-        "up": up,
-        "down": down,
-        "seconds": [0.0, *itertools.accumulate(clock.rounds)],
+    options: dict[str, Any] = {
+        **SHARED,
+        **DATA[data],
+        "method": method,
+        "settings": METHODS[name],
+        "seed": seed,
     }
+    done = fleetune.tune(MODEL, out=folder / "runs", listener=clock, progress=False, **options).history
+    spent = {k: np.cumsum([0, *done[f"bytes_{k}"][1:]]) / max(done["clients"][1:]) for k in ("up", "down")}
+    seconds = np.cumsum([0.0, *clock.rounds])
+    return {"loss": done["loss"], "seconds": seconds.tolist()} | {k: v.tolist() for k, v in spent.items()}
 
 
 def _courses(folder: Path, data: str, name: str) -> list[dict[str, Any]]:
     """Return what is there of a method, whatever the seed."""
-    return [
-        json.loads(file.read_text("utf-8"))
-        for file in sorted(folder.glob(_file(Path(), data, name, 0).name.replace("-0.json", "-[0-9]*.json")))
-    ]
+    pattern = _file(Path(), data, name, 0).name.replace("-0.json", "-[0-9]*.json")
+    return [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob(pattern))]
 
 
 def _table(courses: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -151,16 +140,8 @@ def _table(courses: Mapping[str, list[dict[str, Any]]]) -> str:
 
 def _drawing(courses: Mapping[str, list[dict[str, Any]]], what: str, label: str, data: str) -> str:
     """Draw the median loss of the seeds against the median of what was spent, a line per method."""
-    lines = {
-        name: [
-            (
-                statistics.median(run[what][i] for run in runs),
-                statistics.median(run["loss"][i] for run in runs),
-            )
-            for i in range(len(runs[0]["loss"]))
-        ]
-        for name, runs in courses.items()
-    }
+    medians = {n: np.median([[r[what], r["loss"]] for r in runs], axis=0) for n, runs in courses.items()}
+    lines = {name: list(zip(*median.tolist(), strict=True)) for name, median in medians.items()}
     spent = [x for line in lines.values() for x, _ in line[1:]]
     decades = range(math.floor(math.log10(min(spent))), math.ceil(math.log10(max(spent))) + 1)
     ticks = tuple((10.0**k, human_bytes(10**k) if what == "up" else f"{10**k}") for k in decades)
