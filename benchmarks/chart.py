@@ -26,7 +26,7 @@ from fleetune.report import svg
 from fleetune.runs.listener import Silent
 
 MODEL: Final = "smollm2-135m"
-SHARED: Final = {
+SHARED: Final[dict[str, Any]] = {
     "held_out": 32,
     "max_length": 256,
     "samples": 0,
@@ -40,7 +40,10 @@ DOLLY: Final = {
     "clients": 24,
     "partition": "dirichlet:0.5:category",
 }
-DATA: Final = {"demo": {"data": "demo", "partition": "column:client"}, "dolly": DOLLY}
+DATA: Final[dict[str, dict[str, Any]]] = {
+    "demo": {"data": "demo", "partition": "column:client"},
+    "dolly": DOLLY,
+}
 BATCH: Final = {"batch_size": 2}
 LORA: Final = {**BATCH, "lr": 2e-3, "r": 8, "alpha": 16, "dropout": 0.0}
 FORWARD: Final = {"batch_size": 4, "lr": 1e-4}  # two-point steps
