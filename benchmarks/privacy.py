@@ -54,12 +54,14 @@ METHODS: Final[dict[str, dict[str, Any]]] = {
     "fedkseed": {"backprop": 1.0, "backprop_steps": 1, "K": 1024, "batch_size": EACH},
     "fedit": {"steps": 1, "r": 2, "dropout": 0.0, "checkpointing": False, "batch_size": EACH},
     "onebyte": {"directions": 2, "K": 256, "batch_size": EACH},
+    "signlora": {"steps": 1, "batch_size": EACH},
 }
 FLEETS, ROUNDS = {1000: 0.03, 100: 0.2}, 3  # clients: share that is asked in a round
 AUDIT: Final[dict[str, dict[str, Any]]] = {  # more work, in one round
     "fedkseed": {"backprop_steps": 4},
     "fedit": {"steps": 4},
     "onebyte": {"directions": 8},
+    "signlora": {"steps": 4},
 }
 SHADOWS, AUDITED, GUESSES, DRAWS = 32, 24, 16, 100  # runs, clients of which half are in, rows, draws of noise
 SECRETS, SECRET = 255, 4  # that nobody has; tokens of one
