@@ -17,7 +17,7 @@ from command_line import Capture, ok, refused
 from fault_report import Injected
 from fleetune import errors, models
 from fleetune.common import sums
-from fleetune.deploy.rewrite import difference
+from fleetune.deploy.again import difference
 from fleetune.models import artefact
 from fleetune.models.cache import cache
 from fleetune.seeds import ledger as ledgers

@@ -21,7 +21,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -96,7 +95,7 @@ def exact_target(model: Checkpoint, *, sample: bool = False) -> str | None:
 
 
 def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, str]) -> Report:
-    """Write `model` to the new file `path`, read it back and compare every tensor.
+    """Write `model` to the new file `path`, read it back and compare every tensor; or compare it with `model.again`.
 
     `kind` names the type of quantised matrices (None: the smallest that is exact); `made` are strings for the header
     (`export.py`), which has the file's name as the model's.  UsageError before anything is written when the
@@ -107,16 +106,15 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
     notes: list[str] = []
     entries = plan(model, kind, notes)
     factors = rope.tensors(model.config)
-    writer = gguf.GGUFWriter(path, table.architecture(model.config))
-    try:
-        notes += _write_header(writer, model, entries, path.stem, made, factors)
-        for values in factors.values():
-            writer.write_tensor_data(values)
-        for entry in entries:
-            writer.write_tensor_data(_encode(model, entry))
-    finally:
-        writer.close()
-    rounded = verify(path, model, entries, factors)
+    notes += _write_header_alone(path, model, entries, made, factors)
+    parts = _parts(path, model, entries, factors)
+    if model.again is not None:
+        model.again.compare(path.name, parts)
+    else:
+        with path.open("ab") as file:
+            for start, part in parts:
+                file.write(part if start else b"")
+    rounded = [] if model.again else verify(path, model, entries, factors)
     return Report(
         path=path,
         to="gguf" if kind is None else f"gguf:{kind}",
@@ -150,19 +148,17 @@ def layer_types(model: Checkpoint) -> dict[str, str]:
     }
 
 
-def is_written(path: Path, model: Checkpoint, made: Mapping[str, str]) -> bool:
-    """Return whether the file `path` is, byte for byte, what `write` makes there without a `kind`."""
-    entries, factors = plan(model, None, []), rope.tensors(model.config)
-    with TemporaryDirectory() as scratch, path.open("rb") as file:
-        header = Path(scratch) / path.name
-        _write_header_alone(header, model, entries, made, factors)
-        parts = chain(
-            [np.fromfile(header, np.uint8)], factors.values(), (_encode(model, entry) for entry in entries)
-        )
-        for part in parts:
-            if file.read(padded(part.nbytes)) != part.tobytes().ljust(padded(part.nbytes), b"\0"):
-                return False
-        return not file.read(1)
+def _parts(
+    header: Path, model: Checkpoint, entries: list[GgufTensor], factors: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield what the file has from its first byte on, each with where it begins; `header` holds what precedes the values."""
+    at = 0
+    encoded = (_encode(model, entry) for entry in entries)
+    for part in chain([np.fromfile(header, np.uint8)], factors.values(), encoded):
+        flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        yield at, flat
+        yield at + len(flat), np.zeros(padded(len(flat)) - len(flat), np.uint8)
+        at += padded(len(flat))
 
 
 def _has(file: GgufHeader, tensor: TensorPlace, values: np.ndarray) -> bool:
@@ -416,11 +412,11 @@ def _write_header_alone(
     entries: list[GgufTensor],
     made: Mapping[str, str],
     factors: Mapping[str, np.ndarray],
-) -> None:
-    """Write a file that ends where the tensors' values would begin; its name is the model's in it."""
+) -> list[str]:
+    """Write a file that ends where the tensors' values would begin; its name is the model's in it.  Notes for the user."""
     writer = gguf.GGUFWriter(path, table.architecture(model.config))
     try:
-        _write_header(writer, model, entries, path.stem, made, factors)
+        return _write_header(writer, model, entries, path.stem, made, factors)
     finally:
         writer.close()
 
