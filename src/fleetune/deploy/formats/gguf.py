@@ -367,14 +367,13 @@ def _kind_of(
 
 def _exact_kind(name: str, q: Quantised, kind: str | None) -> str:
     """Return the type that holds a quantised matrix without loss; UsageError when there is none, or not `kind`."""
-    fits = {k: _ggml_blocks.misfit(q, k) for k in _ggml_blocks.PACKERS}
-    possible = [k for k, why in fits.items() if why is None]
     wanted = "Q4_0" if kind is None else kind.upper()
-    reason = _inexact(q, wanted) if wanted in FLOATS else fits[wanted]
+    reason = _inexact(q, wanted) if wanted in FLOATS else _ggml_blocks.misfit(q, wanted)
     if reason is None:
         return wanted
+    possible = next((k for k in _ggml_blocks.PACKERS if _ggml_blocks.misfit(q, k) is None), None)
     if kind is None and possible:
-        return possible[0]
+        return possible
     raise UsageError(
         f"{name} does not go into {'GGUF blocks' if kind is None else f'gguf:{kind}'} without loss: {reason}",
         hint=f"use --to {'gguf' if possible else 'gguf:f32'} or --to hf, or compress again for this target",
@@ -406,6 +405,19 @@ def counted(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- writing
 
 
+class _Writer(gguf.GGUFWriter):  # type: ignore[misc]  # the package has no types
+    """Packs a list of texts, such as the tokens and merges, at once: the package's own writer takes a second for them."""
+
+    def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, *more: Any, **given: Any) -> bytes:
+        if not (isinstance(val, list) and val and all(type(text) is str for text in val)):
+            packed: bytes = super()._pack_val(val, vtype, add_vtype, *more, **given)
+            return packed
+        kinds = [int(vtype)] * add_vtype + [int(gguf.GGUFValueType.STRING)]
+        raw = [text.encode() for text in val]
+        head = b"".join(kind.to_bytes(4, "little") for kind in kinds) + len(raw).to_bytes(8, "little")
+        return head + b"".join(part for text in raw for part in (len(text).to_bytes(8, "little"), text))
+
+
 def _write_header_alone(
     path: Path,
     model: Checkpoint,
@@ -414,7 +426,7 @@ def _write_header_alone(
     factors: Mapping[str, np.ndarray],
 ) -> list[str]:
     """Write a file that ends where the tensors' values would begin; its name is the model's in it.  Notes for the user."""
-    writer = gguf.GGUFWriter(path, table.architecture(model.config))
+    writer = _Writer(path, table.architecture(model.config))
     try:
         return _write_header(writer, model, entries, path.stem, made, factors)
     finally:
