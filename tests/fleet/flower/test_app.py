@@ -107,6 +107,27 @@ def test_what_a_device_lacks_is_its_answer(tmp_path: Path, monkeypatch: pytest.M
         client_app.answer(b"x", Context(0, 5, {}, RecordDict(), {}))
 
 
+def test_a_supernode_has_a_budget_and_a_smallest_sum_of_its_own(place: Path) -> None:
+    assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-qq"]) == 0
+    grid = supernodes()
+    for context in grid.contexts.values():
+        context.node_config["smallest-sum"] = 3
+    with pytest.raises(FleetError, match="it takes part in secure sums alone, of 3 devices or more"):
+        run(grid)
+    own = {"data": "rows", "smallest-sum": 4, "epsilon": 8, "delta": 1e-6}
+    brings, _ = client_app.brought(own, 5)
+    assert (brings.least, brings.epsilon, brings.delta) == (4, 8, 1e-6)
+    for name, value in (
+        ("smallest-sum", -1),
+        ("smallest-sum", 2.5),
+        ("epsilon", "much"),
+        ("epsilon", float("inf")),
+        ("delta", 0),
+    ):
+        with pytest.raises(UsageError, match="a device's budget is such as --epsilon 8 --delta 1e-5"):
+            client_app.brought(own | {name: value}, 5)
+
+
 @pytest.mark.parametrize(
     ("config", "error", "what"),
     [
