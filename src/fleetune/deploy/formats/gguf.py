@@ -113,7 +113,8 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
     else:
         with path.open("ab") as file:
             for start, part in parts:
-                file.write(part if start else b"")
+                if start:
+                    file.write(part.data)
     rounded = [] if model.again else verify(path, model, entries, factors)
     return Report(
         path=path,
