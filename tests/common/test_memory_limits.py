@@ -96,10 +96,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def freed(how: str, **limits: str) -> tuple[int, int]:
     """(bytes of large pieces that are given back, pages that smaller ones have the system clear)."""
     env = {name: value for name, value in os.environ.items() if name not in memory.OWN_LIMITS} | limits
-    done = subprocess.run(
-        [sys.executable, "-c", HELD, how], capture_output=True, text=True, check=True, env=env
-    )
-    given_back, cleared = map(int, done.stdout.split())
+    told = subprocess.check_output([sys.executable, "-c", HELD, how], text=True, env=env)
+    given_back, cleared = map(int, told.split())
     return given_back, cleared
 
 
@@ -109,6 +107,4 @@ def test_freed_pieces_are_given_back_at_once_and_smaller_ones_are_not_fetched_an
     given_back, cleared = freed("return")
     assert given_back > 7 * 12e6
     assert cleared < 5 * 1024, "those of every result would be 150 * 1024"
-    assert freed("return", MALLOC_MMAP_THRESHOLD_=str(1 << 25))[0] < 2 * 12e6, (
-        "a limit of the user's own stays"
-    )
+    assert freed("return", MALLOC_MMAP_THRESHOLD_=str(1 << 25))[0] < 2 * 12e6, "the user's own limit stays"

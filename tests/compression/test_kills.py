@@ -27,8 +27,7 @@ from heard import Heard, counting
 
 WORK = {
     "optq": "--method optq --set group=4 --windows 2 --length 16 --text text.txt",
-    "gkd": "--method gkd --set teacher=same --set keep_layers=2 --set steps=2 --set lmbda=0 --set batch_size=2 "
-    "--data rows.jsonl --length 64",
+    "gkd": "--method gkd --set teacher=same --set keep_layers=2 --set steps=2 --set lmbda=0 --set batch_size=2 --data rows.jsonl --length 64",
     "llm-pruner": "--method llm-pruner --set first=1 --set last=1 --set round_to=4 --set ratio=0.34 --set steps=2 "
     "--set batch_size=2 --data rows.jsonl --length 64",
 }

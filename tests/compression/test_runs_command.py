@@ -23,8 +23,7 @@ from fleetune.runs import rundir
 
 RTN = ["--method", "rtn", "--set", "group=8"]
 GKD = shlex.split(
-    "--method gkd --set teacher=same --set keep_layers=2 --set steps=1 --set lmbda=0 --set batch_size=2 --data rows.jsonl "
-    "--length 64"
+    "--method gkd --set teacher=same --set keep_layers=2 --set steps=1 --set lmbda=0 --set batch_size=2 --data rows.jsonl --length 64"
 )
 
 

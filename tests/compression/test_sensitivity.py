@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixture_harness import downs, experts_of, gates_and_ups, inputs_of_downs, matrices, mixture
+from mixture_harness import activated, downs, experts_of, gates_and_ups, matrices, mixture
 from pruner_harness import tiny
 from torch import Tensor
 
@@ -154,7 +154,7 @@ def squares_by_autograd(experts: list[Experts]) -> Iterator[dict[str, Tensor]]:
             for number in range(len(each.module.gate_up_proj)):
                 token, slot = torch.where(chosen == number)
                 z = gates_and_ups(each, number, x[token])
-                y = downs(each, number, inputs_of_downs(each, z))
+                y = downs(each, number, activated(each, z))
                 see(z, names[0], number)
                 see(y, names[1], number)
                 out = out.index_add(0, token, y * weights[token, slot, None].to(y.dtype))

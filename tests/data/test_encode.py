@@ -53,8 +53,7 @@ REWRITES = (  # the turns before the answer are written in another way once it i
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 OPEN = (  # no token ends a turn
-    "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+    "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
 DATED = (
     "{% if not date_string %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"

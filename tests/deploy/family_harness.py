@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from deploy_harness import tokenizer
+from deploy_harness import ENDS, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fleetune import models
@@ -129,14 +129,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def build(case: str, **changes: Any) -> PreTrainedModel:
     """The net of a case; every bias and norm is off its start, and logits have a spread of about one."""
     family, sizes = CASES[case]
-    config = AutoConfig.for_model(
-        family,
-        **(
-            {"vocab_size": 264, "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261}
-            | sizes
-            | changes
-        ),
-    )
+    config = AutoConfig.for_model(family, **({"vocab_size": 264} | ENDS | sizes | changes))
     if "rope_parameters" not in sizes | changes:
         _set_bases(getattr(config, "rope_parameters", None))
     with torch.random.fork_rng(devices=[]):

@@ -31,6 +31,7 @@ from fleetune.evaluation.losses import (
 from fleetune.models import Model, named_tensors, tiny_llama
 from fleetune.seeds.noise import passes
 from fleetune.seeds.view import View
+from tiny_families import TOKENS, sizes
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
@@ -113,18 +114,7 @@ def test_other_hooks_on_the_head_work_once(tiny: Model, chunk: int, monkeypatch:
 def test_a_model_that_scales_its_logits_after_the_head_is_read_in_pieces(
     kind: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = CONFIG_MAPPING[kind](
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pad_token_id=257,
-        bos_token_id=256,
-        eos_token_id=257,
-        **{name: value},
-    )
+    made = CONFIG_MAPPING[kind](**sizes(16, 32, 2, 2, 1, **{name: value}) | TOKENS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = AutoModelForCausalLM.from_config(made).eval()

@@ -292,8 +292,7 @@ def make_wheel(folder: Path) -> str:
     with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as archive:
         archive.writestr(
             f"{name}.dist-info/METADATA",
-            "Metadata-Version: 2.1\nName: fleetune-fixture\nVersion: 1.0\n"
-            "Requires-Dist: a-package-that-nobody-has\n",
+            "Metadata-Version: 2.1\nName: fleetune-fixture\nVersion: 1.0\nRequires-Dist: a-package-that-nobody-has\n",
         )
         archive.writestr(
             f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -330,11 +329,7 @@ def test_a_wheel_larger_than_the_published_one_is_refused(
 
 
 def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    endless = (
-        "import sys, time\n"
-        "with open(sys.argv[1] + '/part', 'wb') as file:\n"
-        "    while file.write(bytes(1 << 20)): time.sleep(0.005)"
-    )
+    endless = "import sys, time\nwith open(sys.argv[1] + '/part', 'wb') as file:\n    while file.write(bytes(1 << 20)): time.sleep(0.005)"
     real, began = subprocess.Popen, []
 
     def pip(command: list[str], **kwargs: Any) -> Any:
