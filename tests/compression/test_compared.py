@@ -71,7 +71,7 @@ def test_a_run_is_compared_on_rows_that_calibrated_nothing(tiny: str, at: Path, 
     told = ok(capsys, "compress", "1", "--windows", "2", "--length", "16", "--set", "group=8")
     folder = Path(told[-1]["folder"])
     dense = finished.load(at / "runs" / "0001-fedit-tiny", offline=True)
-    rows = encode_all(Compressed(folder).held_out(offline=True), dense.tokenizer, 512)[0]
+    rows = encode_all(Compressed(folder).held_out(offline=True), dense.tokenizer, 128)[0]
     close(told[-1]["after"], expected(dense, models.load_artefact(folder / "model"), rows))
 
 

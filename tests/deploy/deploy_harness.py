@@ -26,7 +26,7 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QUICK = shlex.split("--limit 60 --held-out 8 --max-length 512 --samples 0 --rounds 1 --clients 2")
+QUICK = shlex.split("--limit 60 --held-out 8 --max-length 160 --samples 0 --rounds 1 --clients 2")
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

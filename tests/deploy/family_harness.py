@@ -126,12 +126,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(case: str, **changes: Any) -> PreTrainedModel:
-    """The net of a case; every bias and norm is off its start, and logits have a spread of about one."""
+def config_of(case: str, **changes: Any) -> Any:
+    """The configuration of a case."""
     family, sizes = CASES[case]
     config = AutoConfig.for_model(family, **({"vocab_size": 264} | ENDS | sizes | changes))
     if "rope_parameters" not in sizes | changes:
         _set_bases(getattr(config, "rope_parameters", None))
+    return config
+
+
+def build(case: str, **changes: Any) -> PreTrainedModel:
+    """The net of a case; every bias and norm is off its start, and logits have a spread of about one."""
+    config = config_of(case, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)  # of what is not drawn below
         net: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -27,7 +27,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 METHODS = {
     "fedkseed": ["--method", "fedkseed", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2"],
-    "fedit": ["--method", "fedit", "--set", "r=2", "--set", "lr=1e-2"],
+    "fedit": ["--method", "fedit", "--set", "r=2", "--set", "steps=2", "--set", "lr=1e-2"],
 }
 
 

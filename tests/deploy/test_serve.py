@@ -177,7 +177,7 @@ def test_a_key_is_passed_on_and_made_off_this_machine(at: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "said"),
     [
         (["nothing.gguf"], "there is no file or directory 'nothing.gguf'"),
         (["cut.gguf"], "cut.gguf is cut off: it has"),
@@ -257,7 +257,7 @@ def test_chat_answers_once_to_a_prompt_or_a_pipe(at: Path, capsys: Capture, monk
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "message"),
+    ("args", "code", "said"),
     [
         (["--prompt", "too long"], 1, "error: no room"),
         (["--prompt", "die"], 1, "the engine llama-server has ended (exit code 9)"),

@@ -11,7 +11,7 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from family_harness import CASES, TEXT, YARN, build, divergence, save
+from family_harness import CASES, TEXT, YARN, build, config_of, divergence, save
 from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -182,9 +182,11 @@ def variants(config: Any) -> Iterator[dict[str, Any]]:
 def test_an_option_is_written_or_refused(case: str, tmp_path: Path) -> None:
     """Whatever a configuration says, there is no file with which llama.cpp computes something else."""
     refused, same = 0, 0
-    for i, change in enumerate(variants(build(case).config)):
+    for i, change in enumerate(variants(config_of(case))):
         folder = tmp_path / str(i)
         try:
+            if refused and table.misfit(config_of(case, **change)):  # what an export does then is seen once
+                continue
             net = save(case, folder / "m", **change)
             net(torch.tensor([TEXT]))
         except Exception:  # no model in transformers either
