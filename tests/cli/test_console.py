@@ -89,9 +89,7 @@ def test_off_a_terminal_there_is_no_escape_code_and_one_line_a_round() -> None:
     assert " model   smollm2-135m @ 9f2c\n" in err.getvalue()
 
 
-def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(
-    terminal: Callable[..., tuple[Ui, Terminal, Terminal]],
-) -> None:
+def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(terminal):
     ui, out, err = terminal()
     everything(ui)
     drawn = ESCAPE.sub("", err.getvalue())
@@ -105,9 +103,7 @@ def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(
     assert err.getvalue().count("\x1b[?25l") == err.getvalue().count("\x1b[?25h")  # the cursor comes back
 
 
-def test_names_are_neither_markup_nor_escape_codes(
-    terminal: Callable[..., tuple[Ui, Terminal, Terminal]],
-) -> None:
+def test_names_are_neither_markup_nor_escape_codes(terminal):
     ui, out, err = terminal()
     bad = "[red]m[/red]\x1b[2J\x07\u202e"
     ui.header(bad, [(bad, bad)])

@@ -74,9 +74,7 @@ def test_a_run_is_repeated_from_another_folder(elsewhere: Path) -> None:
     assert Run(run_in(Path())).recipe.data == "../project/rows.jsonl"
 
 
-def test_a_compression_finds_its_run_and_keeps_its_names(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compression_finds_its_run_and_keeps_its_names(elsewhere, monkeypatch):
     here, run = Path.cwd(), run_in(elsewhere).name
     monkeypatch.chdir(elsewhere)
     folder = compression_folder.create(

@@ -214,8 +214,6 @@ def _trained(plan: Any) -> int:
         (["--set", "tau=many"], "tau = 'many' is not an integer"),
     ],
 )
-def test_what_is_wrong_beside_it_is_said_before_its_file_is_written(
-    changed: list[str], words: str, at: Path
-) -> None:
+def test_what_is_wrong_beside_it_is_said_before_its_file_is_written(changed, words, at):
     assert words in said("tune", CODES, "rows.jsonl", *flags("mezo"), *changed, code=2)
     assert not Path(FILE).exists()

@@ -104,9 +104,7 @@ def test_caveats_tell_losses_on_different_rows(case: str, run24: Path, tmp_path:
     assert runlog.caveats([runlog.read(run) for run in runs]) == [told] * bool(told)
 
 
-def test_caveats_are_decided_by_the_digest_of_the_rows_where_runs_state_it(
-    run24: Path, tmp_path: Path
-) -> None:
+def test_caveats_are_decided_by_the_digest_of_the_rows_where_runs_state_it(run24, tmp_path):
     def caveats(*runs: Path) -> list[str]:
         return runlog.caveats([runlog.read(run) for run in runs])
 
@@ -118,9 +116,7 @@ def test_caveats_are_decided_by_the_digest_of_the_rows_where_runs_state_it(
     assert caveats(*given) == []
 
 
-def test_changed_records_are_told_wherever_they_are_shown(
-    run24: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_records_are_told_wherever_they_are_shown(run24, tmp_path, capsys):
     for name in ("0001-fedit-a", "0002-fedit-b"):
         shutil.copytree(run24, tmp_path / name)
     changed = tmp_path / "0002-fedit-b" / "metrics.jsonl"

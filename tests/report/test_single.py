@@ -153,9 +153,7 @@ KEYS = (
     ),
     st.dictionaries(st.sampled_from(("base", "tuned", "rows", "samples", "per_client")), RUBBISH, max_size=4),
 )
-def test_no_record_however_wrong_stops_the_page(
-    tmp_path_factory: pytest.TempPathFactory, events: list[dict[str, object]], final: dict[str, object]
-) -> None:
+def test_no_record_however_wrong_stops_the_page(tmp_path_factory, events, final):
     run = tmp_path_factory.mktemp("run")
     write_lines(run, events)
     (run / "eval.json").write_text(json.dumps(final))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from view_harness import direction
 
 from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.evaluation.objectives import get, loss_tensor
@@ -30,7 +29,7 @@ from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.view import Tape, View
 from fleetune.seeds.weights import MovedWeights, kernels
 from fleetune.tuning.methods._zeroth import draw, pool_ids
-from law_definition import slow_places
+from law_definition import direction, hadamard, slow_places
 
 KEY, K, EPOCH = 0x5EED, 64, 3
 GRID = float(np.float32(1e-6))
@@ -239,20 +238,15 @@ def test_each_step_starts_where_the_last_one_ended(view: View) -> None:
 
 
 def dense(K: int, start: int, g: np.ndarray) -> np.ndarray:
-    """p_k = sum_i D[i] H[place(i), k] g[i], written out; H after Sylvester."""
-    H = np.ones((1, 1))
-    while len(H) < K:
-        H = np.block([[H, H], [H, -H]])
+    """p_k = sum_i D[i] H[place(i), k] g[i], written out."""
     D = noise.signs(KEY, EPOCH, start, g.size).astype(np.float64)
-    return (D * g) @ H[slow_places(K, start, g.size)]
+    return (D * g) @ hadamard(K)[slow_places(K, start, g.size)]
 
 
 @pytest.mark.parametrize(("backend", "threads"), [("numba", 1), ("numba", 3), ("torch", None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("K", [1, 64, 512])
-def test_a_fold_and_a_transform_are_the_slopes_along_all_directions(
-    K: int, dtype: torch.dtype, backend: str, threads: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fold_and_a_transform_are_the_slopes_along_all_directions(K, dtype, backend, threads, monkeypatch):
     monkeypatch.setattr("fleetune.seeds.descent.CHUNK", 5000)  # cut in the middle of tiles and of rows
     weights = MovedWeights([("x", torch.zeros(1))], run_key=KEY, law="hashed", grid=1.0)
     weights.kernels, weights.threads = kernels(weights.device, backend), threads

@@ -169,9 +169,7 @@ def test_each_way_through_the_kernel(kernels: ModuleType, dtype: torch.dtype, K:
 
 @pytest.mark.parametrize("gaussian", [False, True])
 @pytest.mark.parametrize("units", [1, 5, 100])
-def test_directions_whose_words_are_made_together_stay_apart(
-    monkeypatch: pytest.MonkeyPatch, gaussian: bool, units: int
-) -> None:
+def test_directions_whose_words_are_made_together_stay_apart(monkeypatch, gaussian, units):
     # A block's 2 tiles of 7 passes and a probe: one by one, by twos, all at once.
     monkeypatch.setattr(kernels_torch, "UNITS", units)
     monkeypatch.setattr(kernels_torch, "BLOCK", 2 * (128 if gaussian else TILE))

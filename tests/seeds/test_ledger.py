@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load as safetensors_load
 from safetensors.numpy import save as safetensors_save
-from view_harness import direction
 
 from fleetune.errors import LedgerError, UsageError, VersionError
 from fleetune.models import digest, uniform
@@ -26,6 +25,7 @@ from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Change, Ledger, LedgerHead, load, require_base
 from fleetune.seeds.weights import kernels, layout
+from law_definition import direction
 
 K = 16
 TENSORS = (("a.weight", (70, 61), "float32"), ("b", (9,), "float32"))
@@ -657,9 +657,7 @@ signs_of = st.tuples(
 
 @given(left=st.lists(signs_of, max_size=8), right=st.lists(signs_of, max_size=5), r=st.integers(1, 4))
 @settings(max_examples=15)
-def test_every_operation_keeps_each_entrys_signs(
-    left: Signed, right: Signed, r: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_every_operation_keeps_each_entrys_signs(left, right, r, tmp_path_factory):
     one, other = outer(left).with_check(4, "44" * 32), outer(right)
     assert signed(one) == left
     path = tmp_path_factory.getbasetemp() / "outer.safetensors"
@@ -744,9 +742,7 @@ NONE = np.zeros(0, "u1")
         ("head is damaged", of_outer(tensors=[["a", [-13, 5], "float32"]] * 3)),
     ],
 )
-def test_signs_that_cannot_be_those_of_the_entries_are_refused(
-    said: str, data: bytes, tmp_path: Path
-) -> None:
+def test_signs_that_cannot_be_those_of_the_entries_are_refused(said, data, tmp_path):
     (tmp_path / "l").write_bytes(of_outer())
     assert len(load(tmp_path / "l")) == 2
     (tmp_path / "l").write_bytes(data)

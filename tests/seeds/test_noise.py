@@ -13,14 +13,9 @@ from hypothesis import strategies as st
 
 from fleetune.errors import UsageError
 from fleetune.seeds import noise
-from law_definition import place, slow_philox, slow_places, slow_sign
+from law_definition import direction, hadamard, slow_philox, slow_places, slow_sign
 
 U64 = st.integers(0, 2**64 - 1)
-
-
-def dense_hadamard(K: int) -> np.ndarray:
-    """H[i, k] = (-1)^popcount(i & k), entry by entry."""
-    return np.array([[(-1) ** bin(i & k).count("1") for k in range(K)] for i in range(K)])
 
 
 # Random123's kat_vectors for philox4x32 with 10 rounds.
@@ -93,20 +88,11 @@ def test_keys_are_frozen_and_domains_apart():
 
 @pytest.mark.parametrize("K", [1, 2, 8, 64])
 def test_fwht_and_columns_equal_the_dense_matrix(K):
-    H = dense_hadamard(K)
+    H = hadamard(K)
     a = np.random.default_rng(K).integers(-1000, 1000, K)
     assert noise.fwht(a).tolist() == (H @ a).tolist()
     assert noise.fwht(noise.fwht(a)).tolist() == (K * a).tolist()
     assert np.array_equal(np.stack([noise.hadamard_column(K, k) for k in range(K)], axis=1), H)
-
-
-def direction(law: str, K: int, run_key: int, id: int, start: int, count: int) -> np.ndarray:
-    """One direction by the definition of its law."""
-    i = np.arange(start, start + count)
-    if law == "rademacher":
-        return np.array([slow_sign(run_key, id, j) for j in i.tolist()])
-    D = np.array([slow_sign(run_key, id >> 32, j) for j in i.tolist()])
-    return D * np.array([(-1) ** bin(place(K, j) & id & 0xFFFFFFFF).count("1") for j in i.tolist()])
 
 
 def total(law: str, passes: noise.Passes, run_key: int, start: int, count: int) -> np.ndarray:
@@ -136,7 +122,7 @@ def test_passes_sum_the_directions_in_any_order(case, run_key, start, random):
     passes = noise.passes(law, K, ids, coefficients)
     want = np.zeros(40, np.int64)
     for id, c in zip(ids, coefficients, strict=True):
-        want += c * direction(law, K, run_key, id, start, 40)
+        want += c * direction(law, id, start, 40, K, run_key)
     assert total(law, passes, run_key, start, 40).tolist() == want.tolist()
     assert len(passes.ids) <= len({i >> 32 if law == noise.POOL else i for i in ids})
     pairs = list(zip(ids, coefficients, strict=True))
@@ -267,9 +253,7 @@ outer_entries = st.lists(
 
 @given(entries=outer_entries)
 @settings(max_examples=25)
-def test_the_tables_of_outer_products_are_the_sums_of_the_entries(
-    entries: list[tuple[int, int, int, int]],
-) -> None:
+def test_the_tables_of_outer_products_are_the_sums_of_the_entries(entries):
     """Row by row: the first is the most significant bit of the entry's first byte; 1 is below 0."""
     want: dict[int, list[int]] = {}
     signs = b""

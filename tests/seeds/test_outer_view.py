@@ -80,9 +80,7 @@ tables_of = st.dictionaries(
     given_out=st.booleans(),
 )
 @settings(max_examples=15)
-def test_any_piece_is_the_formula_in_whole_numbers(
-    dtype: str, tables: dict[int, list[int]], still: set[str], chunk: int, given_out: bool
-) -> None:
+def test_any_piece_is_the_formula_in_whole_numbers(dtype, tables, still, chunk, given_out):
     """Wherever it begins and ends; of tensors that nothing moves, too."""
     for table in tables.values():
         for name in still:

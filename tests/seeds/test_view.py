@@ -69,9 +69,7 @@ def test_logits_are_those_of_written_weights_bit_for_bit(name: str, dtype: str) 
 
 @pytest.mark.parametrize("name", ["untied llama", "gpt2"])
 @pytest.mark.parametrize("chunk", [1, 5000])
-def test_chunks_change_nothing_but_the_order_of_sums(
-    monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
-) -> None:
+def test_chunks_change_nothing_but_the_order_of_sums(monkeypatch, name, chunk):
     # A product of fewer rows may sum in another order: equal up to some roundings of the type, not bit for bit.
     net, other = make(name), make(name)
     monkeypatch.setattr(weights, "CHUNK", chunk)
@@ -103,9 +101,7 @@ class Boom(Exception):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
-def test_the_stored_weights_never_change_not_even_when_a_layer_fails(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_stored_weights_never_change_not_even_when_a_layer_fails(monkeypatch, name):
     net, failing = make(name, "bf16"), list[Any]()
     stored, ids = digest(named_tensors(net)), [id(p) for p in net.parameters()]
     norm = type([m for m in net.modules() if "Norm" in type(m).__name__][-1])
@@ -282,9 +278,7 @@ def test_any_family_has_the_losses_of_two_forwards(family: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 1000])
-def test_every_weight_is_read_once_for_both_signs(
-    chunk: int, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int, int]]
-) -> None:
+def test_every_weight_is_read_once_for_both_signs(chunk, monkeypatch, asked):
     monkeypatch.setattr(weights, "CHUNK", chunk)
     model = tiny_llama()
     view = moved_view(model)
@@ -297,9 +291,7 @@ def test_every_weight_is_read_once_for_both_signs(
     assert seen == sizes
 
 
-def test_it_is_taken_where_the_batch_is_small_and_the_objective_is_the_loss(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_it_is_taken_where_the_batch_is_small_and_the_objective_is_the_loss(monkeypatch):
     model, batch, forwards = tiny_llama(), rows(), list[int]()
     view = moved_view(model)
     model.net.model.register_forward_pre_hook(lambda *args: forwards.append(1))
@@ -429,9 +421,7 @@ def plain(net: nn.Module, view: View, batch: Batch) -> tuple[dict[str, Tensor], 
 
 
 @pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
-def test_the_gradients_are_those_of_a_net_that_holds_the_moved_weights(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradients_are_those_of_a_net_that_holds_the_moved_weights(family, monkeypatch):
     monkeypatch.setattr(weights, "CHUNK", 700)  # several blocks of rows a matrix
     monkeypatch.setattr(head_loss, "CHUNK_BYTES", 256)  # several pieces of rows a block
     net = build(family).eval().requires_grad_(False)

@@ -110,9 +110,7 @@ def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("chunk", [weights.CHUNK, 64])
 @pytest.mark.parametrize("paired", [0, 1])
-def test_a_row_of_a_table_is_that_of_the_moved_weights(
-    chunk: int, paired: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_of_a_table_is_that_of_the_moved_weights(chunk, paired, monkeypatch):
     """A table that fits into the scratch is made at once where many of its rows are used, a larger one by rows."""
     tokens = torch.arange(0, 264, 8).repeat(2).view(2, -1)
     view = placed(view_of(llama(tied=False)))
@@ -192,9 +190,7 @@ def test_a_limit_is_of_passes_over_all_weights() -> None:
         ("auto", "auto", META, "torch"),
     ],
 )
-def test_the_environment_chooses(
-    monkeypatch: pytest.MonkeyPatch, word: str | None, asked: str, device: torch.device, want: str
-) -> None:
+def test_the_environment_chooses(monkeypatch, word, asked, device, want):
     monkeypatch.delenv(seeds.VARIABLE, raising=False)
     if word is not None:
         monkeypatch.setenv(seeds.VARIABLE, word)

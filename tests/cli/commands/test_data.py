@@ -147,9 +147,7 @@ def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsy
         assert told not in checked(capsys, *other)["remarks"]
 
 
-def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(
-    at: Path, capsys: Capture
-) -> None:
+def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(at, capsys):
     models.tiny_bert(labels=("0", "1")).save(at / "bert")
     file = at / "bert" / "tokenizer_config.json"
     stated = json.loads(file.read_text())
@@ -240,9 +238,7 @@ def test_rows_from_standard_input_are_kept_for_a_resume(at: Path, monkeypatch: p
 @pytest.mark.parametrize(
     "words", [("tune", "tiny", "-"), ("tune", "tiny", "-", "--dry-run"), ("data", "check", "-")]
 )
-def test_standard_input_without_rows_is_told(
-    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
+def test_standard_input_without_rows_is_told(at, capsys, monkeypatch, words):
     monkeypatch.setattr(sys, "stdin", Piped(b" \n"))
     assert "no row came from standard input" in refused(capsys, *words)
     monkeypatch.setattr(sys, "stdin", Piped(b"", terminal=True))
@@ -253,9 +249,7 @@ def test_standard_input_without_rows_is_told(
 
 
 @pytest.mark.parametrize("words", [("tune", "tiny", "-", "--dry-run"), ("data", "check", "-")])
-def test_bad_rows_from_standard_input_name_no_file_that_is_gone(
-    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
+def test_bad_rows_from_standard_input_name_no_file_that_is_gone(at, capsys, monkeypatch, words):
     monkeypatch.setattr(sys, "stdin", Piped(b'{"prompt": "a", "response": "b"}\n{bad\n{"prompt": "\xe9"}\n'))
     err = refused(capsys, *words)
     assert "error: 2 bad rows in standard input\n  standard input:2: not JSON" in err

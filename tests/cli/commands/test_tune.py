@@ -30,9 +30,7 @@ ZO = ["--method", "fedkseed", "--clients", "3", "--set", "tau=4", "--set", "K=16
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError("x.so: failed to map segment from shared object")])
-def test_a_lack_of_memory_is_told_as_what_does_not_fit(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_a_lack_of_memory_is_told_as_what_does_not_fit(capsys, monkeypatch, error):
     def full(*args: Any) -> None:
         raise error
 

@@ -28,7 +28,10 @@ PAIRS = {"q": ("q.B", "q.A"), "v": ("v.B", "v.A")}
 SHAPES = {"q": (12, 9), "v": (5, 14)}
 
 
-def clients(seed: int, count: int, rank: int) -> list[tuple[float, dict[str, np.ndarray]]]:
+Tensors = dict[str, np.ndarray]
+
+
+def clients(seed: int, count: int, rank: int) -> list[tuple[float, Tensors]]:
     """`count` devices with adapters of this rank on both layers: (rows, tensors)."""
     rng = np.random.default_rng(seed)
     found = []
@@ -46,9 +49,8 @@ def mean_of(taken, pairs=PAIRS):
     return product_mean(taken, pairs, taken[0][1])
 
 
-def dense_mean(taken: list[tuple[float, dict[str, np.ndarray]]], layer: str) -> np.ndarray:
-    total = sum(n for n, _ in taken)
-    return sum(n / total * (t[f"{layer}.B"].astype(float) @ t[f"{layer}.A"].astype(float)) for n, t in taken)
+def dense_mean(taken: list[tuple[float, Tensors]], layer: str) -> np.ndarray:
+    return exact_mean(taken[0][1], taken, layer)  # all of the rank that was sent
 
 
 @given(seed=st.integers(0, 99), count=st.integers(1, 9), scale=st.sampled_from([1e-6, 1.0, 1e6]))
@@ -84,8 +86,7 @@ def test_product_mean_is_the_best_of_its_rank(count, rank):
         best = (u[:, :rank] * s[:rank]) @ vt[:rank]
         got = tensors[f"{layer}.B"].astype(float) @ tensors[f"{layer}.A"].astype(float)
         np.testing.assert_allclose(got, best, atol=1e-5 * s[0])
-        assert tensors[f"{layer}.B"].shape == taken[0][1][f"{layer}.B"].shape
-        assert tensors[f"{layer}.A"].shape == taken[0][1][f"{layer}.A"].shape
+        assert all(tensors[n].shape == taken[0][1][n].shape for n in PAIRS[layer])
         assert {tensors[f"{layer}.{m}"].dtype.name for m in "AB"} == {"float32"}
         cut += (s[rank:] ** 2).sum()
         whole += (s**2).sum()
@@ -94,20 +95,10 @@ def test_product_mean_is_the_best_of_its_rank(count, rank):
 
 
 def test_a_layer_thinner_than_the_rank_keeps_its_shape():
-    rng = np.random.default_rng(6)
-    taken = [
-        (
-            2.0,
-            {
-                "q.B": rng.normal(size=(3, 8)).astype(np.float32),
-                "q.A": rng.normal(size=(8, 20)).astype(np.float32),
-            },
-        )
-        for _ in range(2)
-    ]
+    rng, shapes = np.random.default_rng(6), {"q.B": (3, 8), "q.A": (8, 20)}
+    taken = [(2.0, {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}) for _ in range(2)]
     tensors, lost = mean_of(taken, {"q": PAIRS["q"]})
-    assert tensors["q.B"].shape == (3, 8)
-    assert tensors["q.A"].shape == (8, 20)
+    assert {n: t.shape for n, t in tensors.items()} == shapes
     np.testing.assert_allclose(tensors["q.B"] @ tensors["q.A"], dense_mean(taken, "q"), atol=1e-4)
     assert lost == 0.0
 
@@ -120,9 +111,7 @@ def test_adapters_of_zeros_average_to_zeros():
     assert (tensors["q.A"] == 1).all()  # what a factor of zeros would need to learn again
 
 
-def mixed(
-    seed: int, ranks: list[int], top: int
-) -> tuple[dict[str, np.ndarray], list[tuple[float, dict[str, np.ndarray]]]]:
+def mixed(seed: int, ranks: list[int], top: int) -> tuple[Tensors, list[tuple[float, Tensors]]]:
     """(the adapter of rank `top` that they began with, what devices of these ranks send)."""
     start = clients(seed, 1, top)[0][1]
     return start, [clients(seed + 1 + i, 1, rank)[0] for i, rank in enumerate(ranks)]
@@ -269,9 +258,7 @@ def test_the_vote_is_the_sign_of_most_times_the_usual_size(spool: Spool, seed: i
 @pytest.mark.parametrize("rule", RULES)
 @given(**SEEDS, order=st.randoms(use_true_random=False))
 @settings(max_examples=20)
-def test_the_order_of_the_replies_changes_no_bit(
-    rule: str, spool: Spool, seed: int, m: int, d: int, order: Any
-) -> None:
+def test_the_order_of_the_replies_changes_no_bit(rule, spool, seed, m, d, order):
     values, start = drawn(seed, m, d), drawn(seed + 1, 1, d)[0]
     values[np.random.default_rng(seed).random((m, d)) < 0.1] = -0.0
     shuffled = values[order.sample(range(m), m)]
@@ -279,9 +266,7 @@ def test_the_order_of_the_replies_changes_no_bit(
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_so_many_columns_at_a_time_change_no_bit(
-    rule: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_so_many_columns_at_a_time_change_no_bit(rule, spool, monkeypatch):
     values = drawn(3, 9, 41)
     whole = combined(rule, spool, values)
     monkeypatch.setattr(aggregation, "NUMBERS", 9 * 7)
@@ -301,12 +286,8 @@ def test_a_number_that_a_client_could_not_have_is_left_out() -> None:
 
 def test_numbers_are_kept_as_they_came(spool: Spool) -> None:
     """Integers of 32 bits and float64 lose nothing on the disk; float32 and float16 take 4 bytes."""
-    for dtype, value in (
-        ("int32", 2**31 - 1),
-        ("float64", 1 + 2**-50),
-        ("float32", 1 + 2**-20),
-        ("float16", 1.5),
-    ):
+    largest = {"int32": 2**31 - 1, "float64": 1 + 2**-50, "float32": 1 + 2**-20, "float16": 1.5}
+    for dtype, value in largest.items():
         taken = Rule("median", spool=spool).combining()
         for _ in range(3):
             taken.add(1.0, {"x": np.full(2, value, dtype)})
@@ -440,9 +421,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "values", "rule", "asked", "says"), REFUSED)
-def test_what_does_not_go_together_is_refused(
-    name: str, values: dict[str, Any], rule: str, asked: int, says: str
-) -> None:
+def test_what_does_not_go_together_is_refused(name, values, rule, asked, says):
     method = methods.make(name, values)
     assert says in method.rule_problem(parse(rule), asked)
     assert method.rule_problem(MEAN, asked) == ""

@@ -38,9 +38,7 @@ def test_a_group_is_a_row_of_a_and_a_column_of_b() -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 3), st.integers(0, 99))
-def test_each_plane_is_the_mean_size_and_the_signs_of_what_is_left(
-    each: list[int], planes: int, seed: int
-) -> None:
+def test_each_plane_is_the_mean_size_and_the_signs_of_what_is_left(each, planes, seed):
     sizes, x = np.array(each), np.random.default_rng(seed).normal(size=sum(each))
     signs = encode(x, sizes, planes)
     assert (signs.bits.dtype, signs.scales.dtype) == (np.uint8, np.float32)

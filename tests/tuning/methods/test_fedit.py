@@ -11,7 +11,7 @@ import torch
 
 from fleetune import adapters, models
 from fleetune.data import Batches, Encoded
-from fleetune.errors import MessageError, ModelError, RecipeError
+from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, check, decode, encode
@@ -78,9 +78,7 @@ def lora_layers_of(model: Model) -> set[str]:
         ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
     ],
 )
-def test_lora_is_put_on_the_layers_that_are_named_on_both_sides(
-    tmp_path: Path, targets: str, layers: set[str]
-) -> None:
+def test_lora_is_put_on_the_layers_that_are_named_on_both_sides(tmp_path, targets, layers):
     model, device = models.tiny_llama(), models.tiny_llama()
     method = methods.make("fedit", FAST | {"r": 2, "targets": targets})
     state = method.init(model, 5)
@@ -105,9 +103,6 @@ def test_layers_that_the_model_lacks_are_told_with_those_that_it_has() -> None:
     with pytest.raises(ModelError, match="no linear layer named 'query'") as told:
         methods.make("fedit", FAST | {"targets": "query,v_proj"}).init(models.tiny_llama(), 5)
     assert "q_proj" in str(told.value.hint)
-    for name in ("fedit", "fedpetuning", "fwdllm"):
-        with pytest.raises(RecipeError, match="or the layers' names"):
-            methods.make(name, {"targets": "q_proj,,v_proj"})
 
 
 @pytest.mark.parametrize("more", [{}, {"warmup": 2, "weight_decay": 0.5, "clip": 1e-3, "mu": 0.1}])
@@ -234,9 +229,7 @@ def test_server_and_devices_agree_on_what_was_taken_out(name: str, sizes: dict[s
 
 
 @pytest.mark.parametrize(("name", "sizes"), CASES)
-def test_what_a_start_takes_out_goes_down_with_every_broadcast_and_never_up(
-    name: str, sizes: dict[str, Any]
-) -> None:
+def test_what_a_start_takes_out_goes_down_with_every_broadcast_and_never_up(name, sizes):
     model = models.tiny_llama()
     plain = methods.make(name, {"lr": 1e-2, "batch_size": 3} | sizes)
     usual = round_of(models.tiny_llama(), plain, plain.init(models.tiny_llama(), 5))
@@ -263,28 +256,3 @@ def test_eva_starts_from_the_servers_rows(tmp_path: Path) -> None:
     state = methods.make("fedpetuning", {"size": 2, "start": "eva"}).init(models.tiny_bert(), 5)
     a = state.tensors["bert.encoder.layer.1.attention.self.query.lora_A.weight"]
     np.testing.assert_allclose(a @ a.T, np.eye(2), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("fedit", {"start": "magic"}, "none of default, gaussian"),
-        ("fedit", {"start": "orthogonal", "r": 3}, "even rank"),
-        ("fedit", {"start": "pissa"}, "dropout=0"),
-        ("fedit", {"start": "olora", "dropout": 0, "wire": "sign"}, "wire=fp32"),
-        ("fedit", {"start": "pissa", "dropout": 0, "average": "product"}, "average=separate"),
-        ("fedit", {"ranks": "2,4"}, "average=product"),
-        ("fedit", {"ranks": "2,17", "average": "product"}, "1 to r = 16"),
-        ("fedit", {"ranks": "0", "average": "product"}, "1 to r = 16"),
-        ("fedit", {"ranks": "2;4", "average": "product"}, "1 to r = 16"),
-        ("fedit", {"ranks": "2", "average": "product", "start": "orthogonal"}, "orthogonal"),
-        ("fedpetuning", {"start": "pissa", "module": "adapter"}, "module=lora"),
-        ("fedpetuning", {"start": "pissa", "wire": "sign"}, "wire=fp32"),
-        ("fedpetuning", {"start": "orthogonal", "size": 5}, "even rank"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_said_at_once(
-    name: str, values: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(RecipeError, match=message):
-        methods.make(name, values)

@@ -48,9 +48,8 @@ def test_what_is_no_time_is_refused_before_any_work(text: str) -> None:
 def test_a_run_is_its_rounds_times_clients_times_steps() -> None:
     found = Estimate(10, 8, 12.5, 0.4, 11, 3.0)
     assert found.seconds == pytest.approx(10 * 8 * 12.5 * 0.4 + 33)
-    assert (
-        found.text == "about 7m13s: 10 rounds × 8 clients × 12 steps of 400 ms, and 11 evaluations of 3.0 s"
-    )
+    said = "about 7m13s: 10 rounds × 8 clients × 12 steps of 400 ms, and 11 evaluations of 3.0 s"
+    assert found.text == said
     assert not advice(found)
     assert "--within 1h" in advice(Estimate(10, 8, 200, 2.0, 11, 3.0))
 
@@ -103,9 +102,7 @@ def test_the_search_for_a_rate_counts() -> None:
     assert found.text.endswith(", after 30 s of finding a learning rate")
     _, smaller = fit("fedit", found, 60.0)
     assert 40 < smaller.seconds <= 48.0
-    with pytest.raises(
-        FitError, match="after 30 s of finding a learning rate, take more than 20 s"
-    ) as refused:
+    with pytest.raises(FitError, match="finding a learning rate, take more than 20 s") as refused:
         fit("fedit", found, 20.0)
     assert "--set lr=NUMBER" in str(refused.value.hint)
 
@@ -150,31 +147,19 @@ def test_local_steps_follow_the_rows_unless_they_are_given(place: Path) -> None:
 
 
 def test_what_a_method_refuses_of_the_model_is_said_before_anything_is_written(place: Path) -> None:
-    own = recipes.make(
-        {
-            "model": "tiny",
-            "data": "rows.jsonl",
-            "method": "fedit",
-            "clients": 2,
-            "held_out": 4,
-            "set": {"targets": "q_proj,nowhere"},
-        }
-    )
-    with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
-        prepare.dry_run(own, offline=True)
-    with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
-        fleetune.tune(own, offline=True)
+    values = {"model": "tiny", "data": "rows.jsonl", "method": "fedit", "clients": 2, "held_out": 4}
+    own = recipes.make({**values, "set": {"targets": "q_proj,nowhere"}})
+    for work in (prepare.dry_run, fleetune.tune):
+        with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
+            work(own, offline=True)
     assert not Path("runs").exists() or not list(Path("runs").iterdir())
 
 
-def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(place, monkeypatch):
     monkeypatch.setattr(estimate, "_timed", lambda work, slow=0.0: 0.1)  # however busy the machine is
     few: dict[str, Any] = {"clients": 2, "samples": 0, "threads": 1, "device": "cpu", "offline": True}
-    run = fleetune.tune(
-        "tiny", "rows.jsonl", method="fedit", settings={"r": 2, "lr": 1e-3}, within="2s", rounds=500, **few
-    )
+    few |= {"method": "fedit", "settings": {"r": 2, "lr": 1e-3}, "within": "2s", "rounds": 500}
+    run = fleetune.tune("tiny", "rows.jsonl", **few)
     written = recipes.read(Path(run.done.run) / "run.toml")
     assert written["within"] == ""
     assert written["rounds"] < 500

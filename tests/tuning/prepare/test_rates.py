@@ -155,10 +155,8 @@ def test_a_rate_that_does_not_last_is_made_smaller() -> None:
 @pytest.mark.parametrize(("name", "moves"), [("fedit", 3), ("fwdllm", 2)])
 def test_a_rate_is_held_until_the_model_has_moved_so_often(name: str, moves: int, model: Model) -> None:
     """Against the rounds done by hand.  FwdLLM waits for more directions in between: its state counts its moves."""
-    given = {
-        **harness.QUICK[name],
-        **({"threshold": 1e-9, "patience": 3, "P": 1} if name == "fwdllm" else {}),
-    }
+    waits = {"threshold": 1e-9, "patience": 3, "P": 1} if name == "fwdllm" else {}
+    given = {**harness.QUICK[name], **waits}
     rows = harness.rows(model)
     bench = Bench(model, [rows[4:8], rows[8:12]], rows[:4], 7)
 
@@ -272,9 +270,7 @@ def test_a_real_fleets_server_finds_what_the_simulation_finds(place: Path) -> No
         ({}, {"aggregation": "norm-clip", "clients": 4}, 2.0),
     ],
 )
-def test_with_a_rate_that_is_found_the_server_steps_by_the_root_of_the_clients(
-    settings: dict[str, Any], more: dict[str, Any], step: float, place: Path
-) -> None:
+def test_with_a_rate_that_is_found_the_server_steps_by_the_root_of_the_clients(settings, more, step, place):
     recipe = of_two({"tau": 2, "backprop_steps": 1, **settings}, **more)
     for simulated in (True, False):
         job = prepare.prepare(recipe, simulated=simulated)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,8 +98,8 @@ def half(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Callable
 
 
 @pytest.mark.parametrize("what", ["data", "base"])
-def test_a_sweep_that_goes_on_with_other_rows_or_another_base_says_that_losses_do_not_compare(
-    what: str, at: Path, half: Callable[[], int], capsys: Capture
+def test_a_sweep_that_goes_on_with_other_rows_or_base_says_so(
+    what: str, at: Path, half: Any, capsys: Any
 ) -> None:
     if what == "data":
         reverse(at / "data.jsonl")

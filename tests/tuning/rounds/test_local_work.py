@@ -85,14 +85,17 @@ class Keeper:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def local(
-        self, model: object, payload: Payload, batches: Any, key: int, memory: dict[str, Any]
-    ) -> Payload:
+    def local(self, model: Any, payload: Payload, batches: Any, key: int, memory: dict[str, Any]) -> Payload:
         memory["count"] = memory.get("count", 0) + 1
         memory["big"] = np.zeros(self.size)
         if batches.client == 1 and memory["count"] == 2:
             raise RuntimeError("after it changed its memory")
         return Payload({}, {"count": memory["count"]})
+
+
+def keeping(method: Any, clients: int = 2) -> LocalFleet:
+    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * clients
+    return LocalFleet(tiny_llama(), method, rows, 0, 0)
 
 
 def asked(fleet: LocalFleet, round: int, clients: range) -> Iterator[bytes | None]:
@@ -101,37 +104,29 @@ def asked(fleet: LocalFleet, round: int, clients: range) -> Iterator[bytes | Non
 
 
 def test_a_client_that_fails_keeps_what_it_had_before() -> None:
-    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * 2
-    fleet = LocalFleet(tiny_llama(), Keeper(1), rows, 0, 0)  # type: ignore[arg-type]
+    fleet = keeping(Keeper(1))
     for r in range(1, 4):
         list(asked(fleet, r, range(2)))
     assert [fleet.memories.of(c)["count"] for c in range(2)] == [3, 1]
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-    ],
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
 )
 def test_a_client_without_memory_ends_the_run_as_one_that_does_not_fit(error: Exception) -> None:
     class Full(Keeper):
         def local(self, *args: Any) -> Payload:
             raise error
 
-    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * 2
-    fleet = LocalFleet(tiny_llama(), Full(1), rows, 0, 0)  # type: ignore[arg-type]
     with pytest.raises(FitError, match="client 0 in round 1: memory does not suffice on 'cpu'"):
-        list(asked(fleet, 1, range(2)))
+        list(asked(keeping(Full(1)), 1, range(2)))
 
 
 def test_memory_does_not_grow_with_the_clients() -> None:
     """1 MB kept on each of 40 clients: the process holds a few of them, not 40."""
-    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * 40
     peaks = []
     for _ in range(2):  # of both the lower: a table of the interpreter's own may grow meanwhile, by megabytes
-        fleet = LocalFleet(tiny_llama(), Keeper(131_072), rows, 0, 0)  # type: ignore[arg-type]
+        fleet = keeping(Keeper(131_072), 40)
         tracemalloc.start()
         for r in (1, 2):
             assert all(asked(fleet, r, range(2, 40)))
@@ -156,9 +151,7 @@ def test_where_all_can_do_all_each_does_what_is_wanted(percent: int, count: int)
 
 @settings(max_examples=40)
 @given(st.integers(1, 99), st.lists(st.booleans(), max_size=40), st.integers(0, 40))
-def test_the_share_is_not_passed_and_is_reached_as_soon_as_devices_can(
-    percent: int, able: list[bool], restart: int
-) -> None:
+def test_the_share_is_not_passed_and_is_reached_as_soon_as_devices_can(percent, able, restart):
     """An assignment that goes on from what was given, as after a restart of the server, gives the same."""
     kinds, given = mixed(percent), list[int]()
     assignment = Assignment(kinds)
@@ -193,9 +186,7 @@ def test_a_list_is_repeated_over_the_clients() -> None:
         ("fedkseed", {"backprop": 0.5}, "0, 1,1", ""),
     ],
 )
-def test_a_list_that_cannot_be_is_refused(
-    method: str, values: dict[str, Any], kinds: str, problem: str
-) -> None:
+def test_a_list_that_cannot_be_is_refused(method, values, kinds, problem):
     recipe = recipes.make({"model": "m", "data": "d", "method": method, "set": values, "kinds": kinds})
     if not problem:
         prepare.check(recipe)

@@ -83,15 +83,10 @@ def test_rows_weigh_at_most_so_many_times_the_median_of_the_round() -> None:
     n=st.sampled_from([1, ROWS, 3 * ROWS, ANY]),
     moves=st.lists(st.floats(0.5, 1.0), min_size=7, max_size=7),
 )
-def test_no_weight_moves_the_mean_further_than_a_usual_reply_may(
-    factor: float, n: int, moves: list[float]
-) -> None:
+def test_no_weight_moves_the_mean_further_than_a_usual_reply_may(factor, n, moves):
     """A liar against seven that go the same way: its pull is at most `allowed` times that of the median client."""
-    unit = np.ones(SIZE) / np.sqrt(SIZE)
-    fleet = Devices(
-        lambda r, c, w: told(w - factor * unit, n) if c == 0 else told(w + moves[c - 1] * unit),
-        declared={0: n},
-    )
+    unit, far = np.ones(SIZE) / np.sqrt(SIZE), [-factor, *moves]
+    fleet = Devices(lambda r, c, w: told(w + far[c] * unit, n if c == 0 else ROWS), declared={0: n})
     played = play(Path(tempfile.mkdtemp()), fleet, rule=Rule(times=4.0))
     middle = float(np.sort([factor, *moves])[3])
     if factor > 3.5 * middle * allowed(SIZE) / 4:
@@ -122,8 +117,7 @@ def test_a_method_knows_the_rows_that_a_client_took_its_steps_on(tmp_path: Path)
 
 def test_steps_that_a_claim_stands_for_make_no_reply_short(tmp_path: Path) -> None:
     """A method that divides by the steps of the rows: who claims more rows goes no further for it."""
-    far = with_liars(lambda r, c, w: told(w - 7.0, 4 * ROWS), 0)
-    fleet = Devices(lambda r, c, w: far(r, c, w) if c == 0 else told(w + 1.0), declared={0: 4 * ROWS})
+    fleet = Devices(lambda r, c, w: told(w + 1.0) if c else told(w - 7.0, 4 * ROWS), declared={0: 4 * ROWS})
     x = float(play(tmp_path, fleet, Walking(), rule=Rule(times=4.0)).state.tensors["w"].mean())
     W = (7 - 7 * x) / (x + 7)
     assert pytest.approx(allowed(SIZE) / 7, abs=0.1) == W  # weights are whole rows
@@ -154,9 +148,7 @@ def test_rows_that_are_claimed_excuse_no_distance(rule: Rule, clients: int, tmp_
 
 
 @pytest.mark.parametrize(("rows", "far"), [((10, 40), 7.0), ((40, 10), 0.3)])
-def test_of_two_devices_no_honest_one_is_refused_for_a_claim_of_either(
-    rows: tuple[int, int], far: float, tmp_path: Path
-) -> None:
+def test_of_two_devices_no_honest_one_is_refused_for_a_claim_of_either(rows, far, tmp_path):
     """Four times the steps go up to four times as far; and who claims them goes half as far as it does."""
     fleet = Devices(lambda r, c, w: told(w + (far if c else 1.0), rows[c]), 2, declared=dict(enumerate(rows)))
     assert not play(tmp_path, fleet, Walking(), rule=Rule("median")).refused()
@@ -164,10 +156,8 @@ def test_of_two_devices_no_honest_one_is_refused_for_a_claim_of_either(
 
 def test_a_reply_of_which_no_row_may_count_is_refused(tmp_path: Path) -> None:
     """One that may count 0.6 rows used to count one."""
-    rows = dict.fromkeys(range(1, 8), 1) | {0: 4}
-    fleet = Devices(
-        lambda r, c, w: told(w - 1.6 * allowed(SIZE), 4) if c == 0 else told(w + 1.0, 1), declared=rows
-    )
+    rows, far = [4] + [1] * 7, [-1.6 * allowed(SIZE)] + [1.0] * 7
+    fleet = Devices(lambda r, c, w: told(w + far[c], rows[c]), declared=dict(enumerate(rows)))
     played = play(tmp_path, fleet, Walking(), rule=Rule(times=1.0))
     assert played.refused() == {0: "it goes so far that not one of its rows may count"}
 
@@ -209,10 +199,7 @@ def extreme(honest: Payload, sent: Payload, size: float, direction: str) -> Payl
     arrays = {}
     for name, array in honest.arrays.items():
         begun = np.asarray(sent.arrays.get(name, 0.0), np.float64) if array.dtype.kind == "f" else 0.0
-        if array.dtype == np.uint8:
-            move = LogCode.decode(array).astype(np.float64)
-        else:
-            move = array - begun
+        move = LogCode.decode(array).astype(np.float64) if array.dtype == np.uint8 else array - begun
         lie = begun + size * (np.ones(array.shape) if direction == "all" else move)
         if array.dtype == np.uint8:
             arrays[name] = LogCode.encode(lie, np.full(array.shape, 0.5))
@@ -278,9 +265,7 @@ def concentrated(honest: Payload, times: float, codes: int) -> Payload:
 
 @pytest.mark.parametrize(("case", "codes"), [("fedkseed", 1), ("fedkseed", 20), ("onebyte", 8)])
 @pytest.mark.parametrize("times", [0.5, 2, 16, 30])
-def test_who_sends_fewer_numbers_may_not_go_further(
-    case: str, codes: int, times: float, tmp_path: Path
-) -> None:
+def test_who_sends_fewer_numbers_may_not_go_further(case, codes, times, tmp_path):
     """20 codes were agreed: the bound is 5.6 for one code as well, and not 36 (8 for the 8 of `onebyte`)."""
     method, state = begun(case)
     payloads = [harness.usual(method, state, c) for c in range(CLIENTS)]
@@ -296,10 +281,9 @@ def test_the_slack_is_by_the_numbers_that_were_agreed(shapes: list[tuple[int, ..
 
 def of_kind(kind: str, *distances: float) -> list[replies.Kept]:
     """Replies of many numbers that go so far."""
-    answers = [Answer(c, c, None, "ok", "", 0.0, 0) for c in range(len(distances))]
+    answer, kinds = Answer(0, 0, None, "ok", "", 0.0, 0), frozenset([kind])
     return [
-        replies.Kept(a, 0, 0, frozenset([kind]), 4.0, d, ROWS, d)
-        for a, d in zip(answers, distances, strict=True)
+        replies.Kept(answer._replace(client=c), 0, 0, kinds, 4.0, d, ROWS, d) for c, d in enumerate(distances)
     ]
 
 
@@ -321,10 +305,7 @@ def test_devices_of_few_and_of_many_steps_compare() -> None:
     _, state = begun("fedit")
     rng, sizes = np.random.default_rng(0), []
     for n in (1, 100):
-        w = {
-            k: t + 1e-3 * rng.choice([-1, 1], (n, *t.shape)).sum(0).astype(np.float32)
-            for k, t in state.tensors.items()
-        }
+        w = {k: t + 1e-3 * rng.choice([-1, 1], (n, *t.shape)).sum(0) for k, t in state.tensors.items()}
         sizes.append(method.distance(state, Payload({}), Reply(0, 0, Payload(w, {"n": n, "loss": 0.0}))))
     assert sizes == pytest.approx([1, 1], rel=0.1)
 
@@ -351,22 +332,19 @@ class Fussy(Averaging):
     ("error", "why"),
     [(None, "ZeroDivisionError: negative"), (SystemExit(0), "it ended the process, SystemExit: 0")],
 )
-def test_a_reply_on_which_the_method_fails_is_refused_and_the_rest_adds_up(
-    error: BaseException | None, why: str, tmp_path: Path
-) -> None:
+def test_a_reply_on_which_the_method_fails_is_refused_and_the_rest_adds_up(error, why, tmp_path):
     negative = with_liars(lambda r, c, w: told(w - 0.1), 1, 6)
     played = play(tmp_path, Devices(negative), Fussy(error=error))
     assert sorted(played.refused()) == [1, 6]
-    assert all(
-        text.startswith(f"it cannot be used ({why} (test_replies.py:") for text in played.refused().values()
-    )
+    for text in played.refused().values():
+        assert text.startswith(f"it cannot be used ({why} (test_replies.py:")
     assert np.array_equal(played.state.tensors["w"], mean_without(1, 6))
 
 
 def test_a_sum_that_fails_on_no_reply_ends_the_run_without_a_traceback(tmp_path: Path) -> None:
     run = create(tmp_path, "averaging", "toy")
     with pytest.raises(FleetError, match=r"round 1 cannot be added up .LinAlgError: SVD"):
-        play(tmp_path, Devices(honest), Fussy(at_the_end=True), run=run)
+        play(run, Devices(honest), Fussy(at_the_end=True))
     assert [r for r, _ in checkpoints(run.path)] == [0]
 
 

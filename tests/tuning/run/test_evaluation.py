@@ -104,9 +104,7 @@ def test_a_short_run_measures_fewer_rows(more: dict[str, Any], size: int, client
     assert estimate.most_client_rows(made, [size] * clients) == rows
 
 
-def test_many_clients_are_measured_only_where_it_is_asked_for(
-    places: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_clients_are_measured_only_where_it_is_asked_for(places, monkeypatch):
     monkeypatch.setattr(estimate, "MOST_CLIENTS", 2)
     job = job_of(places, partition="iid", clients=3)
     assert evaluation.client_rows(job) is None

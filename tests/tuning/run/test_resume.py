@@ -20,18 +20,8 @@ from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.run import describe, resume
 
-FEW: dict[str, Any] = {
-    "clients": 3,
-    "participation": 0.67,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 2,
-    "answer_tokens": 4,
-    "threads": 1,
-    "device": "cpu",
-    "limit": 60,
-    "max_length": 64,
-}
+FEW: dict[str, Any] = command_line.FEW | {"clients": 3, "participation": 0.67, "limit": 60, "max_length": 64}
+FEW |= {"samples": 2, "answer_tokens": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "fedit": {"r": 2, "batch_size": 2, "lr": 1e-2, "steps": 3, "server": "adam", "scaffold": True},
     "fedkseed": {"K": 16, "tau": 3, "lr": 1e-3, "batch_size": 2},
@@ -44,10 +34,9 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models.tiny_llama().save("tiny")
 
 
-def tuned(rounds: int, method: str = "fedit", out: str = "runs", **more: Any) -> Any:
-    return fleetune.tune(
-        "tiny", "demo", method=method, settings=METHODS[method], rounds=rounds, out=out, **FEW | more
-    )
+def tuned(rounds: int, method: str = "fedit", out: str = "runs") -> Any:
+    options = FEW | {"method": method, "settings": METHODS[method], "rounds": rounds, "out": out}
+    return fleetune.tune("tiny", "demo", **options)
 
 
 def told(run: Path) -> list[dict[str, Any]]:
@@ -135,13 +124,8 @@ def test_what_decides_the_bits_is_compared() -> None:
     assert told.startswith("since the last sitting there changed: torch 2.6 -> 2.7, threads 2 -> 1;")
 
 
-SHORT: dict[str, Any] = command_line.FEW | {
-    "method": "fedit",
-    "settings": {"r": 2, "batch_size": 2, "lr": 1e-2, "steps": 3},
-    "limit": 30,
-    "max_length": 64,
-    "rounds": 2,
-}
+SHORT: dict[str, Any] = command_line.FEW | {"method": "fedit", "limit": 30, "max_length": 64, "rounds": 2}
+SHORT |= {"settings": {"r": 2, "batch_size": 2, "lr": 1e-2, "steps": 3}}
 
 
 class After(fleetune.Silent):
@@ -155,16 +139,12 @@ class After(fleetune.Silent):
             raise Interrupted("enough")
 
 
-def stopped(after: int) -> None:
-    with pytest.raises(Interrupted):
-        fleetune.tune("tiny", "demo", listener=After(after + 1), **SHORT)
-
-
 def test_a_run_without_a_round_is_timed_anew(capsys: pytest.CaptureFixture[str]) -> None:
     """To the same bits; later the rounds that are done tell the time."""
     whole = fleetune.tune("tiny", "demo", out="whole", **SHORT)
     for after in (0, 1):
-        stopped(after)
+        with pytest.raises(Interrupted):
+            fleetune.tune("tiny", "demo", listener=After(after + 1), **SHORT)
         capsys.readouterr()
         assert main(["tune", "--resume", "latest"]) == 0
         told = capsys.readouterr().err
