@@ -16,15 +16,7 @@ from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.evaluation.objectives import get, loss_tensor
 from fleetune.models import Model, digest, named_tensors, tiny_llama
 from fleetune.seeds import noise
-from fleetune.seeds.descent import (
-    Position,
-    Projection,
-    Steps,
-    descend,
-    descend_projected,
-    two_point,
-    uniforms,
-)
+from fleetune.seeds.descent import Position, Projection, descend, descend_projected, two_point, uniforms
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.view import Tape, View
 from fleetune.seeds.weights import MovedWeights, kernels
@@ -70,9 +62,8 @@ def gradient_at(view: View, model: Model) -> dict[str, np.ndarray]:
     twin.net = tiny_llama(seed=2).net.double()
     for name, tensor in named_tensors(twin.net):
         tensor.data.copy_(moved[name])
-    twin.net.requires_grad_(
-        True
-    ).model.embed_tokens.padding_idx = None  # which would leave the pad row's gradient out
+    twin.net.requires_grad_(True)
+    twin.net.model.embed_tokens.padding_idx = None  # which would leave the pad row's gradient out
     loss_tensor(twin, batch_of()).backward()
     return {name: tensor.grad.numpy() for name, tensor in named_tensors(twin.net)}
 
@@ -161,21 +152,12 @@ def empty() -> Position:
     return Position("hashed", K, np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
 
-def walk(
-    view: View,
-    losses: Sequence[float] | Callable[[], float],
-    *,
-    steps: int,
-    eps: float = 0.5,
-    clip: float = 0.0,
-    to_units: Callable[[int, float], int] = lambda step, g: round(-g * 100),
-) -> tuple[Steps, Position]:
+def walk(view: View, losses: Sequence[float] | Callable[[], float], *, steps: int, **how: Any) -> Any:
     """`descend` from the base with an objective that is a list of answers, or a function."""
-    position, answers = empty(), None if callable(losses) else iter(losses)
-    objective = (lambda m, b: losses()) if answers is None else (lambda m, b: next(answers))
-    how: dict[str, Any] = {"eps": eps, "clip": clip, "to_units": to_units}
-    batches = [batch_of()] * steps
-    taken = descend(None, view, position, list(range(steps)), batches, objective, **how)  # type: ignore[arg-type]
+    loss, position = losses if callable(losses) else iter(losses).__next__, empty()
+    how = {"eps": 0.5, "clip": 0.0, "to_units": lambda step, g: round(-g * 100)} | how
+    batches: Any = [batch_of()] * steps
+    taken = descend(None, view, position, list(range(steps)), batches, lambda m, b: loss(), **how)
     assert view.direction is None
     here = digest(view.tensors())
     position.place(view)
@@ -200,9 +182,8 @@ def test_a_step_is_the_integer_that_was_taken(view: View) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_slope_that_is_not_finite_is_no_step(view: View, bad: float) -> None:
-    taken, position = walk(
-        view, [1.0, bad, bad, 1.0, bad, bad, 4.0, 2.0], steps=4, to_units=lambda step, g: 5
-    )
+    losses = [1.0, bad, bad, 1.0, bad, bad, 4.0, 2.0]
+    taken, position = walk(view, losses, steps=4, to_units=lambda step, g: 5)
     assert taken.coefficients.tolist() == [0, 0, 0, 5]
     assert (taken.skipped, taken.loss, position.ids) == (3, 3.0, [3])
     none, position = walk(view, [bad] * 4, steps=2)
@@ -243,12 +224,16 @@ def dense(K: int, start: int, g: np.ndarray) -> np.ndarray:
     return (D * g) @ hadamard(K)[slow_places(K, start, g.size)]
 
 
+def no_weights() -> MovedWeights:
+    return MovedWeights([("x", torch.zeros(1))], run_key=KEY, law="hashed", grid=1.0)
+
+
 @pytest.mark.parametrize(("backend", "threads"), [("numba", 1), ("numba", 3), ("torch", None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("K", [1, 64, 512])
 def test_a_fold_and_a_transform_are_the_slopes_along_all_directions(K, dtype, backend, threads, monkeypatch):
     monkeypatch.setattr("fleetune.seeds.descent.CHUNK", 5000)  # cut in the middle of tiles and of rows
-    weights = MovedWeights([("x", torch.zeros(1))], run_key=KEY, law="hashed", grid=1.0)
+    weights = no_weights()
     weights.kernels, weights.threads = kernels(weights.device, backend), threads
     draw, projection = torch.Generator().manual_seed(K), Projection(weights, K, EPOCH)
     expected, start, size = np.zeros(K), 0, 0.0
@@ -266,9 +251,7 @@ def test_a_pool_may_be_wider_than_a_tile() -> None:
     """Against single slopes of some directions: the start of a tensor is then any multiple of 4096 modulo K."""
     K, start = 16384, 5 * 4096
     g = np.random.default_rng(0).normal(size=3 * K + 777).astype(np.float32)
-    projection = Projection(
-        MovedWeights([("x", torch.zeros(1))], run_key=KEY, law="hashed", grid=1.0), K, EPOCH
-    )
+    projection = Projection(no_weights(), K, EPOCH)
     projection.add(start, torch.from_numpy(g))
     p, D = projection.take(), noise.signs(KEY, EPOCH, start, g.size).astype(np.float64)
     for k in (0, 1, 4095, K // 2, K - 1):

@@ -26,8 +26,8 @@ Probe = tuple[int, np.ndarray] | None
 
 
 def reference(
-    base: Tensor, start: int, run_key: int, passes: Passes, grid: float, probe: Probe, gaussian: bool = False
-) -> Tensor:
+    base: Tensor, start: int, run_key: int, passes: Passes, grid: float, probe: Any, gaussian=False
+):
     """The definition, one numpy float32 operation at a time: float32."""
     n = base.numel()
 
@@ -60,32 +60,23 @@ def weights(seed: int, n: int, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def check(
-    kernels: ModuleType,
-    base: Tensor,
-    start: int,
-    run_key: int,
-    passes: Passes,
-    grid: float,
-    probe: Probe,
-    gaussian: bool = False,
-    **how: Any,
-) -> None:
+def check(kernels: ModuleType, base: Tensor, *where: Any, gaussian: bool = False, **how: Any) -> None:
     """Sweep for one sign or, with a probe, for both, and compare with the definition; NaN may be any NaN."""
-    move = (start, run_key, passes, grid)
-    want = [reference(base, *move, probe, gaussian).to(base.dtype)]
+    *move, probe = where
     outs = [torch.full_like(base, 5.0) for _ in range(2)]
-    kernels.sweep(outs[0], base, *move, probe, gaussian=gaussian, **how)
-    numbers = ~want[0].isnan()
-    assert torch.equal(bits(outs[0])[numbers], bits(want[0])[numbers])
-    assert outs[0][~numbers].isnan().all()
+    kernels.sweep(outs[0], base, *where, gaussian=gaussian, **how)
+    assert_same(outs[0], reference(base, *where, gaussian).to(base.dtype))
     if probe is not None:
-        want.append(reference(base, *move, (probe[0], -probe[1]), gaussian).to(base.dtype))
-        kernels.sweep(outs[0], base, *move, probe, gaussian=gaussian, minus=outs[1], **how)
-        for out, wanted in zip(outs, want, strict=True):
-            numbers = ~wanted.isnan()
-            assert torch.equal(bits(out)[numbers], bits(wanted)[numbers])
-            assert out[~numbers].isnan().all()
+        kernels.sweep(outs[0], base, *where, gaussian=gaussian, minus=outs[1], **how)
+        for out, sign in zip(outs, (1, -1), strict=True):
+            assert_same(out, reference(base, *move, (probe[0], sign * probe[1]), gaussian).to(base.dtype))
+
+
+def assert_same(out: Tensor, want: Tensor) -> None:
+    """To the bit, but for the bits of NaN."""
+    numbers = ~want.isnan()
+    assert torch.equal(bits(out)[numbers], bits(want)[numbers])
+    assert out[~numbers].isnan().all()
 
 
 @st.composite
@@ -131,18 +122,8 @@ def test_any_sweep_is_the_definition(kernels: ModuleType, case: dict[str, Any]) 
     at = ["plus", "minus"][: 1 + both]
     if case["place"] in at and base.dtype == dtype:
         outs[at.index(case["place"])] = base
-    kernels.sweep(
-        outs[0],
-        base,
-        *where,
-        passes,
-        case["grid"],
-        probe,
-        gaussian=case["gaussian"],
-        minus=outs[1] if both else None,
-        threads=case["threads"],
-        block=case["block"],
-    )
+    how = {"minus": outs[1] if both else None, **{n: case[n] for n in ("gaussian", "threads", "block")}}
+    kernels.sweep(outs[0], base, *where, passes, case["grid"], probe, **how)
     for out, sign in zip(outs, (1, -1), strict=False):
         signed = probe and (probe[0], sign * probe[1])
         want = reference(kept, *where, passes, case["grid"], signed, case["gaussian"])
@@ -179,7 +160,7 @@ def test_directions_whose_words_are_made_together_stay_apart(monkeypatch, gaussi
     base = weights(8, 500 if gaussian else 3 * TILE + 50, torch.float32)
     for id in (2**63 + 1, 8, top):
         probe = id, np.array([0.3], np.float32)
-        check(kernels_torch, base, 99, top, passes, 1e-2, probe, gaussian)
+        check(kernels_torch, base, 99, top, passes, 1e-2, probe, gaussian=gaussian)
 
 
 def test_threads_share_a_large_tensor() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -67,9 +68,8 @@ def reference(stored: Stored, start: int, law: str, K: int, eps: float = 0.0, k:
         total = noise.summed(passes(law, K, ids, c), KEY, start, len(bits)).astype(np.float32)
         p = total * np.float32(GRID) + (bits & 0x7FFF).astype(np.float32) / np.float32(1024)
         id, _ = probe(law, K, k)
-        one = noise.summed(
-            passes(law, K, [(id << 32) | k if law == "hashed" else id], [1]), KEY, start, len(bits)
-        )
+        z = passes(law, K, [(id << 32) | k if law == "hashed" else id], [1])
+        one = noise.summed(z, KEY, start, len(bits))
         p = p + one.astype(np.float32) * np.float32(eps)
         u = (noise.rounding(KEY, start, len(bits)).astype(np.float32) + np.float32(0.5)) / np.float32(256)
         whole = np.clip(np.floor(p * np.float32(1024) + u), 0, 0x7BFF).astype(np.uint16)
@@ -91,14 +91,14 @@ def test_a_point_is_that_of_the_reference_for_every_matrix(law: str, file: Path)
     weights = dict(named_tensors(model.net))
     moved = 0
     for slot in view.slots:
-        want = reference(weights[slot.name].stored, slot.start, law, K)  # type: ignore[attr-defined]
+        want = reference(weights[slot.name].stored, slot.start, law, K)
         whole = view.whole(slot)
         assert torch.equal(whole, want)
         for first, last in ((5, 70), (63, 64), (1, whole.numel())):  # wherever a piece begins
             assert torch.equal(view.piece(slot, first, last), whole.view(-1)[first:last])
-        moved += int((want != weights[slot.name].values()).sum())  # type: ignore[attr-defined]
+        moved += int((want != weights[slot.name].values()).sum())
         view.probe(probe(law, K, 9), 0.02)
-        probed = reference(weights[slot.name].stored, slot.start, law, K, 0.02, 9)  # type: ignore[attr-defined]
+        probed = reference(weights[slot.name].stored, slot.start, law, K, 0.02, 9)
         assert torch.equal(view.whole(slot), probed)
         assert not torch.equal(probed, want)
         view.probe(None)
@@ -125,9 +125,8 @@ def test_both_signs_in_one_forward_are_two_forwards(file: Path) -> None:
     view = view_of(model)
     view.place(passes("hashed", 64, *some("hashed")))
     with torch.inference_mode():
-        two = descent.two_point(
-            view, probe("hashed", 64, 3), 0.02, lambda: descent.batch_loss(model, batch())
-        )
+        loss = partial(descent.batch_loss, model, batch())
+        two = descent.two_point(view, probe("hashed", 64, 3), 0.02, loss)
         assert descent._in_one_forward(model, view, probe("hashed", 64, 3), batch(), 0.02) == two
     assert two[0] != two[1]
 
@@ -147,7 +146,7 @@ def test_slopes_of_back_propagation_are_those_of_the_scales(file: Path) -> None:
     weights, want = dict(named_tensors(dense.net)), np.zeros(K)
     lazy = dict(named_tensors(model.net))
     for slot in view.slots:
-        stored: Stored = lazy[slot.name].stored  # type: ignore[attr-defined]
+        stored: Stored = lazy[slot.name].stored
         bits, codes = plain(stored)
         g = weights[slot.name].grad.reshape(len(codes), BLOCK)  # type: ignore[union-attr]
         by_scale = torch.stack([(g * codes).sum(1), *([g.sum(1)] * (bits.shape[1] - 1))], 1)

@@ -32,12 +32,8 @@ DIRECTION = 5 << 32 | 7
 direction = partial(law_definition.direction, K=K, key=KEY)
 TOKENS = torch.tensor([[5, 9, 200, 5, 0, 263, 44], [1, 1, 2, 3, 120, 7, 8]])
 IDENTIFIERS = {"vocab_size": 264, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SMALL = IDENTIFIERS | {
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
+SMALL = IDENTIFIERS | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {"max_position_embeddings": 128}
 NETS: dict[str, Callable[[], Any]] = {
     "tied llama": lambda: llama(tied=True),
     "untied llama": lambda: llama(tied=False),
@@ -50,6 +46,9 @@ NETS: dict[str, Callable[[], Any]] = {
         Qwen2Config(**SMALL, intermediate_size=40, num_hidden_layers=1, tie_word_embeddings=True)
     ),
 }
+
+
+Named = Iterable[tuple[str, Tensor]]
 
 
 def llama(*, tied: bool) -> Any:
@@ -89,9 +88,7 @@ def logits(net: Any, tokens: Tensor = TOKENS) -> Tensor:
         return net(input_ids=tokens).logits.clone()
 
 
-def reference(
-    named: Iterable[tuple[str, Tensor]], law: str, entries: Iterable[tuple[int, int]], eps: float = 0.0
-) -> list[tuple[str, Tensor]]:
+def reference(named: Named, law: str, entries: Iterable[tuple[int, int]], eps: float = 0.0) -> Named:
     """round((w0 + grid * sum c z) + eps z'), each float32 operation by itself, rounded to the dtype once."""
     moved, start = [], 0
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
@@ -106,7 +103,7 @@ def reference(
     return moved
 
 
-def written(net: Any, tensors: Iterable[tuple[str, Tensor]]) -> Any:
+def written(net: Any, tensors: Named) -> Any:
     """The net with these tensors as its stored weights."""
     known = dict(named_tensors(net))
     for name, tensor in tensors:
