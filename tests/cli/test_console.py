@@ -76,8 +76,7 @@ def everything(ui: Ui) -> None:
 def test_off_a_terminal_there_is_no_escape_code_and_one_line_a_round() -> None:
     ui, out, err = plain()
     everything(ui)
-    assert "\x1b" not in out.getvalue() + err.getvalue()
-    assert "\r" not in out.getvalue() + err.getvalue()
+    assert not {"\x1b", "\r"} & set(out.getvalue() + err.getvalue())
     lines = [line for line in err.getvalue().splitlines() if line.startswith("round ")]
     assert lines == [
         "round 0/2  val loss 2.914",
@@ -114,9 +113,7 @@ def test_names_are_neither_markup_nor_escape_codes(terminal):
     with ui.bar(bad) as bar:
         bar.update(1, 2, note=bad)
     text = out.getvalue() + err.getvalue()
-    assert "\x1b[2J" not in text
-    assert "\x07" not in text
-    assert "\u202e" not in text
+    assert not [bad for bad in ("\x1b[2J", "\x07", "\u202e") if bad in text]
     plain = ESCAPE.sub("", text)
     assert plain.count("[red]m[/red][2J") >= 6
     assert plain.count(r"[red]m[/red]\x1b[2J\x07\u202e") >= 2
@@ -132,28 +129,15 @@ def test_json_mode_puts_events_and_nothing_else_on_stdout() -> None:
     events = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [e["event"] for e in events] == ["removed", "error"]
     assert all(e["v"] == 1 and next(iter(e)) == "v" for e in events)
-    assert events[1] == {
-        "v": 1,
-        "event": "error",
-        "type": "UsageError",
-        "message": "no method named 'fedkseeed'",
-        "hint": "fleetune methods",
-        "exit_code": 2,
-    }
+    said = {"type": "UsageError", "message": "no method named 'fedkseeed'", "hint": "fleetune methods"}
+    assert events[1] == {"v": 1, "event": "error", "exit_code": 2, **said}
     assert "remark" in err.getvalue()
     assert "report.html" not in err.getvalue()
 
 
 def test_json_is_strict_whatever_the_numbers_are() -> None:
-    event = {
-        "event": "x",
-        "a": float("nan"),
-        "b": np.float32(0.5),
-        "c": np.int64(7),
-        "d": [float("inf"), "\n\ud800"],
-        "e": {"f": True, "g": None, 3: (1, 2)},
-    }
-    line = line_of(event)
+    event = {"event": "x", "a": float("nan"), "b": np.float32(0.5), "c": np.int64(7)}
+    line = line_of(event | {"d": [float("inf"), "\n\ud800"], "e": {"f": True, "g": None, 3: (1, 2)}})
     assert "\n" not in line
     back = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert back["a"] is None
@@ -179,9 +163,8 @@ def test_an_interrupt_is_no_error_but_says_how_to_resume() -> None:
     ui, _, err = plain()
     stop = Interrupted("stopped after round 7; nothing lost", hint="fleetune tune --resume runs/0007")
     ui.error(stop)
-    assert (
-        err.getvalue() == "stopped after round 7; nothing lost\n  resume: fleetune tune --resume runs/0007\n"
-    )
+    said = "stopped after round 7; nothing lost\n  resume: fleetune tune --resume runs/0007\n"
+    assert err.getvalue() == said
     ui, out, _ = plain(json=True)
     ui.error(stop)
     assert json.loads(out.getvalue())["event"] == "interrupted"
@@ -266,9 +249,8 @@ ui.note("still here")
 def test_a_closed_pipe_ends_the_output_not_the_work(json_mode: bool) -> None:
     pipe = subprocess.PIPE
     script = SCRIPT.format(json=json_mode)
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=pipe, stdout=pipe, stderr=pipe, text=True
-    ) as run:
+    words = [sys.executable, "-c", script]
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as run:
         run.stdout.close()
         run.stdout = None
         _, err = run.communicate("go\n", timeout=60)
@@ -292,9 +274,8 @@ def test_a_full_disk_ends_the_output_not_the_work_and_is_said_once(json_mode: bo
     for _ in range(3):
         ui.event(RunRemoved(run="1"))
         ui._say(ui._out, "a result")
-    assert (
-        err.getvalue() == "stdout cannot be written (No space left on device); the work goes on without it\n"
-    )
+    said = "stdout cannot be written (No space left on device); the work goes on without it\n"
+    assert err.getvalue() == said
     assert ui.output_lost
 
 
@@ -306,9 +287,8 @@ def test_a_closed_stdout_is_no_error() -> None:
 
 
 def test_the_final_table_counts_the_answers_and_ends_with_remarks(capsys: pytest.CaptureFixture[str]) -> None:
-    Ui().final_table(
-        {"loss": 2.0, "rouge_l": 1.0}, {"loss": 1.0, "rouge_l": 2.0}, rows=200, answered=20, remarks=["so"]
-    )
+    base, tuned = {"loss": 2.0, "rouge_l": 1.0}, {"loss": 1.0, "rouge_l": 2.0}
+    Ui().final_table(base, tuned, rows=200, answered=20, remarks=["so"])
     lines = capsys.readouterr().out.splitlines()
     assert "validation loss, 200 held-out rows" in lines[2]
     assert "Rouge-L, 20 held-out rows" in lines[3]

@@ -51,12 +51,8 @@ def test_result_is_that_of_the_metrics(run24: Path) -> None:
     base, tuned = done["base"], done["tuned"]
     loss, rouge = page_of(run24).table("", "base", "tuned", "change")
     fell = 100 * (tuned["loss"] - base["loss"]) / base["loss"]
-    assert loss == [
-        "validation loss",
-        f"{base['loss']:.3f}",
-        f"{tuned['loss']:.3f}",
-        f"−{-fell:.1f} %, better",
-    ]
+    figures = [f"{base['loss']:.3f}", f"{tuned['loss']:.3f}", f"−{-fell:.1f} %, better"]
+    assert loss == ["validation loss", *figures]
     assert rouge[1:] == ["11.8", f"{tuned['rouge_l']:.1f}", f"+{tuned['rouge_l'] - 11.82:.1f}, better"]
     took = costs_of(run24)
     assert took["bytes over the fleet"] == human_bytes(done["bytes_up"] + done["bytes_down"])  # type: ignore[operator]

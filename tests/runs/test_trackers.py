@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,14 +18,8 @@ from fleetune.runs import rundir, trackers
 from fleetune.runs.trackers import Tracked
 from heard import Heard
 
-OPTIONS: dict[str, Any] = {
-    "method": "mezo",
-    "rounds": 3,
-    "samples": 0,
-    "held_out": 4,
-    "max_length": 64,
-    "settings": {"lr": 1e-4, "tau": 2, "K": 16},
-}
+OPTIONS: dict[str, Any] = {"method": "mezo", "rounds": 3, "samples": 0, "held_out": 4, "max_length": 64}
+OPTIONS |= {"settings": {"lr": 1e-4, "tau": 2, "K": 16}, "offline": True}
 SECRET = "the otter's passphrase"
 
 
@@ -34,11 +28,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and rows of three clients."""
     folder = tmp_path_factory.mktemp("trackers")
     models.tiny_llama().save(folder / "tiny")
-    rows = [
-        {"instruction": f"Say {n}", "response": f"{SECRET} {n}.", "client": f"ward-{n % 3}"}
-        for n in range(30)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = '{{"instruction": "Say {0}", "response": "{1} {0}.", "client": "ward-{2}"}}\n'
+    (folder / "rows.jsonl").write_text("".join(row.format(n, SECRET, n % 3) for n in range(30)))
     return folder
 
 
@@ -49,14 +40,8 @@ def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tune(at: Path, tracker: str | list[str], listener: Silent | None = None, **more: Any) -> Any:
-    return fleetune.tune(
-        at / "tiny",
-        at / "rows.jsonl",
-        tracker=tracker,
-        listener=listener,
-        offline=True,
-        **{**OPTIONS, **more},
-    )
+    options = {**OPTIONS, "tracker": tracker, "listener": listener, **more}
+    return fleetune.tune(at / "tiny", at / "rows.jsonl", **options)
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -72,11 +57,9 @@ def test_tensorboard_reads_the_losses_of_the_run(at: Path) -> None:
     heard = Heard()
     run = tune(at, "tensorboard", heard)
     assert not heard.notes, "nothing failed"
-    found = scalars(run.folder)
-    history = run.history
-    assert found["validation/loss"] == [
-        (r, pytest.approx(v, rel=1e-6)) for r, v in zip(history["round"], history["loss"], strict=True)
-    ]
+    found, history = scalars(run.folder), run.history
+    losses = zip(history["round"], history["loss"], strict=True)
+    assert found["validation/loss"] == [(r, pytest.approx(v, rel=1e-6)) for r, v in losses]
     assert [v for _, v in found["total/bytes"]] == history["bytes_total"][1:]
     assert [step for step, _ in found["clients/loss"]] == [1, 2, 3]
     written = b"".join(p.read_bytes() for p in (run.folder / "trackers").rglob("*") if p.is_file())
@@ -130,9 +113,8 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(at: Path, broken:
     (said,) = heard.notes
     assert "the tracker json failed" in said
     assert "SystemExit: 7" in said
-    assert [step for step, _ in scalars(run.folder)["validation/loss"]] == [0, 1, 2], (
-        "others are not disturbed"
-    )
+    # others are not disturbed
+    assert [step for step, _ in scalars(run.folder)["validation/loss"]] == [0, 1, 2]
     assert "noise" not in capfd.readouterr().out
 
 
@@ -159,17 +141,7 @@ def test_a_failed_run_ends_as_failed_and_a_stopped_one_as_stopped(at: Path, brok
 
 
 def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss() -> None:
-    class Keeps:
-        def __init__(self) -> None:
-            self.logged: list[Mapping[str, float]] = []
-
-        def log(self, values: Mapping[str, float], round: int) -> None:
-            self.logged.append(values)
-
-        def finish(self, summary: Mapping[str, Any], status: str) -> None:
-            pass
-
-    keeps, tracked = Keeps(), Tracked(Silent(), [], offline=True)
+    keeps, tracked = Mock(), Tracked(Silent(), [], offline=True)
     tracked._running = {"keeps": keeps}
     reply = {"round": 1, "n": 9, "bytes_up": 1, "bytes_down": 1, "seconds": 0.1, "rss": 1}
     tracked.event(ClientReply(client=0, loss=2.0, status="ok", reason="", **reply))
@@ -178,7 +150,7 @@ def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss() -> N
     done = {"bytes_up": 2, "bytes_down": 2, "bytes_total": 4, "seconds": 0.2, "rss": 1}
     tracked.event(RoundDone(round=1, clients=2, accepted=1, report={"drift": 0.5}, **done))
     tracked.finish("done")
-    (logged,) = keeps.logged
+    (logged,) = (told.args[0] for told in keeps.log.call_args_list)
     assert (logged["clients/loss"], logged["method/drift"], logged["round/accepted"]) == (2.0, 0.5, 1.0)
 
 
