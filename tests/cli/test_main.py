@@ -79,7 +79,7 @@ TOLD = {  # command line: exit code, words on stdout or stderr
 
 
 @pytest.mark.parametrize("line", TOLD)
-def test_what_is_typed_is_answered(line: str) -> None:
+def test_what_is_typed_is_answered(line):
     code, out, err = call(*shlex.split(line))
     want, words = TOLD[line]
     assert code == want, err
@@ -88,7 +88,7 @@ def test_what_is_typed_is_answered(line: str) -> None:
     assert "usage:" not in err
 
 
-def test_a_traceback_drives_no_terminal() -> None:
+def test_a_traceback_drives_no_terminal():
     shown = logging.StreamHandler(written := io.StringIO())
     shown.setFormatter(cli._Formatter("%(levelname)s: %(message)s"))
     log = logging.Logger("a server's words")
@@ -106,7 +106,7 @@ def test_a_traceback_drives_no_terminal() -> None:
 
 
 @pytest.mark.parametrize("line", ["tun", "methods nosuch"])
-def test_errors_of_the_command_line_are_events_too(line: str) -> None:
+def test_errors_of_the_command_line_are_events_too(line):
     code, out, err = call(*line.split(), "--json")
     (event,) = [json.loads(text) for text in out.splitlines()]
     assert (code, err) == (2, "")
@@ -118,7 +118,7 @@ def interrupted(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.parametrize("where", ["parse", "_set_environment"])
-def test_ctrl_c_before_a_command_begins_is_no_traceback(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_a_command_begins_is_no_traceback(where, monkeypatch):
     monkeypatch.setattr(f"fleetune.cli.main.{where}", interrupted)
     assert call("methods") == (130, "", "stopped\n")
 
@@ -129,7 +129,7 @@ SCRIPT = f"import sys; from {MODULE} import {FUNCTION} as run; sys.exit(run())" 
 
 
 @pytest.mark.parametrize("started", [["-m", "fleetune"], ["-c", SCRIPT]], ids=["module", "script"])
-def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(started: list[str], at: Path) -> None:
+def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(started, at):
     (at / "sitecustomize.py").write_text(
         "import sys\n"
         "class Stop:\n"
@@ -145,7 +145,7 @@ def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(started: list[str], 
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_help_has_an_example_that_parses(name: str) -> None:
+def test_every_help_has_an_example_that_parses(name):
     page = call(name, "--help")[1]
     lines = page.partition("\nexamples:\n")[2].splitlines()
     parts = [part for line in lines for part in line.strip().partition("   ")[0].split(" | ")]
@@ -158,7 +158,7 @@ def test_every_help_has_an_example_that_parses(name: str) -> None:
         assert options.parse_known_args(words[2:])[1] == [], line
 
 
-def test_light_commands_load_no_torch_and_help_is_quick(at: Path) -> None:
+def test_light_commands_load_no_torch_and_help_is_quick(at):
     """In seconds of the processor, since a machine may be busy."""
     script = (
         "import sys, json, time, contextlib, io\nfrom fleetune.cli.main import main\n"
@@ -181,7 +181,7 @@ def test_light_commands_load_no_torch_and_help_is_quick(at: Path) -> None:
             raise AssertionError(done.stdout)
 
 
-def test_off_a_terminal_a_line_comes_every_half_minute() -> None:
+def test_off_a_terminal_a_line_comes_every_half_minute():
     now, err = [0.0], io.StringIO()
     with Ui(stderr=err, clock=lambda: now[0]).bar("rows") as bar:
         for step in range(100):
@@ -192,7 +192,7 @@ def test_off_a_terminal_a_line_comes_every_half_minute() -> None:
     assert lines[0].endswith(" · 3 min left")
 
 
-def test_an_error_names_the_run_and_not_the_folder_on_the_way() -> None:
+def test_an_error_names_the_run_and_not_the_folder_on_the_way():
     from fleetune.errors import called
 
     scratch, run = Path("runs/.export-x/0001-a"), Path("runs/0001-a")

@@ -55,7 +55,7 @@ def refused(*words: str) -> str:
         *((name, "is a compressed model") for name in ("latest", CODES, f"{CODES}/model")),
     ],
 )
-def test_the_command_that_is_named_makes_the_model_that_is_named(model: str, what: str) -> None:
+def test_the_command_that_is_named_makes_the_model_that_is_named(model, what):
     said = refused("tune", model, "demo", "--method", "fedit")
     assert what in said
     assert "hub" not in said
@@ -72,7 +72,7 @@ def test_the_command_that_is_named_makes_the_model_that_is_named(model: str, wha
         shutil.rmtree(place)
 
 
-def test_every_command_that_tunes_says_it(tmp_path: Path) -> None:
+def test_every_command_that_tunes_says_it(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text(f'model = "{RUN}"\ndata = "demo"\nmethod = "fedit"\n')
     for words in (
@@ -87,7 +87,7 @@ def test_every_command_that_tunes_says_it(tmp_path: Path) -> None:
     assert "is a compressed model: codes" in refused("fleet", "serve", "-c", str(recipe), "--port", "0")
 
 
-def test_what_was_exported_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_what_was_exported_is_taken_as_it_is(tmp_path):
     (run,) = fleetune.list_runs()
     written = fleetune.export(run, to="hf", path=tmp_path / "hf")
     again = fleetune.tune(written, "demo", out=tmp_path / "runs", **QUICK)
@@ -95,7 +95,7 @@ def test_what_was_exported_is_taken_as_it_is(tmp_path: Path) -> None:
     assert again.done.base["loss"] == pytest.approx(run.done.tuned["loss"], abs=1e-4)
 
 
-def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path: Path) -> None:
+def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path):
     (run,) = fleetune.list_runs()
     shutil.copytree(run.folder / "adapter", tmp_path / "mine")
     said = refused("tune", str(tmp_path / "mine"), "demo")
@@ -104,7 +104,7 @@ def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT itself
-def test_every_command_says_that_an_adapter_is_merged_first(place: Path, tmp_path: Path) -> None:
+def test_every_command_says_that_an_adapter_is_merged_first(place, tmp_path):
     (run,) = fleetune.list_runs()
     mine = str(tmp_path / "mine")
     shutil.copytree(run.folder / "adapter", mine)

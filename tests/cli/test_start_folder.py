@@ -50,7 +50,7 @@ def done_of(run: Path) -> dict[str, Any]:
     return next(e for e in rundir.events(run) if e["event"] == "done")
 
 
-def test_a_run_is_resumed_from_another_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_resumed_from_another_folder(elsewhere, capsys):
     run = run_in(elsewhere)
     recipe = (run / "run.toml").read_text()
     before = done_of(run)
@@ -69,7 +69,7 @@ def test_a_run_is_resumed_from_another_folder(elsewhere: Path, capsys: pytest.Ca
     assert f"result    {run}/adapter" in capsys.readouterr().out
 
 
-def test_a_run_is_repeated_from_another_folder(elsewhere: Path) -> None:
+def test_a_run_is_repeated_from_another_folder(elsewhere):
     assert main(["tune", "-c", str(run_in(elsewhere) / "run.toml"), "-qq"]) == 0
     assert done_of(run_in(elsewhere))["digest"] == done_of(run_in(Path()))["digest"]
     assert Run(run_in(Path())).recipe.data == "../project/rows.jsonl"
@@ -88,7 +88,7 @@ def test_a_compression_finds_its_run_and_keeps_its_names(elsewhere, monkeypatch)
     assert compression_folder.request_of(folder) == found
 
 
-def test_names_that_are_no_paths_stay(elsewhere: Path) -> None:
+def test_names_that_are_no_paths_stay(elsewhere):
     start = rundir.start_of(run_in(elsewhere), {rundir.STARTED_IN: "../.."})
     assert start is not None
     assert rundir.find_from("rows.jsonl", start) == "../project/rows.jsonl"

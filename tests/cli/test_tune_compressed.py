@@ -75,7 +75,7 @@ def flags(way: str) -> list[str]:
 
 
 @pytest.mark.parametrize("way", ["fedkseed", "fedpetuning"])
-def test_the_run_is_the_one_of_the_exported_file(way: str, at: Path) -> None:
+def test_the_run_is_the_one_of_the_exported_file(way, at):
     """From the codes to the patched file; export, patch, replay and evaluation agree with a run of the file itself."""
     notes = said("tune", CODES, "rows.jsonl", *flags(way))
     assert notes.count(f"{FILE}, now written") == 1
@@ -106,7 +106,7 @@ def test_the_run_is_the_one_of_the_exported_file(way: str, at: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [CODES, "1", "0001-rtn-tiny", "latest", f"{CODES}/model", f"./{CODES}"])
-def test_every_name_of_it_means_it(name: str, at: Path) -> None:
+def test_every_name_of_it_means_it(name, at):
     recipe = recipes.make({"model": name, "data": "rows.jsonl", "method": "mezo", "train": "scales"})
     notes: list[str] = []
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_every_name_of_it_means_it(name: str, at: Path) -> None:
     assert "there already" in notes[1]
 
 
-def test_the_names_of_patch_make_are_those_of_tune(at: Path) -> None:
+def test_the_names_of_patch_make_are_those_of_tune(at):
     said("tune", CODES, "rows.jsonl", *flags("mezo"), "--rounds=1")
     said("patch", "make", FILE, "2", "--to", "p")
     said("patch", "make", f"{CODES}/model", "latest", "--to", "q")
@@ -123,7 +123,7 @@ def test_the_names_of_patch_make_are_those_of_tune(at: Path) -> None:
     assert "the model comes first" in said("patch", "make", "2", "1", "--to", "r", code=2)
 
 
-def test_a_run_of_scales_as_model_is_written_out_as_its_file(at: Path) -> None:
+def test_a_run_of_scales_as_model_is_written_out_as_its_file(at):
     """The hint's export is a file that has scales and codes, and it is the model to give."""
     said("tune", CODES, "rows.jsonl", *flags("mezo"), "--rounds=1")
     refused = said("tune", "latest", "rows.jsonl", *flags("mezo"), code=2)
@@ -135,14 +135,14 @@ def test_a_run_of_scales_as_model_is_written_out_as_its_file(at: Path) -> None:
     assert fleetune.open("3").recipe.model == file  # type: ignore[union-attr]
 
 
-def test_an_artefact_without_a_compression_and_a_method_that_is_not_named(at: Path) -> None:
+def test_an_artefact_without_a_compression_and_a_method_that_is_not_named(at):
     compressed(tiny(seed=3), Path("codes"))
     settings = {"module": "scales", "lr": 0.05, "batch_size": 2}
     recipe = fleetune.open(fleetune.tune("codes", "rows.jsonl", settings=settings, **FEW)).recipe
     assert (recipe.model, recipe.train) == ("codes/codes.gguf", "scales")
 
 
-def test_a_compressed_run_is_tuned_on_and_measured(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compressed_run_is_tuned_on_and_measured(at, monkeypatch):
     monkeypatch.setattr(harness, "measured", harness.carry_out)  # here, and not in a process for each figure
     first = fleetune.tune("tiny", "rows.jsonl", **PLAIN)
     small = fleetune.compress(first, method="rtn")
@@ -156,7 +156,7 @@ def test_a_compressed_run_is_tuned_on_and_measured(at: Path, monkeypatch: pytest
     assert losses == pytest.approx([second.done.base["loss"], second.done.tuned["loss"]], rel=1e-4)
 
 
-def test_what_a_run_was_tuned_from_stays_unless_it_is_forced(at: Path) -> None:
+def test_what_a_run_was_tuned_from_stays_unless_it_is_forced(at):
     """The file that `tune` wrote beside a compression, and a model that was exported from a run."""
     run = tuned(CODES)
     other = fleetune.tune("tiny", "rows.jsonl", **PLAIN)
@@ -173,14 +173,14 @@ def test_what_a_run_was_tuned_from_stays_unless_it_is_forced(at: Path) -> None:
     said("runs", "rm", "4")  # its base is gone
 
 
-def test_a_dry_run_takes_it(at: Path) -> None:
+def test_a_dry_run_takes_it(at):
     checked = said("tune", CODES, "rows.jsonl", *flags("mezo"), "--dry-run")
     assert f"{FILE}, now written" in checked
     assert "the recipe is good" in checked
     assert not Path("runs/0002-mezo-0001-rtn-tiny").exists()
 
 
-def test_a_plan_counts_it_and_writes_nothing(at: Path) -> None:
+def test_a_plan_counts_it_and_writes_nothing(at):
     plan = fleetune.plan(CODES, train="scales")
     assert plan.settings().options().items() >= {"train": "scales", "base": "mapped"}.items()
     assert set(plan.search.shape.scales.values()) == {1}

@@ -116,7 +116,7 @@ FILES = [  # the number of a run or a compression, a file of it, a use that read
 
 
 @pytest.mark.parametrize(("number", "file", "use", "damage"), FILES)
-def test_a_damaged_file_of_a_result(number: str, file: str, use: str, damage: str, at: Path) -> None:
+def test_a_damaged_file_of_a_result(number, file, use, damage, at):
     place = found(number) / file
     flip(place, 0.99 if file.endswith("safetensors") else 0.3) if damage == "flipped" else place.unlink()
     if damage == "gone" and place.name in ("ledger.safetensors", "model.safetensors"):
@@ -128,7 +128,7 @@ def test_a_damaged_file_of_a_result(number: str, file: str, use: str, damage: st
     refused(lambda: command("verify", number), place.name, sums.FILE)
 
 
-def test_a_ledger_that_was_changed_and_saved_again(at: Path) -> None:
+def test_a_ledger_that_was_changed_and_saved_again(at):
     """Its own fingerprint is right, so only the run's list tells."""
     file = found("1") / "ledger.safetensors"
     ledger = ledgers.load(file)
@@ -137,13 +137,13 @@ def test_a_ledger_that_was_changed_and_saved_again(at: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["run.toml", "env.json", "metrics.jsonl", "eval.json"])
-def test_verify_names_a_changed_file_of_a_run(file: str, at: Path) -> None:
+def test_verify_names_a_changed_file_of_a_run(file, at):
     assert "all as they were written" in command("verify", "2")
     flip(found("2") / file)
     assert f"{file} is not what was written" in refused(lambda: command("verify", "2"), file).message
 
 
-def test_a_ledger_alone_is_compared_with_its_own_digest(at: Path) -> None:
+def test_a_ledger_alone_is_compared_with_its_own_digest(at):
     """`replay` and `export` rebuild the weights anyway, so they compare what `verify` compares."""
     ledger = ledgers.load(found("1") / "ledger.safetensors")
     ledger.save(Path("good.safetensors"))
@@ -163,7 +163,7 @@ def test_a_ledger_alone_is_compared_with_its_own_digest(at: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_a_model_in_the_cache_is_compared_by_pull_and_export(file: str, at: Path) -> None:
+def test_a_model_in_the_cache_is_compared_by_pull_and_export(file, at):
     target = cache.index_target(cache.SMOLLM2_135M)
     shutil.copytree("tiny", target)
     cache._write_source(target, "index", sha256={})
@@ -178,7 +178,7 @@ def test_a_model_in_the_cache_is_compared_by_pull_and_export(file: str, at: Path
     assert f"rm -r {target}" in refused(lambda: USES["export"]("smollm2-135m"), file).hint
 
 
-def test_another_model_in_the_place_of_the_compressed_base(at: Path) -> None:
+def test_another_model_in_the_place_of_the_compressed_base(at):
     base = solve.compressed_base(Silent(), found("4"), offline=True)
     assert solve.compressed_base(Silent(), found("4"), offline=True) == base
     shutil.rmtree(base)

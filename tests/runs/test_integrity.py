@@ -70,7 +70,7 @@ def only_newest(path: Path) -> list[Path]:
     return sorted((path / "memories").glob(f"*.round-{round:06d}.ckpt"))
 
 
-def test_a_lost_memory_is_named_before_any_round(copy) -> None:
+def test_a_lost_memory_is_named_before_any_round(copy):
     _, path = copy("scaffold", "stopped")
     lost, *_ = only_newest(path)
     lost.unlink()
@@ -81,7 +81,7 @@ def test_a_lost_memory_is_named_before_any_round(copy) -> None:
 
 
 @pytest.mark.parametrize("how", ["torn", "an earlier one's"])
-def test_a_changed_memory_is_named(how: str, copy) -> None:
+def test_a_changed_memory_is_named(how, copy):
     _, path = copy("scaffold", "stopped")
     first, *_ = only_newest(path)
     earlier = min((path / "memories").glob(f"{first.name.split('.')[0]}*"))
@@ -90,7 +90,7 @@ def test_a_changed_memory_is_named(how: str, copy) -> None:
     refused(resume(path), first.name)
 
 
-def test_with_a_lost_memory_the_checkpoint_before_is_taken(copy) -> None:
+def test_with_a_lost_memory_the_checkpoint_before_is_taken(copy):
     folder, path = copy("scaffold", "done")
     for name in ("status", "adapter"):
         shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
@@ -103,7 +103,7 @@ def test_with_a_lost_memory_the_checkpoint_before_is_taken(copy) -> None:
     assert torn_harness.metrics_of(path) == folder.metrics
 
 
-def test_a_recipe_that_lost_a_line_is_refused_with_the_option(copy) -> None:
+def test_a_recipe_that_lost_a_line_is_refused_with_the_option(copy):
     _, path = copy("fedkseed", "stopped")
     file = path / "run.toml"
     whole = file.read_text().splitlines(keepends=True)
@@ -113,7 +113,7 @@ def test_a_recipe_that_lost_a_line_is_refused_with_the_option(copy) -> None:
         assert file.read_text() == text
 
 
-def test_other_data_and_another_model_are_refused(copy, made, tmp_path: Path) -> None:
+def test_other_data_and_another_model_are_refused(copy, made, tmp_path):
     from fleetune import models
 
     _, path = copy("fedkseed", "stopped")
@@ -134,7 +134,7 @@ def test_other_data_and_another_model_are_refused(copy, made, tmp_path: Path) ->
     assert resume(path).code == 0  # the same rows in another place
 
 
-def test_a_checkpoint_states_what_it_stands_on(made) -> None:
+def test_a_checkpoint_states_what_it_stands_on(made):
     path = made["scaffold", "done"].path
     round, file = rundir.checkpoints(path)[-1]
     payload = checkpoint.decode(file.read_bytes())
@@ -159,7 +159,7 @@ def test_a_checkpoint_states_what_it_stands_on(made) -> None:
         ("fedkseed", "stopped", "checkpoints", "same"),
     ],
 )
-def test_a_torn_file_is_made_again_or_named(kind: str, state: str, file: str, outcome: str, copy) -> None:
+def test_a_torn_file_is_made_again_or_named(kind, state, file, outcome, copy):
     """Cut in half, as a disk that was full or lost its power leaves it; a bit of a finished result is flipped."""
     folder, path = copy(kind, state)
     torn = rundir.checkpoints(path)[-1][1] if file == "checkpoints" else path / file
@@ -174,7 +174,7 @@ def test_a_torn_file_is_made_again_or_named(kind: str, state: str, file: str, ou
         assert outcome != "same" or torn_harness.metrics_of(path) == folder.metrics
 
 
-def test_lost_lines_are_told(tmp_path: Path) -> None:
+def test_lost_lines_are_told(tmp_path):
     record = Metrics(tmp_path)
     for r in range(4):
         record.record({"event": "round", "round": r, "loss": 4.5})
@@ -192,7 +192,7 @@ def test_lost_lines_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
+def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number):
     def unheard(*_: object) -> None:
         said.append("unheard")
 
@@ -215,7 +215,7 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
     assert "stopping after this step" in said[0]
 
 
-def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path: Path) -> None:
+def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path):
     _, path = copy("fedkseed", "done")
     elsewhere = tmp_path / "elsewhere"
     path.rename(elsewhere)
@@ -237,7 +237,7 @@ def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
-def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made) -> None:
+def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made):
     for folder in made.values():
         private = ("adapter", "checkpoints", "memories")
         alone = ("ledger", "eval", "samples", "report", "metrics", "rows")
@@ -252,7 +252,7 @@ def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made) -> None:
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom fleetune.common.folders import scratch\nwith scratch(Path(sys.argv[1]), 'gguf') as f:\n    (f / 'half').write_text('x'); print('held', flush=True); sys.stdin.read()"
 
 
-def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path: Path) -> None:
+def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path):
     foreign = tmp_path / ".other.12345678.tmp"
     foreign.mkdir()
     words = [sys.executable, "-c", HOLD, str(tmp_path)]

@@ -10,7 +10,6 @@ from unittest.mock import Mock
 import pytest
 
 import fleetune
-from command_line import Capture
 from fleetune import Silent, models
 from fleetune.common.events import ClientReply, RoundDone
 from fleetune.errors import Interrupted, UsageError
@@ -53,7 +52,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def test_tensorboard_reads_the_losses_of_the_run(at: Path) -> None:
+def test_tensorboard_reads_the_losses_of_the_run(at):
     heard = Heard()
     run = tune(at, "tensorboard", heard)
     assert not heard.notes, "nothing failed"
@@ -69,7 +68,7 @@ def test_tensorboard_reads_the_losses_of_the_run(at: Path) -> None:
     assert run.digest.encode() in written
 
 
-def test_a_resumed_run_goes_on_in_tensorboard_and_every_round_is_there_once(at: Path) -> None:
+def test_a_resumed_run_goes_on_in_tensorboard_and_every_round_is_there_once(at):
     with pytest.raises(Interrupted):
         tune(at, "tensorboard", Heard(lambda heard: len(heard.of("round")) == 2))
     assert [step for step, _ in scalars(Path("runs/latest"))["validation/loss"]][:2] == [0, 1]
@@ -105,7 +104,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Broken
 
 
-def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(at: Path, broken: Any, capfd: Capture) -> None:
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(at, broken, capfd):
     broken.where, broken.error = "log", SystemExit(7)
     heard = Heard()
     run = tune(at, ["json", "tensorboard"], heard, rounds=2)
@@ -118,7 +117,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(at: Path, broken:
     assert "noise" not in capfd.readouterr().out
 
 
-def test_what_cannot_be_is_told_before_any_work(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_told_before_any_work(at, monkeypatch):
     with pytest.raises(UsageError, match="Did you mean 'wandb'"):
         tune(at, "wandbb")
     monkeypatch.setattr(trackers, "TRACKERS", {"no_such_package": None})
@@ -127,7 +126,7 @@ def test_what_cannot_be_is_told_before_any_work(at: Path, monkeypatch: pytest.Mo
     assert not Path("runs").exists()
 
 
-def test_a_failed_run_ends_as_failed_and_a_stopped_one_as_stopped(at: Path, broken: Any) -> None:
+def test_a_failed_run_ends_as_failed_and_a_stopped_one_as_stopped(at, broken):
     class Fails(Silent):
         def step(self, client: int, step: int) -> None:
             raise RuntimeError("no")
@@ -140,7 +139,7 @@ def test_a_failed_run_ends_as_failed_and_a_stopped_one_as_stopped(at: Path, brok
     assert broken.ended == ["failed", "stopped", "done"]
 
 
-def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss() -> None:
+def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss():
     keeps, tracked = Mock(), Tracked(Silent(), [], offline=True)
     tracked._running = {"keeps": keeps}
     reply = {"round": 1, "n": 9, "bytes_up": 1, "bytes_down": 1, "seconds": 0.1, "rss": 1}
@@ -159,7 +158,7 @@ def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss() -> N
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_wandb_keeps_the_losses_of_the_run_in_its_offline_folder(at: Path) -> None:
+def test_wandb_keeps_the_losses_of_the_run_in_its_offline_folder(at):
     wandb = pytest.importorskip("wandb", reason="pip install 'fleetune[wandb]'")
     heard = Heard()
     run = tune(at, "wandb", heard)

@@ -113,7 +113,7 @@ def cases(draw: Callable[..., Any]) -> dict[str, Any]:
 @each_backend
 @given(case=cases())
 @settings(max_examples=150)
-def test_any_sweep_is_the_definition(kernels: ModuleType, case: dict[str, Any]) -> None:
+def test_any_sweep_is_the_definition(kernels, case):
     dtype, probe, passes, n = case["dtype"], case["probe"], case["passes"], case["n"]
     where = case["start"], case["run_key"]
     both = probe is not None
@@ -135,7 +135,7 @@ def test_any_sweep_is_the_definition(kernels: ModuleType, case: dict[str, Any]) 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("K", [1, 16, 8192])
-def test_each_way_through_the_kernel(kernels: ModuleType, dtype: torch.dtype, K: int) -> None:
+def test_each_way_through_the_kernel(kernels, dtype, K):
     # No, one, few and many passes; the probe's direction among them or not; whole tiles, parts of tiles, less than a row.
     law = "rademacher" if K == 1 else "hashed"
     for n_passes in (0, 1, 2, 5):
@@ -163,7 +163,7 @@ def test_directions_whose_words_are_made_together_stay_apart(monkeypatch, gaussi
         check(kernels_torch, base, 99, top, passes, 1e-2, probe, gaussian=gaussian)
 
 
-def test_threads_share_a_large_tensor() -> None:
+def test_threads_share_a_large_tensor():
     # Beyond the size at which work is split by default, with every kind of pass.
     n = kernels_numba.SPLIT + 12_345
     base = weights(2, n, torch.bfloat16)
@@ -178,7 +178,7 @@ def test_threads_share_a_large_tensor() -> None:
         assert torch.equal(outs[0][-500:], want.bfloat16())
 
 
-def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
+def test_callers_in_several_threads_do_not_disturb_each_other():
     base = weights(3, 20_000, torch.float32)
     passes = noise.passes("rademacher", 1, range(1, 9), range(1, 9))
 
@@ -195,7 +195,7 @@ def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
 
 @each_backend
 @pytest.mark.parametrize("parts", [(1,), (1, 2)])
-def test_products_are_rounded_before_they_are_added(kernels: ModuleType, parts: tuple[int, ...]) -> None:
+def test_products_are_rounded_before_they_are_added(kernels, parts):
     # base = -round(grid * acc): the sum is exactly 0, where a fused multiply-add leaves the product's error.
     grid, n = np.float32(0.1), 2 * TILE
     passes = noise.passes("rademacher", 1, parts, [7] * len(parts))
@@ -208,7 +208,7 @@ def test_products_are_rounded_before_they_are_added(kernels: ModuleType, parts: 
 
 
 @each_backend
-def test_a_sum_of_zero_is_plus_zero(kernels: ModuleType) -> None:
+def test_a_sum_of_zero_is_plus_zero(kernels):
     # -0 + 0 is 0 but -0 - 0 is -0: an element whose integers cancel must see +0, whatever its sign bit.
     table = np.zeros((1, 128), np.int32)
     table[0, ::3] = 5
@@ -222,7 +222,7 @@ def test_a_sum_of_zero_is_plus_zero(kernels: ModuleType) -> None:
 
 @each_backend
 @pytest.mark.parametrize(("law", "K", "ids"), [("rademacher", 1, [1, 2]), ("hashed", 4, [0, 1])])
-def test_sums_beyond_2_31_are_exact(kernels: ModuleType, law: str, K: int, ids: list[int]) -> None:
+def test_sums_beyond_2_31_are_exact(kernels, law, K, ids):
     passes = noise.passes(law, K, ids, [2**31 - 1] * 2)
     assert passes.tables.dtype == np.int64
     check(kernels, weights(5, 5000, torch.float32), 3, 8, passes, 1e-9, None)
@@ -230,7 +230,7 @@ def test_sums_beyond_2_31_are_exact(kernels: ModuleType, law: str, K: int, ids: 
 
 @each_backend
 @pytest.mark.parametrize("dtype", SIXTEEN)
-def test_every_16_bit_code_is_read_and_moved_both_ways(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_every_16_bit_code_is_read_and_moved_both_ways(kernels, dtype):
     base = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     check(kernels, base, 5, 1, EMPTY, 0.0, None)
     # moved by something of its own size, each code shows the float it was read as
@@ -253,7 +253,7 @@ def boundaries(dtype: torch.dtype) -> np.ndarray:
 
 @each_backend
 @pytest.mark.parametrize("dtype", SIXTEEN)
-def test_rounding_to_16_bits_is_to_nearest_even(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_rounding_to_16_bits_is_to_nearest_even(kernels, dtype):
     points = boundaries(dtype)
     base = torch.from_numpy(np.concatenate([points, -points]))
     outs = [torch.empty(len(base), dtype=dtype) for _ in range(2)]
@@ -267,7 +267,7 @@ def test_rounding_to_16_bits_is_to_nearest_even(kernels: ModuleType, dtype: torc
 
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinities_and_nan_stay(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_infinities_and_nan_stay(kernels, dtype):
     base = weights(9, TILE + 300, dtype)
     base[::5], base[1::5], base[2::50] = float("inf"), float("-inf"), float("nan")
     passes = noise.passes("hashed", 128, [3, 7], [100, -3])
@@ -277,7 +277,7 @@ def test_infinities_and_nan_stay(kernels: ModuleType, dtype: torch.dtype) -> Non
 
 @each_backend
 @pytest.mark.parametrize("law", noise.LAWS)
-def test_a_probe_walks_the_direction_of_the_update(kernels: ModuleType, law: str) -> None:
+def test_a_probe_walks_the_direction_of_the_update(kernels, law):
     gaussian, direction = law == "gaussian", 3 << 32 | 11
     id, table = noise.probe(law, 16, direction)
     probed, updated = torch.zeros(TILE + 9), torch.zeros(TILE + 9)
@@ -289,7 +289,7 @@ def test_a_probe_walks_the_direction_of_the_update(kernels: ModuleType, law: str
 
 @each_backend
 @pytest.mark.parametrize("moved", [0, 1])
-def test_backward_notices_that_weights_it_needs_have_moved(kernels: ModuleType, moved: int) -> None:
+def test_backward_notices_that_weights_it_needs_have_moved(kernels, moved):
     outs = [torch.ones(8) for _ in range(2)]
     w = torch.ones(8, requires_grad=True)
     loss = (w * outs[moved]).sum()
@@ -299,7 +299,7 @@ def test_backward_notices_that_weights_it_needs_have_moved(kernels: ModuleType, 
 
 
 @each_backend
-def test_inference_tensors_and_read_only_tables_are_taken(kernels: ModuleType) -> None:
+def test_inference_tensors_and_read_only_tables_are_taken(kernels):
     passes = noise.passes("rademacher", 1, [1, 2], [3, 4])
     for array in passes:
         array.flags.writeable = False
@@ -315,7 +315,7 @@ def test_inference_tensors_and_read_only_tables_are_taken(kernels: ModuleType) -
 
 
 @each_backend
-def test_tensors_and_tables_that_do_not_fit_are_refused(kernels: ModuleType) -> None:
+def test_tensors_and_tables_that_do_not_fit_are_refused(kernels):
     passes = noise.passes("rademacher", 1, [1], [1])
     x, y = torch.zeros(10), torch.zeros(10)
     bad = [

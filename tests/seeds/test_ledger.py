@@ -89,7 +89,7 @@ FILE_SHA = "ca73ac0efc0b79e6abd62216d8e97d00d3722d53531ea911e2c7d4a9d54e6e1e"
 FINGERPRINT = "32046e527ec0e13aeea6d0da9139e2e64e2679b690f4a53fff5ba54b92476eb9"
 
 
-def test_the_file_is_these_bytes() -> None:
+def test_the_file_is_these_bytes():
     data = some().to_bytes()
     assert hashlib.sha256(data).hexdigest() == FILE_SHA
     assert some().fingerprint() == FINGERPRINT
@@ -185,7 +185,7 @@ def opened(path: Path, data: bytes) -> Ledger | None:
         return None
 
 
-def test_any_flipped_or_lost_byte_is_noticed(tmp_path: Path) -> None:
+def test_any_flipped_or_lost_byte_is_noticed(tmp_path):
     data, want = some().to_bytes(), some()
     end = 8 + int.from_bytes(data[:8], "little")
     padding = len(data[8:end].rstrip(b" ")) + 8
@@ -265,7 +265,7 @@ def test_other_versions_and_directions_outside_the_pool_are_refused(tmp_path):
         load(tmp_path / "l")
 
 
-def test_files_that_are_no_ledgers_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_ledgers_are_refused(tmp_path):
     with pytest.raises(LedgerError, match="no ledger at"):
         load(tmp_path)
     good, arrays = head().to_json(), {"id": np.zeros(2, "u8"), "coefficient": np.ones(2, "i4")}
@@ -466,7 +466,7 @@ def test_drop():
     assert left.head.previous == ledger.fingerprint()
 
 
-def test_a_round_without_entries_is_one_of_the_ledgers() -> None:
+def test_a_round_without_entries_is_one_of_the_ledgers():
     ledger = Ledger(head()).append(np.array([1]), np.array([1]), 2).with_check(5, "55" * 32)
     assert ledger.last_round() == 5
     for r in (1, 3, 5):  # nobody replied
@@ -478,7 +478,7 @@ def test_a_round_without_entries_is_one_of_the_ledgers() -> None:
 @pytest.mark.parametrize(
     ("operation", "round"), [("truncate", -1), ("truncate", 4), ("drop", -1), ("drop", 0), ("drop", 4)]
 )
-def test_a_round_that_a_ledger_does_not_have_is_refused(operation: str, round: int) -> None:
+def test_a_round_that_a_ledger_does_not_have_is_refused(operation, round):
     with pytest.raises(UsageError, match=f"none {round}"):
         getattr(some(), operation)(round)
     with pytest.raises(UsageError):
@@ -624,14 +624,14 @@ def test_every_operation_keeps_each_entrys_signs(left, right, r, tmp_path_factor
     assert one.diff(outer(left).with_check(4, "44" * 32)) == []
 
 
-def test_signs_go_with_the_entries_whose_coefficient_is_not_0() -> None:
+def test_signs_go_with_the_entries_whose_coefficient_is_not_0():
     ids = np.array([0, 2, 2, 1 << 32], np.uint64)
     bits = np.arange(1, 7, dtype=np.uint8)
     found = Ledger(head(law="outer", K=1, tensors=OUTERS)).append(ids, np.array([0, 5, 0, 6]), 1, bits)
     assert signed(found) == [(0, 2, 5, b"\x03", 1), (1, 0, 6, b"\x05\x06", 1)]
 
 
-def test_diff_sees_one_sign() -> None:
+def test_diff_sees_one_sign():
     turned = [(*e[:3], b"\x0e" if e[3] == b"\x0f" else e[3], e[4]) for e in SIGNED]
     found = {c.what: c for c in outer(SIGNED).diff(outer(turned))}
     assert found.keys() == {"round 1", "cosine of the two fine-tunes"}
@@ -642,14 +642,14 @@ def test_diff_sees_one_sign() -> None:
     assert negated[-1] == ("cosine of the two fine-tunes", "-1.000000", "1.000000 = same direction")
 
 
-def test_its_passes_are_its_directions() -> None:
+def test_its_passes_are_its_directions():
     ledger = outer(SIGNED)
     assert ledger.passes().ids.tolist() == [0, 1, 2]
     assert ledger.count_passes() == 3
     assert ledger.passes().tables[2].tolist() == [0] * 13 + [-5, 5, 5, 5, 5, 5, 5, -5]
 
 
-def test_any_flipped_bit_of_the_signs_is_noticed(tmp_path: Path) -> None:
+def test_any_flipped_bit_of_the_signs_is_noticed(tmp_path):
     data = outer(SIGNED).to_bytes()
     place = 8 + int.from_bytes(data[:8], "little") + 16 * len(SIGNED)
     assert len(data) - place == len(outer(SIGNED).signs) == 8
@@ -715,7 +715,7 @@ A, B = TENSORS
         ({"tensors": (A, ("b", (9,), "bfloat16"))}, r"tensors.* b \[9\] bfloat16"),
     ],
 )
-def test_another_base_is_refused(changed: dict[str, Any], reason: str) -> None:
+def test_another_base_is_refused(changed, reason):
     require_base(head(), "ab" * 32, "cd" * 32, iter(TENSORS))
     other = {"base": "ab" * 32, "tokenizer": "cd" * 32, "tensors": TENSORS} | changed
     with pytest.raises(LedgerError, match=reason):

@@ -174,7 +174,7 @@ def test_what_a_user_can_get_wrong_is_said(law, K, ids, coefficients, words):
         noise.passes(law, K, ids, coefficients)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused():
     for ids, coefficients in (([1, 2], [1]), ([1], [0.5])):
         with pytest.raises(ValueError, match="as many integers"):
             noise.passes("rademacher", 1, ids, coefficients)
@@ -246,13 +246,13 @@ def test_the_tables_of_outer_products_are_the_sums_of_the_entries(entries):
 
 @given(st.lists(st.sampled_from([-3.5, -0.0, 0.0, 2.0]), max_size=19))
 @settings(max_examples=25)
-def test_signs_as_bits_come_back(values: list[float]) -> None:
+def test_signs_as_bits_come_back(values):
     bits = noise.packed(np.array(values))
     assert noise.unpacked(bits, len(values)).tolist() == [-1 if x < 0 else 1 for x in values]
     assert bits.nbytes == -(-len(values) // 8)
 
 
-def test_more_outer_products_than_a_run_makes_are_refused() -> None:
+def test_more_outer_products_than_a_run_makes_are_refused():
     assert noise.MOST_DIRECTIONS == 4096
     ids = np.arange(4097, dtype=np.uint64) << np.uint64(32)
     ones, bits = np.ones(4097, np.int32), np.zeros(4097, np.uint8)

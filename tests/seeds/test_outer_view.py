@@ -112,12 +112,12 @@ def digest(threads: int) -> str:
         torch.set_num_threads(before)
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
+def test_the_number_of_threads_changes_no_bit():
     assert digest(1) == digest(2) == digest(3)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_passes_are_counted_where_they_move_something(name: str) -> None:
+def test_passes_are_counted_where_they_move_something(name):
     made = view("fp32")
     table = np.zeros((2, 19), np.int64)
     table[:, 17:] = 1  # moves d alone

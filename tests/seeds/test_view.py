@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("name", list(NETS))
-def test_logits_are_those_of_written_weights_bit_for_bit(name: str, dtype: str) -> None:
+def test_logits_are_those_of_written_weights_bit_for_bit(name, dtype):
     # The tensors are small enough to be multiplied whole, so that even the order of the sums is the same.
     net, other = make(name, dtype), make(name, dtype)
     stored = digest(named_tensors(net))
@@ -82,7 +81,7 @@ def test_chunks_change_nothing_but_the_order_of_sums(monkeypatch, name, chunk):
 
 
 @pytest.mark.parametrize("law", ["rademacher", "gaussian"])
-def test_other_laws(law: str) -> None:
+def test_other_laws(law):
     net, other = make("tied llama"), make("tied llama")
     placed(view_of(net, law), EPS)
     want = logits(written(other, reference(named_tensors(net), law, ENTRIES, EPS)))
@@ -126,7 +125,7 @@ def test_the_stored_weights_never_change_not_even_when_a_layer_fails(monkeypatch
     assert torch.equal(logits(net), logits(make(name, "bf16")))
 
 
-def test_remove_gives_the_net_back() -> None:
+def test_remove_gives_the_net_back():
     net = make("gpt2")
     modules = {n: type(m).forward for n, m in net.named_modules()}
     view = placed(view_of(net), EPS)
@@ -142,7 +141,7 @@ def test_remove_gives_the_net_back() -> None:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_write_makes_the_point_the_stored_weights(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+def test_write_makes_the_point_the_stored_weights(monkeypatch, dtype):
     monkeypatch.setattr(weights, "CHUNK", 1234)
     net = make("gpt2", dtype)
     want = digest(reference(named_tensors(net), "hashed", ENTRIES))
@@ -153,7 +152,7 @@ def test_write_makes_the_point_the_stored_weights(monkeypatch: pytest.MonkeyPatc
     assert net.lm_head.weight is net.transformer.wte.weight
 
 
-def test_tensors_that_no_forward_asks_for_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_that_no_forward_asks_for_are_told(caplog):
     net = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)}).requires_grad_(False)
     view = View(list(net.named_parameters()), net, run_key=KEY, law="rademacher", grid=EPS)
     net["used"](torch.zeros(1, 3))
@@ -177,7 +176,7 @@ class Mixer(nn.Module):
         return x @ self.inner.weight.T + self.inner.bias
 
 
-def test_tensors_that_a_parent_reads_are_at_the_point() -> None:
+def test_tensors_that_a_parent_reads_are_at_the_point():
     net = Mixer().requires_grad_(False)
     view = placed(View(list(net.named_parameters()), net, run_key=KEY, law="hashed", grid=1e-5))
     moved, x = dict(view.tensors()), torch.ones(1, 3)
@@ -208,7 +207,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     return reads
 
 
-def test_only_the_embedding_rows_in_use_are_read(asked: list[tuple[str, int, int]]) -> None:
+def test_only_the_embedding_rows_in_use_are_read(asked):
     net = make("untied llama")
     placed(view_of(net), EPS)
     logits(net, torch.tensor([[7, 263, 7, 0]]))
@@ -254,7 +253,7 @@ BELOW = [("rademacher", "bf16", 20), ("hashed", "fp16", 1), ("hashed", "bf16", 2
 @pytest.mark.parametrize(
     ("law", "dtype", "many"), [*((law, "fp32", many) for law in LAWS for many in (0, 3)), *BELOW]
 )
-def test_both_signs_in_one_forward_have_the_losses_of_two(law: str, dtype: str, many: int) -> None:
+def test_both_signs_in_one_forward_have_the_losses_of_two(law, dtype, many):
     model = tiny_llama(seed=2)
     model.net.to(DTYPES[dtype])
     one, two = both_ways(model, moved_view(model, law, many), rows())
@@ -268,7 +267,7 @@ APART = ["gpt_oss", "mamba", "phi", "opt"]
 
 
 @pytest.mark.parametrize("family", [*PAIRED, *APART])
-def test_any_family_has_the_losses_of_two_forwards(family: str) -> None:
+def test_any_family_has_the_losses_of_two_forwards(family):
     model = model_of(build(family).requires_grad_(False), tiny_llama().tokenizer, family)
     view, batch = moved_view(model), rows()
     one, two = both_ways(model, view, batch)
@@ -327,7 +326,7 @@ class TokensFirst(nn.Module):
         return self.inner(x.transpose(0, 1)).transpose(0, 1)
 
 
-def test_a_net_whose_first_step_differs_runs_each_sign_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_net_whose_first_step_differs_runs_each_sign_alone(monkeypatch):
     model, batch = tiny_llama(), rows()
     view = moved_view(model)
     two = both_ways(model, view, batch)[1]
@@ -336,7 +335,7 @@ def test_a_net_whose_first_step_differs_runs_each_sign_alone(monkeypatch: pytest
     assert [slope_of(model, view, batch) for _ in range(2)] == [expected] * 2
 
 
-def test_rows_that_are_not_first_are_refused_or_not_paired() -> None:
+def test_rows_that_are_not_first_are_refused_or_not_paired():
     model = tiny_llama()
     for layer in model.net.model.layers:
         layer.mlp = TokensFirst(layer.mlp)
@@ -347,7 +346,7 @@ def test_rows_that_are_not_first_are_refused_or_not_paired() -> None:
     assert not descent._can_pair(view, square(), batch_loss)
 
 
-def test_a_view_is_as_before_after_it_failed() -> None:
+def test_a_view_is_as_before_after_it_failed():
     model, batch = tiny_llama(), rows()
     view = moved_view(model)
     before = batch_loss(model, batch)
@@ -358,14 +357,14 @@ def test_a_view_is_as_before_after_it_failed() -> None:
     assert batch_loss(model, batch) == before
 
 
-def test_rows_without_an_answer_have_no_slope() -> None:
+def test_rows_without_an_answer_have_no_slope():
     model, batch = tiny_llama(), rows()
     nothing = batch._replace(labels=torch.full_like(batch.labels, MASKED))
     assert np.isnan(slope_of(model, moved_view(model), nothing)).all()
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 4), (2, 3, 4)])
-def test_ids_of_other_rows_than_the_batchs_are_refused(shape: tuple[int, ...]) -> None:
+def test_ids_of_other_rows_than_the_batchs_are_refused(shape):
     view = moved_view(tiny_llama())
     view.probe(probe("hashed", 16, 7), EPS)
     view.paired = 4
@@ -438,7 +437,7 @@ def test_the_gradients_are_those_of_a_net_that_holds_the_moved_weights(family, m
     torch.testing.assert_close(gradients, wanted, rtol=1e-3, atol=2e-5 * size)
 
 
-def test_a_tape_leaves_no_trace_even_after_an_error() -> None:
+def test_a_tape_leaves_no_trace_even_after_an_error():
     model = tiny_llama()
     view = moved_view(model)
     before = {n: (p, p.clone()) for n, p in model.net.named_parameters()}
@@ -456,7 +455,7 @@ def test_a_tape_leaves_no_trace_even_after_an_error() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "law"), [("fp16", "hashed"), ("bf16", "rademacher")])
-def test_many_steps_end_where_their_ledger_does(dtype: str, law: str, tmp_path: Path) -> None:
+def test_many_steps_end_where_their_ledger_does(dtype, law, tmp_path):
     steps, grid, pool = 60, 3e-6, K if law == POOL else 1
     model = tiny_llama(seed=1)
     model.net.to(DTYPES[dtype])

@@ -64,7 +64,7 @@ def checked(capsys: Capture, *words: str) -> dict[str, Any]:
 COLUMNS = ("--columns", "prompt=ask,response=say,client=shop")
 
 
-def test_a_check_says_what_tune_would_do(at: Path, capsys: Capture) -> None:
+def test_a_check_says_what_tune_would_do(at, capsys):
     found = checked(capsys, "own.jsonl", *COLUMNS, "--model", "tiny", "--max-length", "64", "--held-out", "4")
     examples = read("own.jsonl", columns=COLUMNS[1])
     rows, _ = encode_all(examples, models.load("tiny").tokenizer, 10**6)
@@ -84,7 +84,7 @@ def test_a_check_says_what_tune_would_do(at: Path, capsys: Capture) -> None:
     assert start["partition"] == "column:client"
 
 
-def test_the_masked_part_of_a_row_is_shown(at: Path, capsys: Capture) -> None:
+def test_the_masked_part_of_a_row_is_shown(at, capsys):
     found = checked(capsys, "own.jsonl", *COLUMNS, "--model", "tiny", "--max-length", "64")
     assert len(found["samples"]) == 3
     first = found["samples"][0]
@@ -104,7 +104,7 @@ def test_the_masked_part_of_a_row_is_shown(at: Path, capsys: Capture) -> None:
     assert "a 1" in out
 
 
-def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
+def test_labels_and_rows_that_leak_are_told(at, capsys):
     rows = [{"text": f"it was {i} fine days by the sea", "label": i % 2} for i in range(20)]
     write(at / "labelled.jsonl", rows)
     write(at / "held.jsonl", [rows[3], {"text": "no", "label": 0}])
@@ -115,7 +115,7 @@ def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
     assert "trained on too" not in "".join(checked(capsys, "labelled.jsonl", "--held-out", "1")["remarks"])
 
 
-def test_tune_tells_of_rows_that_leak_as_a_check_does(at: Path, capsys: Capture) -> None:
+def test_tune_tells_of_rows_that_leak_as_a_check_does(at, capsys):
     rows = [json.loads(line) for line in (at / "own.jsonl").read_text().splitlines()]
     write(at / "held.jsonl", [rows[7], {"ask": "what else", "say": "nothing", "shop": "a"}, rows[9]])
     words = ("own.jsonl", *COLUMNS, "--eval-data", "held.jsonl")
@@ -127,13 +127,13 @@ def test_tune_tells_of_rows_that_leak_as_a_check_does(at: Path, capsys: Capture)
     assert said in " ".join(" ".join(capsys.readouterr()).split())
 
 
-def test_no_row_of_a_check_steers_the_terminal(at: Path, capsys: Capture) -> None:
+def test_no_row_of_a_check_steers_the_terminal(at, capsys):
     write(at / "bad.jsonl", [{"text": f"a\x1b[2Jb{i}", "client": "\x1b]0;x\x07"} for i in range(4)])
     assert main(["data", "check", "bad.jsonl", "--partition", "column:client"]) == 0
     assert "\x1b" not in "".join(capsys.readouterr())
 
 
-def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsys: Capture) -> None:
+def test_a_column_that_looks_like_clients_is_named_with_its_flag(at, capsys):
     told = (
         "the column 'client_id' looks like clients, and is not used: --partition column:client_id follows it"
     )
@@ -159,7 +159,7 @@ def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(a
         assert (found["lengths"]["longest"], found["cut"]) == (max(whole), sum(n > limit for n in whole))
 
 
-def test_training_goes_on_with_plain_texts(at: Path, capsys: Capture) -> None:
+def test_training_goes_on_with_plain_texts(at, capsys):
     rows = [{"text": f"{i} " + "a long tale " * (i % 12), "who": "xy"[i % 2]} for i in range(24)]
     write(at / "texts.jsonl", rows)
     words = ["tune", "tiny", "texts.jsonl", "--columns", "client=who", *RUN, "--max-length", "32"]
@@ -180,7 +180,7 @@ def test_training_goes_on_with_plain_texts(at: Path, capsys: Capture) -> None:
     assert again["loss"] == pytest.approx(done["tuned"]["loss"], abs=1e-6)
 
 
-def test_columns_stay_with_the_run_and_its_recipe(at: Path) -> None:
+def test_columns_stay_with_the_run_and_its_recipe(at):
     recipe = 'model = "tiny"\ndata = "own.jsonl"\ncolumns = "prompt=ask,response=say"\n'
     (at / "recipe.toml").write_text(recipe)
     assert main(["tune", "-c", "recipe.toml", *RUN]) == 0
@@ -192,7 +192,7 @@ def test_columns_stay_with_the_run_and_its_recipe(at: Path) -> None:
     assert finished.held_out(rundir.listing(at / "runs")[-1])[0].response.startswith("what of")
 
 
-def test_a_folder_is_a_fleet(at: Path, capsys: Capture) -> None:
+def test_a_folder_is_a_fleet(at, capsys):
     (at / "devices").mkdir()
     for name, count in (("oslo", 6), ("bonn", 9)):
         write(at / "devices" / f"{name}.jsonl", [{"prompt": f"{i}", "completion": "a"} for i in range(count)])
@@ -211,7 +211,7 @@ class Piped:
         return self.terminal
 
 
-def test_rows_from_standard_input_are_kept_for_a_resume(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_from_standard_input_are_kept_for_a_resume(at, monkeypatch):
     raw = (at / "own.jsonl").read_bytes()
     monkeypatch.setattr(sys, "stdin", Piped(raw))
     assert main(["tune", "tiny", "-", *COLUMNS[:2], *RUN]) == 0
@@ -249,7 +249,7 @@ def test_bad_rows_from_standard_input_name_no_file_that_is_gone(at, capsys, monk
     assert "fleetune-rows-" not in err
 
 
-def test_a_device_reads_the_same_forms(at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_reads_the_same_forms(at, capsys, monkeypatch):
     pytest.importorskip("flwr")
     from fleetune.fleet import device
     from fleetune.fleet.worker import Brings
@@ -272,7 +272,7 @@ def test_a_device_reads_the_same_forms(at: Path, capsys: Capture, monkeypatch: p
     assert "Did you mean 'prompt'?" in refused(capsys, *words)
 
 
-def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys: Capture) -> None:
+def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at, capsys):
     mapping = ["--columns", "prompt=ask,response=say"]
     assert main(["tune", "tiny", "own.jsonl", *mapping, *RUN]) == 0
     write(at / "named.jsonl", [{"prompt": "what of 1", "response": "word word"}])

@@ -36,15 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zosgd": {"K": 64, "tau": 40, "lr": 3e-4, "eps": 0.02, "batch_size": 6},
     "fedkseed": {"K": 64, "tau": 40, "lr": 3e-4, "eps": 0.02, "batch_size": 6},
     "onebyte": {"K": 64, "directions": 40, "lr": 2e-3, "eps": 0.02, "batch_size": 6},
-    "fwdllm": {
-        "targets": "all-linear",
-        "P": 40,
-        "lr": 5e-3,
-        "decay": 0,
-        "h": 0.02,
-        "batch_size": 6,
-        "patience": 1,
-    },
+    "fwdllm": {"targets": "all-linear", "P": 40, "lr": 5e-3, "decay": 0, "h": 0.02, "batch_size": 6}
+    | {"patience": 1, "discriminative": False},
 }
 # How many tokens the model prefers to the right one, a token: whole numbers, so no gradient anywhere.
 RANKS = """
@@ -247,7 +240,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoints_change_no_bit_of_a_reply(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_change_no_bit_of_a_reply(kind, monkeypatch):
     name, settings = KINDS[kind]
     monkeypatch.setattr(layers, "SMALL", 0)  # else so small a batch keeps its activations
     real, runs = layers.checkpoint, 0

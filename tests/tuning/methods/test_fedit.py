@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,21 +91,21 @@ def test_lora_is_put_on_the_layers_that_are_named_on_both_sides(tmp_path, target
     assert torch.equal(logits(again), logits(device))
 
 
-def test_an_adapter_on_other_layers_is_replaced() -> None:
+def test_an_adapter_on_other_layers_is_replaced():
     model = models.tiny_llama()
     methods.make("fedit", FAST | {"r": 2}).init(model, 5)
     methods.make("fedit", FAST | {"r": 2, "targets": "q_proj"}).init(model, 5)
     assert lora_layers_of(model) == {"q_proj"}
 
 
-def test_layers_that_the_model_lacks_are_told_with_those_that_it_has() -> None:
+def test_layers_that_the_model_lacks_are_told_with_those_that_it_has():
     with pytest.raises(ModelError, match="no linear layer named 'query'") as told:
         methods.make("fedit", FAST | {"targets": "query,v_proj"}).init(models.tiny_llama(), 5)
     assert "q_proj" in str(told.value.hint)
 
 
 @pytest.mark.parametrize("more", [{}, {"warmup": 2, "weight_decay": 0.5, "clip": 1e-3, "mu": 0.1}])
-def test_a_device_trains_as_one_of_fedpetuning_with_the_same_settings(more: dict[str, Any]) -> None:
+def test_a_device_trains_as_one_of_fedpetuning_with_the_same_settings(more):
     """To the bit; and each setting moves the result."""
     common = {"lr": 1e-2, "batch_size": 3, "epochs": 2, "targets": "query-value"} | more
     as_paper = {"r": 4, "alpha": 4, "dropout": 0.0, "decay": True, "clip": 1.0}
@@ -123,7 +122,7 @@ def test_a_device_trains_as_one_of_fedpetuning_with_the_same_settings(more: dict
         assert any(not np.array_equal(fedit[n], without[n]) for n in fedit), name
 
 
-def test_devices_of_unlike_ranks_are_sent_and_send_their_own() -> None:
+def test_devices_of_unlike_ranks_are_sent_and_send_their_own():
     model = models.tiny_llama()
     method = methods.make("fedit", FAST | {"r": 4, "alpha": 8, "average": "product", "ranks": "1,4"})
     state = method.init(model, 5)
@@ -139,7 +138,7 @@ def test_devices_of_unlike_ranks_are_sent_and_send_their_own() -> None:
         check(wrong, kinds[1][1], round=1, base=BASE)
 
 
-def test_a_device_of_low_rank_trains_under_the_same_scale() -> None:
+def test_a_device_of_low_rank_trains_under_the_same_scale():
     """The factor before B A is alpha / r of the recipe, whatever the device's rank: else B A mean other things."""
     model = models.tiny_llama()
     method = methods.make("fedit", FAST | {"r": 4, "alpha": 12, "average": "product", "ranks": "1,4"})
@@ -157,7 +156,7 @@ def test_a_device_of_low_rank_trains_under_the_same_scale() -> None:
 
 
 @pytest.mark.parametrize("ranks", ["1,4", "2,1,1", "3"])
-def test_the_tuned_weights_are_the_exact_mean_over_unlike_ranks(ranks: str) -> None:
+def test_the_tuned_weights_are_the_exact_mean_over_unlike_ranks(ranks):
     """Two rounds; the server's model against dense weights in float64: w0 + s sum_k p_k (B_k A_k + what k was not sent)."""
     model = models.tiny_llama()
     method = methods.make("fedit", FAST | {"r": 16, "alpha": 32, "average": "product", "ranks": ranks})
@@ -186,7 +185,7 @@ def test_the_tuned_weights_are_the_exact_mean_over_unlike_ranks(ranks: str) -> N
     assert method.report(state) == {"cut": state.cut}
 
 
-def test_what_does_not_fit_the_global_rank_is_told() -> None:
+def test_what_does_not_fit_the_global_rank_is_told():
     model = models.tiny_llama()
     method = methods.make("fedit", FAST | {"r": 2, "alpha": 4, "average": "product", "ranks": "2,1"})
     state = method.init(model, 5)
@@ -200,7 +199,7 @@ CASES = [("fedit", {"r": 4, "alpha": 12, "dropout": 0.0}), ("fedpetuning", {"siz
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 @pytest.mark.parametrize(("name", "sizes"), CASES)
-def test_server_and_devices_agree_on_what_was_taken_out(name: str, sizes: dict[str, Any], start: str) -> None:
+def test_server_and_devices_agree_on_what_was_taken_out(name, sizes, start):
     """Before, the model is the base; after a round everybody's weights are w0 + s (B A - B0 A0), in float64."""
     options = {"lr": 1e-2, "batch_size": 3} | sizes
     model, method = models.tiny_llama(), methods.make(name, options | {"start": start})
@@ -242,7 +241,7 @@ def test_what_a_start_takes_out_goes_down_with_every_broadcast_and_never_up(name
         assert up == usual[2]
 
 
-def test_eva_starts_from_the_servers_rows(tmp_path: Path) -> None:
+def test_eva_starts_from_the_servers_rows(tmp_path):
     mine, starts = tmp_path / "mine.jsonl", {}
     mine.write_text("".join(f'{{"instruction": "say {i}", "response": "red{i} {i}"}}\n' for i in range(40)))
     for source in ("demo", str(mine)):

@@ -51,7 +51,7 @@ def made(module: str) -> Any:
 
 
 @each
-def test_only_the_modules_numbers_travel(net: str, module: str) -> None:
+def test_only_the_modules_numbers_travel(net, module):
     model, method = NETS[net](), made(module)
     state = method.init(model, 5)
     replies, down, up = round_of(model, method, state)
@@ -70,7 +70,7 @@ def test_only_the_modules_numbers_travel(net: str, module: str) -> None:
         assert 4 * numbers <= traffic <= 4 * numbers + names_cost
 
 
-def test_traffic_is_in_the_published_order() -> None:
+def test_traffic_is_in_the_published_order():
     """Full first, then prefix, adapter, LoRA, BitFit at the paper's sizes (its table)."""
     numbers = {}
     for module in PAPERS:
@@ -85,7 +85,7 @@ def test_traffic_is_in_the_published_order() -> None:
 
 
 @each
-def test_the_server_takes_the_mean_by_rows_and_the_model_follows(net: str, module: str) -> None:
+def test_the_server_takes_the_mean_by_rows_and_the_model_follows(net, module):
     model, method = NETS[net](), made(module)
     state = method.init(model, 5)
     replies, _, _ = round_of(model, method, state)
@@ -112,7 +112,7 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("module", PAPERS)
-def test_lr_and_size_zero_are_the_papers(module: str) -> None:
+def test_lr_and_size_zero_are_the_papers(module):
     lr, size = PAPERS[module]
     kind = MODULES[module]
     assert (kind.lr, kind.size) == (lr, size)
@@ -122,7 +122,7 @@ def test_lr_and_size_zero_are_the_papers(module: str) -> None:
     np.testing.assert_allclose(own, [0.5, 0.25])
 
 
-def test_lora_has_alpha_equal_to_its_rank_on_query_and_value() -> None:
+def test_lora_has_alpha_equal_to_its_rank_on_query_and_value():
     model = models.tiny_bert()
     made("lora").init(model, 5)
     spec = adapters.attachment_of(model).spec

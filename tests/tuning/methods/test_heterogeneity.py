@@ -109,7 +109,7 @@ def device(w: Tensors, tokens: list[int], how: fedit.Method, correction: Tensors
         (5, True, [0.1, 0.2, 0.3, 0.4]),  # never done rising
     ],
 )
-def test_the_rate_rises_first_and_falls_then(warmup: int, decay: bool, rates: list[float]) -> None:
+def test_the_rate_rises_first_and_falls_then(warmup, decay, rates):
     how = fedit.Method(lr=0.6, epochs=2, batch_size=4, warmup=warmup, decay=decay)
     np.testing.assert_allclose(how.rates(7), rates)
     np.testing.assert_allclose(fedit.Method(lr=0.6, steps=4, warmup=warmup, decay=decay).rates(7), rates)
@@ -128,7 +128,7 @@ def test_a_round_made_shorter_has_a_shorter_warmup_and_no_other(method, steps, s
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["clip", "weight_decay", "mu"])
-def test_what_no_strength_can_be_is_said(name: str, value: float) -> None:
+def test_what_no_strength_can_be_is_said(name, value):
     with pytest.raises(ValueError, match=f"{name} = {value}.*must be 0 or a positive number"):
         fedit.Method(**{name: value})
 
@@ -145,7 +145,7 @@ def test_what_no_strength_can_be_is_said(name: str, value: float) -> None:
     ],
 )
 @pytest.mark.parametrize("pulled", [False, True])
-def test_a_devices_round_is_the_papers(toy: Any, how: fedit.Method, pulled: bool) -> None:
+def test_a_devices_round_is_the_papers(toy, how, pulled):
     w, rng = start(), np.random.default_rng(2)
     correction = {n: rng.normal(size=s).astype(np.float32) for n, s in SIZES.items()} if pulled else {}
     for name, parameter in toy.attachment.parameters.items():
@@ -156,7 +156,7 @@ def test_a_devices_round_is_the_papers(toy: Any, how: fedit.Method, pulled: bool
         np.testing.assert_allclose(parameter.detach().numpy(), want[name], rtol=0, atol=1e-12)
 
 
-def test_fedproxs_gradient_is_that_of_the_loss_with_the_pull() -> None:
+def test_fedproxs_gradient_is_that_of_the_loss_with_the_pull():
     rng = np.random.default_rng(3)
     w, origin = (torch.from_numpy(rng.normal(size=6)) for _ in range(2))
     mu, plain, whole = 0.37, nn.Parameter(w.clone()), nn.Parameter(w.clone())
@@ -171,7 +171,7 @@ def test_fedproxs_gradient_is_that_of_the_loss_with_the_pull() -> None:
 @pytest.mark.parametrize(
     "how", [fedit.Method(lr=0.1, epochs=4), fedit.Method(lr=0.2, epochs=3, decay=True, clip=2)]
 )
-def test_scaffold_by_hand(toy: Any, how: fedit.Method) -> None:
+def test_scaffold_by_hand(toy, how):
     """Two rounds of devices 0 and 1, then one of 1 and a newcomer 2 (Algorithm 1, option II)."""
     how = replace(how, scaffold=True)
     rows = {0: [1, 2, 3], 1: [7], 2: [5, 6]}
@@ -202,7 +202,7 @@ def test_scaffold_by_hand(toy: Any, how: fedit.Method) -> None:
         assert state.seen.tolist() == sorted(c_k)
 
 
-def test_only_scaffolds_mean_goes_down_and_it_is_refused_going_up(toy: Any) -> None:
+def test_only_scaffolds_mean_goes_down_and_it_is_refused_going_up(toy):
     how = fedit.Method(lr=0.1, scaffold=True)
     state = State(start(), 1)
     assert how.broadcast(state).arrays.keys() == SIZES.keys()  # nobody has a variate yet
@@ -215,7 +215,7 @@ def test_only_scaffolds_mean_goes_down_and_it_is_refused_going_up(toy: Any) -> N
         check(Message(1, b"", down), how.expects(state), round=1, base=b"")
 
 
-def test_a_walk_that_ran_away_leaves_no_variate(toy: Any) -> None:
+def test_a_walk_that_ran_away_leaves_no_variate(toy):
     memory: dict[str, Any] = {}
     with np.errstate(all="ignore"):
         how = fedit.Method(lr=1e300, epochs=3, scaffold=True)
@@ -226,7 +226,7 @@ def test_a_walk_that_ran_away_leaves_no_variate(toy: Any) -> None:
 @pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
 @pytest.mark.parametrize("rule", server_rules.ETA)
 @pytest.mark.parametrize("lr", [0.0, 0.05])
-def test_a_methods_server_takes_the_rules_steps(name: str, rule: str, lr: float) -> None:
+def test_a_methods_server_takes_the_rules_steps(name, rule, lr):
     """Those that `test_server_rules.py` holds against the papers, of the mean weighted by rows."""
     chosen, rng = methods.make(name, {"server": rule, "server_lr": lr}), np.random.default_rng(4)
     state, want, moments = State(start(), 1), {n: w.astype(np.float64) for n, w in start().items()}, {}

@@ -39,7 +39,7 @@ def tiny(**changes: Any) -> Method:
 
 
 @pytest.mark.parametrize(("wire", "size"), [("byte", lambda n: n), ("sign", lambda n: -(-n // 8))])
-def test_a_direction_is_one_byte_or_one_bit_of_the_message(wire: str, size: Any, rows: Any) -> None:
+def test_a_direction_is_one_byte_or_one_bit_of_the_message(wire, size, rows):
     model, lengths = tiny_llama(), {}
     for n in (8, 24, 41):
         chosen = tiny(directions=n, wire=wire, batch_size=1)
@@ -75,7 +75,7 @@ def slope_by_hand(model: Model, run_key: int, id: int, rows: Any, at: dict[str, 
     return (losses[0] - losses[1]) / (2 * eps)
 
 
-def test_a_round_is_the_formula() -> None:
+def test_a_round_is_the_formula():
     """w <- w - lr/(n N) sum of g z: wrong signs, sqrt(N), a forgotten n or other directions all end here."""
     model, chosen = tiny_llama(), tiny(directions=3, batch_size=8, lr=0.05)
     texts = [Example((("user", f"say {n}"),), "yes", {}) for n in range(4)]
@@ -115,7 +115,7 @@ def sums(state: State) -> np.ndarray:
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 63), st.integers(1, 999)), min_size=1, max_size=9))
 @settings(max_examples=30)
-def test_the_server_takes_the_mean_weighted_by_rows_whoever_answers(machines: list[tuple[int, int]]) -> None:
+def test_the_server_takes_the_mean_weighted_by_rows_whoever_answers(machines):
     model, chosen = tiny_llama(), tiny()
     state = chosen.init(model, 1)
     codes = [np.random.default_rng(key).integers(0, 256, 5) for key, _ in machines]
@@ -129,7 +129,7 @@ def test_the_server_takes_the_mean_weighted_by_rows_whoever_answers(machines: li
     assert state.ledger.head.grid == pytest.approx(chosen.lr / (5 * 16 * 256))
 
 
-def test_directions_are_different_within_a_machine_and_between_machines_and_rounds() -> None:
+def test_directions_are_different_within_a_machine_and_between_machines_and_rounds():
     chosen = tiny(directions=K)
     assert sorted(chosen.draw(0, 1, 2)) == list(range(K))
     few = tiny(directions=8)
@@ -143,7 +143,7 @@ def test_directions_are_different_within_a_machine_and_between_machines_and_roun
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(1, 5)), min_size=1, max_size=7))
 @settings(max_examples=60)
-def test_the_majority_of_rows_decides_each_direction_and_a_tie_is_no_step(votes: Any) -> None:
+def test_the_majority_of_rows_decides_each_direction_and_a_tie_is_no_step(votes):
     model, chosen = tiny_llama(), tiny(directions=8, wire="sign")
     state = chosen.init(model, 1)
     got = sums(chosen.aggregate(state, [fake(i, np.array([bits]), n) for i, (bits, n) in enumerate(votes)]))
@@ -153,7 +153,7 @@ def test_the_majority_of_rows_decides_each_direction_and_a_tie_is_no_step(votes:
     assert np.count_nonzero(got) <= 8
 
 
-def test_a_bit_is_the_sign_of_the_slope_and_a_zero_slope_tosses_a_coin() -> None:
+def test_a_bit_is_the_sign_of_the_slope_and_a_zero_slope_tosses_a_coin():
     chosen = tiny(directions=10, wire="sign")
     slopes = np.array([1.0, -1e-9, 3.0, -7.0, 5e4, -5e4, 0.1, 0.2, -0.3, -0.4])
     codes = chosen.encode(slopes, np.full(10, 0.9))
@@ -163,7 +163,7 @@ def test_a_bit_is_the_sign_of_the_slope_and_a_zero_slope_tosses_a_coin() -> None
     assert coins == [10 * UNITS, -10 * UNITS]
 
 
-def test_one_liar_moves_a_mean_but_not_a_vote(rows: Any) -> None:
+def test_one_liar_moves_a_mean_but_not_a_vote(rows):
     model = tiny_llama()
     for wire, bounded in (("byte", False), ("sign", True)):
         chosen = tiny(wire=wire)
@@ -227,7 +227,7 @@ def test_machines_join_and_leave_at_random_and_all_stand_at_the_servers_replay(c
     base = tiny_llama(layers=1)
     base.net.to(dtype)
     state, present, met = chosen.init(base, 4), [], 0
-    for round in range(15):
+    for round in range(10):
         stay = [m for m in present if rng.random() > 0.3]
         left = [m for m in present if m not in stay]
         while len(stay) < 4:
@@ -238,10 +238,10 @@ def test_machines_join_and_leave_at_random_and_all_stand_at_the_servers_replay(c
         for machine in left[: len(left) // 2]:  # these do their work, and their reply is lost
             machine.reply(chosen, message, round)
         state, present = chosen.aggregate(state, iter(replies)), stay
-    message = encode(Message(15, bytes(8), chosen.broadcast(state)))
+    message = encode(Message(10, bytes(8), chosen.broadcast(state)))
     chosen.apply(base, state)
     server = weights(base.attachment)
-    assert met > 15
+    assert met > 10
     assert [m.stands_at(chosen, message) for m in present] == [server] * len(present)
     untouched = tiny_llama(layers=1)
     assert all(

@@ -193,7 +193,7 @@ def test_the_server_writes_the_mean_as_signs_and_adds_what_is_left_the_next_time
     assert np.abs(off).max() <= len(rounds) * largest * 2.0**-24
 
 
-def test_a_round_without_replies_is_one_whose_directions_are_passed_over() -> None:
+def test_a_round_without_replies_is_one_whose_directions_are_passed_over():
     chosen = tiny(pool=3)
     state = begun(chosen)
     assert chosen.expects(state).arrays["signs"] == ("uint8", (4,))
@@ -245,7 +245,7 @@ def test_a_device_that_is_told_the_news_replies_as_one_that_is_told_everything(r
         state = taken(chosen, state, answers)
 
 
-def test_a_device_whose_memory_is_gone_says_so_and_is_then_told_everything(tmp_path: Path) -> None:
+def test_a_device_whose_memory_is_gone_says_so_and_is_then_told_everything(tmp_path):
     chosen = tiny()
     own, other = (fleet(tiny_llama(layers=1), chosen, 2, memories=tmp_path / name) for name in ("a", "b"))
     state = chosen.init(own.model, 3)
@@ -291,7 +291,7 @@ def wrong(change: str, sent: Payload) -> None:
         ("known", "this device does not remember the rounds before those that came"),
     ],
 )
-def test_a_message_that_is_not_of_the_run_is_refused(change: str, said: str, rows: Any) -> None:
+def test_a_message_that_is_not_of_the_run_is_refused(change, said, rows):
     model, chosen = tiny_llama(layers=1), tiny()
     state = chosen.init(model, 3)
     ones = [np.ones(rows) for rows in chosen.rows(state)]
@@ -303,7 +303,7 @@ def test_a_message_that_is_not_of_the_run_is_refused(change: str, said: str, row
     assert not memory
 
 
-def test_a_model_in_another_methods_hands_is_given_the_own_directions() -> None:
+def test_a_model_in_another_methods_hands_is_given_the_own_directions():
     """As where a device does the work of two runs."""
     model = tiny_llama(layers=1)
     tiny(targets="q_proj").attached(model)
@@ -321,7 +321,7 @@ def test_a_model_in_another_methods_hands_is_given_the_own_directions() -> None:
         (tiny_llama, "q_proj,no_proj", "no linear layer named 'no_proj'"),
     ],
 )
-def test_a_model_that_has_no_place_for_it_is_left_as_it_is(model: Any, targets: str, said: str) -> None:
+def test_a_model_that_has_no_place_for_it_is_left_as_it_is(model, targets, said):
     made = model()
     with pytest.raises(ModelError, match=said) as refused:
         tiny(targets=targets).init(made, 3)

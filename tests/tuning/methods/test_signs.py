@@ -98,7 +98,7 @@ def test_whatever_a_device_missed_it_has_the_servers_module(name, values, tmp_pa
         state = new
 
 
-def test_what_is_longer_than_the_module_is_sent_as_the_module() -> None:
+def test_what_is_longer_than_the_module_is_sent_as_the_module():
     method = methods.make("fedit", FAST | {"wire": "sign"})
     state = method.init(models.tiny_llama(), 7)
     size = sum(t.nbytes for t in state.tensors.values())
@@ -112,7 +112,7 @@ def test_what_is_longer_than_the_module_is_sent_as_the_module() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e12])
-def test_a_scale_that_is_no_number_is_refused(bad: float) -> None:
+def test_a_scale_that_is_no_number_is_refused(bad):
     method = methods.make("fedit", FAST | {"wire": "sign"})
     state = method.init(models.tiny_llama(), 7)
     spec = method.expects(state)
@@ -124,7 +124,7 @@ def test_a_scale_that_is_no_number_is_refused(bad: float) -> None:
         check(Message(1, BASE, payload), spec, round=1, base=BASE)
 
 
-def test_changes_of_another_module_are_refused() -> None:
+def test_changes_of_another_module_are_refused():
     other = methods.make("fedit", FAST | {"wire": "sign", "r": 4})
     sent = other.broadcast(other.init(models.tiny_llama(), 7))
     batches = Batches(rows(0), 0, 1, "cpu", 0)
@@ -132,7 +132,7 @@ def test_changes_of_another_module_are_refused() -> None:
         methods.make("fedit", FAST | {"wire": "sign"}).local(models.tiny_llama(), sent, batches, 1, {})
 
 
-def test_a_device_that_forgot_the_module_says_so() -> None:
+def test_a_device_that_forgot_the_module_says_so():
     method, model = methods.make("fedit", FAST | {"wire": "sign"}), models.tiny_llama()
     news = method.news(method.aggregate(method.init(model, 1), iter(())), 1)
     with pytest.raises(MessageError, match="does not remember"):

@@ -57,7 +57,7 @@ def after_backward(model: models.Model, key: int, how: fedit.Method, correction:
         {"scaffold": True},
     ],
 )
-def test_they_are_the_steps_after_backward(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_the_steps_after_backward(more, monkeypatch):
     monkeypatch.setattr(_adapter, "by_layer", lambda net, room: by_layer(net, small=0, room=room))
     how = fedit.Method(**({"lr": 0.01, "epochs": 3, "batch_size": 2} | more))
     one, other = with_lora(), with_lora()
@@ -80,7 +80,7 @@ def steps_of(parameters: list[nn.Parameter], loss: Tensor, how: fedit.Method) ->
         steps.after_backward()
 
 
-def test_a_parameter_that_is_used_twice_takes_one_step_of_its_whole_gradient() -> None:
+def test_a_parameter_that_is_used_twice_takes_one_step_of_its_whole_gradient():
     torch.manual_seed(0)
     one = nn.Linear(6, 6)
     other, x = copy.deepcopy(one), torch.randn(4, 6)
@@ -93,7 +93,7 @@ def test_a_parameter_that_is_used_twice_takes_one_step_of_its_whole_gradient() -
 
 
 @pytest.mark.parametrize(("clip", "most"), [(0.0, 1), (1.0, 8)])
-def test_without_a_clip_one_gradient_exists_at_a_time(clip: float, most: int) -> None:
+def test_without_a_clip_one_gradient_exists_at_a_time(clip, most):
     layers = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(8)))
     parameters, alive = list(layers.parameters()), []
     for parameter in parameters:  # before the steps' own

@@ -17,7 +17,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.methods import Reply, mezo, zosgd
 from law_definition import direction
 
-SETTINGS: dict[str, Any] = {"K": 32, "tau": 9, "lr": 2e-3, "batch_size": 3}
+SETTINGS: dict[str, Any] = {"K": 32, "tau": 7, "lr": 2e-3, "batch_size": 3}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def rows() -> list[Encoded]:
 
 
 def in_type(dtype: torch.dtype) -> Model:
-    model = tiny_llama()
+    model = tiny_llama(layers=1)
     model.net.to(dtype)
     return model
 
@@ -50,12 +50,12 @@ def trained(method: Any, model: Model, rows: Any, rounds: int) -> Any:
         (torch.float16, "rademacher"),
     ],
 )
-def test_it_is_mezo_bit_for_bit(dtype: torch.dtype, law: str, rows: Any) -> None:
-    """Three rounds: from the base, from few passes, and from 27 where directions are independent."""
+def test_it_is_mezo_bit_for_bit(dtype, law, rows):
+    """Three rounds: from the base, from few passes, and from 14 where directions are independent."""
     settings = SETTINGS | {"law": law}
     mine = trained(zosgd.Method(**settings), in_type(dtype), rows, 3)
     theirs = trained(mezo.Method(**settings), in_type(dtype), rows, 3)
-    assert len(mine.ledger) > 20
+    assert len(mine.ledger) > 16
     assert np.array_equal(mine.ledger.ids, theirs.ledger.ids)
     assert np.array_equal(mine.ledger.coefficients, theirs.ledger.coefficients)
     assert (mine.ledger.head.method, theirs.ledger.head.method) == ("zosgd", "mezo")
@@ -88,7 +88,7 @@ def test_the_whole_direction_lies_in_memory_while_the_losses_are_taken(dtype, la
     assert model.attachment.stored is None  # and none of it afterwards
 
 
-def test_settings_are_mezos() -> None:
+def test_settings_are_mezos():
     for name in ("lr", "eps", "batch_size", "tau", "K", "law", "clip", "objective"):
         assert getattr(zosgd.Method(), name) == getattr(mezo.Method(), name)
     assert methods.entry("zosgd").clients == 1

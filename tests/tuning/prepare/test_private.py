@@ -72,7 +72,7 @@ def by_renyi(z: float, q: float, releases: int, delta: float) -> float:
 
 @pytest.mark.parametrize("method", LEVELS)
 @pytest.mark.parametrize("level", ["client", "example"])
-def test_a_run_states_what_it_promises_wherever_it_is_read(tiny: str, method: str, level: str) -> None:
+def test_a_run_states_what_it_promises_wherever_it_is_read(tiny, method, level):
     """Console, record, ledger's head or card; and epsilon follows from the record, by an account of the test's own."""
     more = {"participation": 0.5} if level == "client" else {}
     run = tuned(tiny, method, privacy=level, **more)
@@ -99,7 +99,7 @@ def test_a_run_states_what_it_promises_wherever_it_is_read(tiny: str, method: st
     assert "per_client" not in json.loads((run.folder / "eval.json").read_text())
 
 
-def test_the_record_and_the_report_tell_of_no_clients_rows(tiny: str) -> None:
+def test_the_record_and_the_report_tell_of_no_clients_rows(tiny):
     """With privacy; the same run without it tells how many each has, and what it is coloured by."""
     options = {"partition": "dirichlet:0.5:category", "clients": 10, "rounds": 1}
     hidden = tuned(tiny, "fedit", **options)
@@ -115,7 +115,7 @@ def test_the_record_and_the_report_tell_of_no_clients_rows(tiny: str) -> None:
         assert ("training rows, as text" in card) is not private
 
 
-def test_no_seed_repeats_the_noise_or_the_sample(tiny: str) -> None:
+def test_no_seed_repeats_the_noise_or_the_sample(tiny):
     """Whoever has the recipe, and so every seed, cannot take the noise off; a resumed run goes on with its count."""
     one, other = (tuned(tiny, participation=0.5, out=f"runs{i}") for i in range(2))
     assert one.digest != other.digest
@@ -128,7 +128,7 @@ def test_no_seed_repeats_the_noise_or_the_sample(tiny: str) -> None:
         fleetune.resume_run(one)
 
 
-def test_a_run_ends_where_its_budget_does(tiny: str) -> None:
+def test_a_run_ends_where_its_budget_does(tiny):
     run = tuned(tiny, rounds=6, noise=1.0, epsilon=8.0)
     assert run.done.rounds < 6
     assert any("the privacy budget is spent" in r for r in run.done.remarks)
@@ -136,7 +136,7 @@ def test_a_run_ends_where_its_budget_does(tiny: str) -> None:
     assert spent[-1] <= 8.0
 
 
-def test_a_run_that_has_lost_a_checkpoint_ends_with_what_it_has_released(tiny: str) -> None:
+def test_a_run_that_has_lost_a_checkpoint_ends_with_what_it_has_released(tiny):
     """The last round was released again, and the account did not know."""
     run = tuned(tiny)
     spent = spent_in(run)
@@ -192,7 +192,7 @@ def test_what_cannot_be_promised_is_refused_before_work(tiny, options, word):
     assert not list(Path("runs").glob("*"))
 
 
-def test_the_time_of_a_private_run_counts_no_rows_of_clients(tiny: str) -> None:
+def test_the_time_of_a_private_run_counts_no_rows_of_clients(tiny):
     """They are not measured."""
     given = PLAIN | {"model": tiny, "data": "demo", "method": "fedkseed", "set": LEVELS["fedkseed"]}
     for private in ({}, {"privacy": "client", "epsilon": 8.0, "clip_norm": 1.0}):
@@ -262,7 +262,7 @@ def test_a_gradient_is_the_mean_of_the_rows_clipped_gradients(rows, monkeypatch)
     adapters.detach(model)
 
 
-def test_a_projection_hides_each_row(rows: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_projection_hides_each_row(rows, monkeypatch):
     """One step of a back-propagating client of fedkseed: the mean over rows of p, each cut to the clip."""
     model, encoded = rows
     silent(monkeypatch)
@@ -281,7 +281,7 @@ def test_a_projection_hides_each_row(rows: tuple[Model, Any], monkeypatch: pytes
     assert moved(batch) == pytest.approx(expected, rel=1e-3, abs=1e-4 * clip)
 
 
-def test_rows_are_drawn_each_by_itself(rows: tuple[Model, Any]) -> None:
+def test_rows_are_drawn_each_by_itself(rows):
     """A batch may have no row; then one stands in, and does not count.  The step is taken all the same."""
     _, encoded = rows
     sizes = [b.drawn.rows for b in Batches(encoded, 0, 1, private=Privacy(1.0, 1.0, 0.2, 5)).steps(400, 1)]
@@ -292,7 +292,7 @@ def test_rows_are_drawn_each_by_itself(rows: tuple[Model, Any]) -> None:
 # Secure sums --------------------------------------------------------------------------------------------
 
 
-def test_a_run_under_secure_sums_adds_up_what_nobody_sees(tiny: str) -> None:
+def test_a_run_under_secure_sums_adds_up_what_nobody_sees(tiny):
     """Its record has neither rows nor losses of a client; without a budget it repeats to the same bits."""
     runs = [tuned(tiny, privacy="sealed", epsilon=0.0, clients=4, clip_norm=1e4) for _ in range(2)]
     assert runs[0].digest == runs[1].digest
@@ -306,7 +306,7 @@ def test_a_run_under_secure_sums_adds_up_what_nobody_sees(tiny: str) -> None:
     assert fleetune.resume_run(runs[1].folder).digest == runs[0].digest
 
 
-def test_a_secure_sum_with_a_budget_promises_what_the_servers_noise_does(tiny: str) -> None:
+def test_a_secure_sum_with_a_budget_promises_what_the_servers_noise_does(tiny):
     run = tuned(tiny, privacy="sealed")
     recipe = recipes.make(recipes.read(run.folder / "run.toml"))
     spent = spent_in(run)

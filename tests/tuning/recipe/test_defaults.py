@@ -33,7 +33,7 @@ def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(me
 
 
 @pytest.mark.parametrize(("wire", "expected"), [("byte", "norm-clip"), ("sign", "sign-vote")])
-def test_votes_are_combined_by_a_rule_too(wire: str, expected: str) -> None:
+def test_votes_are_combined_by_a_rule_too(wire, expected):
     assert served(3, "onebyte", wire=wire)[0] == expected
 
 
@@ -65,7 +65,7 @@ def test_where_none_fits_the_mean_bounds_the_rows_and_says_why(devices, values, 
     assert ("alone could back-propagate" in said) == ("backprop" in values)
 
 
-def test_a_rule_that_is_given_stays_and_a_mean_is_bounded() -> None:
+def test_a_rule_that_is_given_stays_and_a_mean_is_bounded():
     assert served(8, "fedit", aggregation="median", ruled=True)[0] == "median"
     assert served(8, "fedit", aggregation="mean:9", ruled=True)[0] == "mean:9"
     rule, said = served(8, "fedit", aggregation="mean", ruled=True)

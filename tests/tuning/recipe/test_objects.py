@@ -51,7 +51,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models.tiny_llama().save("tiny")
 
 
-def test_it_is_tuned_with_its_own_functions_and_settings() -> None:
+def test_it_is_tuned_with_its_own_functions_and_settings():
     run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2, shrink=0.0), **FEW)
     recipe = fleetune.open(run).recipe
     assert (recipe.method, recipe.set["shrink"], recipe.set["r"]) == ("middle-lora", 0.0, 2)
@@ -61,7 +61,7 @@ def test_it_is_tuned_with_its_own_functions_and_settings() -> None:
     assert moved.done.tuned["loss"] != run.done.base["loss"]
 
 
-def test_a_run_of_it_goes_on_in_this_process() -> None:
+def test_a_run_of_it_goes_on_in_this_process():
     once = Heard(lambda heard: len(heard.of("eval")) == 2)
     options = FEW | {"method": MiddleLora(lr=1e-2), "rounds": 2}
     whole = fleetune.tune("tiny", "demo", **options)
@@ -70,7 +70,7 @@ def test_a_run_of_it_goes_on_in_this_process() -> None:
     assert fleetune.resume_run("latest").digest == whole.digest
 
 
-def test_another_process_uses_the_result_and_is_told_what_it_cannot_do() -> None:
+def test_another_process_uses_the_result_and_is_told_what_it_cannot_do():
     run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), **FEW)
     here = fleetune.evaluate(run)["loss"]
     script = (
@@ -85,7 +85,7 @@ def test_another_process_uses_the_result_and_is_told_what_it_cannot_do() -> None
     assert "made by the method 'middle-lora', which is not known here" in there.stderr
 
 
-def test_a_class_called_method_has_the_name_of_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_called_method_has_the_name_of_its_module(monkeypatch):
     monkeypatch.setenv(VARIABLE, "torch")  # which compiles nothing
     method = Method(K=8, tau=2, lr=1e-4, batch_size=2)
     run = fleetune.tune("tiny", "demo", method=method, **FEW | {"clients": 0})
@@ -128,12 +128,12 @@ class Thawed:
         (MiddleLora, "the method is a class"),
     ],
 )
-def test_what_is_no_method_says_what_is_missing(method: Any, why: str) -> None:
+def test_what_is_no_method_says_what_is_missing(method, why):
     with pytest.raises(UsageError, match=why):
         fleetune.tune("tiny", "demo", method=method, **FEW)
     assert not Path("runs").exists()
 
 
-def test_a_class_without_all_six_functions_makes_no_object() -> None:
+def test_a_class_without_all_six_functions_makes_no_object():
     with pytest.raises(TypeError, match=r"Half .*aggregate.*apply.*broadcast.*expects.*local"):
         Half()  # type: ignore[abstract]

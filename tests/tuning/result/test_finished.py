@@ -29,7 +29,7 @@ def ledger_on(model: Model, rounds: int, law: str = "rademacher") -> Ledger:
     return made
 
 
-def test_a_replay_says_what_work_is_ahead_and_how_far_it_is(model: Model) -> None:
+def test_a_replay_says_what_work_is_ahead_and_how_far_it_is(model):
     heard = Heard()
     ledger = ledger_on(model, 3)
     assert finished.rebuild(model, ledger, listener=heard) == finished.rebuild(model, ledger)

@@ -59,7 +59,7 @@ def folder_of(method: str) -> Path:
 
 
 @pytest.mark.parametrize("method", ["fedit", "mezo"])
-def test_run_toml_has_every_setting_and_repeats_the_run(at: Path, method: str, tmp_path: Path) -> None:
+def test_run_toml_has_every_setting_and_repeats_the_run(at, method, tmp_path):
     run = folder_of(method)
     stated = tomllib.loads((run / "run.toml").read_text())["set"]
     assert set(stated) == {s.name for s in methods.settings(method)}
@@ -72,7 +72,7 @@ def digest_of(run: Path) -> str:
     return str(events[-1]["digest"])
 
 
-def test_what_stands_for_another_value_is_written_out_and_means_the_same() -> None:
+def test_what_stands_for_another_value_is_written_out_and_means_the_same():
     chosen = {"server": "adam", "module": "prompt"}
     plain = recipes.make({"model": "m", "data": "d", "method": "fedpetuning", "set": chosen})
     full = settled(plain)
@@ -83,7 +83,7 @@ def test_what_stands_for_another_value_is_written_out_and_means_the_same() -> No
     assert settled(by_column).clients == 0
 
 
-def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -> None:
+def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at):
     env = files.read_json(folder_of("fedit") / "env.json", "")
     assert env["data_sha256"] == {"data.jsonl": hashlib.sha256(Path("data.jsonl").read_bytes()).hexdigest()}
     recipe = recipes.make(recipes.read(folder_of("fedit") / "run.toml"))
@@ -98,7 +98,7 @@ def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -
 
 
 @pytest.mark.parametrize("method", ["fedit", "mezo"])
-def test_a_tuned_model_is_saved_whole_or_says_how(at: Path, method: str, tmp_path: Path) -> None:
+def test_a_tuned_model_is_saved_whole_or_says_how(at, method, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = fleetune.open(str(folder_of(method))).load()

@@ -100,7 +100,7 @@ def test_a_run_releases_no_more_than_it_counts_nor_than_its_budget(tmp_path_fact
             file.write_bytes(file.read_bytes()[:-3]) if what == "the last is cut" else file.unlink()
 
 
-def test_a_round_that_is_released_again_counts_again(tmp_path: Path) -> None:
+def test_a_round_that_is_released_again_counts_again(tmp_path):
     witness = Witness()
     assert witness.run(tmp_path, 4, 6).releases == 4
     checkpoints(tmp_path)[-1][1].unlink()
@@ -121,7 +121,7 @@ def test_a_round_that_is_released_again_counts_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "0 f4dbdf21\n", "2", "3 00000000\n", "9\n", "-4 0\n", "\udc80"])
-def test_a_count_that_is_gone_or_damaged_is_no_count_of_zero(tmp_path: Path, text: str | None) -> None:
+def test_a_count_that_is_gone_or_damaged_is_no_count_of_zero(tmp_path, text):
     witness, file = Witness(), tmp_path / releases.FILE
     assert released(tmp_path) == 0  # nothing has been released
     witness.run(tmp_path, 3, 9)
@@ -135,7 +135,7 @@ def test_a_count_that_is_gone_or_damaged_is_no_count_of_zero(tmp_path: Path, tex
     assert witness.made == 3
 
 
-def test_bad_replies_do_not_end_a_private_run(tmp_path: Path) -> None:
+def test_bad_replies_do_not_end_a_private_run(tmp_path):
     """Two clients that sent NaN ended it, and so decided about all others."""
     found = Witness().run(tmp_path, 5, 9, broken=True)
     assert (found.last, found.releases) == (5, 5)

@@ -37,7 +37,7 @@ from fleetune.tuning.run.resume import resume
 
 
 @pytest.mark.parametrize(("quorum", "moves"), [(6, True), (7, False)])
-def test_under_the_quorum_the_model_stays(tmp_path: Path, quorum: int, moves: bool) -> None:
+def test_under_the_quorum_the_model_stays(tmp_path, quorum, moves):
     """Six good replies: enough for a quorum of six, too few for one of seven."""
     bad = with_liars(lambda r, c, w: told(w, n=99), 0, 1)
     played = play(tmp_path, Devices(bad), quorum=quorum)
@@ -84,7 +84,7 @@ def worst(state: State) -> dict[str, float]:
     return {"loss": top if top < 1e6 else float("nan")}
 
 
-def test_a_model_that_is_not_finite_is_never_taken(tmp_path: Path) -> None:
+def test_a_model_that_is_not_finite_is_never_taken(tmp_path):
     @dataclass(frozen=True)
     class Overflows(Averaging):
         def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
@@ -99,7 +99,7 @@ def test_a_model_that_is_not_finite_is_never_taken(tmp_path: Path) -> None:
     assert [r for r, _ in checkpoints(run.path)] == [0, 1]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_the_model_before(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_model_before(tmp_path):
     far = lambda r, c, w: told(w + 1e7) if r == 3 else honest(r, c, w)  # noqa: E731
     run = create(tmp_path, "averaging", "toy")
     said = "loss after round 3 is not finite; the last good round is 2"
@@ -134,7 +134,7 @@ def test_replies_that_are_not_finite_for_the_models_own_sake_bring_back_the_one_
     assert {e["round"] for e in events(run.path) if e["event"] == "client"} == {1, 2, 3}
 
 
-def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path: Path) -> None:
+def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path):
     """The few that are finite are not believed either; after `PATIENCE` such rounds the run ends."""
 
     def reply(round: int, client: int, w: np.ndarray) -> Payload:
@@ -230,7 +230,7 @@ def counted(
         return rounds.run(Averaging(), Devices(lambda r, c, w: told(w + 1), 1), begin, run, plan, hooks)
 
 
-def test_the_run_stops_and_the_best_round_is_the_result(tmp_path: Path) -> None:
+def test_the_run_stops_and_the_best_round_is_the_result(tmp_path):
     found = counted(tmp_path / "a")
     # 4.5, an equal 4.0 and 8.0 are no better
     assert (found.last, found.round, found.state.tensors["w"][0]) == (7, 4, 4)
@@ -258,7 +258,11 @@ def test_a_kill_at_any_point_changes_nothing(best, tmp_path, monkeypatch):
             raise Killed
 
     def checked(function: Callable[..., None]) -> Callable[..., None]:
-        return lambda *args: (touch(""), function(*args))[1]
+        def called(*args: Any) -> None:
+            touch("")
+            function(*args)
+
+        return called
 
     for where, name in ((courses, "keep_best"), (courses, "forget_bests"), (RunDir, "checkpoint")):
         monkeypatch.setattr(where, name, checked(getattr(where, name)))
@@ -287,7 +291,7 @@ def left_in(folder: Path) -> tuple[list[int], list[tuple[int, float]]]:
     return [n for n, _ in courses.best_files(folder)], told
 
 
-def test_few_states_are_kept_however_often_a_round_is_the_best(tmp_path: Path) -> None:
+def test_few_states_are_kept_however_often_a_round_is_the_best(tmp_path):
     falling = tuple(float(20 - r) for r in range(15))
     most = 0
 
@@ -301,7 +305,7 @@ def test_few_states_are_kept_however_often_a_round_is_the_best(tmp_path: Path) -
     assert all(p.stat().st_mode & 0o077 == 0 for _, p in courses.best_files(tmp_path))
 
 
-def test_a_damaged_best_round_is_found_before_any_work(tmp_path: Path) -> None:
+def test_a_damaged_best_round_is_found_before_any_work(tmp_path):
     found = counted(tmp_path, patience=1, losses=(3.0, 2.0, 2.5, 2.6))
     assert found.round == 1
     (_, file), *_ = courses.best_files(tmp_path)[-1:]
@@ -328,7 +332,7 @@ def test_a_run_that_loses_its_model_gives_its_best_round(losses, result, tmp_pat
     assert str(lost.value).endswith(others.get(result, f"the last good round is {last}"))
 
 
-def test_without_evaluated_rounds_there_is_no_best() -> None:
+def test_without_evaluated_rounds_there_is_no_best():
     for more in ({"patience": 2}, {"keep": "best"}):
         recipe = recipes.make({"model": "m", "data": "d", "method": "mezo", "eval_every": 0, **more})
         with pytest.raises(RecipeError, match="eval_every = 0"):

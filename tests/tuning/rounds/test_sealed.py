@@ -92,7 +92,7 @@ class Dropping(LocalFleet):
 
 
 @pytest.mark.parametrize("step", ["keys", "shares", "masked", "reveal"])
-def test_whoever_drops_out_is_in_the_sum_or_not(step: str, model: Model, tmp_path: Path) -> None:
+def test_whoever_drops_out_is_in_the_sum_or_not(step, model, tmp_path):
     made = held(model)
     made.gone = {step: {2}}
     total, _ = summing(tmp_path).add_up(made, 1, range(4), 3)
@@ -140,7 +140,7 @@ def test_one_that_answers_otherwise_is_left_out_alone(what, answer, model, tmp_p
 
 
 @pytest.mark.parametrize("step", ["keys", "shares", "masked", "reveal"])
-def test_a_server_that_is_restarted_asks_for_the_same_sum(step: str, model: Model, tmp_path: Path) -> None:
+def test_a_server_that_is_restarted_asks_for_the_same_sum(step, model, tmp_path):
     made = held(model)
     made.gone = {step: {3}} if step == "masked" else {}
     with pytest.raises(RuntimeError, match="killed"):
@@ -165,7 +165,7 @@ class Killed:
         yield from answers
 
 
-def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, tmp_path: Path) -> None:
+def test_a_client_that_is_restarted_before_any_step_answers_alike(model, tmp_path):
     files = {c: tmp_path / f"{c}.ckpt" for c in range(4)}
     for c, file in files.items():
         Participant("", SEALED, file).hold(1, np.array([1, 2, 3]) * 10**c)
@@ -191,7 +191,7 @@ def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, 
             Participant.kept("", SEALED, file).answer("keys", 1, c, begun)
 
 
-def test_what_was_held_for_one_sum_is_not_given_to_another(tmp_path: Path) -> None:
+def test_what_was_held_for_one_sum_is_not_given_to_another(tmp_path):
     """Of a round before, of the same round again once it is masked, or on other terms than its noise was made for."""
     file, begun = tmp_path / FILE, encode(Message(4, b"", Payload({"attempt": np.zeros(16, np.uint8)})))
     Participant("", SEALED, file).hold(4, np.array([1, 2, 3]))
@@ -203,7 +203,7 @@ def test_what_was_held_for_one_sum_is_not_given_to_another(tmp_path: Path) -> No
         Participant.kept("", SEALED, file).hold(3, np.array([1, 2, 3]))
 
 
-def test_a_client_says_nothing_of_a_round_that_it_has_not_worked_for() -> None:
+def test_a_client_says_nothing_of_a_round_that_it_has_not_worked_for():
     member = Participant("", SEALED)
     body = encode(Message(1, b"", Payload({"attempt": np.zeros(16, np.uint8)})))
     with pytest.raises(MessageError, match="nothing to add up"):
@@ -213,7 +213,7 @@ def test_a_client_says_nothing_of_a_round_that_it_has_not_worked_for() -> None:
         member.answer("reveal", 1, 0, body)
 
 
-def test_a_damaged_file_of_a_client_is_none(tmp_path: Path) -> None:
+def test_a_damaged_file_of_a_client_is_none(tmp_path):
     file = tmp_path / FILE
     Participant("", SEALED, file).hold(4, np.array([1, 2, 3]))
     data = bytearray(file.read_bytes())
@@ -222,7 +222,7 @@ def test_a_damaged_file_of_a_client_is_none(tmp_path: Path) -> None:
     assert not len(Participant.kept("", SEALED, file).vector)
 
 
-def test_the_least_clients_together_make_all_the_noise() -> None:
+def test_the_least_clients_together_make_all_the_noise():
     """Of variance (z C)^2; and each of them makes its share, whatever it replies."""
     sealed, d = Sealed(2.0, 1.5, 1.0, 12, 8), 1 << 15
     shares = [sealed.vector({"x": np.zeros(d)}) for _ in range(8)]
@@ -233,7 +233,7 @@ def test_the_least_clients_together_make_all_the_noise() -> None:
     assert abs(np.linalg.norm(far) / np.hypot(2.0, 1.5 * 2.0 * np.sqrt(d / 8)) - 1) < 0.05
 
 
-def test_a_client_adds_up_with_those_alone_that_it_knows(model: Model, tmp_path: Path) -> None:
+def test_a_client_adds_up_with_those_alone_that_it_knows(model, tmp_path):
     """Another's signature, or one of another round, member or keys, is refused by each; so is a device that is there twice."""
     own = [make(tmp_path / f"device-{c}") for c in range(5)]
     (tmp_path / "keys").mkdir()

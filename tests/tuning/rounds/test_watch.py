@@ -45,7 +45,7 @@ def heard(watch: Watch, *told: Any) -> list[Diverging | None]:
     return [watch.heard(event) for event in told]
 
 
-def test_a_loss_above_the_start_by_more_than_noise_is_said_at_once_and_once() -> None:
+def test_a_loss_above_the_start_by_more_than_noise_is_said_at_once_and_once():
     watch = Watch(Some(), "loss", ())
     nothing, within, rose, again = heard(
         watch, evaluated(0, 4.0), evaluated(1, 4.019), evaluated(2, 4.03), evaluated(3, 9.0)
@@ -57,7 +57,7 @@ def test_a_loss_above_the_start_by_more_than_noise_is_said_at_once_and_once() ->
     assert "clip" in rose.text
 
 
-def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is() -> None:
+def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is():
     told = (evaluated(0, 4.0), evaluated(1, 3.0), evaluated(2, 3.49), evaluated(3, 3.51))
     *before, lost = heard(Watch(Some(), "loss", ()), *told)
     assert before == [None] * 3
@@ -66,7 +66,7 @@ def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is
     assert "--keep best" in lost.text
 
 
-def test_a_loss_that_is_twice_what_it_was_is_said_before_the_model_is_evaluated() -> None:
+def test_a_loss_that_is_twice_what_it_was_is_said_before_the_model_is_evaluated():
     calm = [evaluated(0, 4.0), replied(1, 5.0), ended(1), replied(2, 9.9), ended(2), replied(3, 10.1)]
     *before, blown = heard(Watch(Some(clip=1.0), "loss", ()), *calm, ended(3))
     assert before == [None] * 6
@@ -78,7 +78,7 @@ def test_a_loss_that_is_twice_what_it_was_is_said_before_the_model_is_evaluated(
     assert first is not None  # of a first reply the base's loss is the measure
 
 
-def test_replies_that_are_not_finite_are_said_in_their_round() -> None:
+def test_replies_that_are_not_finite_are_said_in_their_round():
     lost = replied(1, None, "refused", "2752 values that are not finite")
     *_, found = heard(Watch(Some(), "loss", ()), evaluated(0, 4.0), lost, ended(1))
     assert "the median client's reply is not finite; lower the learning rate" in found.text
@@ -86,7 +86,7 @@ def test_replies_that_are_not_finite_are_said_in_their_round() -> None:
 
 
 @pytest.mark.parametrize("lie", [(1e9, "ok", ""), (None, "refused", "1 value that is not finite")])
-def test_what_one_of_several_clients_says_is_no_divergence(lie: tuple[Any, str, str]) -> None:
+def test_what_one_of_several_clients_says_is_no_divergence(lie):
     """A loss of 1e9 used to be said, and then nothing of the validation loss any more."""
     honest = [replied(1, 3.0, client=c) for c in (1, 2)]
     *before, rose = heard(
@@ -96,7 +96,7 @@ def test_what_one_of_several_clients_says_is_no_divergence(lie: tuple[Any, str, 
     assert "has risen to 9.000" in rose.text
 
 
-def test_after_a_resume_it_knows_what_it_heard() -> None:
+def test_after_a_resume_it_knows_what_it_heard():
     told = [evaluated(0, 4.0), replied(1, 3.0), evaluated(1, 3.0), replied(2, 3.0), evaluated(2, 3.6)]
     for cut in range(len(told) + 1):
         past = [as_dict(event) for event in told[:cut]]
@@ -121,7 +121,7 @@ def tune(place: Path, out: Path, listener: Heard | None = None, **more: Any) -> 
     return fleetune.tune(str(place / "tiny"), str(place / "data.jsonl"), **options)
 
 
-def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place: Path, tmp_path: Path) -> None:
+def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place, tmp_path):
     notes = Heard()
     run = tune(place, tmp_path, notes)
     assert run.done.tuned["loss"] > run.done.base["loss"]  # type: ignore[operator]

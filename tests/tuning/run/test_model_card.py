@@ -52,7 +52,7 @@ def written(request: pytest.FixtureRequest, runs: Any, tmp_path: Path) -> tuple[
     return runs[request.param], folder
 
 
-def test_a_card_is_valid_and_says_what_the_run_recorded(written: tuple[TuneResult, Path]) -> None:
+def test_a_card_is_valid_and_says_what_the_run_recorded(written):
     run, folder = written
     card = ModelCard.load(folder / "README.md")
     head = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
@@ -74,14 +74,14 @@ def test_a_card_is_valid_and_says_what_the_run_recorded(written: tuple[TuneResul
     assert "from_pretrained(" in text
 
 
-def test_a_card_tells_nothing_of_rows_clients_and_this_machine(written: tuple[TuneResult, Path]) -> None:
+def test_a_card_tells_nothing_of_rows_clients_and_this_machine(written):
     run, folder = written
     text = (folder / "README.md").read_text()
     for kept in (SECRET, "ward-1", str(run.folder.parent.parent), str(Path.home()) + "/"):
         assert kept not in text
 
 
-def test_the_command_on_a_card_makes_the_recipe_again(written: tuple[TuneResult, Path]) -> None:
+def test_the_command_on_a_card_makes_the_recipe_again(written):
     run, folder = written
     lines = (folder / "README.md").read_text().splitlines()
     (line,) = (text for text in lines if text.startswith("    fleetune tune "))
@@ -92,7 +92,7 @@ def test_the_command_on_a_card_makes_the_recipe_again(written: tuple[TuneResult,
     assert (made.model, made.data) == ("tiny", "rows.jsonl")
 
 
-def test_the_adapters_folder_is_whole_with_its_card(runs: dict[str, TuneResult]) -> None:
+def test_the_adapters_folder_is_whole_with_its_card(runs):
     run = runs["fedit"]
     sums.check(run.path, remedy="")
     sizes = [p.stat().st_size for p in run.path.iterdir()]
@@ -114,11 +114,11 @@ def test_the_adapters_folder_is_whole_with_its_card(runs: dict[str, TuneResult])
         ("smollm2-135m", "smollm2-135m"),
     ],
 )
-def test_a_name_is_public_without_its_folders(text: str, public: str) -> None:
+def test_a_name_is_public_without_its_folders(text, public):
     assert describe.public(text) == public
 
 
-def test_a_built_in_base_is_linked_with_its_licence(runs: dict[str, TuneResult]) -> None:
+def test_a_built_in_base_is_linked_with_its_licence(runs):
     recipe = dataclasses.replace(finished.recipe_of(runs["fedit"].folder), model="smollm2-135m")
     assert model_card.base_name(recipe) == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert model_card.licence_of(recipe) == "apache-2.0"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from command_line import Capture
 from fleetune.cli.main import main
 from fleetune.models import tiny_llama
 
@@ -45,7 +44,7 @@ def holding(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in files if MARK.encode() in p.read_bytes()}
 
 
-def test_no_samples_keeps_no_text_anywhere(places: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_no_samples_keeps_no_text_anywhere(places, tmp_path, capsys):
     words = ("--no-samples", "--rouge-rows", "2", "--answer-tokens", "4", "--set", "r=1")
     assert tune(places, tmp_path, *words) == 0
     (run,) = tmp_path.glob("0001-*")

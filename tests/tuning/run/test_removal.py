@@ -96,7 +96,7 @@ def kept(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> fleetune.TuneRe
     return tuned(tiny, tmp_path_factory.mktemp("kept"), "mezo", participation=0.5)
 
 
-def test_a_changed_reply_is_found(kept: fleetune.TuneResult, tmp_path: Path) -> None:
+def test_a_changed_reply_is_found(kept, tmp_path):
     whole, run = kept.ledger(), Path(shutil.copytree(kept.folder, tmp_path / "run"))
     without_client(run, 0, whole)
     file, draw = replies_file(run, 2), np.random.default_rng(3)
@@ -155,7 +155,7 @@ def test_a_killed_run_has_the_rounds_that_count(cls, after, kept, tiny, tmp_path
     "changed",
     [{"method": "fedit"}, *({"privacy": p, "epsilon": 8.0} for p in ("client", "example", "sealed"))],
 )
-def test_what_cannot_keep_replies_is_refused(changed: dict[str, Any]) -> None:
+def test_what_cannot_keep_replies_is_refused(changed):
     given = {"model": "m", "data": "demo", "method": "mezo", "keep_replies": True, **changed}
     said = "keep_replies needs a method that leaves a ledger, and privacy = none"
     with pytest.raises(RecipeError, match=said):

@@ -47,7 +47,7 @@ def told(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method: str) -> None:
+def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method):
     whole = tuned(3, method, "whole")
     short = tuned(1, method)
     assert short.digest != whole.digest
@@ -64,7 +64,7 @@ def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method: 
     assert again.digest == whole.digest
 
 
-def test_a_kill_while_it_is_written_down_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_it_is_written_down_costs_nothing(monkeypatch):
     """After four of the files: what is left is never taken for a finished run that has the rounds."""
     whole, short = tuned(3, out="whole"), tuned(1)
     left = iter(range(4))
@@ -88,12 +88,12 @@ def test_a_kill_while_it_is_written_down_costs_nothing(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("rounds", [-1, 2.5, "many", 10**9])
-def test_from_python_too_what_is_no_number_of_rounds_is_refused(rounds: Any) -> None:
+def test_from_python_too_what_is_no_number_of_rounds_is_refused(rounds):
     with pytest.raises(RecipeError, match="rounds"):
         fleetune.resume_run("1", rounds=rounds)
 
 
-def test_what_cannot_be_longer_says_why_and_stays_as_it_is() -> None:
+def test_what_cannot_be_longer_says_why_and_stays_as_it_is():
     short = tuned(2)
     digest = short.digest
     with pytest.raises(UsageError, match="has 2 rounds, and 1 are fewer"):
@@ -116,7 +116,7 @@ def test_what_cannot_be_longer_says_why_and_stays_as_it_is() -> None:
     assert fleetune.resume_run(short).digest == digest
 
 
-def test_what_decides_the_bits_is_compared() -> None:
+def test_what_decides_the_bits_is_compared():
     before = {"torch": "2.6", "threads": 2, "gpu": "A"}
     assert describe.machine_changes({}, before) == ""
     assert describe.machine_changes(before, before) == ""
@@ -139,7 +139,7 @@ class After(fleetune.Silent):
             raise Interrupted("enough")
 
 
-def test_a_run_without_a_round_is_timed_anew(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_round_is_timed_anew(capsys):
     """To the same bits; later the rounds that are done tell the time."""
     whole = fleetune.tune("tiny", "demo", out="whole", **SHORT)
     for after in (0, 1):

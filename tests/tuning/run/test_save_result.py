@@ -108,7 +108,7 @@ def test_a_start_that_is_not_the_base_is_told(method, settings, told, places, un
         assert json.loads((Path(done.run) / "eval.json").read_text())["start"] == done.start
 
 
-def test_an_encoder_with_a_new_head_says_so(places: Path, tmp_path: Path) -> None:
+def test_an_encoder_with_a_new_head_says_so(places, tmp_path):
     settings = {"module": "bitfit", "steps": 1}
     old = tune(places, tmp_path, "fedpetuning", "bert", settings=settings).done
     assert not any("head is new" in text for text in old.remarks)
@@ -121,7 +121,7 @@ def test_an_encoder_with_a_new_head_says_so(places: Path, tmp_path: Path) -> Non
     assert "head is new" in new.report.read_text()
 
 
-def test_a_custom_objective_is_measured_before_and_after(places: Path, tmp_path: Path) -> None:
+def test_a_custom_objective_is_measured_before_and_after(places, tmp_path):
     objective = f"{places}/own.py:size"
     settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4, "lr": 1e-3}
     result = tune(places, tmp_path, settings=settings)
@@ -136,7 +136,7 @@ def test_a_custom_objective_is_measured_before_and_after(places: Path, tmp_path:
 
 
 @pytest.mark.parametrize("objective", ["accuracy:yes,no", "accuracy"])
-def test_an_accuracy_that_is_trained_is_measured(objective: str, places: Path, tmp_path: Path) -> None:
+def test_an_accuracy_that_is_trained_is_measured(objective, places, tmp_path):
     settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4, "lr": 1e-3}
     done = tune(places, tmp_path, settings=settings).done
     assert set(done.base) == set(done.tuned) == {"loss", "accuracy"}
@@ -166,7 +166,7 @@ def test_label_words_are_checked_before_the_model_is_loaded(labels, objective, s
     assert ("a comma in a word: \\," in caught.value.hint) == ("another answer" in says)
 
 
-def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_of_zeros_says_that_nothing_moved(places, tmp_path, capsys):
     words = "--method fedkseed --rounds 1 --clients 2 --samples 0 --held-out 6 --offline -q --set tau=2"
     line = ["tune", str(places / "llama"), str(places / "rows.jsonl"), *words.split(), "--out", str(tmp_path)]
     line += ["--set", f"objective={places}/own.py:same"]
@@ -181,13 +181,13 @@ def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, ca
     assert "nothing moved" in (tmp_path / "latest" / "report.html").read_text()
 
 
-def test_a_fleet_that_gave_too_few_replies_says_so(places: Path, tmp_path: Path) -> None:
+def test_a_fleet_that_gave_too_few_replies_says_so(places, tmp_path):
     done = tune(places, tmp_path, "fedit", clients=3, drop=0.9, quorum=3, rounds=2).done
     assert done.moved is False
     assert re.search("nothing moved: (none of 6 clients gave|no round had 3 good replies)", done.remarks[-1])
 
 
-def test_a_resumed_run_keeps_its_base_and_start(places: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_base_and_start(places, tmp_path):
     settings = {"module": "prefix", "size": 4, "steps": 1}
     whole = tune(places, tmp_path / "a", "fedpetuning", settings=settings, rounds=2).done
 

@@ -45,7 +45,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"method": "fedit", "base": "memory", "device": "cuda"}, "not for fedit"),
     ],
 )
-def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, Any], words: str) -> None:
+def test_what_cannot_train_scales_is_refused_before_any_work(changed, words):
     given = {"model": "m.gguf", "data": "demo", "method": "mezo", "train": "scales", **changed}
     with pytest.raises(RecipeError, match=words) as refused:
         prepare.check(recipes.make(given))
@@ -57,7 +57,7 @@ def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, 
     prepare.check(recipes.make(given))
 
 
-def test_a_run_that_tuned_a_file_has_the_bits_of_that_file(file: Path, tmp_path: Path) -> None:
+def test_a_run_that_tuned_a_file_has_the_bits_of_that_file(file, tmp_path):
     options: Any = {"out": tmp_path / "runs", **FEW, "rounds": 1, "settings": {"tau": 2, "lr": 0.05}}
     run = fleetune.tune(str(file), ROWS, method="mezo", train="scales", **options)
     plain = fleetune.tune(str(file), ROWS, method="mezo", **options)
@@ -67,7 +67,7 @@ def test_a_run_that_tuned_a_file_has_the_bits_of_that_file(file: Path, tmp_path:
     assert harness.bits(other.weights).all == 32
 
 
-def test_eps_is_in_the_units_of_what_is_trained_unless_given() -> None:
+def test_eps_is_in_the_units_of_what_is_trained_unless_given():
     given = {"model": "m.gguf", "data": "demo", "method": "mezo"}
     assert "eps" not in recipes.make(given).set
     assert recipes.make({**given, "train": "scales"}).set["eps"] == 0.01
@@ -75,7 +75,7 @@ def test_eps_is_in_the_units_of_what_is_trained_unless_given() -> None:
     assert recipes.make({**given, "train": "scales", "method": "fedit"}).set == {}
 
 
-def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(file: Path) -> None:
+def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(file):
     model = models.load(str(file), device="cpu", base="mapped")
     model.trains = "scales"
     made = mezo.Method(K=64, lr=0.1, eps=0.01).empty(model, 5)
@@ -96,7 +96,7 @@ def _of_weights(head: LedgerHead) -> LedgerHead:
     return dataclasses.replace(head, hyper={})
 
 
-def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file, tmp_path):
     options: Any = {
         **FEW,
         "method": "fedkseed",
