@@ -114,15 +114,9 @@ def play(
             opened.record(as_dict(event))
 
         releases = Releases(opened, spent, lambda more, released: more) if spent else None
-        plan = {
-            "rounds": 1,
-            "participation": 1.0,
-            "quorum": 1,
-            "seed": 7,
-            "eval_every": 1,
-            "base": BASE,
-        } | plan
-        hooks, whole = Hooks(lambda: None, evaluate, emit), RoundPlan(**plan, releases=releases)
+        given = {"rounds": 1, "quorum": 1, "participation": 1.0, "eval_every": 1} | plan
+        whole = RoundPlan(**given, seed=7, base=BASE, releases=releases)
+        hooks = Hooks(lambda: None, evaluate, emit)
         return Played(rounds.run(method or Averaging(), fleet, start(), opened, whole, hooks).state, seen)
 
 
