@@ -34,7 +34,7 @@ def supply(folder: Path, name: str, **words: str) -> None:
         ({"odd": {}}, False),
     ],
 )
-def test_on_battery(tmp_path: Path, supplies: dict[str, dict[str, str]], declines: bool) -> None:
+def test_on_battery(tmp_path, supplies, declines):
     for name, words in supplies.items():
         supply(tmp_path, name, **words)
     own = Conditions(only_on_power=True, supplies=tmp_path)
@@ -46,7 +46,7 @@ def test_on_battery(tmp_path: Path, supplies: dict[str, dict[str, str]], decline
 @pytest.mark.parametrize(
     ("most", "declines"), [(0.0, False), (0.5, True), (0.74, True), (0.75, False), (0.9, False)]
 )
-def test_busy(tmp_path: Path, most: float, declines: bool) -> None:
+def test_busy(tmp_path, most, declines):
     stat = tmp_path / "stat"
     # 75 of 100 ticks busy
     before, after = ("cpu  100 0 50 1000 10 5 5 0 7 0", "cpu  150 10 60 1015 20 5 10 0 99 0")
@@ -63,7 +63,7 @@ def test_busy(tmp_path: Path, most: float, declines: bool) -> None:
     assert waits == ([0.5] if most else [])
 
 
-def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_told_is_refused(tmp_path):
     for share in (-0.1, 1.0, float("nan")):
         with pytest.raises(UsageError, match="no share"):
             Conditions(max_load=share).check()

@@ -18,7 +18,6 @@ import preloaded
 import pytest
 from devices_harness import free_port, lay_out
 
-from fault_report import Injected
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.fleet.audit import FILE, verify
@@ -117,9 +116,7 @@ def started(recipe: str, *, held: bool = False) -> tuple[Process, Process, list[
 
 
 @pytest.mark.injects
-def test_a_server_killed_alone_in_the_middle_of_long_orders_gets_all_devices_back(
-    place: Path, injected: Injected
-) -> None:
+def test_a_server_killed_alone_in_the_middle_of_long_orders_gets_all_devices_back(place, injected):
     """It is up again before the orders are over, so that no device meets a server that is gone."""
     begin, again, devices = started(RECIPE.format(rounds=ALONE + 1) + METHODS["scaffold"], held=True)
     server = begin
@@ -155,7 +152,7 @@ def all_do(what: str, round: int) -> bool:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("method", list(METHODS))
-def test_kills_of_server_and_devices_change_nothing(place: Path, injected: Injected, method: str) -> None:
+def test_kills_of_server_and_devices_change_nothing(place, injected, method):
     rounds = 4 + 2 * KILLS
     begin, again, devices = started(RECIPE.format(rounds=rounds) + METHODS[method])
     try:

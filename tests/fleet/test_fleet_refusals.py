@@ -65,15 +65,13 @@ __all__ = ["folder", "place"]  # fixtures
         (["split", "-c", "recipe.toml"], "where to"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(
-    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], what: str
-) -> None:
+def test_what_cannot_be_is_refused_before_any_work(place, capsys, words, what):
     Path("recipe.toml").write_text(recipes.to_toml(recipes.make(FEDKSEED)))
     assert main(["fleet", *words]) in (2, 4)
     assert what in capsys.readouterr().err
 
 
-def test_a_certificate_has_the_file_that_devices_trust_beside_it(place: Path) -> None:
+def test_a_certificate_has_the_file_that_devices_trust_beside_it(place):
     Path("certs/ca.pem").rename("ca.pem")
     try:
         with pytest.raises(UsageError, match=r"has no ca\.pem"):
@@ -82,7 +80,7 @@ def test_a_certificate_has_the_file_that_devices_trust_beside_it(place: Path) ->
         Path("ca.pem").rename("certs/ca.pem")
 
 
-def test_the_line_for_devices_names_the_server_as_its_certificate_does(place: Path) -> None:
+def test_the_line_for_devices_names_the_server_as_its_certificate_does(place):
     assert Served(Place("0.0.0.0", 8470, Path("keys"), Path("certs"))).line() == (
         "fleetune fleet join localhost:8470 --data ROWS.jsonl --key KEY --ca ca.pem"
     )
@@ -98,9 +96,7 @@ def test_the_line_for_devices_names_the_server_as_its_certificate_does(place: Pa
         Served(Place("0.0.0.0", 8470, Path("keys"), Path("odd")))
 
 
-def test_a_device_reads_its_rows_before_it_looks_for_a_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_device_reads_its_rows_before_it_looks_for_a_server(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "no file rows.jsonl" in refused(capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl")
     Path("rows.jsonl").write_text('{"ask": "Why?", "say": "So."}\n')
@@ -108,9 +104,7 @@ def test_a_device_reads_its_rows_before_it_looks_for_a_server(
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "uvicorn"])
-def test_a_missing_library_is_named_with_the_command_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
+def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch, missing):
     find = importlib.util.find_spec
     without = lambda name, *more: None if name == missing else find(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
@@ -119,7 +113,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     assert pip_install("fleet") in str(caught.value.hint)
 
 
-def test_a_port_in_use_and_a_second_process_of_a_device_are_refused(place: Path) -> None:
+def test_a_port_in_use_and_a_second_process_of_a_device_are_refused(place):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -92,7 +92,7 @@ def join(port: int, count: int, size: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "size"), [(10, 64), (100, 64), (1000, 64), (1000, 393_216)])
-def test_load_of_a_door(count: int, size: int) -> None:
+def test_load_of_a_door(count, size):
     context, port = multiprocessing.get_context("spawn"), free_port()
     said, saying = context.Pipe()
     server = context.Process(target=serve, args=(port, count, size, saying), daemon=True)

@@ -71,7 +71,7 @@ def asked(fleet: RemoteFleet, round: int, goal: int = 0) -> dict[int, Answer]:
     return {a.client: a for a in fleet.ask(round, fleet.present(), f"r{round}".encode(), goal)}
 
 
-def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path: Path) -> None:
+def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path):
     there, fleet, _ = made(tmp_path, pace=dataclasses.replace(PACE, grace=99))
     there.slow = {"k1"}
     there.away = {"k3"}
@@ -83,7 +83,7 @@ def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path: Pat
     assert {a.status for a in asked(fleet, 2).values()} == {"ok"}
 
 
-def test_after_the_deadline_those_at_work_are_late(tmp_path: Path) -> None:
+def test_after_the_deadline_those_at_work_are_late(tmp_path):
     there, fleet, _ = made(tmp_path, pace=dataclasses.replace(PACE, deadline=0.05))
     there.slow = {"k0", "k1", "k2", "k3"}
     assert {a.status for a in asked(fleet, 1).values()} == {"late"}
@@ -94,8 +94,8 @@ def test_after_the_deadline_those_at_work_are_late(tmp_path: Path) -> None:
 @settings(max_examples=25)
 @given(st.integers(0, 10_000), st.floats(0.0, 0.1), st.integers(2, 5))
 def test_whatever_is_late_or_lost_no_work_counts_twice_and_each_counts_for_its_round(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, odd: float, count: int
-) -> None:
+    tmp_path_factory, seed, odd, count
+):
     there, fleet, _ = made(
         tmp_path_factory.mktemp("run"), count, dataclasses.replace(PACE, grace=20, poll=0), seed=seed, odd=odd
     )
@@ -115,7 +115,7 @@ def test_whatever_is_late_or_lost_no_work_counts_twice_and_each_counts_for_its_r
     assert len(taken) == len(set(taken)) > 0
 
 
-def test_a_device_that_declines_is_absent_for_the_round_and_asked_in_the_next(tmp_path: Path) -> None:
+def test_a_device_that_declines_is_absent_for_the_round_and_asked_in_the_next(tmp_path):
     there, fleet, _ = made(tmp_path)
     there.declining = {"k1": "battery"}
     found = asked(fleet, 1)
@@ -127,7 +127,7 @@ def test_a_device_that_declines_is_absent_for_the_round_and_asked_in_the_next(tm
     assert ("k1", 1, "ready") in fleet.doing()
 
 
-def test_where_all_decline_they_are_asked_again_until_one_works(tmp_path: Path) -> None:
+def test_where_all_decline_they_are_asked_again_until_one_works(tmp_path):
     def look() -> None:
         if sum(o.what == "work" for o in there.seen) >= 6:
             there.declining.pop("k0", None)
@@ -139,7 +139,7 @@ def test_where_all_decline_they_are_asked_again_until_one_works(tmp_path: Path) 
     assert sum(o.what == "work" for o in there.seen) >= 7
 
 
-def test_where_all_decline_the_deadline_ends_the_round(tmp_path: Path) -> None:
+def test_where_all_decline_the_deadline_ends_the_round(tmp_path):
     there, fleet, _ = made(tmp_path, 2, dataclasses.replace(PACE, deadline=0.1, again=60))
     there.declining = {"k0": "busy 75", "k1": "battery"}
     assert {c: a.status for c, a in asked(fleet, 1).items()} == {0: "declined", 1: "declined"}
@@ -229,11 +229,8 @@ def of_first(moods: Sequence[tuple[str, float]], folder: Path, deadline: float) 
 @settings(max_examples=40)
 @given(MOOD, st.lists(MOOD, max_size=3), st.sampled_from([0.0, 3.0]))
 def test_where_devices_stand_apart_what_becomes_of_one_is_its_own_doing(
-    tmp_path_factory: pytest.TempPathFactory,
-    mood: tuple[str, float],
-    others: list[tuple[str, float]],
-    deadline: float,
-) -> None:
+    tmp_path_factory, mood, others, deadline
+):
     """One that declined was asked again if no other worked, and one that came back late was left out if another had come."""
     alone = of_first([mood], tmp_path_factory.mktemp("alone"), deadline)
     assert of_first([mood, *others], tmp_path_factory.mktemp("among"), deadline) == alone
@@ -245,7 +242,7 @@ def test_where_devices_stand_apart_what_becomes_of_one_is_its_own_doing(
     assert alone[0][0] == expected.get(mood[0], alone[0][0])
 
 
-def test_one_that_comes_back_first_does_not_leave_the_others_out(tmp_path: Path) -> None:
+def test_one_that_comes_back_first_does_not_leave_the_others_out(tmp_path):
     there, fleet, _ = made(tmp_path, 2)
     fleet.apart = True
     there.away = {"k0", "k1"}
@@ -257,7 +254,7 @@ def test_one_that_comes_back_first_does_not_leave_the_others_out(tmp_path: Path)
     assert {a.status for a in fleet.ask(2, [0, 1], b"x")} == {"ok"}
 
 
-def test_an_answer_that_has_come_counts_though_its_device_has_left(tmp_path: Path) -> None:
+def test_an_answer_that_has_come_counts_though_its_device_has_left(tmp_path):
     """It was dropped where both were seen in the same look, and the device waited for."""
     there, fleet, _ = made(tmp_path, 2, dataclasses.replace(PACE, grace=0.1))
 
@@ -272,7 +269,7 @@ def test_an_answer_that_has_come_counts_though_its_device_has_left(tmp_path: Pat
     assert sum(o.what == "work" for o in there.seen) == 2
 
 
-def test_a_run_waits_until_a_device_is_there(tmp_path: Path) -> None:
+def test_a_run_waits_until_a_device_is_there(tmp_path):
     there, fleet, notes = made(tmp_path, 2)
     there.away = {"k0", "k1"}
     assert {a.status for a in asked(fleet, 1).values()} == {"dropped"}
@@ -327,22 +324,20 @@ BOTH = (0, 1)
         (((1, 0), BOTH, (0, 9, 3), BOTH), [0, 1, 0, 1]),
     ],
 )
-def test_what_a_device_does_is_by_what_it_can(
-    tmp_path: Path, able: list[tuple[int, ...]], kinds: list[int]
-) -> None:
+def test_what_a_device_does_is_by_what_it_can(tmp_path, able, kinds):
     _, fleet, _ = joined(tmp_path, *able)
     assert [fleet.kind(c) for c in fleet.present()] == kinds
     assert [m.kind for m in Devices(tmp_path).members] == kinds
 
 
-def test_a_device_that_can_do_nothing_of_the_run_is_told_so(tmp_path: Path) -> None:
+def test_a_device_that_can_do_nothing_of_the_run_is_told_so(tmp_path):
     there, fleet, notes = joined(tmp_path, BOTH, (7,))
     assert list(fleet.present()) == [0]
     assert any("k1 takes no part: the device can do none of the run's 2 kinds of work" in n for n in notes)
     assert any(o.what == "end" and "none of the run's 2 kinds" in o.reason for o in there.seen)
 
 
-def test_what_it_does_stays_until_it_can_do_it_no_longer(tmp_path: Path) -> None:
+def test_what_it_does_stays_until_it_can_do_it_no_longer(tmp_path):
     there, fleet, _ = joined(tmp_path, BOTH, BOTH, BOTH)
     assert [fleet.kind(c) for c in fleet.present()] == [0, 1, 0]
     there.devices = {
@@ -358,7 +353,7 @@ def test_what_it_does_stays_until_it_can_do_it_no_longer(tmp_path: Path) -> None
     assert (member.able, member.memory, member.threads) == ([0], 1 << 33, 1)
 
 
-def test_a_newcomer_takes_what_is_owed(tmp_path: Path) -> None:
+def test_a_newcomer_takes_what_is_owed(tmp_path):
     there, fleet, _ = joined(tmp_path, (0,), (0,))
     assert [fleet.kind(c) for c in fleet.present()] == [0, 0]
     there.devices["new"] = Device(7, "e" * 64, 1, 1, "0", kinds=BOTH)

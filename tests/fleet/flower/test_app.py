@@ -39,9 +39,7 @@ def supernodes() -> GridHere:
     return GridHere((7, 3, 5), configs)
 
 
-def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulation(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulation(place, capsys):
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-qq"]) == 0
     values = {**recipes.read(Path("recipe.toml")), "aggregation": "norm-clip"}  # what a fleet takes
     simulated = fleetune.tune(recipes.make(values), out="simulated")
@@ -57,7 +55,7 @@ def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulat
     assert lines == [[str(c), f"edge-{c}"] for c in range(CLIENTS)]
 
 
-def test_a_run_ends_when_all_supernodes_have_refused(place: Path) -> None:
+def test_a_run_ends_when_all_supernodes_have_refused(place):
     """Flower's own simulation starts them without rows."""
     with pytest.raises(
         FleetError, match=r"no device can take part: 3 came; .* it was not told which rows"
@@ -69,9 +67,7 @@ def test_a_run_ends_when_all_supernodes_have_refused(place: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "what"), [(1, "failed"), (2, "failed"), (3, ""), (4, ""), (5, ""), (8, "")], ids=str
 )
-def test_what_a_device_answers_when_flower_says_there_is_no_answer(
-    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, what: str
-) -> None:
+def test_what_a_device_answers_when_flower_says_there_is_no_answer(place, monkeypatch, caplog, code, what):
     """An app that fails is a failed answer, with the reason in the log; what was lost is given again."""
     monkeypatch.setattr(server_app, "log", logging.getLogger("said"))
     grid = supernodes()
@@ -93,7 +89,7 @@ def ask(order: Order, config: dict[str, Any], state: RecordDict | None = None) -
     return Reply.decode(client_app.answer(order.encode(), Context(0, 5, config, state or RecordDict(), {})))
 
 
-def test_what_a_device_lacks_is_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_device_lacks_is_its_answer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reply = ask(Order("job"), {})
     assert (reply.what, reply.code) == ("refused", "no-data")
@@ -116,14 +112,12 @@ def test_what_a_device_lacks_is_its_answer(tmp_path: Path, monkeypatch: pytest.M
         ({"recipe": "model =\nx"}, RecipeError, "TOML"),
     ],
 )
-def test_a_run_config_that_cannot_be(config: dict[str, Any], error: type[Exception], what: str) -> None:
+def test_a_run_config_that_cannot_be(config, error, what):
     with pytest.raises(error, match=what):
         run(supernodes(), **config)
 
 
-def test_the_app_holds_no_code_of_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_app_holds_no_code_of_ours(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["fleet", "app", "app"]) == 0
     app = tomllib.loads(Path("app/pyproject.toml").read_text())["tool"]["flwr"]["app"]
@@ -149,7 +143,7 @@ def test_the_app_holds_no_code_of_ours(
     assert "[flower]'" in said
 
 
-def test_of_flower_only_what_it_documents_is_used() -> None:
+def test_of_flower_only_what_it_documents_is_used():
     """A release of Flower may change the rest at any time."""
     source = Path(fleetune.__file__).parent
     used: set[str] = set()
@@ -170,7 +164,7 @@ records = pytest.importorskip("fleetune.fleet.flower.records")
 
 @settings(max_examples=30)
 @given(st.integers(0, 3 * 1000), st.integers(0, 3 * 1000), st.integers(1, 1000))
-def test_bytes_come_back_whatever_their_length(head: int, common: int, piece: int) -> None:
+def test_bytes_come_back_whatever_their_length(head, common, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "PIECE", piece)
         data = secrets.token_bytes(head + common)
@@ -179,7 +173,7 @@ def test_bytes_come_back_whatever_their_length(head: int, common: int, piece: in
         assert all(len(record["data"]) <= piece for record in packed.values())
 
 
-def test_records_of_another_kind_are_refused() -> None:
+def test_records_of_another_kind_are_refused():
     from flwr.app import ConfigRecord, RecordDict
 
     for odd in (
@@ -191,7 +185,7 @@ def test_records_of_another_kind_are_refused() -> None:
             records.unpack(RecordDict(odd))
 
 
-def test_what_the_orders_of_a_round_end_with_is_one_object_for_all_devices() -> None:
+def test_what_the_orders_of_a_round_end_with_is_one_object_for_all_devices():
     """Flower stores equal objects once."""
     body = secrets.token_bytes(3 << 20)
     orders = [Order("work", 1, 10**c, c, body) for c in range(8)]  # heads of unlike lengths

@@ -29,7 +29,7 @@ programs = pytest.mark.skipif(
 
 @programs
 @pytest.mark.slow
-def test_a_simulation_in_two_processes_ends_in_the_digest_of_tune(place: Path) -> None:
+def test_a_simulation_in_two_processes_ends_in_the_digest_of_tune(place):
     pytest.importorskip("ray")
     values = recipes.read(Path("recipe.toml"))
     values |= {name: str(place / values[name]) for name in ("model", "data")}
@@ -129,7 +129,7 @@ class Programs:
 
 @programs
 @pytest.mark.slow
-def test_stock_supernodes_one_of_them_killed_end_in_the_digest_of_the_simulation(place: Path) -> None:
+def test_stock_supernodes_one_of_them_killed_end_in_the_digest_of_the_simulation(place):
     values = {**recipes.read(Path("recipe.toml")), "aggregation": "norm-clip", "rounds": 3}
     Path("recipe.toml").write_text(recipes.to_toml(recipes.make(values)))
     simulated = fleetune.tune(recipes.make(values), out="simulated")
