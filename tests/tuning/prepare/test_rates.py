@@ -83,9 +83,11 @@ def test_without_a_slope_or_a_curvature_there_is_no_rate(point):
 
 
 @given(st.floats(1e-9, 100))
-def test_rounding_keeps_within_a_quarter_and_is_stable(value):
-    found = rounded(value)
-    assert 0.79 < found / value < 1.26
+def test_a_rate_is_rounded_to_the_nearest_of_the_series_and_stays(value):
+    found, series = rounded(value), [s * 10.0**power for power in range(-10, 3) for s in rates.SERIES]
+    assert abs(math.log(found / value)) == pytest.approx(
+        min(abs(math.log(s / value)) for s in series), abs=1e-9
+    )
     assert rounded(found) == found
     assert len(f"{found:.9e}".rstrip("0").split("e")[0].replace(".", "").rstrip("0")) <= 2
 
