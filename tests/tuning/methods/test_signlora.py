@@ -17,7 +17,7 @@ from methods_harness import Folder
 
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import Batches, collate, encode_all
-from fleetune.errors import MessageError, ModelError
+from fleetune.errors import MessageError, ModelError, UsageError
 from fleetune.models import Model, tiny_bert, tiny_llama
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, LedgerHead
@@ -85,7 +85,7 @@ def test_a_step_sends_the_sign_of_minus_the_dense_gradient_along_each_direction(
 ) -> None:
     """Also at a point that was moved, and along a direction for the second time: B starts from 0 in every round."""
     model = tiny_llama(layers=1)
-    chosen = tiny(r=2, pool=4, targets=targets, share=share, batch_size=len(rows), lr=1.0)
+    chosen = tiny(r=2, pool=4, targets=targets, share=str(share), batch_size=len(rows), lr=1.0)
     first, seen, total = starts(model), 0, 0
     state = chosen.init(model, 3)
     head = state.ledger.head
@@ -118,13 +118,13 @@ def test_a_step_sends_the_sign_of_minus_the_dense_gradient_along_each_direction(
 # --- the server ---------------------------------------------------------------------------------------------
 
 SHAPES = {
-    "a.weight": (13, 5),
-    "b.weight": (8, 3),
+    "a.weight": (130, 5),
+    "b.weight": (64, 3),
     "norm": (7,),
-    "z.weight": (3, 9),
+    "z.weight": (30, 9),
 }  # rows that fill no byte, too
 MATRICES = [0, 1, 3]
-ROWS = [13, 8, 3]
+ROWS = [130, 64, 30]
 
 
 def begun(chosen: Method) -> State:
@@ -137,7 +137,8 @@ def begun(chosen: Method) -> State:
 def fake(chosen: Method, seed: int, n: int) -> tuple[Reply, list[np.ndarray]]:
     """A reply, and the vectors that it stands for, matrix by matrix and in it direction by direction."""
     draw, key = np.random.default_rng(seed), (1 << 63) + seed
-    sent = [sent_rows(rows, chosen.share, key) for rows in ROWS for _ in range(chosen.r)]
+    share = chosen.shares[seed % len(chosen.shares)]
+    sent = [sent_rows(rows, share, key) for rows in ROWS for _ in range(chosen.r)]
     scales = draw.integers(0, 1 << draw.integers(1, 32), len(sent), dtype=np.uint32)
     bits = [draw.integers(0, 2, len(rows)) for rows in sent]
     packed = [int("".join(map(str, b)).ljust(-(-len(b) // 8) * 8, "0"), 2) for b in bits]
@@ -152,7 +153,7 @@ def fake(chosen: Method, seed: int, n: int) -> tuple[Reply, list[np.ndarray]]:
 def written(ledger: Ledger, pool: int) -> np.ndarray:
     """The ledger's tables by the text of the format: int64 [pool, rows of all matrices]."""
     total, bits = np.zeros((pool, sum(ROWS)), np.int64), ledger.signs
-    firsts = dict(zip(MATRICES, (0, 13, 21), strict=True))
+    firsts = dict(zip(MATRICES, (0, 130, 194), strict=True))
     for id, c in zip(ledger.ids.tolist(), ledger.coefficients.tolist(), strict=True):
         p, place = divmod(id, 1 << 32)
         rows = ROWS[MATRICES.index(place)]
@@ -166,7 +167,7 @@ def written(ledger: Ledger, pool: int) -> np.ndarray:
 @st.composite
 def settings_of(draw: Any) -> Method:
     pool, small = draw(st.integers(1, 5)), st.integers(1, 3)
-    share = draw(st.integers(1, 5))  # more than a matrix has rows, too
+    share = ",".join(map(str, draw(st.lists(st.sampled_from([1, 2, 3, 5, 40]), min_size=1, max_size=3))))
     return tiny(pool=pool, r=draw(st.integers(1, pool)), planes=draw(small), stay=draw(small), share=share)
 
 
@@ -216,11 +217,8 @@ def test_the_server_writes_the_mean_as_signs_and_adds_what_is_left_the_next_time
 def test_a_round_without_replies_is_one_whose_directions_are_passed_over() -> None:
     chosen = tiny(pool=3)
     state = begun(chosen)
-    assert chosen.expects(state).arrays["signs"] == ("uint8", (4,))
-    assert tiny(share=9, r=2).expects(state).arrays["signs"] == (
-        "uint8",
-        (6,),
-    )  # a row of each matrix at least
+    assert chosen.expects(state).arrays["signs"] == ("uint8", (17 + 8 + 4,))
+    assert tiny(share="99", r=2).expects(state).arrays["signs"] == ("uint8", (6,))  # a row of each at least
     for _ in range(2):
         state = chosen.aggregate(state, iter(()))
     state = chosen.aggregate(state, iter([fake(chosen, seed, 2)[0] for seed in (4, 5)]))
@@ -287,6 +285,28 @@ def test_a_device_whose_memory_is_gone_says_so_and_is_then_told_everything(tmp_p
     assert answers[0].data == next(other.ask(3, [0], everything)).data
 
 
+def test_devices_of_unlike_uplinks_send_unlike_shares_of_their_rows(rows: Any, tmp_path: Path) -> None:
+    """Device 0 replies as in a fleet that sends all rows, device 1 as in one that sends a third."""
+    mixed = tiny(share="1,3")
+    parts = {share: tiny(share=share) for share in ("1", "3")}
+    model = tiny_llama(layers=1)
+    state = mixed.init(model, 3)
+    for round in (1, 2):  # told everything, then the news
+        for client, (name, alone) in enumerate(parts.items()):
+            assert mixed.kind_of(client) == client
+            sent, spec = mixed.kinds(state)[client]
+            sent = mixed.news(state, 0, client) if round == 2 else sent
+            reply = answer(model, mixed, sent, rows, {})
+            same = answer(model, alone, alone.broadcast(state), rows, {})
+            assert encode(Message(1, bytes(8), reply)) == encode(Message(1, bytes(8), same)), name
+            assert {n: (a.dtype.name, a.shape) for n, a in reply.arrays.items()} == spec.arrays
+        state = mixed.written(state, [np.ones(rows) for rows in mixed.rows(state)])
+    with pytest.raises(MessageError, match="one row of 3 is none of the run's shares"):
+        answer(model, parts["1"], mixed.kinds(state)[1][0], rows, {})
+    with pytest.raises(UsageError, match="share = 900,1000: replies would be of one size"):
+        tiny(share="900,1000").init(model, 3)
+
+
 # --- what cannot be -----------------------------------------------------------------------------------------
 
 
@@ -351,7 +371,8 @@ def adapters_rank(model: Model) -> int:
         ({"planes": 0}, "planes = 0 must be 1 to 8"),
         ({"planes": 9}, "planes = 9 must be 1 to 8"),
         ({"stay": 0}, "stay = 0 at least 1"),
-        ({"share": 0}, "share = 0 1 to 1024"),
+        ({"share": "0"}, "share = '0' must be numbers from 1 to 1024, as 1,4"),
+        ({"share": "1,,4"}, "share = '1,,4' must be numbers"),
         ({"lr": 0.0}, "lr = 0.0 must be positive"),
         ({"targets": "q_proj,"}, "targets = 'q_proj,'"),
     ],

@@ -76,7 +76,7 @@ def test_whatever_a_device_missed_it_has_the_servers_module(
         whole = state.tensors if values.get("start") == "orthogonal" else {}
         for client in clients:
             known = kept.get(client, (0, 0))[0]
-            payload = method.news(state, known)
+            payload = method.news(state, known, 0)
             missed = r - 1 if not known else r - known
             assert payload.arrays.keys() == (whole.keys() if whole and not known else {"bits", "scales"})
             if "bits" in payload.arrays:
@@ -108,9 +108,9 @@ def test_what_is_longer_than_the_module_is_sent_as_the_module() -> None:
         state = method.aggregate(state, ())
         sent = method.broadcast(state)
         assert sum(a.nbytes for a in sent.arrays.values()) <= size
-        assert len(method.news(state, state.round).arrays["scales"]) == methods._adapter.PLANES
+        assert len(method.news(state, state.round, 0).arrays["scales"]) == methods._adapter.PLANES
     assert sent.arrays.keys() == state.tensors.keys()
-    assert method.news(state, 1).scalars["known"] == 0
+    assert method.news(state, 1, 0).scalars["known"] == 0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e12])
@@ -150,6 +150,6 @@ def test_what_does_not_go_as_signs_is_said_at_once(values: dict[str, Any], messa
 
 def test_a_device_that_forgot_the_module_says_so() -> None:
     method, model = methods.make("fedit", FAST | {"wire": "sign"}), models.tiny_llama()
-    news = method.news(method.aggregate(method.init(model, 1), iter(())), 1)
+    news = method.news(method.aggregate(method.init(model, 1), iter(())), 1, 0)
     with pytest.raises(MessageError, match="does not remember"):
         method.local(model, news, Batches(rows(0), 0, 0, "cpu", 0), 0, {})

@@ -71,27 +71,42 @@ def test_what_fits_stays_as_it_is() -> None:
     assert fit("fedit", found, 200.0) == (recipe("fedit"), found)
 
 
-def test_local_steps_are_fewer_first_then_rounds_then_clients() -> None:
+def test_steps_after_each_other_stay_longest() -> None:
     found = Estimate(10, 8, 100, 0.5, 11, 0.1, 20)
-    for within, rounds, clients, steps in (
-        (300.0, 10, 8, 5),
-        (200.0, 9, 8, 4),
-        (100.0, 4, 8, 4),
-        (40.0, 3, 5, 4),
-        (10.0, 3, 2, 2),
-        (4.0, 3, 2, 1),
+    for within, rounds, clients, steps, batch in (
+        (300.0, 10, 8, 5, 8),
+        (200.0, 9, 8, 4, 8),
+        (100.0, 4, 8, 4, 8),
+        (40.0, 3, 5, 4, 8),
+        (10.0, 3, 1, 4, 8),
+        (4.0, 3, 1, 5, 2),
+        (2.0, 1, 1, 7, 2),
     ):
         chosen, smaller = fit("fedit", found, within)
-        assert (chosen.rounds, smaller.clients, chosen.set["steps"]) == (rounds, clients, steps), within
+        shape = chosen.rounds, smaller.clients, chosen.set["steps"], chosen.set["batch_size"]
+        assert shape == (rounds, clients, steps, batch), within
         assert chosen.participation == pytest.approx(clients / 8)
         assert smaller.seconds <= 0.8 * within
+        few = "may be too few to learn from" in estimate.made_smaller(found, smaller, "2s")
+        assert few == (rounds * steps < 8)
+
+
+def test_replies_that_are_compared_with_each_other_stay_two() -> None:
+    found, method = Estimate(10, 8, 100, 0.5, 11, 0.1, 20), methods.make("fedit", {})
+    for given, least in (
+        ({}, 1),
+        ({"aggregation": "median"}, 2),
+        ({"quorum": 3}, 3),
+        ({"privacy": "client"}, 2),
+    ):
+        assert fitted(recipe("fedit", **given), method, found, 4.0, 8)[2].clients == least, given
 
 
 def test_evaluations_that_take_most_of_the_time_are_fewer_and_of_fewer_rows() -> None:
     chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 60.0)
-    assert (chosen.eval_every, chosen.eval_rows, smaller.evaluations) == (0, 200, 2)
+    assert (chosen.eval_every, chosen.eval_rows, smaller.evaluations) == (0, 192, 2)
     chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 20.0)
-    assert (chosen.eval_every, chosen.eval_rows) == (0, 106)
+    assert (chosen.eval_every, chosen.eval_rows) == (0, 64)
     assert smaller.seconds <= 16.0
     chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 50.0, 200), 40.0)
     assert chosen.eval_rows == estimate.FEWEST_ROWS
