@@ -85,7 +85,7 @@ def test_every_import_goes_down():
 
 
 @pytest.mark.parametrize("layer", GROUPS)
-def test_inside_a_layer_every_import_goes_down(layer: str):
+def test_inside_a_layer_every_import_goes_down(layer):
     groups = GROUPS[layer]
 
     def group_of(module: str) -> int | None:
@@ -104,7 +104,7 @@ def test_inside_a_layer_every_import_goes_down(layer: str):
 
 
 @pytest.mark.parametrize("layer", TABLE, ids=lambda layer: layer["name"])
-def test_a_layer_has_no_more_lines_than_it_may(layer: dict):
+def test_a_layer_has_no_more_lines_than_it_may(layer):
     """A larger number in the table is a commit of its own, which says what went for it."""
     place = PACKAGE / layer["name"]
     files = list(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
@@ -119,7 +119,7 @@ def test_there_is_no_circle_of_modules():
 @pytest.mark.parametrize(
     "folder", [p.name for p in sorted(PACKAGE.iterdir()) if p.is_dir() and p.name[0] != "_"]
 )
-def test_the_folders_of_a_layer_form_no_circle(folder: str):
+def test_the_folders_of_a_layer_form_no_circle(folder):
     start = f"fleetune.{folder}."
 
     def box(module: str) -> str:
@@ -141,7 +141,7 @@ def test_the_folders_of_a_layer_form_no_circle(folder: str):
         (("fastapi",), ""),
     ],
 )
-def test_packages_of_the_network_are_imported_in_one_folder(packages: tuple[str, ...], where: str):
+def test_packages_of_the_network_are_imported_in_one_folder(packages, where):
     folders = {
         name.rpartition(".")[0]
         for name, file in MODULES.items()
@@ -167,7 +167,7 @@ def test_packages_of_the_network_are_imported_in_one_folder(packages: tuple[str,
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fleetune.b import X",
     ],
 )
-def test_any_kind_of_import_is_seen(text: str):
+def test_any_kind_of_import_is_seen(text):
     modules = {"fleetune.a": 0, "fleetune.b": 0}
     assert set(imported(text, modules)) == {"fleetune.b"} or "typing" in text
     assert circle({"fleetune.a": set(imported(text, modules)), "fleetune.b": {"fleetune.a"}}) != []

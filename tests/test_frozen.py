@@ -81,7 +81,7 @@ def processor() -> str:
 
 
 @pytest.mark.parametrize(("section", "key"), KEYS)
-def test_what_is_frozen(section: str, key: str, found: dict[str, Any]) -> None:
+def test_what_is_frozen(section, key, found):
     now, frozen = found[f"{section} {key}"], json.loads(FROZEN.read_text("utf-8"))
     values = frozen[section][key]["values"]
     assert not isinstance(now, str), now
@@ -97,7 +97,7 @@ def test_what_is_frozen(section: str, key: str, found: dict[str, Any]) -> None:
         assert now == values.get(kind), "a difference that was meant is recorded by FREEZE=1"
 
 
-def test_each_row_of_the_survey_is_frozen() -> None:
+def test_each_row_of_the_survey_is_frozen():
     assert set(SURVEY.split(",")) <= {key for _, key in KEYS}
 
 

@@ -56,7 +56,7 @@ def run(site: Path, cwd: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+def test_the_wheel_holds_every_file_of_the_package(wheel):
     tree = {p.relative_to(ROOT / "src").as_posix() for p in PACKAGE.rglob("*") if p.is_file()}
     tree = {
         name for name in tree if "__pycache__" not in name and not name.endswith((".nbi", ".nbc", ".pyc"))
@@ -67,7 +67,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     assert {".toml", ".css", ".jsonl", ".typed"} <= kinds, "recipes, pages, demo rows, types"
 
 
-def test_its_metadata_name_the_command_the_licence_and_every_extra(wheel: Path) -> None:
+def test_its_metadata_name_the_command_the_licence_and_every_extra(wheel):
     archive = zipfile.ZipFile(wheel)
     texts = {
         Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name
@@ -80,7 +80,7 @@ def test_its_metadata_name_the_command_the_licence_and_every_extra(wheel: Path) 
     assert "fleetune = fleetune.__main__:main" in texts["entry_points.txt"]
 
 
-def test_the_command_recipes_and_demo_work_outside_the_repository(site: Path, tmp_path: Path) -> None:
+def test_the_command_recipes_and_demo_work_outside_the_repository(site, tmp_path):
     script = (
         "import fleetune, json, sys\n"
         "from fleetune.cli.main import main\n"

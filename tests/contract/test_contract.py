@@ -33,9 +33,15 @@ from fleetune.errors import MessageError
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, check, decode, encode
-from fleetune.tuning.methods import Method, Reply
+from fleetune.tuning.methods import Method, Reply, fwdllm
 
 every = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch):
+    """Most of the time of FwdLLM's rounds goes into ranking directions, of which fewer will do."""
+    monkeypatch.setattr(fwdllm, "CANDIDATES", 2)
 
 
 def begun(name: str) -> tuple[models.Model, Method, Any]:

@@ -57,7 +57,7 @@ SMALL: dict[str, Any] = {
         ("qwen3", {"head_dim": 8, "attention_bias": True}),
     ],
 )
-def test_a_llama_is_counted_from_its_configuration(family: str, more: dict[str, Any], tied: bool) -> None:
+def test_a_llama_is_counted_from_its_configuration(family, more, tied):
     config = AutoConfig.for_model(family, **(SMALL | more), tie_word_embeddings=tied)
     shape = shapes.shape_of(config)
     net = AutoModelForCausalLM.from_config(config)
@@ -68,7 +68,7 @@ def test_a_llama_is_counted_from_its_configuration(family: str, more: dict[str, 
     assert (shape.vocab, shape.hidden, shape.layers) == (counted.vocab, counted.hidden, counted.layers)
 
 
-def test_what_has_no_place_on_a_model_is_not_planned() -> None:
+def test_what_has_no_place_on_a_model_is_not_planned():
     gpt2 = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4)
     bloom = AutoConfig.for_model("bloom", vocab_size=60, hidden_size=32, n_layer=2, n_head=4)
     mamba = AutoConfig.for_model("mamba", vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4)
@@ -83,7 +83,7 @@ def test_what_has_no_place_on_a_model_is_not_planned() -> None:
     assert {x.name.rpartition(".")[2] for x in shapes.shape_of(mamba).linears} == {"in_proj"}
 
 
-def test_llama_7b_gives_the_figures_of_the_papers() -> None:
+def test_llama_7b_gives_the_figures_of_the_papers():
     params = shapes.shape_of(LLAMA_7B).params
     assert params == 6_738_415_616
     text = dict(plan.describe(LLAMA_7B, "llama-7b", device_cost.Workload()))["state only"]
@@ -91,7 +91,7 @@ def test_llama_7b_gives_the_figures_of_the_papers() -> None:
     assert "108 GB to tune with Adam" in text
 
 
-def test_time_follows_the_rates() -> None:
+def test_time_follows_the_rates():
     config = AutoConfig.for_model("llama", **SMALL, tie_word_embeddings=True)
     work = device_cost.Workload(batch=2, length=10, steps=7)
     only_products = device_cost.Rates(flops=1e6, copy=1e30)
@@ -134,14 +134,14 @@ def _rows(ram: int | None, **peaks: int) -> list[PlanRow]:
         (7_900_000_000, "no: 3.90 GB short"),
     ],
 )
-def test_fit_in_words(peak: int, text: str) -> None:
+def test_fit_in_words(peak, text):
     (row,) = _rows(4_000_000_000, mezo=peak)
     assert row.fits == text
     assert plan.cells(row)[-1] == text
     assert plan.columns([row])[-1] == "fits 4.00 GB"
 
 
-def test_recommended_methods_come_first_unless_their_sending_is_slow() -> None:
+def test_recommended_methods_come_first_unless_their_sending_is_slow():
     rows = _rows(100, fedkseed=50, mezo=50, fedpetuning=60, fedit=90, inference=10)
     assert plan.order(rows) == ["fedit", "fedpetuning", "fedkseed", "mezo"]
     slow = [dataclasses.replace(r, sending=61.0) if r.method == "fedit" else r for r in rows]
@@ -151,12 +151,12 @@ def test_recommended_methods_come_first_unless_their_sending_is_slow() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"length": -1}, {"steps": 0}, {"dtype": "int4"}])
-def test_work_that_cannot_be(wrong: dict[str, Any]) -> None:
+def test_work_that_cannot_be(wrong):
     with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
         device_cost.Workload(**wrong)
 
 
-def test_the_command_says_that_nothing_fits_after_the_table(tiny: str, capsys: Any) -> None:
+def test_the_command_says_that_nothing_fits_after_the_table(tiny, capsys):
     assert main(["plan", tiny, "--ram", "100MB", "--json"]) == 3
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [e["event"] for e in events] == ["plan"] * 12 + ["error"]
@@ -169,7 +169,7 @@ def test_the_command_says_that_nothing_fits_after_the_table(tiny: str, capsys: A
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["fedit", "fedpetuning", "fedpeptao", "full SGD"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_what_autograd_keeps_is_counted(family: str, method: str, dtype: str) -> None:
+def test_what_autograd_keeps_is_counted(family, method, dtype):
     deep = {
         "bert": lambda: tiny_bert(layers=12),
         "llama": lambda: tiny_llama(hidden=48, layers=12, heads=6, kv_heads=2),
@@ -223,7 +223,7 @@ def compiled() -> None:
 @pytest.mark.parametrize("name", [*methods.entries(), *device_cost.COMPARISON])
 @pytest.mark.parametrize(("model", "work"), [("smollm2-135m", (4, 128)), ("minilm-l6", (16, 64))])
 @pytest.mark.usefixtures("compiled")
-def test_predicted_memory_of_real_models(model: str, work: tuple[int, int], name: str) -> None:
+def test_predicted_memory_of_real_models(model, work, name):
     asked = device_cost.Workload(*work, 2)
     found = json.loads(_child(model, asked, "--only", name, "--json"))["rows"][name]
     assert found["predicted"] == pytest.approx(found["measured"], rel=NEAR)
@@ -242,7 +242,7 @@ def _child(model: str, work: device_cost.Workload, *more: str) -> str:
     ("more", "copies"), [({"mu": 0.1}, 1), ({"scaffold": True}, 4), ({"wire": "sign"}, 1)]
 )
 @pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
-def test_the_copies_of_fedprox_and_scaffold_are_counted(name: str, more: dict[str, Any], copies: int) -> None:
+def test_the_copies_of_fedprox_and_scaffold_are_counted(name, more, copies):
     shape, work = shapes.shape_of(LLAMA_7B), device_cost.Workload(batch=1, length=64)
     plain, kept = (methods.make(name, given) for given in ({}, more))
     module = plain.footprint(shape)
@@ -251,9 +251,7 @@ def test_the_copies_of_fedprox_and_scaffold_are_counted(name: str, more: dict[st
 
 
 @pytest.mark.parametrize(("word", "counted"), [("auto", 104), ("numba", 104), ("torch", 10)])
-def test_the_plan_counts_the_memory_of_the_chosen_kernels(
-    monkeypatch: pytest.MonkeyPatch, word: str, counted: int
-) -> None:
+def test_the_plan_counts_the_memory_of_the_chosen_kernels(monkeypatch, word, counted):
     monkeypatch.setenv(seeds.VARIABLE, word)
     rows = plan.table(tiny_llama().net.config, device_cost.Workload(), rates=device_cost.Rates(1e11, 1e10))
     floor = {row.method: row.parts["floor"] for row in rows}
@@ -262,7 +260,7 @@ def test_the_plan_counts_the_memory_of_the_chosen_kernels(
     assert floor["full SGD"] == floor["inference"]
 
 
-def test_the_plan_counts_the_time_of_the_chosen_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_counts_the_time_of_the_chosen_kernels(monkeypatch):
     config, work, rates = (
         tiny_llama().net.config,
         device_cost.Workload(steps=5),
@@ -285,7 +283,7 @@ MODELS = {"llama": tiny_llama, "bert": tiny_bert, "roberta": tiny_roberta}
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("name", ADAPTED)
-def test_what_a_method_trains_is_what_it_attaches(name: str, family: str) -> None:
+def test_what_a_method_trains_is_what_it_attaches(name, family):
     model = MODELS[family]()
     method = methods.make(name, {})
     module = method.footprint(shapes.shape_of(model.net.config)).module
@@ -298,7 +296,7 @@ def test_what_a_method_trains_is_what_it_attaches(name: str, family: str) -> Non
 @pytest.mark.parametrize("targets", ["all-linear", "query-value", "LAST, 1.SECOND"])
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("name", ["fedit", "fedpetuning", "fwdllm"])
-def test_lora_on_other_layers_is_counted_as_it_is_attached(name: str, family: str, targets: str) -> None:
+def test_lora_on_other_layers_is_counted_as_it_is_attached(name, family, targets):
     last, second = {"llama": ("down_proj", "self_attn.o_proj")}.get(family, ("dense", "attention.self.key"))
     model = MODELS[family]()
     named = targets.replace("LAST", last).replace("SECOND", second)
@@ -319,7 +317,7 @@ def test_lora_on_other_layers_is_counted_as_it_is_attached(name: str, family: st
     ),
 )
 @settings(max_examples=60)
-def test_message_bytes_is_the_length_of_the_message(arrays: Any, scalars: Any) -> None:
+def test_message_bytes_is_the_length_of_the_message(arrays, scalars):
     payload = Payload({n: np.zeros(shape, kind) for n, (kind, shape) in arrays.items()}, scalars)
     told = {n: (kind, tuple(shape)) for n, (kind, shape) in arrays.items()}
     assert plan.message_bytes(told, scalars) == len(encode(Message(1, bytes(8), payload)))
@@ -341,7 +339,7 @@ def _filled(method: Any, model: Model) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("name", methods.entries())
-def test_traffic_is_that_of_a_real_round(name: str, family: str) -> None:
+def test_traffic_is_that_of_a_real_round(name, family):
     model = MODELS[family]()
     ids = np.arange(9, dtype=np.int32)
     row = Encoded(ids, 0, ids * 0, 1) if model.labels else Encoded(ids, 4)
