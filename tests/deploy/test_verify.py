@@ -190,6 +190,9 @@ def test_consistent_forgeries_end_at_what_they_stand_on(
     for name in ("3", f"runs/{RUN}/hf", f"runs/{RUN}/{RUN}-q8_0.gguf"):
         with pytest.raises(errors.LedgerError, match="rebuilds other weights than it states"):
             proven(name)
+    for to in ("hf", "gguf:f16"):
+        with pytest.raises(errors.LedgerError, match="rebuilds other weights than it states"):
+            fleetune.export("1", to=to, path=tmp_path / f"made{'.gguf' * (to != 'hf')}")
     ledger.save(file)
     model = Path(f"runs/{CODES}/model")
     with pytest.raises(errors.ModelError, match="was made from weights"):
