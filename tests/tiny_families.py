@@ -19,7 +19,7 @@ from fleetune.models import tiny_tokenizer
 from fleetune.models.tiny import tiny_pair_tokenizer
 
 VOCAB: Final = 264
-_TOKENS: Final = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
+TOKENS: Final = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
 _PLAIN: Final = {
     "hidden_size": 32,
     "intermediate_size": 72,
@@ -115,6 +115,12 @@ ENCODERS: Final[dict[str, dict[str, Any]]] = {
 LABELS: Final = ("no", "yes")
 
 
+def sizes(hidden: int, inner: int, layers: int, heads: int, keys: int, **more: Any) -> dict[str, Any]:
+    """Return a decoder's sizes by transformers' names; `keys` are the heads of keys and values."""
+    wide = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    return wide | {"num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": VOCAB} | more
+
+
 def build(family: str, **changes: Any) -> PreTrainedModel:
     """Make the net of a family, the same at every call; `changes` are of its configuration."""
     encoder = family in ENCODERS
@@ -170,4 +176,4 @@ def save(family: str, folder: Path) -> Path:
 
 
 def _ids(family: str) -> dict[str, int]:
-    return {"pad_token_id": 258} if family in ENCODERS else _TOKENS
+    return {"pad_token_id": 258} if family in ENCODERS else TOKENS

@@ -85,8 +85,8 @@ QUICK = [part for part in PARTS if part not in SLOW]
 
 @pytest.mark.parametrize(
     ("part", "places"),
-    [pytest.param(part, 2, marks=pytest.mark.injects) for part in QUICK]
-    + [pytest.param(part, 100, marks=pytest.mark.faults) for part in PARTS],
+    [pytest.param(p, 2, marks=pytest.mark.injects) for p in QUICK]
+    + [pytest.param(p, 100, marks=pytest.mark.faults) for p in PARTS],
 )
 def test_one_flipped_bit_is_found_and_named(part: str, places: int, made: Path, injected: Injected) -> None:
     name, patterns = PARTS[part]
