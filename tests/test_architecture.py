@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,15 +27,15 @@ def name_of(file: Path) -> str:
 MODULES = {name_of(file): file for file in PACKAGE.rglob("*.py")}
 
 
-def imported(text: str, modules: Mapping[str, object], package: str = "fleetune") -> Iterator[str]:
-    """The modules of a package that a source imports, wherever in it."""
+def imported(text: str, modules: Mapping[str, object], of: Sequence[str] = ("fleetune",)) -> Iterator[str]:
+    """The modules of packages that a source imports, wherever in it."""
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in of:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 yield whole if whole in modules else str(node.module)
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == package)
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in of)
 
 
 @functools.cache
@@ -141,8 +141,7 @@ def test_packages_of_the_network_are_imported_in_one_folder(packages, where):
     folders = {
         name.rpartition(".")[0]
         for name, file in MODULES.items()
-        for package in packages
-        if any(imported(file.read_text(encoding="utf-8"), {}, package))
+        if any(imported(file.read_text(encoding="utf-8"), {}, packages))
     }
     assert folders == ({where} if where else set())
 
