@@ -43,9 +43,8 @@ class Mutant(NamedTuple):
         pattern = r"\s*".join(map(re.escape, tokens))
         found = list(re.finditer(pattern, text[start:end]))
         if len(found) != 1:
-            raise ValueError(
-                f"{self.file}: {self.where or 'module'} has {len(found)} times: {self.expression}"
-            )
+            place = f"{self.file}: {self.where or 'module'}"
+            raise ValueError(f"{place} has {len(found)} times: {self.expression}")
         return text[: start + found[0].start()] + self.broken + text[start + found[0].end() :]
 
 
@@ -212,16 +211,14 @@ def caught(mutant: Mutant, folder: Path) -> bool:
     words = [f"tests/{word}" if ".py" in word else word for word in mutant.tests.split()]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *words]
     environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    how = {"capture_output": True, "text": True, "timeout": PATIENCE}
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, **how)
     except subprocess.TimeoutExpired:
         return True  # a run that no longer ends is noticed
     if done.returncode not in (0, 1):
-        raise SystemExit(
-            f"the tests of {mutant.file} did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
+        said = f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        raise SystemExit(f"the tests of {mutant.file} did not run:\n{said}")
     return done.returncode == 1
 
 
