@@ -75,9 +75,8 @@ def test_a_setting_that_is_given_as_an_option_is_sent_to_its_place(at):
 
 def test_options_of_compress_are_those_of_a_request():
     defaults = {f.name: f.default for f in dataclasses.fields(CompressRequest) if f.name in OPTIONS}
-    stated = {
-        n: p.default for n, p in inspect.signature(fleetune.compress).parameters.items() if n in OPTIONS
-    }
+    taken = inspect.signature(fleetune.compress).parameters
+    stated = {name: one.default for name, one in taken.items() if name in OPTIONS}
     assert stated | {"data": ""} == defaults
 
 
@@ -87,15 +86,9 @@ def test_options_of_compress_are_those_of_a_request():
 def test_a_run_gives_its_model_its_ledger_and_its_history(at):
     log = Heard()
     run = tune(rounds=2, listener=log)
-    assert [type(e).__name__ for e in log.events if type(e).__name__ not in ("ClientReply", "Diverging")] == [
-        "TuneStart",
-        "RoundEvaluated",
-        "RoundDone",
-        "RoundEvaluated",
-        "RoundDone",
-        "RoundEvaluated",
-        "TuneDone",
-    ]
+    told = [type(e).__name__ for e in log.events if type(e).__name__ not in ("ClientReply", "Diverging")]
+    round = ["RoundEvaluated", "RoundDone"]
+    assert told == ["TuneStart", *round, *round, "RoundEvaluated", "TuneDone"]
     assert run.done == log.events[-1]
     assert run.history["round"] == [0, 1, 2]
     assert run.history["loss"][0] == run.done.base["loss"]
@@ -222,15 +215,10 @@ def test_the_pipeline_goes_from_a_run_to_a_file(at, monkeypatch):
     monkeypatch.setattr(harness, "measured", harness.carry_out)  # here, and not in a process for each figure
     run, log = tune(), Heard()
     small = fleetune.compress(run, settings={"group": 8}, windows=2, length=16, listener=log)
-    assert [type(e).__name__ for e in log.events] == [
-        "CompressStart",
-        "BlockSolved",
-        "BlockSolved",
-        "CompressDone",
-    ]
-    assert small.done.after["loss"] == pytest.approx(
-        fleetune.evaluate(small, tasks=["loss"], device="cpu")["loss"], rel=1e-5
-    )
+    told = [type(e).__name__ for e in log.events]
+    assert told == ["CompressStart", "BlockSolved", "BlockSolved", "CompressDone"]
+    loss = fleetune.evaluate(small, tasks=["loss"], device="cpu")["loss"]
+    assert small.done.after["loss"] == pytest.approx(loss, rel=1e-5)
     typed = fleetune.compress(run, method=qronos.Solver(group=8), windows=2, length=16)
     assert typed.done.digest == small.done.digest
     assert fleetune.resume_compression(small.folder).done.digest == small.done.digest
@@ -241,10 +229,10 @@ def test_the_pipeline_goes_from_a_run_to_a_file(at, monkeypatch):
     assert isinstance(plain, fleetune.Plain)
     opened = fleetune.open(small)
     assert isinstance(opened, fleetune.Compressed)
-    for (name, a), (_, b) in zip(
-        models.named_tensors(plain.load().net), models.named_tensors(opened.load().net), strict=True
-    ):
-        assert torch.equal(a, b), name
+    theirs = dict(models.named_tensors(opened.load().net))
+    for name, tensor in models.named_tensors(plain.load().net):
+        assert torch.equal(tensor, theirs.pop(name)), name
+    assert not theirs
     table = fleetune.measure(small, prompt_tokens=8, new_tokens=2, repeats=1)
     assert [row.name for row in table.rows] == ["base", "tuned", "compressed"]
     assert table.rows[1].loss == pytest.approx(small.done.before["loss"], rel=1e-4)
@@ -314,9 +302,8 @@ class Holes(Table):
             def __ne__(self, other: object) -> bool:
                 raise TypeError("boolean value of NA is ambiguous")
 
-        told = {
-            "messages": np.array([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
-        }
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        told = {"messages": np.array(turns)}
         return [told | {"n": np.float64(2)}, told | {"n": float("nan")}, told | {"n": NAType()}]
 
 
@@ -396,13 +383,9 @@ def test_nothing_is_ignored_in_silence(at):
             fleetune.plan("tiny", uplink=wrong)
     with pytest.raises(errors.UsageError, match="is more than 1,000,000"):
         fleetune.plan("tiny", steps=2_000_000)
-    for call, name in (
-        (fleetune.evaluate, "limit"),
-        (fleetune.measure, "windows"),
-        (fleetune.compress, "length"),
-    ):
+    for call, name in (("evaluate", "limit"), ("measure", "windows"), ("compress", "length")):
         with pytest.raises(errors.UsageError, match=f"{name} = '3' is not an integer"):
-            call("tiny", **{name: "3"})
+            getattr(fleetune, call)("tiny", **{name: "3"})
     with pytest.raises(errors.UsageError, match="is not the name of a model"):
         fleetune.plan(models.load("tiny", device="cpu").net)
     with pytest.raises(errors.UsageError, match="measure needs a model"):
@@ -412,15 +395,9 @@ def test_nothing_is_ignored_in_silence(at):
 def test_two_threads_load_and_tune_as_one_would(at):
     from concurrent.futures import ThreadPoolExecutor
 
-    alone = [
-        tune(method="fedit", settings={"r": 2, "steps": 2}, seed=s, out=f"alone-{s}").digest for s in (0, 1)
-    ]
+    def tuned(seed: int, out: str = "both") -> str:
+        return tune(method="fedit", settings={"r": 2, "steps": 2}, seed=seed, out=f"{out}-{seed}").digest
+
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: models.load("tiny", device="cpu"), range(6)))
-        together = list(
-            pool.map(
-                lambda s: tune(method="fedit", settings={"r": 2, "steps": 2}, seed=s, out=f"both-{s}").digest,
-                (0, 1),
-            )
-        )
-    assert together == alone
+        assert list(pool.map(tuned, (0, 1))) == [tuned(seed, "alone") for seed in (0, 1)]

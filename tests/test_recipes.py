@@ -68,12 +68,8 @@ def test_a_recipe_gives_what_it_promises(path, tmp_path):
     base, tuned = done.base["loss"], done.tuned["loss"]
     assert base == pytest.approx(promise.base, rel=NEAR)
     assert tuned == pytest.approx(promise.tuned, rel=NEAR)
-    assert base is not None
-    assert tuned is not None
     change = tuned - base
-    assert 0.5 < change / (promise.tuned - promise.base) < 2, (
-        "small steps change little, but they must change it"
-    )
+    assert 0.5 < change / (promise.tuned - promise.base) < 2, "small steps change little, but something"
 
 
 def test_every_recipe_is_listed_with_what_it_does(capsys):

@@ -274,9 +274,7 @@ def register(patch: pytest.MonkeyPatch, folder: Path, name: str, code: str) -> N
     module = f"compressor_{name}"
     (folder / f"{module}.py").write_text(code, encoding="utf-8")
     point = EntryPoint(name, module, compression.REGISTRY.group)
-    patch.setattr(
-        registry, "entry_points", lambda group: [point] if group == compression.REGISTRY.group else []
-    )
+    patch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
     patch.delitem(sys.modules, module, raising=False)
 
 

@@ -50,11 +50,11 @@ def npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(package))
     own = registry.entry_points
     point = EntryPoint("npz", "npz_example", targets.FORMATS.group)
-    monkeypatch.setattr(
-        registry,
-        "entry_points",
-        lambda group: [*own(group=group), point] if group == point.group else own(group=group),
-    )
+
+    def entry_points(group: str) -> list[EntryPoint]:
+        return [*own(group=group), *([point] if group == point.group else [])]
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
 
 
 def matrices(model: models.Model, bits: int = 4, group: int = 32, **grid: int) -> dict[str, Quantised]:
@@ -77,10 +77,8 @@ def mixed(model: models.Model) -> dict[str, Quantised]:
 
 
 def with_embedding(model: models.Model) -> dict[str, Quantised]:
-    return {
-        **matrices(model),
-        "model.embed_tokens.weight": on_grid(model.net.model.embed_tokens.weight, 4, 32),
-    }
+    embedding = on_grid(model.net.model.embed_tokens.weight, 4, 32)
+    return {**matrices(model), "model.embed_tokens.weight": embedding}
 
 
 def with_codebook(model: models.Model) -> dict[str, Quantised]:
@@ -143,12 +141,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def source_of(to: str, sources: dict[str, Path]) -> Path:
     """A model that the target holds: codes where it takes them."""
     checker = targets.find(to)
-    for name in (
-        "codes",
-        "a codebook",
-        "positive scales",
-        *(f"super-blocks of {kind}" for kind in SUPER_TYPES),
-    ):
+    for name in ("codes", "a codebook", "positive scales", *(n for n in ODD if n.startswith("super"))):
         with suppress(UsageError):
             checker.load().check(open_checkpoint(sources[name]), checker.kind)
             return sources[name]
@@ -164,9 +157,8 @@ def exported(to: str, out: Path, sources: dict[str, Path], made: dict[str, str] 
 @pytest.fixture(scope="module")
 def written(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report]:
     """What a target writes, made once."""
-    return cache(
-        lambda to: exported(to, place(to, tmp_path_factory.mktemp("written") / "new"), sources, made=MADE)
-    )
+    root = tmp_path_factory.mktemp("written")
+    return cache(lambda to: exported(to, place(to, root / to), sources, made=MADE))
 
 
 def place(to: str, folder: Path) -> Path:

@@ -174,7 +174,7 @@ WORK: dict[str, tuple[Make, str]] = {  # how it is made, and words of the reason
         lambda h: h.reply(nonce=h.earlier.nonce, round=h.earlier.round),
         "belongs to another order",
     ),
-    "the right nonce, another round": (
+    "the right nonce, a later round": (
         lambda h: h.reply(round=h.order.round + 1),
         "belongs to another order",
     ),

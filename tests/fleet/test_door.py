@@ -34,6 +34,9 @@ from fleetune.fleet.server import Place, Served
 Head = Mapping[str, str]
 
 
+Answer = httpx.Response
+
+
 class House:
     """An open door, and three keys: two registered devices, which are there, and a stranger."""
 
@@ -68,9 +71,7 @@ class House:
         self.heads[key.public.name] = bearer(got)
         return self.heads[key.public.name]
 
-    def exchange(
-        self, key: PrivateKey, body: bytes = b"", number: str = "", wants: str = "order"
-    ) -> httpx.Response:
+    def exchange(self, key: PrivateKey, body: bytes = b"", number: str = "", wants: str = "order") -> Answer:
         head = self.heads[key.public.name] | {NEXT: wants} | ({ORDER: number} if number else {})
         return self.post("exchange", head, body)
 
@@ -81,13 +82,11 @@ class House:
         with (way := line.Line(server, False)).http:
             yield line._Stay(way, key, state, server)
 
-    def raw(
-        self, path: str, head: Head, length: str = "content-length: 0", sent: bytes = b""
-    ) -> socket.socket:
+    def raw(self, path: str, head: Head, size: str = "content-length: 0", sent: bytes = b"") -> socket.socket:
         """A connection on which a request was sent as these bytes."""
         opened = self.connected()
         lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
-        opened.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\n{lines}{length}\r\n\r\n".encode() + sent)
+        opened.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\n{lines}{size}\r\n\r\n".encode() + sent)
         return opened
 
     def connected(self) -> socket.socket:
@@ -164,7 +163,7 @@ def forgeries(house: House) -> dict[str, Callable[[], httpx.Response]]:
     known = house.heads["one"]["authorization"].removeprefix("Bearer ")
     house.heads["one"] = bearer(house.post("session", later | {SESSION: known}))
     secret, name = house.session(one).secret, one.public.fingerprint
-    others = house.session(house.two).secret
+    others, challenge = house.session(house.two).secret, house.signed(house.two)[CHALLENGE]
     stranger = {KEY: b64encode(house.stranger.public.pem).decode()}
     return {
         "nothing": lambda: house.post("session", {}),
@@ -172,22 +171,16 @@ def forgeries(house: House) -> dict[str, Callable[[], httpx.Response]]:
         "its key, signed with another": lambda: house.enter(one, by=house.two),
         "signed for another server": lambda: house.enter(one, address=f"a.org:{house.port}"),
         "signed for another on this machine": lambda: house.enter(one, address=f"127.0.0.1:{house.port - 1}"),
-        "for another server, said to be for this": lambda: house.enter(
-            one, address="a.org:1", stated=address
-        ),
+        "for another, said to be for this": lambda: house.enter(one, address="a.org:1", stated=address),
         "for a server that another certificate vouches for": lambda: house.enter(one, trusted="ab" * 32),
-        "the challenge of another key": lambda: house.enter(
-            one, {CHALLENGE: house.signed(house.two)[CHALLENGE]}
-        ),
+        "the challenge of another key": lambda: house.enter(one, {CHALLENGE: challenge}),
         "a challenge that was made before one that was used": lambda: house.post("session", used),
         "a challenge again": lambda: house.post("session", later),
         "letters that are no signature": lambda: house.enter(one, {SIGNATURE: "!?"}),
         "a signature cut short": lambda: house.enter(one, {SIGNATURE: "AAAA"}),
         "without a session": lambda: house.post("alive", {}),
         "the session of another": lambda: house.post("alive", {"authorization": f"Bearer {name}.{others}"}),
-        "its session cut short": lambda: house.post(
-            "leave", {"authorization": f"Bearer {name}.{secret[:-1]}"}
-        ),
+        "its session cut": lambda: house.post("leave", {"authorization": f"Bearer {name}.{secret[:-1]}"}),
         "its session otherwise": lambda: house.post("leave", {"authorization": f"Basic {name}.{secret}"}),
     }
 
@@ -225,9 +218,7 @@ def test_a_revoked_key_is_thrown_out_and_a_new_one_comes_in(house):
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "a stray file", "a copy", "the rest is gone", "a new key too"])
-def test_a_removal_holds_whatever_else_is_wrong_and_though_nobody_waits_for_devices(
-    tmp_path, monkeypatch, wrong
-):
+def test_a_removal_holds_whatever_else_is_wrong_though_nobody_waits_for_devices(tmp_path, monkeypatch, wrong):
     """A stray file kept revoked devices in, as did an empty folder, and a server that was adding up."""
     monkeypatch.setattr(server, "LOOK", 0.0)
     house, folder = House(tmp_path), tmp_path / "known"

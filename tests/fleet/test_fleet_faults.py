@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from devices_harness import free_port
-from test_loopback import FEDIT, FEDKSEED, device, devices, fates, folder, place, run_in, serve, served, split
+from devices_harness import fates, free_port, run_in
+from test_loopback import FEDIT, FEDKSEED, device, devices, folder, place, serve, served, split
 from test_remote import Memory, fleet
 from test_remote import link as memory_of
 from test_worker import job

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from devices_harness import free_port
+from devices_harness import fates, free_port, run_in
 from test_fleet_faults import simulated
-from test_loopback import FEDIT, FEDKSEED, devices, fates, folder, place, run_in, serve, served
+from test_loopback import FEDIT, FEDKSEED, devices, folder, place, serve, served
 from test_worker import job, make_worker, message, take
 from test_worker import place as device_place
 

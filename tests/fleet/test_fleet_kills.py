@@ -16,7 +16,7 @@ from pathlib import Path
 
 import preloaded
 import pytest
-from devices_harness import free_port, lay_out
+from devices_harness import digest_of, fates, free_port, lay_out, run_in
 
 from fleetune.cli.main import main
 from fleetune.common import files
@@ -60,9 +60,8 @@ class Process:
 
     def start(self) -> None:
         """Start it; what it says is added to its own file."""
-        self.running = FORKED.Process(
-            target=preloaded.command, args=(self.words, f"{self.name}.txt", self.held)
-        )
+        given = self.words, f"{self.name}.txt", self.held
+        self.running = FORKED.Process(target=preloaded.command, args=given)
         self.running.start()
 
     def kill(self) -> None:
@@ -82,11 +81,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     lay_out(tmp_path, DEVICES)
     return tmp_path
-
-
-def digest_of(out: str) -> str:
-    (run,) = (p for p in Path(out).iterdir() if not p.is_symlink())
-    return str([e for e in rundir.events(run) if e["event"] == "done"][-1]["digest"])
 
 
 def started(recipe: str, *, held: bool = False) -> tuple[Process, Process, list[Process]]:
@@ -183,13 +177,9 @@ def test_kills_of_server_and_devices_change_nothing(place, injected, method):
         for process in (begin, again, *devices):
             process.kill()
     assert digest_of("real") == digest_of("simulated")
-    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+    run = run_in("real")
     assert verify(run / FILE).bad == 0
-    ok = [
-        (e["round"], e["client"])
-        for e in rundir.events(run)
-        if e["event"] == "client" and e["status"] == "ok"
-    ]
+    ok = [(e["round"], e["client"]) for e in fates(run) if e["status"] == "ok"]
     assert kills
     assert sorted(ok) == [(r, c) for r in range(1, rounds + 1) for c in range(DEVICES)]
     injected("kill -9 of the server", kills["server"])

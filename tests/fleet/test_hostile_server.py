@@ -15,7 +15,6 @@ import traceback
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -115,19 +114,15 @@ def ready(task: str = "tune", **changes: Any) -> Worker:
     return device
 
 
-def body(
-    scalars: Mapping[str, Any], arrays: Mapping[str, Any] = MappingProxyType({}), round: int = 0
-) -> bytes:
+def body(scalars: Mapping[str, Any], arrays: Mapping[str, Any] | None = None, round: int = 0) -> bytes:
     """An order's body with these parts."""
-    return encode(Message(round, bytes(8), Payload(dict(arrays), dict(scalars))))
+    return encode(Message(round, bytes(8), Payload(dict(arrays or {}), dict(scalars))))
 
 
 def sent_by(name: str, settings: dict[str, Any], round: int = 1) -> bytes:
     """What the server of a method sends at its start."""
-    method = methods.make(name, settings)
-    return encode(
-        Message(round, bytes(8), method.broadcast(method.init(models.load("model", device="cpu"), 5)))
-    )
+    model, method = models.load("model", device="cpu"), methods.make(name, settings)
+    return encode(Message(round, bytes(8), method.broadcast(method.init(model, 5))))
 
 
 def files(**scalars: bytes) -> bytes:
@@ -151,9 +146,7 @@ def brought(**more: Any) -> bytes:
 # Files ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "run", ["x/../../victim", "../victim", "/victim", "x\0", "", f"{RUN}/..", RUN.upper()]
-)
+@pytest.mark.parametrize("run", ["x/../../victim", "../victim", "/victim", "x\0", "", f"{RUN}/..", "D" * 32])
 def test_the_name_of_a_run_leads_nowhere(place, run):
     victim = place / "victim" / "result"
     victim.mkdir(parents=True)
@@ -817,8 +810,8 @@ def test_sums_are_made_in_any_type(place, dtype):
 
 def test_a_device_makes_a_bounded_number_of_passes_in_all_forwards(place, monkeypatch):
     """They are made anew in each forward."""
-    monkeypatch.setattr(_zeroth, "MOST_SWEEPS", 300)
-    device, K = worker(), 16
+    monkeypatch.setattr(_zeroth, "MOST_SWEEPS", 75)
+    device, K = worker(), 4
     for law, tau, code in (("gaussian", 3, ""), ("gaussian", 16, "settings"), ("rademacher", 16, "settings")):
         settings = {"K": K, "law": law, "lr": 1e-6, "eps": 1e-3, "batch_size": 1, "tau": tau}
         assert take(device, method="mezo", set=settings).what == "ready"

@@ -93,9 +93,7 @@ def joined(address: str, state: Path, over: Callable[[], bool] | None = None) ->
     return said
 
 
-@pytest.mark.parametrize(
-    ("handler", "why"), [(Bomb, "compresses what it sends"), (Endless, "sends more than the")]
-)
+@pytest.mark.parametrize(("handler", "why"), [(Bomb, "compresses what it sends"), (Endless, "more than the")])
 def test_no_answer_fills_a_devices_memory(tmp_path, handler, why):
     """Neither that to its request for an order, nor that to another."""
     key, before = keys.make(tmp_path / "key"), rss()
@@ -131,9 +129,8 @@ def test_a_device_trusts_one_certificate(tmp_path):
             keys.trusted(both)
     context = Server("127.0.0.1:1", one).trust()
     assert isinstance(context, ssl.SSLContext)
-    assert [hashlib.sha256(held).hexdigest() for held in context.get_ca_certs(binary_form=True)] == [
-        keys.trusted(one)
-    ]
+    (held,) = context.get_ca_certs(binary_form=True)
+    assert hashlib.sha256(held).hexdigest() == keys.trusted(one)
     with pytest.raises(UsageError, match="cannot read the certificate"):
         Server("127.0.0.1:1", tmp_path / "none.pem").trust()
 

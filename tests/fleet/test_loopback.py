@@ -17,7 +17,7 @@ import devices_harness
 import numpy as np
 import pytest
 from deploy_harness import compressed, tiny
-from devices_harness import Device, free_port
+from devices_harness import Device, fates, free_port, run_in
 
 import fleetune
 from fleetune import models
@@ -89,17 +89,6 @@ def serve(recipe: dict[str, Any], fleets: Served, heard: fleetune.Listener = fle
     return running.start(recipes.make(recipe), Path("real"), heard, offline=True, fleets=fleets)
 
 
-def run_in(out: str) -> Path:
-    """The one run in a folder."""
-    (run,) = (p for p in Path(out).iterdir() if not p.is_symlink())
-    return run
-
-
-def fates(run: Path) -> list[dict[str, Any]]:
-    """What became of each reply of a run."""
-    return [e for e in rundir.events(run) if e["event"] == "client"]
-
-
 @pytest.mark.parametrize(
     ("recipe", "kinds"),
     [(FEDIT, ""), (FEDKSEED, "0,0,1"), (SIGNLORA, "")],
@@ -161,7 +150,7 @@ def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(place, given, 
     for c, own in enumerate(unlike):
         for folder in ("clients", "rows"):
             Path(f"{folder}/client-00{c}.jsonl").write_text("".join(own))
-    steps = {"set": FEDIT["set"] | {"steps": 0, "batch_size": 8, "scaffold": False}}
+    steps = {"set": FEDIT["set"] | {"steps": 0, "batch_size": 8, "scaffold": False}, "rounds": 1}
     written = recipes.to_toml(recipes.make(FEDIT | steps | {"data": "clients", "eval_data": "rows.jsonl"}))
     lines = [line for line in written.splitlines() if not line.startswith("aggregation")]
     Path("recipe.toml").write_text("\n".join([given, *lines]))
@@ -335,7 +324,7 @@ def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(pla
 def test_scales_of_a_compressed_model_are_tuned_to_the_same_digest(place, capsys):
     compressed(tiny(), Path("codes"))
     recipe = {**COMMON, "model": "codes", "method": "mezo", "train": "scales", "set": {"tau": 2, "lr": 0.05}}
-    recipe["aggregation"] = "mean:1"  # what a mean is where rows are what devices say
+    recipe |= {"aggregation": "mean:1", "rounds": 1}  # what a mean is where rows are what devices say
     split(recipe)
     port = free_port()
     joined = [device(port, number) for number in range(CLIENTS)]

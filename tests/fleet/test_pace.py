@@ -6,7 +6,7 @@ import dataclasses
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,9 +33,8 @@ class Slow(Memory):
     declining: dict[str, str] = field(default_factory=dict)
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        held = {
-            n: q for n, q in self.queue.items() if q[0] in self.slow and Order.decode(q[1]).what == "work"
-        }
+        asked = {n: q for n, q in self.queue.items() if q[0] in self.slow}
+        held = {n: q for n, q in asked.items() if Order.decode(q[1]).what == "work"}
         self.queue = {n: q for n, q in self.queue.items() if n not in held}
         yield from list(super().pull(numbers))
         self.queue |= held
@@ -51,12 +50,8 @@ def made(
     folder: Path, count: int = 4, pace: Pace = PACE, *, seed: int = 0, odd: float = 0.0
 ) -> tuple[Slow, RemoteFleet, list[str]]:
     """A fleet of so many devices over a link in memory, and what it notes; a round that never ends fails."""
-    there, notes, until = (
-        Slow(link(count).devices, random.Random(seed), odd),
-        list[str](),
-        time.monotonic() + 60,
-    )
-    devices = Devices(folder)
+    there, notes = Slow(link(count).devices, random.Random(seed), odd), list[str]()
+    until, devices = time.monotonic() + 60, Devices(folder)
     devices.register([(key, key) for key in there.devices])
 
     def look() -> None:
@@ -65,6 +60,13 @@ def made(
     fleet = RemoteFleet(there, devices, JOB, 42, pace, look=look, note=notes.append)
     fleet.wait_for(count)
     return there, fleet, notes
+
+
+def look_around(fleet: RemoteFleet, look: Callable[[], object]) -> None:
+    """Look until those who have come are asked, have answered and are taken."""
+    for _ in range(3):
+        look()
+        list(fleet._answers())
 
 
 def asked(fleet: RemoteFleet, round: int, goal: int = 0) -> dict[int, Answer]:
@@ -93,22 +95,16 @@ def test_after_the_deadline_those_at_work_are_late(tmp_path):
 
 @settings(max_examples=25)
 @given(st.integers(0, 10_000), st.floats(0.0, 0.1), st.integers(2, 5))
-def test_whatever_is_late_or_lost_no_work_counts_twice_and_each_counts_for_its_round(
-    tmp_path_factory, seed, odd, count
-):
-    there, fleet, _ = made(
-        tmp_path_factory.mktemp("run"), count, dataclasses.replace(PACE, grace=20, poll=0), seed=seed, odd=odd
-    )
+def test_whatever_is_late_or_lost_work_counts_once_and_for_its_round(tmp_path_factory, seed, odd, count):
+    pace = dataclasses.replace(PACE, grace=20, poll=0)
+    there, fleet, _ = made(tmp_path_factory.mktemp("run"), count, pace, seed=seed, odd=odd)
     rng, taken = random.Random(seed), list[bytes]()
     for round in range(1, 6):
         present = fleet.present()
-        there.slow = {f"k{c}" for c in present[1:] if rng.random() < 0.4} | {
-            k for k in there.slow if rng.random() < 0.5
-        }
-        free = [c for c in present if f"k{c}" not in there.slow]
-        for a in fleet.ask(
-            round, present, f"r{round}".encode(), len(free) if len(free) < len(present) else 0
-        ):
+        there.slow = {k for k in sorted(there.slow) if rng.random() < 0.5}
+        there.slow |= {f"k{c}" for c in present[1:] if rng.random() < 0.4}
+        free = sum(f"k{c}" not in there.slow for c in present)
+        for a in fleet.ask(round, present, f"r{round}".encode(), free if free < len(present) else 0):
             if a.data is not None:
                 assert a.data == f"k{a.client} did r{round}".encode()
                 taken.append(a.data)
@@ -220,25 +216,18 @@ def of_first(moods: Sequence[tuple[str, float]], folder: Path, deadline: float) 
             found.append((answers[0].status, answers[0].reason, there.asked.get("k0", 0)))
             there.began = math.inf
             clock.now += 10  # all are back
-            for _ in range(3):
-                fleet.ready()
-                list(fleet._answers())
+            look_around(fleet, fleet.ready)
     return found
 
 
 @settings(max_examples=40)
 @given(MOOD, st.lists(MOOD, max_size=3), st.sampled_from([0.0, 3.0]))
-def test_where_devices_stand_apart_what_becomes_of_one_is_its_own_doing(
-    tmp_path_factory, mood, others, deadline
-):
+def test_where_devices_stand_apart_each_has_what_is_its_own_doing(tmp_path_factory, mood, others, deadline):
     """One that declined was asked again if no other worked, and one that came back late was left out if another had come."""
     alone = of_first([mood], tmp_path_factory.mktemp("alone"), deadline)
     assert of_first([mood, *others], tmp_path_factory.mktemp("among"), deadline) == alone
-    expected = {
-        "works": "ok",
-        "declines": "ok" if mood[1] < ASKED else "declined",
-        "away": "ok" if mood[1] < 1.0 else "dropped",
-    }
+    declined, away = "ok" if mood[1] < ASKED else "declined", "ok" if mood[1] < 1.0 else "dropped"
+    expected = {"works": "ok", "declines": declined, "away": away}
     assert alone[0][0] == expected.get(mood[0], alone[0][0])
 
 
@@ -299,15 +288,12 @@ EVERY_OTHER = Wanted(("two-point", "back-propagation"), lambda client: client % 
 
 def joined(folder: Path, *kinds: tuple[int, ...]) -> tuple[Memory, RemoteFleet, list[str]]:
     there, notes = link(len(kinds)), list[str]()
-    there.devices = {
-        k: dataclasses.replace(d, kinds=own) for (k, d), own in zip(there.devices.items(), kinds, strict=True)
-    }
+    for (key, device), own in zip(list(there.devices.items()), kinds, strict=True):
+        there.devices[key] = dataclasses.replace(device, kinds=own)
     devices = Devices(folder)
     devices.register([(key, key) for key in sorted(there.devices)])
     fleet = RemoteFleet(there, devices, JOB, 42, PACE, kinds=EVERY_OTHER, note=notes.append)
-    for _ in range(3):
-        fleet._greet()
-        list(fleet._answers())
+    look_around(fleet, fleet._greet)
     return there, fleet, notes
 
 
@@ -340,14 +326,10 @@ def test_a_device_that_can_do_nothing_of_the_run_is_told_so(tmp_path):
 def test_what_it_does_stays_until_it_can_do_it_no_longer(tmp_path):
     there, fleet, _ = joined(tmp_path, BOTH, BOTH, BOTH)
     assert [fleet.kind(c) for c in fleet.present()] == [0, 1, 0]
-    there.devices = {
-        k: dataclasses.replace(d, kinds=(0,) if k == "k1" else BOTH) for k, d in there.devices.items()
-    }
+    there.devices["k1"] = dataclasses.replace(there.devices["k1"], kinds=(0,))
     for mark in (1, 2):
         there.marks = dict.fromkeys(there.devices, mark)
-        for _ in range(3):
-            fleet.present()
-            list(fleet._answers())
+        look_around(fleet, fleet.present)
         assert [fleet.kind(c) for c in fleet.present()] == [0, 0, 0]
     member = Devices(tmp_path).members[1]
     assert (member.able, member.memory, member.threads) == ([0], 1 << 33, 1)
@@ -357,7 +339,5 @@ def test_a_newcomer_takes_what_is_owed(tmp_path):
     there, fleet, _ = joined(tmp_path, (0,), (0,))
     assert [fleet.kind(c) for c in fleet.present()] == [0, 0]
     there.devices["new"] = Device(7, "e" * 64, 1, 1, "0", kinds=BOTH)
-    for _ in range(3):
-        fleet.present()
-        list(fleet._answers())
+    look_around(fleet, fleet.present)
     assert [fleet.kind(c) for c in fleet.present()] == [0, 0, 1]

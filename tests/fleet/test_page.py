@@ -79,14 +79,10 @@ def test_page_changes_nothing_and_has_no_other_path(live):
         assert httpx.request(method, live.url).status_code == 405
     for path in ("stop", "report.html", "..%2fstatus", "fleet/exchange"):
         assert get(live, path).status_code == 404
-    for host, status in (
-        ("rebound.example", 400),
-        ("[::1]:8471", 200),
-        ("LOCALHOST", 200),
-        ("[", 400),
-        ("", 400),
-    ):
-        assert get(live, "metrics", Host=host).status_code in (status, 503 if status == 200 else status)
+    for host in ("[::1]:8471", "LOCALHOST"):
+        assert get(live, "metrics", Host=host).status_code in (200, 503)
+    for host in ("rebound.example", "[", ""):
+        assert get(live, "metrics", Host=host).status_code == 400
 
 
 def test_page_answers_a_path_whatever_the_host_is_said_to_be(live, run, monkeypatch):
@@ -109,9 +105,8 @@ def test_page_with_a_password_says_nothing_without(run, tmp_path, monkeypatch):
             assert live.url.startswith("https://")
             for path in ("", "status", "metrics", "nowhere"):
                 assert http.get(path).status_code == 401
-                assert http.get(path, auth=("me", "sesame")).status_code == (
-                    404 if path == "nowhere" else 200
-                )
+                known = http.get(path, auth=("me", "sesame"))
+                assert known.status_code == (404 if path == "nowhere" else 200)
             began = time.monotonic()
             for wrong in ("", "sesam", "sesame2"):
                 assert http.get("", auth=("me", wrong)).status_code == 401
@@ -124,23 +119,15 @@ def test_page_with_a_password_says_nothing_without(run, tmp_path, monkeypatch):
         live.close()
 
 
-@pytest.mark.parametrize(
-    ("text", "host", "port"),
-    [
-        ("", "127.0.0.1", page.PORT),
-        ("81", "127.0.0.1", 81),
-        ("[::1]:81", "::1", 81),
-        ("0.0.0.0:81", "0.0.0.0", 81),
-    ],
-)
+PLACES = [("", "127.0.0.1", page.PORT), ("81", "127.0.0.1", 81), ("[::1]:81", "::1", 81)]
+
+
+@pytest.mark.parametrize(("text", "host", "port"), [*PLACES, ("0.0.0.0:81", "0.0.0.0", 81)])
 def test_place_reads_a_port_and_takes_the_fleets_certificate_off_this_machine(text, host, port):
     fleet = Address("0.0.0.0", 1, Path("server.pem"), Path("server.key"))
     got = page.place(text, fleet)
-    assert (got.host, got.port, got.certificate) == (
-        host,
-        port,
-        fleet.certificate if host == "0.0.0.0" else None,
-    )
+    certificate = fleet.certificate if host == "0.0.0.0" else None
+    assert (got.host, got.port, got.certificate) == (host, port, certificate)
     assert LivePage(Address("10.0.0.1", 81, None, None)).password
 
 

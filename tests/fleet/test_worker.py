@@ -209,9 +209,7 @@ def test_a_job_that_it_cannot_do_is_refused_before_any_work(worker, job, change,
     ("method", "settings"),
     [("fedit", SET), *(("fedpetuning", {"module": module}) for module in ("adapter", "bitfit", "full"))],
 )
-def test_a_device_short_of_memory_refuses_before_it_loads(
-    place, tmp_path, job, monkeypatch, method, settings
-):
+def test_a_device_short_of_memory_refuses_to_load(place, tmp_path, job, monkeypatch, method, settings):
     worker = make_worker(place, tmp_path, memory=1 << 20)
     monkeypatch.setattr(models, "load", None)
     reply = take(worker, dataclasses.replace(job, method=method, set=settings))
@@ -531,7 +529,7 @@ def test_back_propagation_that_was_not_agreed_is_counted(place, tmp_path, job):
 
 
 @pytest.mark.parametrize(
-    "odd", [{"dtype": "bf16"}, {"task": "eval"}, {"secure": SUM}, {"hidden": {"epsilon": 4}}]
+    "odd", [{"dtype": "bf16"}, {"task": "eval"}, {"secure": SUM}, {"hidden": {"delta": 1}}]
 )
 def test_a_job_that_cannot_hide_rows_is_none(job, odd):
     with pytest.raises((MessageError, ValidationError)):

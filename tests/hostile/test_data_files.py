@@ -17,15 +17,9 @@ from fleetune.data.encode import encode_rows
 from fleetune.models.net.model import Model
 from hostile import put, refusal
 
-ROWS = [
-    {
-        "instruction": f"what is {i} and {i}?",
-        "context": "",
-        "response": f"it is {2 * i}, naïve one",
-        "text": "for perplexity",
-    }
-    for i in range(40)
-]
+SAME = {"context": "", "text": "for perplexity"}
+ASKED = [(f"what is {i} and {i}?", f"it is {2 * i}, naïve one") for i in range(40)]
+ROWS = [{"instruction": asked, "response": answer} | SAME for asked, answer in ASKED]
 WIDE = 100_000
 DEEP = "[" * hostile.DEEP
 FORMS = ("jsonl", "json", "csv", "parquet")

@@ -26,7 +26,7 @@ def test_the_method_is_the_one_that_plan_recommends_and_is_said(tiny):
     chosen = choose.settled_method(recipe(tiny), told.append, offline=True)
     assert chosen.method == "fedit"
     assert told[0].startswith(
-        "method fedit, since none was given: it learns most from a step and takes about "
+        "method fedit, since none was given: it learns most from a step and takes about"
     )
 
 
@@ -46,10 +46,8 @@ def test_what_trains_scales_is_chosen_among_the_methods_that_can(tiny):
 
 def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(tiny, monkeypatch):
     monkeypatch.setenv("FLEETUNE_KERNELS", "torch")  # Numba's take more than this model's back-propagation
-    rows = {
-        r.method: r
-        for r in choose.plan.table(models.load_config(tiny), choose.Workload(), rates=choose.NOT_MEASURED)
-    }
+    table = choose.plan.table(models.load_config(tiny), choose.Workload(), rates=choose.NOT_MEASURED)
+    rows = {row.method: row for row in table}
     most = max(r.peak or 0 for n, r in rows.items() if n in ("mezo", "fedkseed", "onebyte"))
     assert most < (rows["fedit"].peak or 0)
     monkeypatch.setattr(models, "device_memory", lambda device: most + 1)
@@ -73,9 +71,8 @@ def test_a_method_is_counted_with_the_rows_that_its_steps_will_have(tiny, monkey
     assert f"about {human_bytes(peaks[1])} of this machine's" in why
     monkeypatch.setattr(models, "device_memory", lambda device: peaks[8] - 1)
     with pytest.raises(FitError, match="fedit with 8 x 512 tokens a step in fp32, needs 1 B more"):
-        choose.method_for(
-            recipe(tiny, base="memory", set={"batch_size": 8, "r": 16, "dropout": 0.05}), offline=True
-        )
+        set_ = {"batch_size": 8, "r": 16, "dropout": 0.05}
+        choose.method_for(recipe(tiny, base="memory", set=set_), offline=True)
 
 
 def test_a_base_that_memory_cannot_hold_stays_in_its_file(large, monkeypatch):
@@ -127,11 +124,9 @@ def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(large, 
     check(own)  # the file's pages are read again and again, but it works
     with pytest.raises(FitError) as error:
         check(own - 1)
-    assert "mezo with 16 x 200 tokens a step in fp32, base memory, takes at least" in error.value.message
-    assert (
-        f"{human_bytes(own)} beside pages of files, and there are {human_bytes(own - 1)}"
-        in error.value.message
-    )
+    said = error.value.message
+    assert "mezo with 16 x 200 tokens a step in fp32, base memory, takes at least" in said
+    assert f"{human_bytes(own)} beside pages of files, and there are {human_bytes(own - 1)}" in said
     assert f"what fits: fleetune plan {quoted(large)} --ram" in (error.value.hint or "")
     check(own - 1, tokens=100)  # shorter rows
     check(own - 1, rows=8)  # a client has fewer rows than a step

@@ -34,14 +34,8 @@ RATES = device_cost.Rates(flops=1e11, copy=1e10)
 LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
-SMALL: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-}
+SMALL: dict[str, Any] = {"vocab_size": 60, "hidden_size": 48, "intermediate_size": 72}
+SMALL |= {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -73,11 +67,8 @@ def test_what_has_no_place_on_a_model_is_not_planned():
     bloom = AutoConfig.for_model("bloom", vocab_size=60, hidden_size=32, n_layer=2, n_head=4)
     mamba = AutoConfig.for_model("mamba", vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4)
     everything = {*methods.entries(), *device_cost.COMPARISON}
-    for config, missing in (
-        (gpt2, set()),
-        (bloom, {"fedpeptao"}),
-        (mamba, {"fedpetuning", "fedpeptao", "fwdllm"}),
-    ):
+    without = {"fedpetuning", "fedpeptao", "fwdllm"}
+    for config, missing in ((gpt2, set()), (bloom, {"fedpeptao"}), (mamba, without)):
         found = {row.method for row in plan.table(config, device_cost.Workload(), rates=RATES)}
         assert everything - found == missing
     assert {x.name.rpartition(".")[2] for x in shapes.shape_of(mamba).linears} == {"in_proj"}
@@ -102,23 +93,14 @@ def test_time_follows_the_rates():
     assert seconds["fedkseed"] == seconds["mezo"] == pytest.approx(7 * 2 * forward / 1e6)
     assert seconds["full Adam"] == pytest.approx(7 * (3 * forward + head) / 1e6)
     assert seconds["inference"] is None
-    slow, fast = (
-        [r.seconds for r in plan.table(config, work, rates=device_cost.Rates(f * 1e9, f * 1e9))]
-        for f in (1, 4)
-    )
+    rates = device_cost.Rates(1e9, 1e9), device_cost.Rates(4e9, 4e9)
+    slow, fast = ([r.seconds for r in plan.table(config, work, rates=each)] for each in rates)
     assert [s / 4 for s in slow if s] == pytest.approx([s for s in fast if s])
 
 
 def _rows(ram: int | None, **peaks: int) -> list[PlanRow]:
-    same: dict[str, Any] = {
-        "model": "m",
-        "note": "",
-        "parts": {"weights": 5},
-        "trainable": 1,
-        "passes": 2,
-        "ram": ram,
-    }
-    same |= {"bytes_up": 1, "bytes_down": 1, "seconds": 60.0, "sending": None}
+    same: dict[str, Any] = {"model": "m", "note": "", "parts": {"weights": 5}, "trainable": 1, "passes": 2}
+    same |= {"ram": ram, "bytes_up": 1, "bytes_down": 1, "seconds": 60.0, "sending": None}
     return [
         PlanRow(method=name, tunes=name in methods.entries(), peak=peak, fits=plan.fit(peak, ram), **same)
         for name, peak in peaks.items()
@@ -127,15 +109,10 @@ def _rows(ram: int | None, **peaks: int) -> list[PlanRow]:
 
 @pytest.mark.parametrize(
     ("peak", "text"),
-    [
-        (3_600_000_000, "yes"),
-        (3_600_000_001, "yes, tight"),
-        (4_000_000_000, "yes, tight"),
-        (7_900_000_000, "no: 3.90 GB short"),
-    ],
+    [(3.6e9, "yes"), (3.6e9 + 1, "yes, tight"), (4e9, "yes, tight"), (7.9e9, "no: 3.90 GB short")],
 )
 def test_fit_in_words(peak, text):
-    (row,) = _rows(4_000_000_000, mezo=peak)
+    (row,) = _rows(4_000_000_000, mezo=int(peak))
     assert row.fits == text
     assert plan.cells(row)[-1] == text
     assert plan.columns([row])[-1] == "fits 4.00 GB"
@@ -170,11 +147,8 @@ def test_the_command_says_that_nothing_fits_after_the_table(tiny, capsys):
 @pytest.mark.parametrize("method", ["fedit", "fedpetuning", "fedpeptao", "full SGD"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_what_autograd_keeps_is_counted(family, method, dtype):
-    deep = {
-        "bert": lambda: tiny_bert(layers=12),
-        "llama": lambda: tiny_llama(hidden=48, layers=12, heads=6, kv_heads=2),
-    }
-    model = deep[family]()
+    bert, wide = family == "bert", {"hidden": 48, "heads": 6, "kv_heads": 2}
+    model = tiny_bert(layers=12) if bert else tiny_llama(layers=12, **wide)
     model.net.to(models.DTYPES[dtype])
     if method == "full SGD":
         model.net.requires_grad_(True)
@@ -238,22 +212,21 @@ def _child(model: str, work: device_cost.Workload, *more: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("more", "copies"), [({"mu": 0.1}, 1), ({"scaffold": True}, 4), ({"wire": "sign"}, 1)]
-)
+@pytest.mark.parametrize("more", [{"mu": 0.1}, {"scaffold": True}, {"wire": "sign"}])
 @pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
-def test_the_copies_of_fedprox_and_scaffold_are_counted(name, more, copies):
+def test_the_copies_of_fedprox_and_scaffold_are_counted(name, more):
     shape, work = shapes.shape_of(LLAMA_7B), device_cost.Workload(batch=1, length=64)
     plain, kept = (methods.make(name, given) for given in ({}, more))
     module = plain.footprint(shape)
     parts = [device_cost.memory(shape, work, method.footprint(shape)) for method in (plain, kept)]  # type: ignore[arg-type]
+    copies = 4 if "scaffold" in more else 1
     assert sum(parts[1].values()) - sum(parts[0].values()) == copies * 4 * module.module.size
 
 
 @pytest.mark.parametrize(("word", "counted"), [("auto", 104), ("numba", 104), ("torch", 10)])
 def test_the_plan_counts_the_memory_of_the_chosen_kernels(monkeypatch, word, counted):
     monkeypatch.setenv(seeds.VARIABLE, word)
-    rows = plan.table(tiny_llama().net.config, device_cost.Workload(), rates=device_cost.Rates(1e11, 1e10))
+    rows = plan.table(tiny_llama().net.config, device_cost.Workload(), rates=RATES)
     floor = {row.method: row.parts["floor"] for row in rows}
     for name in ("mezo", "zosgd", "fedkseed", "onebyte"):
         assert floor[name] - floor["inference"] == counted * device_cost.MIB
@@ -261,15 +234,10 @@ def test_the_plan_counts_the_memory_of_the_chosen_kernels(monkeypatch, word, cou
 
 
 def test_the_plan_counts_the_time_of_the_chosen_kernels(monkeypatch):
-    config, work, rates = (
-        tiny_llama().net.config,
-        device_cost.Workload(steps=5),
-        device_cost.Rates(1e11, 1e10),
-    )
-    seconds = {}
+    config, work, seconds = tiny_llama().net.config, device_cost.Workload(steps=5), {}
     for word in ("auto", "numba", "torch"):
         monkeypatch.setenv(seeds.VARIABLE, word)
-        seconds[word] = {row.method: row.seconds for row in plan.table(config, work, rates=rates)}
+        seconds[word] = {row.method: row.seconds for row in plan.table(config, work, rates=RATES)}
     assert seconds["auto"] == seconds["numba"]
     more = device_cost.SWEEP["torch"] - device_cost.SWEEP["numba"]
     weights = 4 * shapes.shape_of(config).params
@@ -312,9 +280,7 @@ def test_lora_on_other_layers_is_counted_as_it_is_attached(name, family, targets
         st.tuples(st.sampled_from(["uint8", "int16", "float32"]), st.lists(st.integers(0, 300), max_size=2)),
         max_size=20,
     ),
-    st.dictionaries(
-        st.text(max_size=5), st.one_of(st.integers(0, 1 << 63), st.floats(allow_nan=False)), max_size=3
-    ),
+    st.dictionaries(st.text(max_size=5), st.integers(0, 1 << 63) | st.floats(allow_nan=False), max_size=3),
 )
 @settings(max_examples=60)
 def test_message_bytes_is_the_length_of_the_message(arrays, scalars):

@@ -21,13 +21,8 @@ P = Privacy(clip=2.0, noise=0.7, q=0.5, N=100)
 
 def renyi(z: float, q: float, alpha: int) -> float:
     """Mironov, Talwar, Zhang 2019 (arXiv 1908.10530), section 3.3: the bound of order alpha, a whole number, in float64."""
-    logs = [
-        math.log(math.comb(alpha, k))
-        + k * math.log(q)
-        + (alpha - k) * math.log1p(-q)
-        + k * (k - 1) / (2 * z * z)
-        for k in range(alpha + 1)
-    ]
+    sampled = [math.log(math.comb(alpha, k)) + (alpha - k) * math.log1p(-q) for k in range(alpha + 1)]
+    logs = [log + k * math.log(q) + k * (k - 1) / (2 * z * z) for k, log in enumerate(sampled)]
     top = max(logs)
     return (top + math.log(math.fsum(math.exp(x - top) for x in logs))) / (alpha - 1)
 
@@ -73,9 +68,8 @@ def gaussian_delta(sigma: float, epsilon: float) -> float:
     def phi(x: float) -> float:
         return math.erfc(-x / math.sqrt(2)) / 2
 
-    return phi(1 / (2 * sigma) - epsilon * sigma) - math.exp(epsilon) * phi(
-        -1 / (2 * sigma) - epsilon * sigma
-    )
+    a, b = 1 / (2 * sigma), epsilon * sigma
+    return phi(a - b) - math.exp(epsilon) * phi(-a - b)
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 8.0])
@@ -90,19 +84,16 @@ def test_noise_of_one_release_is_the_least_that_suffices(epsilon):
 def test_noise_for_a_budget_keeps_it_to_the_last_round(q, rounds):
     z = accountant.noise_for(8.0, q, rounds, 1e-4)
     assert 7.8 < accountant.epsilon(z, q, rounds, 1e-4) <= 8.0
-    assert accountant.releases_within(8.0, z, q, 10 * rounds, 1e-4) in range(
-        rounds, rounds + rounds // 10 + 1
-    )
+    most = accountant.releases_within(8.0, z, q, 10 * rounds, 1e-4)
+    assert rounds <= most <= rounds + rounds // 10
     assert accountant.releases_within(8.0, z / 20, q, rounds, 1e-4) == 0
 
 
-@pytest.mark.parametrize(
-    ("budget", "q", "releases", "delta"), [(0.006, 0.01, 1000, 1e-4), (0.001, 0.1, 100, 1e-3)]
-)
-def test_noise_for_a_tiny_budget_keeps_it_as_well(budget, q, releases, delta):
+@pytest.mark.parametrize(("budget", "q", "n", "delta"), [(0.006, 0.01, 1000, 1e-4), (0.001, 0.1, 100, 1e-3)])
+def test_noise_for_a_tiny_budget_keeps_it_as_well(budget, q, n, delta):
     """Where the losses of a release are far below the interval of the PLD, which then is the looser bound."""
-    z = accountant.noise_for(budget, q, releases, delta)
-    assert 0 < max(accountant.epsilon(z, q, n, delta) for n in (1, releases // 2, releases)) <= budget
+    z = accountant.noise_for(budget, q, n, delta)
+    assert 0 < max(accountant.epsilon(z, q, releases, delta) for releases in (1, n // 2, n)) <= budget
 
 
 # One client's bound ---------------------------------------------------------------------------------------
@@ -217,16 +208,14 @@ def lower_bound(right: int, guesses: int, delta: float, canaries: int, confidenc
 
     def chance(epsilon: float) -> float:
         p = 1 / (1 + math.exp(-epsilon))
-        return math.fsum(
-            math.comb(guesses, k) * p**k * (1 - p) ** (guesses - k) for k in range(right, guesses + 1)
-        )
+        n = guesses
+        return math.fsum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(right, n + 1))
 
     low, high = 0.0, 20.0
     while high - low > 1e-3:
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if chance(middle) + 2 * canaries * delta < 1 - confidence else (low, middle)
-        )
+        unlikely = chance(middle) + 2 * canaries * delta < 1 - confidence
+        low, high = (middle, high) if unlikely else (low, middle)
     return low
 
 

@@ -27,12 +27,11 @@ class Sum:
         self.members = {u: Member(u, least, n, CONTEXT, ATTEMPT) for u in range(n)}
         self.keys = {u: member.keys() for u, member in self.members.items()}
         self.total, self.survivors = np.zeros(NUMBERS, np.uint64), list[int]()
-        self.revealed: dict[int, dict[int, bytes]] = {}
+        self.revealed, self.shares = dict[int, dict[int, bytes]](), dict[int, dict[int, bytes]]()
 
     def share(self, here: Collection[int]) -> None:
-        self.shares = {
-            u: self.members[u].shares({v: self.keys[v] for v in self.keys if v != u}) for u in here
-        }
+        for u in here:
+            self.shares[u] = self.members[u].shares({v: self.keys[v] for v in self.keys if v != u})
 
     def arrived(self, u: int) -> dict[int, bytes]:
         return {v: self.shares[v][u] for v in self.shares if v != u}
@@ -47,15 +46,8 @@ class Sum:
             self.revealed[u] = self.members[u].reveal(self.survivors)
 
     def sum(self) -> np.ndarray:
-        return unmask(
-            self.total,
-            self.keys,
-            self.shares,
-            self.survivors,
-            self.revealed,
-            least=self.least,
-            context=CONTEXT,
-        )
+        sent = self.total, self.keys, self.shares, self.survivors, self.revealed
+        return unmask(*sent, least=self.least, context=CONTEXT)
 
     @property
     def wanted(self) -> np.ndarray:
@@ -71,9 +63,9 @@ def whole(n: int = 5, least: int = 4, gone: Collection[int] = ()) -> Sum:
     return found
 
 
-def test_a_thousand_patterns_of_drop_outs_give_the_exact_sum_or_a_refusal():
+def test_hundreds_of_patterns_of_drop_outs_give_the_exact_sum_or_a_refusal():
     rnd, summed = random.Random(1), 0
-    for seed in range(1000):
+    for seed in range(400):
         n = rnd.randint(3, 6)
         least = rnd.randint(-(-2 * n // 3), n)
         drop = [set(rnd.sample(range(n), rnd.randint(0, n // 3))) for _ in range(3)]
@@ -90,7 +82,7 @@ def test_a_thousand_patterns_of_drop_outs_give_the_exact_sum_or_a_refusal():
         assert len(here) >= least
         np.testing.assert_array_equal(total, found.wanted)
         summed += 1
-    assert summed > 300
+    assert 120 < summed < 300
 
 
 @pytest.mark.parametrize("step", ["shares", "masked", "reveal"])
@@ -120,10 +112,8 @@ def test_fewer_than_t_shares_leave_every_secret_possible():
     weights = coefficients((*holders, 7))
     assert sum(w * held[h] for w, h in zip(weights, (*holders, 7), strict=True)) % secagg.P == 1 << 248
     for other in (0, 12345):  # a third share that makes it any other
-        third = (other - sum(w * held[h] for w, h in zip(weights, holders, strict=False))) * pow(
-            weights[2], -1, secagg.P
-        )
-        again = {**held, 7: third % secagg.P}
+        known = sum(w * held[h] for w, h in zip(weights, holders, strict=False))
+        again = {**held, 7: (other - known) * pow(weights[2], -1, secagg.P) % secagg.P}
         assert sum(w * again[h] for w, h in zip(weights, (*holders, 7), strict=True)) % secagg.P == other
 
 

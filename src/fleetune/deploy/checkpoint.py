@@ -20,11 +20,15 @@ from transformers import PreTrainedModel
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from fleetune.deploy.again import Again
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.artefact import Master, Quantised
 from fleetune.models.cache.names import is_master
 from fleetune.models.checks import check_folder, config_of, is_encoder
 from fleetune.models.families.widths import build
+from fleetune.models.lazy import LazyWeight
+from fleetune.models.net.model import Model
+from fleetune.models.net.saving import save, written
 
 ANOTHER: Final = "the weights belong to another configuration: make or fetch the model again"
 COMPUTED: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
@@ -78,6 +82,27 @@ class PlainFolder:
         return tensor
 
 
+class InMemory:
+    """A model in memory; `folder` gets its configuration and tokenizer."""
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        save(model.net, model.tokenizer, folder, weights=False)
+        self.folder, self._tensors = folder, written(model.net)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters in the order of their names."""
+        return sorted(self._tensors)
+
+    def quantised(self, name: str) -> None:
+        """Return None: nothing in memory is quantised."""
+
+    def weight(self, name: str) -> Tensor:
+        """Return the values of a parameter in the model's dtype."""
+        tensor = self._tensors[name]
+        return tensor.values() if isinstance(tensor, LazyWeight) else tensor
+
+
 def _shards(index: Path) -> list[Path]:
     return [
         index.parent / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -98,6 +123,7 @@ class Checkpoint:
         """UsageError for an encoder; ModelError when the tensors are not those of the configuration."""
         self.source = source
         self.folder = source.folder
+        self.again: Again | None = None  # what an export is compared with, in place of being written
         self.compressed = isinstance(source, Master)  # whether it is a master artefact
         self.config: Any = config_of(source.folder)
         if is_encoder(self.config):

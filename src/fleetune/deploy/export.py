@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -25,8 +26,9 @@ from fleetune.common.folders import appeared, locked, scratch, staged
 from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
 from fleetune.deploy import harness, patch_make, targets
-from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
-from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, gguf, ollama
+from fleetune.deploy.again import Again, DiffersError
+from fleetune.deploy.checkpoint import Checkpoint, InMemory, open_checkpoint
+from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, gguf, hf, ollama
 from fleetune.deploy.targets import Target, check_place, find
 from fleetune.errors import UsageError, called
 from fleetune.models.artefact import ArtefactHead, Master
@@ -34,7 +36,7 @@ from fleetune.models.cache import names
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import has_block_widths, mark_config
 from fleetune.models.net.model import Model, stored_tensors
-from fleetune.models.net.saving import disk_errors
+from fleetune.models.net.saving import disk_errors, head_in_turn, written
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
@@ -99,14 +101,12 @@ def _of_run(
     recipe, out = run.recipe, path or target.place(run.folder)
     check_place(target, out)
     _require_codes(target, str(run.folder))
-    base, settings = Plain(recipe.model), objects.method_settings(recipe)
-    made = _facts(recipe.method, settings, rundir.made_on(run.folder)["base"]) | facts_of_base(recipe.model)
+    base = Plain(recipe.model)
     if target.takes == "adapter":
         target.load().check(run.folder / finished.RESULT["adapter"], target.kind)
         source = base.directory(offline=offline)
-        return ExportResult(
-            out, _done(write_adapter(run.result, source, target.name, out, made=made), listener)
-        )
+        report = write_adapter(run.result, source, target.name, out, made=_facts_of_run(run))
+        return ExportResult(out, _done(report, listener))
     rows = _rows(base.directory(offline=offline), text) if text else []
     if recipe.train == SCALES and target.name in FILES:
         done = _done(_with_other_scales(run, target, out, listener, offline=offline), listener)
@@ -116,11 +116,37 @@ def _of_run(
         done = ExportDone(to=target.name, path=str(out), digest=digest, bytes=compression_folder.size(out))
         listener.event(done)
         return _finish(run.folder, target, done, rows, listener, offline=offline)
-    with _scratch(out) as folder:
-        plain = folder / run.folder.name
-        _write_tuned(run, plain, offline=offline)
-        with called(plain, run.folder):
-            return _checked(plain, target, out, made, text, listener)
+    with opened(run, offline=offline) as (model, made):
+        report = write(model, target.name, out, made=made)
+    return _finish(run.folder, target, _done(report, listener), rows, listener, offline=offline)
+
+
+@contextmanager
+def opened(
+    subject: Subject, tuned: Model | None = None, *, offline: bool
+) -> Iterator[tuple[Checkpoint, Mapping[str, str]]]:
+    """Open what a subject is exported from, a run's with its tuning in its weights (`tuned`), and what is told of it.
+
+    LedgerError where a ledger does not rebuild the weights that it states.
+    """
+    if isinstance(subject, Compressed):
+        yield open_checkpoint(subject.model), NOTHING
+    elif isinstance(subject, Plain):
+        source = subject.directory(offline=offline)
+        with called(source, subject.name):
+            yield open_checkpoint(source), facts_of_base(subject.name)
+    else:
+        tuned = tuned or merged(subject, offline=offline)
+        with tempfile.TemporaryDirectory() as place, called(folder := Path(place), subject.folder):
+            yield Checkpoint(InMemory(tuned, folder / "model")), _facts_of_run(subject)
+
+
+def merged(run: Run, *, offline: bool) -> Model:
+    """Load a run's model with the tuning in its weights; LedgerError where a ledger does not rebuild those that it states."""
+    stated = None if run.result.is_dir() else run.ledger().final_check()
+    model = run.load(offline=offline).merge()
+    finished.require_digest(model.digest, stated, "the ledger")
+    return model
 
 
 def _require_codes(target: Target, name: str) -> None:
@@ -229,11 +255,11 @@ def _obstacle(target: Target, out: Path) -> str:
 # ---------------------------------------------------------------- one source to one file or folder
 
 
-def write(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHING) -> Report:
+def write(source: Path | Checkpoint, to: str, out: Path, *, made: Mapping[str, str] = NOTHING) -> Report:
     """Write the model in the folder `source` as target `to` to the new file or folder `out`.
 
-    `source` is a master artefact or a plain Hugging Face directory; `made`, where it comes from, goes into the file where
-    the format has a place for it.  Everything written is read back and compared.  UsageError for an unknown target, an
+    `source` is a master artefact or a plain Hugging Face directory, perhaps opened; `made`, where it comes from, goes into the
+    file where the format has a place for it.  Everything written is read back and compared.  UsageError for an unknown target, an
     `out` that exists, or a model that the target cannot hold; ModelError for a source that is none; StorageError when the
     disk is full.  `out` appears when it is complete.
     """
@@ -241,16 +267,54 @@ def write(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHING
     check_place(target, out)
     if target.takes == "adapter":
         raise UsageError("only a run has an adapter", hint=f"fleetune export RUN --to {to}")
-    model = open_checkpoint(source)
+    model = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    _check_widths(model, target)
+    with _staged(target, out) as place, _hinted(model):
+        report: Report = target.load().write(model, place, target.kind, _told(model, target, made))
+    return dataclasses.replace(report, path=out)
+
+
+def compare(
+    model: Checkpoint, target: Target, again: Again, place: Path, made: Mapping[str, str] = NOTHING
+) -> None:
+    """Compare a file or folder with what `write` writes; what is not compared meanwhile is written to the new `place`.
+
+    DiffersError for the first difference; UsageError as of `write`.
+    """
+    model.again = again
+    _check_widths(model, target)
+    if not target.suffix:
+        place.mkdir()
+    target.load().write(model, place, target.kind, _told(model, target, made))
+
+
+def is_written(path: Path, model: Checkpoint, target: Target) -> bool:
+    """Return whether a file is, byte for byte, what `write` makes there."""
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            compare(model, target, Again(path), Path(place) / path.name)
+    except DiffersError:
+        return False
+    return True
+
+
+def compare_tuned(tuned: Model, again: Again, place: Path) -> None:
+    """Compare a folder with what `export` writes of a run as `hf`, as `compare` does; `tuned` has the tuning in its weights."""
+    _gguf_vocabulary.give_template(tuned.tokenizer)
+    models.save(tuned.net, tuned.tokenizer, place, weights=False)
+    again.compare_tensors(hf.FILE, written(tuned.net).items(), partial(head_in_turn, metadata=hf.METADATA))
+
+
+def _check_widths(model: Checkpoint, target: Target) -> None:
     if has_block_widths(model.config) and not target.states("BLOCK_WIDTHS"):
         raise UsageError(
-            f"{source} has blocks of different widths, which {to} has no place for",
+            f"{model.folder} has blocks of different widths, which {target.name} has no place for",
             hint=_others(model, "prune it again with --set first=0 --set last=0"),
         )
-    with _staged(target, out) as place, _hinted(model):
-        facts = {**made, **facts_of_artefact(model)} if target.states("PROVENANCE") else made
-        report: Report = target.load().write(model, place, target.kind, facts)
-    return dataclasses.replace(report, path=out)
+
+
+def _told(model: Checkpoint, target: Target, made: Mapping[str, str]) -> Mapping[str, str]:
+    return {**made, **facts_of_artefact(model)} if target.states("PROVENANCE") else made
 
 
 def write_adapter(
@@ -349,6 +413,11 @@ def facts_of_artefact(model: Checkpoint) -> dict[str, str]:
 def facts_of_head(head: ArtefactHead, digest: str) -> dict[str, str]:
     """Return where an artefact with this head, and the digest of its file, comes from."""
     return _facts(head.method, head.settings, head.base) | {"fleetune.artefact_digest": digest}
+
+
+def _facts_of_run(run: Run) -> dict[str, str]:
+    recipe, base = run.recipe, rundir.made_on(run.folder)["base"]
+    return _facts(recipe.method, objects.method_settings(recipe), base) | facts_of_base(recipe.model)
 
 
 def facts_of_base(name: str) -> dict[str, str]:

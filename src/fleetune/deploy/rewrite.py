@@ -1,44 +1,56 @@
 """Write an export again from its source, and name the first place that differs: file, byte and tensor."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, NamedTuple
 
-import numpy as np
-
-from fleetune.common import sums
 from fleetune.deploy import export, targets
+from fleetune.deploy.again import Again, Difference, DiffersError, difference
+from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.gguf import header
+from fleetune.models.net.model import Model
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed, Run, Subject
 
-CHUNK: Final = 1 << 22  # bytes that are compared at a time
-SAFETENSORS: Final = ".safetensors"
 
+def written_again(path: Path, source: Subject, tuned: Model | None = None, *, offline: bool) -> str:
+    """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs.
 
-def written_again(path: Path, source: Subject, *, offline: bool) -> str:
-    """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs."""
+    `tuned` is a run's model with the tuning in its weights.
+    """
     nearest = Difference(-1, "")
-    for target, name, usual in _ways(path, source):
-        with TemporaryDirectory() as place:
-            made = Path(place) / name
-            try:
-                export.export(source, target.name, made, None, Silent(), offline=offline)
-            except UsageError as error:
-                if isinstance(error, ModelError):
-                    raise
-                continue  # no target of this source
-            found = difference(path, made)
-            alike = usual and _size(path) == _size(made)
-        if not found.words:
-            return target.name
-        nearest = max(nearest, found)
-        if alike:
-            break  # it is of this target, and damaged
+    with ExitStack() as stack:
+
+        @cache
+        def opened() -> tuple[Checkpoint, Mapping[str, str]]:
+            return stack.enter_context(export.opened(source, tuned, offline=offline))
+
+        for target, name, usual in _ways(path, source):
+            with TemporaryDirectory() as place:
+                try:
+                    made, again = Path(place) / name, Again(path)
+                    if isinstance(source, Run) and (tuned is None or target.takes == "adapter"):
+                        export.export(source, target.name, made, None, Silent(), offline=offline)
+                    elif tuned is not None and target.name == export.DEFAULT_TARGET_OF_A_RUN:
+                        export.compare_tuned(tuned, again, made)
+                    else:
+                        export.compare(opened()[0], target, again, made, opened()[1])
+                    found, alike = _rest(path, made, again.seen)
+                except DiffersError as error:
+                    found, alike = error.found, not error.head
+                except UsageError as error:
+                    if isinstance(error, ModelError):
+                        raise
+                    continue  # no target of this source
+            if not found.words:
+                return target.name
+            nearest = max(nearest, found)
+            if usual and alike:
+                break  # it is of this target, and damaged
     if not nearest.words:
         raise UsageError(
             f"{source.argument} is exported as nothing like {path}",
@@ -48,6 +60,13 @@ def written_again(path: Path, source: Subject, *, offline: bool) -> str:
         f"{nearest.words}: {source.argument} gives something else",
         hint="export it again; a file that was renamed holds its first name: give it that",
     )
+
+
+def _rest(path: Path, made: Path, seen: set[str]) -> tuple[Difference, bool]:
+    """Compare what was not `seen`; tell also whether `path` is what `made` is, perhaps damaged."""
+    if seen and path.is_file():
+        return Difference(path.stat().st_size, ""), True
+    return difference(path, made, seen), bool(seen) or _size(path) == _size(made)
 
 
 def _ways(path: Path, source: Subject) -> list[tuple[targets.Target, str, bool]]:
@@ -77,63 +96,3 @@ def _ways(path: Path, source: Subject) -> list[tuple[targets.Target, str, bool]]
 
 def _size(path: Path) -> int:
     return compression_folder.size(path) if path.is_dir() else path.stat().st_size
-
-
-class Difference(NamedTuple):
-    """How far two exports agree, and the first place where they differ ("" for none)."""
-
-    equal: int  # bytes
-    words: str
-
-
-def difference(path: Path, made: Path) -> Difference:
-    """Compare a file or folder with the one that was `made` again.
-
-    A folder's README.md is left out, since people write in it.
-    """
-    if not made.is_dir():
-        return _of_bytes(path, made)
-    names = [{p.name for p in folder.iterdir() if p.name not in sums.LEFT_OUT} for folder in (path, made)]
-    if odd := sorted(names[0] ^ names[1]):
-        return Difference(0, f"{path / odd[0]} is {'missing' if odd[0] in names[1] else 'not of it'}")
-    found = [_of_bytes(path / name, made / name) for name in sorted(names[0])]
-    return Difference(
-        sum(each.equal for each in found), next((each.words for each in found if each.words), "")
-    )
-
-
-def _of_bytes(path: Path, made: Path) -> Difference:
-    at = 0
-    with path.open("rb") as one, made.open("rb") as other:
-        while True:
-            a, b = one.read(CHUNK), other.read(CHUNK)
-            if a != b:
-                n = min(len(a), len(b))
-                unequal = np.flatnonzero(np.frombuffer(a, np.uint8, n) != np.frombuffer(b, np.uint8, n))
-                at += int(unequal[0]) if len(unequal) else n
-                return Difference(at, f"{path} differs in byte {at:,}, {_place(made, at)}")
-            if not a:
-                return Difference(at, "")
-            at += len(a)
-
-
-def _place(path: Path, at: int) -> str:
-    """Say what lies at a byte of a whole file: a tensor, or the head."""
-    for name, start, end in _tensors(path):
-        if start <= at < end:
-            return f"in {name}"
-    return "in its head" if path.suffix in (export.GGUF, SAFETENSORS) else "in its text"
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, int, int]]:
-    if path.suffix == export.GGUF:
-        for tensor in header.read(path).tensors:
-            yield tensor.name, tensor.offset, tensor.offset + tensor.size
-    elif path.suffix == SAFETENSORS:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            head: Mapping[str, Any] = json.loads(file.read(size))
-        for name, entry in head.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                yield name, 8 + size + start, 8 + size + end

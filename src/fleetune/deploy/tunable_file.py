@@ -7,9 +7,8 @@ from fleetune import subject as subjects
 from fleetune.common.display import human_bytes
 from fleetune.common.ggml import HALVES
 from fleetune.common.shell import command, quoted
-from fleetune.deploy import targets
+from fleetune.deploy import export, targets
 from fleetune.deploy.checkpoint import open_checkpoint
-from fleetune.deploy.export import facts_of_artefact, write
 from fleetune.deploy.formats import gguf
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.families import table
@@ -41,12 +40,12 @@ def of(model: subjects.Compressed, note: Callable[[str], None]) -> Path:
     kinds_of(model)
     place, source = targets.find(TARGET).place(model.home), model.model
     try:
-        report = write(source, TARGET, place)
+        report = export.write(source, TARGET, place)
     except (StorageError, UsageError):  # it is there from before, or a process was faster
         if not place.exists():
             raise
         opened = open_checkpoint(source)
-        if not place.is_file() or not gguf.is_written(place, opened, facts_of_artefact(opened)):
+        if not place.is_file() or not export.is_written(place, opened, targets.find(TARGET)):
             raise UsageError(
                 f"{place} is not what fleetune export --to {TARGET} writes of {model.argument}",
                 hint=f"move {quoted(place)} away; or, if it is the file to tune, give it as the model",

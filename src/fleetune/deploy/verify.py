@@ -21,6 +21,7 @@ from fleetune import subject as subjects
 from fleetune.common import sums
 from fleetune.common.display import counted, show
 from fleetune.common.events import LinkVerified, Verified
+from fleetune.common.ggml import SCALES
 from fleetune.common.shell import quoted
 from fleetune.deploy import export, release
 from fleetune.deploy.rewrite import written_again
@@ -255,21 +256,24 @@ def _base_of_adapter(run: Run, model: Model) -> Links:
     yield _declared("adapter", f"made by training, which nothing repeats exactly: {stated}")
 
 
+def _files_of(run: Run, parents: Parents) -> Links:
+    yield from _files_of_run(run)
+    yield from _files_of_base(run.recipe.model, parents)
+
+
 def _merged(run: Run, parents: Parents) -> Iterator[LinkVerified | Model]:
     """Yield the links of a run, then its model with the tuning in its stored weights: one replay for all."""
     run = parents.run(run)
-    yield from _files_of_run(run)
-    yield from _files_of_base(run.recipe.model, parents)
+    yield from _files_of(run, parents)
     model = run.load(offline=parents.offline)
     if run.result.is_dir():
         yield from _base_of_adapter(run, model)
     base = model.digest
-    finished.merge_weights(model)
+    model.merge()
     if not run.result.is_dir():
-        tuned = models.digest(models.named_tensors(model.net))
-        finished.require_digest(tuned, run.ledger().final_check(), run.result)
+        finished.require_digest(model.digest, run.ledger().final_check(), run.result)
         yield _base(run.recipe.model, base)
-        yield _proven("weights", f"rebuilt from base and ledger, as it states: {tuned}")
+        yield _proven("weights", f"rebuilt from base and ledger, as it states: {model.digest}")
     yield from _declared_by(run)
     yield model
 
@@ -346,7 +350,7 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
         model = models.load(source, dtype=dtype, device="cpu", offline=parents.offline)
     head, name = master.head, source.folder if isinstance(source, Run) else source
     for what, stated, now in (
-        ("weights", head.base, models.digest(models.named_tensors(model.net))),
+        ("weights", head.base, model.digest),
         ("tokenizer", head.tokenizer, model.tokenizer_digest),
     ):
         if stated != now:
@@ -420,19 +424,24 @@ def _source_of(path: Path, parents: Parents) -> Subject | None:
 
 def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
     """Write an export again from its source, and compare."""
+    tuned: Model | None = None
     if isinstance(source, Compressed):
         yield from _of_compressed(source, parents)
     elif isinstance(source, Run):
         source = parents.run(source)
-        yield from _files_of_run(source)
-        yield from _files_of_base(source.recipe.model, parents)
-    target = written_again(path, source, offline=parents.offline)
-    if isinstance(source, Run):
-        yield _base(source.recipe.model, rundir.made_on(source.folder)["base"])
+        for each in _files_of(source, parents) if source.recipe.train == SCALES else _merged(source, parents):
+            if isinstance(each, LinkVerified):
+                yield each
+            else:
+                tuned = each
+    target = written_again(path, source, tuned, offline=parents.offline)
+    if isinstance(source, Run) and (tuned is None or source.result.is_dir()):
         what = "adapter" if source.result.is_dir() else "ledger, and are those that it states"
         yield _proven(
             "weights", f"made from base and {what}: {finished.stated_by(source.folder).get('digest', '')}"
         )
+    if isinstance(source, Run) and tuned is None:
+        yield _base(source.recipe.model, rundir.made_on(source.folder)["base"])
         yield from _declared_by(source)
     words = f"written again as {target} from {source.argument}: every byte is equal"
     yield _proven(path.name, words)

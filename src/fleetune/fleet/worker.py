@@ -6,6 +6,7 @@ itself would read in a simulated fleet.
 
 import hashlib
 import logging
+import math
 import platform
 import re
 import time
@@ -38,7 +39,7 @@ from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
-from fleetune.privacy import secagg
+from fleetune.privacy import accountant, secagg
 from fleetune.privacy.mechanism import Privacy
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
@@ -80,6 +81,15 @@ class Brings:
     )
     epsilon: float = 0.0  # its own privacy budget, over all runs; 0: none
     delta: float = 1e-5  # of that budget
+
+    def __post_init__(self) -> None:
+        numbers = type(self.least) is int and {type(self.epsilon), type(self.delta)} <= {int, float}
+        if not (numbers and self.least >= 0 and 0 <= self.epsilon < math.inf and 0 < self.delta < 1):
+            raise errors.UsageError(
+                "a device's budget is such as --epsilon 8 --delta 1e-5, its --smallest-sum such as 10"
+            )
+        if self.epsilon:
+            accountant.version()  # or what to install
 
     def part(self, held_out: int) -> str:
         """Return what a device with so many held-out rows takes part in, and in what it does not."""

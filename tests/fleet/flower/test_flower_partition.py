@@ -40,10 +40,8 @@ def test_a_partition_has_the_rows_of_the_client_with_its_number(place, division)
 
 def test_a_simulation_stopped_and_resumed_ends_in_the_digest_of_tune(place, monkeypatch):
     """SCAFFOLD remembers something of every client; the resumed simulation has other nodes and processes."""
-    recipe = (
-        RECIPE.replace('"fedkseed"', '"fedit"').partition("[set]")[0] + "[set]\nscaffold = true\nlr = 1e-3\n"
-    )
-    Path("recipe.toml").write_text(recipe)
+    head, _, _ = RECIPE.replace('"fedkseed"', '"fedit"').partition("[set]")
+    Path("recipe.toml").write_text(f"{head}[set]\nscaffold = true\nlr = 1e-3\n")
     simulated = fleetune.tune(recipes.make(recipes.read(Path("recipe.toml"))), out="simulated")
     loads = []
     load = fleetune.models.load

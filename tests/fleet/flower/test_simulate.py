@@ -22,9 +22,7 @@ from fleetune.fleet import keys
 from fleetune.tuning.recipe import recipe as recipes
 
 BIN = Path(sys.executable).parent
-programs = pytest.mark.skipif(
-    not (BIN / "flower-superlink").exists(), reason="Flower's programs are not installed"
-)
+programs = pytest.mark.skipif(not (BIN / "flower-superlink").exists(), reason="Flower is not installed")
 
 
 @programs
@@ -79,9 +77,8 @@ class Programs:
 
     def start(self, name: str, *words: str) -> None:
         with Path(f"{name}.txt").open("ab") as said:
-            self.running[name] = subprocess.Popen(
-                words, env=self.env, stdout=said, stderr=said, start_new_session=True
-            )
+            to = {"stdout": said, "stderr": said}
+            self.running[name] = subprocess.Popen(words, env=self.env, start_new_session=True, **to)
 
     def flwr(self, *words: str) -> dict[str, Any]:
         done = subprocess.run(
@@ -112,9 +109,8 @@ class Programs:
         self.start(f"node-{number}", "flower-supernode", *link.split(), *key.split(), config)
 
     def log(self, run: str, link: str = "own") -> str:
-        return subprocess.run(
-            ["flwr", "log", run, link, "--show"], env=self.env, capture_output=True, text=True
-        ).stdout
+        words = ["flwr", "log", run, link, "--show"]
+        return subprocess.run(words, env=self.env, capture_output=True, text=True).stdout
 
     def end(self, name: str, how: signal.Signals) -> None:
         process = self.running.pop(name)

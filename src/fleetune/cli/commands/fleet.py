@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from fleetune.fleet import PORT, flower, keys
 from fleetune.fleet import audit as log
 from fleetune.fleet import status as standing
 from fleetune.fleet.table import Devices
-from fleetune.privacy import accountant, secagg
+from fleetune.privacy import secagg
 from fleetune.runs import compression_folder, rundir
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import recipe as recipes
@@ -246,14 +245,6 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     if not own["threads"].isdigit() and own["threads"]:
         raise UsageError(f"--threads {own['threads']} is no number")
     check_columns(own["columns"])
-    budget = _number(own["epsilon"] or "0")
-    delta = _number(own["delta"] or "1e-5")
-    if not 0 <= budget < math.inf or not 0 < delta < 1 or args.smallest_sum < 0:
-        raise UsageError(
-            "a device's budget is such as --epsilon 8 --delta 1e-5, its --smallest-sum such as 10"
-        )
-    if budget:
-        accountant.version()  # or what to install
     memory = parse_bytes(own["ram"] or None) or 0
     rows = str(sources.store_stdin(Path(args.state))) if rows == sources.STDIN else rows
     brings = Brings(
@@ -268,9 +259,9 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         own["columns"],
         own["base"] or "auto",
         args.calibrate,
-        max(args.smallest_sum, secagg.FEWEST) if args.peers else args.smallest_sum,
-        budget,
-        delta,
+        args.smallest_sum or (secagg.FEWEST if args.peers else 0),
+        _number(own["epsilon"] or "0"),
+        _number(own["delta"] or "1e-5"),
     )
     home = Home(
         Path(args.state),

@@ -60,7 +60,8 @@ def sweep(W: Tensor, U: Tensor, choose: ChooseSegment, block: int = BLOCK) -> tu
             part = choose(Wt, begin, last)
             _process_columns(Wt, U, E, codes, first, begin, last, part)
             begin = min(part.end, last)
-        Wt[last:].addmm_(U[first:last, last:].T, E, alpha=-1.0)
+        if (later := U[first:last, last:]).any():  # none where nothing is corrected
+            Wt[last:].addmm_(later.T, E, alpha=-1.0)
         squares += torch.linalg.vector_norm(E).item() ** 2
     return Wt.T.contiguous(), codes.T.contiguous(), squares
 

@@ -19,6 +19,8 @@ Functions, in which `kind` is what follows the colon of the target, None for non
     write(model: Checkpoint, out: Path, kind, made: Mapping[str, str]) -> Report
         Write the model to `out`, a new file or an empty folder; read it back and compare it with the source (FleetuneError).
         `made` says where the model comes from.  What `check` raises comes before anything is written.
+        With `model.again`, a format may compare that, as it makes them, with what it would write, and not write them
+        (`again.py`); where it writes all the same, that is compared.
     exact_target(model: Checkpoint) -> str | None
         Optional: the target that holds the model without loss, which hints name where another format refuses it.
 

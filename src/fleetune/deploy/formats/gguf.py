@@ -21,7 +21,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -96,7 +95,7 @@ def exact_target(model: Checkpoint, *, sample: bool = False) -> str | None:
 
 
 def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, str]) -> Report:
-    """Write `model` to the new file `path`, read it back and compare every tensor.
+    """Write `model` to the new file `path`, read it back and compare every tensor; or compare it with `model.again`.
 
     `kind` names the type of quantised matrices (None: the smallest that is exact); `made` are strings for the header
     (`export.py`), which has the file's name as the model's.  UsageError before anything is written when the
@@ -107,16 +106,16 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
     notes: list[str] = []
     entries = plan(model, kind, notes)
     factors = rope.tensors(model.config)
-    writer = gguf.GGUFWriter(path, table.architecture(model.config))
-    try:
-        notes += _write_header(writer, model, entries, path.stem, made, factors)
-        for values in factors.values():
-            writer.write_tensor_data(values)
-        for entry in entries:
-            writer.write_tensor_data(_encode(model, entry))
-    finally:
-        writer.close()
-    rounded = verify(path, model, entries, factors)
+    notes += _write_header_alone(path, model, entries, made, factors)
+    parts = _parts(path, model, entries, factors)
+    if model.again is not None:
+        model.again.compare(path.name, parts)
+    else:
+        with path.open("ab") as file:
+            for start, part in parts:
+                if start:
+                    file.write(part.data)
+    rounded = [] if model.again else verify(path, model, entries, factors)
     return Report(
         path=path,
         to="gguf" if kind is None else f"gguf:{kind}",
@@ -150,19 +149,17 @@ def layer_types(model: Checkpoint) -> dict[str, str]:
     }
 
 
-def is_written(path: Path, model: Checkpoint, made: Mapping[str, str]) -> bool:
-    """Return whether the file `path` is, byte for byte, what `write` makes there without a `kind`."""
-    entries, factors = plan(model, None, []), rope.tensors(model.config)
-    with TemporaryDirectory() as scratch, path.open("rb") as file:
-        header = Path(scratch) / path.name
-        _write_header_alone(header, model, entries, made, factors)
-        parts = chain(
-            [np.fromfile(header, np.uint8)], factors.values(), (_encode(model, entry) for entry in entries)
-        )
-        for part in parts:
-            if file.read(padded(part.nbytes)) != part.tobytes().ljust(padded(part.nbytes), b"\0"):
-                return False
-        return not file.read(1)
+def _parts(
+    header: Path, model: Checkpoint, entries: list[GgufTensor], factors: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield what the file has from its first byte on, each with where it begins; `header` holds what precedes the values."""
+    at = 0
+    encoded = (_encode(model, entry) for entry in entries)
+    for part in chain([np.fromfile(header, np.uint8)], factors.values(), encoded):
+        flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        yield at, flat
+        yield at + len(flat), np.zeros(padded(len(flat)) - len(flat), np.uint8)
+        at += padded(len(flat))
 
 
 def _has(file: GgufHeader, tensor: TensorPlace, values: np.ndarray) -> bool:
@@ -371,14 +368,13 @@ def _kind_of(
 
 def _exact_kind(name: str, q: Quantised, kind: str | None) -> str:
     """Return the type that holds a quantised matrix without loss; UsageError when there is none, or not `kind`."""
-    fits = {k: _ggml_blocks.misfit(q, k) for k in _ggml_blocks.PACKERS}
-    possible = [k for k, why in fits.items() if why is None]
     wanted = "Q4_0" if kind is None else kind.upper()
-    reason = _inexact(q, wanted) if wanted in FLOATS else fits[wanted]
+    reason = _inexact(q, wanted) if wanted in FLOATS else _ggml_blocks.misfit(q, wanted)
     if reason is None:
         return wanted
+    possible = next((k for k in _ggml_blocks.PACKERS if _ggml_blocks.misfit(q, k) is None), None)
     if kind is None and possible:
-        return possible[0]
+        return possible
     raise UsageError(
         f"{name} does not go into {'GGUF blocks' if kind is None else f'gguf:{kind}'} without loss: {reason}",
         hint=f"use --to {'gguf' if possible else 'gguf:f32'} or --to hf, or compress again for this target",
@@ -410,17 +406,30 @@ def counted(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- writing
 
 
+class _Writer(gguf.GGUFWriter):  # type: ignore[misc]  # the package has no types
+    """Packs a list of texts, such as the tokens and merges, at once: the package's own writer takes a second for them."""
+
+    def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, *more: Any, **given: Any) -> bytes:
+        if not (isinstance(val, list) and val and all(type(text) is str for text in val)):
+            packed: bytes = super()._pack_val(val, vtype, add_vtype, *more, **given)
+            return packed
+        kinds = [int(vtype)] * add_vtype + [int(gguf.GGUFValueType.STRING)]
+        raw = [text.encode() for text in val]
+        head = b"".join(kind.to_bytes(4, "little") for kind in kinds) + len(raw).to_bytes(8, "little")
+        return head + b"".join(part for text in raw for part in (len(text).to_bytes(8, "little"), text))
+
+
 def _write_header_alone(
     path: Path,
     model: Checkpoint,
     entries: list[GgufTensor],
     made: Mapping[str, str],
     factors: Mapping[str, np.ndarray],
-) -> None:
-    """Write a file that ends where the tensors' values would begin; its name is the model's in it."""
-    writer = gguf.GGUFWriter(path, table.architecture(model.config))
+) -> list[str]:
+    """Write a file that ends where the tensors' values would begin; its name is the model's in it.  Notes for the user."""
+    writer = _Writer(path, table.architecture(model.config))
     try:
-        _write_header(writer, model, entries, path.stem, made, factors)
+        return _write_header(writer, model, entries, path.stem, made, factors)
     finally:
         writer.close()
 

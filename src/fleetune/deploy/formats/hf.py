@@ -25,7 +25,7 @@ from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised, pack
 from fleetune.models.families.widths import has_block_widths
 from fleetune.models.loading import DTYPES
-from fleetune.models.net.saving import Tensors, compare, damaged, write_tensors
+from fleetune.models.net.saving import Tensors, compare, damaged, head_of, write_tensors
 
 TARGETS: Final = {
     "hf": "a plain directory for transformers: fp32 from codes, else as stored",
@@ -42,6 +42,7 @@ Layers = Callable[[str, Quantised | Tensor], Iterator[tuple[str, Quantised | Ten
 
 NO_FILES: Final[Mapping[str, str]] = MappingProxyType({})
 FILE: Final = "model.safetensors"
+METADATA: Final[Mapping[str, str]] = MappingProxyType({"format": "pt"})
 COMPANIONS: Final = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -101,8 +102,11 @@ def write_folder(model: Checkpoint, folder: Path, tensors: Tensors, config: Mapp
     Returns notes on what runtimes will do differently.  The weights are read back; FleetuneError when they differ.
     OSError when the disk is full.
     """
-    write_tensors(folder / FILE, tensors, {"format": "pt"})
-    compare(folder / FILE, tensors)
+    if model.again is not None:
+        model.again.compare_tensors(FILE, tensors(), partial(head_of, metadata=METADATA))
+    else:
+        write_tensors(folder / FILE, tensors, METADATA)
+        compare(folder / FILE, tensors)
     raw = json.loads((model.folder / "config.json").read_bytes())
     raw.pop("torch_dtype", None)  # the older name of "dtype"
     text = json.dumps(raw | config, indent=2, sort_keys=True, ensure_ascii=False)
@@ -174,8 +178,25 @@ def write_codes(
     of_runtimes = write_folder(model, folder, tensors, config)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    left = False  # whether codes of experts are
-    with safe_open(folder / FILE, framework="pt") as file:
+    left = model.again is None and _check_codes(model, folder / FILE, decode, layers, experts)
+    more = [f"{are(len(rounded), 'dense tensor')} rounded to fp16"] if rounded else []
+    if left:
+        more.append(
+            f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF and MLX hold theirs"
+        )
+    return report(model, folder, to, len(rounded), [*of_runtimes, *more, *notes])
+
+
+def _check_codes(
+    model: Checkpoint,
+    path: Path,
+    decode: Callable[[Any, str, Quantised], Tensor],
+    layers: Layers,
+    experts: bool,
+) -> bool:
+    """Decode what `write_codes` wrote; return whether codes of experts were left out."""
+    left = False
+    with safe_open(path, framework="pt") as file:
         for name in model.names:
             if (q := model.quantised(name)) is None:
                 continue
@@ -186,13 +207,8 @@ def write_codes(
                 assert isinstance(part, Quantised)
                 layer = tensor.removesuffix(".weight")
                 if not torch.equal(decode(file, layer, part), part.dense()):
-                    raise damaged(folder / FILE, f"{layer} does not decode to its weights")
-    more = [f"{are(len(rounded), 'dense tensor')} rounded to fp16"] if rounded else []
-    if left:
-        more.append(
-            f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF and MLX hold theirs"
-        )
-    return report(model, folder, to, len(rounded), [*of_runtimes, *more, *notes])
+                    raise damaged(path, f"{layer} does not decode to its weights")
+    return left
 
 
 def packed(
@@ -256,7 +272,7 @@ def group_size(q: Quantised, grids: Mapping[str, Quantised]) -> int:
 
 def report(model: Checkpoint, folder: Path, to: str, inexact: int, notes: list[str]) -> Report:
     """Report what was written; `inexact` parameters have other values than the source."""
-    with safe_open(folder / FILE, framework="pt") as file:
+    with safe_open((model.again.path if model.again else folder) / FILE, framework="pt") as file:
         names = list(file.keys())
         types = dict(Counter(file.get_slice(name).get_dtype() for name in names))
     return Report(

@@ -86,7 +86,14 @@ def brought(config: Mapping[str, Any], node: int) -> tuple[Brings, Path]:
         raise UsageError(f"threads={threads!r} in the SuperNode's --node-config is no number of threads")
     memory = parse_bytes(str(config["ram"])) if "ram" in config else 0
     brings = Brings(
-        data, str(config.get("model", "")), str(config.get("device", "auto")), threads, memory or 0
+        data,
+        str(config.get("model", "")),
+        str(config.get("device", "auto")),
+        threads,
+        memory or 0,
+        least=config.get("smallest-sum", 0),
+        epsilon=config.get("epsilon", 0),
+        delta=config.get("delta", 1e-5),
     )
     return brings, Path(str(config.get("state", Path("fleetune-device", str(node)))))
 

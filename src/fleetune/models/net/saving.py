@@ -12,6 +12,8 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fleetune.common.folders import staged
 from fleetune.errors import FleetuneError, ModelError, StorageError
@@ -42,22 +44,31 @@ def save(
     *,
     card: str | None = None,
     replace: bool = True,
+    weights: bool = True,
 ) -> None:
     """Write a Hugging Face directory: configuration, safetensors, tokenizer, chat template, README (`card`).
 
-    Tied weights are written once; file modes follow the umask.  Whole or not at all: an existing model
-    directory is replaced when the new one is complete.  StorageError when the disk is full or not writable,
+    Tied weights are written once, and without `weights` none; file modes follow the umask.  Whole or not at all: an
+    existing model directory is replaced when the new one is complete.  StorageError when the disk is full or not writable,
     or `path` holds something that is not a model (without `replace`: is there).
     """
     path = Path(path)
     if any(".base_layer." in name for name, _ in net.named_parameters()):
         raise ModelError("the model still carries adapters", hint="merge or detach them before saving")
     with staged(path, replace="config.json" if replace else None) as folder, disk_errors(path), quiet():
-        net.save_pretrained(folder)
+        net.save_pretrained(folder, **({} if weights else {"state_dict": {}}))
         mark_config(folder)
         tokenizer.save_pretrained(folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def written(net: transformers.PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights that `save` writes, by the names that they have in the file."""
+    left_out = net._keys_to_ignore_on_save or ()
+    state = {name: tensor for name, tensor in net.state_dict().items() if name not in left_out}
+    found: dict[str, Tensor] = revert_weight_conversion(net, remove_tied_weights_from_state_dict(state, net))
+    return found
 
 
 @contextmanager
@@ -101,26 +112,42 @@ def write_pieces(
     aligned: int = 64,
 ) -> None:
     """Write a safetensors file whose values lie in the order of `table`; they come in any order, each in pieces."""
+    raw, starts = _laid_out(table, metadata, aligned)
+    with path.open("wb") as file:
+        file.write(raw)
+        for name, pieces in tensors:
+            file.seek(starts[name])
+            for piece in pieces:
+                file.write(bytes_of(piece).numpy().data)
+
+
+def _laid_out(table: Table, metadata: Mapping[str, str], aligned: int) -> tuple[bytes, dict[str, int]]:
+    """Return the head of a safetensors file whose values lie in the order of `table`, and where each begins."""
     head, end = dict[str, Any]({"__metadata__": dict(metadata)}), 0
     for name, (dtype, shape) in table.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         head[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": (start, end)}
     raw = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-(len(raw) + 8) % aligned)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, pieces in tensors:
-            file.seek(8 + len(raw) + head[name]["data_offsets"][0])
-            for piece in pieces:
-                file.write(_bytes(piece).numpy().data)
+    return len(raw).to_bytes(8, "little") + raw, {
+        name: 8 + len(raw) + head[name]["data_offsets"][0] for name in table
+    }
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file; wide dtypes come first, so that all values are aligned."""
     table = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors()}
-    order = sorted(table, key=lambda name: (-table[name][0].itemsize, name))
     pieces = ((name, [tensor]) for name, tensor in tensors())
-    write_pieces(path, {name: table[name] for name in order}, pieces, metadata)
+    write_pieces(path, _by_width(table), pieces, metadata)
+
+
+def head_of(table: Table, metadata: Mapping[str, str]) -> bytes:
+    """Return the head that `write_tensors` writes."""
+    return _laid_out(_by_width(table), metadata, 64)[0]
+
+
+def _by_width(table: Table) -> Table:
+    return {name: table[name] for name in sorted(table, key=lambda name: (-table[name][0].itemsize, name))}
 
 
 def write_in_turn(
@@ -130,9 +157,17 @@ def write_in_turn(
 
     `table` gives every tensor's dtype and shape.  (Only one key of metadata, since that writer's order of several varies.)
     """
+    write_pieces(path, _by_rank(table), ((name, [tensor]) for name, tensor in tensors), metadata, aligned=8)
+
+
+def head_in_turn(table: Table, metadata: Mapping[str, str]) -> bytes:
+    """Return the head that `write_in_turn` writes."""
+    return _laid_out(_by_rank(table), metadata, 8)[0]
+
+
+def _by_rank(table: Table) -> Table:
     order = sorted(table, key=lambda name: (-_RANK.index(TYPES[table[name][0]]), name))
-    pieces = ((name, [tensor]) for name, tensor in tensors)
-    write_pieces(path, {name: table[name] for name in order}, pieces, metadata, aligned=8)
+    return {name: table[name] for name in order}
 
 
 def compare(path: Path, tensors: Tensors) -> None:
@@ -143,7 +178,7 @@ def compare(path: Path, tensors: Tensors) -> None:
             for name, tensor in tensors():
                 found = file.get_tensor(name)
                 same = (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
-                if not same or not torch.equal(_bytes(found), _bytes(tensor)):
+                if not same or not torch.equal(bytes_of(found), bytes_of(tensor)):
                     raise damaged(path, f"{name} does not hold what was written")
                 left.remove(name)
     except SafetensorError as error:
@@ -152,7 +187,8 @@ def compare(path: Path, tensors: Tensors) -> None:
         raise damaged(path, f"{min(left)} was not written")
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor's values, row by row."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
