@@ -1,7 +1,5 @@
 """`python -m benchmarks [NAMES] [--quick] [--threads N] [--json FILE]`: run benchmarks, print the ratio table."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -13,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import catchup, fleet_overhead, memory, mezo_step, privacy, solvers, wire
+from benchmarks import catchup, fleet_overhead, memory, mezo_step, privacy, solvers
 from benchmarks.harness import Others, Result, Setting, machine, table
 
 ALL = {
@@ -21,7 +19,6 @@ ALL = {
     "catchup": catchup.run,
     "memory": memory.run,
     "fleet_overhead": fleet_overhead.run,
-    "wire": wire.run,
     "solvers": solvers.run,
     "privacy": privacy.run,
 }
@@ -34,7 +31,7 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     facts = machine()
-    print(_line(facts), flush=True)
+    print("; ".join(f"{name} {value}" for name, value in facts.items() if value), flush=True)
     results, about = {}, {}
     for name in options.names or [name for name in ALL if name not in ALONE]:
         others, began, load = Others(), time.perf_counter(), os.getloadavg()
@@ -70,18 +67,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="torch's threads (default: all cores)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
     options = parser.parse_args()
-    unknown = [name for name in options.names if name not in ALL]
-    if unknown:
-        parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(ALL)}")
+    if unknown := set(options.names) - set(ALL):
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
     return options
-
-
-def _line(facts: dict[str, Any]) -> str:
-    return (
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.0f} GiB; {facts['system']}; "
-        f"Python {facts['python']}, torch {facts['torch']} with {facts['torch_threads']} threads "
-        f"({facts['torch_capability']}), Numba {facts['numba']}, transformers {facts['transformers']}"
-    )
 
 
 def _quiet(about: dict[str, Any]) -> str:

@@ -7,8 +7,6 @@ Ours include making the passes from the entries, and give every rebuilt tensor o
 digest or an export takes them.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from benchmarks import papers, shape

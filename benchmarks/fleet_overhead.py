@@ -5,8 +5,6 @@ the clients' own compute is the sum of the seconds spent inside `Method.local`. 
 local steps a round are unfavourable to us: the papers take 200.
 """
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 import time

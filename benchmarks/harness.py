@@ -8,6 +8,7 @@ minima stands beside it, since noise only ever adds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -20,6 +21,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from fleetune.common.memory import total_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -163,8 +166,6 @@ def child(module: str, *arguments: object) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# --- The table ------------------------------------------------------------------------------------------
-
 HEAD = ("what", "ours", "baseline", "ratio", "of minima", "of CPU", "target", "met")
 
 
@@ -205,9 +206,6 @@ def _amount(x: float, unit: str) -> str:
     return f"{x * 1e3:,.1f} ms" if abs(x) < 1 else f"{x:,.2f} s" if x < 120 else f"{x / 60:,.1f} min"
 
 
-# --- The machine ----------------------------------------------------------------------------------------
-
-
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     import torch
@@ -215,7 +213,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "memory_bytes": _memory(),
+        "memory_bytes": total_memory(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch_threads": torch.get_num_threads(),
@@ -226,20 +224,10 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0
 
 
 class Others:

@@ -3,8 +3,6 @@
 A file's head is its module docstring and imports, up to the first line of code.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import subprocess

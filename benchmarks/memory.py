@@ -6,8 +6,6 @@ has loaded the compiled kernels (Numba and its compiler), which is what a proces
 whatever the size of the model.
 """
 
-from __future__ import annotations
-
 import statistics
 
 import torch

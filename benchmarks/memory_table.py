@@ -5,8 +5,6 @@
 prints the table of docs/memory.md: llamas of 1 to 13 B weights as Q4_0 files, one row of 256 tokens a step, base mapped.
 """
 
-from __future__ import annotations
-
 import argparse
 from typing import Final
 

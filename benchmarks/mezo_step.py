@@ -8,8 +8,6 @@ Whole steps: on the same batch, two plain forwards, our step, and the papers'.  
 less the two forwards, repeat by repeat.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

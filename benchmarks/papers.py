@@ -9,8 +9,6 @@ leaves both off, so that what is left of our gain is not only that.
 FedKSeed (arXiv 2312.06353): to catch up, one such update pass for each of the K seeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -13,8 +13,6 @@ what it loads at first (Numba takes a second or two).
 prints a table; MODEL is smollm2-135m unless stated.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -16,8 +16,6 @@ Utility: the loss on rows of nobody after equal rounds.  Rates and clips are fou
 those.  Fleets are simulated by the loop of every run.  The two files (README.md) are looked for in the working directory.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

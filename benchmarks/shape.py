@@ -3,8 +3,6 @@
 Time and memory depend on the shape alone, so nothing is downloaded.  `quick` is a llama of 4 M parameters.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -7,8 +7,6 @@ how long it takes).  Whole blocks are compressed by our driver with our solvers,
 layer for itself, the windows through the block, each layer by the plain loop, the windows through it again.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import tempfile

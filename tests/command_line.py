@@ -9,7 +9,7 @@ import pytest
 
 from fleetune.cli.main import main
 
-Capture = pytest.CaptureFixture[str]
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 FEW: dict[str, Any] = {
     "clients": 2,
     "rounds": 1,

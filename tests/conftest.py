@@ -19,7 +19,7 @@ from steady_heap import pytest_collection, pytest_runtest_setup  # noqa: F401
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
-for harnesses in ("contract", "deploy"):
+for harnesses in ("contract", "deploy", "hostile"):
     sys.path.insert(0, str(Path(__file__).parent / harnesses))
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("fuzz", derandomize=False, deadline=None, max_examples=1000)

@@ -87,9 +87,8 @@ def tune(model: Path, column: Column, out: Path) -> TuneResult:
     """Run one round over two clients."""
     words = ("no", "yes") if model.name in ENCODERS else ("up and down", "left and right")
     rows = [{"instruction": f"say {i}", "output": words[i % 2]} for i in range(ROWS)]
-    return fleetune.tune(
-        model, rows, method=column.method, settings=column.settings, out=out, max_length=64, **FEW
-    )
+    of = {"method": column.method, "settings": column.settings}
+    return fleetune.tune(model, rows, out=out, max_length=64, **of, **FEW)
 
 
 def check(result: TuneResult, model: Path, peer: str) -> None:
@@ -121,11 +120,8 @@ def peer_of(result: TuneResult, model: Path, peer: str) -> Any:
     """Load the result of a run as its users do, without Fleetune."""
     kind = AutoModelForSequenceClassification if model.name in ENCODERS else AutoModelForCausalLM
     if peer == "peft":
-        return (
-            PeftModel.from_pretrained(kind.from_pretrained(model), str(result.path))
-            .eval()
-            .requires_grad_(False)
-        )
+        net = PeftModel.from_pretrained(kind.from_pretrained(model), str(result.path))
+        return net.eval().requires_grad_(False)
     written = fleetune.export(result, to="hf", path=result.folder / "hf")
     # a ledger's run states that of its weights
     if result.path.is_file() and written.done.digest != result.digest:
@@ -148,9 +144,7 @@ def cell(model: Path, column: str, out: Path) -> str:
         else:
             check(tune(model, COLUMNS[column], out), model, COLUMNS[column].peer)
     except FleetuneError as error:
-        if (
-            cause := LOST.search(error.message)
-        ) is not None:  # a client's error, which the fleet counts as a refusal
+        if cause := LOST.search(error.message):  # a client's error, which the fleet counts as a refusal
             return f"FAULT: {cause[1]}"
         return error.message.splitlines()[0]
     except Exception as error:

@@ -70,11 +70,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     file = Path(target)
     kinds = json.loads(file.read_text(encoding="utf-8"))["kinds"] if file.exists() else {}
-    stamp = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        **_machine(),
-    }
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    stamp = {"date": today, "commit": _commit(), **_machine()}
     for kind, (number, survived) in counts.items():
         kinds[kind] = {"injected": number, "survived": survived, "means": KINDS[kind], **stamp}
     content = {"kinds": {kind: kinds[kind] for kind in KINDS if kind in kinds}}
@@ -83,15 +80,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
-        return subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -101,12 +93,7 @@ def _machine() -> dict[str, str | int]:
 
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next(
-        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor()
-    )
+    named = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     versions = " ".join(f"{name} {version(name)}" for name in ("torch", "flwr"))
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count() or 0,
-        "versions": f"python {platform.python_version()} {versions}",
-    }
+    versions = f"python {platform.python_version()} {versions}"
+    return {"cpu": [*named, platform.processor()][0], "cores": os.cpu_count() or 0, "versions": versions}

@@ -1,10 +1,12 @@
-"""The signs and the places of directions as docs/ledger.md defines them, one Python integer at a time."""
+"""Directions as docs/ledger.md defines them: their signs and places are made one Python integer at a time."""
 
 from __future__ import annotations
 
 from functools import cache
 
 import numpy as np
+
+from fleetune.seeds import noise
 
 MULTIPLIER = 0x9E3779B97F4A7C15
 
@@ -43,3 +45,24 @@ def place(K: int, i: int) -> int:
 def slow_places(K: int, start: int, count: int) -> np.ndarray:
     """`noise.places`, slowly: int64 [count]."""
     return np.array([place(K, i) for i in range(start, start + count)], np.int64)
+
+
+@cache
+def hadamard(K: int) -> np.ndarray:
+    """int64 [K, K]: +1s and -1s, after Sylvester."""
+    H = np.ones((1, 1), np.int64)
+    while len(H) < K:
+        H = np.block([[H, H], [H, -H]])
+    return H
+
+
+@cache
+def direction(law: str, id: int, start: int, count: int, K: int, key: int) -> np.ndarray:
+    """z, element by element of the definition: int64 [count], float64 of the gaussian law."""
+    if law == "gaussian":
+        return noise.normals(key, id, start, count).astype(np.float64)
+    if law == "rademacher":
+        return noise.signs(key, id, start, count).astype(np.int64)
+    epoch, k = divmod(id, 1 << 32)
+    column = np.array([(-1) ** bin(i & k).count("1") for i in range(K)])
+    return noise.signs(key, epoch, start, count).astype(np.int64) * column[slow_places(K, start, count)]

@@ -43,9 +43,8 @@ class Mutant(NamedTuple):
         pattern = r"\s*".join(map(re.escape, tokens))
         found = list(re.finditer(pattern, text[start:end]))
         if len(found) != 1:
-            raise ValueError(
-                f"{self.file}: {self.where or 'module'} has {len(found)} times: {self.expression}"
-            )
+            place = f"{self.file}: {self.where or 'module'}"
+            raise ValueError(f"{place} has {len(found)} times: {self.expression}")
         return text[: start + found[0].start()] + self.broken + text[start + found[0].end() :]
 
 
@@ -81,13 +80,13 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('deploy/verify.py', '_files_of_run',
            'stated != (now := sums.sha256(listed))', '(now := "") != stated == ""', 'deploy/test_verify.py -k forgeries'),
     Mutant('deploy/verify.py', '_merged',
-           'finished.require_digest(tuned, run.ledger().final_check(), run.result)', 'pass',
+           'finished.require_digest(model.digest, run.ledger().final_check(), run.result)', 'pass',
            'deploy/test_verify.py -k forgeries'),
     Mutant('deploy/verify.py', '_solved_again', 'return True', 'return False', 'deploy/test_verify.py -k proven_from'),
     Mutant('deploy/export.py', '_write_tuned',
            'stated = None if run.result.is_dir() else run.ledger().final_check()', 'stated = None',
            'deploy/test_verify.py -k forgeries'),
-    Mutant('deploy/rewrite.py', '_of_bytes', 'if a != b:', 'if len(a) != len(b):', 'deploy/test_verify.py -k difference'),
+    Mutant('deploy/again.py', '_of_bytes', 'if a != b:', 'if len(a) != len(b):', 'deploy/test_verify.py -k difference'),
     Mutant('deploy/release.py', 'check',
            'key.verify(signature, _agreed((folder / sums.FILE).read_bytes()))', 'pass', 'deploy/test_release.py'),
     Mutant('deploy/release.py', 'check',
@@ -212,16 +211,14 @@ def caught(mutant: Mutant, folder: Path) -> bool:
     words = [f"tests/{word}" if ".py" in word else word for word in mutant.tests.split()]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *words]
     environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    how = {"capture_output": True, "text": True, "timeout": PATIENCE}
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, **how)
     except subprocess.TimeoutExpired:
         return True  # a run that no longer ends is noticed
     if done.returncode not in (0, 1):
-        raise SystemExit(
-            f"the tests of {mutant.file} did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
+        said = f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        raise SystemExit(f"the tests of {mutant.file} did not run:\n{said}")
     return done.returncode == 1
 
 

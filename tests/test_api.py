@@ -46,7 +46,7 @@ def tune(model: object = "tiny", data: Any = "rows.jsonl", **given: Any) -> flee
 # The surface ------------------------------------------------------------------------------------------
 
 
-def test_the_public_names_are_these() -> None:
+def test_the_public_names_are_these():
     functions = (
         "chat compress compressors evaluate export generate list_runs load_ledger measure methods open plan "
         "release resume_compression resume_run resume_sweep serve sweep targets tune verify"
@@ -61,41 +61,34 @@ def test_the_public_names_are_these() -> None:
         fleetune.tuna  # noqa: B018
 
 
-def test_completion_shows_the_public_names_alone() -> None:
+def test_completion_shows_the_public_names_alone():
     shown = {name for name in dir(fleetune) if not name.startswith("__")}
     assert shown == {name for name in fleetune.__all__ if not name.startswith("__")}
 
 
-def test_a_setting_that_is_given_as_an_option_is_sent_to_its_place(at: Path) -> None:
+def test_a_setting_that_is_given_as_an_option_is_sent_to_its_place(at):
     with pytest.raises(errors.RecipeError, match="It is a setting of the method fedit") as error:
         tune(method="fedit", lr=1e-4)
     assert "settings={'lr': 0.0001}" in error.value.message
     assert not Path("runs").exists()
 
 
-def test_options_of_compress_are_those_of_a_request() -> None:
+def test_options_of_compress_are_those_of_a_request():
     defaults = {f.name: f.default for f in dataclasses.fields(CompressRequest) if f.name in OPTIONS}
-    stated = {
-        n: p.default for n, p in inspect.signature(fleetune.compress).parameters.items() if n in OPTIONS
-    }
+    taken = inspect.signature(fleetune.compress).parameters
+    stated = {name: one.default for name, one in taken.items() if name in OPTIONS}
     assert stated | {"data": ""} == defaults
 
 
 # Results ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_gives_its_model_its_ledger_and_its_history(at: Path) -> None:
+def test_a_run_gives_its_model_its_ledger_and_its_history(at):
     log = Heard()
     run = tune(rounds=2, listener=log)
-    assert [type(e).__name__ for e in log.events if type(e).__name__ not in ("ClientReply", "Diverging")] == [
-        "TuneStart",
-        "RoundEvaluated",
-        "RoundDone",
-        "RoundEvaluated",
-        "RoundDone",
-        "RoundEvaluated",
-        "TuneDone",
-    ]
+    told = [type(e).__name__ for e in log.events if type(e).__name__ not in ("ClientReply", "Diverging")]
+    round = ["RoundEvaluated", "RoundDone"]
+    assert told == ["TuneStart", *round, *round, "RoundEvaluated", "TuneDone"]
     assert run.done == log.events[-1]
     assert run.history["round"] == [0, 1, 2]
     assert run.history["loss"][0] == run.done.base["loss"]
@@ -123,7 +116,7 @@ def _encoded(model: Any) -> Any:
     return encode_all([Example((("user", "say 1"),), "1 it is", {})], model.tokenizer, 64)[0]
 
 
-def test_an_adapters_run_gives_its_tensors() -> None:
+def test_an_adapters_run_gives_its_tensors():
     run = tune(method="fedit", settings={"r": 2, "steps": 1})
     names = run.adapter()
     assert names
@@ -132,7 +125,7 @@ def test_an_adapters_run_gives_its_tensors() -> None:
         run.ledger()
 
 
-def test_a_method_may_be_its_own_dataclass() -> None:
+def test_a_method_may_be_its_own_dataclass():
     by_name = tune()
     typed = tune(method=fedkseed.Method(**SMALL), settings={})
     assert typed.digest == by_name.digest
@@ -142,7 +135,7 @@ def test_a_method_may_be_its_own_dataclass() -> None:
         tune(method=fedkseed.Method)
 
 
-def test_a_recipe_says_everything() -> None:
+def test_a_recipe_says_everything():
     recipe = Recipe(model="tiny", data="rows.jsonl", method="fedkseed", set=SMALL, **FEW)
     assert fleetune.tune(recipe).digest == tune().digest
     for beside in ({"data": "rows.jsonl"}, {"method": "fedit"}):
@@ -153,7 +146,7 @@ def test_a_recipe_says_everything() -> None:
 # Objects ----------------------------------------------------------------------------------------------
 
 
-def test_models_and_rows_in_memory_give_what_their_files_give(at: Path) -> None:
+def test_models_and_rows_in_memory_give_what_their_files_give(at):
     net, tokenizer = (lambda m: (m.net, m.tokenizer))(models.load("tiny", device="cpu"))
     from_files, from_objects = tune(), tune(net, ROWS, tokenizer=tokenizer)
     assert from_objects.digest == from_files.digest
@@ -165,7 +158,7 @@ def test_models_and_rows_in_memory_give_what_their_files_give(at: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # of PEFT's own constructor
-def test_a_peft_model_is_tuned_from_its_merged_weights(at: Path) -> None:
+def test_a_peft_model_is_tuned_from_its_merged_weights(at):
     base = models.load("tiny", device="cpu")
     adapted = get_peft_model(base.net, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     ids = torch.tensor([[1, 2, 3]])
@@ -185,7 +178,7 @@ def shortest(model: Any, batch: Any) -> float:
     return losses.batch_loss(model, batch) / 2
 
 
-def test_an_objective_may_be_a_function() -> None:
+def test_an_objective_may_be_a_function():
     named = tune(settings=SMALL | {"objective": shortest})
     recipe = fleetune.open(named.folder).recipe  # type: ignore[union-attr]
     assert recipe.set["objective"] == f"{__name__}:shortest"
@@ -208,7 +201,7 @@ def test_an_objective_may_be_a_function() -> None:
         ("tiny", [{"response": {1, 2}}], "row 1 cannot be written as JSON"),
     ],
 )
-def test_wrong_objects_are_clear_errors(model: object, data: Any, want: str, at: Path) -> None:
+def test_wrong_objects_are_clear_errors(model, data, want, at):
     with pytest.raises(errors.UsageError, match=want):
         tune(model, data)
     with pytest.raises(errors.ModelError, match="needs its tokenizer"):
@@ -218,19 +211,14 @@ def test_wrong_objects_are_clear_errors(model: object, data: Any, want: str, at:
 # The rest of the pipeline -------------------------------------------------------------------------------
 
 
-def test_the_pipeline_goes_from_a_run_to_a_file(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pipeline_goes_from_a_run_to_a_file(at, monkeypatch):
     monkeypatch.setattr(harness, "measured", harness.carry_out)  # here, and not in a process for each figure
     run, log = tune(), Heard()
     small = fleetune.compress(run, settings={"group": 8}, windows=2, length=16, listener=log)
-    assert [type(e).__name__ for e in log.events] == [
-        "CompressStart",
-        "BlockSolved",
-        "BlockSolved",
-        "CompressDone",
-    ]
-    assert small.done.after["loss"] == pytest.approx(
-        fleetune.evaluate(small, tasks=["loss"], device="cpu")["loss"], rel=1e-5
-    )
+    told = [type(e).__name__ for e in log.events]
+    assert told == ["CompressStart", "BlockSolved", "BlockSolved", "CompressDone"]
+    loss = fleetune.evaluate(small, tasks=["loss"], device="cpu")["loss"]
+    assert small.done.after["loss"] == pytest.approx(loss, rel=1e-5)
     typed = fleetune.compress(run, method=qronos.Solver(group=8), windows=2, length=16)
     assert typed.done.digest == small.done.digest
     assert fleetune.resume_compression(small.folder).done.digest == small.done.digest
@@ -241,16 +229,16 @@ def test_the_pipeline_goes_from_a_run_to_a_file(at: Path, monkeypatch: pytest.Mo
     assert isinstance(plain, fleetune.Plain)
     opened = fleetune.open(small)
     assert isinstance(opened, fleetune.Compressed)
-    for (name, a), (_, b) in zip(
-        models.named_tensors(plain.load().net), models.named_tensors(opened.load().net), strict=True
-    ):
-        assert torch.equal(a, b), name
+    theirs = dict(models.named_tensors(opened.load().net))
+    for name, tensor in models.named_tensors(plain.load().net):
+        assert torch.equal(tensor, theirs.pop(name)), name
+    assert not theirs
     table = fleetune.measure(small, prompt_tokens=8, new_tokens=2, repeats=1)
     assert [row.name for row in table.rows] == ["base", "tuned", "compressed"]
     assert table.rows[1].loss == pytest.approx(small.done.before["loss"], rel=1e-4)
 
 
-def test_a_plan_has_every_method_and_its_best() -> None:
+def test_a_plan_has_every_method_and_its_best():
     plan = fleetune.plan("tiny", ram="4GB", uplink="1Mbps")
     assert set(fleetune.methods()) <= {row.method for row in plan.rows}
     assert plan.settings().method in fleetune.methods()
@@ -261,7 +249,7 @@ def test_a_plan_has_every_method_and_its_best() -> None:
 # Names ------------------------------------------------------------------------------------------------
 
 
-def test_a_name_means_the_same_everywhere(at: Path) -> None:
+def test_a_name_means_the_same_everywhere(at):
     run = tune()
     small = fleetune.compress(run, method="rtn", settings={"group": 8})
     assert fleetune.open("latest") == fleetune.Compressed(Path("runs/0002-rtn-fedkseed-tiny"))
@@ -282,7 +270,7 @@ def test_a_name_means_the_same_everywhere(at: Path) -> None:
     assert fleetune.open("latest") == fleetune.Run(Path("runs/0003-fedkseed-tiny"))
 
 
-def test_importing_it_and_looking_a_name_up_load_nothing_heavy(at: Path) -> None:
+def test_importing_it_and_looking_a_name_up_load_nothing_heavy(at):
     tune()
     script = (
         "import sys, fleetune, fleetune.api.tuning, fleetune.api.deployment, fleetune.api.evaluation\n"
@@ -314,13 +302,12 @@ class Holes(Table):
             def __ne__(self, other: object) -> bool:
                 raise TypeError("boolean value of NA is ambiguous")
 
-        told = {
-            "messages": np.array([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
-        }
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        told = {"messages": np.array(turns)}
         return [told | {"n": np.float64(2)}, told | {"n": float("nan")}, told | {"n": NAType()}]
 
 
-def test_missing_values_of_a_table_are_no_texts(tmp_path: Path) -> None:
+def test_missing_values_of_a_table_are_no_texts(tmp_path):
     from fleetune.data import read
 
     rows = read(objects.data_name(Holes(), tmp_path))
@@ -328,7 +315,7 @@ def test_missing_values_of_a_table_are_no_texts(tmp_path: Path) -> None:
     assert {row.response for row in rows} == {"a"}
 
 
-def test_numpy_numbers_are_numbers_and_other_objects_are_said(at: Path) -> None:
+def test_numpy_numbers_are_numbers_and_other_objects_are_said(at):
     assert tune(settings=SMALL | {"K": np.int64(16), "lr": np.float64(1e-2)}).digest == tune().digest
     with pytest.raises(errors.RecipeError, match=r"K = None is not a text, a number"):
         tune(settings={"K": None})
@@ -336,7 +323,7 @@ def test_numpy_numbers_are_numbers_and_other_objects_are_said(at: Path) -> None:
         tune(settings=["K=1"])
 
 
-def test_rows_to_validate_on_are_taken_as_objects() -> None:
+def test_rows_to_validate_on_are_taken_as_objects():
     held = [{"instruction": f"tell {i}", "response": f"{i}, then"} for i in range(5)]
 
     class Held(Table):
@@ -372,7 +359,7 @@ class Stop(fleetune.Silent):
         return self.steps > 5
 
 
-def test_a_listeners_own_error_is_raised_and_blamed_on_no_client(at: Path) -> None:
+def test_a_listeners_own_error_is_raised_and_blamed_on_no_client(at):
     whole = tune(rounds=2)
     with pytest.raises(KeyError, match="my own mistake"):
         tune(rounds=2, listener=Broken())
@@ -384,7 +371,7 @@ def test_a_listeners_own_error_is_raised_and_blamed_on_no_client(at: Path) -> No
     assert len(list(Path("runs").glob("0*"))) == 3, "it was refused before a folder was made"
 
 
-def test_nothing_is_ignored_in_silence(at: Path) -> None:
+def test_nothing_is_ignored_in_silence(at):
     with pytest.raises(errors.ModelError, match="has its own tokenizer"):
         tune("tiny", tokenizer=models.load("tiny", device="cpu").tokenizer)
     with pytest.raises(errors.RecipeError, match="calibrate = 'client' is none of server, clients, fleet"):
@@ -396,31 +383,21 @@ def test_nothing_is_ignored_in_silence(at: Path) -> None:
             fleetune.plan("tiny", uplink=wrong)
     with pytest.raises(errors.UsageError, match="is more than 1,000,000"):
         fleetune.plan("tiny", steps=2_000_000)
-    for call, name in (
-        (fleetune.evaluate, "limit"),
-        (fleetune.measure, "windows"),
-        (fleetune.compress, "length"),
-    ):
+    for call, name in (("evaluate", "limit"), ("measure", "windows"), ("compress", "length")):
         with pytest.raises(errors.UsageError, match=f"{name} = '3' is not an integer"):
-            call("tiny", **{name: "3"})
+            getattr(fleetune, call)("tiny", **{name: "3"})
     with pytest.raises(errors.UsageError, match="is not the name of a model"):
         fleetune.plan(models.load("tiny", device="cpu").net)
     with pytest.raises(errors.UsageError, match="measure needs a model"):
         fleetune.measure()
 
 
-def test_two_threads_load_and_tune_as_one_would(at: Path) -> None:
+def test_two_threads_load_and_tune_as_one_would(at):
     from concurrent.futures import ThreadPoolExecutor
 
-    alone = [
-        tune(method="fedit", settings={"r": 2, "steps": 2}, seed=s, out=f"alone-{s}").digest for s in (0, 1)
-    ]
+    def tuned(seed: int, out: str = "both") -> str:
+        return tune(method="fedit", settings={"r": 2, "steps": 2}, seed=seed, out=f"{out}-{seed}").digest
+
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: models.load("tiny", device="cpu"), range(6)))
-        together = list(
-            pool.map(
-                lambda s: tune(method="fedit", settings={"r": 2, "steps": 2}, seed=s, out=f"both-{s}").digest,
-                (0, 1),
-            )
-        )
-    assert together == alone
+        assert list(pool.map(tuned, (0, 1))) == [tuned(seed, "alone") for seed in (0, 1)]

@@ -21,9 +21,7 @@ PROGRAMS = sorted(
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_help_is_printed_and_nothing_is_run(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_is_printed_and_nothing_is_run(name, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT))  # the benchmarks are no package of the wheel
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     try:
@@ -42,7 +40,7 @@ def privacy(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("benchmarks.privacy")
 
 
-def test_membership_is_told_by_losses_that_move_and_by_no_others(privacy: Any) -> None:
+def test_membership_is_told_by_losses_that_move_and_by_no_others(privacy):
     rng = np.random.default_rng(0)
     member, hardness = rng.random((16, 150)) < 0.5, 10 * rng.standard_normal(150)
     noise = rng.standard_normal((16, 150))
@@ -51,12 +49,12 @@ def test_membership_is_told_by_losses_that_move_and_by_no_others(privacy: Any) -
         assert least <= privacy.area(privacy.likelihood_ratios(seen, member), member) <= most
 
 
-def test_exposure_is_log_R_minus_log_rank(privacy: Any) -> None:
+def test_exposure_is_log_R_minus_log_rank(privacy):
     bits = privacy.exposure(np.array([-1.0, 0.5, 126.5, 999.0]), np.arange(255.0))
     np.testing.assert_allclose(bits, [8, 7, 1, 0])
 
 
-def test_canaries_are_compared_with_themselves(privacy: Any) -> None:
+def test_canaries_are_compared_with_themselves(privacy):
     rng = np.random.default_rng(0)
     likely = np.arange(10.0)  # the likelier a canary is anyway, the more often it is in
     member = rng.random((16, 10)) < likely / 9
@@ -64,7 +62,7 @@ def test_canaries_are_compared_with_themselves(privacy: Any) -> None:
     assert inside - out == pytest.approx(0.5)
 
 
-def test_a_row_is_found_as_often_as_theory_says(privacy: Any) -> None:
+def test_a_row_is_found_as_often_as_theory_says(privacy):
     vectors, x = 3 * np.eye(32), np.linspace(-9, 25, 20_001)
     below = np.array([0.5 * (1 + math.erf(t / math.sqrt(2))) for t in x])
     # of 32 normals of one variance, one has mean 1 / noise: is it the largest?
@@ -74,7 +72,7 @@ def test_a_row_is_found_as_often_as_theory_says(privacy: Any) -> None:
     assert privacy.guessed(vectors, math.inf, 0.0) == 1.0
 
 
-def test_the_quick_benchmark_finds_rows_without_noise(privacy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quick_benchmark_finds_rows_without_noise(privacy, monkeypatch):
     small = {"LENGTH": 32, "ROUNDS": 1, "SECRETS": 15, "EPSILONS": (0.0, 8.0), "AUDITED": 4, "GUESSES": 8}
     for name, value in (small | {"HELD": 16, "TESTED": 16}).items():
         monkeypatch.setattr(privacy, name, value)

@@ -42,9 +42,7 @@ ROWS = [
 ]
 RECIPE = 'model = "tiny"\ndata = "rows.jsonl"\nmethod = "fedit"\npartition = "column:shop"\nrounds = 1\n[set]\nlr = 1e-3\n'
 
-KEYS = [
-    (section, key) for section, entries in json.loads(FROZEN.read_text("utf-8")).items() for key in entries
-]
+KEYS = [(part, key) for part, entries in json.loads(FROZEN.read_text("utf-8")).items() for key in entries]
 SURVEY = "FedIT,FedPepTAO,FedPETuning,ZO-SGD,MeZO,FedKSeed,FedKSeed: Pro,one-byte,FwdLLM,GKD,LLM-Pruner,OPTQ,SparseGPT,case study"
 
 
@@ -59,12 +57,8 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         if not (folder / "frozen.json").exists():
             (folder / "frozen").mkdir()
             command = [sys.executable, __file__, str(folder / "frozen.json"), *keys]
-            own = {
-                "COLUMNS": "200",
-                "FLEETUNE_HOME": str(folder / "frozen" / "cache"),
-                "NUMBA_NUM_THREADS": "1",
-            }
-            threads = {"OMP_NUM_THREADS": os.environ.get("FROZEN_THREADS", "1")}
+            threads = {"OMP_NUM_THREADS": os.environ.get("FROZEN_THREADS", "1"), "NUMBA_NUM_THREADS": "1"}
+            own = {"COLUMNS": "200", "FLEETUNE_HOME": str(folder / "frozen" / "cache")}
             env = os.environ | ANYWHERE | own | threads
             subprocess.run(command, cwd=folder / "frozen", env=env, check=True)
             shutil.rmtree(folder / "frozen")
@@ -81,7 +75,7 @@ def processor() -> str:
 
 
 @pytest.mark.parametrize(("section", "key"), KEYS)
-def test_what_is_frozen(section: str, key: str, found: dict[str, Any]) -> None:
+def test_what_is_frozen(section, key, found):
     now, frozen = found[f"{section} {key}"], json.loads(FROZEN.read_text("utf-8"))
     values = frozen[section][key]["values"]
     assert not isinstance(now, str), now
@@ -97,7 +91,7 @@ def test_what_is_frozen(section: str, key: str, found: dict[str, Any]) -> None:
         assert now == values.get(kind), "a difference that was meant is recorded by FREEZE=1"
 
 
-def test_each_row_of_the_survey_is_frozen() -> None:
+def test_each_row_of_the_survey_is_frozen():
     assert set(SURVEY.split(",")) <= {key for _, key in KEYS}
 
 
@@ -140,9 +134,8 @@ def parts(file: Path) -> dict[str, Any]:
 
         reader = gguf.GGUFReader(file)
         found = split({name: field.contents() for name, field in reader.fields.items()})
-        tensors = [
-            (t.name, t.tensor_type.name, t.shape.tolist(), sha(t.data.tobytes())) for t in reader.tensors
-        ]
+        each = reader.tensors
+        tensors = [(t.name, t.tensor_type.name, t.shape.tolist(), sha(t.data.tobytes())) for t in each]
         found["tensors"] = sha(json.dumps(tensors).encode())
     return found | {"bytes": sha(data)}
 
@@ -201,9 +194,8 @@ def record(section: str, key: str, lines: list[str]) -> dict[str, Any]:
     answers = [said(f"{line} --json") for line in lines]
     done = json.loads(answers[-1][-1])
     kept = {k: done[k] for k in ("event", "digest", "base", "tuned", "bytes_up", "bytes_down") if k in done}
-    made = [
-        p for p in Path("out" if section == "files" else "").rglob("*") if p not in before and p.is_file()
-    ]
+    place = Path("out" if section == "files" else "")
+    made = [p for p in place.rglob("*") if p not in before and p.is_file()]
     files = {p.as_posix(): parts(p) for p in sorted(made) if KEPT.search(p.name) and "latest" not in p.parts}
     return {"exits": [code for code, *_ in answers], **kept, **files}
 

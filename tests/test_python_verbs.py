@@ -35,9 +35,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_run_prints_on_a_terminal_and_nothing_into_a_pipe(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_prints_on_a_terminal_and_nothing_into_a_pipe(tiny, tmp_path, monkeypatch):
     said: dict[str, str] = {}
     for name, stream in (("terminal", Terminal()), ("pipe", io.StringIO())):
         monkeypatch.setattr(sys, "stdout", stream)
@@ -52,7 +50,7 @@ def test_a_run_prints_on_a_terminal_and_nothing_into_a_pipe(
     assert lines[-1].endswith("report.html")
 
 
-def test_what_is_asked_for_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_for_decides(monkeypatch):
     own = fleetune.Silent()
     for stream, usual in ((Terminal(), listener.Progress), (io.StringIO(), fleetune.Silent)):
         monkeypatch.setattr(sys, "stdout", stream)
@@ -62,7 +60,7 @@ def test_what_is_asked_for_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         assert listener.heard_by(own, None) is listener.heard_by(own, False) is own
 
 
-def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
+def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe():
     now, stream = [0.0], io.StringIO()
     shown = listener.Progress(stream, clock=lambda: now[0])
     for done in range(30):
@@ -72,9 +70,7 @@ def test_counts_are_printed_every_ten_seconds_and_names_are_made_safe() -> None:
     assert stream.getvalue().splitlines() == ["blocks 10/30", "blocks 20/30", "a client\\x1b[31m"]
 
 
-def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(
-    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(tiny, tmp_path, capsys, monkeypatch):
     stops = Heard(lambda heard: any(isinstance(event, SweepRun) for event in heard.events))
     given: dict[str, Any] = {**FEW, "settings": {"tau": 1, "lr": 1e-4}, "out": tmp_path}
     with pytest.raises(fleetune.errors.Interrupted) as stopped:
@@ -95,7 +91,7 @@ def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(
     assert isinstance(late.events[-1], SweepDone)
 
 
-def test_finished_runs_are_listed_with_their_results(tiny: str, tmp_path: Path) -> None:
+def test_finished_runs_are_listed_with_their_results(tiny, tmp_path):
     first, second = tune(tiny, tmp_path), tune(tiny, tmp_path, seed=7)
     (second.folder / "status").write_text("interrupted\n")
     found = fleetune.list_runs(tmp_path)
@@ -104,7 +100,7 @@ def test_finished_runs_are_listed_with_their_results(tiny: str, tmp_path: Path) 
     assert fleetune.list_runs(tmp_path / "nowhere") == []
 
 
-def test_a_model_answers_by_name_and_in_memory(tiny: str, model: Model) -> None:
+def test_a_model_answers_by_name_and_in_memory(tiny, model):
     asked: dict[str, Any] = {"max_tokens": 6, "system": "Be short."}
     answer = fleetune.generate(model, "hello", **asked)
     assert fleetune.generate(tiny, "hello", **asked) == answer

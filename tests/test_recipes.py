@@ -52,7 +52,7 @@ def named(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)
-def test_a_recipe_names_options_settings_and_a_method_that_exist(path: Path) -> None:
+def test_a_recipe_names_options_settings_and_a_method_that_exist(path):
     values = recipe.read(path)
     values.pop("sweep", None)  # what `fleetune sweep` varies
     made = recipe.make(values)
@@ -62,21 +62,17 @@ def test_a_recipe_names_options_settings_and_a_method_that_exist(path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PROMISING, ids=named)
-def test_a_recipe_gives_what_it_promises(path: Path, tmp_path: Path) -> None:
+def test_a_recipe_gives_what_it_promises(path, tmp_path):
     promise = expected(path)
     done = fleetune.tune(recipe.make(recipe.read(path)), out=tmp_path).done
     base, tuned = done.base["loss"], done.tuned["loss"]
     assert base == pytest.approx(promise.base, rel=NEAR)
     assert tuned == pytest.approx(promise.tuned, rel=NEAR)
-    assert base is not None
-    assert tuned is not None
     change = tuned - base
-    assert 0.5 < change / (promise.tuned - promise.base) < 2, (
-        "small steps change little, but they must change it"
-    )
+    assert 0.5 < change / (promise.tuned - promise.base) < 2, "small steps change little, but something"
 
 
-def test_every_recipe_is_listed_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recipe_is_listed_with_what_it_does(capsys):
     code, out, _ = call(capsys, "recipes", "--json")
     listed = {e["name"]: e for e in map(json.loads, out.splitlines())}
     assert (code, sorted(listed)) == (0, sorted(p.stem for p in recipes.FOLDER.glob("*.toml")))
@@ -90,12 +86,12 @@ def test_every_recipe_is_listed_with_what_it_does(capsys: pytest.CaptureFixture[
     assert listed["fedit"]["about"] in out
 
 
-def test_a_recipe_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_is_shown_as_it_is(capsys):
     text = (recipes.FOLDER / "fedpetuning_cross_silo.toml").read_text(encoding="utf-8")
     assert call(capsys, "recipes", "fedpetuning-cross-silo")[:2] == (0, text)
 
 
-def test_a_run_takes_a_recipe_by_name_with_a_model_and_data_of_ones_own() -> None:
+def test_a_run_takes_a_recipe_by_name_with_a_model_and_data_of_ones_own():
     words = ["-c", "recipe:mezo", "tiny", "rows.jsonl", "--rounds", "1", "--set", "tau=2"]
     made = tune.recipe_of(build_parser("tune").parse_args(["tune", *words]))
     stated = recipes.named("mezo").values
@@ -104,7 +100,7 @@ def test_a_run_takes_a_recipe_by_name_with_a_model_and_data_of_ones_own() -> Non
     assert made.max_length == stated["max_length"]
 
 
-def test_a_file_of_the_name_is_taken_before_a_recipe_and_a_missing_one_is_told(at: Path) -> None:
+def test_a_file_of_the_name_is_taken_before_a_recipe_and_a_missing_one_is_told(at):
     (at / "fedit.toml").write_text("rounds = 2\n")
     assert recipes.find("fedit.toml") == Path("fedit.toml")
     assert recipes.find("recipe:fedit") == recipes.FOLDER / "fedit.toml"

@@ -44,34 +44,25 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(site: Path, cwd: Path, *command: str) -> str:
     """Run Python with the installed wheel, elsewhere than in the repository."""
     path = {"PYTHONPATH": str(site), "FLEETUNE_HOME": str(cwd), "HF_HOME": str(cwd)}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=os.environ | path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    how = {"env": os.environ | path, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, *command], cwd=cwd, **how)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+def test_the_wheel_holds_every_file_of_the_package(wheel):
     tree = {p.relative_to(ROOT / "src").as_posix() for p in PACKAGE.rglob("*") if p.is_file()}
-    tree = {
-        name for name in tree if "__pycache__" not in name and not name.endswith((".nbi", ".nbc", ".pyc"))
-    }
+    tree = {name for name in tree if "__pycache__" not in name and not name.endswith((".nbi", ".nbc"))}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == tree
     kinds = {Path(name).suffix for name in held}
     assert {".toml", ".css", ".jsonl", ".typed"} <= kinds, "recipes, pages, demo rows, types"
 
 
-def test_its_metadata_name_the_command_the_licence_and_every_extra(wheel: Path) -> None:
+def test_its_metadata_name_the_command_the_licence_and_every_extra(wheel):
     archive = zipfile.ZipFile(wheel)
-    texts = {
-        Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name
-    }
+    names = [name for name in archive.namelist() if ".dist-info/" in name]
+    texts = {Path(name).name: archive.read(name).decode() for name in names}
     stated = Parser().parsestr(texts["METADATA"])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(stated.get_all("Provides-Extra") or ()) == set(project["optional-dependencies"])
@@ -80,7 +71,7 @@ def test_its_metadata_name_the_command_the_licence_and_every_extra(wheel: Path) 
     assert "fleetune = fleetune.__main__:main" in texts["entry_points.txt"]
 
 
-def test_the_command_recipes_and_demo_work_outside_the_repository(site: Path, tmp_path: Path) -> None:
+def test_the_command_recipes_and_demo_work_outside_the_repository(site, tmp_path):
     script = (
         "import fleetune, json, sys\n"
         "from fleetune.cli.main import main\n"

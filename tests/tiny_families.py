@@ -19,7 +19,7 @@ from fleetune.models import tiny_tokenizer
 from fleetune.models.tiny import tiny_pair_tokenizer
 
 VOCAB: Final = 264
-_TOKENS: Final = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
+TOKENS: Final = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
 _PLAIN: Final = {
     "hidden_size": 32,
     "intermediate_size": 72,
@@ -27,9 +27,11 @@ _PLAIN: Final = {
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
 }
+_UNNAMED: Final = {k: v for k, v in _PLAIN.items() if k != "intermediate_size"}
 _GROUPED: Final = _PLAIN | {"num_key_value_heads": 2}
 _OLD: Final = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _GEMMA: Final = _GROUPED | {"head_dim": 8}
+_RANK: Final = {"time_step_rank": 8, "intermediate_size": 64}
 _WINDOW: Final = {"sliding_window": 16, "query_pre_attn_scalar": 8}
 _EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LOCAL: Final = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -48,13 +50,9 @@ DECODERS: Final[dict[str, dict[str, Any]]] = {
     "gpt2": _OLD,
     "gpt_neox": _PLAIN,
     "gptj": _OLD | {"rotary_dim": 4},
-    "opt": {
-        **{k: v for k, v in _PLAIN.items() if k != "intermediate_size"},
-        "ffn_dim": 72,
-        "word_embed_proj_dim": 32,
-    },
+    "opt": _UNNAMED | {"ffn_dim": 72, "word_embed_proj_dim": 32},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "falcon": {k: v for k, v in _PLAIN.items() if k != "intermediate_size"} | {"ffn_hidden_size": 72},
+    "falcon": _UNNAMED | {"ffn_hidden_size": 72},
     "stablelm": _GROUPED,
     "olmo2": _GROUPED,
     "granite": _GROUPED | {"attention_multiplier": 0.35, "residual_multiplier": 0.5},
@@ -85,13 +83,7 @@ DECODERS: Final[dict[str, dict[str, Any]]] = {
         "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
-    "mamba": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "state_size": 4,
-        "time_step_rank": 8,
-        "intermediate_size": 64,
-    },
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4} | _RANK,
 }
 _ENCODER: Final = _PLAIN | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ENCODERS: Final[dict[str, dict[str, Any]]] = {
@@ -121,6 +113,12 @@ ENCODERS: Final[dict[str, dict[str, Any]]] = {
     "electra": _ENCODER | {"embedding_size": 16},
 }
 LABELS: Final = ("no", "yes")
+
+
+def sizes(hidden: int, inner: int, layers: int, heads: int, keys: int, **more: Any) -> dict[str, Any]:
+    """Return a decoder's sizes by transformers' names; `keys` are the heads of keys and values."""
+    wide = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    return wide | {"num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": VOCAB} | more
 
 
 def build(family: str, **changes: Any) -> PreTrainedModel:
@@ -172,12 +170,10 @@ def save(family: str, folder: Path) -> Path:
     path = folder / family
     if not (path / "config.json").is_file():
         roberta = family in ("roberta", "distilbert", "modernbert")  # no segments
-        words = (
-            tiny_pair_tokenizer("roberta" if roberta else "bert") if family in ENCODERS else tiny_tokenizer()
-        )
-        models.save(build(family), words, path)
+        pairs = tiny_pair_tokenizer("roberta" if roberta else "bert")
+        models.save(build(family), pairs if family in ENCODERS else tiny_tokenizer(), path)
     return path
 
 
 def _ids(family: str) -> dict[str, int]:
-    return {"pad_token_id": 258} if family in ENCODERS else _TOKENS
+    return {"pad_token_id": 258} if family in ENCODERS else TOKENS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,7 @@ from fleetune import adapters, models
 from fleetune.adapters import Bitfit, Bottleneck, Full, Lora, Prefix, Prompt
 from fleetune.models import Model
 
-NETS: dict[str, Callable[[], Model]] = {
-    "llama": models.tiny_llama,
-    "bert": models.tiny_bert,
-    "roberta": models.tiny_roberta,
-}
+NETS = {"llama": models.tiny_llama, "bert": models.tiny_bert, "roberta": models.tiny_roberta}
 SPECS: dict[str, Any] = {
     "lora": Lora(4, 4.0, targets="query-value"),
     "lora everywhere": Lora(2, 4.0),
@@ -48,13 +43,14 @@ def on(net: str, spec: Any, seed: int = 1, *, tuned: bool = True) -> Model:
     model = NETS[net]()
     adapters.attach(model, spec, seed=seed)
     if tuned:
-        random = np.random.default_rng(seed)
-        moved = {
-            n: a + random.normal(0, 0.1, a.shape).astype(np.float32)
-            for n, a in adapters.export(model).items()
-        }
-        adapters.load_(model, moved)
+        move(model, seed)
     return model
+
+
+def move(model: Model, seed: int = 1, size: float = 0.1) -> None:
+    """Other numbers everywhere, as after training."""
+    random, arrays = np.random.default_rng(seed), adapters.export(model)
+    adapters.load_(model, {n: a + random.normal(0, size, a.shape).astype("f4") for n, a in arrays.items()})
 
 
 def stored(model: Model) -> str:
@@ -76,7 +72,6 @@ def attached(seed: int = 1, *, dtype: torch.dtype = torch.float32, **options: An
 def tuned(seed: int = 1, **options: Any) -> Model:
     """With numbers in B too, as after training."""
     model = attached(seed, **options)
-    random = np.random.default_rng(seed)
-    arrays = {n: random.normal(0, 0.1, a.shape).astype(np.float32) for n, a in adapters.export(model).items()}
-    adapters.load_(model, arrays)
+    random, arrays = np.random.default_rng(seed), adapters.export(model)
+    adapters.load_(model, {n: random.normal(0, 0.1, a.shape).astype("f4") for n, a in arrays.items()})
     return model

@@ -50,9 +50,8 @@ def test_peft_loads_what_we_save(tmp_path: Path) -> None:
     adapters.save(model, tmp_path / "adapter")
     base = tiny()
     models.save(base.net, base.tokenizer, tmp_path / "base")
-    theirs = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
-    )
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(net, tmp_path / "adapter")
     assert torch.equal(logits(theirs), logits(model.net))
     assert not torch.equal(logits(theirs), logits(base.net))
 
@@ -93,9 +92,8 @@ def test_peft_loads_an_encoders_lora_with_its_head(net: str, tmp_path: Path) -> 
 def test_the_files_are_those_that_peft_would_write(tmp_path: Path) -> None:
     model = tuned()
     adapters.save(model, tmp_path / "ours")
-    theirs = get_peft_model(
-        tiny().net, LoraConfig(r=4, lora_alpha=8, target_modules=LEAVES, task_type="CAUSAL_LM")
-    )
+    alike = LoraConfig(r=4, lora_alpha=8, target_modules=LEAVES, task_type="CAUSAL_LM")
+    theirs = get_peft_model(tiny().net, alike)
     theirs.save_pretrained(tmp_path / "theirs")
     keys = []
     for folder in ("ours", "theirs"):
@@ -103,9 +101,7 @@ def test_the_files_are_those_that_peft_would_write(tmp_path: Path) -> None:
             assert file.metadata() == {"format": "pt"}
             keys.append({k: file.get_slice(k).get_shape() for k in file.keys()})  # noqa: SIM118
     assert keys[0] == keys[1]
-    ours, other = (
-        json.loads((tmp_path / f / "adapter_config.json").read_bytes()) for f in ("ours", "theirs")
-    )
+    ours, other = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("ours", "theirs"))
     assert ours.pop("target_modules") == sorted(other.pop("target_modules")) == LEAVES
     assert ours.pop("base_model_name_or_path") == "tiny-llama"
     other.pop("base_model_name_or_path")
@@ -165,10 +161,7 @@ def test_a_folder_chooses_no_start_and_no_size_that_its_numbers_do_not_have(tmp_
     good = json.loads(config.read_text())
     save_file({"x": torch.zeros(4096, 0)}, tmp_path / "module.safetensors")
     lora = {"r": 4096, "alpha": 1.0, "init": "orthogonal"}
-    for module, spec, why in (
-        ("lora", lora, "'lora'"),
-        ("bottleneck", {"size": 4096}, "size is 4096, and none"),
-    ):
+    for module, spec, why in (("lora", lora, "'lora'"), ("bottleneck", {"size": 4096}, "4096, and none")):
         config.write_text(json.dumps(good | {"module": module, "spec": spec}))
         with pytest.raises(ModelError, match=why):
             adapters.load(models.tiny_llama(), tmp_path)

@@ -190,7 +190,6 @@ def test_generation_with_its_cache_and_padding_is_the_argmax_of_whole_forwards(n
         ids = prompt.tolist()
         for _ in range(6):
             with torch.inference_mode():
-                ids.append(
-                    int(model.net(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-                )
+                logits = model.net(input_ids=torch.tensor([ids]), use_cache=False).logits
+                ids.append(int(logits[0, -1].argmax()))
         assert answer == model.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()

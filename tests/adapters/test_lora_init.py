@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters_harness import LEAVES
+from adapters_harness import LEAVES, move
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -34,15 +34,6 @@ def on(init: str, seed: int = 1, *, net: Callable[[], Model] = models.tiny_llama
     return model
 
 
-def move(model: Model, seed: int = 5) -> None:
-    """Other numbers everywhere, as after training."""
-    random = np.random.default_rng(seed)
-    arrays = adapters.export(model)
-    adapters.load_(
-        model, {n: a + random.normal(0, 0.05, a.shape).astype(np.float32) for n, a in arrays.items()}
-    )
-
-
 def logits(net: Any) -> torch.Tensor:
     with torch.inference_mode():
         return net(input_ids=IDS).logits
@@ -54,10 +45,8 @@ def weights(model: Model) -> dict[str, np.ndarray]:
 
 def factors(arrays: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Layer -> (B, A) in float64."""
-    return {
-        layer: (arrays[b].astype(np.float64), arrays[a].astype(np.float64))
-        for layer, (b, a) in adapters.pairs(arrays).items()
-    }
+    exact = {n: a.astype(np.float64) for n, a in arrays.items()}
+    return {layer: (exact[b], exact[a]) for layer, (b, a) in adapters.pairs(arrays).items()}
 
 
 GOLDEN = {
@@ -160,10 +149,8 @@ def test_what_is_taken_out_is_the_formula(init: str) -> None:
 @taken
 def test_peft_starts_in_the_same_place(init: str) -> None:
     """Its net after the start, and after the same step of the product, says the same as ours."""
-    theirs = get_peft_model(
-        models.tiny_llama().net,
-        LoraConfig(r=R, lora_alpha=ALPHA, target_modules=LEAVES, init_lora_weights=init),
-    )
+    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=LEAVES, init_lora_weights=init)
+    theirs = get_peft_model(models.tiny_llama().net, config)
     model = on(init)
     torch.testing.assert_close(logits(theirs), logits(model.net), rtol=0, atol=2e-5)
     for layer, (b, a) in factors(adapters.export(model)).items():
@@ -179,7 +166,7 @@ def test_peft_starts_in_the_same_place(init: str) -> None:
 def test_the_base_stays_and_comes_back_bit_for_bit(init: str) -> None:
     base, model = models.tiny_llama(), on(init)
     torch.testing.assert_close(logits(model.net), logits(base.net), rtol=0, atol=2e-5)
-    move(model)
+    move(model, size=0.05)
     assert (logits(model.net) - logits(base.net)).abs().max() > 1e-2
     names = {n.replace(".base_layer.", "."): p for n, p in model.net.named_parameters()}
     assert all(torch.equal(p, names[n]) for n, p in base.net.named_parameters())
@@ -206,12 +193,8 @@ def tiny_gpt2() -> Model:
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
 def test_merged_weights_are_the_formula(init: str, net: Callable[[], Model]) -> None:
     model, stored = on(init, net=net), weights(net())
-    start = (
-        factors(adapters.export(model))
-        if init == "orthogonal"
-        else factors(adapters.subtracted_factors(model))
-    )
-    move(model)
+    start = factors((adapters.export if init == "orthogonal" else adapters.subtracted_factors)(model))
+    move(model, size=0.05)
     before, now = logits(model.net), factors(adapters.export(model))
     adapters.merge(model)
     torch.testing.assert_close(logits(model.net), before, rtol=0, atol=1e-4)
@@ -229,7 +212,7 @@ def test_merged_weights_are_the_formula(init: str, net: Callable[[], Model]) -> 
 @taken
 def test_the_saved_adapter_is_a_plain_lora_on_the_plain_base(init: str, tmp_path: Path) -> None:
     model = on(init)
-    move(model)
+    move(model, size=0.05)
     adapters.save(model, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (2 * R, 2 * ALPHA, True)
@@ -251,7 +234,7 @@ def test_the_saved_adapter_is_a_plain_lora_on_the_plain_base(init: str, tmp_path
 def test_a_device_that_is_told_the_start_has_the_servers_model(init: str) -> None:
     server = on(init)
     start = adapters.subtracted_factors(server)
-    move(server)
+    move(server, size=0.05)
     device = on("default", 9)
     adapters.subtract_factors(device, start)
     adapters.load_(device, adapters.export(server))

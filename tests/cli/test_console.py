@@ -73,11 +73,10 @@ def everything(ui: Ui) -> None:
     ui.error(UsageError("no method named 'fedkseeed'", hint="fleetune methods"))
 
 
-def test_off_a_terminal_there_is_no_escape_code_and_one_line_a_round() -> None:
+def test_off_a_terminal_there_is_no_escape_code_and_one_line_a_round():
     ui, out, err = plain()
     everything(ui)
-    assert "\x1b" not in out.getvalue() + err.getvalue()
-    assert "\r" not in out.getvalue() + err.getvalue()
+    assert not {"\x1b", "\r"} & set(out.getvalue() + err.getvalue())
     lines = [line for line in err.getvalue().splitlines() if line.startswith("round ")]
     assert lines == [
         "round 0/2  val loss 2.914",
@@ -89,9 +88,7 @@ def test_off_a_terminal_there_is_no_escape_code_and_one_line_a_round() -> None:
     assert " model   smollm2-135m @ 9f2c\n" in err.getvalue()
 
 
-def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(
-    terminal: Callable[..., tuple[Ui, Terminal, Terminal]],
-) -> None:
+def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(terminal):
     ui, out, err = terminal()
     everything(ui)
     drawn = ESCAPE.sub("", err.getvalue())
@@ -105,9 +102,7 @@ def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(
     assert err.getvalue().count("\x1b[?25l") == err.getvalue().count("\x1b[?25h")  # the cursor comes back
 
 
-def test_names_are_neither_markup_nor_escape_codes(
-    terminal: Callable[..., tuple[Ui, Terminal, Terminal]],
-) -> None:
+def test_names_are_neither_markup_nor_escape_codes(terminal):
     ui, out, err = terminal()
     bad = "[red]m[/red]\x1b[2J\x07\u202e"
     ui.header(bad, [(bad, bad)])
@@ -118,9 +113,7 @@ def test_names_are_neither_markup_nor_escape_codes(
     with ui.bar(bad) as bar:
         bar.update(1, 2, note=bad)
     text = out.getvalue() + err.getvalue()
-    assert "\x1b[2J" not in text
-    assert "\x07" not in text
-    assert "\u202e" not in text
+    assert not [bad for bad in ("\x1b[2J", "\x07", "\u202e") if bad in text]
     plain = ESCAPE.sub("", text)
     assert plain.count("[red]m[/red][2J") >= 6
     assert plain.count(r"[red]m[/red]\x1b[2J\x07\u202e") >= 2
@@ -130,34 +123,21 @@ def test_names_are_neither_markup_nor_escape_codes(
     assert (clean(marks), message_text(marks), one_line(marks)) == ("", *[r"\u061c\u200e\u200f"] * 2)
 
 
-def test_json_mode_puts_events_and_nothing_else_on_stdout() -> None:
+def test_json_mode_puts_events_and_nothing_else_on_stdout():
     ui, out, err = plain(json=True)
     everything(ui)
     events = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [e["event"] for e in events] == ["removed", "error"]
     assert all(e["v"] == 1 and next(iter(e)) == "v" for e in events)
-    assert events[1] == {
-        "v": 1,
-        "event": "error",
-        "type": "UsageError",
-        "message": "no method named 'fedkseeed'",
-        "hint": "fleetune methods",
-        "exit_code": 2,
-    }
+    said = {"type": "UsageError", "message": "no method named 'fedkseeed'", "hint": "fleetune methods"}
+    assert events[1] == {"v": 1, "event": "error", "exit_code": 2, **said}
     assert "remark" in err.getvalue()
     assert "report.html" not in err.getvalue()
 
 
-def test_json_is_strict_whatever_the_numbers_are() -> None:
-    event = {
-        "event": "x",
-        "a": float("nan"),
-        "b": np.float32(0.5),
-        "c": np.int64(7),
-        "d": [float("inf"), "\n\ud800"],
-        "e": {"f": True, "g": None, 3: (1, 2)},
-    }
-    line = line_of(event)
+def test_json_is_strict_whatever_the_numbers_are():
+    event = {"event": "x", "a": float("nan"), "b": np.float32(0.5), "c": np.int64(7)}
+    line = line_of(event | {"d": [float("inf"), "\n\ud800"], "e": {"f": True, "g": None, 3: (1, 2)}})
     assert "\n" not in line
     back = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert back["a"] is None
@@ -166,7 +146,7 @@ def test_json_is_strict_whatever_the_numbers_are() -> None:
     assert type(back["c"]) is int
 
 
-def test_errors_say_what_failed_and_what_to_try() -> None:
+def test_errors_say_what_failed_and_what_to_try():
     ui, out, err = plain(quiet=2)
     ui.error(UsageError("no method named 'fedkseeed'", hint="fleetune methods"))
     ui.error(RecipeError(["a is wrong", "b is wrong"]))
@@ -179,13 +159,12 @@ def test_errors_say_what_failed_and_what_to_try() -> None:
     )
 
 
-def test_an_interrupt_is_no_error_but_says_how_to_resume() -> None:
+def test_an_interrupt_is_no_error_but_says_how_to_resume():
     ui, _, err = plain()
     stop = Interrupted("stopped after round 7; nothing lost", hint="fleetune tune --resume runs/0007")
     ui.error(stop)
-    assert (
-        err.getvalue() == "stopped after round 7; nothing lost\n  resume: fleetune tune --resume runs/0007\n"
-    )
+    said = "stopped after round 7; nothing lost\n  resume: fleetune tune --resume runs/0007\n"
+    assert err.getvalue() == said
     ui, out, _ = plain(json=True)
     ui.error(stop)
     assert json.loads(out.getvalue())["event"] == "interrupted"
@@ -193,7 +172,7 @@ def test_an_interrupt_is_no_error_but_says_how_to_resume() -> None:
 
 
 @pytest.mark.parametrize(("quiet", "on_out", "on_err"), [(1, True, False), (2, False, False)])
-def test_quiet(quiet: int, on_out: bool, on_err: bool) -> None:
+def test_quiet(quiet, on_out, on_err):
     ui, out, err = plain(quiet=quiet)
     everything(ui)
     assert bool(out.getvalue()) is on_out
@@ -201,7 +180,7 @@ def test_quiet(quiet: int, on_out: bool, on_err: bool) -> None:
     assert "error: " in err.getvalue()
 
 
-def test_the_bar_knows_where_it_is_and_how_long_it_takes() -> None:
+def test_the_bar_knows_where_it_is_and_how_long_it_takes():
     clock = Clock()
     ui = Ui(0, False, io.StringIO(), io.StringIO(), clock)
     with ui.bar("rounds") as bar:
@@ -222,7 +201,7 @@ def test_the_bar_knows_where_it_is_and_how_long_it_takes() -> None:
         assert bar.text == "135 MB/270 MB · model.gguf"
 
 
-def test_bars_end_when_the_work_fails(terminal: Callable[..., tuple[Ui, Terminal, Terminal]]) -> None:
+def test_bars_end_when_the_work_fails(terminal):
     ui, _, err = terminal()
     with pytest.raises(KeyboardInterrupt), ui.bar("rounds"):
         raise KeyboardInterrupt
@@ -232,7 +211,7 @@ def test_bars_end_when_the_work_fails(terminal: Callable[..., tuple[Ui, Terminal
     assert err.getvalue().count("\x1b[?25h") == 2
 
 
-def test_tables_put_numbers_right_and_keep_rows_whole() -> None:
+def test_tables_put_numbers_right_and_keep_rows_whole():
     ui, out, _ = plain()
     ui.table(["run", "rounds", "note"], [["0007-a", 3, "x" * 200], ["0008", 12, None]])
     lines = out.getvalue().splitlines()
@@ -246,7 +225,7 @@ def test_tables_put_numbers_right_and_keep_rows_whole() -> None:
     assert out.getvalue().splitlines()[-2:] == [" run", " ---"]
 
 
-def test_a_terminal_without_unicode_is_not_an_error() -> None:
+def test_a_terminal_without_unicode_is_not_an_error():
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii")
     Ui(0, False, out, io.StringIO()).paths([("next", "a · b — 温")])
@@ -267,12 +246,11 @@ ui.note("still here")
 
 
 @pytest.mark.parametrize("json_mode", [False, True])
-def test_a_closed_pipe_ends_the_output_not_the_work(json_mode: bool) -> None:
+def test_a_closed_pipe_ends_the_output_not_the_work(json_mode):
     pipe = subprocess.PIPE
     script = SCRIPT.format(json=json_mode)
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=pipe, stdout=pipe, stderr=pipe, text=True
-    ) as run:
+    words = [sys.executable, "-c", script]
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as run:
         run.stdout.close()
         run.stdout = None
         _, err = run.communicate("go\n", timeout=60)
@@ -290,29 +268,27 @@ class Full(io.StringIO):
 
 
 @pytest.mark.parametrize("json_mode", [False, True])
-def test_a_full_disk_ends_the_output_not_the_work_and_is_said_once(json_mode: bool) -> None:
+def test_a_full_disk_ends_the_output_not_the_work_and_is_said_once(json_mode):
     err = io.StringIO()
     ui = Ui(2, json_mode, Full(), err)
     for _ in range(3):
         ui.event(RunRemoved(run="1"))
         ui._say(ui._out, "a result")
-    assert (
-        err.getvalue() == "stdout cannot be written (No space left on device); the work goes on without it\n"
-    )
+    said = "stdout cannot be written (No space left on device); the work goes on without it\n"
+    assert err.getvalue() == said
     assert ui.output_lost
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell closes it")
-def test_a_closed_stdout_is_no_error() -> None:
+def test_a_closed_stdout_is_no_error():
     line = f'exec "{sys.executable}" -m fleetune methods >&-'
     run = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True)
     assert (run.returncode, run.stderr) == (0, "")
 
 
-def test_the_final_table_counts_the_answers_and_ends_with_remarks(capsys: pytest.CaptureFixture[str]) -> None:
-    Ui().final_table(
-        {"loss": 2.0, "rouge_l": 1.0}, {"loss": 1.0, "rouge_l": 2.0}, rows=200, answered=20, remarks=["so"]
-    )
+def test_the_final_table_counts_the_answers_and_ends_with_remarks(capsys):
+    base, tuned = {"loss": 2.0, "rouge_l": 1.0}, {"loss": 1.0, "rouge_l": 2.0}
+    Ui().final_table(base, tuned, rows=200, answered=20, remarks=["so"])
     lines = capsys.readouterr().out.splitlines()
     assert "validation loss, 200 held-out rows" in lines[2]
     assert "Rouge-L, 20 held-out rows" in lines[3]

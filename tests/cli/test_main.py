@@ -34,10 +34,8 @@ LIGHT = [
     "tune --help",
     "runs",
     "tun",
-    "data check rows.jsonl",
-    "export 3 --to nonsense",
-    "export 3 --to gguf --path rows.jsonl",
 ]
+LIGHT += ["data check rows.jsonl", "export 3 --to nonsense", "export 3 --to gguf --path rows.jsonl"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +66,7 @@ TOLD = {  # command line: exit code, words on stdout or stderr
     "tune m rows.jsonl --lr=1e-4": (2, "fleetune tune --help; a setting of the method: --set NAME=VALUE"),
     "tune m rows.jsonl more.jsonl": (2, "unknown argument 'more.jsonl'"),
     "tune m rows.jsonl --round 1": (2, "unknown argument '--round'. Did you mean '--rounds'?"),
-    "eval latest --data rows.jsonl": (
-        2,
-        "unknown argument '--data': DATA is given without an option\n  try:",
-    ),
+    "eval latest --data rows.jsonl": (2, "argument '--data': DATA is given without an option\n  try:"),
     "measure --model=m latest": (2, "'--model=m': FOLDER|RUN|MODEL is given without an option"),
     "eval m --limit 1,000": (2, "--limit: invalid int value: '1,000'"),
     "tune m rows.jsonl --dtype bfloat16": (2, "is none of fp32, bf16, fp16. Did you mean 'bf16'?"),
@@ -84,7 +79,7 @@ TOLD = {  # command line: exit code, words on stdout or stderr
 
 
 @pytest.mark.parametrize("line", TOLD)
-def test_what_is_typed_is_answered(line: str) -> None:
+def test_what_is_typed_is_answered(line):
     code, out, err = call(*shlex.split(line))
     want, words = TOLD[line]
     assert code == want, err
@@ -93,7 +88,7 @@ def test_what_is_typed_is_answered(line: str) -> None:
     assert "usage:" not in err
 
 
-def test_a_traceback_drives_no_terminal() -> None:
+def test_a_traceback_drives_no_terminal():
     shown = logging.StreamHandler(written := io.StringIO())
     shown.setFormatter(cli._Formatter("%(levelname)s: %(message)s"))
     log = logging.Logger("a server's words")
@@ -111,7 +106,7 @@ def test_a_traceback_drives_no_terminal() -> None:
 
 
 @pytest.mark.parametrize("line", ["tun", "methods nosuch"])
-def test_errors_of_the_command_line_are_events_too(line: str) -> None:
+def test_errors_of_the_command_line_are_events_too(line):
     code, out, err = call(*line.split(), "--json")
     (event,) = [json.loads(text) for text in out.splitlines()]
     assert (code, err) == (2, "")
@@ -123,19 +118,18 @@ def interrupted(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.parametrize("where", ["parse", "_set_environment"])
-def test_ctrl_c_before_a_command_begins_is_no_traceback(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_a_command_begins_is_no_traceback(where, monkeypatch):
     monkeypatch.setattr(f"fleetune.cli.main.{where}", interrupted)
     assert call("methods") == (130, "", "stopped\n")
 
 
 PROJECT = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
-SCRIPT = "import sys; from {} import {} as run; sys.exit(run())".format(
-    *PROJECT["scripts"]["fleetune"].split(":")
-)  # as pip writes it
+MODULE, FUNCTION = PROJECT["scripts"]["fleetune"].split(":")
+SCRIPT = f"import sys; from {MODULE} import {FUNCTION} as run; sys.exit(run())"  # as pip writes it
 
 
 @pytest.mark.parametrize("started", [["-m", "fleetune"], ["-c", SCRIPT]], ids=["module", "script"])
-def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(started: list[str], at: Path) -> None:
+def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(started, at):
     (at / "sitecustomize.py").write_text(
         "import sys\n"
         "class Stop:\n"
@@ -145,23 +139,17 @@ def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(started: list[str], 
         "sys.meta_path.insert(0, Stop())\n"
     )
     there = os.pathsep.join([str(at), str(Path(fleetune.__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, *started, "methods"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": there},
-    )
+    words, env = [sys.executable, *started, "methods"], {**os.environ, "PYTHONPATH": there}
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_help_has_an_example_that_parses(name: str) -> None:
+def test_every_help_has_an_example_that_parses(name):
     page = call(name, "--help")[1]
     lines = page.partition("\nexamples:\n")[2].splitlines()
-    typed = [line.strip().partition("   ")[0] for line in lines]
-    typed = [
-        part.split(" >")[0] for line in typed for part in line.split(" | ") if part.startswith("fleetune ")
-    ]
+    parts = [part for line in lines for part in line.strip().partition("   ")[0].split(" | ")]
+    typed = [part.split(" >")[0] for part in parts if part.startswith("fleetune ")]
     assert typed
     options = main.command_parsers()[name]
     for line in typed:
@@ -170,22 +158,30 @@ def test_every_help_has_an_example_that_parses(name: str) -> None:
         assert options.parse_known_args(words[2:])[1] == [], line
 
 
-def test_light_commands_load_no_torch(at: Path) -> None:
-    lines = [line.replace("tiny", str(at)) for line in LIGHT]
+def test_light_commands_load_no_torch_and_help_is_quick(at):
+    """In seconds of the processor, since a machine may be busy."""
     script = (
-        "import sys, json, contextlib, io\nfrom fleetune.cli.main import main\n"
+        "import sys, json, time, contextlib, io\nfrom fleetune.cli.main import main\n"
         "for line in json.loads(sys.argv[1]):\n"
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
         "        try: main(line.split())\n"
         "        except SystemExit: pass\n"
         "    heavy = {'torch', 'transformers', 'peft', 'numba'} & set(sys.modules)\n"
         "    assert not heavy, (line, heavy)\n"
+        "print(time.process_time())"
     )
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(lines)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for lines, most in ((LIGHT, 60), (["--help"], 0.5)):
+        for _ in range(3):
+            words = [sys.executable, "-c", script, json.dumps(lines)]
+            done = subprocess.run(words, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            if float(done.stdout) < most:
+                break
+        else:
+            raise AssertionError(done.stdout)
 
 
-def test_off_a_terminal_a_line_comes_every_half_minute() -> None:
+def test_off_a_terminal_a_line_comes_every_half_minute():
     now, err = [0.0], io.StringIO()
     with Ui(stderr=err, clock=lambda: now[0]).bar("rows") as bar:
         for step in range(100):
@@ -196,7 +192,7 @@ def test_off_a_terminal_a_line_comes_every_half_minute() -> None:
     assert lines[0].endswith(" · 3 min left")
 
 
-def test_an_error_names_the_run_and_not_the_folder_on_the_way() -> None:
+def test_an_error_names_the_run_and_not_the_folder_on_the_way():
     from fleetune.errors import called
 
     scratch, run = Path("runs/.export-x/0001-a"), Path("runs/0001-a")
@@ -210,27 +206,19 @@ def completed(line: str, at: Path) -> list[str]:
     """What a Tab after `line` offers, from the process that the shell would start."""
     found = at / "found"
     set_by_the_shell = {
-        "_ARGCOMPLETE": "1",
-        "_ARGCOMPLETE_STDOUT_FILENAME": str(found),
-        "_ARGCOMPLETE_IFS": "\n",
         "COMP_LINE": line,
         "COMP_POINT": str(len(line)),
         "COMP_TYPE": "9",
+        "_ARGCOMPLETE": "1",
     }
+    set_by_the_shell |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(found), "_ARGCOMPLETE_IFS": "\n"}
     script = "import sys; from fleetune.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
-    subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **set_by_the_shell}, check=True, timeout=60
-    )
+    env = {**os.environ, **set_by_the_shell}
+    subprocess.run([sys.executable, "-c", script], env=env, check=True, timeout=60)
     return [word.strip() for word in found.read_text().split("\n") if word.strip()]
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("fleetune pl", ["plan"]),
-        ("fleetune tune --part", ["--participation", "--partition"]),
-        ("fleetune tune m d --dtype b", ["bf16"]),
-    ],
-)
-def test_words_are_completed(line, words, at):
-    assert completed(line, at) == words
+def test_words_are_completed(at):
+    assert completed("fleetune pl", at) == ["plan"]
+    assert completed("fleetune tune --part", at) == ["--participation", "--partition"]
+    assert completed("fleetune tune m d --dtype b", at) == ["bf16"]

@@ -8,6 +8,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from fleetune import models
 from fleetune.api import tuning
 from fleetune.cli.main import main
 
+QUICK: Any = {**FEW, "method": "fedit", "settings": {"r": 2, "steps": 1}, "limit": 16}
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -25,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     models.tiny_llama().save(folder / "tiny")
     with contextlib.chdir(folder):
-        fleetune.tune("tiny", "demo", method="fedit", settings={"r": 2, "steps": 1}, limit=16, **FEW)
+        fleetune.tune("tiny", "demo", **QUICK)
         fleetune.compress("tiny", method="rtn", settings={"group": 8})
     return folder
 
@@ -48,16 +51,11 @@ def refused(*words: str) -> str:
 @pytest.mark.parametrize(
     ("model", "what"),
     [
-        ("1", "is a run"),
-        (RUN, "is a run"),
-        ("0001-fedit-tiny", "is a run"),
-        (f"{RUN}/adapter", "is a run"),
-        ("latest", "is a compressed model"),
-        (CODES, "is a compressed model"),
-        (f"{CODES}/model", "is a compressed model"),
+        *((name, "is a run") for name in ("1", RUN, "0001-fedit-tiny", f"{RUN}/adapter")),
+        *((name, "is a compressed model") for name in ("latest", CODES, f"{CODES}/model")),
     ],
 )
-def test_the_command_that_is_named_makes_the_model_that_is_named(model: str, what: str) -> None:
+def test_the_command_that_is_named_makes_the_model_that_is_named(model, what):
     said = refused("tune", model, "demo", "--method", "fedit")
     assert what in said
     assert "hub" not in said
@@ -74,7 +72,7 @@ def test_the_command_that_is_named_makes_the_model_that_is_named(model: str, wha
         shutil.rmtree(place)
 
 
-def test_every_command_that_tunes_says_it(tmp_path: Path) -> None:
+def test_every_command_that_tunes_says_it(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text(f'model = "{RUN}"\ndata = "demo"\nmethod = "fedit"\n')
     for words in (
@@ -89,17 +87,15 @@ def test_every_command_that_tunes_says_it(tmp_path: Path) -> None:
     assert "is a compressed model: codes" in refused("fleet", "serve", "-c", str(recipe), "--port", "0")
 
 
-def test_what_was_exported_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_what_was_exported_is_taken_as_it_is(tmp_path):
     (run,) = fleetune.list_runs()
     written = fleetune.export(run, to="hf", path=tmp_path / "hf")
-    again = fleetune.tune(
-        written, "demo", method="fedit", settings={"r": 2, "steps": 1}, out=tmp_path / "runs", limit=16, **FEW
-    )
+    again = fleetune.tune(written, "demo", out=tmp_path / "runs", **QUICK)
     assert fleetune.open(again).recipe.model == str(tmp_path / "hf")
     assert again.done.base["loss"] == pytest.approx(run.done.tuned["loss"], abs=1e-4)
 
 
-def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path: Path) -> None:
+def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path):
     (run,) = fleetune.list_runs()
     shutil.copytree(run.folder / "adapter", tmp_path / "mine")
     said = refused("tune", str(tmp_path / "mine"), "demo")
@@ -108,23 +104,15 @@ def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT itself
-def test_every_command_says_that_an_adapter_is_merged_first(place: Path, tmp_path: Path) -> None:
+def test_every_command_says_that_an_adapter_is_merged_first(place, tmp_path):
     (run,) = fleetune.list_runs()
     mine = str(tmp_path / "mine")
     shutil.copytree(run.folder / "adapter", mine)
     name_base(Path(mine), str(place / "tiny"))
     told = set()
-    for words in (
-        ["tune", mine, "demo"],
-        ["eval", mine, "demo"],
-        ["export", mine],
-        ["export", mine, "--to", "gguf:f16"],
-        ["compress", mine],
-        ["plan", mine],
-        ["chat", mine],
-        ["measure", mine],
-        ["serve", mine],
-    ):
+    plain = [[verb, mine] for verb in ("export", "compress", "plan", "chat", "measure", "serve")]
+    more = [["tune", mine, "demo"], ["eval", mine, "demo"], ["export", mine, "--to", "gguf:f16"]]
+    for words in (*plain, *more):
         said = refused(*words)
         assert "is an adapter, not a model: its base without it is another model" in said, words
         told.add(said.partition("python -c ")[2])

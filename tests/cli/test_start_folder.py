@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,17 +46,21 @@ def run_in(project: Path) -> Path:
     return next(project.glob("runs/0001-*"))
 
 
-def test_a_run_is_resumed_from_another_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def done_of(run: Path) -> dict[str, Any]:
+    return next(e for e in rundir.events(run) if e["event"] == "done")
+
+
+def test_a_run_is_resumed_from_another_folder(elsewhere, capsys):
     run = run_in(elsewhere)
     recipe = (run / "run.toml").read_text()
-    before = next(e for e in rundir.events(run) if e["event"] == "done")
+    before = done_of(run)
     for file in (run / "adapter").iterdir():
         file.unlink()
     Path("rows.jsonl").write_text('{"prompt": "not", "response": "these"}\n')
     assert main(["tune", "--resume", str(run)]) == 0
     assert f"{run}/report.html" in capsys.readouterr().out
     assert (run / "run.toml").read_text() == recipe  # the names that the user gave
-    after = next(e for e in rundir.events(run) if e["event"] == "done")
+    after = done_of(run)
     assert after["digest"] == before["digest"]
     assert files.read_json(run / "env.json", "")[rundir.STARTED_IN] == "../.."
     assert len(Run(run).held_out()) == 4
@@ -64,26 +69,18 @@ def test_a_run_is_resumed_from_another_folder(elsewhere: Path, capsys: pytest.Ca
     assert f"result    {run}/adapter" in capsys.readouterr().out
 
 
-def test_a_run_is_repeated_from_another_folder(elsewhere: Path) -> None:
+def test_a_run_is_repeated_from_another_folder(elsewhere):
     assert main(["tune", "-c", str(run_in(elsewhere) / "run.toml"), "-qq"]) == 0
-    digests = [
-        next(e for e in rundir.events(run_in(p)) if e["event"] == "done")["digest"]
-        for p in (elsewhere, Path())
-    ]
-    assert digests[0] == digests[1]
+    assert done_of(run_in(elsewhere))["digest"] == done_of(run_in(Path()))["digest"]
     assert Run(run_in(Path())).recipe.data == "../project/rows.jsonl"
 
 
-def test_a_compression_finds_its_run_and_keeps_its_names(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compression_finds_its_run_and_keeps_its_names(elsewhere, monkeypatch):
     here, run = Path.cwd(), run_in(elsewhere).name
     monkeypatch.chdir(elsewhere)
-    folder = compression_folder.create(
-        CompressRequest(f"runs/{run}", True, "rtn", text="rows.jsonl"), Path("runs")
-    )
+    request = CompressRequest(f"runs/{run}", True, "rtn", text="rows.jsonl")
+    folder = elsewhere / compression_folder.create(request, Path("runs"))
     monkeypatch.chdir(here)
-    folder = elsewhere / folder
     found = compression_folder.request_of(folder)
     assert (found.model, found.text) == (f"../project/runs/{run}", "../project/rows.jsonl")
     compression_folder.write_record(folder, found, {"digest": "0"})
@@ -91,15 +88,11 @@ def test_a_compression_finds_its_run_and_keeps_its_names(
     assert compression_folder.request_of(folder) == found
 
 
-def test_names_that_are_no_paths_stay(elsewhere: Path) -> None:
+def test_names_that_are_no_paths_stay(elsewhere):
     start = rundir.start_of(run_in(elsewhere), {rundir.STARTED_IN: "../.."})
     assert start is not None
     assert rundir.find_from("rows.jsonl", start) == "../project/rows.jsonl"
-    assert [rundir.find_from(n, start) for n in ("", "owner/name", "/tmp", "x" * 5000)] == [
-        "",
-        "owner/name",
-        "/tmp",
-        "x" * 5000,
-    ]
+    for name in ("", "owner/name", "/tmp", "x" * 5000):
+        assert rundir.find_from(name, start) == name
     assert rundir.start_of(Path("a"), {rundir.STARTED_IN: ".."}) is None  # this folder
     assert rundir.start_of(Path("a"), {}) is None

@@ -6,8 +6,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,27 +37,18 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, a run of each kind, a compression of codes and one of plain weights."""
     folder = tmp_path_factory.mktemp("digests")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with chdir(folder):
         models.tiny_llama().save(folder / "tiny")
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
         for method, settings in METHODS.items():
             fleetune.tune("tiny", "rows.jsonl", method=method, settings=settings, **FEW)
         fleetune.compress("2", method="rtn", settings={"group": 8})
-        fleetune.compress(
-            "tiny",
-            method="llm-pruner",
-            settings={"recover": "none", "ratio": 0.5, "first": 0, "last": 0},
-            data="rows.jsonl",
-            length=64,
-        )
-        yield folder
-    finally:
-        os.chdir(before)
+        half = {"recover": "none", "ratio": 0.5, "first": 0, "last": 0}
+        fleetune.compress("tiny", method="llm-pruner", settings=half, data="rows.jsonl", length=64)
+    return folder
 
 
 @pytest.fixture
@@ -86,14 +77,11 @@ def refused(use: Callable[[], object], *names: str) -> errors.FleetuneError:
     return said
 
 
-Use = Callable[[str], object]
-USES: dict[str, Use] = {
+USES: dict[str, Callable[[str], object]] = {
     "eval": lambda name: fleetune.evaluate(name, "rows.jsonl", tasks=["loss"], limit=1, offline=True),
     "export": lambda name: fleetune.export(name, to="hf", path="out", offline=True),
     "load": lambda name: fleetune.open(name).load(offline=True),
-    "serve": lambda name: serve._model_for(
-        fleetune.open(name), Path("served"), fleetune.Silent(), offline=True
-    ),
+    "serve": lambda name: serve._model_for(fleetune.open(name), Path("served"), Silent(), offline=True),
     "replay": lambda name: command("ledger", "replay", name),
 }
 
@@ -128,14 +116,10 @@ FILES = [  # the number of a run or a compression, a file of it, a use that read
 
 
 @pytest.mark.parametrize(("number", "file", "use", "damage"), FILES)
-def test_a_damaged_file_of_a_result(number: str, file: str, use: str, damage: str, at: Path) -> None:
+def test_a_damaged_file_of_a_result(number, file, use, damage, at):
     place = found(number) / file
     flip(place, 0.99 if file.endswith("safetensors") else 0.3) if damage == "flipped" else place.unlink()
-    if damage == "gone" and Path(file).name in (
-        "ledger.safetensors",
-        "master.safetensors",
-        "model.safetensors",
-    ):
+    if damage == "gone" and place.name in ("ledger.safetensors", "model.safetensors"):
         refused(lambda: USES[use](number), found(number).name)  # there is no result then
     else:
         said = refused(lambda: USES[use](number), place.name, sums.FILE)
@@ -144,7 +128,7 @@ def test_a_damaged_file_of_a_result(number: str, file: str, use: str, damage: st
     refused(lambda: command("verify", number), place.name, sums.FILE)
 
 
-def test_a_ledger_that_was_changed_and_saved_again(at: Path) -> None:
+def test_a_ledger_that_was_changed_and_saved_again(at):
     """Its own fingerprint is right, so only the run's list tells."""
     file = found("1") / "ledger.safetensors"
     ledger = ledgers.load(file)
@@ -153,13 +137,13 @@ def test_a_ledger_that_was_changed_and_saved_again(at: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["run.toml", "env.json", "metrics.jsonl", "eval.json"])
-def test_verify_names_a_changed_file_of_a_run(file: str, at: Path) -> None:
+def test_verify_names_a_changed_file_of_a_run(file, at):
     assert "all as they were written" in command("verify", "2")
     flip(found("2") / file)
     assert f"{file} is not what was written" in refused(lambda: command("verify", "2"), file).message
 
 
-def test_a_ledger_alone_is_compared_with_its_own_digest(at: Path) -> None:
+def test_a_ledger_alone_is_compared_with_its_own_digest(at):
     """`replay` and `export` rebuild the weights anyway, so they compare what `verify` compares."""
     ledger = ledgers.load(found("1") / "ledger.safetensors")
     ledger.save(Path("good.safetensors"))
@@ -179,7 +163,7 @@ def test_a_ledger_alone_is_compared_with_its_own_digest(at: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_a_model_in_the_cache_is_compared_by_pull_and_export(file: str, at: Path) -> None:
+def test_a_model_in_the_cache_is_compared_by_pull_and_export(file, at):
     target = cache.index_target(cache.SMOLLM2_135M)
     shutil.copytree("tiny", target)
     cache._write_source(target, "index", sha256={})
@@ -194,7 +178,7 @@ def test_a_model_in_the_cache_is_compared_by_pull_and_export(file: str, at: Path
     assert f"rm -r {target}" in refused(lambda: USES["export"]("smollm2-135m"), file).hint
 
 
-def test_another_model_in_the_place_of_the_compressed_base(at: Path) -> None:
+def test_another_model_in_the_place_of_the_compressed_base(at):
     base = solve.compressed_base(Silent(), found("4"), offline=True)
     assert solve.compressed_base(Silent(), found("4"), offline=True) == base
     shutil.rmtree(base)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator as Validator
 
 from fleetune import models
 from fleetune.cli import main as cli
@@ -17,18 +17,13 @@ from fleetune.common import events
 from fleetune.deploy import harness
 
 SCHEMA = json.loads(runpy.run_path(str(Path(__file__).parents[2] / "docs" / "build.py"))["events_schema"]())
-VALIDATORS = {
-    name: Draft202012Validator({**SCHEMA, "anyOf": [{"$ref": f"#/$defs/{name}"}]}) for name in SCHEMA["$defs"]
-}
+VALIDATORS = {name: Validator({**SCHEMA, "anyOf": [{"$ref": f"#/$defs/{name}"}]}) for name in SCHEMA["$defs"]}
 NAMES = [cls.__name__ for cls in events.classes()]
 FEW = "--clients 2 --rounds 1 --limit 40 --held-out 8 --max-length 128 --samples 0 --threads 1 --device cpu"
 ZEROTH = "--method fedkseed --set K=16 --set tau=2 --set batch_size=1"
 GROUP = "--set group=8"
 WINDOWS = "--windows 2 --length 16"
-GKD = (
-    "--method gkd --set teacher=same --set keep_layers=2 --set steps=2 --set batch_size=1 --set max_new_tokens=4 "
-    "--set lmbda=0"
-)
+GKD = "--method gkd --set teacher=same --set keep_layers=2 --set steps=2 --set batch_size=1 --set lmbda=0"
 PRUNE = "--method llm-pruner --set ratio=0.5 --set recover=none --set first=0 --set last=0"
 
 # In order; numbers are those of the runs that the commands before have made.
@@ -99,22 +94,12 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
     (at / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (at / "text.txt").write_text("a plain text of some words. " * 20, encoding="utf-8")
-    recipe = {
-        "model": "tiny",
-        "data": "rows.jsonl",
-        "method": "fedkseed",
-        "rounds": 1,
-        "clients": 2,
-        "samples": 0,
-    }
-    keys = "".join(f"{k} = {json.dumps(v)}\n" for k, v in recipe.items())
+    keys = 'model = "tiny"\ndata = "rows.jsonl"\nmethod = "fedkseed"\nrounds = 1\nclients = 2\nsamples = 0\n'
     table = "[set]\ntau = 2\nbatch_size = 1\nlr = 1e-3\n[sweep]\nK = [4, 8]\n"
     (at / "sweep.toml").write_text(f'{keys}held_out = 2\ndevice = "cpu"\n{table}', encoding="utf-8")
     (cached := at / "home" / "models" / "gguf-0123").mkdir(parents=True)
     (cached / "config.json").write_text("{}", encoding="utf-8")
-    (cached / "fleetune_source.json").write_text(
-        '{"source": "file mine.gguf", "file": "mine.gguf"}', encoding="utf-8"
-    )
+    (cached / "fleetune_source.json").write_text('{"source": "file mine.gguf", "file": "mine.gguf"}')
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(at)
@@ -165,7 +150,7 @@ def test_every_event_is_seen(lines: dict[str, list[dict[str, Any]]]) -> None:
 
 def test_a_line_with_another_field_is_not_valid(lines: dict[str, list[dict[str, Any]]]) -> None:
     line = lines["verify 1"][-1]
-    whole = Draft202012Validator(SCHEMA)
+    whole = Validator(SCHEMA)
     assert whole.is_valid(line)
     assert not whole.is_valid({**line, "another": 1})
     assert not whole.is_valid({k: v for k, v in line.items() if k != "subject"})

@@ -87,9 +87,7 @@ REASONS = [
 
 @pytest.mark.parametrize(("code", "what", "hint"), REASONS)
 @pytest.mark.parametrize("step", ["tempfile.mkstemp", "os.fsync", "os.chmod", "os.replace"])
-def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
-    tmp_path, monkeypatch, step, code, what, hint
-):
+def test_a_failure_at_any_step_leaves_the_old_file_alone(tmp_path, monkeypatch, step, code, what, hint):
     path = tmp_path / "file"
     write_atomic(path, b"old")
 
@@ -152,9 +150,7 @@ def at_once() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "endless"])
-def test_a_pipe_or_a_device_in_a_files_place_is_an_error_and_is_not_waited_for(
-    kind: str, tmp_path: Path
-) -> None:
+def test_a_pipe_or_a_device_in_a_files_place_is_an_error_not_waited_for(kind: str, tmp_path: Path) -> None:
     place = tmp_path / "status"
     os.mkfifo(place) if kind == "pipe" else place.symlink_to("/dev/zero")
     for read in (read_bytes, read_text):
@@ -195,12 +191,9 @@ def test_the_list_is_that_of_sha256sum(tmp_path: Path) -> None:
     for name in ("b c", "a", "README.md", "in/d"):
         (tmp_path / name).write_text(name)
     sums.write(tmp_path)
-    assert [line[64:] for line in (tmp_path / sums.FILE).read_text().splitlines()] == [
-        "  a",
-        "  b c",
-        "  in/d",
-    ]
-    assert (tmp_path / sums.FILE).read_text().startswith(hashlib.sha256(b"a").hexdigest())
+    text = (tmp_path / sums.FILE).read_text()
+    assert [line[64:] for line in text.splitlines()] == ["  a", "  b c", "  in/d"]
+    assert text.startswith(hashlib.sha256(b"a").hexdigest())
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "more").write_text("mine")
     sums.check(tmp_path, remedy="")
@@ -241,9 +234,7 @@ def test_a_lock_is_had_by_one_though_its_file_goes_each_time(tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["count"]
 
 
-def test_a_lock_that_its_holder_has_removed_is_nobodys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_its_holder_removed_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opened before it was removed, locked after: whoever makes the file anew would have the target as well."""
     real, opened, file = folders.lock, list[int](), tmp_path / ".m.lock"
 

@@ -81,9 +81,7 @@ def test_the_reason_is_said_where_it_is_asked_for(kind: str, why: str, register)
 @pytest.mark.parametrize(
     ("kind", "name"), [("method", "mezo"), ("compressor", "optq"), ("target", "mlx"), ("command", "tune")]
 )
-def test_no_package_takes_the_name_of_a_built_in(
-    kind: str, name: str, register, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_built_ins_keep_their_names(kind: str, name: str, register, caplog: pytest.LogCaptureFixture) -> None:
     register(name, STATED)
     with caplog.at_level(logging.WARNING):
         member = REGISTRIES[kind].member(name)

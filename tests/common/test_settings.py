@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetune.common import settings
-from fleetune.common import settings as sizes
 from fleetune.common.settings import setting
 from fleetune.errors import UsageError
 from fleetune.tuning import methods
@@ -85,13 +84,13 @@ def test_texts_are_read_as_before_but_for_a_comma_after_a_backslash(text: str, w
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert sizes.parse_bytes(text) == size
+    assert settings.parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["4", "1.5", "512", " 8 "])
 def test_a_number_that_is_no_memory_is_asked_about(text: str) -> None:
     with pytest.raises(UsageError, match=f"Did you mean {text.strip()}GB"):
-        sizes.parse_bytes(text)
+        settings.parse_bytes(text)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,7 @@ def test_a_number_that_is_no_memory_is_asked_about(text: str) -> None:
 )
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="--ram"):
-        sizes.parse_bytes(text)
+        settings.parse_bytes(text)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_what_is_no_size(text: str) -> None:
     ],
 )
 def test_speeds(text: str, rate: float) -> None:
-    assert sizes.parse_rate(text) == rate
+    assert settings.parse_rate(text) == rate
 
 
 @pytest.mark.parametrize(
@@ -124,4 +123,4 @@ def test_speeds(text: str, rate: float) -> None:
 )
 def test_what_is_no_speed(text: str) -> None:
     with pytest.raises(UsageError, match="--uplink"):
-        sizes.parse_rate(text)
+        settings.parse_rate(text)

@@ -13,28 +13,16 @@ from hypothesis import strategies as st
 
 from fleetune.common.shell import command, quoted
 
-ODD = [
-    "a\nb",
-    "\x1b[31mred",
-    "it's\ta\\tab\r",
-    "\x9b2J\u2028\u202e",
-    "-",
-    "",
-    "a b",
-    "\udcff.gguf",
-    "ü ñ",
-    "$(x) `y`!\x07",
-]
+CONTROLS = ["a\nb", "\x1b[31mred", "it's\ta\\tab\r", "\x9b2J\u2028\u202e"]
+ODD = [*CONTROLS, "-", "", "a b", "\udcff.gguf", "ü ñ", "$(x) `y`!\x07"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize("word", ODD)
 def test_bash_reads_what_was_meant(word: str) -> None:
     line = f"printf %s {quoted(word)}"
-    done = subprocess.run(
-        ["bash", "-c", line], capture_output=True, check=True, env={**os.environ, "LC_ALL": "C.UTF-8"}
-    )
-    assert done.stdout == os.fsencode(word)
+    told = subprocess.check_output(["bash", "-c", line], env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert told == os.fsencode(word)
 
 
 @given(st.text(max_size=20))

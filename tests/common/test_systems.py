@@ -32,11 +32,11 @@ for command in sys.argv[1:]:
         code = end.code
     assert code == 0, command
 """
+QUICK = "--limit 30 --held-out 8 --max-length 512 --samples 0 --rounds 1"
 COMMANDS = [
     "--help",
     "plan ./tiny --ram 4GB",
-    "tune ./tiny demo --method fedkseed --clients 2 --set tau=4 --set K=16 --limit 30 --held-out 8 --max-length 512 "
-    "--samples 0 --rounds 1 --json",
+    f"tune ./tiny demo --method fedkseed --clients 2 --set tau=4 --set K=16 {QUICK} --json",
     "compress latest --method rtn --set group=8 --json",
     "export 2 --to hf --json",
     "runs rm 1 2",

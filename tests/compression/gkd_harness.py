@@ -20,10 +20,7 @@ def rows(seed: int, count: int, longest: int = 24) -> list[Encoded]:
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
-        prompt, answer = (
-            rng.integers(60, 70, rng.integers(2, 8)),
-            rng.integers(60, 70, rng.integers(1, longest - 8)),
-        )
+        prompt, answer = (rng.integers(60, 70, rng.integers(*few)) for few in ((2, 8), (1, longest - 8)))
         made.append(Encoded(np.array([256, *prompt, *answer, END], np.int32), 1 + len(prompt)))
     return made
 
@@ -49,11 +46,13 @@ def pair() -> tuple[Model, Model]:
     return models.tiny_llama(0), models.tiny_llama(1)
 
 
+def whole(model: Model, batch: Any) -> Tensor:
+    """All logits."""
+    return model.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+
 def direct(student: Model, teacher: Model, batch: Any, beta: float) -> Tensor:
     """The divergence of every scored token from whole arrays of logits."""
-    Q, P = (
-        m.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        for m in (student, teacher)
-    )
+    Q, P = whole(student, batch), whole(teacher, batch)
     scored = batch.labels[:, 1:] != MASKED
     return formula(Q[:, :-1][scored], P[:, :-1][scored], beta)

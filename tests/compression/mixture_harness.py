@@ -41,7 +41,7 @@ def gates_and_ups(each: Experts, number: int, x: Tensor) -> Tensor:
     return x @ W.T
 
 
-def inputs_of_downs(each: Experts, z: Tensor) -> Tensor:
+def activated(each: Experts, z: Tensor) -> Tensor:
     """What an expert's second matrix reads [n, F]."""
     if "gate_up_proj_bias" in dir(each.module):
         gate, up = z[:, ::2].clamp(max=7), z[:, 1::2].clamp(-7, 7)
@@ -59,27 +59,23 @@ def downs(each: Experts, number: int, a: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def inputs_of(model: Model, each: Experts, windows: Tensor) -> dict[str, list[Tensor]]:
-    """What the matrices of each expert read, float64 [its tokens, C], by parameter."""
+def read_by(model: Model, each: Experts, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """What reaches the experts of a layer, float64 [tokens, C], and which of them each token chose."""
     calls: list[tuple[Tensor, Tensor]] = []
     hook = each.module.register_forward_pre_hook(lambda module, args: calls.append((args[0], args[1])))
     for window in windows:
         model.net(input_ids=window[None], use_cache=False)
     hook.remove()
-    x, chosen = torch.cat([a for a, _ in calls]).double(), torch.cat([b for _, b in calls])
+    return torch.cat([a for a, _ in calls]).double(), torch.cat([b for _, b in calls])
+
+
+def inputs_of(model: Model, each: Experts, windows: Tensor) -> dict[str, list[Tensor]]:
+    """What the matrices of each expert read, float64 [its tokens, C], by parameter."""
+    x, chosen = read_by(model, each, windows)
     found: dict[str, list[Tensor]] = {name: [] for name in each.parameters}
     for number in range(len(each.module.gate_up_proj)):
         mine = x[(chosen == number).any(-1)]
-        read = inputs_of_downs(each, gates_and_ups(each, number, mine))
+        read = activated(each, gates_and_ups(each, number, mine))
         for name, of in zip(found, (mine, read), strict=True):
             found[name].append(of)
     return found
-
-
-def whole_inputs(model: Model, each: Experts, windows: Tensor) -> list[Tensor]:
-    calls: list[Tensor] = []
-    hook = each.module.register_forward_pre_hook(lambda module, args: calls.append(args[0].double()))
-    for window in windows:
-        model.net(input_ids=window[None], use_cache=False)
-    hook.remove()
-    return calls

@@ -14,6 +14,7 @@ from fleetune.compression import Solved
 from fleetune.compression.layerwise.blocks import FinishedBlocks
 from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
 from fleetune.models import Model
+from tiny_families import sizes
 
 
 def text(count: int, length: int) -> Tensor:
@@ -37,16 +38,7 @@ class Spy:
         return Solved(torch.round(W * 16) / 16)
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
+SMALL = sizes(32, 48, 3, 4, 2, head_dim=8, vocab_size=300, max_position_embeddings=64)
 FAMILIES = {
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL),

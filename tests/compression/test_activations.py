@@ -99,9 +99,7 @@ def test_drifts_are_of_the_inputs_in_both_models(family: str, tmp_path: Path) ->
         tolerance = 1e-5 * float(y.square().sum())
         torch.testing.assert_close(spy.seen[at].double(), 2 * y.T @ y, rtol=1e-4, atol=tolerance)
         torch.testing.assert_close(spy.drifts[at].double(), 2 * (x - y).T @ y, rtol=1e-4, atol=tolerance)
-        assert spy.drifts[at].any() == (at > 2), (
-            "the first three layers read what the model's first norm gives"
-        )
+        assert spy.drifts[at].any() == (at > 2), "the first three layers read what the first norm gives"
         want = torch.round(16 * (every[name].weight + 1 / 16)) / 16
         assert torch.equal(dense(Solved(parts[f"{name}.weight"])), want)
 
@@ -247,9 +245,7 @@ def test_u_of_a_wide_layer_is_put_together_of_halves(C: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["optq", "qronos"])
-def test_ctrl_c_is_heard_between_windows(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_ends_it_between_windows(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     models.tiny_llama().save(Path("little"))
     Path("text.txt").write_text("one two three four five six seven " * 200)

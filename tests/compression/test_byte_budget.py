@@ -12,7 +12,7 @@ import torch
 from deploy_harness import tokenizer
 from pruner_harness import SIZES, tiny
 
-from command_line import Capture, ok, refused
+from command_line import Capture, Patch, ok, refused
 from command_line import call_json as call
 from fleetune import compression
 from fleetune.cli.listener import InterruptHandler
@@ -59,9 +59,7 @@ def test_the_file_has_the_size_that_was_said(model: str, at: Path, capsys: Captu
 
 
 def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: Capture) -> None:
-    dataclasses.replace(tiny("llama", tie_word_embeddings=False, **SIZES), tokenizer=tokenizer()).save(
-        at / "tiny"
-    )
+    dataclasses.replace(tiny(tie_word_embeddings=False, **SIZES), tokenizer=tokenizer()).save(at / "tiny")
     events = ok(capsys, "compress", "tiny", *SMALL, "--bytes", "170kB")
     assert exported(capsys, at).stat().st_size == told(events)["bytes"]
     grids = Master(Path(events[-1]["folder"]) / "model").head.grids
@@ -87,7 +85,7 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(model: str, at: Pa
 
 
 @pytest.fixture
-def asked_to_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def asked(monkeypatch: Patch) -> list[int]:
     """How many windows of text a model was asked to write, each time."""
     counts: list[int] = []
 
@@ -99,24 +97,20 @@ def asked_to_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_a_dry_run_writes_no_text_and_says_the_same_of_it(
-    model: str, at: Path, capsys: Capture, asked_to_write: list[int]
-) -> None:
+def test_a_dry_run_writes_no_text_and_says_the_same(model: str, capsys: Capture, asked: list[int]) -> None:
     flags = ("--length", "16", "--windows", "6")
     code, (checked,), err = call(capsys, "compress", model, *flags, "--dry-run")
     assert code == 0, err
-    assert asked_to_write == []
+    assert asked == []
     assert "no calibration text is given: the model would write 6 windows itself" in err
     assert checked["text"] == "text of its own · 6 windows of 16 tokens"
     events = ok(capsys, "compress", model, *flags)
-    assert asked_to_write == [6]
+    assert asked == [6]
     planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
     assert checked["memory"] == f"about {planned}"
 
 
-def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
-    model: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_one_has_its_grids(model: str, at: Path, capsys: Capture, monkeypatch: Patch) -> None:
     flags = (*SMALL, "--bytes", "150kB")
     code, events, _ = call(capsys, "compress", model, *flags)
     whole = events[-1]["digest"]

@@ -30,9 +30,7 @@ def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: Capture
     assert re.fullmatch(r"2 blocks  error 0\.\d{4}, at most 0\.\d{4}  [\d.]+ m?s", told), told
     folder = at / "runs" / "0001-optq-tiny"
     assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
-    assert f"fleetune export runs/{folder.name} --to compressed-tensors" in out, (
-        "groups of 8 fit no GGUF file"
-    )
+    assert f"fleetune export runs/{folder.name} --to compressed-tensors" in out, "GGUF has no groups of 8"
     master, base = Master(folder / "model"), models.load(tiny)
     assert (master.head.method, master.head.settings["group"]) == ("optq", 8)
     assert master.head.calibration["windows"] == 4

@@ -86,9 +86,7 @@ def test_settings_that_make_no_sense_are_refused(name: str, values: dict[str, An
 
 
 @pytest.mark.parametrize(("values", "sizes", "word"), MODELS)
-def test_models_that_cannot_be_pruned_are_refused(
-    values: dict[str, Any], sizes: dict[str, Any], word: str
-) -> None:
+def test_models_that_cannot_be_pruned_are_refused(values: dict, sizes: dict, word: str) -> None:
     with pytest.raises(RecipeError, match=word):
         pruner(**values).check(prunable(**sizes))
 

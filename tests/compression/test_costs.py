@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mixture_harness import (
-    experts_of,
-    gates_and_ups,
-    inputs_of,
-    inputs_of_downs,
-    matrices,
-    mixture,
-    whole_inputs,
-)
+from mixture_harness import activated, experts_of, gates_and_ups, inputs_of, matrices, mixture, read_by
 from torch import Tensor
 
 from fleetune.compression.jobs.budget import hull, solve_budget
@@ -31,11 +23,8 @@ A = CANDIDATES[0]
 
 def test_a_cost_is_the_weighted_error_of_rounding() -> None:
     g = torch.Generator().manual_seed(2)
-    W, F, c = (
-        torch.randn(6, 64, generator=g),
-        torch.rand(6, generator=g).double(),
-        torch.rand(64, generator=g),
-    )
+    W, F = torch.randn(6, 64, generator=g), torch.rand(6, generator=g).double()
+    c = torch.rand(64, generator=g)
     for option in costs.of_matrix(W, [Term(F, c)]):
         grid = Grid(option.candidate.grid, option.candidate.bits)
         parts = []
@@ -63,11 +52,8 @@ def test_a_pruned_matrix_gets_a_grid_with_a_zero() -> None:
     assert {o.candidate.kind for o in found} == {"Q4_0", "Q5_0", "Q8_0", "Q6_K", "Q3_K"}
 
 
-options = st.lists(
-    st.builds(lambda size, cost: Option(A, size, float(cost)), st.integers(1, 9), st.integers(0, 20)),
-    min_size=1,
-    max_size=4,
-)
+option = st.builds(lambda size, cost: Option(A, size, float(cost)), st.integers(1, 9), st.integers(0, 20))
+options = st.lists(option, min_size=1, max_size=4)
 
 
 @given(st.lists(options, min_size=1, max_size=4), st.integers(0, 40))
@@ -81,11 +67,7 @@ def test_no_choice_of_as_many_bytes_costs_less(each: list[list[Option]], spare: 
     for name, option in chosen.items():
         later = [o for o in hull(table[name]) if o.bytes > option.bytes]
         assert not later or later[0].bytes - option.bytes > most - used
-    best = min(
-        sum(o.cost for o in found)
-        for found in itertools.product(*each)
-        if sum(o.bytes for o in found) <= most
-    )
+    best = min(sum(o.cost for o in found) for found in product(*each) if sum(o.bytes for o in found) <= most)
     largest = max((b.cost - a.cost for found in each for a in found for b in found), default=0.0)
     assert best <= cost <= best + largest, "off by one matrix's step at most"
 
@@ -95,9 +77,9 @@ def test_a_hull_is_convex_and_has_the_cheapest(found: list[Option]) -> None:
     corners = hull(found)
     assert corners[0].bytes == min(o.bytes for o in found)
     assert corners[-1].cost == min(o.cost for o in found)
-    gains = [(a.cost - b.cost) / (b.bytes - a.bytes) for a, b in itertools.pairwise(corners)]
+    gains = [(a.cost - b.cost) / (b.bytes - a.bytes) for a, b in pairwise(corners)]
     assert all(gain > 0 for gain in gains)
-    assert all(a > b for a, b in itertools.pairwise(gains))
+    assert all(a > b for a, b in pairwise(gains))
 
 
 def test_the_smallest_of_each_must_fit() -> None:
@@ -123,13 +105,12 @@ def test_a_parameter_costs_what_its_experts_do() -> None:
     """Each with its own gradients and inputs; an expert that few tokens chose with the inputs of all."""
     model, windows = mixture("gpt_oss"), drawn(4, 24)
     experts = experts_of(model)
-    found = sensitivity.measure(
-        model, windows, [n for _, l in linears_of(model) for n in l], 3, experts=experts
-    )
+    names = [n for _, linears in linears_of(model) for n in linears]
+    found = sensitivity.measure(model, windows, names, 3, experts=experts)
     got = costs.measure(model, windows, found)
     each, few = experts[0], 0  # behind the dense attention of the first block
     every = inputs_of(model, each, windows)
-    whole = torch.cat(whole_inputs(model, each, windows))
+    whole = read_by(model, each, windows)[0]
     for name, weight in matrices(each).items():
         want = dict[Any, float]()
         for number in range(len(weight)):
@@ -138,7 +119,7 @@ def test_a_parameter_costs_what_its_experts_do() -> None:
                 few += 1
                 x = whole
                 if name.endswith("down_proj"):
-                    x = inputs_of_downs(each, gates_and_ups(each, number, whole))
+                    x = activated(each, gates_and_ups(each, number, whole))
             c = costs._curvature((x.T @ x / len(x)).float())
             for option in costs.of_matrix(weight[number], [Term(found.experts[name][number], c)]):
                 want[option.candidate] = want.get(option.candidate, 0.0) + option.cost

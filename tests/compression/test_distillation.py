@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gkd_harness import END, direct, formula, pair, rows
+from gkd_harness import END, direct, formula, pair, rows, whole
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 
@@ -13,6 +13,7 @@ from fleetune.compression import distillation
 from fleetune.data.encode import MASKED, Batch, collate
 from fleetune.evaluation.losses import predictors
 from fleetune.models import Model
+from tiny_families import TOKENS, sizes
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -85,28 +86,13 @@ def test_only_the_answers_tokens_count_whatever_the_chunk(beta: float) -> None:
 def test_a_model_that_caps_its_logits_and_a_head_with_more_rows() -> None:
     """What a model does after its head counts; rows of padding in one head do not."""
     teacher = models.tiny_llama(1, vocab=300)
-    config = Gemma2Config(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=0.5,
-        sliding_window=8,
-        pad_token_id=END,
-        eos_token_id=END,
-        bos_token_id=256,
-    )
+    small = sizes(32, 40, 2, 4, 2, head_dim=8, final_logit_softcapping=0.5, sliding_window=8)
+    config = Gemma2Config(**small | TOKENS)
     torch.manual_seed(0)
     student = models.tiny_llama()
     student.net = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     batch = collate(rows(1, 3), END)
-    Q, P = (
-        m.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        for m in (student, teacher)
-    )
+    Q, P = whole(student, batch), whole(teacher, batch)
     assert Q.abs().max() <= 0.5
     scored = batch.labels[:, 1:] != MASKED
     want = formula(Q[:, :-1][scored], P[:, :-1][scored][:, :264], 0.5)

@@ -19,7 +19,7 @@ from fleetune.models.artefact import Quantised
 
 
 def test_a_killed_run_goes_on_with_the_next_block(tmp_path: Path) -> None:
-    solver, windows = compression.make("optq", {"group": 8}), text(4, 16)
+    solver, windows, half = compression.make("optq", {"group": 8}), text(4, 16), tmp_path / "half"
     whole = driver.run(models.tiny_llama(), solver, windows, tmp_path / "whole")
 
     def stop(block: int, blocks: int, name: str) -> None:
@@ -27,16 +27,10 @@ def test_a_killed_run_goes_on_with_the_next_block(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        driver.run(models.tiny_llama(), solver, windows, tmp_path / "half", stop)
-    assert [p.name for p in (tmp_path / "half").iterdir()] == ["block-0000.safetensors"]
+        driver.run(models.tiny_llama(), solver, windows, half, stop)
+    assert [p.name for p in half.iterdir()] == ["block-0000.safetensors"]
     asked: list[int] = []
-    again = driver.run(
-        models.tiny_llama(),
-        solver,
-        windows,
-        tmp_path / "half",
-        lambda block, blocks, name: asked.append(block),
-    )
+    again = driver.run(models.tiny_llama(), solver, windows, half, lambda block, *_: asked.append(block))
     assert 0 not in asked
     assert set(again) == set(whole)
     for name in whole:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixture_harness import activated, experts_of, gates_and_ups, read_by
 from spy_harness import Spy, text
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,26 +19,13 @@ from fleetune.compression.layerwise.driver import linears_of, place_weights, res
 from fleetune.compression.layerwise.experts import Experts
 from fleetune.models import Model, tiny_tokenizer
 from fleetune.models.artefact import Master
+from tiny_families import TOKENS, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
-SIZES: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "norm_topk_prob": True,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 257,
-}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+SIZES = (
+    sizes(32, 64, 3, 4, 2, head_dim=8, max_position_embeddings=128, norm_topk_prob=True) | TOKENS | EXPERTS
+)
 FORMS = ["qwen3_moe", "gpt_oss"]
 
 
@@ -61,31 +49,13 @@ def folder_of(family: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def experts_in(model: Model) -> list[Experts]:
-    return [each for inside in driver.experts_in(model) for each in inside]
-
-
-@torch.inference_mode()
 def inputs_of(model: Model, each: Experts, windows: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     """For each expert, how many tokens chose it, and what its two matrices read: of these tokens, or of all if few."""
-    calls: list[tuple[Tensor, Tensor]] = []
-    hook = each.module.register_forward_pre_hook(lambda module, args: calls.append((args[0], args[1])))
-    for window in windows:
-        model.net(input_ids=window[None], use_cache=False)
-    hook.remove()
-    x, chosen = torch.cat([a for a, _ in calls]).double(), torch.cat([b for _, b in calls]).tolist()
-    found = []
-    module, transposed = each.module, each.module.gate_up_proj.shape[1] == x.shape[1]
-    for number, W in enumerate(module.gate_up_proj.double()):
-        mine = [token for token, of in enumerate(chosen) if number in of]
-        if transposed:  # gpt-oss
-            both = x @ W + module.gate_up_proj_bias[number].double()
-            gate, up = both[:, ::2].clamp(max=7), both[:, 1::2].clamp(-7, 7)
-            down = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-        else:
-            gate, up = (x @ W.T).chunk(2, -1)
-            down = torch.nn.functional.silu(gate) * up
-        found.append((len(mine), *(a[mine] if len(mine) >= a.shape[1] else a for a in (x, down))))
+    (x, chosen), found = read_by(model, each, windows), []
+    for number in range(len(each.module.gate_up_proj)):
+        mine = (chosen == number).any(-1).nonzero()[:, 0]
+        read = x, activated(each, gates_and_ups(each, number, x))
+        found.append((len(mine), *(a[mine] if len(mine) >= a.shape[1] else a for a in read)))
     return found
 
 
@@ -104,7 +74,7 @@ def test_hessians_are_of_the_tokens_that_an_expert_saw(family: str, in_turn: boo
     before = {n: p.clone() for n, p in model.net.named_parameters()}
     parts = driver.run(model, spy, windows, tmp_path, experts=True)
     assert all(torch.equal(p, before[n]) for n, p in model.net.named_parameters())  # the model is as it was
-    every, blocks, at, few = experts_in(model), linears_of(model), 0, 0
+    every, blocks, at, few = experts_of(model), linears_of(model), 0, 0
     own = {name: (i, j) for i, each in enumerate(every) for j, name in enumerate(each.parameters)}
     for block in parts.blocks:
         for matrix in block.matrices:
@@ -130,14 +100,14 @@ def test_hessians_are_of_the_tokens_that_an_expert_saw(family: str, in_turn: boo
     assert 0 < few < 3 * 2 * 4
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("method", ["rtn", "optq"])
 def test_an_expert_is_solved_as_a_layer_is(method: str, family: str, tmp_path: Path) -> None:
     """The codes of each are those that the solver gives for its matrix and Hessian alone."""
     model, windows = model_of(family), text(8, 24)
     solver = compression.make(method, {"group": 16})
     parts = driver.run(model, solver, windows if solver.data else None, tmp_path, experts=True)
-    each = experts_in(model)[0]
+    each = experts_of(model)[0]
     for number, (_, x, down) in enumerate(inputs_of(model, each, windows)):
         for name, inputs in zip(each.parameters, (x, down), strict=True):
             W, q = each.parameters[name][number], parts[name]
@@ -152,11 +122,7 @@ def test_an_expert_is_solved_as_a_layer_is(method: str, family: str, tmp_path: P
 
 def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None:
     """Whether their matrices are [in, out], and what is between them."""
-    changes: dict[str, Any] = {
-        "intermediate_size_mlp": 64,
-        "attention_chunk_size": 64,
-        "no_rope_layers": [1] * 3,
-    }
+    changes = {"intermediate_size_mlp": 64, "attention_chunk_size": 64, "no_rope_layers": [1] * 3}
     model = model_of("llama4_text", **changes)
     assert driver.experts_left(model, taken=True) == 3
     assert driver.experts_left(model_of("qwen3_moe"), taken=True) == 0
@@ -165,6 +131,3 @@ def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None
     folder = folder_of("llama4_text", tmp_path / "m", **changes)
     made = fleetune.compress(folder, method="rtn", settings={"group": 32}, out=tmp_path / "runs").folder
     assert Master(made / "model").head.experts == {}
-
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes

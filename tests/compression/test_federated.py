@@ -19,12 +19,7 @@ from fleetune.compression.layerwise import driver, federated
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.blocks import FinishedBlocks
 from fleetune.compression.layerwise.driver import linears_of
-from fleetune.compression.layerwise.federated import (
-    ClientHessians,
-    HessianReply,
-    from_lower_triangle,
-    lower_triangle,
-)
+from fleetune.compression.layerwise.federated import ClientHessians, from_lower_triangle, lower_triangle
 from fleetune.models import Model
 from fleetune.models.artefact import dense
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
@@ -39,13 +34,9 @@ SOLVER: Any = compression.make("optq", {"group": 8})
 
 
 def by_clients(
-    model: Model,
-    shares: dict[int, Tensor],
-    folder: Path,
-    change: Callable[[ClientHessians], None] = lambda c: None,
-    solver: Any = SOLVER,
-) -> tuple[FinishedBlocks, list[HessianReply]]:
-    replies: list[HessianReply] = []
+    model: Model, shares: dict[int, Tensor], folder: Path, change: Any = lambda c: None, solver: Any = SOLVER
+) -> tuple[FinishedBlocks, list[federated.HessianReply]]:
+    replies: list[federated.HessianReply] = []
     clients = ClientHessians(model, shares, folder, replies.append)
     change(clients)
     return driver.run(model, solver, clients, folder), replies
@@ -71,13 +62,12 @@ def test_where_tokens_are_claimed_none_counts_more_than_the_median(tmp_path: Pat
     _, linears = linears_of(models.tiny_llama())[0]
     name, C = "model.layers.0.self_attn.q_proj", 32
     linears = {name: linears[name]}
+    tokens = {0: 100, 1: 100, 2: 5000}
     sent = {
-        client: federated.message_of({name: 2.0 * tokens * torch.eye(C)}, tokens, 0, bytes(8))
-        for client, tokens in ((0, 100), (1, 100), (2, 5000))
+        c: federated.message_of({name: 2.0 * n * torch.eye(C)}, n, 0, bytes(8)) for c, n in tokens.items()
     }
 
     def total(claimed: bool) -> float:
-        tokens = {0: 100, 1: 100, 2: 5000}
         added = federated.HessianSums(bytes(8), tokens, lambda reply: None, tmp_path, claimed=claimed)
         answers = [federated.Answer(client, data, "") for client, data in sent.items()]
         return float(added.add_up(0, linears, answers, 0)[name][0, 0])
@@ -158,15 +148,17 @@ WRONG = {
 }
 
 
-def in_block_1(spoil: Callable[[bytes], bytes]) -> Callable[[ClientHessians], None]:
-    """Let client 2's answer in block 1 be another."""
+def another(
+    spoil: Callable[[bytes, Any], bytes], client_and_block: tuple[int, int] = (2, 1)
+) -> Callable[[ClientHessians], None]:
+    """Let the answer of a client in a block be another."""
 
     def change(clients: ClientHessians) -> None:
         real = clients.answer
 
         def answer(client: int, number: int, linears: Any) -> bytes:
             data = real(client, number, linears)
-            return spoil(data) if (client, number) == (2, 1) else data
+            return spoil(data, linears) if (client, number) == client_and_block else data
 
         clients.answer = answer  # type: ignore[method-assign]
 
@@ -177,11 +169,11 @@ def in_block_1(spoil: Callable[[bytes], bytes]) -> Callable[[ClientHessians], No
 def left(tmp_path_factory: pytest.TempPathFactory) -> FinishedBlocks:
     """The result where client 2 leaves after block 0, which is another than that of all."""
 
-    def leaves(data: bytes) -> bytes:
+    def leaves(*_: Any) -> bytes:
         raise OSError("the line is dead")
 
     model, folder = models.tiny_llama(layers=3), tmp_path_factory.mktemp("left")
-    dead, replies = by_clients(model, SHARES, folder / "dead", in_block_1(leaves))
+    dead, replies = by_clients(model, SHARES, folder / "dead", another(leaves))
     assert [r.reason for r in replies if r.status != "ok"] == ["the line is dead"]
     whole, _ = by_clients(model, SHARES, folder / "whole")
     assert any(not torch.equal(dense(whole[n]), dense(dead[n])) for n in dead)
@@ -189,12 +181,10 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> FinishedBlocks:
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_reply_is_refused_and_the_others_go_on(
-    kind: str, left: FinishedBlocks, tmp_path: Path
-) -> None:
+def test_a_wrong_reply_is_refused_and_others_go_on(kind: str, left: FinishedBlocks, tmp_path: Path) -> None:
     """Nothing of it is in the sums: the rest of the run is as if the device had left after block 0."""
     model = models.tiny_llama(layers=3)
-    parts, replies = by_clients(model, SHARES, tmp_path, in_block_1(lambda data: broken(kind, data)))
+    parts, replies = by_clients(model, SHARES, tmp_path, another(lambda data, _: broken(kind, data)))
     refused = [r for r in replies if r.status == "refused"]
     assert [(r.block, r.client) for r in refused] == [(1, 2)]
     assert WRONG[kind] in refused[0].reason
@@ -205,7 +195,7 @@ def test_a_wrong_reply_is_refused_and_the_others_go_on(
 SIX = {client: text(2, seed=client) for client in range(6)}
 
 
-def lie(kind: str, a: np.ndarray, C: int, tokens: int) -> np.ndarray:
+def lie(kind: str, a: np.ndarray, C: int) -> np.ndarray:
     """What a device sends instead of its honest sums `a`."""
     H = from_lower_triangle(torch.from_numpy(a.copy()), C).double()
     squares = H.diagonal()
@@ -213,7 +203,7 @@ def lie(kind: str, a: np.ndarray, C: int, tokens: int) -> np.ndarray:
         H = -0.9 * torch.outer(squares, squares).sqrt()
         H.diagonal().copy_(squares)
     elif kind == "the largest everywhere":
-        H = torch.full((C, C), 2 * tokens * federated.LARGEST**2)
+        H = torch.full((C, C), 2 * SIX[0].numel() * federated.LARGEST**2)
     else:  # its spectrum turned over, so many times as large
         values, vectors = torch.linalg.eigh(H)
         H = float(kind) * (vectors * values.flip(0)) @ vectors.T
@@ -223,22 +213,12 @@ def lie(kind: str, a: np.ndarray, C: int, tokens: int) -> np.ndarray:
 def lying(kind: str) -> Callable[[ClientHessians], None]:
     """Let client 0 lie about every input of block 0."""
 
-    def change(clients: ClientHessians) -> None:
-        real = clients.answer
+    def spoil(data: bytes, linears: Any) -> bytes:
+        message = decode(data)
+        arrays = {n: lie(kind, a, linears[n].in_features) for n, a in message.payload.arrays.items()}
+        return encode(Message(message.round, message.base, Payload(arrays, message.payload.scalars)))
 
-        def answer(client: int, number: int, linears: Any) -> bytes:
-            message = decode(data := real(client, number, linears))
-            if client or number:
-                return data
-            arrays = {
-                n: lie(kind, a, linears[n].in_features, SIX[0].numel())
-                for n, a in message.payload.arrays.items()
-            }
-            return encode(Message(number, message.base, Payload(arrays, message.payload.scalars)))
-
-        clients.answer = answer  # type: ignore[method-assign]
-
-    return change
+    return another(spoil, (0, 0))
 
 
 @pytest.mark.parametrize(
@@ -277,9 +257,8 @@ def test_honest_sums_pass_however_unlike_their_inputs_are(tokens: int) -> None:
     x = (rng.normal(size=(tokens, 200)) * 10.0 ** rng.uniform(-6, 4, 200)).astype(np.float32)
     x[:, 3], x[:, 5] = 0.0, x[:, 4]
     H = torch.from_numpy(2 * x.T @ x)
-    assert federated.check_sums("x", lower_triangle(H).numpy(), 200, tokens) == pytest.approx(
-        (x.astype(float) ** 2).mean(), rel=1e-4
-    )
+    found = federated.check_sums("x", lower_triangle(H).numpy(), 200, tokens)
+    assert found == pytest.approx((x.astype(float) ** 2).mean(), rel=1e-4)
 
 
 def test_answers_are_added_in_the_clients_order_whenever_they_come(tmp_path: Path) -> None:
@@ -337,9 +316,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
 
     shares = {}
     for client, rows in enumerate(parts.clients):
-        encoded = encode_all([parts.examples[i] for i in rows.tolist()], model.tokenizer, recipe.max_length)[
-            0
-        ]
+        encoded = encode_all([parts.examples[i] for i in rows], model.tokenizer, recipe.max_length)[0]
         shares[client] = driver.windows([row.ids for row in encoded], 32, 2)
     want, _ = by_clients(model, shares, tuned_run / "parts")
     from fleetune.models.artefact import Master

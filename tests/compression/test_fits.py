@@ -30,22 +30,15 @@ TYPES = sorted(SUPER_TYPES)
 WITHOUT_ZERO = ("iq4_xs", "q2_k", "q4_k", "q5_k")
 FOUND = importlib.util.find_spec("llama_cpp_py_sync")
 LIBRARY = Path(FOUND.origin).parent / "libggml-base.so.0" if FOUND and FOUND.origin else None
-needs_llama = pytest.mark.skipif(
-    LIBRARY is None or not LIBRARY.is_file(), reason="llama.cpp is not installed"
-)
+needs_llama = pytest.mark.skipif(LIBRARY is None or not LIBRARY.is_file(), reason="no llama.cpp")
 
 
 @cache
 def library() -> Any:
     opened = ctypes.CDLL(str(LIBRARY))
     opened.ggml_quantize_chunk.restype = ctypes.c_size_t
-    opened.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 3,
-        ctypes.c_void_p,
-    ]
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    opened.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
     return opened
 
 
@@ -103,9 +96,7 @@ def matrices(draw: st.DrawFn) -> Tensor:
 @pytest.mark.parametrize("kind", TYPES)
 @given(W=matrices(), weighted=st.booleans())
 @settings(max_examples=8)
-def test_any_matrix_is_rounded_to_the_nearest_and_the_file_holds_it(
-    kind: str, W: Tensor, weighted: bool
-) -> None:
+def test_any_matrix_is_rounded_to_nearest_and_the_file_holds_it(kind: str, W: Tensor, weighted: bool) -> None:
     h = torch.logspace(-2, 2, 512)[torch.arange(512) * 7 % 512] if weighted else None
     q = rounded(W, grid_of(kind), 32, h)
     of, got = SUPER_TYPES[kind], q.dense()
@@ -119,10 +110,8 @@ def test_any_matrix_is_rounded_to_the_nearest_and_the_file_holds_it(
         near = (values_of(q, column) - W[:, column, None]).abs().amin(1)
         assert ((got[:, column] - W[:, column]).abs() <= near * (1 + 1e-5) + 1e-7 * W[:, column].abs()).all()
     # no row is further from its weights than 0 is
-    weights = torch.ones(512) if h is None else h
-    assert (
-        (weights * (got - W).double() ** 2).sum(1) <= (weights * W.double() ** 2).sum(1) * (1 + 1e-6)
-    ).all()
+    each = torch.ones(512) if h is None else h
+    assert ((each * (got - W).double() ** 2).sum(1) <= (each * W.double() ** 2).sum(1) * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -175,11 +164,9 @@ def test_a_range_and_its_minimum_are_nearly_the_best_of_many(top: int, shift: fl
     for r, x in enumerate(columns.T):
         found += errors(S[r, None], M[r, None], x).item()
         width = float(x.max() - min(float(x.min()), 0.0))
-        ways = torch.cartesian_prod(
-            torch.linspace(0.4, 1.2, 400) * width / top,
-            (torch.linspace(-0.5, 0.2, 60) * width - x.min()).clamp(min=0),
-        )
-        least += errors(*ways.T, x).min().item()
+        scales = torch.linspace(0.4, 1.2, 400) * width / top
+        minima = (torch.linspace(-0.5, 0.2, 60) * width - x.min()).clamp(min=0)
+        least += errors(*torch.cartesian_prod(scales, minima).T, x).min().item()
     assert found < 1.06 * least
 
 
@@ -187,9 +174,7 @@ def test_a_range_and_its_minimum_are_nearly_the_best_of_many(top: int, shift: fl
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("tail", ["student", "positive"])
 @pytest.mark.parametrize("spread", [None, 1.0])
-def test_the_error_is_below_that_of_llama_cpp_s_own_quantiser(
-    kind: str, tail: str, spread: float | None
-) -> None:
+def test_the_error_is_below_that_of_llama_cpp_s_quantiser(kind: str, tail: str, spread: float | None) -> None:
     """Weighted by what it is given as an importance matrix, or not at all."""
     rng = np.random.default_rng(3)
     x = rng.standard_t(4, (64, 512))
@@ -197,10 +182,8 @@ def test_the_error_is_below_that_of_llama_cpp_s_own_quantiser(
     h = None if spread is None else rng.lognormal(0, spread, 512).astype(np.float32)
     own = rounded(torch.from_numpy(x), grid_of(kind), 32, None if h is None else torch.from_numpy(h))
     theirs = llama_cpp(x, kind.upper(), h)
-    errors = [
-        ((1 if h is None else h) * (q - x.astype(np.float64)) ** 2).sum()
-        for q in (own.dense().numpy(), theirs)
-    ]
+    each = 1 if h is None else h
+    errors = [(each * (q - x.astype(np.float64)) ** 2).sum() for q in (own.dense().numpy(), theirs)]
     assert errors[0] < 0.985 * errors[1]
     if h is None:  # and below its best, which takes an importance of 1 for all
         flat = llama_cpp(x, kind.upper(), np.ones(512))
@@ -295,11 +278,6 @@ def test_rows_that_super_blocks_do_not_divide_are_told_what_fits(kind: str) -> N
         f"q has 576 columns, which super-blocks of 256 do not divide (grid={grid} with bits={bits} is for groups of 32)"
     )
     assert solver.check("q", 9, 40) == "q has 40 columns, which super-blocks of 256 do not divide"
-    model = tiny_llama()
     with pytest.raises(RecipeError, match="super-blocks of 256 do not divide") as caught:
-        driver.check(model, solver)
-    wanted = f"--set grid={grid} --set bits={bits} fits every layer: GGUF's blocks of 32 columns"
-    width = {w.weight.shape[1] for _, linears in driver.linears_of(model) for w in linears.values()}
-    assert caught.value.hint == (
-        wanted if all(n % 32 == 0 for n in width) else "choose a grid whose groups fit every layer"
-    )
+        driver.check(tiny_llama(), solver)
+    assert caught.value.hint == "choose a grid whose groups fit every layer"

@@ -20,6 +20,7 @@ from fleetune.errors import FleetuneError, RecipeError
 from fleetune.evaluation import answers
 from fleetune.evaluation.losses import pad_id
 from fleetune.models import digest, named_tensors
+from tiny_families import TOKENS, sizes
 
 
 def answers_of(batch: Any) -> list[list[int]]:
@@ -58,17 +59,13 @@ def test_answers_are_a_function_of_seed_and_step() -> None:
     assert answers_of(t.answered(student, teacher, batch, 0, 6)) != first
     assert answers_of(t.answered(student, teacher, batch, 1, 5)) != first
     cold = trainer(lmbda=1, temperature=1e-4)  # the same whatever the draw: greedy
-    assert answers_of(cold.answered(student, teacher, batch, 0, 5)) == answers_of(
-        cold.answered(student, teacher, batch, 9, 7)
-    )
+    one, other = (answers_of(cold.answered(student, teacher, batch, *at)) for at in ((0, 5), (9, 7)))
+    assert one == other
 
 
 def test_nothing_after_the_first_end_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = pair()
-    data = [
-        Encoded(np.array([256, 65, 70, END, 71, END], np.int32), 2),
-        Encoded(np.array([256, 65, 70, 71], np.int32), 2),
-    ]
+    data = [Encoded(np.array(row, np.int32), 2) for row in ([256, 65, 70, END, 71, END], [256, 65, 70, 71])]
     found = trainer(lmbda=0).answered(student, teacher, collate(data, END), 0, 0)
     assert answers_of(found) == [[70, END], [70, 71]]
     assert found.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
@@ -84,9 +81,8 @@ def test_distance_is_the_mean_over_tokens() -> None:
     held = rows(4, 7)
     want = direct(student, teacher, collate(held, pad_id(student)), 0.5)
     for size in (1, 3, 8):
-        assert trainer(batch_size=size).distance(student, teacher, held) == pytest.approx(
-            want.mean().item(), rel=1e-5
-        )
+        found = trainer(batch_size=size).distance(student, teacher, held)
+        assert found == pytest.approx(want.mean().item(), rel=1e-5)
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tmp_path: Path) -> None:
@@ -159,27 +155,9 @@ def test_a_student_of_some_blocks_saves_loads_and_runs(tmp_path: Path) -> None:
 
 
 def test_what_a_configuration_says_of_each_block_is_cut_too(tmp_path: Path) -> None:
-    kinds = [
-        "full_attention",
-        "sliding_attention",
-        "sliding_attention",
-        "full_attention",
-        "sliding_attention",
-    ]
-    config = Qwen2Config(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=kinds,
-        sliding_window=4,
-        use_sliding_window=True,
-        pad_token_id=END,
-        eos_token_id=END,
-        bos_token_id=256,
-    )
+    kinds = [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full", "sliding")]
+    small = sizes(32, 40, 5, 4, 2, layer_types=kinds, sliding_window=4, use_sliding_window=True)
+    config = Qwen2Config(**small | TOKENS)
     torch.manual_seed(0)
     model = models.tiny_llama()
     model.net = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -190,6 +168,5 @@ def test_what_a_configuration_says_of_each_block_is_cut_too(tmp_path: Path) -> N
     back = models.load(str(tmp_path / "m"))
     ids = torch.arange(60, 80)[None]
     assert torch.equal(back.net(input_ids=ids).logits, cut(input_ids=ids).logits)
-    assert [getattr(b, "attention_type", None) for b in back.net.model.layers] == [
-        getattr(b, "attention_type", None) for b in cut.model.layers
-    ]
+    here, there = ([getattr(b, "attention_type", None) for b in n.model.layers] for n in (back.net, cut))
+    assert here == there

@@ -15,12 +15,10 @@ from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid
 from fleetune.models.artefact import Quantised
 from fleetune.models.families.number_types import CODEBOOKS
 
+FLOATS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40)
 
-@given(
-    kind=st.sampled_from(UNIFORM),
-    bits=st.sampled_from(BITS),
-    values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40),
-)
+
+@given(kind=st.sampled_from(UNIFORM), bits=st.sampled_from(BITS), values=FLOATS)
 @settings(max_examples=100)
 def test_a_grid_holds_zero_and_is_exact_in_fp16(kind: str, bits: int, values: list[float]) -> None:
     if kind == "universal" and bits > 5:
@@ -39,10 +37,8 @@ def test_a_grid_holds_zero_and_is_exact_in_fp16(kind: str, bits: int, values: li
     if scale.abs().item() > 2**-14 and max(map(abs, values)) * 2 < 65504:
         near = (grid.codes(x, scale, zero) - zero[:, None]) * scale[:, None]
         reach = {"ggml": 1.01, "symmetric": 0.52, "asymmetric": 1.02, "universal": 1.02}[kind]
-        worst = (
-            reach * scale.abs().item()
-            + ({5: 2**-5}.get(bits, 2**-6) if kind == "universal" else 2**-9) * x.abs().max().item()
-        )
+        share = {5: 2**-5}.get(bits, 2**-6) if kind == "universal" else 2**-9
+        worst = reach * scale.abs().item() + share * x.abs().max().item()
         assert (near - x).abs().max().item() <= worst
 
 
@@ -52,9 +48,7 @@ def test_the_ggml_grid_keeps_the_signed_extreme() -> None:
     assert zero.tolist() == [8.0, 8.0, 8.0]
 
 
-@given(
-    rows=st.lists(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 2.0]), min_size=4, max_size=4), min_size=1)
-)
+@given(st.lists(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 2.0]), min_size=4, max_size=4), min_size=1))
 def test_the_ggml_grid_takes_the_first_of_equal_extremes(rows: list[list[float]]) -> None:
     """As ggml does, which looks for a magnitude above all before."""
     want = []

@@ -23,10 +23,8 @@ def by_hand(model: Model, data: list[Encoded], kind: str, block: int) -> tuple[T
             found[name.removeprefix(at)] = importance(kind, p, grads[name])
     c = model.net.config
     n_rep, d = c.num_attention_heads // c.num_key_value_heads, c.head_dim
-    heads, channels = (
-        torch.zeros(4, c.num_key_value_heads).double(),
-        torch.zeros(3, c.intermediate_size).double(),
-    )
+    heads = torch.zeros(4, c.num_key_value_heads).double()
+    channels = torch.zeros(3, c.intermediate_size).double()
     for h in range(c.num_attention_heads):
         for i in range(h * d, (h + 1) * d):
             heads[0, h // n_rep] += found["self_attn.q_proj.weight"][i].sum()
@@ -79,20 +77,13 @@ def test_estimation_leaves_the_model_as_it_was() -> None:
         estimate(model, rows(1, 3), "mixed", [1], stop_at(2))
     estimate(model, rows(1, 3), "mixed", [1, 2])
     assert digest(named_tensors(model.net)) == before
-    assert all(
-        p.grad is None and not p.requires_grad and not p._post_accumulate_grad_hooks
-        for p in model.net.parameters()
-    )
+    for p in model.net.parameters():
+        assert (p.grad, p.requires_grad, bool(p._post_accumulate_grad_hooks)) == (None, False, False)
 
 
 def test_counts_are_rounded_to_multiples() -> None:
-    assert [count_kept(1536, 1536 * 0.8, step) for step in (1, 32, 128, 1024, 2000)] == [
-        1229,
-        1216,
-        1280,
-        1024,
-        1536,
-    ]
+    counts = {1: 1229, 32: 1216, 128: 1280, 1024: 1024, 2000: 1536}
+    assert {step: count_kept(1536, 1536 * 0.8, step) for step in counts} == counts
     assert count_kept(10, 10 * (1 - 0.8), 1) == 2  # int(10 (1 - 0.8)) is 1
     assert count_kept(3, 0.1, 1) == 1
     assert count_kept(100, 95, 32) == 96

@@ -35,13 +35,13 @@ def asked(count: int, **more: Any) -> CompressRequest:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "count", "of_rows", "own"), [(60, 128, 3, 8), (200, 6, 3, 3), (60, 1, 1, 0)]
+    ("tokens", "count", "whole", "own"), [(60, 128, 3, 8), (200, 6, 3, 3), (60, 1, 1, 0)]
 )
-def test_rows_come_first_and_at_most_half_is_written(tokens: int, count: int, of_rows: int, own: int) -> None:
+def test_rows_come_first_and_at_most_half_is_written(tokens: int, count: int, whole: int, own: int) -> None:
     found, loaded = inputs.of_run(asked(count), inputs_of(tokens), Silent())
-    assert found.shape == (of_rows + own, LENGTH)
-    assert torch.equal(found[:of_rows].flatten(), torch.arange(of_rows * LENGTH))
-    assert loaded.source == f"rows: {counted(of_rows, 'window')}, and {own} that its model wrote"
+    assert found.shape == (whole + own, LENGTH)
+    assert torch.equal(found[:whole].flatten(), torch.arange(whole * LENGTH))
+    assert loaded.source == f"rows: {counted(whole, 'window')}, and {own} that its model wrote"
     assert len(loaded.own_text) == inputs.MEASURED
 
 

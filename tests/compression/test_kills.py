@@ -25,12 +25,11 @@ from fleetune.runs import compression_folder
 from fleetune.runs.listener import Silent
 from heard import Heard, counting
 
+FEW = "--set steps=2 --set batch_size=2 --data rows.jsonl --length 64"
 WORK = {
     "optq": "--method optq --set group=4 --windows 2 --length 16 --text text.txt",
-    "gkd": "--method gkd --set teacher=same --set keep_layers=2 --set steps=2 --set lmbda=0 --set batch_size=2 "
-    "--data rows.jsonl --length 64",
-    "llm-pruner": "--method llm-pruner --set first=1 --set last=1 --set round_to=4 --set ratio=0.34 --set steps=2 "
-    "--set batch_size=2 --data rows.jsonl --length 64",
+    "gkd": f"--method gkd --set teacher=same --set keep_layers=2 --set lmbda=0 {FEW}",
+    "llm-pruner": f"--method llm-pruner --set first=1 --set last=1 --set round_to=4 --set ratio=0.34 {FEW}",
 }
 
 
@@ -66,10 +65,7 @@ def while_parts_are_removed(patch: pytest.MonkeyPatch) -> None:
 
 
 POINTS: dict[str, tuple[bool, Callable[[pytest.MonkeyPatch], None]]] = {
-    "the result is written, nothing else": (
-        False,
-        lambda patch: patch.setattr(compression_folder, "weights_size", die),
-    ),
+    "the result alone": (False, lambda patch: patch.setattr(compression_folder, "weights_size", die)),
     "before the record": (False, before_the_record),
     "after the record": (True, lambda patch: patch.setattr(compression_folder, "drop_parts", die)),
     "while parts are removed": (True, while_parts_are_removed),
@@ -81,10 +77,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path, made = tmp_path_factory.mktemp("models") / "small", tiny()
     models.save(made.net, made.tokenizer, path)
     return str(path)
-
-
-def nothing_is_done_again(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(optq.Solver, "solve", die)
 
 
 @pytest.mark.parametrize("method", WORK)
@@ -101,7 +93,7 @@ def test_a_kill_near_the_end_loses_nothing(method: str, model: str, at: Path, ca
         _, told, _ = call(capsys, "runs")
         assert told[-1]["status"] == ("done" if done else "stopped"), point
         with pytest.MonkeyPatch.context() as patch:
-            nothing_is_done_again(patch)
+            patch.setattr(optq.Solver, "solve", die)
             code, events, err = call(capsys, "compress", "--resume", "latest")
         assert code == 0, (point, err)
         assert not [e for e in events if e["event"] == "step"], point

@@ -30,11 +30,10 @@ def test_a_head_is_credited_to_the_key_head_that_it_reads() -> None:
     scale = torch.tensor([9.0, 1, 1, 5, 5, 5, 6, 2, 6])
     assert scale.view(3, 3).sum(1).argmin() == 0
     assert scale.view(3, 3).sum(0).argmin() == 1
+    heads = scale.repeat_interleave(4)[:, None]
     for block in model.net.model.layers:
         for name, p in block.self_attn.named_parameters():
-            p.fill_(1.0) if name != "q_proj.weight" else p.copy_(
-                scale.repeat_interleave(4)[:, None].expand_as(p)
-            )
+            p.copy_(heads.expand_as(p)) if name == "q_proj.weight" else p.fill_(1.0)
     kept = pruner().select(model.net.model.layers, estimate(model, rows(0, 2), "magnitude", [1, 2]))
     assert kept[1].heads == kept[2].heads == [1, 2]
 
@@ -43,19 +42,13 @@ def test_spared_blocks_and_widths() -> None:
     model = tiny()
     before = copy.deepcopy(model.net)
     pruned = pruner().prune(model, rows(0, 4))
-    assert [tuple(w) for w in block_widths(pruned.net.config)] == [
-        (9, 3, 40),
-        (6, 2, 28),
-        (6, 2, 28),
-        (9, 3, 40),
-    ]
+    found = [tuple(w) for w in block_widths(pruned.net.config)]
+    assert found == [(9, 3, 40), (6, 2, 28), (6, 2, 28), (9, 3, 40)]
     for i in (0, 3):
-        for (name, p), (_, q) in zip(
-            pruned.net.model.layers[i].named_parameters(),
-            before.model.layers[i].named_parameters(),
-            strict=True,
-        ):
-            assert torch.equal(p, q), name
+        own = dict(before.model.layers[i].named_parameters())
+        for name, p in pruned.net.model.layers[i].named_parameters():
+            assert torch.equal(p, own.pop(name)), name
+        assert not own
     assert pruned.digest == digest(named_tensors(pruned.net)) != digest(named_tensors(before))
     whole = pruner(scope="global").prune(tiny(), rows(0, 4))
     widths = block_widths(whole.net.config)[1:3]
@@ -111,9 +104,8 @@ def test_blocks_of_different_widths_are_saved_and_loaded(family: str, tmp_path: 
     assert torch.equal(logits(again.net), logits(odd.net))
     assert torch.equal(again.net.generate(IDS, max_new_tokens=6), odd.net.generate(IDS, max_new_tokens=6))
     models.save(again.net, again.tokenizer, tmp_path / "twice")
-    assert (tmp_path / "twice" / "config.json").read_bytes() == (
-        tmp_path / "odd" / "config.json"
-    ).read_bytes()
+    once, twice = ((tmp_path / name / "config.json").read_bytes() for name in ("odd", "twice"))
+    assert twice == once
     assert models.load(str(tmp_path / "twice"), device="cpu").digest == odd.digest
 
 
@@ -143,10 +135,8 @@ def test_lora_is_trained_as_the_formulas_say(tmp_path: Path) -> None:
     base = dict(net.named_parameters())
 
     def merged() -> dict[str, Tensor]:
-        return base | {
-            f"{x}.weight": base[f"{x}.weight"] + 8 * start[b] @ start[a]
-            for x, (b, a) in adapters.pairs(start).items()
-        }
+        moves = {f"{x}.weight": 8 * start[b] @ start[a] for x, (b, a) in adapters.pairs(start).items()}
+        return base | {name: base[name] + move for name, move in moves.items()}
 
     losses, norms = [], []
     for t, batch in enumerate(Batches(rows(0, 8), END, 322).steps(4, 4)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,33 +17,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from command_line import Capture, Patch, ok
 from command_line import call_json as call
-from command_line import ok
 from fleetune import compression, models
 from fleetune.common import memory
 from fleetune.compression.jobs import solve
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.layerwise import driver
+from fleetune.models import artefact
 from fleetune.models.lazy import LazyWeight
 from fleetune.models.net.saving import write_in_turn
 from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
 from fleetune.runs.listener import Silent
+from tiny_families import sizes
 
 TYPES = [torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]
 
 
-def saved(
-    folder: Path, dtype: torch.dtype = torch.float32, *, layers: int = 3, hidden: int = 32, shard: str = "5GB"
-) -> str:
-    tiny = models.tiny_llama(layers=layers, hidden=hidden)
+def saved(folder: Path, dtype: Any = torch.float32, *, layers: int = 3, shard: str = "5GB") -> str:
+    tiny = models.tiny_llama(layers=layers)
     tiny.net.to(dtype).save_pretrained(folder, max_shard_size=shard)
     tiny.tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 @pytest.mark.parametrize("method", ["qronos", "sparsegpt"])
-def test_low_memory_gives_the_same_bytes(method: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_low_memory_gives_the_same_bytes(method: str, at: Path, capsys: Capture) -> None:
     name = saved(at / "m", torch.bfloat16, shard="20KB")
     text = ["--text", "text.txt", "--windows", "4", "--length", "16", "--eval-text", "text.txt"]
     group = [] if method == "sparsegpt" else ["--set", "group=8"]
@@ -79,14 +80,8 @@ def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tu
         with inputs.reference(model, folder, Silent()) as reference:
             parts = driver.run(model, solver, windows, folder / "parts")
             assert "kl_divergence" in solve._after(Silent(), inputs, folder, parts, reference)
-        from fleetune.models import artefact
-
-        artefact.write(
-            folder / "model",
-            model,
-            parts,
-            artefact.ArtefactHead("optq", {}, model.digest, model.tokenizer_digest),
-        )
+        head = artefact.ArtefactHead("optq", {}, model.digest, model.tokenizer_digest)
+        artefact.write(folder / "model", model, parts, head)
     return seen[0], sum(4 * p.numel() for p in model.net.parameters())
 
 
@@ -103,12 +98,9 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     note=st.text(max_size=20),
 )
 def test_the_file_is_what_safetensors_writes(kinds: list[torch.dtype], names: list[str], note: str) -> None:
-    import tempfile
 
-    tensors = {
-        n: torch.arange(3 * (i + 1)).reshape(3, -1).to(k)
-        for i, (n, k) in enumerate(zip(names, kinds, strict=False))
-    }
+    numbered = enumerate(zip(names, kinds, strict=False), 1)
+    tensors = {n: torch.arange(3 * i).reshape(3, -1).to(k) for i, (n, k) in numbered}
     table = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder) / "a", Path(folder) / "b"
@@ -117,28 +109,11 @@ def test_the_file_is_what_safetensors_writes(kinds: list[torch.dtype], names: li
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def llama(layers: int = 2, **sizes: int) -> LlamaConfig:
-    return LlamaConfig(
-        **{
-            "vocab_size": 500,
-            "hidden_size": 64,
-            "intermediate_size": 160,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "num_hidden_layers": layers,
-            **sizes,
-        }
-    )
-
-
 def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
     def peak(layers: int, **work: Any) -> int:
-        return sum(
-            compression_cost.memory(
-                shape_of(llama(layers)), compression_cost.CompressionSize(8, 64)._replace(**work)
-            ).values()
-        )
+        shape = shape_of(LlamaConfig(**sizes(64, 160, layers, 4, 2, head_dim=16, vocab_size=500)))
+        size = compression_cost.CompressionSize(8, 64)._replace(**work)
+        return sum(compression_cost.memory(shape, size).values())
 
     assert peak(2, low_memory=True) == peak(20, low_memory=True)
     block = 4 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 160 + 2 * 64)
@@ -156,24 +131,14 @@ def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
     for values in ({"group": 8}, {"bits": 8, "group": 8}, {"bits": 3, "group": 0}):
         solver: Any = compression.make("rtn", values)
         parts = driver.run(model, solver, None, tmp_path / "parts")
-        from fleetune.models import artefact
-
         artefact.write(tmp_path / "model", model, parts, artefact.ArtefactHead("rtn", {}, "", ""))
-        real = sum(
-            f.stat().st_size
-            for d in ("parts", "model")
-            for f in (tmp_path / d).iterdir()
-            if f.suffix == ".safetensors"
-        )
-        assert compression_cost.disk(
-            shape_of(model.net.config), solve.size_of(solver, 0, 0)
-        ) == pytest.approx(real, rel=0.15)
+        real = sum(f.stat().st_size for f in tmp_path.glob("*/*.safetensors"))
+        planned = compression_cost.disk(shape_of(model.net.config), solve.size_of(solver, 0, 0))
+        assert planned == pytest.approx(real, rel=0.15)
         shutil.rmtree(tmp_path / "parts")
 
 
-def test_what_it_takes_is_said_before_it_begins(
-    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_it_takes_is_said_before_it_begins(at: Path, capsys: Capture, monkeypatch: Patch) -> None:
     name = saved(at / "m")
     args = [name, "--set", "group=8", "--text", "text.txt", "--windows", "4", "--length", "16"]
     code, events, err = call(capsys, "compress", *args, "--dry-run")

@@ -15,6 +15,8 @@ from fleetune.compression.layerwise.column_loop import Segment, sweep
 from fleetune.compression.layerwise.grids import KINDS, UNIFORM, Grid
 from fleetune.errors import RecipeError
 
+OF_8 = {"group": 8}
+
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [3, 8, 128])
@@ -57,16 +59,9 @@ def test_optq_is_the_optimal_brain_surgeon_on_a_grid(kind: str, block: int) -> N
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [
-        ("rtn", {"grid": "iq4_nl", "group": 8}),
-        ("optq", {"group": 8}),
-        ("qronos", {"group": 8}),
-        ("sparsegpt", {}),
-    ],
+    [("rtn", {"grid": "iq4_nl"} | OF_8), ("optq", OF_8), ("qronos", OF_8), ("sparsegpt", {})],
 )
-def test_weights_in_another_layout_are_solved_alike_and_stay(
-    method: str, settings: dict[str, object]
-) -> None:
+def test_weights_in_another_layout_are_solved_alike_and_stay(method: str, settings: dict) -> None:
     """gpt-oss has its experts as [in, out]: a matrix is a view of them, contiguous when it is transposed."""
     W, H = work(8, 1, 24, torch.float32)
     solver = compression.make(method, settings)
@@ -93,9 +88,7 @@ def test_a_codebook_without_0_takes_no_pruned_matrix(method: str) -> None:
     got = dense(solver.solve(W.clone(), H.clone()))
     assert got.all()  # 0 is not on it
     W.view(-1)[1020] = 0.0
-    with pytest.raises(
-        RecipeError, match="5% of a matrix is exactly 0, and the grid iq4_nl has no 0"
-    ) as caught:
+    with pytest.raises(RecipeError, match=r"5% of a matrix is exactly 0, .* iq4_nl has no 0") as caught:
         solver.solve(W.clone(), H.clone())
     assert "grid=ggml" in (caught.value.hint or "")
 

@@ -20,9 +20,8 @@ def drifted(seed: int, share: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
     """(weights [R, C], inputs X and Y [tokens, C] in the dense and the compressed model), float64."""
     g = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(C, C, generator=g, dtype=torch.float64))[0]
-    X = torch.randn(4 * C, C, generator=g, dtype=torch.float64) @ (
-        torch.arange(1, C + 1)[:, None] ** -0.7 * turn
-    )
+    spread = torch.arange(1, C + 1)[:, None] ** -0.7 * turn
+    X = torch.randn(4 * C, C, generator=g, dtype=torch.float64) @ spread
     Y = X + share * X.std() * torch.randn(X.shape, generator=g, dtype=torch.float64)
     return torch.randn(5, C, generator=g, dtype=torch.float64), X, Y
 

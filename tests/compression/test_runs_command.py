@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from command_harness import QUICK, ZEROTH
 
-from command_line import Capture, ok, refused
+from command_line import Capture, Patch, ok, refused
 from command_line import call_json as call
 from fleetune import models
 from fleetune.cli.main import main
@@ -23,8 +23,7 @@ from fleetune.runs import rundir
 
 RTN = ["--method", "rtn", "--set", "group=8"]
 GKD = shlex.split(
-    "--method gkd --set teacher=same --set keep_layers=2 --set steps=1 --set lmbda=0 --set batch_size=2 --data rows.jsonl "
-    "--length 64"
+    "--method gkd --set teacher=same --set keep_layers=2 --set steps=1 --set lmbda=0 --set batch_size=2 --data rows.jsonl --length 64"
 )
 
 
@@ -52,9 +51,8 @@ def test_a_run_that_something_was_made_from_stays(tiny: str, made: Path, at: Pat
     a_run(made)
     for subject in ("runs/latest", "2"):  # a link that may soon point elsewhere, and a number
         assert call(capsys, "compress", subject, *RTN)[0] == 0
-    assert json.loads(Path("runs/0003-rtn-fedkseed-tiny/compress.json").read_text())["model"].endswith(
-        "runs/0002-fedkseed-tiny"
-    )
+    record = json.loads(Path("runs/0003-rtn-fedkseed-tiny/compress.json").read_text())
+    assert record["model"].endswith("runs/0002-fedkseed-tiny")
     err = refused(capsys, "runs", "rm", "latest")
     assert "latest is runs/0004-rtn-fedkseed-tiny now" in err
     assert "fleetune runs rm runs/0004-rtn-fedkseed-tiny" in err
@@ -70,27 +68,19 @@ def test_a_run_that_something_was_made_from_stays(tiny: str, made: Path, at: Pat
     assert "of runs rm alone" in refused(capsys, "runs", "--force")
 
 
-def test_a_run_is_recorded_by_a_name_that_stays_its_own(
-    tiny: str, made: Path, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_recorded_by_its_own_name(made: Path, at: Path, capsys: Capture, monkeypatch: Patch) -> None:
     a_run(made)
     Path("elsewhere").symlink_to("runs/0001-fedkseed-tiny")
     monkeypatch.chdir("runs/0001-fedkseed-tiny")
     whole = at / "runs" / "0001-fedkseed-tiny"
-    names = {
-        ".": str(whole),
-        "../latest": "../0001-fedkseed-tiny",
-        "../../elsewhere": "../../runs/0001-fedkseed-tiny",
-    }
-    for name, want in names.items():
+    links = {"../latest": "../0001-fedkseed-tiny", "../../elsewhere": "../../runs/0001-fedkseed-tiny"}
+    for name, want in ({".": str(whole)} | links).items():
         told = ok(capsys, "compress", name, *RTN, "--out", "..")
         assert told[0]["model"] == want
         assert told[-1]["folder"].endswith("-rtn-fedkseed-tiny")
 
 
-def test_a_plain_result_is_compressed_further_and_codes_are_not(
-    tiny: str, made: Path, at: Path, capsys: Capture
-) -> None:
+def test_plain_results_alone_are_compressed_further(tiny: str, made: Path, at: Path, capsys: Capture) -> None:
     a_run(made)
     assert call(capsys, "compress", "1", *RTN)[0] == 0
     assert call(capsys, "compress", tiny, *GKD)[0] == 0

@@ -10,9 +10,8 @@ import pytest
 import torch
 from deploy_harness import tokenizer
 from pruner_harness import SIZES, tiny
-from torch import Tensor
 
-from command_line import Capture, ok
+from command_line import Capture, Patch, ok
 from command_line import call_json as call
 from fleetune import compression, models
 from fleetune.cli.listener import InterruptHandler
@@ -28,15 +27,7 @@ from fleetune.runs.compression_folder import CompressRequest
 from heard import Heard
 
 SMALL = ("--method", "optq", "--text", "text.txt", "--windows", "4", "--length", "32")
-GRIDS = [
-    ("ggml", 4),
-    ("iq4_nl", 4),
-    ("universal", 5),
-    ("asymmetric", 3),
-    ("q4_k", 4),
-    ("q6_k", 6),
-    ("iq4_xs", 4),
-]
+GRIDS = {"ggml": 4, "iq4_nl": 4, "universal": 5, "asymmetric": 3, "q4_k": 4, "q6_k": 6, "iq4_xs": 4}.items()
 
 
 def matrix(kind: str, bits: int, seed: int = 0) -> Quantised:
@@ -56,9 +47,7 @@ def test_gradients_are_those_of_the_dense_formula(kind: str, bits: int) -> None:
     torch.autograd.backward(y, back)
 
     x64 = x.detach().double().requires_grad_()
-    deltas = {
-        n: torch.zeros_like(p, dtype=torch.float64, requires_grad=True) for n, p in found.named_parameters()
-    }
+    deltas = {n: torch.zeros_like(p).double().requires_grad_() for n, p in found.named_parameters()}
     units = {"delta": found.unit, "low": found.low_unit}
     multiples = {"delta": found.multiples, "low": found.minima}
     made = {}
@@ -108,11 +97,8 @@ def test_a_pruned_weight_stays_zero() -> None:
 def test_the_gradient_of_a_step_is_that_of_the_divergence(tied: bool) -> None:
     """The step's own way, by pieces and under checkpoints, against the whole divergence by torch, with a quantised head."""
     model = tiny("llama", tie_word_embeddings=tied, biases=True, **SIZES)
-    weights: dict[str, Quantised | Tensor] = {
-        name: rounded(tensor.detach(), Grid("ggml", 4), 32)
-        for name, tensor in models.named_tensors(model.net)
-        if tensor.dim() == 2
-    }
+    wide = {name: tensor.detach() for name, tensor in models.named_tensors(model.net) if tensor.dim() == 2}
+    weights: Any = {name: rounded(tensor, Grid("ggml", 4), 32) for name, tensor in wide.items()}
     student = scales.student_of(model, weights)
     assert len(student.scales) == 14
     windows = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -174,9 +160,7 @@ def test_little_text_is_said() -> None:
         assert bool(heard.notes) == said
 
 
-def test_it_resumes_with_the_same_bits(
-    model: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_resumes_with_the_same_bits(model: str, at: Path, capsys: Capture, monkeypatch: Patch) -> None:
     flags = (model, *SMALL, "--bytes", "150kB", "--train-scales", "9")
     events = ok(capsys, "compress", *flags)
     whole, kept = events[-1]["digest"], at / "runs" / "0002-optq-tiny" / "parts" / "scales"

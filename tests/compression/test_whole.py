@@ -86,9 +86,7 @@ main(sys.argv[1:])
 """
 
 
-def test_a_model_is_pruned_trained_quantised_and_exported(
-    tiny: dict[str, str], at: Path, capsys: Capture
-) -> None:
+def test_a_model_is_pruned_trained_quantised_and_exported(tiny: dict, at: Path, capsys: Capture) -> None:
     text = ["--eval-text", "text.txt"]
     assert main(["compress", tiny["llama"], *PRUNER, *FEW, *ROWS, *text]) == 0
     out, err = capsys.readouterr()
@@ -113,9 +111,8 @@ def test_a_model_is_pruned_trained_quantised_and_exported(
     assert "not run: transformers does not load blocks of different widths" in err
     assert "--to gguf" in err
     plain = models.load(exported[-1]["path"], device="cpu")
-    assert [tuple(w) for w in widths.block_widths(plain.net.config)] == [
-        tuple(w) for w in widths.block_widths(model.net.config)
-    ]
+    here, there = ([tuple(w) for w in widths.block_widths(m.net.config)] for m in (plain, model))
+    assert here == there
 
 
 @pytest.mark.faults

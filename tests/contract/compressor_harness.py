@@ -18,18 +18,11 @@ from fleetune.errors import Interrupted
 from fleetune.models import Model
 from fleetune.models.artefact import dense
 
+STEPS = {"steps": 4, "batch_size": 3, "save_every": 3}
 # Settings with which a method runs on the tiny model in a second.  A method that is not named here runs with its defaults.
 QUICK: dict[str, dict[str, Any]] = {
-    "gkd": {"teacher": "another", "steps": 4, "batch_size": 3, "max_new_tokens": 6, "save_every": 3},
-    "llm-pruner": {
-        "first": 0,
-        "last": 0,
-        "round_to": 4,
-        "ratio": 0.4,
-        "steps": 4,
-        "batch_size": 3,
-        "save_every": 3,
-    },
+    "gkd": {"teacher": "another", "max_new_tokens": 6} | STEPS,
+    "llm-pruner": {"first": 0, "last": 0, "round_to": 4, "ratio": 0.4} | STEPS,
 }
 # Options that change what is computed keep the contract too.
 VARIANTS = [

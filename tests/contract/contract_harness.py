@@ -33,17 +33,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "fedkseed": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
     "onebyte": {"K": 256, "directions": 40, "lr": 0.08, "eps": 1e-3, "batch_size": 5},
     "zosgd": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
-    # query-value, the default, is too few numbers here: AdamW on them takes 0.35 nats in four rounds, on all 0.94
-    "fwdllm": {
-        "targets": "all-linear",
-        "r": 2,
-        "alpha": 4,
-        "P": 8,
-        "lr": 0.2,
-        "decay": 0,
-        "batch_size": 10,
-        "threshold": 1e3,
-    },
+    "fwdllm": {"r": 2, "alpha": 4, "P": 8, "lr": 0.2, "decay": 0, "batch_size": 10, "threshold": 1e3},
     "mezo": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
 }
 # Options that change what travels or how a direction is made keep the contract too.
@@ -56,7 +46,7 @@ VARIANTS = [
     "fedkseed:pro=true",
     "fedkseed:backprop=0.5,backprop_lr=0.05",
     "fwdllm:patience=1,discriminative=false",
-    "fwdllm:module=adapter,targets=query-value",
+    "fwdllm:module=adapter",
     "mezo:K=32,decay=200",
     "onebyte:wire=sign",
     "zosgd:law=gaussian",
@@ -79,15 +69,13 @@ COLOURS = ("red", "green", "blue")
 def method(name: str) -> Method:
     """The method of a case such as `fedkseed` or `fedkseed:law=gaussian,K=16`."""
     name, _, changes = name.partition(":")
-    return methods.make(
-        name,
-        QUICK.get(name, {}) | dict(pair.replace(";", ",").split("=") for pair in changes.split(",") if pair),
-    )
+    given = dict(pair.replace(";", ",").split("=") for pair in changes.split(",") if pair)
+    return methods.make(name, QUICK.get(name, {}) | given)
 
 
 def short(name: str) -> Method:
     """The method of a case with few local steps, for what holds after any number of them."""
-    return _sized(method(name), 6)
+    return _sized(method(name), 3)
 
 
 def _sized(chosen: Method, steps: int) -> Method:
@@ -95,11 +83,8 @@ def _sized(chosen: Method, steps: int) -> Method:
 
 
 def rows(model: Model) -> list[Encoded]:
-    examples = [
-        Example((("user", f"say {c} {n}"),), f"{c} {c} {n}", {"colour": c})
-        for n in range(10)
-        for c in COLOURS
-    ]
+    said = [(c, n) for n in range(10) for c in COLOURS]
+    examples = [Example((("user", f"say {c} {n}"),), f"{c} {c} {n}", {"colour": c}) for c, n in said]
     return encode_all(examples, model.tokenizer, 64)[0]
 
 

@@ -225,7 +225,7 @@ CASES = [(case, check) for case in [*compression.entries(), *VARIANTS] for check
 
 
 @pytest.mark.parametrize(("case", "check"), CASES, ids=[f"{case}-{check.__name__}" for case, check in CASES])
-def test_contract(case: str, check: Check, tmp_path: Path) -> None:
+def test_contract(case, check, tmp_path):
     check(case, tmp_path)
 
 
@@ -274,21 +274,17 @@ def register(patch: pytest.MonkeyPatch, folder: Path, name: str, code: str) -> N
     module = f"compressor_{name}"
     (folder / f"{module}.py").write_text(code, encoding="utf-8")
     point = EntryPoint(name, module, compression.REGISTRY.group)
-    patch.setattr(
-        registry, "entry_points", lambda group: [point] if group == compression.REGISTRY.group else []
-    )
+    patch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
     patch.delitem(sys.modules, module, raising=False)
 
 
-def test_a_compressor_of_another_package_keeps_the_contract(other: str, tmp_path: Path) -> None:
+def test_a_compressor_of_another_package_keeps_the_contract(other, tmp_path):
     assert compression.kind_of(other) == "solver"
     for check in checks_of(other):
         check(other, tmp_path / check.__name__)
 
 
-def test_a_compressor_of_another_package_is_listed_and_compresses(
-    other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compressor_of_another_package_is_listed_and_compresses(other, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")  # the help breaks lines at hyphens
     assert other in main.command_parsers()["compress"].format_help()
     for spelling in ("row-sign", "row_sign"):
@@ -319,9 +315,7 @@ def test_a_compressor_of_another_package_is_listed_and_compresses(
         (XNOR.replace("def check", "def checked"), "does not define check"),
     ],
 )
-def test_a_compressor_that_is_none_is_a_clear_error(
-    code: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compressor_that_is_none_is_a_clear_error(code, text, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     register(monkeypatch, tmp_path, f"broken_{abs(hash(text))}", code)
     (name,) = [p.name for p in registry.entry_points(group=compression.REGISTRY.group)]

@@ -50,11 +50,11 @@ def npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(package))
     own = registry.entry_points
     point = EntryPoint("npz", "npz_example", targets.FORMATS.group)
-    monkeypatch.setattr(
-        registry,
-        "entry_points",
-        lambda group: [*own(group=group), point] if group == point.group else own(group=group),
-    )
+
+    def entry_points(group: str) -> list[EntryPoint]:
+        return [*own(group=group), *([point] if group == point.group else [])]
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
 
 
 def matrices(model: models.Model, bits: int = 4, group: int = 32, **grid: int) -> dict[str, Quantised]:
@@ -77,10 +77,8 @@ def mixed(model: models.Model) -> dict[str, Quantised]:
 
 
 def with_embedding(model: models.Model) -> dict[str, Quantised]:
-    return {
-        **matrices(model),
-        "model.embed_tokens.weight": on_grid(model.net.model.embed_tokens.weight, 4, 32),
-    }
+    embedding = on_grid(model.net.model.embed_tokens.weight, 4, 32)
+    return {**matrices(model), "model.embed_tokens.weight": embedding}
 
 
 def with_codebook(model: models.Model) -> dict[str, Quantised]:
@@ -143,12 +141,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def source_of(to: str, sources: dict[str, Path]) -> Path:
     """A model that the target holds: codes where it takes them."""
     checker = targets.find(to)
-    for name in (
-        "codes",
-        "a codebook",
-        "positive scales",
-        *(f"super-blocks of {kind}" for kind in SUPER_TYPES),
-    ):
+    for name in ("codes", "a codebook", "positive scales", *(n for n in ODD if n.startswith("super"))):
         with suppress(UsageError):
             checker.load().check(open_checkpoint(sources[name]), checker.kind)
             return sources[name]
@@ -164,9 +157,8 @@ def exported(to: str, out: Path, sources: dict[str, Path], made: dict[str, str] 
 @pytest.fixture(scope="module")
 def written(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report]:
     """What a target writes, made once."""
-    return cache(
-        lambda to: exported(to, place(to, tmp_path_factory.mktemp("written") / "new"), sources, made=MADE)
-    )
+    root = tmp_path_factory.mktemp("written")
+    return cache(lambda to: exported(to, place(to, root / to), sources, made=MADE))
 
 
 def place(to: str, folder: Path) -> Path:
@@ -179,7 +171,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 @each_format
-def test_1_a_format_states_what_it_is_and_has_its_functions(to: str) -> None:
+def test_1_a_format_states_what_it_is_and_has_its_functions(to):
     target = targets.find(to)
     assert target.help
     assert "\n" not in target.help
@@ -192,9 +184,7 @@ def test_1_a_format_states_what_it_is_and_has_its_functions(to: str) -> None:
 
 
 @every
-def test_2_what_is_written_is_read_back_and_what_is_rounded_is_said(
-    to: str, written: Callable[[str], Report]
-) -> None:
+def test_2_what_is_written_is_read_back_and_what_is_rounded_is_said(to, written):
     report = written(to)
     out = report.path
     assert (report.to, out) == (to, place(to, out.parent))
@@ -207,7 +197,7 @@ def test_2_what_is_written_is_read_back_and_what_is_rounded_is_said(
 
 
 @each_format
-def test_3_a_place_that_is_taken_is_left_alone(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_3_a_place_that_is_taken_is_left_alone(to, tmp_path, sources):
     out = place(to, tmp_path)
     for make in (out.mkdir, lambda: out.write_text("mine")):
         make()
@@ -222,7 +212,7 @@ def test_3_a_place_that_is_taken_is_left_alone(to: str, tmp_path: Path, sources:
 
 
 @each_format
-def test_4_a_full_disk_leaves_nothing(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_4_a_full_disk_leaves_nothing(to, tmp_path, sources):
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for room in (0, 1000):
@@ -236,9 +226,7 @@ def test_4_a_full_disk_leaves_nothing(to: str, tmp_path: Path, sources: dict[str
 
 
 @each_format
-def test_5_a_crash_leaves_nothing(
-    to: str, tmp_path: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_5_a_crash_leaves_nothing(to, tmp_path, sources, monkeypatch):
     module = targets.find(to).load()
     whole = module.write
 
@@ -254,8 +242,8 @@ def test_5_a_crash_leaves_nothing(
 
 @pytest.mark.parametrize("to", OF_MODELS)
 def test_6_what_it_cannot_hold_is_refused_before_anything_is_written_with_targets_that_can(
-    to: str, tmp_path: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    to, tmp_path, sources, monkeypatch
+):
     target = targets.find(to)
     module = target.load()
     begun: list[bool] = []
@@ -292,9 +280,7 @@ def test_6_what_it_cannot_hold_is_refused_before_anything_is_written_with_target
 
 
 @every
-def test_7_a_file_says_where_the_model_comes_from(
-    to: str, sources: dict[str, Path], written: Callable[[str], Report]
-) -> None:
+def test_7_a_file_says_where_the_model_comes_from(to, sources, written):
     whole = b"".join(contents(written(to).path).values())
     stated = bool(targets.find(to).states("PROVENANCE"))
     if targets.find(to).takes != "adapter" and (source := source_of(to, sources)) != sources["plain"]:
@@ -305,21 +291,19 @@ def test_7_a_file_says_where_the_model_comes_from(
 
 
 @every
-def test_8_the_same_work_gives_the_same_bytes(
-    to: str, tmp_path: Path, sources: dict[str, Path], written: Callable[[str], Report]
-) -> None:
+def test_8_the_same_work_gives_the_same_bytes(to, tmp_path, sources, written):
     again = exported(to, place(to, tmp_path / "again"), sources, made=MADE)
     assert contents(again.path) == contents(written(to).path)
 
 
 @each_format
-def test_9_a_model_is_no_adapter(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_9_a_model_is_no_adapter(to, tmp_path, sources):
     if targets.find(to).takes == "adapter":
         with pytest.raises(UsageError, match="only a run has an adapter"):
             export(sources["plain"], to, place(to, tmp_path))
 
 
-def test_a_registered_target_is_in_the_help_and_in_hints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_registered_target_is_in_the_help_and_in_hints(capsys):
     assert list(targets.every())[-1] == "npz"
     with pytest.raises(SystemExit):
         main(["export", "--help"])

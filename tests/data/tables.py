@@ -16,6 +16,12 @@ def jsonl(*rows: object) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+def write_rows(path: Path, *rows: object) -> str:
+    """The rows as lines of JSON."""
+    path.write_bytes(jsonl(*rows))
+    return str(path)
+
+
 def write(path: Path, rows: list[dict]) -> str:
     """The rows in the file type of the suffix."""
     if path.suffix == ".parquet":
@@ -26,7 +32,6 @@ def write(path: Path, rows: list[dict]) -> str:
             writer.writeheader()
             writer.writerows(rows)
     else:
-        path.write_bytes(
-            jsonl(*rows) if path.suffix.lower() == ".jsonl" else json.dumps(rows, indent=1).encode()
-        )
+        lines = path.suffix.lower() == ".jsonl"
+        path.write_bytes(jsonl(*rows) if lines else json.dumps(rows, indent=1).encode())
     return str(path)

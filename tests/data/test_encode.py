@@ -296,16 +296,13 @@ def test_a_held_batch_is_the_same_in_every_round(n, size, number, key):
     one, *again = firsts(batches.repeat_batch(number, size, 3))
     assert again == [one, one] == firsts(Batches(ROWS[:n], 0, key + 1).repeat_batch(number, size, 2))
     walk = [firsts(batches.repeat_batch(b, size, 1))[0] for b in range(number + 1)]
-    assert [i for batch in walk for i in batch] == [
-        i for batch in firsts(Batches(ROWS[:n], 0, 0).steps(number + 1, size)) for i in batch
-    ]
+    plain = firsts(Batches(ROWS[:n], 0, 0).steps(number + 1, size))
+    assert [i for batch in walk for i in batch] == [i for batch in plain for i in batch]
 
 
 def test_a_held_batch_takes_the_order_of_a_pass_once(monkeypatch):
     made = []
-    monkeypatch.setattr(
-        "fleetune.data.encode.keyed_order", lambda *key: made.append(key) or keyed_order(*key)
-    )
+    monkeypatch.setattr("fleetune.data.encode.keyed_order", lambda *k: made.append(k) or keyed_order(*k))
     (batch,) = firsts(Batches(ROWS, 0, 7).repeat_batch(3, 8, 1))
     assert (len(batch), made) == (8, [(0, 2, 10), (0, 3, 10)])
 
@@ -355,9 +352,7 @@ def test_every_token_but_the_first_bears_the_loss_once() -> None:
             rows = list(split_text(ids, most))
             assert max(map(len, rows)) <= most
             assert Counter(t for row in rows for t in row[1:]) == Counter(ids[1:])
-            assert all(list(row) == list(range(row[0], row[-1] + 1)) for row in rows), (
-                "as they follow one another"
-            )
+            assert all(list(row) == list(range(row[0], row[-1] + 1)) for row in rows), "in order"
 
 
 def test_a_text_is_its_tokens_without_template_up_to_an_end(model: Model) -> None:
@@ -410,23 +405,12 @@ def test_an_encoder_needs_labels() -> None:
 
 
 def test_what_is_cut_is_counted(model: Model) -> None:
-    rows, _ = encode_all(
-        [
-            ASKED,
-            Example((("user", "word " * 60),), "it"),
-            Example((("user", "a"),), "word " * 60),
-            Example((), "t " * 60),
-        ],
-        model.tokenizer,
-        80,
-    )
+    long = "word " * 60
+    cut = [Example((("user", long),), "it"), Example((("user", "a"),), long)]
+    rows, _ = encode_all([ASKED, *cut, Example((), "t " * 60)], model.tokenizer, 80)
     found = count_cut(rows)
     assert (found.longer, found.prompts, found.answers) == (2, 1, 1)
-    whole, _ = encode_all(
-        [Example((("user", "a"),), "word " * 60), Example((("user", "word " * 60),), "it")],
-        model.tokenizer,
-        999,
-    )
+    whole, _ = encode_all(cut, model.tokenizer, 999)
     assert found.longest == max(len(row.ids) for row in whole)
     assert found.told(80).startswith(
         f"2 of {len(rows)} rows are longer than max_length=80 and are cut: the prompt of 1, the answer of 1;"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tables import write_rows as write
 
 from fleetune.data import Example, read
 from fleetune.data.partition import RowsSpec
@@ -16,13 +17,12 @@ from fleetune.errors import DataError, RecipeError
 Row = dict[str, Any]
 
 
-def write(path: Path, *rows: Row) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def turns(*said: tuple[str, Any]) -> list[Row]:
     return [{"role": role, "content": content} for role, content in said]
+
+
+def labelled(text: str, label: str) -> Example:
+    return Example((("user", f"{text}\nHow is this text labelled?"),), label, {"label": label}, (text,))
 
 
 ASKED = (("user", "q"),)
@@ -40,18 +40,12 @@ FORMS: dict[str, tuple[Row, Example]] = {
         Example((("system", "s"), *ASKED), "a"),
     ),
     "text": ({"text": "a tale", "play": "Lear"}, Example((), "a tale", {"play": "Lear"})),
-    "text with a label": (
-        {"text": "t", "label": "good"},
-        Example((("user", "t\nHow is this text labelled?"),), "good", {"label": "good"}, ("t",)),
-    ),
+    "text with a label": ({"text": "t", "label": "good"}, labelled("t", "good")),
     "Alpaca with a text": (
         {"instruction": "q", "input": "", "output": "a", "text": "q a"},
         Example(ASKED, "a", {"text": "q a"}),
     ),
-    "Dolly with a system field": (
-        {"instruction": "q", "response": "a", "system": "s"},
-        Example(ASKED, "a", {"system": "s"}),
-    ),
+    "a system": ({"instruction": "q", "response": "a", "system": "s"}, Example(ASKED, "a", {"system": "s"})),
     "text in parts": (
         {"messages": turns(("user", [{"type": "text", "text": "q"}]), ("assistant", "a"))},
         Example(ASKED, "a"),
@@ -65,27 +59,23 @@ FORMS: dict[str, tuple[Row, Example]] = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_is_recognised_and_written_back(tmp_path: Path, name: str) -> None:
-    row, expected = FORMS[name]
-    assert read(write(tmp_path / "a.jsonl", row)) == [expected]
-    assert read(write(tmp_path / "b.jsonl", row_of(expected))) == [expected]
+    row, wanted = FORMS[name]
+    assert read(write(tmp_path / "a.jsonl", row)) == [wanted]
+    assert read(write(tmp_path / "b.jsonl", row_of(wanted))) == [wanted]
 
 
 def test_two_forms_in_one_row_are_asked_about(tmp_path: Path) -> None:
     row = {"prompt": "q", "completion": "a", "response": "b"}
-    with pytest.raises(
-        DataError, match=r"'response' \(prompt and response\) and field 'completion'"
-    ) as failed:
+    with pytest.raises(DataError, match=r"'response' \(prompt and response\) and field 'completion'") as no:
         read(write(tmp_path / "a.jsonl", row))
-    assert "--columns " in str(failed.value.hint)
+    assert "--columns " in str(no.value.hint)
     assert read(str(tmp_path / "a.jsonl"), columns="prompt=prompt,completion=completion")[0].response == "a"
 
 
 def test_a_row_without_a_label_among_labelled_ones_is_not_a_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:2: field 'label' is missing"):
         read(write(tmp_path / "a.jsonl", {"text": "t", "label": 1}, {"text": "u"}))
-    with pytest.raises(
-        DataError, match=r"a\.jsonl:2: is in labelled text form, but .* is in plain text form"
-    ):
+    with pytest.raises(DataError, match=r"jsonl:2: is in labelled text form, but .* is in plain text form"):
         read(write(tmp_path / "a.jsonl", {"text": "u"}, {"text": "t", "label": 1}))
 
 
@@ -133,16 +123,16 @@ CHATS: dict[str, tuple[list[Row], Example | None, str]] = {
 
 @pytest.mark.parametrize("name", CHATS)
 def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, name: str) -> None:
-    messages, expected, told = CHATS[name]
+    messages, wanted, told = CHATS[name]
     plain = {"messages": turns(("user", "x"), ("assistant", "y"))}
     notes: list[str] = []
     found = read(write(tmp_path / "a.jsonl", plain, {"messages": messages}), note=notes.append)
-    assert found[1:] == ([expected] if expected else [])
+    assert found[1:] == ([wanted] if wanted else [])
     assert notes == [f"left out of the conversations: {told}"]
 
 
 @pytest.mark.parametrize(
-    ("row", "columns", "expected"),
+    ("row", "columns", "wanted"),
     [
         ({"q": "Q", "a": "A", "id": 3}, "prompt=q, response=a", Example((("user", "Q"),), "A", {"id": "3"})),
         (
@@ -151,11 +141,7 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, name: str) -> N
             Example((("user", "Q"),), "A", {"who": "x", "client": "x"}),
         ),
         ({"body": "B", "text": "old"}, "text=body", Example((), "B")),
-        (
-            {"body": "B", "stars": 4},
-            "text=body,label=stars",
-            Example((("user", "B\nHow is this text labelled?"),), "4", {"label": "4"}, ("B",)),
-        ),
+        ({"body": "B", "stars": 4}, "text=body,label=stars", labelled("B", "4")),
         ({"talk": turns(("user", "q"), ("assistant", "a"))}, "messages=talk", Example(ASKED, "a")),
         (
             {"talk": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
@@ -172,19 +158,13 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, name: str) -> N
             "system=s",
             Example((("system", "S"), *ASKED), "a"),
         ),
-        (
-            {"question": "q", "answer": "a", "passage": "p"},
-            "context=passage",
-            Example((("user", "q\np"),), "a"),
-        ),
+        ({"question": "q", "answer": "a", "said": "p"}, "context=said", Example((("user", "q\np"),), "a")),
         ({"instruction": "q", "response": "bad", "good": "a"}, "response=good", Example(ASKED, "a")),
         ({"a, b": "q", "answer": "a"}, "prompt=a\\, b,response=answer", Example(ASKED, "a")),
     ],
 )
-def test_columns_are_read_under_other_names(
-    tmp_path: Path, row: Row, columns: str, expected: Example
-) -> None:
-    assert read(write(tmp_path / "a.jsonl", row), columns=columns) == [expected]
+def test_columns_are_read_under_other_names(tmp_path: Path, row: Row, columns: str, wanted: Example) -> None:
+    assert read(write(tmp_path / "a.jsonl", row), columns=columns) == [wanted]
 
 
 @pytest.mark.parametrize(
@@ -198,9 +178,9 @@ def test_columns_are_read_under_other_names(
     ],
 )
 def test_a_mapping_that_is_none_is_refused(tmp_path: Path, columns: str, says: str) -> None:
-    with pytest.raises(RecipeError, match=says) as failed:
+    with pytest.raises(RecipeError, match=says) as no:
         read(write(tmp_path / "a.jsonl", {"q": "q", "a": "a"}), columns=columns)
-    assert "--columns prompt=question,response=answer" in str(failed.value.hint)
+    assert "--columns prompt=question,response=answer" in str(no.value.hint)
 
 
 def test_names_of_a_tables_columns_have_no_space_around_them(tmp_path: Path) -> None:
@@ -210,24 +190,22 @@ def test_names_of_a_tables_columns_have_no_space_around_them(tmp_path: Path) -> 
 
 def test_bad_rows_are_counted_and_the_first_are_shown(tmp_path: Path) -> None:
     rows = [{"instruction": "q", "response": "a" * (i % 2)} for i in range(20)]
-    with pytest.raises(DataError, match=r"^10 bad rows in .*, the first 5:\n") as failed:
+    with pytest.raises(DataError, match=r"^10 bad rows in .*, the first 5:\n") as no:
         read(write(tmp_path / "a.jsonl", *rows))
-    assert failed.value.message.count("\n") == 5
+    assert no.value.message.count("\n") == 5
 
 
 def test_a_column_that_is_not_there_is_told(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *[{"question": "q", "answer": "a"}] * 9)
-    with pytest.raises(DataError, match="no column 'questoin' to read as prompt") as failed:
+    with pytest.raises(DataError, match="no column 'questoin' to read as prompt") as no:
         read(file, columns="prompt=questoin,response=answer")
-    assert failed.value.message.count("questoin") == 1, "once, not for every row"
-    assert "did you mean 'question'?" in str(failed.value.hint)
+    assert no.value.message.count("questoin") == 1, "once, not for every row"
+    assert "did you mean 'question'?" in str(no.value.hint)
     with pytest.raises(DataError, match="no row has a column 'contxt' to read as context"):
         read(file, columns="prompt=question,response=answer,context=contxt")
     with pytest.raises(DataError, match=r"field 'response' is empty .*response is column 'answer'"):
-        read(
-            write(tmp_path / "b.jsonl", {"question": "q", "answer": ""}),
-            columns="prompt=question,response=answer",
-        )
+        file_b = write(tmp_path / "b.jsonl", {"question": "q", "answer": ""})
+        read(file_b, columns="prompt=question,response=answer")
     with pytest.raises(DataError, match="the fields of no form with prompt, label"):
         read(file, columns="prompt=question,label=answer")
 
@@ -252,14 +230,11 @@ def test_rows_and_models_are_told_apart_by_their_names(tmp_path: Path) -> None:
     write(devices / "oslo.jsonl", {"q": "q", "a": "x"})
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    assert [
-        looks_like_rows(n) for n in ("demo", "a.jsonl", str(devices), str(tmp_path / "model"), "o/n")
-    ] == [True, True, True, False, False]
-    assert [looks_like_model(n) for n in ("a.gguf", str(tmp_path / "model"), str(devices))] == [
-        True,
-        True,
-        False,
-    ]
+    model = str(tmp_path / "model")
+    assert all(looks_like_rows(name) for name in ("demo", "a.jsonl", str(devices)))
+    assert not any(looks_like_rows(name) for name in (model, "o/n"))
+    assert all(looks_like_model(name) for name in ("a.gguf", model))
+    assert not looks_like_model(str(devices))
     assert is_folder(str(devices))
     assert not is_folder("demo")
 

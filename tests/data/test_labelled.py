@@ -18,9 +18,7 @@ QNLI = {"question": "Who?", "sentence": "It was she.", "label": "entailment"}
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 @pytest.mark.parametrize("labels", [("entailment", "not_entailment"), (0, 1), ("0", "1")])
-def test_qnli_reads_the_same_from_every_file_type_and_either_kind_of_label(
-    tmp_path: Path, suffix: str, labels: tuple[Any, Any]
-) -> None:
+def test_qnli_reads_the_same_whatever_the_file_and_labels(tmp_path: Path, suffix: str, labels: tuple) -> None:
     rows = [QNLI | {"label": label, "idx": i} for i, label in enumerate(labels)]
     found = read(write(tmp_path / f"dev{suffix}", rows))
     asked = "Question: Who?\nSentence: It was she.\nDoes the sentence contain the answer to the question, yes or no?"
@@ -30,17 +28,12 @@ def test_qnli_reads_the_same_from_every_file_type_and_either_kind_of_label(
     ]
 
 
-@pytest.mark.parametrize(
-    "texts",
-    [
-        ("premise", "hypothesis"),
-        ("question1", "question2"),
-        ("sentence1", "sentence2"),
-        ("sentence",),
-        ("text",),
-    ],
-)
-def test_other_forms_are_told_by_their_fields(tmp_path: Path, texts: tuple[str, ...]) -> None:
+FIELDS = ["premise hypothesis", "question1 question2", "sentence1 sentence2", "sentence", "text"]
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+def test_other_forms_are_told_by_their_fields(tmp_path: Path, fields: str) -> None:
+    texts = fields.split()
     row = {name: f"the {name}" for name in texts} | {"label": 2, "topic": "birds"}
     (example,) = read(write(tmp_path / "a.jsonl", [row]))
     assert example.texts == tuple(f"the {name}" for name in texts)
@@ -94,9 +87,8 @@ def test_rows_keep_their_order_among_single_texts_and_pairs() -> None:
     examples = [example(*([f"t{i}"] * (1 + i % 2))) for i in range(9)] + [
         Example((("system", "be kind"), ("user", "hi")), "yes")  # no texts: its turns, a line each
     ]
-    made = [
-        model.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in encode_texts(model, examples, 64)
-    ]
+    encoded = encode_texts(model, examples, 64)
+    made = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in encoded]
     assert made == [f"t{i}" * (1 + i % 2) for i in range(9)] + ["be kind\nhi"]
 
 

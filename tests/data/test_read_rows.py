@@ -40,20 +40,17 @@ def test_dolly_and_alpaca_read_the_same_from_every_file_type(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_conversations_read_the_same_from_every_file_type(tmp_path, suffix):
     said = [
-        ("system", "Be kind"),
+        ("system", "Kind"),
         ("user", "Hi"),
         ("assistant", "Hello"),
         ("user", "Bye"),
-        ("assistant", "See you"),
+        ("assistant", "Ciao"),
     ]
-    expected = [Example(tuple(said[:-1]), "See you", {"id": "7"})]
+    expected = [Example(tuple(said[:-1]), "Ciao", {"id": "7"})]
     chat = {"messages": [{"role": role, "content": text} for role, text in said], "id": 7}
     assert read(write(tmp_path / f"chat{suffix}", [chat])) == expected
     names = {"user": "human", "assistant": "gpt"}
-    share = {
-        "conversations": [{"from": names.get(role, role), "value": text} for role, text in said],
-        "id": 7,
-    }
+    share = {"conversations": [{"from": names.get(r, r), "value": text} for r, text in said], "id": 7}
     assert read(write(tmp_path / f"share{suffix}", [share])) == expected
 
 
@@ -64,10 +61,8 @@ def test_other_single_fields_become_text_and_the_rest_is_left(tmp_path):
 
 
 def test_context_may_be_absent_null_or_blank(tmp_path):
-    rows = [
-        {"instruction": "q", "response": "a", **extra}
-        for extra in ({}, {"context": None}, {"context": " \n"})
-    ]
+    others = ({}, {"context": None}, {"context": " \n"})
+    rows = [{"instruction": "q", "response": "a", **extra} for extra in others]
     assert {example.messages for example in read(write(tmp_path / "a.jsonl", rows))} == {(("user", "q"),)}
 
 
@@ -225,16 +220,11 @@ def test_parquet_needs_pyarrow_and_parquet(tmp_path, monkeypatch):
     assert caught.value.hint == pip_install("parquet")
 
 
+TEXT = st.text(min_size=1).filter(str.strip)
+
+
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(
-        st.fixed_dictionaries(
-            {key: st.text(min_size=1).filter(str.strip) for key in ("instruction", "response")}
-        ),
-        min_size=1,
-        max_size=4,
-    )
-)
+@given(st.lists(st.fixed_dictionaries({"instruction": TEXT, "response": TEXT}), min_size=1, max_size=4))
 def test_any_text_survives_jsonl_json_and_parquet(tmp_path, rows):
     expected = [Example((("user", row["instruction"]),), row["response"]) for row in rows]
     for suffix in (".jsonl", ".json", ".parquet"):
@@ -274,11 +264,7 @@ def test_plain_text(tmp_path):
         {"instruction": "a", "context": "b", "response": "c", "category": "d"},
         {"instruction": "a", "input": "b", "output": "c"},
         {
-            "messages": [
-                {"role": "system", "content": "s"},
-                {"role": "user", "content": "u"},
-                {"role": "assistant", "content": "a"},
-            ],
+            "messages": [{"role": role, "content": "s"} for role in ("system", "user", "assistant")],
             "site": "x",
         },
         {"question": "q", "sentence": "s", "label": "entailment"},

@@ -7,13 +7,12 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from tables import DOLLY, write
+from tables import DOLLY, write, write_rows
 
 from fleetune import data
 from fleetune.data import partition, read
@@ -31,18 +30,10 @@ def devices(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("limit", "shares"),
-    [
-        (1, "a"),
-        (3, "abc"),
-        (4, "aabc"),
-        (7, "aaabccc"),
-        (8, "aaaabccc"),
-        (11, "aaaaabccccc"),
-        (99, "aaaaabccccccccc"),
-    ],
-)
+SHARES = {1: "a", 3: "abc", 4: "aabc", 7: "aaabccc", 8: "aaaabccc", 11: "aaaaabccccc", 99: "aaaaabccccccccc"}
+
+
+@pytest.mark.parametrize(("limit", "shares"), SHARES.items())
 def test_every_client_gives_as_many_rows_as_the_others(devices: str, limit: int, shares: str) -> None:
     told: list[str] = []
     found = data.read(devices, limit=limit, note=told.append)
@@ -52,10 +43,10 @@ def test_every_client_gives_as_many_rows_as_the_others(devices: str, limit: int,
     assert told == (["the limit of 1 row leaves 2 of 3 clients without any"] if limit == 1 else [])
 
 
-@pytest.mark.parametrize(
-    ("rows", "usual", "clients"),
-    [(120, 100, 13), (40, 100, 8), (40, 8, 8), (4000, 100, 100), (40, 1, 1), (1780, 200, 200)],
-)
+USUAL = [(120, 100, 13), (40, 100, 8), (40, 8, 8), (4000, 100, 100), (40, 1, 1), (1780, 200, 200)]
+
+
+@pytest.mark.parametrize(("rows", "usual", "clients"), USUAL)
 def test_a_methods_usual_clients_follow_the_rows(tmp_path: Path, rows: int, usual: int, clients: int) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"instruction": f"{i}", "response": "x"}) + "\n" for i in range(rows)))
@@ -79,9 +70,8 @@ def hub(tmp_path, monkeypatch):
         if state.failure is not None:
             raise state.failure
         files = sorted(p for p in (root / repo).rglob("*") if p.is_file())
-        return SimpleNamespace(
-            siblings=[SimpleNamespace(rfilename=str(p.relative_to(root / repo))) for p in files]
-        )
+        names = [str(p.relative_to(root / repo)) for p in files]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
     def hf_hub_download(repo, name, *, repo_type):
         assert repo_type == "dataset"
@@ -112,11 +102,7 @@ def put(folder: Path, *names: str) -> None:
         (["validation.jsonl", "data.jsonl", "dev.csv"], "o/s", ["1"]),
         (["train/a.jsonl", "train/test.jsonl"], "s", ["0"]),
         (["constrain.jsonl"], "o/s", ["0"]),
-        (
-            ["train_a-00000-of-00002.parquet", "train_b.parquet", "train_a-00001-of-00002.parquet"],
-            "o/s:train_a.parquet",
-            ["0", "2"],
-        ),
+        (["a-00000-of-00002.parquet", "b.parquet", "a-00001-of-00002.parquet"], "o/s:a.parquet", ["0", "2"]),
     ],
 )
 def test_the_training_files_of_a_hub_set(hub, names, source, expected):
@@ -177,14 +163,6 @@ def test_sets_that_the_hub_refuses(hub, kind):
     assert "hf auth login" in (caught.value.hint or "")
 
 
-Row = dict[str, Any]
-
-
-def write_rows(path: Path, *rows: Row) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def shops(tmp_path: Path) -> Path:
     folder = tmp_path / "devices"
@@ -198,11 +176,9 @@ def shops(tmp_path: Path) -> Path:
 
 def test_a_file_of_a_folder_is_a_client(shops: Path) -> None:
     rows = read(str(shops), columns="prompt=q,response=a")
-    assert [(e.meta["client"], e.messages[0][1]) for e in rows[::4]] == [
-        ("bonn", "bonn 0"),
-        ("bonn", "bonn 4"),
-        ("dev-1", "dev-1 3"),
-    ]
+    texts = ["bonn 0", "bonn 4", "dev-1 3"]
+    assert [e.messages[0][1] for e in rows[::4]] == texts
+    assert [e.meta["client"] for e in rows[::4]] == [text.split()[0] for text in texts]
     parts = split(RowsSpec(str(shops), "prompt=q,response=a", held_out=1), 8)
     assert (parts.partition, len(parts.clients)) == ("column:client", 3)
     assert {len({rows[i].meta["client"] for i in part}) for part in parts.clients} == {1}
@@ -222,10 +198,8 @@ def test_a_folder_of_something_else_is_refused(shops: Path, tmp_path: Path) -> N
         write_rows(tmp_path / "set" / f"{name}.jsonl", {"prompt": "q", "completion": "a"})
     with pytest.raises(DataError, match="the splits of one data set") as failed:
         read(str(tmp_path / "set"))
-    assert (
-        failed.value.hint
-        == f"give one of them: {tmp_path}/set/demo_train.jsonl --eval-data {tmp_path}/set/demo_eval.jsonl"
-    )
+    both = f"{tmp_path}/set/demo_train.jsonl --eval-data {tmp_path}/set/demo_eval.jsonl"
+    assert failed.value.hint == f"give one of them: {both}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
 from fleetune.models.families.number_types import CODEBOOKS
-from tiny_families import drawn
+from tiny_families import drawn, sizes
 
-LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QUICK = shlex.split("--limit 60 --held-out 8 --max-length 512 --samples 0 --rounds 1 --clients 2")
+QUICK = shlex.split("--limit 60 --held-out 8 --max-length 160 --samples 0 --rounds 1 --clients 2")
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -47,9 +47,8 @@ def tokenizer(pre: Any = None) -> PreTrainedTokenizerBase:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(t, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
-    )
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    backend.add_special_tokens([AddedToken(mark, normalized=False) for mark in marks])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<|im_start|>",
@@ -61,16 +60,10 @@ def tokenizer(pre: Any = None) -> PreTrainedTokenizerBase:
     )
 
 
-def qwen_split() -> Any:
-    """Qwen2's rule that splits text."""
-    from tokenizers import Regex
-
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+def split(pattern: str = QWEN, behavior: str = "isolated", *, invert: bool = False) -> Any:
+    """A rule that splits text, which is Qwen2's unless another is given."""
+    first = pre_tokenizers.Split(Regex(pattern), behavior=behavior, invert=invert)
+    return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def piece_tokenizer() -> PreTrainedTokenizerBase:
@@ -85,80 +78,53 @@ def piece_tokenizer() -> PreTrainedTokenizerBase:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>")])
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=1024
     )
 
 
-def tiny(kind: str = "llama", seed: int = 0, **sizes: Any) -> Model:
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}  # for super-blocks
+ENDS = {"bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261}
+
+
+def tiny(kind: str = "llama", seed: int = 0, **changes: Any) -> Model:
     """A random model of architecture `kind`, 64 wide, whose rows blocks of 32 divide."""
-    if kind == "llama":
-        from transformers import LlamaConfig as Config
-    else:
-        Config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind]
-    config = Config(
-        **{
-            "vocab_size": 264,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 1024,
-            "tie_word_embeddings": kind != "qwen2",
-            "bos_token_id": 260,
-            "eos_token_id": 261,
-            "pad_token_id": 261,
-            "rms_norm_eps": 1e-5,
-        }
-        | sizes
-    )
-    words = tokenizer(qwen_split() if kind.startswith("qwen") else None)
+    own = sizes(64, 128, 2, 4, 2, head_dim=16, max_position_embeddings=1024, rms_norm_eps=1e-5) | ENDS
+    config = AutoConfig.for_model(kind, **own | {"tie_word_embeddings": kind != "qwen2"} | changes)
+    words = tokenizer(split() if kind.startswith("qwen") else None)
     return drawn(config, words, kind, seed, 0.1, lambda tensor: tensor.dim() == 1)
 
 
-def on_grid(
-    weight: torch.Tensor, bits: int, group: int, *, zero: int | None = None, scale_bits: int = 11
-) -> Quantised:
+def on_grid(W: Tensor, bits: int, group: int, *, zero: int | None = None, scale_bits: int = 11) -> Quantised:
     """Rounding to nearest; the scale has `scale_bits` significant bits, `zero` None: ggml's signed extreme."""
-    R, C = weight.shape
-    parts = weight.reshape(R, C // group, group)
-    middle = 1 << (bits - 1) if zero is None else zero
+    R, C = W.shape
+    parts = W.reshape(R, C // group, group)
+    middle, top = 1 << (bits - 1) if zero is None else zero, (1 << bits) - 1
     at = parts.abs().argmax(2, keepdim=True)
-    scale = (
-        parts.gather(2, at)[..., 0] / -middle
-        if zero is None
-        else parts.abs().amax(2) / ((1 << bits) - 1 - middle)
-    )
+    scale = parts.gather(2, at)[..., 0] / -middle if zero is None else parts.abs().amax(2) / (top - middle)
     mantissa, power = torch.frexp(scale)
     scale = torch.ldexp((mantissa * (1 << scale_bits)).round() / (1 << scale_bits), power).half()
-    codes = (parts / scale.float()[..., None]).round().add(middle).clamp(0, (1 << bits) - 1)
-    return Quantised(
-        codes.reshape(R, C).to(torch.uint8),
-        scale,
-        torch.full_like(scale, middle, dtype=torch.uint8),
-        bits,
-        group,
-    )
+    codes = (parts / scale.float()[..., None]).round().add(middle).clamp(0, top)
+    zeros = torch.full_like(scale, middle, dtype=torch.uint8)
+    return Quantised(codes.reshape(R, C).to(torch.uint8), scale, zeros, bits, group)
 
 
-def on_codebook(weight: torch.Tensor, bits: int, group: int, name: str = "iq4_nl") -> Quantised:
+def on_codebook(W: Tensor, bits: int, group: int, name: str = "iq4_nl") -> Quantised:
     """Rounding to the nearest value of a codebook; the element of largest magnitude, signed, is code 0."""
-    R, C = weight.shape
-    parts, levels = weight.reshape(R, C // group, group), torch.tensor(CODEBOOKS[name]).float()
+    R, C = W.shape
+    parts, levels = W.reshape(R, C // group, group), torch.tensor(CODEBOOKS[name]).float()
     scale = (parts.gather(2, parts.abs().argmax(2, keepdim=True))[..., 0] / levels[0]).half()
     codes = (parts[..., None] / scale.float()[..., None, None] - levels).abs().argmin(3)
+    zeros = torch.zeros_like(scale, dtype=torch.uint8)
+    return Quantised(codes.reshape(R, C).to(torch.uint8), scale, zeros, bits, group, name)
+
+
+def matrix(codes: list, scale: list, zero: list, bits: int) -> Quantised:
+    """Rows of codes, with the scales and zeros of their groups."""
+    whole = (torch.tensor(part, dtype=torch.uint8) for part in (codes, zero))
     return Quantised(
-        codes.reshape(R, C).to(torch.uint8),
-        scale,
-        torch.zeros_like(scale, dtype=torch.uint8),
-        bits,
-        group,
-        name,
+        next(whole), torch.tensor(scale).half(), next(whole), bits, len(codes[0]) // len(scale[0])
     )
 
 
@@ -168,19 +134,24 @@ def write_codes(model: Model, folder: Path, quantised: Mapping[str, Quantised]) 
     return folder
 
 
-def compressed(
-    model: Model, folder: Path, bits: int = 4, group: int = 32, **grid: Any
-) -> dict[str, Quantised]:
+def matrices(model: Model) -> dict[str, Tensor]:
+    """The matrices of the layers."""
+    return {n: t for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")}
+
+
+def put_on(model: Model, folder: Path, grid: Callable[[Tensor], Quantised]) -> dict[str, Quantised]:
     """Write the artefact of `model` with every matrix of the layers on a grid, which `model` takes over."""
-    quantised, rounded = {}, on_codebook if "name" in grid else on_grid
-    for name, tensor in models.named_tensors(model.net):
-        if name.split(".")[-2] in LAYER and tensor.dim() == 2:
-            quantised[name] = rounded(tensor, bits, group, **grid)
+    quantised = {name: grid(tensor) for name, tensor in matrices(model).items()}
     write_codes(model, folder, quantised)
-    for name, tensor in models.named_tensors(model.net):
-        if name in quantised:
-            tensor.copy_(quantised[name].dense())
+    for name, q in quantised.items():
+        model.net.get_parameter(name).copy_(q.dense())
     return quantised
+
+
+def compressed(model: Model, folder: Path, bits: int = 4, group: int = 32, **grid) -> dict[str, Quantised]:
+    """Do so with codes of this many bits."""
+    rounded = on_codebook if "name" in grid else on_grid
+    return put_on(model, folder, lambda tensor: rounded(tensor, bits, group, **grid))
 
 
 def gguf_of(folder: Path, kind: str = "Q4_0", model: Model | None = None) -> Path:

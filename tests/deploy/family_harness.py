@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from deploy_harness import tokenizer
+from deploy_harness import ENDS, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fleetune import models
@@ -126,19 +126,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(case: str, **changes: Any) -> PreTrainedModel:
-    """The net of a case; every bias and norm is off its start, and logits have a spread of about one."""
+def config_of(case: str, **changes: Any) -> Any:
+    """The configuration of a case."""
     family, sizes = CASES[case]
-    config = AutoConfig.for_model(
-        family,
-        **(
-            {"vocab_size": 264, "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261}
-            | sizes
-            | changes
-        ),
-    )
+    config = AutoConfig.for_model(family, **({"vocab_size": 264} | ENDS | sizes | changes))
     if "rope_parameters" not in sizes | changes:
         _set_bases(getattr(config, "rope_parameters", None))
+    return config
+
+
+def build(case: str, **changes: Any) -> PreTrainedModel:
+    """The net of a case; every bias and norm is off its start, and logits have a spread of about one."""
+    config = config_of(case, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)  # of what is not drawn below
         net: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -63,10 +63,12 @@ ThreadingHTTPServer((flags["--host"], int(flags["--port"])), Handler).serve_fore
 '''
 
 
-def little_file(path: Path, kind: str = "model") -> Path:
-    """A whole .gguf file with one tensor."""
+def little_file(path: Path, kind: str = "model", **split: int) -> Path:
+    """A whole .gguf file with one tensor, which may be told to be a part of a model."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type(kind)
+    for key, value in split.items():
+        writer.add_uint16(f"split.{key}", value)
     writer.add_chat_template("{{ messages[0]['content'] }}")
     writer.add_tensor("token_embd.weight", np.zeros((2, 32), np.float32))
     writer.write_header_to_file()

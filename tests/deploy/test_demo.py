@@ -23,21 +23,16 @@ def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
     monkeypatch.setattr(models, "pull", lambda name, **_: tmp_path / name)  # the network's part
     told = ok(capsys, "demo", "--quick")
     done = [event for event in told if event["event"] == "done"]
-    assert [Path(e.get("run") or e["folder"]).name for e in done] == [
-        "0001-fedit-little",
-        "0002-fedkseed-little",
-        "0003-qronos-fedit-little",
-    ]
+    names = ["0001-fedit-little", "0002-fedkseed-little", "0003-qronos-fedit-little"]
+    assert [Path(e.get("run") or e["folder"]).name for e in done] == names
     (export,) = [event for event in told if event["event"] == "export"]
     assert export["exact"] == export["tensors"] - 1
     assert export["notes"] == ["model.embed_tokens.weight is rounded to Q8_0"]
     (said,) = [event for event in told if event["event"] == "answer"]
-    row = held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)[0]
-    assert said["prompt"] == row.messages[-1][1]
+    rows = held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)
+    assert said["prompt"] == rows[0].messages[-1][1]
     packed = models.load(export["path"], device="cpu", base="mapped")
-    assert [said["text"]] == answers.generate(packed, [row], max_new_tokens=demo.ANSWER)
-    after = measures.evaluate(
-        packed, held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)[1::2], ["loss"]
-    ).values
+    assert [said["text"]] == answers.generate(packed, rows[:1], max_new_tokens=demo.ANSWER)
+    after = measures.evaluate(packed, rows[1::2], ["loss"]).values
     # the embedding is Q8_0 in the file
     assert after["loss"] == pytest.approx(done[2]["after"]["loss"], rel=0.02)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from deploy_harness import QUICK, compressed, tiny
 
-from command_line import Capture, ok
+from command_line import Capture, Patch, ok
 from command_line import call_json as call
 from fleetune import models
 from fleetune.cli.main import main
@@ -28,14 +27,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 METHODS = {
     "fedkseed": ["--method", "fedkseed", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2"],
-    "fedit": ["--method", "fedit", "--set", "r=2", "--set", "lr=1e-2"],
+    "fedit": ["--method", "fedit", "--set", "r=2", "--set", "steps=2", "--set", "lr=1e-2"],
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_from_a_tuned_run_to_a_file_that_reads_back(
-    method: str, llama: str, at: Path, capsys: Capture
-) -> None:
+def test_from_a_tuned_run_to_a_file_that_is_read(method: str, llama: str, at: Path, capsys: Capture) -> None:
     tuned = ok(capsys, "tune", llama, "demo", *METHODS[method], *QUICK)
     done = ok(capsys, "compress", "latest", "--windows", "4", "--length", "32")
     folder = Path(done[-1]["folder"])
@@ -115,13 +112,12 @@ def test_damaged_weights_are_said(tmp_path: Path) -> None:
         export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
 
 
-@pytest.mark.parametrize(
-    ("to", "module", "links"), [("gguf", gguf, True), ("gguf", gguf, False), ("hf", hf, True)]
-)
+@pytest.mark.parametrize(("to", "links"), [("gguf", True), ("gguf", False), ("hf", True)])
 def test_of_two_exports_into_one_place_one_is_refused(
-    to: str, module: ModuleType, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    to: str, links: bool, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     out, both = tmp_path / ("x" if to == "hf" else "x.gguf"), threading.Barrier(2, timeout=60)
+    module = hf if to == "hf" else gguf
     write, done = module.write, dict[str, object]()
 
     def together(*args: object, **named: object) -> object:

@@ -31,9 +31,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
 def rows() -> list[tuple[list[int], int]]:
     """Shorter and longer than what is scored and read at once."""
     rng = np.random.default_rng(1)
-    return [
-        (rng.integers(0, 260, n).tolist(), k) for n, k in ((7, 3), (2, 1), (150, 20), (700, 0), (700, 690))
-    ]
+    sizes = ((7, 3), (2, 1), (150, 20), (700, 0), (700, 690))
+    return [(rng.integers(0, 260, n).tolist(), k) for n, k in sizes]
 
 
 @needs_engine
@@ -86,9 +85,7 @@ def test_steps_write_torch_s_greedy_continuation(made: tuple[Model, Path]) -> No
 
 
 @needs_engine
-def test_a_file_that_is_none_and_a_row_beyond_the_room_are_refused(
-    made: tuple[Model, Path], tmp_path: Path
-) -> None:
+def test_a_bad_file_and_a_row_beyond_the_room_are_refused(made: tuple[Model, Path], tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(ModelError, match="does not load"):
         llamacpp.LlamaCpp(tmp_path / "bad.gguf", 1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from deploy_harness import tiny
 
-from command_line import Capture, ok
+from command_line import Capture, Patch, ok
 from command_line import call_json as call
 from fleetune import compression, models
 from fleetune.cli.main import main
@@ -35,6 +35,7 @@ from fleetune.tuning.result import finished
 RUN = shlex.split(
     "--method fedit --set r=2 --set lr=1e-2 --limit 60 --held-out 8 --max-length 160 --samples 0 --rounds 1 --clients 2"
 )
+TEXT = ["--text", "text.txt", "--length", "64"]
 FAST = ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--offline"]
 
 
@@ -70,9 +71,7 @@ def folder_of(at: Path) -> Path:
 
 def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: Capture) -> None:
     folder = folder_of(at)
-    code, told, err = call(
-        capsys, "measure", "latest", "--kept-gain", "--text", "text.txt", "--length", "64", *FAST
-    )
+    code, told, err = call(capsys, "measure", "latest", "--kept-gain", *TEXT, *FAST)
     assert code == 0, err
     rows = {row["name"]: row for row in told[-1]["rows"]}
     names = ["base", "tuned", "compressed", "compressed base"]
@@ -114,11 +113,8 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
     finished.merge_weights(tuned)
     text = driver.sampled_windows(tuned, 32, 2 + MEASURED, 42, batch=2 + MEASURED)[:2]
     windows = torch.cat([driver.windows([row.ids for row in rows], 32, 2), text])
-    told = {
-        "windows": len(windows),
-        "length": 32,
-        "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-    }
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    told = {"windows": len(windows), "length": 32, "sha256": digest}
     assert told == own.calibration == Master(path).head.calibration
     parts = driver.run(base, compression.make(compression.DEFAULT, {}), windows, at / "parts")
     for name, weight in parts.items():
@@ -157,9 +153,7 @@ def test_several_subjects_have_a_line_each(at: Path, capsys: Capture) -> None:
     assert rows[-1]["loss"] == rows[2]["loss"]
 
 
-def test_a_compressed_model_and_its_file_are_compared_with_what_was_compressed(
-    at: Path, capsys: Capture
-) -> None:
+def test_a_compressed_model_and_its_file_are_compared_with_the_tuned_one(at: Path, capsys: Capture) -> None:
     """Without a text on the rows: the number that `compress` stated; the tuned model is the reference, in every engine."""
     folder = folder_of(at)
     code, told, err = call(capsys, "measure", "2", *FAST)
@@ -182,17 +176,16 @@ def test_a_compressed_model_and_its_file_are_compared_with_what_was_compressed(
 
 def test_every_model_is_compared_with_a_reference_that_is_named(at: Path, capsys: Capture) -> None:
     folder = folder_of(at)
-    text = ["--text", "text.txt", "--length", "64", "--windows", "3", *FAST]
+    text = [*TEXT, "--windows", "3", *FAST]
     told = ok(capsys, "measure", "little", "2", "--reference", "little", *text)
     base, small = told[-1]["rows"][:2]
     assert (base["name"], base["kl_divergence"], base["same_top"]) == ("little", 0.0, 100.0)
     assert base["kl_tokens"] == small["kl_tokens"] == 3 * 63
     told = ok(capsys, "measure", str(folder), "--reference", "1", *text)
     rows = {row["name"]: row for row in told[-1]["rows"]}
-    assert (
-        rows["tuned"]["kl_divergence"] < 1e-9 < rows["compressed"]["kl_divergence"] < small["kl_divergence"]
-    )
-    assert rows["base"]["kl_divergence"] == pytest.approx(small["kl_divergence"], rel=0.5)
+    kl = {name: row["kl_divergence"] for name, row in rows.items()}
+    assert kl["tuned"] < 1e-9 < kl["compressed"] < small["kl_divergence"]
+    assert kl["base"] == pytest.approx(small["kl_divergence"], rel=0.5)
     assert main(["measure", "2", *text]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[-6:] == ["KL", "divergence", "same", "top", "token,", "%"]
@@ -200,19 +193,16 @@ def test_every_model_is_compared_with_a_reference_that_is_named(at: Path, capsys
     assert line.count("±") == 3  # of the loss as well
 
 
-def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
-    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_run_by_torch_and_by_its_engine(at: Path, capsys: Capture, monkeypatch: Patch) -> None:
     file = next(folder_of(at).glob("*.gguf"))
     shutil.copy(file, "a.gguf")
-    text = ["--text", "text.txt", "--length", "64"]
-    told = ok(capsys, "measure", "a.gguf", *text, *FAST)
+    told = ok(capsys, "measure", "a.gguf", *TEXT, *FAST)
     rows = told[-1]["rows"]
     assert [row["engine"] for row in rows] == (["torch", "llama.cpp"] if llamacpp.available() else ["torch"])
     assert rows[0]["bytes"] == Path("a.gguf").stat().st_size
     assert rows[-1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=0.01)
     monkeypatch.setattr(llamacpp, "MODULE", "no_such_engine")
-    code, told, err = call(capsys, "measure", "a.gguf", *text, *FAST)
+    code, told, err = call(capsys, "measure", "a.gguf", *TEXT, *FAST)
     assert (code, len(told[-1]["rows"])) == (0, 1)
     assert pip_install("llamacpp") in err
 

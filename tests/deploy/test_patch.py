@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +22,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import fleetune
-from command_line import Capture, ok
+from command_line import Capture, Patch, ok
 from fleetune import models
 from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
 from fleetune.deploy import patch, patch_make
 from fleetune.errors import Interrupted, LedgerError, ModelError, UsageError, VersionError
 from fleetune.models.net.model import Model
+from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View
 from fleetune.tuning.methods import _zeroth, mezo
@@ -48,6 +51,18 @@ def file(base: Path, tmp_path: Path) -> Path:
     copy.parent.mkdir()
     copy.write_bytes(base.read_bytes())
     return copy
+
+
+@pytest.fixture(scope="module")
+def ledger(base: Path) -> Iterator[Ledger]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FLEETUNE_HOME", str(base.with_name("home")))
+        yield ledger_on(base)[0]
+
+
+@pytest.fixture(scope="module")
+def made(base: Path, ledger: Ledger) -> patch.Patch:
+    return patch_make.of_ledger(base, ledger)
 
 
 def visible(folder: Path) -> list[str]:
@@ -93,8 +108,7 @@ def test_the_patched_file_is_the_tuned_model(kind: str, tmp_path: Path) -> None:
     assert not (changed & ~inside).any()
 
 
-def test_a_file_is_patched_once(file: Path) -> None:
-    made = patch_make.of_ledger(file, ledger_on(file)[0])
+def test_a_file_is_patched_once(file: Path, made: patch.Patch) -> None:
     patch.apply(file, made)
     with pytest.raises(ModelError, match="has this patch already"):
         patch.apply(file, made)
@@ -102,36 +116,32 @@ def test_a_file_is_patched_once(file: Path) -> None:
     assert visible(file.parent) == ["m.gguf"]
 
 
-def test_rows_in_pieces_make_the_same_file(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = patch_make.of_ledger(file, ledger_on(file)[0])
+def test_rows_in_pieces_make_the_same_file(file: Path, made: Any, tmp_path: Path, monkeypatch: Patch) -> None:
     for piece in (1, 700, 5000):
         monkeypatch.setattr(patch, "PIECE", piece)
         patch.apply(file, made, tmp_path / f"{piece}.gguf")  # its SHA-256 is the stated one
 
 
 def test_a_patch_that_would_make_another_model_is_not_made(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, ledger: Any, monkeypatch: Patch
 ) -> None:
-    from fleetune.seeds import noise
-
-    ledger, summed = ledger_on(file)[0], noise.summed
+    summed = noise.summed
     monkeypatch.setattr(noise, "summed", lambda *given: summed(*given) + 300)
     with pytest.raises(ModelError, match="would not make the scales of the run"):
         patch_make.of_ledger(file, ledger)
 
 
-def test_the_command_prints_json_for_a_devices_script(file: Path, tmp_path: Path, capsys: Capture) -> None:
-    ledger_on(file)[0].save(tmp_path / "ledger.safetensors")
-    made = ok(capsys, "patch", "make", file, tmp_path / "ledger.safetensors", "--to", tmp_path / "p")
-    lines = [made[-1], ok(capsys, "patch", "apply", file, tmp_path / "p")[-1]]
+def test_the_command_prints_json_for_a_script(
+    file: Path, ledger: Any, tmp_path: Path, capsys: Capture
+) -> None:
+    ledger.save(tmp_path / "ledger.safetensors")
+    first = ok(capsys, "patch", "make", file, tmp_path / "ledger.safetensors", "--to", tmp_path / "p")
+    lines = [first[-1], ok(capsys, "patch", "apply", file, tmp_path / "p")[-1]]
     assert [line["event"] for line in lines] == ["patch", "patched"]
     assert lines[0]["result"] == lines[1]["result"] == sha256(file)
 
 
-def test_a_patch_for_another_file_is_refused(file: Path, tmp_path: Path) -> None:
-    made = patch_make.of_ledger(file, ledger_on(file)[0])
+def test_a_patch_for_another_file_is_refused(file: Path, made: patch.Patch, tmp_path: Path) -> None:
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
@@ -146,21 +156,19 @@ def test_a_patch_for_another_file_is_refused(file: Path, tmp_path: Path) -> None
     assert not (tmp_path / "none").exists()
 
 
-def test_a_result_that_is_not_the_stated_one_is_not_kept(file: Path) -> None:
-    made = dataclasses.replace(patch_make.of_ledger(file, ledger_on(file)[0]), result="0" * 64)
+def test_a_result_that_is_not_the_stated_one_is_not_kept(file: Path, made: patch.Patch) -> None:
     before = file.read_bytes()
     with pytest.raises(ModelError, match="the patched file would have"):
-        patch.apply(file, made)
+        patch.apply(file, dataclasses.replace(made, result="0" * 64))
     assert file.read_bytes() == before
     assert visible(file.parent) == ["m.gguf"]
 
 
-def test_only_a_ledger_of_scales_makes_a_patch(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_ledger_of_scales_makes_a_patch(file: Path, ledger: Ledger, monkeypatch: Patch) -> None:
     model = models.load(str(file), device="cpu", base="mapped")
     weights = mezo.Method(K=64, lr=0.02, eps=0.01).empty(model, 5)
     with pytest.raises(UsageError, match="moves all weights"):
         patch_make.of_ledger(file, weights)
-    ledger, _ = ledger_on(file)
     monkeypatch.setattr(patch, "PASSES", 0)
     with pytest.raises(UsageError, match="more than a device computes"):
         patch_make.of_ledger(file, ledger)
@@ -169,8 +177,8 @@ def test_only_a_ledger_of_scales_makes_a_patch(file: Path, monkeypatch: pytest.M
         patch_make.of_ledger(file, ledger.with_check(1, "0" * 64))
 
 
-def test_a_stop_changes_nothing(file: Path, tmp_path: Path) -> None:
-    made, before = patch_make.of_ledger(file, ledger_on(file)[0]), file.read_bytes()
+def test_a_stop_changes_nothing(file: Path, made: patch.Patch, tmp_path: Path) -> None:
+    before = file.read_bytes()
     for out in (None, tmp_path / "new.gguf"):
         with pytest.raises(Interrupted, match="nothing was changed"):
             patch.apply(file, made, out, Heard(counting("bytes written")))
@@ -179,8 +187,8 @@ def test_a_stop_changes_nothing(file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new.gguf").exists()
 
 
-def test_applying_needs_no_torch(file: Path, tmp_path: Path) -> None:
-    (tmp_path / "p").write_bytes(patch_make.of_ledger(file, ledger_on(file)[0]).file)
+def test_applying_needs_no_torch(file: Path, made: patch.Patch, tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(made.file)
     code = (
         "import sys; from fleetune.cli.main import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
@@ -191,8 +199,8 @@ def test_applying_needs_no_torch(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL there")
-def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_path: Path) -> None:
-    made, old = patch_make.of_ledger(file, ledger_on(file)[0]), file.read_bytes()
+def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, made: Any, tmp_path: Path) -> None:
+    old = file.read_bytes()
     (tmp_path / "p").write_bytes(made.file)
     patch.apply(file, made, tmp_path / "new.gguf")
     new = (tmp_path / "new.gguf").read_bytes()
@@ -248,9 +256,7 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
     assert len(made.file) < 20_000
 
 
-def test_a_damaged_or_another_patch_is_named_as_such(file: Path, tmp_path: Path) -> None:
-    ledger = ledger_on(file)[0]
-    made = patch_make.of_ledger(file, ledger)
+def test_a_damaged_or_another_patch_is_named_as_such(file: Path, made: patch.Patch, tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(made.file)
     rewritten(tmp_path / "p", format=2)
     with pytest.raises(VersionError, match="p was written by another version of Fleetune"):
@@ -299,10 +305,8 @@ def rewritten(path: Path, **changed: object) -> Path:
         {"places": [[64, "Q4_0", 1, 1, 0, -4096]]},
     ],
 )
-def test_a_patch_that_states_what_cannot_be_is_refused(
-    what: dict[str, object], file: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "p").write_bytes(patch_make.of_ledger(file, ledger_on(file)[0]).file)
+def test_a_patch_that_states_what_cannot_be_is_refused(what: dict, made: patch.Patch, tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(made.file)
     with pytest.raises(ModelError):
         patch.load(rewritten(tmp_path / "p", **what))
 
@@ -310,20 +314,14 @@ def test_a_patch_that_states_what_cannot_be_is_refused(
 @pytest.mark.parametrize(
     ("law", "K", "passes", "most", "said"),
     [
-        (
-            "rademacher",
-            1,
-            1,
-            1 << 14,
-            "16,385 passes with K = 1; at most 16,384 passes and 4,194,304 numbers",
-        ),
+        ("rademacher", 1, 1, 1 << 14, "16,385 passes with K = 1; at most 16,384 passes and 4,194,304"),
         ("hashed", 1 << 20, 1 << 32, 4, "5 passes with K = 1,048,576; at most"),
     ],
 )
 def test_a_patch_that_asks_for_more_than_a_run_makes_is_refused_before_any_work(
-    law: str, K: int, passes: int, most: int, said: str, file: Path, tmp_path: Path
+    law: str, K: int, passes: int, most: int, said: str, made: patch.Patch, tmp_path: Path
 ) -> None:
-    (tmp_path / "p").write_bytes(patch_make.of_ledger(file, ledger_on(file)[0]).file)
+    (tmp_path / "p").write_bytes(made.file)
 
     def asking(count: int) -> Path:
         ids = np.arange(count, dtype=np.uint64) * np.uint64(passes)

@@ -16,13 +16,12 @@ from fleetune import errors
 from fleetune.common import sums
 from fleetune.deploy import release
 
-ROWS = [
-    {"instruction": f"say {i}", "response": f"{i} it is", "who": ("Mercy", "Hope")[i % 2]} for i in range(24)
-]
+WHO, Run = ("Mercy", "Hope"), fleetune.TuneResult
+ROWS = [{"instruction": f"say {i}", "response": f"{i} it is", "who": WHO[i % 2]} for i in range(24)]
 
 
 @pytest.fixture(scope="module")
-def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> fleetune.TuneResult:
+def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     file = tmp_path_factory.mktemp("objectives") / "mine.py"
     file.write_text("from fleetune.evaluation.losses import batch_loss as mine\n")
     return fleetune.tune(
@@ -42,12 +41,12 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "config"
 
 
-def signed(run: fleetune.TuneResult, place: Path, **given: Any) -> Path:
+def signed(run: Run, place: Path, **given: Any) -> Path:
     return Path(fleetune.release(run, to=place, **given).folder)
 
 
 def test_a_release_is_a_run_that_another_machine_verifies(
-    run: fleetune.TuneResult, tiny: str, tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny: str, tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = fleetune.release(run, to=tmp_path / "here" / "mine")
     (tmp_path / "there").mkdir()
@@ -68,9 +67,7 @@ def test_a_release_is_a_run_that_another_machine_verifies(
             assert not any(word in text for word in ("Mercy", "bytes_up", '"per_client"', '"t": '))
 
 
-def test_the_key_is_made_once_and_ssh_keygen_agrees(
-    run: fleetune.TuneResult, tmp_path: Path, config: Path
-) -> None:
+def test_the_key_is_made_once_and_ssh_keygen_agrees(run: Run, tmp_path: Path, config: Path) -> None:
     one, two = signed(run, tmp_path / "one"), signed(run, tmp_path / "two")
     assert (one / release.SIGNATURE).read_bytes() == (two / release.SIGNATURE).read_bytes()
     key = config / "fleetune" / "release_ed25519"
@@ -91,7 +88,7 @@ def test_the_key_is_made_once_and_ssh_keygen_agrees(
     assert release.check(mine) in shown
 
 
-def test_another_signer_is_refused(run: fleetune.TuneResult, tmp_path: Path, config: Path) -> None:
+def test_another_signer_is_refused(run: Run, tmp_path: Path, config: Path) -> None:
     one = signed(run, tmp_path / "one")
     known, text = release.check(one), (one / release.SIGNER).read_text()
     for good in (known, text, str(one / release.SIGNER)):
@@ -109,7 +106,7 @@ def test_another_signer_is_refused(run: fleetune.TuneResult, tmp_path: Path, con
         release.check(one)
 
 
-def test_files_that_nobody_signed(run: fleetune.TuneResult, tmp_path: Path, config: Path) -> None:
+def test_files_that_nobody_signed(run: Run, tmp_path: Path, config: Path) -> None:
     place = signed(run, tmp_path / "one")
     (place / ".gitattributes").touch()  # which the hub adds
     (place / "adapter").mkdir()
@@ -125,7 +122,7 @@ def test_files_that_nobody_signed(run: fleetune.TuneResult, tmp_path: Path, conf
         fleetune.verify(place, signer="SHA256:x")
 
 
-def test_what_cannot_be_released(run: fleetune.TuneResult, tiny: str, tmp_path: Path, config: Path) -> None:
+def test_what_cannot_be_released(run: Run, tiny: str, tmp_path: Path, config: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "key").write_text("none")
     for given, words in (
@@ -140,9 +137,7 @@ def test_what_cannot_be_released(run: fleetune.TuneResult, tiny: str, tmp_path: 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_private_run_declares_its_epsilon_and_tells_no_digest_of_rows(
-    tiny: str, tmp_path: Path, config: Path
-) -> None:
+def test_a_private_run_tells_its_epsilon_and_no_digest(tiny: str, tmp_path: Path, config: Path) -> None:
     pytest.importorskip("dp_accounting")
     given = FEW | {"clients": 10, "privacy": "client", "epsilon": 8.0, "clip_norm": 1.0, "out": tmp_path}
     run = fleetune.tune(tiny, ROWS, method="fedkseed", settings={"K": 16, "tau": 1, "lr": 1e-3}, **given)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy_harness import BLOCKS, LAYER, compressed, on_grid, tiny, write_codes
+from deploy_harness import BLOCKS, WIDE, compressed, matrices, on_grid, tiny, write_codes
 from family_harness import save
 
 import fleetune
@@ -46,10 +46,8 @@ def test_it_is_what_export_writes_where_export_puts_it_and_is_written_once(kind:
     assert tunable_file.of(found, told.append) == place
     assert place.stat().st_mtime_ns == before.st_mtime_ns
     assert place.stat().st_ino == before.st_ino
-    assert [f"{place}, now written (" in told[0], f"{place}, which is there already" in told[1]] == [
-        True,
-        True,
-    ]
+    assert f"{place}, now written (" in told[0]
+    assert f"{place}, which is there already" in told[1]
     assert "rounded to Q8_0" in told[0]
     assert len(told) == 2
     place.unlink()
@@ -83,33 +81,19 @@ def test_another_file_in_its_place_is_refused_and_stays(other: Any, tmp_path: Pa
 
 
 def compression(folder: Path, model: Path, method: str = "rtn", **settings: Any) -> subject.Compressed:
-    done = fleetune.compress(
-        str(model),
-        method=method,
-        settings=settings,
-        text=_text(folder),
-        windows=2,
-        length=32,
-        out=folder / "runs",
-        listener=Silent(),
-    )
+    text = folder / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 40)
+    given: Any = {"settings": settings, "text": str(text), "windows": 2, "length": 32, "out": folder / "runs"}
+    done = fleetune.compress(str(model), method=method, listener=Silent(), **given)
     found = subject.open(done)
     assert isinstance(found, subject.Compressed)
     return found
 
 
-def _text(folder: Path) -> str:
-    file = folder / "text.txt"
-    file.write_text("to be or not to be, that is the question. " * 40)
-    return str(file)
-
-
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     """A tiny model as a directory."""
-    return tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64).save(
-        tmp_path / "plain"
-    )
+    return tiny(**WIDE).save(tmp_path / "plain")
 
 
 @pytest.mark.parametrize(
@@ -131,13 +115,9 @@ def test_codes_whose_file_could_not_be_tuned_are_refused_before_it_is_written(
     assert str(refused.value.hint).startswith("compress again: fleetune compress ")
 
 
-@pytest.mark.parametrize(
-    ("family", "words"), [("phi", "models of architecture phi2"), ("qwen3_moe", "mixtures of experts")]
-)
+@pytest.mark.parametrize(("family", "words"), [("phi", "architecture phi2"), ("qwen3_moe", "of experts")])
 @pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
-def test_families_whose_files_are_not_read_are_refused_before_one_is_written(
-    family: str, words: str, tmp_path: Path
-) -> None:
+def test_families_whose_files_are_not_read_are_refused_first(family: str, words: str, tmp_path: Path) -> None:
     save(family, tmp_path / "m")
     found = compression(tmp_path, tmp_path / "m")
     with pytest.raises(UsageError, match=words) as refused:
@@ -147,11 +127,10 @@ def test_families_whose_files_are_not_read_are_refused_before_one_is_written(
 
 
 def test_of_a_file_of_several_types_those_that_can_be_are_tuned(tmp_path: Path) -> None:
-    model, quantised = tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64), {}
-    for name, tensor in models.named_tensors(model.net):
-        if name.split(".")[-2] in LAYER:
-            wide = ".mlp." in name
-            quantised[name] = rounded(tensor, Grid("q4_k", 4), 32) if wide else on_grid(tensor, 4, 32)
+    model, quantised = tiny(**WIDE), {}
+    for name, tensor in matrices(model).items():
+        wide = ".mlp." in name
+        quantised[name] = rounded(tensor, Grid("q4_k", 4), 32) if wide else on_grid(tensor, 4, 32)
     found = subject.open(write_codes(model, tmp_path / "codes", quantised))
     assert isinstance(found, subject.Compressed)
     scales = ggml.scales_in(tunable_file.kinds_of(found))
@@ -166,12 +145,9 @@ def test_only_layers_count() -> None:
     """An embedding or a head of another type says nothing of the layers."""
     layers = {"model.layers.0.mlp.up_proj": "Q8_0", "model.layers.1.mlp.up_proj": "IQ4_NL"}
     assert ggml.share(layers | {"model.embed_tokens": "Q6_K", "lm_head": "F16"}) == ""
-    several = layers | {
-        f"model.layers.{n}.mlp.up_proj": kind for n, kind in enumerate(("Q6_K", "F16", "Q2_K", "F16"), 2)
-    }
-    assert (
-        ggml.share(several) == "the scales of 2 of the layers' 6 matrices; those in F16, Q2_K and Q6_K stay"
-    )
+    others = enumerate(("Q6_K", "F16", "Q2_K", "F16"), 2)
+    mixed = layers | {f"model.layers.{n}.mlp.up_proj": kind for n, kind in others}
+    assert ggml.share(mixed) == "the scales of 2 of the layers' 6 matrices; those in F16, Q2_K and Q6_K stay"
 
 
 KILLED = """

@@ -85,8 +85,8 @@ QUICK = [part for part in PARTS if part not in SLOW]
 
 @pytest.mark.parametrize(
     ("part", "places"),
-    [pytest.param(part, 2, marks=pytest.mark.injects) for part in QUICK]
-    + [pytest.param(part, 100, marks=pytest.mark.faults) for part in PARTS],
+    [pytest.param(p, 2, marks=pytest.mark.injects) for p in QUICK]
+    + [pytest.param(p, 100, marks=pytest.mark.faults) for p in PARTS],
 )
 def test_one_flipped_bit_is_found_and_named(part: str, places: int, made: Path, injected: Injected) -> None:
     name, patterns = PARTS[part]
@@ -190,6 +190,9 @@ def test_consistent_forgeries_end_at_what_they_stand_on(
     for name in ("3", f"runs/{RUN}/hf", f"runs/{RUN}/{RUN}-q8_0.gguf"):
         with pytest.raises(errors.LedgerError, match="rebuilds other weights than it states"):
             proven(name)
+    for to in ("hf", "gguf:f16"):
+        with pytest.raises(errors.LedgerError, match="rebuilds other weights than it states"):
+            fleetune.export("1", to=to, path=tmp_path / f"made{'.gguf' * (to != 'hf')}")
     ledger.save(file)
     model = Path(f"runs/{CODES}/model")
     with pytest.raises(errors.ModelError, match="was made from weights"):

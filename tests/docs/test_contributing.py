@@ -53,20 +53,10 @@ def example() -> str:
 def test_the_example_tunes(fedmedian, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     models.tiny_llama().save(tmp_path / "tiny")
-    args = [
-        "tune",
-        "./tiny",
-        "demo",
-        "--method",
-        fedmedian,
-        "--set",
-        "lr=1e-2",
-        "--clients",
-        "3",
-        "--rounds",
-        "2",
-    ]
-    done = ok(capsys, *args, "--limit", "60", "--max-length", "96", "--samples", "0")[-1]
+    args = ["--method", fedmedian, "--set", "lr=1e-2", "--clients", "3", "--rounds", "2"]
+    done = ok(
+        capsys, "tune", "./tiny", "demo", *args, "--limit", "60", "--max-length", "96", "--samples", "0"
+    )[-1]
     assert done["tuned"]["loss"] < done["base"]["loss"]
     assert (Path(done["result"]) / "adapter_model.safetensors").exists()
     assert main(["methods", fedmedian]) == 0

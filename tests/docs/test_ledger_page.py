@@ -26,9 +26,8 @@ def replay(ledger: Path, base: Path) -> subprocess.CompletedProcess[str]:
     ledger = ledger.absolute()
     program = ledger.with_name("replay.py")
     program.write_text(CODE, encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, "-I", program, ledger, base], capture_output=True, text=True, cwd=ledger.parent
-    )
+    line = [sys.executable, "-I", program, ledger, base]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ledger.parent)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on(model: Model, law: str, K: int, entries: list[tuple[int, int]]) -> Ledger:
     """A ledger on this base with these (id, coefficient) pairs in two rounds."""
-    tensors = tuple(
-        (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in models.named_tensors(model.net)
-    )
+    tensors = tuple((n, tuple(t.shape), str(t.dtype)[6:]) for n, t in models.named_tensors(model.net))
     grid = 2.0**-18  # so that 16-bit types meet ties
     head = LedgerHead(model.digest, model.tokenizer_digest, tensors, 0x0123456789ABCDEF, law, K, grid)
     ids, coefficients = (np.array(column) for column in zip(*entries, strict=True))
@@ -52,7 +49,7 @@ def on(model: Model, law: str, K: int, entries: list[tuple[int, int]]) -> Ledger
     [("fedkseed", ["K=64", "tau=3", "lr=1e-3"]), ("signlora", ["steps=2", "pool=3", "r=2", "lr=0.05"])],
 )
 def test_it_rebuilds_a_tuned_model(
-    method: str, values: list[str], tiny: Path, tmp_path: Path, monkeypatch, capsys
+    method: str, values: list, tiny: Path, tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     words = ["--method", method, *(word for value in values for word in ("--set", value)), "--clients", "2"]
@@ -65,15 +62,7 @@ def test_it_rebuilds_a_tuned_model(
     assert verified["digest"] == stated[max(stated, key=int)]
 
 
-ENTRIES = [
-    (0, 70_000),
-    (5, -300),
-    (15, 1 << 20),
-    (5, 100),
-    (3, -1),
-    (1 << 32 | 5, 11),
-    (1 << 32 | 9, 1 << 29),
-]
+PAIRS = [(0, 70_000), (5, -300), (15, 1 << 20), (5, 100), (3, -1), (1 << 32 | 5, 11), (1 << 32 | 9, 1 << 29)]
 TIES = [(id, c << 12) for id, c in ((0, 30), (5, -4), (15, 70), (5, 3), (3, -1), (1 << 32 | 9, 12))]
 
 
@@ -81,7 +70,7 @@ TIES = [(id, c << 12) for id, c in ((0, 30), (5, -4), (15, 70), (5, 3), (3, -1),
 @pytest.mark.parametrize(("law", "K"), [("hashed", 16), ("hashed", 8192), ("rademacher", 1)])
 def test_every_dtype_and_law_that_it_knows(tiny: Path, tmp_path: Path, dtype: str, law: str, K: int):
     model = models.load(str(tiny), dtype=dtype)
-    ledger = on(model, law, K, ENTRIES if dtype == "fp32" else TIES)
+    ledger = on(model, law, K, PAIRS if dtype == "fp32" else TIES)
     ledger.save(tmp_path / "ledger.safetensors")
     done = replay(tmp_path / "ledger.safetensors", tiny)
     assert done.stdout.strip() == finished.rebuild(model, ledger), done.stderr
@@ -91,7 +80,7 @@ def test_every_dtype_and_law_that_it_knows(tiny: Path, tmp_path: Path, dtype: st
 def test_it_refuses_another_base(tiny: Path, tmp_path: Path):
     model = models.tiny_llama(seed=1, hidden=64)
     models.save(model.net, model.tokenizer, tmp_path / "other")
-    on(models.load(str(tiny)), "hashed", 16, ENTRIES).save(tmp_path / "ledger.safetensors")
+    on(models.load(str(tiny)), "hashed", 16, PAIRS).save(tmp_path / "ledger.safetensors")
     done = replay(tmp_path / "ledger.safetensors", tmp_path / "other")
     assert done.returncode == 1
     assert model.digest in done.stderr

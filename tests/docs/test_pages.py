@@ -135,13 +135,8 @@ def test_the_readme_lists_every_method():
 
 
 def test_a_wrong_command_is_seen():
-    for line in (
-        "fleetune tuna a demo",
-        "fleetune tune a b --round 3",
-        "fleetune tune a b c d",
-        "fleetune ledger prove a",
-    ):
-        assert fault(line), line
+    for line in ("tuna a demo", "tune a b --round 3", "tune a b c d", "ledger prove a"):
+        assert fault(f"fleetune {line}"), line
 
 
 @pytest.mark.parametrize("page", ["architecture.md", "view.md", "ledger.md", "glossary.md"])
@@ -150,11 +145,10 @@ def test_every_source_file_that_a_page_names_exists(page: str):
     assert not [n for n in named if not (ROOT / "src" / "fleetune" / n).exists() and not (ROOT / n).exists()]
 
 
-@pytest.mark.parametrize(
-    "layer",
-    tomllib.loads((ROOT / "docs" / "architecture.toml").read_text())["layer"],
-    ids=lambda layer: layer["name"],
-)
+LAYERS = tomllib.loads((ROOT / "docs" / "architecture.toml").read_text())["layer"]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer["name"])
 def test_what_a_layer_holds_exists(layer: dict):
     for names, _ in layer.get("holds", ()):
         for name in names.split(", "):

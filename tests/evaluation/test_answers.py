@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from losses_harness import CHUNK_BYTES, VOCAB, by_hand, examples_of, odd_batch, same_losses
+from losses_harness import CHUNK_BYTES, VOCAB, by_hand, examples_of, odd_batch, same_losses, says
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -17,16 +16,7 @@ from fleetune.data.encode import Encoded, collate, prompt_ids
 from fleetune.data.read_rows import Example
 from fleetune.errors import DataError
 from fleetune.evaluation import answers as answers_module
-from fleetune.evaluation.answers import (
-    answer_ids,
-    exact_match,
-    generate,
-    generate_from_ids,
-    label_accuracy,
-    rouge_l,
-    stop_ids,
-    token_f1,
-)
+from fleetune.evaluation.answers import generate, generate_from_ids, label_accuracy, rouge_l, token_f1
 from fleetune.evaluation.losses import batch_loss
 from fleetune.models import Model, tiny_llama
 
@@ -38,7 +28,7 @@ def _argmax_loop(model: Model, prompt: np.ndarray, count: int) -> str:
     with torch.no_grad():
         for _ in range(count):
             token = int(model.net(input_ids=ids).logits[0, -1].argmax())
-            if token in stop_ids(model):
+            if token in answers_module.stop_ids(model):
                 break
             made.append(token)
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
@@ -52,9 +42,8 @@ def test_peft_layers_take_part(task_type: str | None, monkeypatch: pytest.Monkey
     model = tiny_llama(seed=4)
     batch, prompts = odd_batch(), [np.array([65, 66, 67], np.int32)]
     plain = batch_loss(model, batch), generate_from_ids(model, prompts, max_new_tokens=8)
-    config = LoraConfig(
-        r=2, target_modules=["q_proj", "down_proj", "lm_head"], init_lora_weights=False, task_type=task_type
-    )
+    layers = ["q_proj", "down_proj", "lm_head"]
+    config = LoraConfig(r=2, target_modules=layers, init_lora_weights=False, task_type=task_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.net = get_peft_model(model.net, config)
@@ -99,14 +88,12 @@ def test_answers_stop_at_the_end(eos: int, expected: str) -> None:
     calls: list[int] = []
     hook = _chooses([a, b, c, 257, a, a])
     model.net.lm_head.register_forward_hook(lambda m, i, o: calls.append(1) or hook(m, i, o))
-    assert stop_ids(model) == {257, ends, 263}
+    assert answers_module.stop_ids(model) == {257, ends, 263}
     assert generate(model, examples_of(1), max_new_tokens=20) == [expected]
     assert len(calls) == len(expected) + 1
 
 
-def test_the_checkpoints_own_sampling_takes_no_part(
-    tiny: Model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_sampling_takes_no_part(tiny: Model, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(tiny, examples_of(2), max_new_tokens=10)
     model = tiny_llama(seed=3)
     own = model.net.generation_config
@@ -152,7 +139,7 @@ def test_scores_are_means_in_percent() -> None:
     assert rouge_l(["a b", "c"], ["a b", "d"]) == pytest.approx(50.0)
     # an F1 whose precision is 1/2 and recall 1/3 is 2/5
     assert rouge_l(["x y"], ["x p q"]) == pytest.approx(40.0)
-    for score in (rouge_l, token_f1, exact_match):
+    for score in (rouge_l, token_f1, answers_module.exact_match):
         with pytest.raises(DataError, match="no answers"):
             score([], [])
         with pytest.raises(ValueError, match="zip"):
@@ -173,15 +160,7 @@ def test_scores_are_means_in_percent() -> None:
 )
 def test_f1_and_exact_match_by_hand(answer: str, reference: str, f1: float, em: float) -> None:
     assert token_f1([answer], [reference]) == pytest.approx(f1)
-    assert exact_match([answer], [reference]) == pytest.approx(em)
-
-
-def _says(model: Model, chances: dict[str, float]) -> None:
-    """Rig the model: the chance of each character is the same at every place."""
-    scores = torch.full((VOCAB,), -30.0)
-    for char, chance in chances.items():
-        scores[model.tokenizer(char)["input_ids"][0]] = math.log(chance)
-    model.net.lm_head.register_forward_hook(lambda module, args, out: scores.expand(out.shape))
+    assert answers_module.exact_match([answer], [reference]) == pytest.approx(em)
 
 
 def _labelled(*labels: str) -> list[Example]:
@@ -190,7 +169,7 @@ def _labelled(*labels: str) -> list[Example]:
 
 def test_label_accuracy_of_a_rigged_model() -> None:
     model = tiny_llama()
-    _says(model, {"y": 0.4, "e": 0.2, "s": 0.2, "n": 0.1, "o": 0.1})
+    says(model, {"y": 0.4, "e": 0.2, "s": 0.2, "n": 0.1, "o": 0.1})
     examples = _labelled("yes", "no", "no", "yes", "yes")
     assert label_accuracy(model, examples, ["no", "yes"]) == pytest.approx(60.0)
     assert label_accuracy(model, examples, batch_size=3) == pytest.approx(60.0)
@@ -198,7 +177,7 @@ def test_label_accuracy_of_a_rigged_model() -> None:
 
 def test_label_scores_are_conditional_on_the_prompt(tiny: Model) -> None:
     examples = _labelled("yes", "no", "maybe")
-    tokens = [answer_ids(tiny, word) for word in ("yes", "no", "maybe")]
+    tokens = [answers_module.answer_ids(tiny, word) for word in ("yes", "no", "maybe")]
     prompts = [prompt_ids(example, tiny.tokenizer, 200) for example in examples]
     got = answers_module.answer_scores(tiny, prompts, tokens, batch_size=4)
     for i, prompt in enumerate(prompts):
@@ -210,7 +189,7 @@ def test_label_scores_are_conditional_on_the_prompt(tiny: Model) -> None:
 
 def test_the_mean_decides_and_rows_that_do_not_fit_are_refused(tiny: Model) -> None:
     model = tiny_llama()
-    _says(model, {"a": 0.5, "b": 0.4})
+    says(model, {"a": 0.5, "b": 0.4})
     assert label_accuracy(model, _labelled("aaaa", "b"), ["b", "aaaa"]) == pytest.approx(50.0)
     for rows, words in ((("yes", "maybe"), ["yes", "no"]), ([f"word {i}" for i in range(65)], []), ((), [])):
         with pytest.raises(DataError, match="label"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -41,9 +42,7 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return tokens, block
 
 
-def test_a_head_that_is_not_trained_has_one_pass_and_its_gradient_is_exact(
-    pieces: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fixed_head_has_a_pass_and_exact_gradients(pieces: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     head, rows, targets, weights = made()
     seen: list[tuple[int, ...]] = []
     product = torch.mm
@@ -63,7 +62,7 @@ def test_a_head_that_is_not_trained_has_one_pass_and_its_gradient_is_exact(
     torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_the_gradient_of_a_16_bit_head_is_as_near_as_its_bits_allow(pieces: tuple[int, int]) -> None:
+def test_the_gradient_of_a_16_bit_head_is_as_near_as_its_bits_allow(pieces: tuple) -> None:
     head, rows, targets, weights = made(torch.bfloat16)
     (head_nll(head, rows, targets, V) * weights).sum().backward()
     plain = made(torch.bfloat16)[1]
@@ -73,7 +72,7 @@ def test_the_gradient_of_a_16_bit_head_is_as_near_as_its_bits_allow(pieces: tupl
     torch.testing.assert_close(rows.grad, plain.grad, rtol=0.05, atol=0.02)  # bf16 has 8 bits
 
 
-def test_logits_far_apart_do_not_overflow(pieces: tuple[int, int]) -> None:
+def test_logits_far_apart_do_not_overflow(pieces: tuple) -> None:
     head, rows, targets, weights = made()
     head.weight.mul_(300)
     losses = head_nll(head, rows, targets, V)
@@ -83,7 +82,7 @@ def test_logits_far_apart_do_not_overflow(pieces: tuple[int, int]) -> None:
     torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-4, atol=1e-2)
 
 
-def test_the_gradient_of_a_nearly_certain_token_does_not_cancel(pieces: tuple[int, int]) -> None:
+def test_the_gradient_of_a_nearly_certain_token_does_not_cancel(pieces: tuple) -> None:
     head, rows, targets, weights = made()
     with torch.no_grad():
         rows.copy_(14 * head.weight[targets] / head.weight[targets].norm(dim=1, keepdim=True))
@@ -96,7 +95,7 @@ def test_the_gradient_of_a_nearly_certain_token_does_not_cancel(pieces: tuple[in
 
 
 @pytest.mark.parametrize("few", [5, 36])
-def test_logits_of_minus_infinity_are_harmless(few: int, pieces: tuple[int, int]) -> None:
+def test_logits_of_minus_infinity_are_harmless(few: int, pieces: tuple) -> None:
     head, rows, targets, weights = made()
     head.bias[:few] = -torch.inf  # a padded vocabulary
     targets = torch.full_like(targets, 36)
@@ -108,15 +107,11 @@ def test_logits_of_minus_infinity_are_harmless(few: int, pieces: tuple[int, int]
     torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-4, atol=1e-5)
 
 
-each_change = pytest.mark.parametrize(
-    "change",
-    [Change("final_logit_softcapping", 2.0), Change("logits_scaling", 0.7), Change("logit_scale", 0.3)],
-)
+CHANGES = {"final_logit_softcapping": 2.0, "logits_scaling": 0.7, "logit_scale": 0.3}
+each_change = pytest.mark.parametrize("change", [Change(*item) for item in CHANGES.items()])
 
 
-def in_float64(
-    head: nn.Linear, rows: Tensor, targets: Tensor, weights: Tensor, change: Change
-) -> tuple[Tensor, Tensor, Tensor]:
+def in_float64(head: Any, rows: Tensor, targets: Tensor, weights: Tensor, change: Any) -> tuple[Tensor, ...]:
     """Losses of the changed logits, and autograd's gradients of their weighted sum by the inputs and by the matrix."""
     W, x = (t.detach().double().requires_grad_() for t in (head.weight, rows))
     z = change(x @ W.T + head.bias.double())
@@ -142,9 +137,7 @@ class Streamed:
 
 @each_change
 @pytest.mark.parametrize("trained", [False, True])
-def test_changed_logits_have_their_loss_and_gradients(
-    change: Change, trained: bool, pieces: tuple[int, int]
-) -> None:
+def test_changed_logits_have_their_loss_and_gradients(change: Change, trained: bool, pieces: tuple) -> None:
     head, rows, targets, weights = made()
     head.requires_grad_(trained)
     expected, back, own = in_float64(head, rows, targets, weights, change)
@@ -160,7 +153,7 @@ def test_changed_logits_have_their_loss_and_gradients(
 
 
 @each_change
-def test_changed_logits_of_a_view_have_their_gradients(change: Change, pieces: tuple[int, int]) -> None:
+def test_changed_logits_of_a_view_have_their_gradients(change: Change, pieces: tuple) -> None:
     head, rows, targets, weights = made()
     nn.init.zeros_(head.bias)  # a view's rows have none
     blocks = Streamed(head.weight, head.bias)
@@ -174,12 +167,11 @@ def test_changed_logits_of_a_view_have_their_gradients(change: Change, pieces: t
 
 
 @each_change
-def test_changed_logits_can_be_differentiated_twice(change: Change, pieces: tuple[int, int]) -> None:
+def test_changed_logits_can_be_differentiated_twice(change: Change, pieces: tuple) -> None:
     head, rows, targets, weights = made()
     v = torch.randn(N, H, generator=torch.Generator().manual_seed(5))
-    (g,) = torch.autograd.grad(
-        (head_nll(head, rows, targets, V, change) * weights).sum(), rows, create_graph=True
-    )
+    loss = (head_nll(head, rows, targets, V, change) * weights).sum()
+    (g,) = torch.autograd.grad(loss, rows, create_graph=True)
     (found,) = torch.autograd.grad((g * v).sum(), rows)
     x = rows.detach().double().requires_grad_()
     z = change(x @ head.weight.double().T + head.bias.double())

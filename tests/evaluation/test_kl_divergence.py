@@ -42,9 +42,8 @@ def test_the_divergence_of_a_token_is_the_formula(piece: int, monkeypatch: pytes
     kl, same = of_tokens(P, Q)
     assert kl.dtype == np.float64
     np.testing.assert_allclose(kl, by_hand(P, Q), rtol=1e-13)
-    assert same.tolist() == [
-        a.index(max(a)) == b.index(max(b)) for a, b in zip(P.tolist(), Q.tolist(), strict=True)
-    ]
+    pairs = zip(P.tolist(), Q.tolist(), strict=True)
+    assert same.tolist() == [a.index(max(a)) == b.index(max(b)) for a, b in pairs]
     assert np.array_equal(of_tokens(P, P)[0], np.zeros(7))
     for a, b in ((P, drawn(1, V=60)), (drawn(1, V=60), P)):  # of two widths the smaller counts
         np.testing.assert_allclose(of_tokens(a, b)[0], by_hand(a[:, :50], b[:, :50]), rtol=1e-13)
@@ -87,15 +86,13 @@ def cut(logits: np.ndarray, *sizes: int) -> Iterator[np.ndarray]:
 
 @pytest.mark.parametrize("writes", [(7,), (1, 2, 3), (3, 3)])
 @pytest.mark.parametrize("reads", [(7,), (2, 4), (1, 1, 1)])
-def test_pieces_of_any_size_give_the_same_bits(
-    writes: tuple[int, ...], reads: tuple[int, ...], tmp_path: Path
-) -> None:
+def test_pieces_of_any_size_give_the_same_bits(writes: tuple, reads: tuple, tmp_path: Path) -> None:
     P, Q = drawn(0), drawn(1)
     assert write(tmp_path / "p", cut(P, *writes), 7) == kl_divergence.tokens_in(tmp_path / "p") == 7
     assert compare(tmp_path / "p", cut(Q, *reads)) == summary(*of_tokens(P, Q))
 
 
-def test_only_the_first_tokens_are_kept_and_no_piece_after_them_is_made(
+def test_only_the_first_tokens_are_kept_and_no_more_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     P, Q = drawn(0), drawn(1)
@@ -122,10 +119,8 @@ def test_a_full_disk_is_said() -> None:
 def rows() -> list[Encoded]:
     """Rows scored from their first token, from the middle, not at all, and of a single token."""
     draw = np.random.default_rng(0)
-    return [
-        Encoded(draw.integers(0, 250, n).astype(np.int32), k)
-        for n, k in ((9, 0), (12, 5), (4, 4), (1, 0), (30, 29))
-    ]
+    sizes = ((9, 0), (12, 5), (4, 4), (1, 0), (30, 29))
+    return [Encoded(draw.integers(0, 250, n).astype(np.int32), k) for n, k in sizes]
 
 
 def whole(model: Model, row: Encoded) -> np.ndarray:
@@ -136,9 +131,7 @@ def whole(model: Model, row: Encoded) -> np.ndarray:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_a_model_is_compared_token_by_token(
-    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_compared_by_tokens(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fleetune.evaluation.head_loss.CHUNK_BYTES", 4 * 264 * chunk)
     dense, model = tiny_llama(seed=3), tiny_llama(seed=4)
     assert scored((row.ids, row.n_prompt) for row in rows()) == 8 + 7 + 1

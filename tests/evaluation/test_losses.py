@@ -20,23 +20,15 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import losses as losses_module
-from fleetune.evaluation.losses import (
-    batch_loss,
-    eval_mode,
-    perplexity,
-    response_loss,
-    row_losses,
-    token_losses,
-)
+from fleetune.evaluation.losses import batch_loss, eval_mode, perplexity, response_loss, token_losses
 from fleetune.models import Model, named_tensors, tiny_llama
 from fleetune.seeds.noise import passes
 from fleetune.seeds.view import View
+from tiny_families import TOKENS, sizes
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_token_losses_are_the_cross_entropies(
-    tiny: Model, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_losses_are_cross_entropies(tiny: Model, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
     same_losses(tiny.net, odd_batch())
 
@@ -44,7 +36,7 @@ def test_token_losses_are_the_cross_entropies(
 def test_row_sums_and_batch_mean(tiny: Model) -> None:
     batch = odd_batch()
     expected = by_hand(tiny.net, batch)
-    sums, counts = row_losses(tiny, batch)
+    sums, counts = losses_module.row_losses(tiny, batch)
     assert counts.tolist() == [8, 0, 5, 1]
     assert sums.dtype == np.float64
     for row in range(4):
@@ -65,13 +57,11 @@ def test_row_order_survives_sorting_by_length(tiny: Model) -> None:
     rows = rows_of(tiny)
     sums, counts = losses_module.all_row_losses(tiny, rows, 3)
     for i, row in enumerate(rows):
-        alone, n = row_losses(tiny, collate([row], 257))
+        alone, n = losses_module.row_losses(tiny, collate([row], 257))
         assert (counts[i], sums[i]) == (n[0], pytest.approx(alone[0], abs=1e-5))
 
 
-def test_the_head_sees_only_scored_positions_and_few_at_a_time(
-    tiny: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_head_sees_scored_positions_few_at_a_time(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * 4)
     head, seen = tiny.net.lm_head, _head_calls(tiny)
     assert seen == [0, 4, 4, 4, 2]  # at first none, to see whether the model changes its logits afterwards
@@ -102,29 +92,14 @@ def test_other_hooks_on_the_head_work_once(tiny: Model, chunk: int, monkeypatch:
         assert abs(batch_loss(tiny, odd_batch()) - plain) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "value"),
-    [
-        ("granite", "logits_scaling", 3.0),
-        ("cohere", "logit_scale", 0.2),
-        ("gemma2", "final_logit_softcapping", 0.05),
-    ],
-)
-def test_a_model_that_scales_its_logits_after_the_head_is_read_in_pieces(
-    kind: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = CONFIG_MAPPING[kind](
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pad_token_id=257,
-        bos_token_id=256,
-        eos_token_id=257,
-        **{name: value},
-    )
+CAPPED = ("final_logit_softcapping", 0.05)
+SCALED = {"granite": ("logits_scaling", 3.0), "cohere": ("logit_scale", 0.2), "gemma2": CAPPED}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_a_model_that_scales_its_logits_is_read_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, value = SCALED[kind]
+    made = CONFIG_MAPPING[kind](**sizes(16, 32, 2, 2, 1, **{name: value}) | TOKENS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = AutoModelForCausalLM.from_config(made).eval()
@@ -140,9 +115,7 @@ def test_a_model_that_scales_its_logits_after_the_head_is_read_in_pieces(
 def _head_calls(model: Model) -> list[int]:
     """The tokens that the head of a model is handed, call by call, while the odd batch is measured."""
     seen: list[int] = []
-    watch = model.net.lm_head.register_forward_hook(
-        lambda module, args, out: seen.append(out.shape[0] * out.shape[1])
-    )
+    watch = model.net.lm_head.register_forward_hook(lambda m, args, out: seen.append(out[..., 0].numel()))
     try:
         batch_loss(model, odd_batch())
     finally:
@@ -203,9 +176,7 @@ def test_strided_perplexity_follows_the_guide(tiny: Model, window: int, stride: 
 
 @settings(max_examples=200)
 @given(st.integers(0, 60), st.integers(2, 20), st.data())
-def test_windows_score_each_token_once_with_enough_context(
-    length: int, window: int, data: st.DataObject
-) -> None:
+def test_windows_score_each_token_once_with_context(length: int, window: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, window - 1))
     ids = np.arange(length, dtype=np.int32)
     scored: list[int] = []
@@ -218,14 +189,12 @@ def test_windows_score_each_token_once_with_enough_context(
 
 def test_a_beginning_token_is_context_and_not_scored() -> None:
     model = tiny_llama(seed=3)
-    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 256)]
-    )
+    start = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 256)])
+    model.tokenizer.backend_tokenizer.post_processor = start
     ids = np.array([256, *TEXT[:9].encode()], np.int32)
     assert model.tokenizer(TEXT[:9])["input_ids"][0] == 256
-    row = Encoded(
-        np.array([256, *model.tokenizer(TEXT[:9], add_special_tokens=False)["input_ids"]], np.int32), 1
-    )
+    plain = model.tokenizer(TEXT[:9], add_special_tokens=False)["input_ids"]
+    row = Encoded(np.array([256, *plain], np.int32), 1)
     assert len(row.ids) == len(ids)
     assert perplexity(model, [TEXT[:9]]) == pytest.approx(math.exp(response_loss(model, [row])), rel=1e-9)
     assert perplexity(model, ["t"]) > 1  # one token, scored after the beginning
@@ -239,14 +208,12 @@ def _viewed(model: Model) -> View:
 
 
 # blocks that divide the vocabulary, do not, hold it all
-@pytest.mark.parametrize("rows_of_head", [1, 5, 70, 1000])
+@pytest.mark.parametrize("block", [1, 5, 70, 1000])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])  # tokens at a time
-def test_a_streamed_head_has_the_same_losses(
-    chunk: int, rows_of_head: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_streamed_head_has_the_same_losses(chunk: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny_llama(seed=3), odd_batch()
     base = by_hand(model.net, batch)
-    monkeypatch.setattr("fleetune.seeds.weights.CHUNK", rows_of_head * model.net.config.hidden_size)
+    monkeypatch.setattr("fleetune.seeds.weights.CHUNK", block * model.net.config.hidden_size)
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
     view = _viewed(model)
     expected = by_hand(model.net, batch)

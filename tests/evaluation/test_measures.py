@@ -29,11 +29,8 @@ def test_the_model_is_left_as_it_was(tiny: Model) -> None:
     hook = model.net.model.register_forward_pre_hook(
         lambda module, args: seen.append((module.training, torch.is_inference_mode_enabled()))
     )
-    torch_state, numpy_state, python_state = (
-        torch.get_rng_state(),
-        np.random.get_state()[1],
-        random.getstate(),
-    )
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1]
+    python_state = random.getstate()
     examples = [*examples_of(3), Example((("user", "river"),), "stone", {})]
     evaluate(model, examples, tuple(TASKS), max_new_tokens=3)
     hook.remove()
@@ -56,9 +53,8 @@ def test_evaluate_gives_what_the_parts_give(tiny: Model, monkeypatch: pytest.Mon
         "fleetune.evaluation.answers.generate",
         lambda model, rows, **options: made.append(len(rows)) or answers[: len(rows)],
     )
-    got = evaluate(
-        tiny, examples, ["loss", "rouge", "f1", "em", "ppl"], max_new_tokens=6, texts=[TEXT], answer_rows=3
-    ).values
+    tasks = ["loss", "rouge", "f1", "em", "ppl"]
+    got = evaluate(tiny, examples, tasks, max_new_tokens=6, texts=[TEXT], answer_rows=3).values
     assert list(got) == ["loss", "rouge_l", "f1", "exact_match", "perplexity"]
     assert made == [3]
     assert got["loss"] == pytest.approx(response_loss(tiny, encode_all(examples, tiny.tokenizer, 512)[0]))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from losses_harness import says
 
 from fleetune.data.encode import Batch, collate, encode_all, prompt_ids
 from fleetune.data.read_rows import Example
@@ -48,16 +48,9 @@ def test_loss_tensor_has_the_models_own_gradient() -> None:
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def _says(model: Model, chances: dict[str, float]) -> None:
-    scores = torch.full((264,), -30.0)
-    for char, chance in chances.items():
-        scores[model.tokenizer(char)["input_ids"][0]] = math.log(chance)
-    model.net.lm_head.register_forward_hook(lambda module, args, out: scores.expand(out.shape))
-
-
 def test_accuracy_of_a_rigged_model() -> None:
     model = tiny_llama()
-    _says(model, {"y": 0.4, "e": 0.2, "s": 0.2, "n": 0.1, "o": 0.1})
+    says(model, {"y": 0.4, "e": 0.2, "s": 0.2, "n": 0.1, "o": 0.1})
     batch = _batch(model, _examples("yes", "no", "no", "yes", "yes"))
     assert get("accuracy")(model, batch) == pytest.approx(-0.6)
     assert get("accuracy:no,yes")(model, batch) == pytest.approx(-0.6)
@@ -77,13 +70,11 @@ def test_scores_of_greedy_answers(name: str, score: objectives.Score) -> None:
     model = tiny_llama()
     a, b, c = model.tokenizer("a b")["input_ids"]
     # whatever the prompt, the model says "a b" and ends its turn
-    follows = {b: c, c: 257}
+    after = {b: c, c: 257}
     state = {"last": -1}
 
     def hook(module: torch.nn.Module, args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        state["last"] = (
-            a if out.shape[0] > 0 and state["last"] in (-1, 257) else follows.get(state["last"], b)
-        )
+        state["last"] = a if out.shape[0] > 0 and state["last"] in (-1, 257) else after.get(state["last"], b)
         made = torch.zeros_like(out)
         made[..., state["last"]] = 1.0
         return made
@@ -112,6 +103,7 @@ def test_values_repeat_and_the_model_is_left_as_it_was() -> None:
 
 OWN = """
 import torch
+from losses_harness import says
 from dataclasses import dataclass
 
 CONSTANT = 3
@@ -207,9 +199,8 @@ def test_objectives_that_cannot_be_are_refused_when_they_are_chosen(own: Path, t
     ends.write_text("import sys\ndef f(model, batch): ...\nsys.exit()\n")
     wrong = ["loss:3", "accuracy:yes", "accuracy:yes,yes", "accuracy:yes,,no", "f1:0", "f1:x", "rouge_l:-3"]
     paths = ["lsos", ":f", "module:", f"{tmp_path / 'none.py'}:f", f"{ends}:f", "no_such_package_here.sub:f"]
-    functions = [
-        f"{own}:{name}" for name in ("missing", "CONSTANT", "one", "swapped", "Weight", "later", "pieces")
-    ]
+    odd = ("missing", "CONSTANT", "one", "swapped", "Weight", "later", "pieces")
+    functions = [f"{own}:{name}" for name in odd]
     for name in (*wrong, *paths, *functions):
         with pytest.raises(RecipeError) as caught:
             get(name)
@@ -244,10 +235,10 @@ def test_accuracy_refuses_answers_that_no_word_covers(tiny: Model) -> None:
     assert get("accuracy")(tiny, _batch(tiny, _examples("yes", "yes"))) == -1.0
 
 
-@pytest.mark.parametrize(
-    ("name", "rows"),
-    [("loss", 8), ("accuracy", 64), ("accuracy:yes,no", 16), ("rouge_l", 136), ("f1:64", 72), ("f1:4", 8)],
-)
+ROWS = {"loss": 8, "accuracy": 64, "accuracy:yes,no": 16, "rouge_l": 136, "f1:64": 72, "f1:4": 8}
+
+
+@pytest.mark.parametrize(("name", "rows"), ROWS.items())
 def test_an_objective_is_counted_in_rows(name: str, rows: int) -> None:
     assert objectives.rows_of(name, 8) == rows
 

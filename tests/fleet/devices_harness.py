@@ -8,7 +8,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import fleetune
@@ -24,6 +23,7 @@ from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import Brings, Worker
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.tuning.recipe import recipe as recipes
 
@@ -37,10 +37,8 @@ RECIPES = {
 
 def write_rows(path: str, first: int, last: int) -> None:
     """Write rows with numbers of their own."""
-    rows = [
-        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
-        for i in range(first, last)
-    ]
+    counts = {i: " ".join(map(str, range(1 + i % 8))) for i in range(first, last)}
+    rows = [{"instruction": f"count to {i}", "response": said} for i, said in counts.items()]
     Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
@@ -77,17 +75,20 @@ def door(port: int, wait: int = 2, pace: Pace = QUICK) -> Served:
     return Served(Place("127.0.0.1", port), wait, pace)
 
 
+def brings_of(number: int, **brings: Any) -> Brings:
+    """What the device of a client brings."""
+    rows = {"data": f"rows/client-{number:03d}.jsonl", "calibrate": True} | brings
+    return Brings(model="model", device="cpu", threads=1, offline=True, **rows)
+
+
 class Device(threading.Thread):
     """A device in a thread; `leave` makes it go as a closed lid would."""
 
-    def __init__(
-        self, port: int, number: int, *, home: Mapping[str, Any] = MappingProxyType({}), **brings: Any
-    ) -> None:
+    def __init__(self, port: int, number: int, home: dict[str, Any] | None = None, **brings: Any) -> None:
         super().__init__(daemon=True)
         self.port, self.number = port, number
-        self.home = Home(Path(f"state-{number}"), **{"poll": 0.1, **home})
-        rows = {"data": f"rows/client-{number:03d}.jsonl", "calibrate": True} | brings
-        self.brings = Brings(model="model", device="cpu", threads=1, offline=True, **rows)
+        self.home = Home(Path(f"state-{number}"), **{"poll": 0.1, **(home or {})})
+        self.brings = brings_of(number, **brings)
         self.leave = threading.Event()
         self.notes: list[str] = []
         self.outcome: object = None
@@ -95,13 +96,8 @@ class Device(threading.Thread):
     def run(self) -> None:
         """Stay until the end; the outcome is why it is over, or the error."""
         try:
-            self.outcome = device.join(
-                f"{'localhost' if self.home.ca else '127.0.0.1'}:{self.port}",
-                self.brings,
-                self.home,
-                stop=self.leave.is_set,
-                note=self.notes.append,
-            )
+            server, hears = f"{'localhost' if self.home.ca else '127.0.0.1'}:{self.port}", self.notes.append
+            self.outcome = device.join(server, self.brings, self.home, stop=self.leave.is_set, note=hears)
         except Exception as error:
             self.outcome = error
 
@@ -113,6 +109,22 @@ def numbered(folder: Path, count: int = 2) -> None:
         Path(f"state-{c}").mkdir()
         public = keys.make(Path(f"state-{c}/key")).public
         table.register([(public.fingerprint, f"device-{c}")])
+
+
+def run_in(out: str) -> Path:
+    """The one run in a folder."""
+    (run,) = (p for p in Path(out).iterdir() if not p.is_symlink())
+    return run
+
+
+def fates(run: Path) -> list[dict[str, Any]]:
+    """What became of each reply of a run."""
+    return [e for e in rundir.events(run) if e["event"] == "client"]
+
+
+def digest_of(out: str) -> str:
+    """The digest that the one run in a folder has ended in."""
+    return str([e for e in rundir.events(run_in(out)) if e["event"] == "done"][-1]["digest"])
 
 
 class Direct:
@@ -168,29 +180,16 @@ class Door:
                 raise Interrupted("stopped while waiting for devices")
 
         devices.register([(key, f"device-{key}") for key in self.link.workers])
-        made = RemoteFleet(
-            self.link,
-            devices,
-            job,
-            seed,
-            Pace(grace=60, poll=0.0),
-            look=look,
-            note=listener.note,
-            audit=Audit(folder).write,
-        )
+        hears = {"look": look, "note": listener.note, "audit": Audit(folder).write}
+        made = RemoteFleet(self.link, devices, job, seed, Pace(grace=60, poll=0.0), **hears)
         made.wait_for(count)
         return made
 
 
 def worker(number: int, **brings: Any) -> Worker:
     """A device's worker, with its state in the working directory."""
-    rows = {"data": f"rows/client-{number:03d}.jsonl", "calibrate": True} | brings
     Path(f"direct-{number}").mkdir(exist_ok=True)
-    return Worker(
-        Brings(model="model", device="cpu", threads=1, offline=True, **rows),
-        Path(f"direct-{number}"),
-        note=str,
-    )
+    return Worker(brings_of(number, **brings), Path(f"direct-{number}"), note=str)
 
 
 def direct(**brings: Any) -> Direct:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.common import files
+from fleetune.common.events import ClientReply, RoundDone, TuneStart, as_dict
 
 EVIL = "<img src=x onerror=window.hit=1>"
 NAMES = ("bakery", "dialysis-ward", EVIL)
@@ -19,57 +20,22 @@ def client(round: int, client: int, status: str = "ok", reason: str = "", **more
     """What becomes of a reply, as a line of metrics.jsonl."""
     loss = 4.0 - 0.1 * round + 0.01 * client if status == "ok" else None
     sent = 110 if status in ("ok", "refused") else 0
-    return {
-        "event": "client",
-        "round": round,
-        "client": client,
-        "n": 13,
-        "loss": loss,
-        "bytes_up": sent,
-        "bytes_down": 88,
-        "seconds": 1.5,
-        "rss": 10**8,
-        "status": status,
-        "reason": reason,
-        **more,
-    }
+    said = {"n": 13, "loss": loss, "status": status, "reason": reason}
+    cost = {"bytes_up": sent, "bytes_down": 88, "seconds": 1.5, "rss": 10**8}
+    return as_dict(ClientReply(round=round, client=client, **said, **cost)) | more
 
 
 def done(round: int, accepted: int = 3) -> list[dict[str, Any]]:
     """A round that is finished and measured."""
-    return [
-        {
-            "event": "round",
-            "round": round,
-            "clients": 3,
-            "accepted": accepted,
-            "bytes_up": 330,
-            "bytes_down": 264,
-            "bytes_total": 594 * round,
-            "seconds": 2.5,
-            "rss": 10**8,
-        },
-        {"event": "eval", "round": round, "loss": 4.0 - 0.2 * round},
-    ]
+    cost = {"bytes_up": 330, "bytes_down": 264, "bytes_total": 594 * round, "seconds": 2.5, "rss": 10**8}
+    whole = RoundDone(round=round, clients=3, accepted=accepted, **cost)
+    return [as_dict(whole), {"event": "eval", "round": round, "loss": 4.0 - 0.2 * round}]
 
 
-START = [
-    {
-        "event": "start",
-        "method": "fedkseed",
-        "model": "tiny",
-        "digest": "ab" * 32,
-        "params": 28576,
-        "trained": 28576,
-        "clients": 3,
-        "rounds": 8,
-        "partition": "iid",
-        "column": None,
-        "rows_per_client": [13, 13, 13],
-        "held_out": 8,
-    },
-    {"event": "eval", "round": 0, "loss": 4.0},
-]
+BASE = {"model": "tiny", "digest": "ab" * 32, "params": 28576, "trained": 28576}
+ROWS = {"clients": 3, "partition": "iid", "column": None, "rows_per_client": [13, 13, 13], "held_out": 8}
+BEGUN = as_dict(TuneStart(method="fedkseed", rounds=8, **BASE, **ROWS))
+START = [BEGUN, {"event": "eval", "round": 0, "loss": 4.0}]
 TWO_ROUNDS = [
     *START,
     *(client(1, c) for c in range(3)),
@@ -95,18 +61,7 @@ def write(folder: Path, events: Sequence[Mapping[str, Any]] = TWO_ROUNDS, *, sai
 
 def word(folder: Path, *, said: float = 0.0, **more: Any) -> None:
     """Write the server's last word."""
-    content = {
-        "t": time.time() - said,
-        "session": "5e55",
-        "pid": 4711,
-        "machine": "box",
-        "rss": 5 * 10**8,
-        "address": "0.0.0.0:8470",
-        "round": 3,
-        "rounds": 8,
-        "devices": [
-            {"name": n, "client": c, "does": d} for c, (n, d) in enumerate(zip(NAMES, DOES, strict=True))
-        ],
-        **more,
-    }
+    devices = [{"name": n, "client": c, "does": d} for c, (n, d) in enumerate(zip(NAMES, DOES, strict=True))]
+    here = {"session": "5e55", "pid": 4711, "machine": "box", "rss": 5 * 10**8, "address": "0.0.0.0:8470"}
+    content = {"t": time.time() - said, "round": 3, "rounds": 8, "devices": devices, **here, **more}
     (folder / "fleet.json").write_text(files.json_text(content))

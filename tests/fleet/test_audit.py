@@ -21,7 +21,7 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / FILE
 
 
-def test_what_is_written_verifies_and_goes_on(log: Path) -> None:
+def test_what_is_written_verifies_and_goes_on(log):
     assert log.stat().st_mode & 0o777 == 0o600
     first = verify(log)
     assert (first.entries, first.bad) == (12, 0)
@@ -31,7 +31,7 @@ def test_what_is_written_verifies_and_goes_on(log: Path) -> None:
     assert verify(log).entries == 13
 
 
-def test_every_changed_byte_is_found(log: Path) -> None:
+def test_every_changed_byte_is_found(log):
     data, rng = log.read_bytes(), random.Random(5)
     ends = [i for i, b in enumerate(data) if b == 10]
     for _ in range(250):
@@ -40,7 +40,7 @@ def test_every_changed_byte_is_found(log: Path) -> None:
         assert verify(log).bad == 1 + sum(end < at for end in ends)
 
 
-def test_lines_removed_swapped_or_added_are_found(log: Path) -> None:
+def test_lines_removed_swapped_or_added_are_found(log):
     lines = log.read_bytes().splitlines(keepends=True)
     for changed, bad in (
         (lines[1:], 1),
@@ -58,14 +58,14 @@ def test_lines_removed_swapped_or_added_are_found(log: Path) -> None:
                 Audit(log.parent)
 
 
-def test_a_line_that_a_kill_cut_is_dropped(log: Path) -> None:
+def test_a_line_that_a_kill_cut_is_dropped(log):
     data = log.read_bytes()
     log.write_bytes(data[:-20])
     Audit(log.parent).write("ok", client=9)
     assert (verify(log).entries, verify(log).bad) == (12, 0)
 
 
-def test_the_command(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(log, capsys):
     run = log.parent
     (run / "run.toml").write_text("")
     assert main(["fleet", "audit", str(run)]) == 0

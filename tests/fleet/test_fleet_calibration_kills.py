@@ -30,7 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.faults
-def test_kills_of_server_and_devices_change_no_code(place: Path) -> None:
+def test_kills_of_server_and_devices_change_no_code(place):
     want = fleetune.compress(
         Path("runs/latest"),
         calibrate="clients",

@@ -18,24 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from devices_harness import free_port
-from test_loopback import FEDIT, FEDKSEED, device, devices, folder, place, served, split
-from test_remote import JOB, Memory
+from devices_harness import fates, free_port, run_in
+from test_loopback import FEDIT, FEDKSEED, device, devices, folder, place, serve, served, split
+from test_remote import Memory, fleet
+from test_remote import link as memory_of
 from test_worker import job
 from test_worker import place as device_place
 
 import fleetune
-from fault_report import Injected
 from fleetune.fleet import audit as audits
 from fleetune.fleet import line
 from fleetune.fleet.audit import verify
 from fleetune.fleet.door import Door
-from fleetune.fleet.orders import Device as Told
-from fleetune.fleet.remote import Pace, RemoteFleet
-from fleetune.fleet.table import Devices
-from fleetune.runs import rundir
+from fleetune.fleet.remote import Pace
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.run import run as running
 
 __all__ = ["device_place", "folder", "job", "place"]
 DAY = datetime.timedelta(days=1)
@@ -71,7 +67,7 @@ def jump(by: datetime.timedelta) -> Iterator[None]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("days", [1, -1])
-def test_a_run_goes_on_while_the_clock_jumps(place: Path, injected: Injected, days: int) -> None:
+def test_a_run_goes_on_while_the_clock_jumps(place, injected, days):
     expected, port = simulated(FEDIT), free_port()
 
     class Jumping(fleetune.Silent):
@@ -80,7 +76,7 @@ def test_a_run_goes_on_while_the_clock_jumps(place: Path, injected: Injected, da
                 Jumped.by = days * DAY
 
     with jump(0 * DAY), devices(port) as joined, served(port) as fleets:
-        found = running.start(recipes.make(FEDIT), Path("real"), Jumping(), offline=True, fleets=fleets)
+        found = serve(FEDIT, fleets, Jumping())
     assert found.done.digest == expected
     assert [d.outcome for d in joined] == ["the run is finished"] * 3
     injected("clock of server and devices set by a day in a run", 1)
@@ -118,11 +114,9 @@ class Proxy:
                         data, cut = data[: max(0, left[0])], 0 < left[0] <= len(data)
                         left[0] -= len(data)
                         self.done += cut
-                    other.sendall(data)
-                    if left[0] <= 0:
-                        break
-                else:
-                    other.sendall(data)
+                other.sendall(data)
+                if left is not None and left[0] <= 0:
+                    break
         for end in (one, other):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -131,18 +125,14 @@ class Proxy:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("recipe", [FEDKSEED, FEDIT], ids=lambda r: str(r["method"]))
-def test_connections_that_are_cut_in_the_middle_of_a_message(
-    place: Path, injected: Injected, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any]
-) -> None:
+def test_connections_that_are_cut_in_the_middle_of_a_message(place, injected, monkeypatch, recipe):
     monkeypatch.setattr(line, "LONGEST", 0.5)
     monkeypatch.setattr(Door, "_is_called", lambda self, address: True)  # the proxy has another port
     recipe = {**recipe, "rounds": 40}
     expected, port, rng = simulated(recipe), free_port(), random.Random(3)
     proxy = Proxy(port, [rng.randint(200, 12_000) for _ in range(60)])
     with devices(proxy.address) as joined, served(port, Pace(grace=60, poll=0.01)) as fleets:
-        found = running.start(
-            recipes.make(recipe), Path("real"), fleetune.Silent(), offline=True, fleets=fleets
-        )
+        found = serve(recipe, fleets)
     proxy.listener.close()
     print(f"{recipe['method']}: {proxy.done} cuts")
     assert found.done.digest == expected
@@ -170,12 +160,8 @@ class Unruly(Memory):
 
 
 def unruly(folder: Path, messages: int, seed: int) -> int:
-    known = {f"k{i}": Told(10 + i, f"{i}" * 64, 1 << 33, 1, "0") for i in range(4)}
-    link = Unruly(known, random.Random(seed))
-    made = RemoteFleet(link, Devices(folder), JOB, 42, Pace(grace=20, poll=0))
-    made.devices.register([(key, key) for key in known])
-    made.wait_for(4)
-    round = 0
+    link, round = Unruly(memory_of(4).devices, random.Random(seed)), 0
+    made = fleet(link, folder, Pace(grace=20, poll=0))
     while link.messages < messages:
         round += 1
         answers = sorted(made.ask(round, range(4), f"r{round}".encode()))
@@ -183,31 +169,23 @@ def unruly(folder: Path, messages: int, seed: int) -> int:
     return link.messages
 
 
-def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path: Path) -> None:
+def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path):
     unruly(tmp_path, 500, seed=1)
 
 
 @pytest.mark.faults
-def test_ten_thousand_answers_that_come_twice_late_or_out_of_order(
-    tmp_path: Path, injected: Injected
-) -> None:
+def test_ten_thousand_answers_that_come_twice_late_or_out_of_order(tmp_path, injected):
     injected("answers twice, late or out of order", unruly(tmp_path, 10_000, seed=2))
 
 
 @pytest.mark.faults
-def test_devices_that_are_away_or_slow_hold_no_round_longer_than_was_said(
-    tmp_path: Path, injected: Injected
-) -> None:
-    known = {f"k{i}": Told(10 + i, f"{i}" * 64, 1 << 33, 1, "0") for i in range(6)}
-    rng, link = random.Random(4), Memory(known, random.Random(5))
-    made = RemoteFleet(link, Devices(tmp_path), JOB, 42, Pace(grace=1.0, deadline=5.0, poll=0.01))
-    made.devices.register([(key, key) for key in known])
-    made.wait_for(6)
-    away = 0
+def test_devices_that_are_away_or_slow_hold_no_round_longer_than_was_said(tmp_path, injected):
+    rng, link, away = random.Random(4), memory_of(6, seed=5), 0
+    made = fleet(link, tmp_path, Pace(grace=1.0, deadline=5.0, poll=0.01))
     for round in range(1, 21):
         for key in link.away:  # one that comes back is in a new session
             link.marks[key] = round
-        link.away = {key for key in known if rng.random() < 0.3}
+        link.away = {key for key in link.devices if rng.random() < 0.3}
         away += len(link.away)
         began = time.monotonic()
         answers = {a.client: a for a in made.ask(round, range(6), b"x")}
@@ -219,23 +197,21 @@ def test_devices_that_are_away_or_slow_hold_no_round_longer_than_was_said(
 
 
 @pytest.mark.faults
-def test_two_processes_with_one_key_are_one_device(place: Path, injected: Injected) -> None:
+def test_two_processes_with_one_key_are_one_device(place, injected):
     """Copies of a device's folder: the server has one answer of the client a round, or says why there is none."""
     simulated(FEDIT)
-    port, recipe = free_port(), recipes.make({**FEDIT, "rounds": 8})
+    port = free_port()
     shutil.copytree("rows", "rows-again")
     with devices(port), served(port) as fleets:
         twin = device(port, 0)
         twin.home = dataclasses.replace(twin.home, state=Path("state-twin"))
         twin.start()
-        found = running.start(recipe, Path("real"), fleetune.Silent(), offline=True, fleets=fleets)
+        found = serve({**FEDIT, "rounds": 8}, fleets)
         twin.leave.set()
         twin.join(20)
-    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
-    events = [e for e in rundir.events(run) if e["event"] == "client"]
-    assert sorted((e["round"], e["client"]) for e in events) == [
-        (r, c) for r in range(1, 9) for c in range(3)
-    ]
+    events = fates(run := run_in("real"))
+    asked = [(r, c) for r in range(1, 9) for c in range(3)]
+    assert sorted((e["round"], e["client"]) for e in events) == asked
     assert all(e["status"] == "ok" for e in events if e["client"] != 0)
     assert all(e["reason"] for e in events if e["status"] != "ok")
     assert found.done.digest

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from devices_harness import free_port
+from devices_harness import fates, free_port, run_in
 from test_fleet_faults import simulated
-from test_loopback import FEDIT, FEDKSEED, devices, folder, place, served
+from test_loopback import FEDIT, FEDKSEED, devices, folder, place, serve, served
 from test_worker import job, make_worker, message, take
 from test_worker import place as device_place
 
 import fleetune
-from fault_report import Injected
 from fleetune.errors import FleetuneError, StorageError
 from fleetune.fleet import audit as audits
 from fleetune.fleet import table
@@ -28,10 +27,8 @@ from fleetune.fleet.audit import Audit, verify
 from fleetune.fleet.orders import Job, Order, Reply
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import ANSWER
-from fleetune.runs import rundir
-from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.run import resume as resuming
-from fleetune.tuning.run import run as running
 
 __all__ = ["device_place", "folder", "job", "place"]
 
@@ -92,13 +89,13 @@ def torn_log(folder: Path, count: int) -> int:
 
 
 @pytest.mark.parametrize("spoil", [torn_table, torn_log])
-def test_torn_files_of_the_server_are_mended_or_named(tmp_path: Path, spoil: Any) -> None:
+def test_torn_files_of_the_server_are_mended_or_named(tmp_path, spoil):
     assert spoil(tmp_path, 30) > 60
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("spoil", [torn_table, torn_log])
-def test_torn_files_of_the_server_at_many_places(tmp_path: Path, injected: Injected, spoil: Any) -> None:
+def test_torn_files_of_the_server_at_many_places(tmp_path, injected, spoil):
     injected("torn files of the server", spoil(tmp_path, 500))
 
 
@@ -119,7 +116,9 @@ def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
     for i, data in enumerate(spoilt(remembered, count, "memory")):
         memory.write_bytes(data)
         later = Order("work", 2, 0, 8 + i, message(device_place, job, 2), first.kept, 1)
-        said = Reply.decode(make_worker_again(worker).answer(later.encode()))
+        memories = Memories(worker.loaded.memories.folder)  # restarted, with the model still in memory
+        worker.loaded = dataclasses.replace(worker.loaded, memories=memories)
+        said = Reply.decode(worker.answer(later.encode()))
         assert (said.what, said.code) == ("failed", "remembers 1")
         done += 1
     memory.write_bytes(remembered)
@@ -128,25 +127,17 @@ def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
     return done
 
 
-def make_worker_again(worker: Any) -> Any:
-    """The device as it is after a restart, with the model still in memory."""
-    from fleetune.tuning.rounds.local_work import Memories
-
-    worker.loaded = dataclasses.replace(worker.loaded, memories=Memories(worker.loaded.memories.folder))
-    return worker
-
-
 @pytest.mark.faults
-def test_torn_files_of_a_device(device_place: Path, tmp_path: Path, job: Job, injected: Injected) -> None:
+def test_torn_files_of_a_device(device_place, tmp_path, job, injected):
     injected("torn files of a device", torn_device(device_place, tmp_path, job, 40))
 
 
-def test_torn_files_of_a_device_at_a_few_places(device_place: Path, tmp_path: Path, job: Job) -> None:
+def test_torn_files_of_a_device_at_a_few_places(device_place, tmp_path, job):
     assert torn_device(device_place, tmp_path, job, 1) == 6
 
 
 @pytest.mark.injects
-def test_a_log_on_a_full_disk_has_no_half_line(tmp_path: Path, injected: Injected) -> None:
+def test_a_log_on_a_full_disk_has_no_half_line(tmp_path, injected):
     """The system takes a part of the line (RLIMIT_FSIZE), as a disk does that becomes full."""
     audit = Audit(tmp_path)
     audit.write("ok", client=1)
@@ -187,28 +178,23 @@ def full(folder: Path, after: int) -> Iterator[Full]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("after", [5, 8, 11, 14, 17, 20])
-def test_a_server_whose_disk_is_full_says_so_and_goes_on_later(
-    place: Path, injected: Injected, after: int
-) -> None:
+def test_a_server_whose_disk_is_full_says_so_and_goes_on_later(place, injected, after):
     expected, port = simulated(FEDKSEED), free_port()
     with devices(port):
         Path("real").mkdir()
         with full(Path("real"), after) as disk, contextlib.suppress(FleetuneError), served(port) as fleets:
             with pytest.raises(StorageError, match="disk is full"):
-                running.start(
-                    recipes.make(FEDKSEED), Path("real"), fleetune.Silent(), offline=True, fleets=fleets
-                )
+                serve(FEDKSEED, fleets)
             disk.full = False
             raise StorageError("as the run did")
-        (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
         with served(port) as fleets:
-            found = resuming.resume(run, fleetune.Silent(), offline=True, fleets=fleets)
+            found = resuming.resume(run_in("real"), fleetune.Silent(), offline=True, fleets=fleets)
     assert found.done.digest == expected
     injected("disk of the server full", 1)
 
 
 @pytest.mark.faults
-def test_a_device_whose_disk_is_full_fails_its_rounds_and_comes_back(place: Path, injected: Injected) -> None:
+def test_a_device_whose_disk_is_full_fails_its_rounds_and_comes_back(place, injected):
     simulated(FEDIT)
     port = free_port()
     with full(Path("state-1"), 0) as disk:
@@ -220,15 +206,8 @@ def test_a_device_whose_disk_is_full_fails_its_rounds_and_comes_back(place: Path
                     disk.full = event.round == 1
 
         with devices(port), served(port) as fleets:
-            running.start(
-                recipes.make({**FEDIT, "rounds": 4}), Path("real"), Filled(), offline=True, fleets=fleets
-            )
-    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
-    found = {
-        (e["round"], e["client"]): (e["status"], e["reason"])
-        for e in rundir.events(run)
-        if e["event"] == "client"
-    }
+            serve({**FEDIT, "rounds": 4}, fleets, Filled())
+    found = {(e["round"], e["client"]): (e["status"], e["reason"]) for e in fates(run_in("real"))}
     spoilt = [key for key, (status, _) in found.items() if status != "ok"]
     assert spoilt
     assert {c for _, c in spoilt} == {1}

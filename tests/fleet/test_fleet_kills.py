@@ -16,9 +16,8 @@ from pathlib import Path
 
 import preloaded
 import pytest
-from devices_harness import free_port, lay_out
+from devices_harness import digest_of, fates, free_port, lay_out, run_in
 
-from fault_report import Injected
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.fleet.audit import FILE, verify
@@ -61,9 +60,8 @@ class Process:
 
     def start(self) -> None:
         """Start it; what it says is added to its own file."""
-        self.running = FORKED.Process(
-            target=preloaded.command, args=(self.words, f"{self.name}.txt", self.held)
-        )
+        given = self.words, f"{self.name}.txt", self.held
+        self.running = FORKED.Process(target=preloaded.command, args=given)
         self.running.start()
 
     def kill(self) -> None:
@@ -83,11 +81,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     lay_out(tmp_path, DEVICES)
     return tmp_path
-
-
-def digest_of(out: str) -> str:
-    (run,) = (p for p in Path(out).iterdir() if not p.is_symlink())
-    return str([e for e in rundir.events(run) if e["event"] == "done"][-1]["digest"])
 
 
 def started(recipe: str, *, held: bool = False) -> tuple[Process, Process, list[Process]]:
@@ -117,9 +110,7 @@ def started(recipe: str, *, held: bool = False) -> tuple[Process, Process, list[
 
 
 @pytest.mark.injects
-def test_a_server_killed_alone_in_the_middle_of_long_orders_gets_all_devices_back(
-    place: Path, injected: Injected
-) -> None:
+def test_a_server_killed_alone_in_the_middle_of_long_orders_gets_all_devices_back(place, injected):
     """It is up again before the orders are over, so that no device meets a server that is gone."""
     begin, again, devices = started(RECIPE.format(rounds=ALONE + 1) + METHODS["scaffold"], held=True)
     server = begin
@@ -155,7 +146,7 @@ def all_do(what: str, round: int) -> bool:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("method", list(METHODS))
-def test_kills_of_server_and_devices_change_nothing(place: Path, injected: Injected, method: str) -> None:
+def test_kills_of_server_and_devices_change_nothing(place, injected, method):
     rounds = 4 + 2 * KILLS
     begin, again, devices = started(RECIPE.format(rounds=rounds) + METHODS[method])
     try:
@@ -186,13 +177,9 @@ def test_kills_of_server_and_devices_change_nothing(place: Path, injected: Injec
         for process in (begin, again, *devices):
             process.kill()
     assert digest_of("real") == digest_of("simulated")
-    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+    run = run_in("real")
     assert verify(run / FILE).bad == 0
-    ok = [
-        (e["round"], e["client"])
-        for e in rundir.events(run)
-        if e["event"] == "client" and e["status"] == "ok"
-    ]
+    ok = [(e["round"], e["client"]) for e in fates(run) if e["status"] == "ok"]
     assert kills
     assert sorted(ok) == [(r, c) for r in range(1, rounds + 1) for c in range(DEVICES)]
     injected("kill -9 of the server", kills["server"])

@@ -24,56 +24,42 @@ __all__ = ["folder", "place"]  # fixtures
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["serve", "-c", "recipe.toml", "--host", "0.0.0.0"], "needs TLS and registered keys"),
-        (["serve", "-c", "recipe.toml", "--keys", "nowhere"], "has no public keys"),
-        (["serve", "-c", "recipe.toml", "--certificate", "model"], "has no server.pem"),
-        (
-            ["serve", "-c", "recipe.toml", "--port", "0", "--keys", "keys", "--wait", "9"],
-            "9 devices, and 3 keys",
-        ),
-        (["serve", "-c", "recipe.toml", "--grace", "-1"], "cannot be negative"),
-        (["serve", "more"], "takes no 'more'"),
-        (["serve"], "fleetune fleet serve -c recipe.toml"),
-        (["status"], "status takes one"),
-        (["eval", "model", "--rounds", "3"], "eval takes no rounds"),
-        (["eval", "model", "--host", "0.0.0.0"], "needs TLS and registered keys"),
-        (["eval", "model", "--wait", "-1"], "cannot be negative"),
-        (
-            ["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "1.5"],
-            "must be a whole number of rows",
-        ),
-        (
-            ["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "nan"],
-            "must be a whole number of rows",
-        ),
-        (
-            ["join", "127.0.0.1:1", "--data", "rows.jsonl", "--held-out", "1", "--eval-data", "x"],
-            "both given",
-        ),
-        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--max-load", "50"], "no share of the processors"),
-        (["join", "192.168.1.9:8470", "--data", "rows.jsonl"], "with TLS alone"),
-        (["join", "nowhere", "--data", "rows.jsonl"], "is not HOST:PORT"),
-        (["join", "127.0.0.1:99999", "--data", "rows.jsonl"], "is not HOST:PORT"),
-        (["join", "127.0.0.1:0", "--data", "rows.jsonl"], "is not HOST:PORT"),
-        (["join", "::1:23575", "--data", "rows.jsonl"], "[::1]:8470"),
-        (["join", "127.0.0.1:1"], "which rows"),
-        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--rounds", "3"], "rounds is the server's to say"),
-        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--key", "rows.jsonl"], "not an OpenSSH key"),
-        (["keys", "new", "dev-0"], "is there already"),
-        (["keys", "certificate", "certs", "localhost"], "is there already"),
-        (["keys"], "keys takes"),
-        (["split", "-c", "recipe.toml"], "where to"),
+        ("serve -c recipe.toml --host 0.0.0.0", "needs TLS and registered keys"),
+        ("serve -c recipe.toml --keys nowhere", "has no public keys"),
+        ("serve -c recipe.toml --certificate model", "has no server.pem"),
+        ("serve -c recipe.toml --port 0 --keys keys --wait 9", "9 devices, and 3 keys"),
+        ("serve -c recipe.toml --grace -1", "cannot be negative"),
+        ("serve more", "takes no 'more'"),
+        ("serve", "fleetune fleet serve -c recipe.toml"),
+        ("status", "status takes one"),
+        ("eval model --rounds 3", "eval takes no rounds"),
+        ("eval model --host 0.0.0.0", "needs TLS and registered keys"),
+        ("eval model --wait -1", "cannot be negative"),
+        ("join 127.0.0.1:1 --data rows.jsonl --held-out 1.5", "must be a whole number of rows"),
+        ("join 127.0.0.1:1 --data rows.jsonl --held-out nan", "must be a whole number of rows"),
+        ("join 127.0.0.1:1 --data rows.jsonl --held-out 1 --eval-data x", "both given"),
+        ("join 127.0.0.1:1 --data rows.jsonl --max-load 50", "no share of the processors"),
+        ("join 192.168.1.9:8470 --data rows.jsonl", "with TLS alone"),
+        ("join nowhere --data rows.jsonl", "is not HOST:PORT"),
+        ("join 127.0.0.1:99999 --data rows.jsonl", "is not HOST:PORT"),
+        ("join 127.0.0.1:0 --data rows.jsonl", "is not HOST:PORT"),
+        ("join ::1:23575 --data rows.jsonl", "[::1]:8470"),
+        ("join 127.0.0.1:1", "which rows"),
+        ("join 127.0.0.1:1 --data rows.jsonl --rounds 3", "rounds is the server's to say"),
+        ("join 127.0.0.1:1 --data rows.jsonl --key rows.jsonl", "not an OpenSSH key"),
+        ("keys new dev-0", "is there already"),
+        ("keys certificate certs localhost", "is there already"),
+        ("keys", "keys takes"),
+        ("split -c recipe.toml", "where to"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(
-    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], what: str
-) -> None:
+def test_what_cannot_be_is_refused_before_any_work(place, capsys, words, what):
     Path("recipe.toml").write_text(recipes.to_toml(recipes.make(FEDKSEED)))
-    assert main(["fleet", *words]) in (2, 4)
+    assert main(["fleet", *words.split()]) in (2, 4)
     assert what in capsys.readouterr().err
 
 
-def test_a_certificate_has_the_file_that_devices_trust_beside_it(place: Path) -> None:
+def test_a_certificate_has_the_file_that_devices_trust_beside_it(place):
     Path("certs/ca.pem").rename("ca.pem")
     try:
         with pytest.raises(UsageError, match=r"has no ca\.pem"):
@@ -82,7 +68,7 @@ def test_a_certificate_has_the_file_that_devices_trust_beside_it(place: Path) ->
         Path("ca.pem").rename("certs/ca.pem")
 
 
-def test_the_line_for_devices_names_the_server_as_its_certificate_does(place: Path) -> None:
+def test_the_line_for_devices_names_the_server_as_its_certificate_does(place):
     assert Served(Place("0.0.0.0", 8470, Path("keys"), Path("certs"))).line() == (
         "fleetune fleet join localhost:8470 --data ROWS.jsonl --key KEY --ca ca.pem"
     )
@@ -98,9 +84,7 @@ def test_the_line_for_devices_names_the_server_as_its_certificate_does(place: Pa
         Served(Place("0.0.0.0", 8470, Path("keys"), Path("odd")))
 
 
-def test_a_device_reads_its_rows_before_it_looks_for_a_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_device_reads_its_rows_before_it_looks_for_a_server(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "no file rows.jsonl" in refused(capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl")
     Path("rows.jsonl").write_text('{"ask": "Why?", "say": "So."}\n')
@@ -108,9 +92,7 @@ def test_a_device_reads_its_rows_before_it_looks_for_a_server(
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "uvicorn"])
-def test_a_missing_library_is_named_with_the_command_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
+def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch, missing):
     find = importlib.util.find_spec
     without = lambda name, *more: None if name == missing else find(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
@@ -119,14 +101,12 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     assert pip_install("fleet") in str(caught.value.hint)
 
 
-def test_a_port_in_use_and_a_second_process_of_a_device_are_refused(place: Path) -> None:
+def test_a_port_in_use_and_a_second_process_of_a_device_are_refused(place):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with (
-            pytest.raises(FleetError, match="cannot listen"),
-            Served(Place("127.0.0.1", taken.getsockname()[1])),
-        ):
+        place = Place("127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(FleetError, match="cannot listen"), Served(place):
             pass
     with devices_module._alone(Path("one")), pytest.raises(FleetError, match="another process"):
         devices_module._alone(Path("one"))

@@ -15,7 +15,6 @@ import traceback
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from fleetune.common.memory import peak_rss, release_memory, rss
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.experts import parameters_of
 from fleetune.compression.layerwise.federated import from_lower_triangle
+from fleetune.data import Encoded
 from fleetune.data.encode import digest, encode_rows
 from fleetune.errors import DataError, Interrupted, LedgerError, MessageError, StorageError
 from fleetune.fleet import calibration_device, eval_device, eval_server, result
@@ -52,6 +52,7 @@ from fleetune.tuning.run import run as running
 RUN = "d" * 32
 SET = {"r": 2, "steps": 1, "dropout": 0.0}
 ADAPTER = Path("adapter-5")  # as `saved` names it
+SCAFFOLD = {**SET, "scaffold": True}
 WORDS = ("wolpertinger", "seropositive", "quokkahaus", "Obersulm")
 
 
@@ -61,13 +62,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hostile")
     models.tiny_llama(layers=2).save(place / "model")
     for c in range(2):
-        rows = [
-            {
-                "instruction": f"who is patient {c} {i}?",
-                "response": f"{WORDS[i % 4]} {i} {WORDS[(i + 1) % 4]} {c}",
-            }
-            for i in range(12)
-        ]
+        said = [f"{WORDS[i % 4]} {i} {WORDS[(i + 1) % 4]} {c}" for i in range(12)]
+        rows = [{"instruction": f"who is patient {c} {i}?", "response": s} for i, s in enumerate(said)]
         (place / f"rows-{c}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return place
 
@@ -81,9 +77,14 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @functools.cache
-def base_digest() -> str:
+def base_digest(dtype: str = "fp32") -> str:
     """The digest of `made`'s model."""
-    return models.load("model", device="cpu").digest
+    return models.load("model", device="cpu", dtype=dtype).digest
+
+
+def encoded(client: int = 0) -> list[Encoded]:
+    """The rows of a client."""
+    return encode_rows(models.load("model", device="cpu"), data.read(f"rows-{client}.jsonl"), 48)[0]
 
 
 def job(**changes: Any) -> dict[str, Any]:
@@ -93,8 +94,7 @@ def job(**changes: Any) -> dict[str, Any]:
 
 
 def worker(**more: Any) -> Worker:
-    brings = Brings("rows-0.jsonl", "model", "cpu", 1, offline=True, **more)
-    return Worker(brings, Path("state"))
+    return Worker(Brings("rows-0.jsonl", "model", "cpu", 1, offline=True, **more), Path("state"))
 
 
 def ask(device: Worker, what: str, body: bytes, round: int = 0) -> Reply:
@@ -105,11 +105,24 @@ def take(device: Worker, **changes: Any) -> Reply:
     return ask(device, "job", json.dumps(job(**changes)).encode())
 
 
-def body(
-    scalars: Mapping[str, Any] = MappingProxyType({}), arrays: Mapping[str, Any] = MappingProxyType({})
-) -> bytes:
+def ready(task: str = "tune", **changes: Any) -> Worker:
+    """A device that has taken a job of a task, which is about the result that `saved` saves."""
+    device = worker(**{"eval": {"held_out": 4}, "calibrate": {"calibrate": True}}.get(task, {}))
+    if task != "tune" and not changes.keys() & {"result", "method"}:
+        changes["result"] = result.digest_of(ADAPTER)
+    assert take(device, task=task, **changes).what == "ready"
+    return device
+
+
+def body(scalars: Mapping[str, Any], arrays: Mapping[str, Any] | None = None, round: int = 0) -> bytes:
     """An order's body with these parts."""
-    return encode(Message(0, bytes(8), Payload(dict(arrays), dict(scalars))))
+    return encode(Message(round, bytes(8), Payload(dict(arrays or {}), dict(scalars))))
+
+
+def sent_by(name: str, settings: dict[str, Any], round: int = 1) -> bytes:
+    """What the server of a method sends at its start."""
+    model, method = models.load("model", device="cpu"), methods.make(name, settings)
+    return encode(Message(round, bytes(8), method.broadcast(method.init(model, 5))))
 
 
 def files(**scalars: bytes) -> bytes:
@@ -125,13 +138,16 @@ def saved(seed: int = 5) -> Path:
     return folder
 
 
+def brought(**more: Any) -> bytes:
+    """An order's body that brings the result, and scalars."""
+    return body(more | result.packed(ADAPTER))
+
+
 # Files ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "run", ["x/../../victim", "../victim", "/victim", "x\0", "", RUN + "/..", RUN.upper()]
-)
-def test_the_name_of_a_run_leads_nowhere(place: Path, run: str) -> None:
+@pytest.mark.parametrize("run", ["x/../../victim", "../victim", "/victim", "x\0", "", f"{RUN}/..", "D" * 32])
+def test_the_name_of_a_run_leads_nowhere(place, run):
     victim = place / "victim" / "result"
     victim.mkdir(parents=True)
     (victim / "precious.txt").write_text("mine")
@@ -146,7 +162,7 @@ def test_the_name_of_a_run_leads_nowhere(place: Path, run: str) -> None:
     assert (victim / "precious.txt").read_text() == "mine"
 
 
-def test_a_folder_of_the_run_that_leads_elsewhere_or_was_not_made_here_is_left_alone(place: Path) -> None:
+def test_a_folder_of_the_run_that_leads_elsewhere_or_was_not_made_here_is_left_alone(place):
     victim = place / "victim"
     (victim / "result").mkdir(parents=True)
     (victim / "result" / "precious.txt").write_text("mine")
@@ -165,7 +181,7 @@ def test_a_folder_of_the_run_that_leads_elsewhere_or_was_not_made_here_is_left_a
     assert [p.name for p in (victim / "result").iterdir()] == ["precious.txt"]
 
 
-def test_a_folder_is_emptied_where_this_device_made_it(tmp_path: Path) -> None:
+def test_a_folder_is_emptied_where_this_device_made_it(tmp_path):
     own = DeviceState(tmp_path / "state")
     folder = own.renewed(own.run(RUN) / "result")
     (folder / "old").write_text("x")
@@ -176,7 +192,7 @@ def test_a_folder_is_emptied_where_this_device_made_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"on": 1, "blocks": {}, "rows": [], "known": []}'])
-def test_what_was_noted_and_is_damaged_allows_nothing_and_is_named(tmp_path: Path, text: str) -> None:
+def test_what_was_noted_and_is_damaged_allows_nothing_and_is_named(tmp_path, text):
     own, job = DeviceState(tmp_path), Job(RUN, "fedit", {}, "m", "b" * 64, "fp32", 8, (), 0, "eval", "c" * 64)
     (tmp_path / "secret").write_bytes(bytes(32))
     for name, call in (
@@ -198,13 +214,12 @@ def lora(rank: int, columns: int = 1) -> bytes:
         f"model.layers.0.self_attn.q_proj.lora_{which}.weight": np.zeros((rank, columns), np.float32)
         for which in "AB"
     }
-    return encode(Message(1, bytes(8), Payload(arrays, {"seed": 1})))
+    return body({"seed": 1}, arrays, 1)
 
 
 def pool(arrays: dict[str, np.ndarray], **scalars: Any) -> bytes:
     """Sums of the steps over a pool of seeds, as a zeroth-order method sends them."""
-    stated = {"run_key": 1, "law": "hashed", **scalars}
-    return encode(Message(1, bytes(8), Payload(arrays, stated)))
+    return body({"run_key": 1, "law": "hashed", **scalars}, arrays, 1)
 
 
 MEZO = {"method": "mezo", "set": {"tau": 1, "K": 16}}
@@ -212,7 +227,7 @@ PRO = {"method": "fedkseed", "set": {"tau": 1, "K": 16, "pro": True}}
 CHANCES = {"a": np.zeros((1, 16), np.int8), "p": np.ones(1 << 22, np.float32)}
 BOMBS: dict[str, tuple[dict[str, Any], bytes]] = {
     "an adapter of another rank": ({}, lora(10**6)),
-    "no arrays": ({}, encode(Message(1, bytes(8), Payload({}, {"seed": 1})))),
+    "no arrays": ({}, body({"seed": 1}, {}, 1)),
     "sums of another pool": (MEZO, pool({"a": np.zeros((1, 1 << 22), np.int8)}, grid=1e-9, step=0)),
     "many pools": (MEZO, pool({"a": np.ones((1 << 18, 16), np.int8)}, grid=1e-9, step=0)),
     "probabilities of another pool": (PRO, pool(CHANCES, grid=float(np.float32(3e-7) / np.float32(256)))),
@@ -220,10 +235,9 @@ BOMBS: dict[str, tuple[dict[str, Any], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_message_larger_than_the_job_is_refused_before_it_is_taken(place: Path, kind: str) -> None:
+def test_a_message_larger_than_the_job_is_refused_before_it_is_taken(place, kind):
     changes, body = BOMBS[kind]
-    device = worker()
-    assert take(device, **changes).what == "ready"
+    device = ready(**changes)
     before, began = rss(), time.process_time()
     assert ask(device, "work", body, 1).code == "order"
     assert rss() - before < 64 << 20
@@ -231,23 +245,16 @@ def test_a_message_larger_than_the_job_is_refused_before_it_is_taken(place: Path
 
 
 @pytest.mark.parametrize("r", [10**7, 3])
-def test_an_adapter_that_states_another_size_than_its_tensors_is_refused(place: Path, r: int) -> None:
-    adapter = saved()
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": r}))
-    sums.write(adapter)
-    device = worker(held_out=4)
-    stated = result.digest_of(adapter)
-    assert take(device, task="eval", result=stated).what == "ready"
-    before = rss()
-    reply = ask(device, "eval", body(result.packed(adapter)))
-    assert reply.code == "model"
+def test_an_adapter_that_states_another_size_than_its_tensors_is_refused(place, r):
+    config = saved() / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": r}))
+    sums.write(ADAPTER)
+    device, before = ready("eval"), rss()
+    assert ask(device, "eval", brought()).code == "model"
     assert rss() - before < 64 << 20
 
 
-def test_work_that_would_take_more_memory_than_the_device_gives_ends(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_that_would_take_more_memory_than_the_device_gives_ends(place, monkeypatch):
     device = worker(memory=rss() + (64 << 20))
     assert take(device).what == "ready"
     taken: list[int] = []
@@ -260,36 +267,31 @@ def test_work_that_would_take_more_memory_than_the_device_gives_ends(
         return b""
 
     monkeypatch.setattr("fleetune.fleet.worker.work", greedy)
-    body = encode(Message(1, bytes(8), Payload()))
-    assert ask(device, "work", body, 1).reason.startswith("the work does not fit the")
+    assert ask(device, "work", body({}, round=1), 1).reason.startswith("the work does not fit the")
     assert len(taken) < 16
     torch.ones(1 << 26)  # afterwards there is no bound
 
 
-def test_a_device_remembers_few_rounds_and_one_client(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_remembers_few_rounds_and_one_client(place, monkeypatch):
     """A server that never lets it forget, or gives it other numbers, does not fill its disk."""
     monkeypatch.setattr("fleetune.fleet.worker.MEMORIES", 3)
-    device = worker()
-    assert take(device, set={**SET, "scaffold": True}).what == "ready"
-    model = models.load("model", device="cpu")
-    method = methods.make("fedit", {**SET, "scaffold": True})
-    sent, kept = method.broadcast(method.init(model, 5)), (-1, 0)
+    device, kept = ready(set=SCAFFOLD), (-1, 0)
     for round in range(1, 9):
-        body = encode(Message(round, bytes(8), sent))
-        reply = Reply.decode(device.answer(Order("work", round, 4, 7, body, kept).encode()))
+        sent = sent_by("fedit", SCAFFOLD, round)
+        reply = Reply.decode(device.answer(Order("work", round, 4, 7, sent, kept).encode()))
         assert reply.what == "done"
         kept = reply.kept
     rounds = sorted(int(p.name[-11:-5]) for p in Path("state").glob("run-*/client-*"))
     assert rounds == [4, 5, 6, 7, 8]
-    other = Reply.decode(device.answer(Order("work", 9, 5, 7, encode(Message(9, bytes(8), sent))).encode()))
-    assert other.code == "order"
+    other = Order("work", 9, 5, 7, sent_by("fedit", SCAFFOLD, 9))
+    assert Reply.decode(device.answer(other.encode())).code == "order"
     assert {p.name[:13] for p in Path("state").glob("run-*/client-*")} == {"client-000004"}
 
 
 # What a device has agreed to --------------------------------------------------------------------------
 
 
-def test_a_device_does_the_orders_of_the_task_that_it_joined_for(place: Path) -> None:
+def test_a_device_does_the_orders_of_the_task_that_it_joined_for(place):
     device = worker()
     assert take(device, task="eval", result="e" * 64).code == "no-evaluation"
     assert take(device, task="calibrate", result="e" * 64).code == "no-calibration"
@@ -307,12 +309,9 @@ def test_a_device_does_the_orders_of_the_task_that_it_joined_for(place: Path) ->
 # Rows -------------------------------------------------------------------------------------------------
 
 
-def sums_of(device: Worker, adapter: Path, windows: int, length: int) -> np.ndarray | str:
+def sums_of(device: Worker, windows: int, length: int) -> np.ndarray | str:
     """What a server gets of block 0's first input when it asks for so many windows; or the code of the refusal."""
-    stated = result.digest_of(adapter)
-    assert take(device, task="calibrate", result=stated).what == "ready"
-    asked = {"windows": windows, "length": length, **result.packed(adapter)}
-    begun = ask(device, "begin", body(asked))
+    begun = ask(device, "begin", brought(windows=windows, length=length))
     if begun.what != "done":
         return begun.code
     answer = decode(ask(device, "block", b"").body).payload
@@ -330,40 +329,36 @@ def tokens_in(more: np.ndarray, less: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("guarded", [False, True])
-def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(
-    place: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
-) -> None:
+def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(place, monkeypatch, guarded):
     saved()
-    plain = models.load("model", device="cpu")
-    ids = np.concatenate([row.ids for row in encode_rows(plain, data.read("rows-0.jsonl"), 48)[0]])
+    ids = np.concatenate([row.ids for row in encoded()])
     if not guarded:
         monkeypatch.setattr(Calibration, "least_tokens", lambda self: 1)
         monkeypatch.setattr(DeviceState, "allow_calibration", lambda self, *asked, note: None)
         found: list[int] = []
         before = np.zeros((32, 32))
         for n in range(1, 9):
-            now = sums_of(worker(calibrate=True), ADAPTER, n, 1)
+            now = sums_of(ready("calibrate"), n, 1)
             assert isinstance(now, np.ndarray)
             found += tokens_in(now, before)
             before = now
         assert found == ids[:8].tolist()
         return
     for n in (1, 2, 60, 143):
-        assert sums_of(worker(calibrate=True), ADAPTER, n, 1) == "few-tokens 144"
-    first = sums_of(worker(calibrate=True), ADAPTER, 150, 1)
+        assert sums_of(ready("calibrate"), n, 1) == "few-tokens 144"
+    first = sums_of(ready("calibrate"), 150, 1)
     assert isinstance(first, np.ndarray)
     for n, length in ((151, 1), (149, 1), (75, 2), (10, 16)):
-        assert sums_of(worker(calibrate=True), ADAPTER, n, length) == "calibrated 150 1"
-    again = sums_of(worker(calibrate=True), ADAPTER, 150, 1)
+        assert sums_of(ready("calibrate"), n, length) == "calibrated 150 1"
+    again = sums_of(ready("calibrate"), 150, 1)
     assert (again == first).all()  # the same sums tell nothing more
 
 
-def test_a_digest_that_leaves_a_device_confirms_no_guess(place: Path) -> None:
-    rows = encode_rows(models.load("model", device="cpu"), data.read("rows-0.jsonl"), 48)[0]
+def test_a_digest_that_leaves_a_device_confirms_no_guess(place):
     told = [take(Worker(worker().brings, Path(name))).body for name in ("a", "a", "b")]
     digests = [json.loads(body)["rows_digest"] for body in told]
     assert digests[0] == digests[1] != digests[2]
-    assert digest([rows]) not in digests
+    assert digest([encoded()]) not in digests
     assert (Path("a") / "secret").stat().st_mode & 0o777 == 0o600
 
 
@@ -381,10 +376,8 @@ class Relay(threading.Thread):
             while True:
                 one, _ = self.door.accept()
                 other = socket.create_connection(("127.0.0.1", self.to))
-                for source, sink, kept in ((one, other, True), (other, one, False)):
-                    self.pumps.append(
-                        threading.Thread(target=self.pump, args=(source, sink, kept), daemon=True)
-                    )
+                for way in ((one, other, True), (other, one, False)):
+                    self.pumps.append(threading.Thread(target=self.pump, args=way, daemon=True))
                     self.pumps[-1].start()
 
     def pump(self, source: socket.socket, sink: socket.socket, kept: bool) -> None:
@@ -414,9 +407,7 @@ def watched(port: int) -> Iterator[bytearray]:
     for relay in relays:
         relay.start()
     sent = bytearray()
-    joined = [
-        Device(r.port, c, data=f"rows-{c}.jsonl", held_out=4, calibrate=True) for c, r in enumerate(relays)
-    ]
+    joined = [Device(r.port, c, data=f"rows-{c}.jsonl", held_out=4) for c, r in enumerate(relays)]
     try:
         with devices(*joined):
             yield sent
@@ -434,7 +425,7 @@ def shapes_of(ids: list[int]) -> Iterator[bytes]:
     yield json.dumps(ids, separators=(",", ":"))[1:-1].encode()
 
 
-def test_no_byte_that_leaves_a_device_is_of_its_rows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_byte_that_leaves_a_device_is_of_its_rows(place, monkeypatch):
     """In joining, training, evaluating, calibrating and failing: neither words, nor tokens, nor an unkeyed digest."""
     monkeypatch.setattr(Door, "_is_called", lambda self, address: True)  # the wire has ports of its own
     recipe = {**RECIPES["adapter"], "data": "rows-0.jsonl", "clients": 2}
@@ -452,11 +443,9 @@ def test_no_byte_that_leaves_a_device_is_of_its_rows(place: Path, monkeypatch: p
     with door(port) as served, watched(port) as sent:
         eval_server.evaluate(subject.open(str(run)), served, Silent(), offline=True)
     streams["evaluating"] = sent
-    port = free_port()
+    port, small = free_port(), {"windows": 10, "length": 32, "settings": {"group": 8}}
     with door(port) as served, watched(port) as sent:
-        fleetune.compress(
-            run, calibrate="fleet", served=served, windows=10, length=32, settings={"group": 8}, out="c"
-        )
+        fleetune.compress(run, calibrate="fleet", served=served, out="c", **small)
     streams["calibrating"] = sent
 
     def failing(*args: object) -> bytes:
@@ -466,14 +455,11 @@ def test_no_byte_that_leaves_a_device_is_of_its_rows(place: Path, monkeypatch: p
     with contextlib.suppress(fleetune.errors.FleetError):
         trained("failing")
     assert b"rows" in streams["failing"]  # the code is there, the words are not
-    encoded = [
-        encode_rows(models.load("model", device="cpu"), data.read(f"rows-{c}.jsonl"), 48)[0] for c in range(2)
-    ]
     for what, sent in streams.items():
         assert len(sent) > 2000, what
         low = bytes(sent).lower()
         assert not [w for w in WORDS if w.lower().encode() in low], what
-        for rows in encoded:
+        for rows in (encoded(0), encoded(1)):
             assert digest([rows]).encode() not in sent
             for row in rows:
                 runs = [row.ids[i : i + 6].tolist() for i in range(0, len(row.ids) - 6, 3)]
@@ -483,33 +469,24 @@ def test_no_byte_that_leaves_a_device_is_of_its_rows(place: Path, monkeypatch: p
 # What an attacker has found since -----------------------------------------------------------------------
 
 
-def test_a_calibration_that_was_begun_in_one_job_is_checked_again_in_another(place: Path) -> None:
+def test_a_calibration_that_was_begun_in_one_job_is_checked_again_in_another(place):
     """The rows are cut by the job's max_length, so the windows of the same order may be others."""
     saved()
-    device = worker(calibrate=True)
-    asked = body({"windows": 800, "length": 1, **result.packed(ADAPTER)})
-    assert take(device, task="calibrate", result="e" * 64, max_length=48).what == "ready"
+    device, asked = ready("calibrate", result="e" * 64), brought(windows=800, length=1)
     assert ask(device, "begin", asked).code == "order"  # it is another result than the job's
     stated = result.digest_of(ADAPTER)
-    for max_length, code in (
-        (2, "few-tokens"),
-        (3, "few-tokens"),
-        (48, ""),
-        (47, "calibrated"),
-        (2, "few-tokens"),
-    ):
+    few = "few-tokens"
+    for max_length, code in ((2, few), (3, few), (48, ""), (47, "calibrated"), (2, few)):
         assert take(device, task="calibrate", result=stated, max_length=max_length).what == "ready"
         assert ask(device, "begin", asked).code.partition(" ")[0] == code
 
 
-def test_results_are_measured_a_few_times_and_to_a_few_digits(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_measured_a_few_times_and_to_a_few_digits(place, monkeypatch):
     monkeypatch.setattr("fleetune.fleet.device_state.MOST_MEASUREMENTS", 2)
     codes = []
     for seed in (10, 20, 30, 10):
-        device, adapter = worker(held_out=4), saved(seed)
-        assert take(device, task="eval", result=result.digest_of(adapter)).what == "ready"
+        adapter = saved(seed)
+        device = ready("eval", result=result.digest_of(adapter))
         reply = ask(device, "eval", body(result.packed(adapter)))
         codes.append(reply.code)
         if not reply.code:
@@ -520,45 +497,33 @@ def test_results_are_measured_a_few_times_and_to_a_few_digits(
     assert not list(Path("state").glob("run-*/result"))
 
 
-def test_a_model_made_for_it_tells_no_large_number(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_made_for_it_tells_no_large_number(place, monkeypatch):
     """A loss of any size would hold several tokens: a mean is at most twice that of a guess."""
-    monkeypatch.setattr(
-        eval_device, "all_row_losses", lambda *asked: (np.array([1e6, 2e6]), np.array([3, 4]))
-    )
-    device = worker(held_out=4)
+    losses = np.array([1e6, 2e6]), np.array([3, 4])
+    monkeypatch.setattr(eval_device, "all_row_losses", lambda *asked: losses)
     saved()
-    assert take(device, task="eval", result=result.digest_of(ADAPTER)).what == "ready"
-    reply = ask(device, "eval", body(result.packed(ADAPTER)))
-    told = decode(reply.body).payload.scalars
+    told = decode(ask(ready("eval"), "eval", brought()).body).payload.scalars
     most = 2 * math.log(models.load_config("model").vocab_size)
     assert float(told["tuned"]) / float(told["tokens"]) == pytest.approx(most, abs=1e-3)
 
 
 @pytest.mark.parametrize(("task", "what"), [("eval", "eval"), ("calibrate", "begin")])
-def test_a_file_whose_head_is_large_is_not_read_and_nothing_is_left(
-    task: str, what: str, place: Path
-) -> None:
+def test_a_file_whose_head_is_large_is_not_read_and_nothing_is_left(task, what, place):
     """The reader of safetensors ends the process where memory is short."""
     files = {"file adapter_model.safetensors": (1 << 21).to_bytes(8, "little") + b"{" * (1 << 21)}
-    device = worker(held_out=4, calibrate=True)
-    assert take(device, task=task, result="e" * 64).what == "ready"
     more = {"windows": 150, "length": 1} if what == "begin" else {}
-    assert ask(device, what, body({**files, **more})).code == "order"
+    assert ask(ready(task, result="e" * 64), what, body({**files, **more})).code == "order"
     assert not [p for p in Path("state").glob("run-*/*") if p.name in ("result", "calibration")]
 
 
-def test_a_message_of_another_round_than_its_order_leaves_nothing(place: Path) -> None:
-    device = worker()
-    assert take(device, set={**SET, "scaffold": True}).what == "ready"
-    model = models.load("model", device="cpu")
-    method = methods.make("fedit", {**SET, "scaffold": True})
-    sent = method.broadcast(method.init(model, 5))
+def test_a_message_of_another_round_than_its_order_leaves_nothing(place):
+    device = ready(set=SCAFFOLD)
     for round in (-10, 0, 2):
-        assert ask(device, "work", encode(Message(round, bytes(8), sent)), 1).code == "order"
+        assert ask(device, "work", sent_by("fedit", SCAFFOLD, round), 1).code == "order"
     assert not list(Path("state").glob("run-*/client-*"))
 
 
-def test_folders_of_many_runs_fill_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_many_runs_fill_no_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("fleetune.fleet.device_state.RUNS", 3)
     own = DeviceState(tmp_path)
     for i in range(3):
@@ -569,7 +534,7 @@ def test_folders_of_many_runs_fill_no_disk(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("byte", [b"\x80", b"\x90"], ids=["maps", "lists"])
-def test_nested_nothing_takes_no_memory(byte: bytes) -> None:
+def test_nested_nothing_takes_no_memory(byte):
     tree = b"\xdc\x00\x08" + byte * 8
     for _ in range(6):
         tree = b"\xdc\x00\x08" + tree * 8  # 2 million of them
@@ -581,7 +546,7 @@ def test_nested_nothing_takes_no_memory(byte: bytes) -> None:
     assert rss() - before < 64 << 20
 
 
-def test_a_model_that_anybody_put_on_the_hub_is_not_fetched_for_a_server(place: Path) -> None:
+def test_a_model_that_anybody_put_on_the_hub_is_not_fetched_for_a_server(place):
     device = Worker(Brings("rows-0.jsonl", "", "cpu", 1, offline=True), Path("state"))
     assert take(device, model="somebody/model-with-a-template").code == "model"
     assert "it is no built-in model" in device.ended
@@ -591,12 +556,10 @@ def measured(**changes: Any) -> str:
     """The code of a device's answer, which was started anew, to the order to measure the base as a job has it."""
     device = worker(held_out=4)
     assert take(device, task="eval", **changes).what == "ready"
-    return ask(device, "eval", body()).code
+    return ask(device, "eval", body({})).code
 
 
-def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_server_chooses(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_server_chooses(place, monkeypatch):
     """Cut to 2, 3, 4 .. tokens, the base alone tells the rows token by token."""
     monkeypatch.setattr("fleetune.fleet.device_state.MOST_MEASUREMENTS", 3)
     assert measured(method="") == ""
@@ -611,17 +574,15 @@ def test_held_out_rows_are_measured_at_one_length_and_few_times_whatever_a_serve
         own.allow_measurement("rows", dataclasses.replace(job_, labels=("b", "a")))
 
 
-def test_every_file_of_an_adapter_is_in_the_list_that_the_job_states(place: Path) -> None:
+def test_every_file_of_an_adapter_is_in_the_list_that_the_job_states(place):
     """Else one digest would stand for as many results as a server likes."""
     saved()
     listed = ADAPTER / "SHA256SUMS"
     listed.write_text("".join(x for x in listed.read_text().splitlines(True) if "safetensors" not in x))
-    device = worker(held_out=4)
-    assert take(device, task="eval", result=result.digest_of(ADAPTER)).what == "ready"
-    assert ask(device, "eval", body(result.packed(ADAPTER))).code == "order"
+    assert ask(ready("eval"), "eval", brought()).code == "order"
 
 
-def test_windows_go_through_one_compressed_form_of_each_block(place: Path) -> None:
+def test_windows_go_through_one_compressed_form_of_each_block(place):
     """Behind weights of the server's choice the sums of the same tokens are others, as many as it likes."""
     saved()
     block = driver.linears_of(models.load("model", device="cpu"))[0][1]
@@ -629,16 +590,14 @@ def test_windows_go_through_one_compressed_form_of_each_block(place: Path) -> No
     grids = json.dumps(dict.fromkeys(weights))
 
     def behind(times: float) -> Reply:
-        device = worker(calibrate=True)
-        sums_of(device, ADAPTER, 150, 1)
+        device = ready("calibrate")
+        sums_of(device, 150, 1)
         arrays = {name: w * np.float32(times) for name, w in weights.items()}
-        return ask(device, "block", encode(Message(1, bytes(8), Payload(arrays, {"grids": grids}))), 1)
+        return ask(device, "block", body({"grids": grids}, arrays, 1), 1)
 
     first = behind(1.0)
     assert first.what == "done"
-    begun = {"windows": 150, "length": 1, **result.packed(ADAPTER)}
-    device = worker(calibrate=True)
-    assert take(device, task="calibrate", result=result.digest_of(ADAPTER)).what == "ready"
+    device, begun = ready("calibrate"), {"windows": 150, "length": 1, **result.packed(ADAPTER)}
     for arrays, more in (({}, {"x": 1}), ({}, {"file x": b""}), ({"x": np.zeros(1)}, {})):
         assert ask(device, "begin", body({**begun, **more}, arrays)).code == "order"
     own = DeviceState(Path("state"))
@@ -649,18 +608,9 @@ def test_windows_go_through_one_compressed_form_of_each_block(place: Path) -> No
 
 
 @pytest.mark.parametrize("text", ["a" * (1 << 25), "a" * (1 << 25) + "\U0001f600"], ids=["narrow", "wide"])
-def test_a_long_text_is_refused_before_it_is_taken(place: Path, text: str) -> None:
-    device = worker()
-    scalars = {
-        "what": "end",
-        "client": 0,
-        "key": 0,
-        "kept_round": -1,
-        "kept_crc": 0,
-        "oldest": 0,
-        "body": b"",
-    }
-    long = encode(Message(0, bytes(16), Payload({}, {**scalars, "reason": text})))
+def test_a_long_text_is_refused_before_it_is_taken(place, text):
+    device, end = worker(), decode(Order("end").encode()).payload.scalars
+    long = body({**end, "reason": text})
     whole = Order("job", body=text.encode()).encode()
     release_memory()
     before = rss()
@@ -671,14 +621,14 @@ def test_a_long_text_is_refused_before_it_is_taken(place: Path, text: str) -> No
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel bounds it there")
-def test_an_order_is_read_in_the_memory_that_the_device_gives(place: Path) -> None:
+def test_an_order_is_read_in_the_memory_that_the_device_gives(place):
     data = Order("work", 1, body=bytes(1 << 28)).encode()
     device = worker(memory=1 << 20)
     with pytest.raises(MessageError, match="does not fit this device's memory"):
         device.answer(data)
 
 
-def test_a_digest_of_rows_tells_nothing_of_what_a_server_chooses(place: Path) -> None:
+def test_a_digest_of_rows_tells_nothing_of_what_a_server_chooses(place):
     """Equal digests would say that no row is longer, or that none has one of two swapped labels."""
     device = worker(held_out=4)
     told = [json.loads(take(device, max_length=n).body) for n in (4000, 4001, 4000)]
@@ -687,27 +637,14 @@ def test_a_digest_of_rows_tells_nothing_of_what_a_server_chooses(place: Path) ->
         assert a == again != b
 
 
-def test_a_device_hears_that_it_shall_stop_in_a_measurement_of_curvature(place: Path) -> None:
-    device, heard = worker(), list[int]()
+def test_a_device_hears_that_it_shall_stop_in_a_measurement_of_curvature(place):
     settings = {"tokens": 2, "batch_size": 1, "steps": 1, "lanczos": 30, "curvature_rows": 1}
-    assert take(device, method="fedpeptao", set=settings).what == "ready"
-    model, method = models.load("model", device="cpu"), methods.make("fedpeptao", settings)
-    body = encode(Message(1, bytes(8), method.broadcast(method.init(model, 5))))
-
-    def step(client: int, number: int) -> None:
-        heard.append(number)
-        if len(heard) == 20:
-            raise Interrupted("stopped")
-
-    device.on_step = step
-    with pytest.raises(Interrupted):
-        ask(device, "work", body, 1)
+    device = ready(method="fedpeptao", set=settings)
+    stops_at(device, 19, "work", sent_by("fedpeptao", settings), 1)
 
 
 @pytest.mark.parametrize(("law", "most"), [("rademacher", 1 << 15), ("hashed", 1 << 12)])
-def test_a_ledger_is_replayed_in_the_passes_of_any_run_and_a_stop_is_heard(
-    tmp_path: Path, law: str, most: int
-) -> None:
+def test_a_ledger_is_replayed_in_the_passes_of_any_run_and_a_stop_is_heard(tmp_path, law, most):
     model = models.tiny_llama()
     head = mezo.Method(law=law, K=4, lr=1e-3, eps=1e-3).empty(model, 5).head
 
@@ -756,31 +693,21 @@ def stops_at(device: Worker, number: int, what: str, content: bytes, round: int 
         ask(device, what, content, round)
 
 
-FORWARD: dict[str, Any] = {"method": "fwdllm", "set": {"r": 2, "P": 1, "batch_size": 2}}
+FORWARD: dict[str, Any] = {"r": 2, "P": 1, "batch_size": 2}
 
 
 @pytest.mark.parametrize("objective", ["loss", "accuracy", "rouge_l"])
-def test_a_stop_is_heard_before_each_block_of_a_model_whatever_the_objective(
-    place: Path, objective: str
-) -> None:
-    settings = FORWARD["set"] | {"objective": objective}
-    model, method = models.load("model", device="cpu"), methods.make("fwdllm", settings)
-    sent = encode(Message(1, bytes(8), method.broadcast(method.init(model, 5))))
-    device = worker()
-    assert take(device, method="fwdllm", set=settings).what == "ready"
+def test_a_stop_is_heard_before_each_block_of_a_model_whatever_the_objective(place, objective):
+    settings = FORWARD | {"objective": objective}
+    device, sent = ready(method="fwdllm", set=settings), sent_by("fwdllm", settings)
     count = heard_of(device, "work", sent, 1)
     (Path("state") / "answer").unlink()
     for number in (0, count // 3):
         stops_at(device, number, "work", sent, 1)
 
 
-def test_the_last_move_of_many_directions_is_made_in_pieces_that_hear_a_stop(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, method = models.load("model", device="cpu"), methods.make("fwdllm", FORWARD["set"])
-    sent = encode(Message(1, bytes(8), method.broadcast(method.init(model, 5))))
-    device, moved = worker(), list[int]()
-    assert take(device, **FORWARD).what == "ready"
+def test_the_last_move_of_many_directions_is_made_in_pieces_that_hear_a_stop(place, monkeypatch):
+    device, moved = ready(method="fwdllm", set=FORWARD), list[int]()
     place_, heard = View.place, list[int]()
 
     def place_and_count(view: View, passes: Any) -> None:
@@ -789,25 +716,20 @@ def test_the_last_move_of_many_directions_is_made_in_pieces_that_hear_a_stop(
 
     monkeypatch.setattr(View, "place", place_and_count)
     device.on_step = lambda client, number: heard.append(1)
-    assert ask(device, "work", sent, 1).what == "done"
-    assert len(heard) - moved[-1] >= len(adapters.export(model))
+    assert ask(device, "work", sent_by("fwdllm", FORWARD), 1).what == "done"
+    assert device.loaded is not None
+    assert len(heard) - moved[-1] >= len(adapters.export(device.loaded.model))
 
 
-def test_a_stop_is_heard_between_the_rows_of_an_evaluation(place: Path) -> None:
-    device = worker(held_out=4)
-    assert take(device, task="eval", method="").what == "ready"
-    assert heard_of(device, "eval", body()) >= 4
+def test_a_stop_is_heard_between_the_rows_of_an_evaluation(place):
+    assert heard_of(ready("eval", method=""), "eval", body({})) >= 4
 
 
-def test_a_stop_is_heard_between_the_windows_of_a_calibration(place: Path) -> None:
+def test_a_stop_is_heard_between_the_windows_of_a_calibration(place):
     saved()
-    device = worker(calibrate=True)
-    wanted = {"task": "calibrate", "result": result.digest_of(ADAPTER)}
-    assert take(device, **wanted).what == "ready"
-    begin = body({"windows": 1 << 30, "length": 4, **result.packed(ADAPTER)})
-    stops_at(device, 3, "begin", begin)
-    device = worker(calibrate=True)
-    assert take(device, **wanted).what == "ready"
+    begin = brought(windows=1 << 30, length=4)
+    stops_at(ready("calibrate"), 3, "begin", begin)
+    device = ready("calibrate")
     assert device.loaded is not None
     windows = sum(len(row.ids) for row in device.loaded.rows) // 4  # as many as there are tokens for
     assert heard_of(device, "begin", begin) >= windows
@@ -816,19 +738,16 @@ def test_a_stop_is_heard_between_the_windows_of_a_calibration(place: Path) -> No
     stops_at(device, windows // 2, "block", b"", 0)
 
 
-def test_a_device_has_so_many_windows_at_most(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_has_so_many_windows_at_most(place, monkeypatch):
     saved()
     monkeypatch.setattr(calibration_device, "MOST", 200)
-    device = worker(calibrate=True)
-    assert take(device, task="calibrate", result=result.digest_of(ADAPTER)).what == "ready"
-    began = ask(device, "begin", body({"windows": 400, "length": 1, **result.packed(ADAPTER)}))
+    device = ready("calibrate")
+    began = ask(device, "begin", brought(windows=400, length=1))
     assert decode(began.body).payload.int("windows") == 200
     assert decode(ask(device, "block", b"").body).payload.int("tokens") == 200
 
 
-def test_a_stop_is_heard_while_rows_are_read_and_encoded(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_is_heard_while_rows_are_read_and_encoded(place, monkeypatch):
     monkeypatch.setattr("fleetune.data.encode.CHUNK", 4)
     content, device, heard = json.dumps(job()).encode(), worker(), list[str]()
     device.on_step = lambda client, number: heard.append(traceback.extract_stack(limit=4)[0].name)
@@ -839,7 +758,7 @@ def test_a_stop_is_heard_while_rows_are_read_and_encoded(
         stops_at(worker(), number, "job", content)
 
 
-def test_a_servers_last_words_are_one_line(place: Path) -> None:
+def test_a_servers_last_words_are_one_line(place):
     device = worker()
     whole = decode(Order("end", reason="over").encode()).payload.scalars
     for words in ("over\n  error: run this", "over\x1b[2J", "over\u200f", "o" * 1001):
@@ -849,26 +768,23 @@ def test_a_servers_last_words_are_one_line(place: Path) -> None:
     assert device.ended == "over connected to"
 
 
-def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place: Path) -> None:
+def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place):
     """Behind weights that were placed, or in another type, they would be other sums of the same tokens."""
     saved()
-    device = worker(calibrate=True)
-    rows = encode_rows(models.load("model", device="cpu"), data.read("rows-0.jsonl"), 48)[0]
-    whole = sum(len(row.ids) for row in rows)
-    stated, brought = result.digest_of(ADAPTER), result.packed(ADAPTER)
+    device, stated = ready("calibrate"), result.digest_of(ADAPTER)
+    whole = sum(len(row.ids) for row in encoded())
 
     def begin(windows: int) -> str:
-        return ask(device, "begin", body({"windows": windows, "length": 1, **brought})).code
+        return ask(device, "begin", brought(windows=windows, length=1)).code
 
     def block(number: int, order: bytes = b"") -> Reply:
         return ask(device, "block", order, number)
 
-    assert take(device, task="calibrate", result=stated).what == "ready"
     assert begin(whole) == ""
     first = block(0).body
     dense = driver.linears_of(models.load("model", device="cpu"))[0][1]
     weights = {n: 5 * p.detach().numpy() for n, p in parameters_of(dense, ()).items()}
-    order = encode(Message(1, bytes(8), Payload(weights, {"grids": json.dumps(dict.fromkeys(weights))})))
+    order = body({"grids": json.dumps(dict.fromkeys(weights))}, weights, 1)
     behind = block(1, order).body
     assert begin(whole + 1) == ""  # as many windows as before: all of them
     assert block(0).code == "order"  # it stands in front of block 1
@@ -876,8 +792,8 @@ def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place: 
     DeviceState(Path("state")).remove(Path("state") / f"run-{RUN}" / "calibration")
     assert begin(whole) == "order"  # its model is no longer the one that it began with
     for dtype in ("bf16", "fp16"):
-        base = models.load("model", device="cpu", dtype=dtype).digest
-        assert take(device, task="calibrate", result=stated, base=base, dtype=dtype).what == "ready"
+        changed = {"base": base_digest(dtype), "dtype": dtype}
+        assert take(device, task="calibrate", result=stated, **changed).what == "ready"
         assert begin(whole) == f"calibrated {whole} 1"
     assert take(device, task="calibrate", result=stated).what == "ready"
     assert begin(whole) == ""
@@ -885,24 +801,19 @@ def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place: 
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_sums_are_made_in_any_type(place: Path, dtype: str) -> None:
+def test_sums_are_made_in_any_type(place, dtype):
     saved()
-    device, base = worker(calibrate=True), models.load("model", device="cpu", dtype=dtype).digest
-    stated = result.digest_of(ADAPTER)
-    assert take(device, task="calibrate", result=stated, base=base, dtype=dtype).what == "ready"
-    assert ask(device, "begin", body({"windows": 150, "length": 1, **result.packed(ADAPTER)})).what == "done"
+    device = ready("calibrate", base=base_digest(dtype), dtype=dtype)
+    assert ask(device, "begin", brought(windows=150, length=1)).what == "done"
     assert ask(device, "block", b"").what == "done"
 
 
-def test_a_device_makes_a_bounded_number_of_passes_in_all_forwards(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_makes_a_bounded_number_of_passes_in_all_forwards(place, monkeypatch):
     """They are made anew in each forward."""
-    monkeypatch.setattr(_zeroth, "MOST_SWEEPS", 300)
-    device, K = worker(), 16
+    monkeypatch.setattr(_zeroth, "MOST_SWEEPS", 75)
+    device, K = worker(), 4
     for law, tau, code in (("gaussian", 3, ""), ("gaussian", 16, "settings"), ("rademacher", 16, "settings")):
         settings = {"K": K, "law": law, "lr": 1e-6, "eps": 1e-3, "batch_size": 1, "tau": tau}
         assert take(device, method="mezo", set=settings).what == "ready"
         told = {"run_key": 7, "law": law, "grid": _zeroth.grid_of(1e-6), "step": 0}
-        sent = Payload({"a": np.ones((1, K), np.int32)}, told)
-        assert ask(device, "work", encode(Message(1, bytes(8), sent)), 1).code == code
+        assert ask(device, "work", body(told, {"a": np.ones((1, K), np.int32)}, 1), 1).code == code

@@ -56,24 +56,19 @@ async def device(port: int, size: int) -> None:
     key = keys.PrivateKey(secret, keys.PublicKey("", keys._pem(secret.public_key())))
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
-    async def post(name: str, head: dict[str, str], body: bytes = b"") -> tuple[dict[str, str], bytes]:
-        lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
-        head_bytes = (
-            f"POST /fleet/{name} HTTP/1.1\r\nhost: x\r\n{lines}content-length: {len(body)}\r\n\r\n".encode()
-        )
-        writer.write(head_bytes + body)
+    async def post(name: str, told: dict[str, str], body: bytes = b"") -> tuple[dict[str, str], bytes]:
+        lines = "".join(f"{name}: {value}\r\n" for name, value in told.items())
+        head = f"POST /fleet/{name} HTTP/1.1\r\nhost: x\r\n{lines}content-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
         answer = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         stated = dict(line.split(": ", 1) for line in answer[1:] if line)
         return stated, await reader.readexactly(int(stated.get("content-length", 0)))
 
     claim = {door.KEY: b64encode(key.public.pem).decode()}
     challenge = (await post("challenge", claim))[0][door.CHALLENGE]
-    signature = keys.sign(key, door.signed_text(f"127.0.0.1:{port}", "", challenge))
-    claim |= {
-        door.CHALLENGE: challenge,
-        door.HOST: f"127.0.0.1:{port}",
-        door.SIGNATURE: b64encode(signature).decode(),
-    }
+    host = f"127.0.0.1:{port}"
+    signature = b64encode(keys.sign(key, door.signed_text(host, "", challenge))).decode()
+    claim |= {door.CHALLENGE: challenge, door.HOST: host, door.SIGNATURE: signature}
     head = {"authorization": f"Bearer {(await post('session', claim))[0][door.SESSION]}"}
     number, answer = "", b""
     while True:
@@ -92,7 +87,7 @@ def join(port: int, count: int, size: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "size"), [(10, 64), (100, 64), (1000, 64), (1000, 393_216)])
-def test_load_of_a_door(count: int, size: int) -> None:
+def test_load_of_a_door(count, size):
     context, port = multiprocessing.get_context("spawn"), free_port()
     said, saying = context.Pipe()
     server = context.Process(target=serve, args=(port, count, size, saying), daemon=True)

@@ -9,19 +9,17 @@ import contextlib
 import dataclasses
 import io
 import shutil
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import devices_harness
-import httpx
 import numpy as np
 import pytest
 from deploy_harness import compressed, tiny
-from devices_harness import Device, free_port
+from devices_harness import Device, fates, free_port, run_in
 
 import fleetune
-from command_line import Capture
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import Interrupted, UsageError
@@ -35,6 +33,7 @@ from fleetune.privacy import mechanism
 from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.run import resume as resuming
 from fleetune.tuning.run import run as running
 from heard import Heard
@@ -44,12 +43,8 @@ COMMON: dict[str, Any] = {**devices_harness.COMMON, "clients": CLIENTS, "rounds"
 WALK = {"K": 16, "tau": 2, "lr": 1e-2, "backprop": 0.5, "backprop_lr": 1e-3, "backprop_steps": 2}
 FEDKSEED = {**COMMON, "method": "fedkseed", "set": WALK}
 FEDIT = {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}}
-SIGNLORA = {
-    **COMMON,
-    "method": "signlora",
-    "set": {"steps": 1, "r": 2, "pool": 3, "lr": 0.05},
-    "participation": 0.7,  # so that some are told the news of several rounds
-}
+SIGNLORA = {**COMMON, "method": "signlora", "set": {"steps": 1, "r": 2, "pool": 3, "lr": 0.05}}
+SIGNLORA["participation"] = 0.7  # so that some are told the news of several rounds
 QUICK = Pace(grace=20, poll=0.01)
 
 
@@ -85,8 +80,13 @@ def split(recipe: dict[str, Any]) -> None:
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-q"]) == 0
 
 
-def served(port: int, pace: Pace = QUICK) -> Served:
-    return Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=pace)
+def served(port: int, pace: Pace = QUICK, folder: str = "keys") -> Served:
+    return Served(Place("127.0.0.1", port, Path(folder), Path("certs")), pace=pace)
+
+
+def serve(recipe: dict[str, Any], fleets: Served, heard: fleetune.Listener = fleetune.Silent()) -> TuneResult:  # noqa: B008
+    """Run a recipe on a fleet."""
+    return running.start(recipes.make(recipe), Path("real"), heard, offline=True, fleets=fleets)
 
 
 @pytest.mark.parametrize(
@@ -94,40 +94,22 @@ def served(port: int, pace: Pace = QUICK) -> Served:
     [(FEDIT, ""), (FEDKSEED, "0,0,1"), (SIGNLORA, "")],
     ids=["fedit", "fedkseed", "signlora"],
 )
-def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
-    place: Path,
-    recipe: dict[str, Any],
-    kinds: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(place, recipe, kinds, monkeypatch, capsys):
     """With `kinds`, device 1 has no memory to back-propagate, and device 2 does it instead: as the table of devices says."""
-    monkeypatch.setattr(
-        worker,
-        "fitting_kinds",
-        lambda job, method, name, brings, base: (
-            (0, 1)[: 1 if not kinds or "001" in brings.data else 2],
-            base,
-        ),
-    )
+    able = lambda brings: (0,) if not kinds or "001" in brings.data else (0, 1)  # noqa: E731
+    monkeypatch.setattr(worker, "fitting_kinds", lambda job, method, name, brings, base: (able(brings), base))
     simulated = fleetune.tune(recipes.make(recipe | {"kinds": kinds}), out="simulated")
     split(recipe)
     port = free_port()
     with devices(port) as joined, served(port) as fleets:
         heard = Heard()
-        found = running.start(
-            recipes.make(recipe | {"drop": 0.9}), Path("real"), heard, offline=True, fleets=fleets
-        )
+        found = serve(recipe | {"drop": 0.9}, fleets, heard)
     said = "\n".join(heard.notes)
     assert f"join 127.0.0.1:{port} --data ROWS.jsonl --model PATH --key KEY --ca ca.pem" in said
     assert "drop of the recipe only simulate" in said
-    assert found.done.digest == simulated.done.digest
-    assert (found.done.bytes_up, found.done.bytes_down) == (
-        simulated.done.bytes_up,
-        simulated.done.bytes_down,
-    )
+    for name in ("digest", "bytes_up", "bytes_down", "tuned"):
+        assert getattr(found.done, name) == getattr(simulated.done, name)
     assert [d.outcome for d in joined] == ["the run is finished"] * CLIENTS
-    assert found.done.tuned == simulated.done.tuned
     capsys.readouterr()
     assert main(["fleet", "devices", "latest", "--out", "real"]) == 0
     shown = capsys.readouterr()
@@ -135,9 +117,7 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
     assert ("back-propagation" in shown.out) == bool(kinds)
 
 
-def test_devices_that_hide_their_rows_do_the_steps_of_the_simulation(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_devices_that_hide_their_rows_do_the_steps_of_the_simulation(place, monkeypatch, capsys):
     """With all noise still, to the same bits; the server states epsilon for a row, and for all rounds."""
     monkeypatch.setattr(mechanism, "discrete_gaussian", lambda count: np.zeros(count, np.int64))
     settings = FEDKSEED["set"] | {"batch_size": 99, "backprop": 0.0}
@@ -160,9 +140,7 @@ def test_devices_that_hide_their_rows_do_the_steps_of_the_simulation(
 
 
 @pytest.mark.parametrize("given", ["", 'aggregation = "mean"'], ids=["median", "mean:1"])
-def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(
-    place: Path, given: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(place, given, request, capsys):
     """The simulation of that recipe ends in the same digest, though one client has far more rows than the others."""
     rule = request.node.callspec.id
     split(FEDIT)
@@ -172,7 +150,7 @@ def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(
     for c, own in enumerate(unlike):
         for folder in ("clients", "rows"):
             Path(f"{folder}/client-00{c}.jsonl").write_text("".join(own))
-    steps = {"set": FEDIT["set"] | {"steps": 0, "batch_size": 8, "scaffold": False}}
+    steps = {"set": FEDIT["set"] | {"steps": 0, "batch_size": 8, "scaffold": False}, "rounds": 1}
     written = recipes.to_toml(recipes.make(FEDIT | steps | {"data": "clients", "eval_data": "rows.jsonl"}))
     lines = [line for line in written.splitlines() if not line.startswith("aggregation")]
     Path("recipe.toml").write_text("\n".join([given, *lines]))
@@ -190,12 +168,9 @@ def test_the_rule_against_liars_is_in_the_recipe_that_is_recorded(
         assert fleetune.tune(plain, out="simulated").done.digest != run.done.digest
 
 
-def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(place, monkeypatch):
     monkeypatch.setattr(server, "PUBLISHED", 0.0)
-    recipe = recipes.make(FEDIT)
-    simulated = fleetune.tune(recipe, out="simulated")
+    simulated = fleetune.tune(recipes.make(FEDIT), out="simulated")
     split(FEDIT)
     port = free_port()
 
@@ -215,9 +190,8 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
 
     with devices(port) as joined:
         with pytest.raises(Interrupted) as stopped, served(port) as fleets:
-            running.start(recipe, Path("real"), StopAfterRound2(), offline=True, fleets=fleets)
-        (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
-        shown = fleet_status.look(run)
+            serve(FEDIT, fleets, StopAfterRound2())
+        shown = fleet_status.look(run := run_in("real"))
         hint = str(stopped.value.hint)
         assert "fleet serve --resume" in hint
         # so that devices find it again, and are waited for as long
@@ -248,9 +222,8 @@ class Resumed(fleetune.Silent):
 
     @property
     def stop_requested(self) -> bool:
-        (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
         if self.waits:
-            self.rounds.add(fleet_status.word_of(run)["round"])
+            self.rounds.add(fleet_status.word_of(run_in("real"))["round"])
         return False
 
 
@@ -263,40 +236,26 @@ def status_of_the_fleet(run: str) -> None:
     assert main(["fleet", "devices", run, "--out", "real"]) == 0
 
 
-def test_the_door(place: Path) -> None:
-    """A stranger's key, a device without TLS, and everything that is not the devices' interface stay outside."""
+def test_the_door(place):
+    """A stranger's key, a device without TLS, and one that trusts another server stay outside."""
     split(FEDKSEED)
     port = free_port()
-    where = Place("127.0.0.1", port, Path("keys"), Path("certs"))
-    with Served(where) as fleets:
-        stranger = device(port, 0, key=Path("stranger"))
-        stranger.start()
-        plain = device(port, 1, ca=None)
-        plain.start()
-        keys.make_certificate(Path("other"), ["localhost"])
-        misled = device(port, 2, ca=Path("other/ca.pem"))
-        misled.start()
-        with httpx.Client(verify=False, base_url=f"https://127.0.0.1:{port}") as client:
-            for path in ("/v1/control/start-run", "/", "/docs", "/openapi.json"):
-                assert client.post(path, content=b"").status_code == 404
-            assert client.post("/fleet/exchange", content=b"x").status_code == 410
-        until = threading.Event()
-        for _ in range(200):
-            if stranger.notes and plain.notes and misled.notes:
-                break
-            until.wait(0.05)
-        for one in (stranger, plain, misled):
-            one.leave.set()
-            one.join(20)
+    keys.make_certificate(Path("other"), ["localhost"])
+    stranger, plain = device(port, 0, key=Path("stranger")), device(port, 1, ca=None)
+    misled = device(port, 2, ca=Path("other/ca.pem"))
+    with served(port) as fleets:
+        with devices_harness.devices(stranger, plain, misled) as joined:
+            for _ in range(200):
+                if all(len(one.notes) > 1 for one in joined):
+                    break
+                time.sleep(0.05)
         assert "the server does not know this device's key: bring its .pub" in stranger.notes[1]
         assert "certificate is not trusted: " in misled.notes[1]
         assert "no server there" in plain.notes[1] or "answered" in plain.notes[1]
         assert not fleets._door.online()
 
 
-def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(place, monkeypatch):
     """The third device's key comes after the start; the first one's is removed after the first round."""
     monkeypatch.setattr(server, "LOOK", 0.0)
     split(FEDKSEED)
@@ -322,30 +281,21 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
                 (Path("some") / "odd.pub").unlink(missing_ok=True)
                 (Path("some") / "dev-0.pub").unlink()
 
-    pace = Pace(grace=2, poll=0.01)
-    recipe = recipes.make({**FEDKSEED, "clients": 2})
-    with (
-        devices(port, 2) as joined,
-        Served(Place("127.0.0.1", port, Path("some"), Path("certs")), pace=pace) as fleets,
-    ):
-        found = running.start(recipe, Path("real"), Watch(), offline=True, fleets=fleets)
+    with devices(port, 2) as joined, served(port, Pace(grace=2, poll=0.01), "some") as fleets:
+        found = serve({**FEDKSEED, "clients": 2}, fleets, Watch())
         for one in (joined[0], third):
             one.leave.set()
     assert any("no key is added" in n for n in notes)
     assert any("dev-0 is revoked" in n and "dev-2 may join" in n for n in notes)
-    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
-    replies = [e for e in rundir.events(run) if e["event"] == "client"]
-    assert {
-        (e["round"], e["client"]): e["status"] for e in replies if e["client"] == 0 and e["round"] > 1
-    } == {(2, 0): "dropped"}
+    replies = fates(run := run_in("real"))
+    late = [e for e in replies if e["client"] == 0 and e["round"] > 1]
+    assert [(e["round"], e["status"]) for e in late] == [(2, "dropped")]
     assert any(e["client"] == 2 and e["status"] == "ok" for e in replies)
     assert verify(run / FILE).bad == 0
     assert found.done.digest
 
 
-def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(place, monkeypatch, capsys):
     """No device is left that could come: every registered key has refused."""
     monkeypatch.setattr(server, "PUBLISHED", 0.0)
     split(FEDKSEED)
@@ -362,23 +312,19 @@ def test_a_device_with_another_model_is_told_and_ends_and_so_does_the_server(
     assert isinstance(odd.outcome, UsageError)
     said = capsys.readouterr()
     assert "device dev-0 takes no part: it has not the run's model in this revision" in said.out + said.err
-    assert (
-        "no device can take part: 1 came; the last, dev-0: it has not the run's model in this revision"
-        in said.err
-    )
-    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+    assert "no device can take part: 1 came; the last, dev-0: it has not the run's model in" in said.err
+    run = run_in("real")
     assert rundir.status_of(run).startswith("failed: no device can take part")
     assert main(["fleet", "status", "latest", "--out", "real"]) == 0
-    assert f"fleet serve --resume {run} --port {port} --keys one --certificate certs --wait 1" in "".join(
-        capsys.readouterr()
-    )
+    again = f"fleet serve --resume {run} --port {port} --keys one --certificate certs --wait 1"
+    assert again in "".join(capsys.readouterr())
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_scales_of_a_compressed_model_are_tuned_to_the_same_digest(place: Path, capsys: Capture) -> None:
+def test_scales_of_a_compressed_model_are_tuned_to_the_same_digest(place, capsys):
     compressed(tiny(), Path("codes"))
     recipe = {**COMMON, "model": "codes", "method": "mezo", "train": "scales", "set": {"tau": 2, "lr": 0.05}}
-    recipe["aggregation"] = "mean:1"  # what a mean is where rows are what devices say
+    recipe |= {"aggregation": "mean:1", "rounds": 1}  # what a mean is where rows are what devices say
     split(recipe)
     port = free_port()
     joined = [device(port, number) for number in range(CLIENTS)]

@@ -5,65 +5,38 @@ The devices are in memory; what they send goes the way of a real run: `RemoteFle
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import malformed
 import numpy as np
 import pytest
-from malformed import JOB as JOBS
 from malformed import WORK, Honest
-from methods_harness import mean_of
+from methods_harness import bits, usual
 from test_remote import JOB, Memory
 
-from fault_report import Injected
+import hostile
 from fleetune import models
 from fleetune.common.events import ClientReply
-from fleetune.data import Batches, Example
-from fleetune.data.encode import encode_rows
 from fleetune.errors import REASON
-from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import Device, Order
 from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import FILE, Devices
 from fleetune.runs.rundir import RunDir, create
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import messages as codec
-from fleetune.tuning.exchange.aggregation import MEAN, Rule
-from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, encode
-from fleetune.tuning.rounds.local_work import Memories, work
+from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.rounds.replies import Replies, Round
 
 BASE, ROWS, ROUND, LIAR = bytes(range(8)), 9, 2, 1
 CLIENTS = 4
+FEDIT = ("fedit", {"r": 2, "steps": 1, "dropout": 0.0})
+LEFT = ("refused", "failed")
 SECONDS = 2.0  # of processor time that a malformed answer may cost
-
-
-class State(NamedTuple):
-    tensors: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Averaging(methods.Method):
-    """The mean of two tensors."""
-
-    init = local = apply = None  # type: ignore[assignment]  # a server alone
-
-    def broadcast(self, state: State) -> Payload:
-        return Payload(state.tensors)
-
-    def expects(self, state: State) -> ReplySpec:
-        arrays = {name: ("float32", a.shape) for name, a in state.tensors.items()}
-        return ReplySpec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
-
-    def aggregate(self, state: State, replies: Iterable[methods.Reply], rule: Rule = MEAN) -> State:
-        mean = mean_of((float(r.payload.int("n")), r.payload.arrays) for r in replies)
-        return State(mean) if mean else state
 
 
 class Toy(NamedTuple):
@@ -74,31 +47,10 @@ class Toy(NamedTuple):
     replies: list[Payload]
 
 
-def averaging() -> Toy:
-    rng = np.random.default_rng(3)
-    shapes = {"a.weight": (4, 3), "b.bias": (6,)}
-    state = State({n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()})
-    arrays = [
-        {n: (a + rng.normal(size=a.shape)).astype(np.float32) for n, a in state.tensors.items()}
-        for _ in range(CLIENTS)
-    ]
-    return Toy(Averaging(), state, [Payload(a, {"n": ROWS, "loss": 1.0}) for a in arrays])
-
-
-def real(name: str, settings: dict[str, Any]) -> Toy:
-    """A method with the replies that it makes of the tiny model."""
-    model = models.tiny_llama(layers=1)
+def toy(name: str, settings: dict[str, Any]) -> Toy:
     method = methods.make(name, settings)
-    state = method.init(model, 5)
-    rows = [Example((("user", f"count to {i}"),), "one two three", {}) for i in range(ROWS)]
-    encoded = encode_rows(model, rows, 48)[0]
-    kinds, replies = method.kinds(state), []
-    for c in range(CLIENTS):
-        sent = encode(Message(ROUND, BASE, kinds[c % len(kinds)][0]))
-        batches = Batches(encoded, pad_id(model), 7 + c, "cpu", c)
-        came = work(method, model, batches, 7 + c, codec.decode(sent), Memories(), lambda *_: None)
-        replies.append(codec.decode(came).payload)
-    return Toy(method, state, replies)
+    state = method.init(models.tiny_llama(layers=1), 5)
+    return Toy(method, state, [usual(method, state, c) for c in range(CLIENTS)])
 
 
 @dataclass
@@ -119,15 +71,8 @@ class Lying(Memory):
 
     def answer(self, key: str, order: Order) -> bytes:
         client = int(key[1:])
-        honest = Honest(
-            order,
-            BASE,
-            self.replies[client],
-            self.devices[key],
-            ROWS,
-            Order("work", ROUND),
-            Order("work", ROUND - 1),
-        )
+        past = Order("work", ROUND), Order("work", ROUND - 1)
+        honest = Honest(order, BASE, self.replies[client], self.devices[key], ROWS, *past)
         if client == LIAR and self.lie is not None and order.what == self.about:
             return self.lie(honest)
         return honest.reply() if order.what == "work" else honest.told()
@@ -149,15 +94,12 @@ class Place:
 
     def anew(self) -> RemoteFleet:
         """The same server after a restart, with the same table of devices."""
-        return RemoteFleet(
-            self.link,
-            self.table,
-            JOB,
-            42,
-            Pace(grace=0.05, poll=0),
-            note=self.notes.append,
-            audit=lambda what, **fields: self.log.append({"what": what, **fields}),
-        )
+
+        def audit(what: str, **fields: Any) -> None:
+            self.log.append({"what": what, **fields})
+
+        pace = Pace(grace=0.05, poll=0)
+        return RemoteFleet(self.link, self.table, JOB, 42, pace, note=self.notes.append, audit=audit)
 
     def played(self) -> Any:
         """The state after a round in which all clients are asked."""
@@ -172,6 +114,10 @@ class Place:
     def outcome(self, client: int) -> ClientReply:
         return [e for e in self.events if e.client == client][-1]
 
+    def others(self) -> set[str]:
+        """What became of the replies of honest devices."""
+        return {self.outcome(c).status for c in range(CLIENTS) if c != LIAR}
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[RunDir]:
@@ -179,42 +125,19 @@ def run(tmp_path: Path) -> Iterator[RunDir]:
         yield opened
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two states are the same to the bit."""
-    return repr_of(one) == repr_of(other)
-
-
-def repr_of(state: Any) -> list[Any]:
-    parts: list[Any] = []
-    for value in state:
-        if isinstance(value, dict):
-            parts += [(n, v.tobytes() if isinstance(v, np.ndarray) else v) for n, v in sorted(value.items())]
-        elif isinstance(value, np.ndarray):
-            parts.append(value.tobytes())
-        elif dataclasses.is_dataclass(value):
-            parts.append({n: repr_of([v]) for n, v in vars(value).items()})
-        else:
-            parts.append(value)
-    return parts
-
-
 def knock(place: Place, reference: Any) -> tuple[int, list[str]]:
     """Let the liar send every malformed answer; return how many were survived, and what was wrong of the others."""
     faults: list[str] = []
-    for name, case in WORK.items():
-        place.link.lie = case.make
+    for name, (make, reason) in WORK.items():
+        place.link.lie = make
         began = time.process_time()
         state = place.played()
         seconds, said = time.process_time() - began, place.outcome(LIAR)
-        if (
-            said.status not in ("refused", "failed")
-            or case.reason not in said.reason
-            or len(said.reason) > REASON
-        ):
+        if said.status not in LEFT or reason not in said.reason or len(said.reason) > REASON:
             faults.append(f"{name}: {said.status}, {said.reason}")
-        elif [place.outcome(c).status for c in range(CLIENTS) if c != LIAR] != ["ok"] * (CLIENTS - 1):
+        elif place.others() != {"ok"}:
             faults.append(f"{name}: the others' replies were not taken")
-        elif not same(state, reference):
+        elif bits(state) != bits(reference):
             faults.append(f"{name}: the state is another")
         elif seconds > SECONDS:
             faults.append(f"{name}: {seconds:.1f} s")
@@ -228,76 +151,54 @@ def reference_of(place: Place) -> Any:
 
 
 @pytest.mark.injects
-def test_every_malformed_answer_is_refused_with_its_own_reason(
-    tmp_path: Path, run: RunDir, injected: Injected
-) -> None:
+def test_every_malformed_answer_is_refused_with_its_own_reason(tmp_path, run, injected):
     assert len(WORK) >= 60
-    place = Place(averaging(), run, tmp_path)
+    place = Place(toy(*FEDIT), run, tmp_path)
     survived, faults = knock(place, reference_of(place))
     injected("malformed answers", len(WORK), survived=survived)
     assert not faults, "\n".join(faults)
     place.link.lie = None
-    assert not same(place.played(), reference_of(place))  # an honest answer counts
+    assert bits(place.played()) != bits(reference_of(place))  # an honest answer counts
 
 
-REAL = {
-    "fedit": {"r": 2, "steps": 1, "dropout": 0.0},
-    "fedpetuning": {"module": "full", "steps": 1},
-    "fwdllm": {"P": 2},
-    "fedpeptao": {},
-}
+OTHERS = [("fedpetuning", {"module": "full", "steps": 1}), ("fwdllm", {"P": 2}), ("fedpeptao", {})]
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", list(REAL))
-def test_so_it_is_with_real_methods(tmp_path: Path, run: RunDir, injected: Injected, name: str) -> None:
-    place = Place(real(name, REAL[name]), run, tmp_path)
+@pytest.mark.parametrize("method", OTHERS, ids=lambda method: method[0])
+def test_so_it_is_with_other_methods(tmp_path, run, injected, method):
+    place = Place(toy(*method), run, tmp_path)
     survived, faults = knock(place, reference_of(place))
     injected("malformed answers", len(WORK), survived=survived)
     assert not faults, "\n".join(faults)
 
 
 @pytest.mark.injects
-def test_a_device_that_is_malformed_when_it_joins_takes_no_part(
-    tmp_path: Path, run: RunDir, injected: Injected
-) -> None:
-    place = Place(averaging(), run, tmp_path)
+def test_a_device_that_is_malformed_when_it_joins_takes_no_part(tmp_path, run, injected):
+    place = Place(toy(*FEDIT), run, tmp_path)
     known, faults = (tmp_path / FILE).read_bytes(), []
-    for name, case in JOBS.items():
-        place.link.lie, place.link.about = case.make, "job"
+    for name, (make, reason) in malformed.JOB.items():
+        place.link.lie, place.link.about = make, "job"
         place.fleet, place.notes[:], place.log[:] = place.anew(), [], []
         place.fleet.wait_for(CLIENTS - 1)
         place.played()
         said = [n for n in place.notes if "takes no part" in n]
         logged = [e["reason"] for e in place.log if e["what"] == "not admitted"]
-        if len(said) != 1 or case.reason not in said[0] or logged != [said[0].partition(": ")[2]]:
+        if len(said) != 1 or reason not in said[0] or logged != [said[0].partition(": ")[2]]:
             faults.append(f"{name}: {said}, {logged}")
         elif place.outcome(LIAR).status != "dropped" or len(place.events) != CLIENTS:
             faults.append(f"{name}: {place.events}")
         elif (tmp_path / FILE).read_bytes() != known:
             faults.append(f"{name}: the table of devices has changed")
-    injected("malformed answers", len(JOBS), survived=len(JOBS) - len(faults))
+    injected("malformed answers", len(malformed.JOB), survived=len(malformed.JOB) - len(faults))
     assert not faults, "\n".join(faults)
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
-    """Change a message in one to four places, and mend its checksum three times in four."""
-    body = bytearray(data[7:])
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(max(1, len(body)))
-        match rng.randrange(4):
-            case 0:
-                body[at : at + 1] = rng.randbytes(1)
-            case 1:
-                del body[at : at + rng.randint(1, 9)]
-            case 2:
-                body[at:at] = rng.randbytes(rng.randint(1, 9))
-            case 3:
-                body[at : at + 1] = bytes(
-                    [rng.choice((0xC1, 0xDC, 0xDD, 0xDF, 0xC6, 0xC9, 0xD9, 0x94, 0xCF, 0xCB))]
-                )
+    """Change a message, and mend its checksum three times in four."""
+    body = hostile.mutated(rng, data[7:])
     check = zlib.crc32(body) if rng.random() < 0.75 else zlib.crc32(data)
-    return data[:3] + check.to_bytes(4, "little") + bytes(body)
+    return data[:3] + check.to_bytes(4, "little") + body
 
 
 def storm(place: Place, count: int, seed: int) -> dict[str, int]:
@@ -310,38 +211,36 @@ def storm(place: Place, count: int, seed: int) -> dict[str, int]:
     place.link.lie = lie
     for _ in range(count):
         state = place.played()
-        assert [place.outcome(c).status for c in range(CLIENTS) if c != LIAR] == ["ok"] * (CLIENTS - 1)
-        if place.outcome(LIAR).status in ("refused", "failed"):
+        assert place.others() == {"ok"}
+        if place.outcome(LIAR).status in LEFT:
             found["refused"] += 1
             assert place.outcome(LIAR).reason
-            assert same(state, reference)
+            assert bits(state) == bits(reference)
         else:  # what is left of it is within what was agreed
             found["taken"] += 1
-            assert all(
-                np.isfinite(a).all() for part in state if isinstance(part, dict) for a in part.values()
-            )
+            assert all(np.isfinite(a).all() for a in state.tensors.values())
     return found
 
 
-def test_mutated_answers_change_nothing_or_are_within_what_was_agreed(tmp_path: Path, run: RunDir) -> None:
-    found = storm(Place(averaging(), run, tmp_path), 150, seed=1)
+def test_mutated_answers_change_nothing_or_are_within_what_was_agreed(tmp_path, run):
+    found = storm(Place(toy(*FEDIT), run, tmp_path), 150, seed=1)
     assert found["refused"] > 110
 
 
 @pytest.mark.faults
-def test_ten_thousand_mutated_answers(tmp_path: Path, run: RunDir, injected: Injected) -> None:
-    found = storm(Place(averaging(), run, tmp_path), 10_000, seed=2)
+def test_ten_thousand_mutated_answers(tmp_path, run, injected):
+    found = storm(Place(toy(*FEDIT), run, tmp_path), 10_000, seed=2)
     injected("mutated answers", sum(found.values()))
     assert found["refused"] > 8_000
 
 
-def test_a_device_that_dies_of_every_order_does_not_hold_the_round(tmp_path: Path, run: RunDir) -> None:
+def test_a_device_that_dies_of_every_order_does_not_hold_the_round(tmp_path, run):
     """Or that comes in anew all the time: it is asked ten times, and the round goes on without it."""
-    place = Place(averaging(), run, tmp_path)
+    place = Place(toy(*FEDIT), run, tmp_path)
     reference = reference_of(place)
     place.link.lie = None
     place.link.dies = f"k{LIAR}"
     place.fleet.pace, began = Pace(grace=20, poll=0), time.monotonic()
-    assert same(place.played(), reference)
+    assert bits(place.played()) == bits(reference)
     assert (place.outcome(LIAR).status, place.outcome(LIAR).reason) == ("dropped", "10 times lost at work")
     assert time.monotonic() - began < 15

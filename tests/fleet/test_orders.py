@@ -9,24 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetune import errors
 from fleetune.common.display import one_line
-from fleetune.errors import (
-    DataError,
-    FitError,
-    FleetError,
-    LedgerError,
-    MessageError,
-    ModelError,
-    StorageError,
-    UsageError,
-)
+from fleetune.errors import MessageError
 from fleetune.fleet.orders import WORDS, Declined, Device, Job, Order, Reply, in_words, job_of, reason_of
-from fleetune.tuning.exchange.messages import Message, Payload, encode
+from fleetune.tuning.exchange.messages import Payload, decode, encode
 from fleetune.tuning.recipe import recipe as recipes
 
-JOB = Job(
-    "a" * 32, "fedkseed", {"K": 64, "lr": 1e-3, "clip": 0.0}, "m", "b" * 64, "fp32", 64, ("yes", "no"), 3
-)
+SET = {"K": 64, "lr": 1e-3, "clip": 0.0}
+JOB = Job("a" * 32, "fedkseed", SET, "m", "b" * 64, "fp32", 64, ("yes", "no"), 3)
 DEVICE = Device(50, "c" * 64, 1 << 33, 2, "0.1.0")
 number = st.integers(0, 2**64 - 1)
 small = st.integers(0, 2**31 - 1)
@@ -64,11 +55,16 @@ def test_an_answer_comes_back(what, code, nonce, round, body, seconds, rss):
     assert Reply.decode(reply.encode()) == reply
 
 
+def changed(whole: Order | Reply, **parts: object) -> bytes:
+    """Its message, with some of its parts changed or added."""
+    message = decode(whole.encode())
+    payload = Payload({}, {**message.payload.scalars, **parts})
+    return encode(dataclasses.replace(message, payload=payload))
+
+
 def test_orders_of_one_body_end_alike():
-    one, other = (
-        Order("work", 1, 2, 3, b"the body"),
-        Order("work", 9, 400, 1 << 60, b"the body", (3, 4), 5, "why"),
-    )
+    one = Order("work", 1, 2, 3, b"the body")
+    other = Order("work", 9, 400, 1 << 60, b"the body", (3, 4), 5, "why")
     assert one.encode()[-one.common :] == other.encode()[-other.common :]
     assert one.encode()[-one.common :].startswith(b"the body")
 
@@ -87,75 +83,42 @@ def test_an_order_is_no_answer_and_the_other_way_round():
 @pytest.mark.parametrize("name", ["client", "key", "body", "kept_round", "kept_crc", "oldest", "reason"])
 @pytest.mark.parametrize("value", [1.5, True])
 def test_an_order_with_a_part_of_another_type_is_refused(name, value):
-    whole = {
-        "what": "work",
-        "client": 0,
-        "key": 0,
-        "body": b"",
-        "kept_round": 0,
-        "kept_crc": 0,
-        "oldest": 0,
-        "reason": "",
-    }
     with pytest.raises(MessageError):
-        Order.decode(encode(Message(0, bytes(16), Payload({}, {**whole, name: value}))))
+        Order.decode(changed(Order("work"), **{name: value}))
 
 
 def test_a_job_comes_back():
     assert Job.from_json(JOB.to_json()) == JOB
 
 
+MANY = {str(i): i for i in range(101)}
+SETS = [[], MANY, {"K": [1]}, {"K": None}, {"../K": 1}, {"r": 1 << 63}, {"r": -(1 << 64)}]
+ODD = {
+    # some would lead a device out of its state folder, or fill its memory
+    "run": [3, "x/../../victim", "a" * 300, "A" * 32, "a" * 31 + "\n", "a" * 32 + "\n"],
+    "base": ["../" + "b" * 61],
+    "result": ["b" * 63],
+    "method": [None, "../fedit", "os.path", ""],
+    "set": [*SETS, {"lr": "x" * 5000}],
+    "rounds": [1.0, -1, 1 << 30],
+    "max_length": ["9", True, 0, 1 << 63],
+    "labels": ["yes", [1], ["a"] * 1001, ["a" * 201], [""]],
+    "dtype": ["fp8"],
+    "train": ["all"],
+    "task": ["calibrated"],
+    "model": ["m" * 1001],
+    "format": [2],
+    "more": [1],
+}
+LINES = {  # would write lines of their own on a device's console
+    "model": ["tiny)\n  try: this", "a\u200fb", "a\u061cb\x1b[2J", "tiny" + "\u3164" * 40 + "error: this"],
+    "set": [{"objective": "x:y\r"}],
+    "labels": [["a\u2028b"], ["yes" + " \u200b" * 40 + "error: this"]],
+}
+
+
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"run": 3},
-        {"set": []},
-        {"set": {"K": [1]}},
-        {"set": {"K": None}},
-        {"labels": "yes"},
-        {"labels": [1]},
-        {"max_length": "9"},
-        {"max_length": True},
-        {"format": 2},
-        {"more": 1},
-        {"method": None},
-        {"rounds": 1.0},
-        # what would lead a device out of its state folder, or fill its memory
-        {"run": "x/../../victim"},
-        {"run": "a" * 300},
-        {"run": "A" * 32},
-        {"run": "a" * 31 + "\n"},
-        {"run": "a" * 32 + "\n"},
-        {"base": "../" + "b" * 61},
-        {"result": "b" * 63},
-        {"method": "../fedit"},
-        {"method": "os.path"},
-        {"method": ""},
-        {"set": {"../K": 1}},
-        {"set": {"r": 1 << 63}},
-        {"set": {"r": -(1 << 64)}},
-        {"set": {"lr": "x" * 5000}},
-        {"set": {str(i): i for i in range(101)}},
-        {"rounds": -1},
-        {"rounds": 1 << 30},
-        {"max_length": 0},
-        {"max_length": 1 << 63},
-        {"labels": ["a"] * 1001},
-        {"labels": ["a" * 201]},
-        {"labels": [""]},
-        {"dtype": "fp8"},
-        {"train": "all"},
-        {"task": "calibrated"},
-        {"model": "m" * 1001},
-        # what would write lines of its own on a device's console
-        {"model": "tiny)\n  try: this"},
-        {"set": {"objective": "x:y\r"}},
-        {"labels": ["a\u2028b"]},
-        {"model": "a\u200fb"},
-        {"model": "a\u061cb\x1b[2J"},
-        {"model": "tiny" + "\u3164" * 40 + "error: this"},
-        {"labels": ["yes" + " \u200b" * 40 + "error: this"]},
-    ],
+    "change", [{name: value} for table in (ODD, LINES) for name, values in table.items() for value in values]
 )
 def test_a_job_of_another_form_or_size_is_refused(change):
     with pytest.raises(MessageError, match="the job is not as agreed"):
@@ -178,47 +141,28 @@ def test_a_setting_that_is_no_number_is_refused(set_):
         Job.from_json(text)
 
 
-@pytest.mark.parametrize(
-    "reason",
-    [
-        "",
-        "busy",
-        "busy 75 80",
-        "busy -1",
-        "busy x",
-        "busy 9" + "0" * 20,
-        "HIV positive since 2019",
-        "rows 12",
-        "Rows",
-        "busy  75",
-    ],
-)
+CODES = ["", "busy", "busy 75 80", "busy -1", "busy x", "busy  75", "busy 9" + "0" * 20, "rows 12", "Rows"]
+
+
+@pytest.mark.parametrize("reason", [*CODES, "HIV positive since 2019"])
 def test_a_reason_is_a_code_with_its_numbers_and_nothing_else(reason):
-    whole = {
-        "what": "failed",
-        "body": b"",
-        "kept_round": -1,
-        "kept_crc": 0,
-        "seconds": 0.0,
-        "rss": 0,
-        "code": reason,
-    }
+    whole = Reply("failed", bytes(16), code="fault")
     with pytest.raises(MessageError, match="is none that a device can have"):
-        Reply.decode(encode(Message(0, bytes(16), Payload({}, whole))))
+        Reply.decode(changed(whole, code=reason))
     with pytest.raises(MessageError, match="a device's reason is a code"):
-        Reply.decode(encode(Message(0, bytes(16), Payload({}, {**whole, "reason": "words"}))))
+        Reply.decode(changed(whole, code=reason, reason="words"))
 
 
 def test_every_error_of_ours_has_a_code_of_the_list():
     told = {
-        DataError("'HIV positive' is none of the words"): "rows",
-        ModelError("m"): "model",
-        FitError("f"): "memory 5",
-        StorageError("s"): "storage",
+        errors.DataError("'HIV positive' is none of the words"): "rows",
+        errors.ModelError("m"): "model",
+        errors.FitError("f"): "memory 5",
+        errors.StorageError("s"): "storage",
         MessageError("m"): "order",
-        LedgerError("l"): "order",
-        UsageError("u"): "settings",
-        FleetError("f"): "fault",
+        errors.LedgerError("l"): "order",
+        errors.UsageError("u"): "settings",
+        errors.FleetError("f"): "fault",
         ValueError("v"): "fault",
         MemoryError(): "memory 5",
         Declined("busy", 75): "busy 75",
@@ -243,22 +187,11 @@ def test_a_device_comes_back_and_its_claim_of_rows_is_bounded():
     whole = json.loads(DEVICE.to_json())
     for name, odd in (
         *(("rows", rows) for rows in (0, -1, 1 << 22, 1 << 70, True, 1.0, "9")),
-        ("speed", -1.0),
-        ("speed", float("nan")),
-        ("speed", float("inf")),
-        ("speed", 1.7e308),
-        ("processor", "x86_64; dev-1 is revoked"),
-        ("torch", "2.13\n"),
-        ("torch", "2.13" + 20 * " " + "round 9"),
+        *(("speed", speed) for speed in (-1.0, float("nan"), float("inf"), 1.7e308, "3")),
+        *(("processor", words) for words in ("x86_64; dev-1 is revoked", "x86 ", 65 * "x")),
+        *(("torch", words) for words in ("2.13\n", "2.13" + 20 * " " + "round 9")),
+        *(("kinds", kinds) for kinds in ([], [True], ["0"], [0] * 1001, 0)),
         ("version", " 1"),
-        ("processor", "x86 "),
-        ("processor", 65 * "x"),
-        ("kinds", []),
-        ("kinds", [True]),
-        ("kinds", ["0"]),
-        ("kinds", [0] * 1001),
-        ("kinds", 0),
-        ("speed", "3"),
     ):
         with pytest.raises(MessageError, match=name):
             Device.from_json(json.dumps(whole | {name: odd}).encode())

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,9 +33,8 @@ class Slow(Memory):
     declining: dict[str, str] = field(default_factory=dict)
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        held = {
-            n: q for n, q in self.queue.items() if q[0] in self.slow and Order.decode(q[1]).what == "work"
-        }
+        asked = {n: q for n, q in self.queue.items() if q[0] in self.slow}
+        held = {n: q for n, q in asked.items() if Order.decode(q[1]).what == "work"}
         self.queue = {n: q for n, q in self.queue.items() if n not in held}
         yield from list(super().pull(numbers))
         self.queue |= held
@@ -51,12 +50,8 @@ def made(
     folder: Path, count: int = 4, pace: Pace = PACE, *, seed: int = 0, odd: float = 0.0
 ) -> tuple[Slow, RemoteFleet, list[str]]:
     """A fleet of so many devices over a link in memory, and what it notes; a round that never ends fails."""
-    there, notes, until = (
-        Slow(link(count).devices, random.Random(seed), odd),
-        list[str](),
-        time.monotonic() + 60,
-    )
-    devices = Devices(folder)
+    there, notes = Slow(link(count).devices, random.Random(seed), odd), list[str]()
+    until, devices = time.monotonic() + 60, Devices(folder)
     devices.register([(key, key) for key in there.devices])
 
     def look() -> None:
@@ -67,11 +62,18 @@ def made(
     return there, fleet, notes
 
 
+def look_around(fleet: RemoteFleet, look: Callable[[], object]) -> None:
+    """Look until those who have come are asked, have answered and are taken."""
+    for _ in range(3):
+        look()
+        list(fleet._answers())
+
+
 def asked(fleet: RemoteFleet, round: int, goal: int = 0) -> dict[int, Answer]:
     return {a.client: a for a in fleet.ask(round, fleet.present(), f"r{round}".encode(), goal)}
 
 
-def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path: Path) -> None:
+def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path):
     there, fleet, _ = made(tmp_path, pace=dataclasses.replace(PACE, grace=99))
     there.slow = {"k1"}
     there.away = {"k3"}
@@ -83,7 +85,7 @@ def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path: Pat
     assert {a.status for a in asked(fleet, 2).values()} == {"ok"}
 
 
-def test_after_the_deadline_those_at_work_are_late(tmp_path: Path) -> None:
+def test_after_the_deadline_those_at_work_are_late(tmp_path):
     there, fleet, _ = made(tmp_path, pace=dataclasses.replace(PACE, deadline=0.05))
     there.slow = {"k0", "k1", "k2", "k3"}
     assert {a.status for a in asked(fleet, 1).values()} == {"late"}
@@ -93,29 +95,23 @@ def test_after_the_deadline_those_at_work_are_late(tmp_path: Path) -> None:
 
 @settings(max_examples=25)
 @given(st.integers(0, 10_000), st.floats(0.0, 0.1), st.integers(2, 5))
-def test_whatever_is_late_or_lost_no_work_counts_twice_and_each_counts_for_its_round(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, odd: float, count: int
-) -> None:
-    there, fleet, _ = made(
-        tmp_path_factory.mktemp("run"), count, dataclasses.replace(PACE, grace=20, poll=0), seed=seed, odd=odd
-    )
+def test_whatever_is_late_or_lost_work_counts_once_and_for_its_round(tmp_path_factory, seed, odd, count):
+    pace = dataclasses.replace(PACE, grace=20, poll=0)
+    there, fleet, _ = made(tmp_path_factory.mktemp("run"), count, pace, seed=seed, odd=odd)
     rng, taken = random.Random(seed), list[bytes]()
     for round in range(1, 6):
         present = fleet.present()
-        there.slow = {f"k{c}" for c in present[1:] if rng.random() < 0.4} | {
-            k for k in there.slow if rng.random() < 0.5
-        }
-        free = [c for c in present if f"k{c}" not in there.slow]
-        for a in fleet.ask(
-            round, present, f"r{round}".encode(), len(free) if len(free) < len(present) else 0
-        ):
+        there.slow = {k for k in sorted(there.slow) if rng.random() < 0.5}
+        there.slow |= {f"k{c}" for c in present[1:] if rng.random() < 0.4}
+        free = sum(f"k{c}" not in there.slow for c in present)
+        for a in fleet.ask(round, present, f"r{round}".encode(), free if free < len(present) else 0):
             if a.data is not None:
                 assert a.data == f"k{a.client} did r{round}".encode()
                 taken.append(a.data)
     assert len(taken) == len(set(taken)) > 0
 
 
-def test_a_device_that_declines_is_absent_for_the_round_and_asked_in_the_next(tmp_path: Path) -> None:
+def test_a_device_that_declines_is_absent_for_the_round_and_asked_in_the_next(tmp_path):
     there, fleet, _ = made(tmp_path)
     there.declining = {"k1": "battery"}
     found = asked(fleet, 1)
@@ -127,7 +123,7 @@ def test_a_device_that_declines_is_absent_for_the_round_and_asked_in_the_next(tm
     assert ("k1", 1, "ready") in fleet.doing()
 
 
-def test_where_all_decline_they_are_asked_again_until_one_works(tmp_path: Path) -> None:
+def test_where_all_decline_they_are_asked_again_until_one_works(tmp_path):
     def look() -> None:
         if sum(o.what == "work" for o in there.seen) >= 6:
             there.declining.pop("k0", None)
@@ -139,7 +135,7 @@ def test_where_all_decline_they_are_asked_again_until_one_works(tmp_path: Path) 
     assert sum(o.what == "work" for o in there.seen) >= 7
 
 
-def test_where_all_decline_the_deadline_ends_the_round(tmp_path: Path) -> None:
+def test_where_all_decline_the_deadline_ends_the_round(tmp_path):
     there, fleet, _ = made(tmp_path, 2, dataclasses.replace(PACE, deadline=0.1, again=60))
     there.declining = {"k0": "busy 75", "k1": "battery"}
     assert {c: a.status for c, a in asked(fleet, 1).items()} == {0: "declined", 1: "declined"}
@@ -220,32 +216,22 @@ def of_first(moods: Sequence[tuple[str, float]], folder: Path, deadline: float) 
             found.append((answers[0].status, answers[0].reason, there.asked.get("k0", 0)))
             there.began = math.inf
             clock.now += 10  # all are back
-            for _ in range(3):
-                fleet.ready()
-                list(fleet._answers())
+            look_around(fleet, fleet.ready)
     return found
 
 
 @settings(max_examples=40)
 @given(MOOD, st.lists(MOOD, max_size=3), st.sampled_from([0.0, 3.0]))
-def test_where_devices_stand_apart_what_becomes_of_one_is_its_own_doing(
-    tmp_path_factory: pytest.TempPathFactory,
-    mood: tuple[str, float],
-    others: list[tuple[str, float]],
-    deadline: float,
-) -> None:
+def test_where_devices_stand_apart_each_has_what_is_its_own_doing(tmp_path_factory, mood, others, deadline):
     """One that declined was asked again if no other worked, and one that came back late was left out if another had come."""
     alone = of_first([mood], tmp_path_factory.mktemp("alone"), deadline)
     assert of_first([mood, *others], tmp_path_factory.mktemp("among"), deadline) == alone
-    expected = {
-        "works": "ok",
-        "declines": "ok" if mood[1] < ASKED else "declined",
-        "away": "ok" if mood[1] < 1.0 else "dropped",
-    }
+    declined, away = "ok" if mood[1] < ASKED else "declined", "ok" if mood[1] < 1.0 else "dropped"
+    expected = {"works": "ok", "declines": declined, "away": away}
     assert alone[0][0] == expected.get(mood[0], alone[0][0])
 
 
-def test_one_that_comes_back_first_does_not_leave_the_others_out(tmp_path: Path) -> None:
+def test_one_that_comes_back_first_does_not_leave_the_others_out(tmp_path):
     there, fleet, _ = made(tmp_path, 2)
     fleet.apart = True
     there.away = {"k0", "k1"}
@@ -257,7 +243,7 @@ def test_one_that_comes_back_first_does_not_leave_the_others_out(tmp_path: Path)
     assert {a.status for a in fleet.ask(2, [0, 1], b"x")} == {"ok"}
 
 
-def test_an_answer_that_has_come_counts_though_its_device_has_left(tmp_path: Path) -> None:
+def test_an_answer_that_has_come_counts_though_its_device_has_left(tmp_path):
     """It was dropped where both were seen in the same look, and the device waited for."""
     there, fleet, _ = made(tmp_path, 2, dataclasses.replace(PACE, grace=0.1))
 
@@ -272,7 +258,7 @@ def test_an_answer_that_has_come_counts_though_its_device_has_left(tmp_path: Pat
     assert sum(o.what == "work" for o in there.seen) == 2
 
 
-def test_a_run_waits_until_a_device_is_there(tmp_path: Path) -> None:
+def test_a_run_waits_until_a_device_is_there(tmp_path):
     there, fleet, notes = made(tmp_path, 2)
     there.away = {"k0", "k1"}
     assert {a.status for a in asked(fleet, 1).values()} == {"dropped"}
@@ -302,15 +288,12 @@ EVERY_OTHER = Wanted(("two-point", "back-propagation"), lambda client: client % 
 
 def joined(folder: Path, *kinds: tuple[int, ...]) -> tuple[Memory, RemoteFleet, list[str]]:
     there, notes = link(len(kinds)), list[str]()
-    there.devices = {
-        k: dataclasses.replace(d, kinds=own) for (k, d), own in zip(there.devices.items(), kinds, strict=True)
-    }
+    for (key, device), own in zip(list(there.devices.items()), kinds, strict=True):
+        there.devices[key] = dataclasses.replace(device, kinds=own)
     devices = Devices(folder)
     devices.register([(key, key) for key in sorted(there.devices)])
     fleet = RemoteFleet(there, devices, JOB, 42, PACE, kinds=EVERY_OTHER, note=notes.append)
-    for _ in range(3):
-        fleet._greet()
-        list(fleet._answers())
+    look_around(fleet, fleet._greet)
     return there, fleet, notes
 
 
@@ -327,42 +310,34 @@ BOTH = (0, 1)
         (((1, 0), BOTH, (0, 9, 3), BOTH), [0, 1, 0, 1]),
     ],
 )
-def test_what_a_device_does_is_by_what_it_can(
-    tmp_path: Path, able: list[tuple[int, ...]], kinds: list[int]
-) -> None:
+def test_what_a_device_does_is_by_what_it_can(tmp_path, able, kinds):
     _, fleet, _ = joined(tmp_path, *able)
     assert [fleet.kind(c) for c in fleet.present()] == kinds
     assert [m.kind for m in Devices(tmp_path).members] == kinds
 
 
-def test_a_device_that_can_do_nothing_of_the_run_is_told_so(tmp_path: Path) -> None:
+def test_a_device_that_can_do_nothing_of_the_run_is_told_so(tmp_path):
     there, fleet, notes = joined(tmp_path, BOTH, (7,))
     assert list(fleet.present()) == [0]
     assert any("k1 takes no part: the device can do none of the run's 2 kinds of work" in n for n in notes)
     assert any(o.what == "end" and "none of the run's 2 kinds" in o.reason for o in there.seen)
 
 
-def test_what_it_does_stays_until_it_can_do_it_no_longer(tmp_path: Path) -> None:
+def test_what_it_does_stays_until_it_can_do_it_no_longer(tmp_path):
     there, fleet, _ = joined(tmp_path, BOTH, BOTH, BOTH)
     assert [fleet.kind(c) for c in fleet.present()] == [0, 1, 0]
-    there.devices = {
-        k: dataclasses.replace(d, kinds=(0,) if k == "k1" else BOTH) for k, d in there.devices.items()
-    }
+    there.devices["k1"] = dataclasses.replace(there.devices["k1"], kinds=(0,))
     for mark in (1, 2):
         there.marks = dict.fromkeys(there.devices, mark)
-        for _ in range(3):
-            fleet.present()
-            list(fleet._answers())
+        look_around(fleet, fleet.present)
         assert [fleet.kind(c) for c in fleet.present()] == [0, 0, 0]
     member = Devices(tmp_path).members[1]
     assert (member.able, member.memory, member.threads) == ([0], 1 << 33, 1)
 
 
-def test_a_newcomer_takes_what_is_owed(tmp_path: Path) -> None:
+def test_a_newcomer_takes_what_is_owed(tmp_path):
     there, fleet, _ = joined(tmp_path, (0,), (0,))
     assert [fleet.kind(c) for c in fleet.present()] == [0, 0]
     there.devices["new"] = Device(7, "e" * 64, 1, 1, "0", kinds=BOTH)
-    for _ in range(3):
-        fleet.present()
-        list(fleet._answers())
+    look_around(fleet, fleet.present)
     assert [fleet.kind(c) for c in fleet.present()] == [0, 0, 1]

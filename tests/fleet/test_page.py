@@ -46,7 +46,7 @@ def get(live: LivePage, path: str = "", **head: str) -> httpx.Response:
     return httpx.get(live.url + path, headers=head, timeout=20)
 
 
-def test_page_says_how_the_run_stands_in_three_forms(live: LivePage, run: Path) -> None:
+def test_page_says_how_the_run_stands_in_three_forms(live, run):
     assert get(live).status_code == 503  # nothing is known yet
     live.run = run
     shown = get(live)
@@ -66,7 +66,7 @@ def test_page_says_how_the_run_stands_in_three_forms(live: LivePage, run: Path) 
     assert traffic == {"up": now["bytes_up"], "down": now["bytes_down"]}
 
 
-def test_page_has_no_markup_of_a_devices_words(live: LivePage, run: Path) -> None:
+def test_page_has_no_markup_of_a_devices_words(live, run):
     live.run = run
     shown = get(live).text
     assert EVIL not in shown
@@ -74,32 +74,24 @@ def test_page_has_no_markup_of_a_devices_words(live: LivePage, run: Path) -> Non
     assert not {"img", "script", "iframe", "form"} & set(re.findall(r"<([a-z0-9]+)", shown))
 
 
-def test_page_changes_nothing_and_has_no_other_path(live: LivePage) -> None:
+def test_page_changes_nothing_and_has_no_other_path(live):
     for method in ("POST", "PUT", "DELETE"):
         assert httpx.request(method, live.url).status_code == 405
     for path in ("stop", "report.html", "..%2fstatus", "fleet/exchange"):
         assert get(live, path).status_code == 404
-    for host, status in (
-        ("rebound.example", 400),
-        ("[::1]:8471", 200),
-        ("LOCALHOST", 200),
-        ("[", 400),
-        ("", 400),
-    ):
-        assert get(live, "metrics", Host=host).status_code in (status, 503 if status == 200 else status)
+    for host in ("[::1]:8471", "LOCALHOST"):
+        assert get(live, "metrics", Host=host).status_code in (200, 503)
+    for host in ("rebound.example", "[", ""):
+        assert get(live, "metrics", Host=host).status_code == 400
 
 
-def test_page_answers_a_path_whatever_the_host_is_said_to_be(
-    live: LivePage, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_answers_a_path_whatever_the_host_is_said_to_be(live, run, monkeypatch):
     live.run = run
     monkeypatch.setattr(Request, "url", property(lambda request: URL("http://x/joined?/status")))
     assert get(live, "status").json()["round"] == 3
 
 
-def test_page_with_a_password_says_nothing_without(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_with_a_password_says_nothing_without(run, tmp_path, monkeypatch):
     """With TLS, as it is off this machine; a wrong password costs time."""
     monkeypatch.setattr(page, "WRONG", 0.2)
     ca = keys.make_certificate(tmp_path / "certs", ["127.0.0.1"])
@@ -113,9 +105,8 @@ def test_page_with_a_password_says_nothing_without(
             assert live.url.startswith("https://")
             for path in ("", "status", "metrics", "nowhere"):
                 assert http.get(path).status_code == 401
-                assert http.get(path, auth=("me", "sesame")).status_code == (
-                    404 if path == "nowhere" else 200
-                )
+                known = http.get(path, auth=("me", "sesame"))
+                assert known.status_code == (404 if path == "nowhere" else 200)
             began = time.monotonic()
             for wrong in ("", "sesam", "sesame2"):
                 assert http.get("", auth=("me", wrong)).status_code == 401
@@ -128,30 +119,20 @@ def test_page_with_a_password_says_nothing_without(
         live.close()
 
 
-@pytest.mark.parametrize(
-    ("text", "host", "port"),
-    [
-        ("", "127.0.0.1", page.PORT),
-        ("81", "127.0.0.1", 81),
-        ("[::1]:81", "::1", 81),
-        ("0.0.0.0:81", "0.0.0.0", 81),
-    ],
-)
-def test_place_reads_a_port_and_takes_the_fleets_certificate_off_this_machine(
-    text: str, host: str, port: int
-) -> None:
+PLACES = [("", "127.0.0.1", page.PORT), ("81", "127.0.0.1", 81), ("[::1]:81", "::1", 81)]
+
+
+@pytest.mark.parametrize(("text", "host", "port"), [*PLACES, ("0.0.0.0:81", "0.0.0.0", 81)])
+def test_place_reads_a_port_and_takes_the_fleets_certificate_off_this_machine(text, host, port):
     fleet = Address("0.0.0.0", 1, Path("server.pem"), Path("server.key"))
     got = page.place(text, fleet)
-    assert (got.host, got.port, got.certificate) == (
-        host,
-        port,
-        fleet.certificate if host == "0.0.0.0" else None,
-    )
+    certificate = fleet.certificate if host == "0.0.0.0" else None
+    assert (got.host, got.port, got.certificate) == (host, port, certificate)
     assert LivePage(Address("10.0.0.1", 81, None, None)).password
 
 
 @pytest.mark.parametrize(("text", "word"), [("x", "port"), (":81", "port"), ("0.0.0.0:81", "TLS")])
-def test_place_refuses_what_is_none(text: str, word: str) -> None:
+def test_place_refuses_what_is_none(text, word):
     with pytest.raises(UsageError, match=word):
         page.place(text, Address("127.0.0.1", 1))
     with pytest.raises(UsageError, match="password"):

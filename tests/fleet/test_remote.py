@@ -88,7 +88,7 @@ def fleet(link: Memory, folder: Path, pace: Pace = QUICK) -> RemoteFleet:
     return made
 
 
-def test_every_client_answers_once_and_knows_its_number_key_and_memory(tmp_path: Path) -> None:
+def test_every_client_answers_once_and_knows_its_number_key_and_memory(tmp_path):
     memory = link()
     made = fleet(memory, tmp_path)
     assert list(made.rows) == [10, 11, 12]
@@ -109,9 +109,7 @@ def test_every_client_answers_once_and_knows_its_number_key_and_memory(tmp_path:
     assert [o.kept for o in memory.seen[-2:] if o.client == 0] == [(1, 4)]
 
 
-def test_a_device_that_has_lost_its_memory_is_next_asked_for_work_without_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_has_lost_its_memory_is_next_asked_for_work_without_one(tmp_path, monkeypatch):
     memory = link(2)
     made, honest = fleet(memory, tmp_path), memory.answer
 
@@ -130,9 +128,7 @@ def test_a_device_that_has_lost_its_memory_is_next_asked_for_work_without_one(
 
 @settings(max_examples=60)
 @given(st.integers(0, 10_000), st.floats(0.0, 0.1), st.integers(1, 5))
-def test_whatever_restarts_or_is_lost_each_client_has_one_answer_and_it_is_its_own(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, odd: float, count: int
-) -> None:
+def test_whatever_restarts_or_is_lost_each_client_has_one_answer_its_own(tmp_path_factory, seed, odd, count):
     made = fleet(link(count, seed, odd), tmp_path_factory.mktemp("run"), Pace(grace=20, poll=0))
     for round in (1, 2, 3):
         answers = sorted(made.ask(round, range(count), f"r{round}".encode()))
@@ -140,9 +136,7 @@ def test_whatever_restarts_or_is_lost_each_client_has_one_answer_and_it_is_its_o
         assert [a.data for a in answers] == [f"k{c} did r{round}".encode() for c in range(count)]
 
 
-def test_one_that_does_not_come_back_is_dropped_after_the_grace_and_asked_again_when_it_is_there(
-    tmp_path: Path,
-) -> None:
+def test_one_that_does_not_come_back_is_dropped_after_the_grace_and_asked_again_when_it_is_there(tmp_path):
     memory = link()
     made = fleet(memory, tmp_path)
     memory.away.add("k1")
@@ -159,14 +153,14 @@ def test_one_that_does_not_come_back_is_dropped_after_the_grace_and_asked_again_
     assert list(made.present()) == [0, 1, 2]
 
 
-def test_after_the_deadline_the_round_goes_on(tmp_path: Path) -> None:
+def test_after_the_deadline_the_round_goes_on(tmp_path):
     memory = link()
     made = fleet(memory, tmp_path, Pace(grace=50, deadline=0.2, poll=0.001))
     memory.away.add("k1")
     assert {a.client: a.status for a in made.ask(1, [0, 1, 2], b"x")} == {0: "ok", 1: "dropped", 2: "ok"}
 
 
-def test_a_device_is_its_key_and_brings_the_same_rows(tmp_path: Path) -> None:
+def test_a_device_is_its_key_and_brings_the_same_rows(tmp_path):
     made = fleet(link(), tmp_path)
     run = made.devices.run
     again = link()
@@ -180,13 +174,11 @@ def test_a_device_is_its_key_and_brings_the_same_rows(tmp_path: Path) -> None:
     assert list(second.rows) == [10, 11, 12]
     assert any("brings 99 rows" in n and "brought 11" in n for n in notes)
     assert [a.status for a in sorted(second.ask(1, [0, 1, 2], b"x"))] == ["ok", "dropped", "ok"]
-    assert any(
-        o.what == "end" and "99 rows" in o.reason
-        for o in map(Order.decode, [d for _, d in again.queue.values()])
-    ) or any(o.what == "end" for o in again.seen)
+    ordered = [*map(Order.decode, [data for _, data in again.queue.values()]), *again.seen]
+    assert any(o.what == "end" and "99 rows" in o.reason for o in ordered)
 
 
-def test_a_newcomer_gets_the_next_number(tmp_path: Path) -> None:
+def test_a_newcomer_gets_the_next_number(tmp_path):
     memory = link(2)
     made = fleet(memory, tmp_path)
     memory.devices["new"] = Device(7, "e" * 64, 1, 1, "0")
@@ -206,27 +198,21 @@ class Refusing(Memory):
         if order.what == "end":
             return Reply("done", order.nonce).encode()
         if self.lie:
-            return Reply(
-                "ready",
-                order.nonce,
-                body=Device(1, "0" * 64, 1, 1, "0").to_json().replace(b'"rows": 1', b'"rows": 0'),
-            ).encode()
+            body = Device(1, "0" * 64, 1, 1, "0").to_json().replace(b'"rows": 1', b'"rows": 0')
+            return Reply("ready", order.nonce, body=body).encode()
         return Reply("refused", order.nonce, code="model").encode()
 
 
 @pytest.mark.parametrize("registered", [True, False])
 @pytest.mark.parametrize("lie", [True, False])
-def test_waiting_ends_when_all_that_could_come_have_refused(
-    tmp_path: Path, registered: bool, lie: bool
-) -> None:
+def test_waiting_ends_when_all_that_could_come_have_refused(tmp_path, registered, lie):
     memory, notes = Refusing(link(3).devices, random.Random(0)), list[str]()
     memory.lie = lie
     devices = Devices(tmp_path)
     devices.register([(key, key) for key in memory.devices] if registered else [])
     made = RemoteFleet(memory, devices, JOB, 42, QUICK, note=notes.append)
-    with pytest.raises(
-        FleetError, match=r"no device can take part: 3 came; the last, device-k\d: "
-    ) as refused:
+    why = r"no device can take part: 3 came; the last, device-k\d: "
+    with pytest.raises(FleetError, match=why) as refused:
         made.wait_for(3)
     assert refused.value.exit_code == 4
     assert ("rows = 0: must be at least 1" if lie else "it has not the run's model") in str(refused.value)
@@ -235,7 +221,7 @@ def test_waiting_ends_when_all_that_could_come_have_refused(
 
 
 @pytest.mark.parametrize("key", ["k1", "new"])
-def test_waiting_goes_on_while_a_device_could_come(tmp_path: Path, key: str) -> None:
+def test_waiting_goes_on_while_a_device_could_come(tmp_path, key):
     """One whose key is registered, or any where any key may join; what is waited for is said."""
     memory, notes = Refusing(link(1).devices, random.Random(0)), list[str]()
     devices, looks = Devices(tmp_path), iter(range(50))
@@ -256,7 +242,7 @@ def test_waiting_goes_on_while_a_device_could_come(tmp_path: Path, key: str) -> 
     ][: len(devices)]
 
 
-def test_a_run_ends_when_all_its_devices_come_back_with_other_rows(tmp_path: Path) -> None:
+def test_a_run_ends_when_all_its_devices_come_back_with_other_rows(tmp_path):
     memory = link(2)
     made = fleet(memory, tmp_path)
     for number, key in enumerate(list(memory.devices)):
@@ -267,21 +253,13 @@ def test_a_run_ends_when_all_its_devices_come_back_with_other_rows(tmp_path: Pat
         made.present()
 
 
-def test_versions_are_kept_shown_and_named_once_where_they_are_others(tmp_path: Path) -> None:
+def test_versions_are_kept_shown_and_named_once_where_they_are_others(tmp_path):
     memory, notes, log = link(2), list[str](), list[dict[str, object]]()
-    own = dataclasses.replace(
-        memory.devices["k0"], version=__version__, torch=torch.__version__, processor="arm AVX"
-    )
+    versions = {"version": __version__, "torch": torch.__version__, "processor": "arm AVX"}
+    own = dataclasses.replace(memory.devices["k0"], **versions)
     memory.devices |= {"k0": own, "k1": dataclasses.replace(own, version="0.0.9", torch="1.2.3+cu")}
-    made = RemoteFleet(
-        memory,
-        Devices(tmp_path),
-        JOB,
-        42,
-        QUICK,
-        note=notes.append,
-        audit=lambda what, **fields: log.append(fields),
-    )
+    kept_by = {"note": notes.append, "audit": lambda what, **fields: log.append(fields)}
+    made = RemoteFleet(memory, Devices(tmp_path), JOB, 42, QUICK, **kept_by)
     made.wait_for(2)
     memory.marks["k1"] = 5  # it comes in anew
     made.ready()
@@ -289,29 +267,20 @@ def test_versions_are_kept_shown_and_named_once_where_they_are_others(tmp_path: 
         list(made.ask(1, [0, 1], b"x"))
     told = [n for n in notes if "it has" in n]
     assert len(told) == 1
-    assert told[0].startswith(
-        "device device-k1: it has fleetune 0.0.9 and torch 1.2.3+cu: the digest need not be"
-    )
+    assert told[0].startswith("device device-k1: it has fleetune 0.0.9 and torch 1.2.3+cu: the digest need")
     public = torch.__version__.partition("+")[0]
     assert told[0].endswith(f"pip install fleetune=={__version__} torch=={public}")
     assert f"torch {torch.__version__}, arm AVX" in next(n for n in notes if "k0 is ready" in n)
     (joined,) = (e for e in log if e.get("name") == "device-k0" and "rows" in e)
-    assert {k: joined[k] for k in ("version", "torch", "processor")} == {
-        "version": __version__,
-        "torch": torch.__version__,
-        "processor": "arm AVX",
-    }
+    assert joined.items() >= versions.items()
     (kept,) = (m for m in Devices(tmp_path).members if m.key == "k1")
     assert (kept.version, kept.torch, kept.processor) == ("0.0.9", "1.2.3+cu", "arm AVX")
 
 
-def test_a_device_that_comes_in_anew_all_the_time_fills_no_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_comes_in_anew_all_the_time_fills_no_log(tmp_path, monkeypatch):
     memory, log, now = link(2), list[str](), [0.0]
-    made = RemoteFleet(
-        memory, Devices(tmp_path), JOB, 42, QUICK, audit=lambda what, **fields: log.append(fields["name"])
-    )
+    audit = lambda what, **fields: log.append(fields["name"])  # noqa: E731
+    made = RemoteFleet(memory, Devices(tmp_path), JOB, 42, QUICK, audit=audit)
     made.wait_for(2)
     monkeypatch.setattr("fleetune.fleet.remote.time.monotonic", lambda: now[0])
     for second in range(600):
@@ -326,7 +295,7 @@ def test_a_device_that_comes_in_anew_all_the_time_fills_no_log(
     assert made.ready() == [0, 1]  # it stays, and is in again
 
 
-def test_a_resumed_server_gives_the_same_order(tmp_path: Path) -> None:
+def test_a_resumed_server_gives_the_same_order(tmp_path):
     """To the bit, so that a device that has done it answers from its disk."""
     orders = []
     for _ in range(2):
@@ -337,7 +306,7 @@ def test_a_resumed_server_gives_the_same_order(tmp_path: Path) -> None:
     assert orders[0] == orders[1]
 
 
-def test_a_damaged_table_is_named(tmp_path: Path) -> None:
+def test_a_damaged_table_is_named(tmp_path):
     fleet(link(), tmp_path)
     file = tmp_path / FILE
     assert file.stat().st_mode & 0o777 == 0o600

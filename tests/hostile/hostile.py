@@ -84,6 +84,23 @@ def values(data: bytes, *, keys: Callable[[str], bool] = lambda key: True) -> di
     return found
 
 
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """Change a message's body in one to four places."""
+    body = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(max(1, len(body)))
+        match rng.randrange(4):
+            case 0:
+                body[at : at + 1] = rng.randbytes(1)
+            case 1:
+                del body[at : at + rng.randint(1, 9)]
+            case 2:
+                body[at : at + rng.randint(0, 4)] = rng.randbytes(rng.randint(1, 9))
+            case 3:  # the heads of lists, maps, texts and numbers
+                body[at : at + 1] = rng.choice(b"\xc1\xdc\xdd\xdf\xc6\xc9\xd9\x94\xcf\xcb").to_bytes()
+    return bytes(body)
+
+
 def put(path: Path, data: bytes | None) -> None:
     """Write a file anew, or take it away."""
     path.unlink(missing_ok=True)

@@ -17,15 +17,9 @@ from fleetune.data.encode import encode_rows
 from fleetune.models.net.model import Model
 from hostile import put, refusal
 
-ROWS = [
-    {
-        "instruction": f"what is {i} and {i}?",
-        "context": "",
-        "response": f"it is {2 * i}, naïve one",
-        "text": "for perplexity",
-    }
-    for i in range(40)
-]
+SAME = {"context": "", "text": "for perplexity"}
+ASKED = [(f"what is {i} and {i}?", f"it is {2 * i}, naïve one") for i in range(40)]
+ROWS = [{"instruction": asked, "response": answer} | SAME for asked, answer in ASKED]
 WIDE = 100_000
 DEEP = "[" * hostile.DEEP
 FORMS = ("jsonl", "json", "csv", "parquet")
@@ -99,18 +93,18 @@ ODD: dict[str, Callable[[], str]] = {
 
 
 @pytest.mark.parametrize("case", list(NAMED))
-def test_a_file_that_an_attack_found_is_refused(tmp_path: Path, model: Model, case: str) -> None:
+def test_a_file_that_an_attack_found_is_refused(tmp_path, model, case):
     put(tmp_path / case, NAMED[case]().encode("utf-8", "surrogatepass"))
     assert refusal(lambda: use(tmp_path / case, model)), f"{case}: accepted"
 
 
-def test_the_honest_ones_are_accepted(honest: Path, model: Model) -> None:
+def test_the_honest_ones_are_accepted(honest, model):
     for form in FORMS:
         assert refusal(lambda form=form: use(honest / f"x.{form}", model)) is None  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("case", list(ODD))
-def test_an_odd_file_is_read(tmp_path: Path, model: Model, case: str) -> None:
+def test_an_odd_file_is_read(tmp_path, model, case):
     put(tmp_path / case, ODD[case]().encode())
     encode_rows(model, data.read(str(tmp_path / case)), 64)
 
@@ -139,22 +133,18 @@ def every(honest: Path, form: str, step: int) -> list[tuple[str, bytes | None]]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_sample_of_damaged_files(
-    honest: Path, tmp_path: Path, model: Model, injected: Injected, form: str
-) -> None:
+def test_a_sample_of_damaged_files(honest, tmp_path, model, injected, form):
     sweep(tmp_path / f"x.{form}", model, every(honest, form, 7), injected)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("form", FORMS)
-def test_all_damaged_files(honest: Path, tmp_path: Path, model: Model, injected: Injected, form: str) -> None:
+def test_all_damaged_files(honest, tmp_path, model, injected, form):
     sweep(tmp_path / f"x.{form}", model, every(honest, form, 1), injected)
 
 
 @pytest.mark.faults
-def test_parquet_with_many_bits_flipped(
-    honest: Path, tmp_path: Path, model: Model, injected: Injected
-) -> None:
+def test_parquet_with_many_bits_flipped(honest, tmp_path, model, injected):
     raw = (honest / "x.parquet").read_bytes()
 
     def flipped(bit: int) -> bytes:

@@ -89,7 +89,7 @@ MUST_REFUSE: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("case", list(MUST_REFUSE))
-def test_a_file_that_an_attack_found_is_refused(honest: Path, tmp_path: Path, case: str) -> None:
+def test_a_file_that_an_attack_found_is_refused(honest, tmp_path, case):
     file = File(honest)
     MUST_REFUSE[case](file)
     put(tmp_path / "x.gguf", bytes(file.data))
@@ -108,7 +108,7 @@ def end(writer: gguf.GGUFWriter) -> None:
 
 
 @pytest.mark.parametrize("texts", [False, True])
-def test_a_list_that_claims_to_be_longer_than_the_file_is_refused(tmp_path: Path, texts: bool) -> None:
+def test_a_list_that_claims_to_be_longer_than_the_file_is_refused(tmp_path, texts):
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_array("tokenizer.ggml.list", ["a", "b"] if texts else [1, 2])
     end(writer)
@@ -120,7 +120,7 @@ def test_a_list_that_claims_to_be_longer_than_the_file_is_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("alignment", [0.5, 0, -1, 33, "32", True])
-def test_an_alignment_that_is_none_is_refused(tmp_path: Path, alignment: object) -> None:
+def test_an_alignment_that_is_none_is_refused(tmp_path, alignment):
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     kind = {float: "FLOAT32", int: "INT32", str: "STRING", bool: "BOOL"}[type(alignment)]
     writer.add_key_value("general.alignment", alignment, gguf.GGUFValueType[kind])
@@ -129,7 +129,7 @@ def test_an_alignment_that_is_none_is_refused(tmp_path: Path, alignment: object)
     assert not is_adapter(tmp_path / "x.gguf")  # as serve looks through a folder
 
 
-def test_the_honest_one_is_accepted(honest: Path, tmp_path: Path) -> None:
+def test_the_honest_one_is_accepted(honest, tmp_path):
     assert refusal(lambda: use(honest, tmp_path)) is None
 
 
@@ -152,10 +152,10 @@ def sweep(honest: Path, work: Path, flips: int, every: int, injected: Injected) 
     hostile.survived("damaged GGUF files", each, lambda: use(work / "x.gguf", work), injected)
 
 
-def test_a_sample_of_damaged_files(honest: Path, tmp_path: Path, injected: Injected) -> None:
+def test_a_sample_of_damaged_files(honest, tmp_path, injected):
     sweep(honest, tmp_path, 24, 5, injected)
 
 
 @pytest.mark.faults
-def test_all_damaged_files(honest: Path, tmp_path: Path, injected: Injected) -> None:
+def test_all_damaged_files(honest, tmp_path, injected):
     sweep(honest, tmp_path, 300, 1, injected)

@@ -128,20 +128,20 @@ MUST_REFUSE_SHARDS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("case", list(MUST_REFUSE))
-def test_a_folder_that_an_attack_found_is_refused(honest: Path, tmp_path: Path, case: str) -> None:
+def test_a_folder_that_an_attack_found_is_refused(honest, tmp_path, case):
     shutil.copytree(honest / "one", tmp_path / "x")
     MUST_REFUSE[case](tmp_path / "x")
     assert refusal(lambda: use(tmp_path / "x")), f"{case}: accepted"
 
 
 @pytest.mark.parametrize("case", list(MUST_REFUSE_SHARDS))
-def test_an_index_that_an_attack_found_is_refused(honest: Path, tmp_path: Path, case: str) -> None:
+def test_an_index_that_an_attack_found_is_refused(honest, tmp_path, case):
     shutil.copytree(honest / "shards", tmp_path / "x")
     MUST_REFUSE_SHARDS[case](tmp_path / "x")
     assert refusal(lambda: use(tmp_path / "x")), f"{case}: accepted"
 
 
-def test_the_honest_ones_are_accepted(honest: Path) -> None:
+def test_the_honest_ones_are_accepted(honest):
     assert refusal(lambda: use(honest / "one")) is None
     assert refusal(lambda: use(honest / "shards")) is None
 
@@ -172,12 +172,12 @@ def sweep(folder: Path, work: Path, every: int, injected: Injected) -> dict[str,
 
 
 @pytest.mark.parametrize("form", ["one", "shards"])
-def test_a_sample_of_damaged_folders(honest: Path, tmp_path: Path, injected: Injected, form: str) -> None:
+def test_a_sample_of_damaged_folders(honest, tmp_path, injected, form):
     counts = sweep(honest / form, tmp_path / "x", 41, injected)
     assert counts["refused"] >= 5
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("form", ["one", "shards"])
-def test_all_damaged_folders(honest: Path, tmp_path: Path, injected: Injected, form: str) -> None:
+def test_all_damaged_folders(honest, tmp_path, injected, form):
     sweep(honest / form, tmp_path / "x", 1, injected)

@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from fleetune import models
+from tiny_families import sizes
 
 
 def write_gguf(
@@ -81,17 +82,8 @@ def random_(net: Any) -> Any:
 
 
 def qwen(config: Any, kind: Any) -> Any:
-    sizes: dict[str, Any] = {
-        "vocab_size": 264,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-    }
-    return random_(kind(config(**sizes, tie_word_embeddings=config is Qwen2Config)))
+    small = sizes(32, 64, 2, 4, 2, head_dim=8, max_position_embeddings=256)
+    return random_(kind(config(**small, tie_word_embeddings=config is Qwen2Config)))
 
 
 NETS = {

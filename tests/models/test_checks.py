@@ -30,7 +30,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in changes.items():
-        del tensors[name]
+        tensors.pop(name, None)
         if tensor is not None:
             tensors[name] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -68,35 +68,21 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "encoder without labels": (lambda f: edit_config(f, **BERT), "is an encoder .* 0 were given"),
     "encoder-decoder": (lambda f: edit_config(f, **T5), "'t5'"),
     "no head": (lambda f: edit_config(f, architectures=["LlamaModel"]), "LlamaModel"),
-    "quantised": (
-        lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}),
-        r"quantised \(gptq\)",
-    ),
+    "codes": (lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\)"),
     "absurd value": (lambda f: edit_config(f, num_attention_heads="many"), "cannot be used"),
-    "a wrong value with its reason": (
-        lambda f: edit_config(f, hidden_size=33),
-        "is not a multiple of the number",
-    ),
-    "blocks below none": (
-        lambda f: edit_config(f, num_hidden_layers=-1),
-        "says num_hidden_layers = -1, below 1",
-    ),
+    "a wrong value": (lambda f: edit_config(f, hidden_size=33), "is not a multiple of the number"),
+    "no blocks": (lambda f: edit_config(f, num_hidden_layers=-1), "says num_hidden_layers = -1, below 1"),
     "no heads": (lambda f: edit_config(f, num_attention_heads=0), "says num_attention_heads = 0, below 1"),
     "fewer blocks than weights": (
         lambda f: edit_config(f, num_hidden_layers=1),
         r"has 9 tensors that a LlamaForCausalLM .* no place for: model.layers.1.input_layernorm.weight, ",
     ),
     "a tensor that is none of its own": (
-        lambda f: save_file(
-            load_file(f / "model.safetensors") | {"score.weight": torch.ones(3)}, f / "model.safetensors"
-        ),
+        lambda f: edit_weights(f, **{"score.weight": torch.ones(3)}),
         "has 1 tensors .*: score.weight",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
-    "an artefact": (
-        lambda f: (f / "model.safetensors").rename(f / "master.safetensors"),
-        "holds a compressed model",
-    ),
+    "artefact": (lambda f: (f / "model.safetensors").rename(f / "master.safetensors"), "a compressed model"),
     "a pickle": (only_pickle, "pytorch_model.bin is a pickle"),
     "truncated": (truncate, "cannot be loaded"),
     "a tensor missing": (lambda f: edit_weights(f, **{NORM: None}), "lacks 1 tensors of a Llama.*model.norm"),

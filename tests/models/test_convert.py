@@ -35,19 +35,17 @@ def test_an_fp32_gguf_gives_the_net_back_bit_for_bit(tmp_path: Path, architectur
 def test_quantised_rows_are_those_of_gguf_and_of_transformers(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "m.gguf"
     net = models.tiny_llama().net
-    write_gguf(path, net, "llama", gguf.GGMLQuantizationType[kind])
+    type_ = gguf.GGMLQuantizationType[kind]
+    write_gguf(path, net, "llama", type_)
     model = models.load(str(path), device="cpu")
     assert model.digest != models.digest(models.named_tensors(net))
     weight = model.net.model.layers[1].mlp.up_proj.weight
-    rows = gguf.quants.quantize(
-        net.model.layers[1].mlp.up_proj.weight.numpy(), gguf.GGMLQuantizationType[kind]
-    )
-    assert np.array_equal(weight.numpy(), gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind]))
+    rows = gguf.quants.quantize(net.model.layers[1].mlp.up_proj.weight.numpy(), type_)
+    assert np.array_equal(weight.numpy(), gguf.quants.dequantize(rows, type_))
     theirs = pytest.importorskip("transformers").GgufConfig(dequantize=True)
     pytest.importorskip("accelerate")
-    other = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=path.name, dtype=torch.float32, quantization_config=theirs
-    )
+    how = {"gguf_file": path.name, "dtype": torch.float32, "quantization_config": theirs}
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, **how)
     assert models.digest(models.named_tensors(other)) == model.digest
 
 
@@ -83,12 +81,8 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     first = models.resolve(str(tmp_path / "m.gguf"))
     digest = hashlib.sha256((tmp_path / "m.gguf").read_bytes()).hexdigest()
     assert first == cache.cache() / "models" / f"gguf-{digest[:16]}"
-    assert cache.source_of(first) == {
-        "v": 1,
-        "source": "file m.gguf",
-        "file": "m.gguf",
-        "sha256": {"gguf": digest},
-    }
+    record = {"source": "file m.gguf", "file": "m.gguf", "sha256": {"gguf": digest}}
+    assert cache.source_of(first) == {"v": 1, **record}
     monkeypatch.setattr("fleetune.models.gguf.convert.convert", None)
     shutil.copy(tmp_path / "m.gguf", tmp_path / "copy.gguf")
     assert models.resolve(str(tmp_path / "copy.gguf")) == first

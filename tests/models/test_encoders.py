@@ -5,25 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaModel,
-)
 
 import fleetune
 from command_line import FEW
@@ -40,25 +30,17 @@ from fleetune.tuning.recipe.recipe import label_words, make
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "pad_token_id": 258}
 SMALL = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 1, "num_attention_heads": 4}
-DISTIL = {"dim": 32, "hidden_dim": 72, "n_layers": 1, "n_heads": 4}
-KINDS: dict[str, tuple[Callable[[], PreTrainedModel], set[str]]] = {
-    "bert": (lambda: BertModel(BertConfig(**SIZES, **SMALL)), {"classifier"}),
-    "bert, masked": (
-        lambda: BertForMaskedLM(BertConfig(**SIZES, **SMALL)),
-        {"classifier", "bert.pooler.dense"},
-    ),
-    "roberta": (
-        lambda: RobertaModel(RobertaConfig(**SIZES, **SMALL)),
-        {"classifier.dense", "classifier.out_proj"},
-    ),
-    "distilbert, masked": (
-        lambda: DistilBertForMaskedLM(DistilBertConfig(**SIZES, **DISTIL)),
-        {"pre_classifier", "classifier"},
-    ),
+BERT, ROBERTA = hf.BertConfig(**SIZES, **SMALL), hf.RobertaConfig(**SIZES, **SMALL)
+DISTIL = hf.DistilBertConfig(**SIZES, dim=32, hidden_dim=72, n_layers=1, n_heads=4)
+KINDS: dict[str, tuple[Any, Any, set[str]]] = {
+    "bert": (hf.BertModel, BERT, {"classifier"}),
+    "bert, masked": (hf.BertForMaskedLM, BERT, {"classifier", "bert.pooler.dense"}),
+    "roberta": (hf.RobertaModel, ROBERTA, {"classifier.dense", "classifier.out_proj"}),
+    "distilbert, masked": (hf.DistilBertForMaskedLM, DISTIL, {"pre_classifier", "classifier"}),
 }
 
 
-def folder(path: Path, net: PreTrainedModel, kind: str = "bert") -> Path:
+def folder(path: Path, net: hf.PreTrainedModel, kind: str = "bert") -> Path:
     models.save(net, tiny_pair_tokenizer("bert" if kind.startswith("bert") else "roberta"), path)
     return path
 
@@ -74,10 +56,10 @@ def trained_head(path: Path, labels: tuple[str, ...] = ("no", "yes")) -> models.
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_a_bare_encoder_gets_a_new_head_and_keeps_everything_else(tmp_path: Path, kind: str) -> None:
-    make, new = KINDS[kind]
+    make, config, new = KINDS[kind]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = make()
+        net = make(config)
     path = folder(tmp_path / "bare", net, kind)
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
@@ -125,7 +107,7 @@ def test_other_labels_mean_a_new_head_and_a_warning(tmp_path: Path, caplog: Any)
 
 
 def test_an_encoder_that_lacks_more_than_its_head_is_refused(tmp_path: Path) -> None:
-    path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
+    path = folder(tmp_path / "bare", hf.BertModel(BERT))
     tensors = load_file(path / "model.safetensors")
     del tensors["encoder.layer.0.output.dense.weight"]
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
@@ -160,10 +142,9 @@ def test_loss_and_accuracy_of_a_head(make: Any) -> None:
     assert class_rows(model, rows)[1].mean() == pytest.approx(accuracy / 100)
     for size in (1, 4, 8):
         assert label_accuracy(model, PAIRS, batch_size=size) == pytest.approx(accuracy)
-    assert measure_rows(model, rows, PAIRS, (), 512)[0] == pytest.approx(
-        {"loss": loss, "accuracy": accuracy}, abs=1e-5
-    )
-    assert evaluate(model, PAIRS).values == pytest.approx({"loss": loss, "accuracy": accuracy}, abs=1e-5)
+    wanted = pytest.approx({"loss": loss, "accuracy": accuracy}, abs=1e-5)
+    assert measure_rows(model, rows, PAIRS, (), 512)[0] == wanted
+    assert evaluate(model, PAIRS).values == wanted
     assert predict(model, PAIRS) == [model.labels[int(p.argmax())] for p in said]
 
 
@@ -196,13 +177,10 @@ def test_what_an_encoder_cannot_do_is_refused() -> None:
         label_accuracy(model, [Example((("user", "q"),), "maybe", {}, ("q",))])
 
 
-def data(path: Path, label: str = "label") -> str:
+def data(path: Path) -> str:
+    labels = ("not_entailment", "entailment")
     rows = [
-        {
-            "question": f"what {c}",
-            "sentence": f"it is {c if i % 2 else 'q'}",
-            label: ["not_entailment", "entailment"][i % 2],
-        }
+        {"question": f"what {c}", "sentence": f"it is {c if i % 2 else 'q'}", "label": labels[i % 2]}
         for i, c in enumerate("abcdefghijklmnop")
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -210,7 +188,7 @@ def data(path: Path, label: str = "label") -> str:
 
 
 def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
-    path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
+    path = folder(tmp_path / "bare", hf.BertModel(BERT))
     found = fleetune.tune(
         path,
         data(tmp_path / "qnli.jsonl"),
@@ -240,23 +218,16 @@ def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
         ({"data": "demo", "limit": 80}, ModelError, "chooses among 2 to 64 label words; 80 were given"),
     ],
 )
-def test_a_run_that_an_encoder_cannot_do_ends_before_any_work(
-    tmp_path: Path, changes: dict[str, Any], error: type[Exception], said: str
-) -> None:
-    path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
-    options = {
-        "model": str(path),
-        "data": data(tmp_path / "qnli.jsonl"),
-        "method": "fedpetuning",
-        "clients": 2,
-    }
+def test_a_run_that_an_encoder_cannot_do_ends(tmp_path: Path, changes: dict, error: type, said: str) -> None:
+    path = folder(tmp_path / "bare", hf.BertModel(BERT))
+    options = {"model": str(path), "data": data(tmp_path / "a.jsonl"), "method": "fedpetuning", "clients": 2}
     with pytest.raises(error, match=said):
         fleetune.tune(make(options | changes), out=tmp_path / "runs")
 
 
 def test_a_label_word_may_have_a_comma(tmp_path: Path) -> None:
     """Tuned, written down, read back and measured."""
-    path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
+    path = folder(tmp_path / "bare", hf.BertModel(BERT))
     names = ["a, b", "c\\,d", "e"]
     rows = [{"text": f"t{i}", "label": names[i % 3]} for i in range(18)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

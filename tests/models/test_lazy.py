@@ -34,12 +34,8 @@ def weight(request: pytest.FixtureRequest, tmp_path: Path) -> LazyWeight:
 
 def test_it_looks_like_a_parameter(weight: LazyWeight) -> None:
     assert isinstance(weight, nn.Parameter)
-    assert (weight.shape, weight.dtype, weight.device.type, weight.numel()) == (
-        (6, 64),
-        torch.float32,
-        "cpu",
-        384,
-    )
+    assert (weight.shape, weight.numel()) == ((6, 64), 384)
+    assert (weight.dtype, weight.device.type) == (torch.float32, "cpu")
     assert weight.untyped_storage is not None
     values = weight.values()
     for found in (weight.detach(), weight.data, weight.double(), weight + 0):
@@ -48,9 +44,7 @@ def test_it_looks_like_a_parameter(weight: LazyWeight) -> None:
     assert type(copied := copy.deepcopy(weight)) is nn.Parameter
     assert torch.equal(copied, values)
     assert weight.to("cpu") is weight.cpu() is weight.requires_grad_(False) is weight
-    layer = nn.Linear(64, 6, bias=False)
-    layer._parameters["weight"] = weight  # type: ignore[assignment]
-    assert layer.to("cpu").weight is weight
+    assert _module(weight).to("cpu").weight is weight
     weight.requires_grad = False
     assert torch.equal(torch.stack([weight, weight])[1], values)
     assert torch.equal(torch.cat([part.clone() for _, part in weight.pieces()]).view(6, 64), values)
@@ -160,9 +154,7 @@ IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bf16"), *((family, "fp32") for family in FAMILIES)])
 def test_a_model_of_any_family_is_the_one_in_memory(family: str, dtype: str, tmp_path: Path) -> None:
     folder = str(tiny_families.save(family, tmp_path))
-    whole, mapped = (
-        models.load(folder, device="cpu", dtype=dtype, base=base) for base in ("memory", "mapped")
-    )
+    whole, mapped = (models.load(folder, device="cpu", dtype=dtype, base=at) for at in ("memory", "mapped"))
     assert mapped.digest == whole.digest
     assert models.digest(models.named_tensors(mapped.net)) == whole.digest
     for name, tensor in models.named_tensors(mapped.net):

@@ -12,17 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import family_matrix as families
 from fleetune.errors import ModelError
-from fleetune.models.net import layers
-from fleetune.models.net.layers import (
-    HEAP,
-    attention_layers,
-    body_of,
-    by_layer,
-    check_separate,
-    is_causal,
-    layers_of,
-    outputs_of,
-)
+from fleetune.models.net import layers as net_layers
+from fleetune.models.net.layers import HEAP, body_of, by_layer, layers_of
 from tiny_families import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
@@ -32,18 +23,10 @@ PLACES = {
     "phi": ("self_attn.q_proj self_attn.v_proj", "self_attn.dense mlp.fc2", 4),
     "phi3": ("self_attn.qkv_proj self_attn.qkv_proj", "self_attn.o_proj mlp.down_proj", 2),
     "gpt2": ("attn.c_attn attn.c_attn", "attn.c_proj mlp.c_proj", 4),
-    "gpt_neox": (
-        "attention.query_key_value attention.query_key_value",
-        "attention.dense mlp.dense_4h_to_h",
-        4,
-    ),
+    "gpt_neox": ("attention.query_key_value", "attention.dense mlp.dense_4h_to_h", 4),
     "gptj": ("attn.q_proj attn.v_proj", "attn.out_proj mlp.fc_out", 4),
     "opt": ("self_attn.q_proj self_attn.v_proj", "self_attn.out_proj fc2", 4),
-    "falcon": (
-        "self_attention.query_key_value self_attention.query_key_value",
-        "self_attention.dense mlp.dense_4h_to_h",
-        1,
-    ),
+    "falcon": ("self_attention.query_key_value", "self_attention.dense mlp.dense_4h_to_h", 1),
     "gpt_oss": ("self_attn.q_proj self_attn.v_proj", "self_attn.o_proj mlp", 2),
     "lfm2": ("self_attn.q_proj self_attn.v_proj", "self_attn.out_proj feed_forward.w2", 2),
     "mamba": (" ", "mixer", 0),
@@ -65,12 +48,13 @@ def test_layers_are_found_by_structure(family: str) -> None:
     layers = layers_of(net)
     assert len(layers) == (1 if family == "albert" else 2)
     last, inside = layers[-1], f"{layers[-1].name}."
-    projections, ends, heads = PLACES[family]
-    assert [last.query.removeprefix(inside), last.value.removeprefix(inside)] == projections.split(" ")
+    names, ends, heads = PLACES[family]
+    projections = names.split(" ") * (1 + (" " not in names))
+    assert [last.query.removeprefix(inside), last.value.removeprefix(inside)] == projections
     assert [end.removeprefix(inside) for end in last.ends] == ends.split(" ")
-    assert {outputs_of(net, end) for end in last.ends} == {32}
+    assert {net_layers.outputs_of(net, end) for end in last.ends} == {32}
     assert (last.heads, last.width) == (heads, 8 if heads else 0)
-    assert is_causal(net) == (family in families.DECODERS)
+    assert net_layers.is_causal(net) == (family in families.DECODERS)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -85,9 +69,9 @@ def test_the_body_is_what_the_net_calls(family: str) -> None:
 
 def test_what_a_family_lacks_is_said() -> None:
     with pytest.raises(ModelError, match="1 of the 2 layers of a Lfm2ForCausalLM have none"):
-        attention_layers(build("lfm2"), "a prefix")
+        net_layers.attention_layers(build("lfm2"), "a prefix")
     with pytest.raises(ModelError, match="has 1 that it runs 2 times"):
-        check_separate(build("albert"), "fedpeptao")
+        net_layers.check_separate(build("albert"), "fedpeptao")
 
 
 IDS = torch.tensor([[5, 9, 20, 5, 3, 26, 2], [1, 4, 2, 3, 12, 8, 9]])
@@ -116,10 +100,8 @@ def trained(net: Any, context: Any) -> tuple[dict[str, Tensor], int]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mamba"])
 def test_gradients_are_the_same_bits_with_dropout_and_less_is_kept(family: str) -> None:
-    changes = {"gpt2": {"resid_pdrop": 0.2, "attn_pdrop": 0.2}, "falcon": {"hidden_dropout": 0.2}}.get(
-        family, {}
-    )
-    net: Any = build(family, **changes)
+    dropout = {"gpt2": {"resid_pdrop": 0.2, "attn_pdrop": 0.2}, "falcon": {"hidden_dropout": 0.2}}
+    net: Any = build(family, **dropout.get(family, {}))
     whole, much = trained(net, nullcontext())
     again, less = trained(net, by_layer(net, small=0))
     assert whole.keys() == again.keys()
@@ -155,7 +137,7 @@ def test_a_step_keeps_its_activations_where_they_have_room(monkeypatch: pytest.M
         again.append(1)
         return checkpoint(*args, **how)
 
-    monkeypatch.setattr(layers, "checkpoint", counted)
+    monkeypatch.setattr(net_layers, "checkpoint", counted)
     with by_layer(net, small=0, room=lambda: 1 << 40) as seen:
         trained(net, nullcontext())
     entering = IDS.numel() * net.config.hidden_size * 4
@@ -183,9 +165,9 @@ def test_a_step_keeps_its_activations_where_they_have_room(monkeypatch: pytest.M
 def test_free_memory_is_given_back_every_few_layers_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     net: Any = build("llama", num_hidden_layers=7)
     given: list[int] = []
-    monkeypatch.setattr(layers, "give_back", lambda: given.append(1))
+    monkeypatch.setattr(net_layers, "give_back", lambda: given.append(1))
     trained(net, by_layer(net, small=0))
     assert not given  # a layer is entered by some kB
-    monkeypatch.setattr(layers, "LARGE", 1)
+    monkeypatch.setattr(net_layers, "LARGE", 1)
     trained(net, by_layer(net, small=0))
     assert len(given) == 2  # one layer of each five, on the way there and back

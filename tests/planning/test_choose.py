@@ -21,37 +21,33 @@ def recipe(model: str, **values: object) -> Recipe:
     return recipes.make({"model": model, "data": "demo", **values})
 
 
-def test_the_method_is_the_one_that_plan_recommends_and_is_said(tiny: str) -> None:
+def test_the_method_is_the_one_that_plan_recommends_and_is_said(tiny):
     told: list[str] = []
     chosen = choose.settled_method(recipe(tiny), told.append, offline=True)
     assert chosen.method == "fedit"
     assert told[0].startswith(
-        "method fedit, since none was given: it learns most from a step and takes about "
+        "method fedit, since none was given: it learns most from a step and takes about"
     )
 
 
-def test_the_method_has_the_settings_that_are_given(tiny: str) -> None:
+def test_the_method_has_the_settings_that_are_given(tiny):
     chosen, _, _ = choose.method_for(recipe(tiny, set={"tau": 3, "K": 64, "backprop_steps": 3}), offline=True)
     assert chosen == "fedkseed"
     with pytest.raises(RecipeError, match="no method has all of the settings r, K"):
         choose.method_for(recipe(tiny, set={"r": 4, "K": 64}), offline=True)
 
 
-def test_what_trains_scales_is_chosen_among_the_methods_that_can(tiny: str) -> None:
+def test_what_trains_scales_is_chosen_among_the_methods_that_can(tiny):
     settled = choose.settled_method(recipe(tiny, train="scales"), lambda _: None, offline=True)
     assert settled.method in recipes.SCALE_METHODS
     assert settled.base == "auto", "the file is mapped whatever the recipe says"
     assert choose.method_for(recipe(tiny, set={"module": "scales"}), offline=True)[0] == "fedpetuning"
 
 
-def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
-    tiny: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(tiny, monkeypatch):
     monkeypatch.setenv("FLEETUNE_KERNELS", "torch")  # Numba's take more than this model's back-propagation
-    rows = {
-        r.method: r
-        for r in choose.plan.table(models.load_config(tiny), choose.Workload(), rates=choose.NOT_MEASURED)
-    }
+    table = choose.plan.table(models.load_config(tiny), choose.Workload(), rates=choose.NOT_MEASURED)
+    rows = {row.method: row for row in table}
     most = max(r.peak or 0 for n, r in rows.items() if n in ("mezo", "fedkseed", "onebyte"))
     assert most < (rows["fedit"].peak or 0)
     monkeypatch.setattr(models, "device_memory", lambda device: most + 1)
@@ -63,9 +59,7 @@ def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
         choose.method_for(recipe(tiny), offline=True)
 
 
-def test_a_method_is_counted_with_the_rows_that_its_steps_will_have(
-    tiny: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_method_is_counted_with_the_rows_that_its_steps_will_have(tiny, monkeypatch):
     shape = shape_of(models.load_config(tiny))
     asked = {"length": 512, "dtype": "fp32", "base": "memory"}
     peaks = {s.work.batch: s.peak for s in Search(shape, None, asked).tried("fedit")}
@@ -77,14 +71,11 @@ def test_a_method_is_counted_with_the_rows_that_its_steps_will_have(
     assert f"about {human_bytes(peaks[1])} of this machine's" in why
     monkeypatch.setattr(models, "device_memory", lambda device: peaks[8] - 1)
     with pytest.raises(FitError, match="fedit with 8 x 512 tokens a step in fp32, needs 1 B more"):
-        choose.method_for(
-            recipe(tiny, base="memory", set={"batch_size": 8, "r": 16, "dropout": 0.05}), offline=True
-        )
+        set_ = {"batch_size": 8, "r": 16, "dropout": 0.05}
+        choose.method_for(recipe(tiny, base="memory", set=set_), offline=True)
 
 
-def test_a_base_that_memory_cannot_hold_stays_in_its_file(
-    large: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_memory_cannot_hold_stays_in_its_file(large, monkeypatch):
     tried = Search(shape_of(models.load_config(large)), None, {"length": 512, "dtype": "fp32"}).tried("fedit")
     in_memory, mapped = [s.peak for s in tried][:2]
     for ram, base in ((in_memory * 10 // 9 + 1, "auto"), (mapped * 10 // 9 + 1, "mapped")):
@@ -100,7 +91,7 @@ def settled_base(recipe: Recipe) -> tuple[Recipe, prepare.CheckMemory, str]:
     return found, check, " ".join(told)
 
 
-def test_the_base_of_a_named_method_is_mapped_where_it_fits_only_so_which_is_said(large: str) -> None:
+def test_the_base_of_a_named_method_is_mapped_where_it_fits_only_so_which_is_said(large):
     shape = shape_of(models.load_config(large))
     tried = Search(shape, None, {"length": 512, "dtype": "fp32"}, shrinks=False).tried("mezo")
     in_memory, mapped = (settings.peak for settings in tried)
@@ -116,9 +107,7 @@ def test_the_base_of_a_named_method_is_mapped_where_it_fits_only_so_which_is_sai
     assert "mezo with 16 x 512 tokens a step in fp32 takes about" in told
 
 
-def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(
-    large: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(large, monkeypatch):
     shape, work = shape_of(models.load_config(large)), choose.Workload(16, 200)
     footprint = methods.make("mezo", {}).footprint(shape)
     parts = device_cost.memory(shape, work, footprint)
@@ -135,11 +124,9 @@ def test_what_cannot_fit_is_refused_by_what_no_file_backs_with_what_fits(
     check(own)  # the file's pages are read again and again, but it works
     with pytest.raises(FitError) as error:
         check(own - 1)
-    assert "mezo with 16 x 200 tokens a step in fp32, base memory, takes at least" in error.value.message
-    assert (
-        f"{human_bytes(own)} beside pages of files, and there are {human_bytes(own - 1)}"
-        in error.value.message
-    )
+    said = error.value.message
+    assert "mezo with 16 x 200 tokens a step in fp32, base memory, takes at least" in said
+    assert f"{human_bytes(own)} beside pages of files, and there are {human_bytes(own - 1)}" in said
     assert f"what fits: fleetune plan {quoted(large)} --ram" in (error.value.hint or "")
     check(own - 1, tokens=100)  # shorter rows
     check(own - 1, rows=8)  # a client has fewer rows than a step

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ def found(shape: Any, ram: int, *order: str, **more: Any) -> tuple[str, int, int
 
 
 @pytest.mark.usefixtures("counted")
-def test_rows_are_given_up_first_then_tokens_then_the_type(shape: Any) -> None:
+def test_rows_are_given_up_first_then_tokens_then_the_type(shape):
     def at(rows: int, tokens: int, size: int) -> tuple[str, int, int, str]:
         return found(shape, rows * tokens * size * 10 // 9 + 1)
 
@@ -62,7 +61,7 @@ def test_rows_are_given_up_first_then_tokens_then_the_type(shape: Any) -> None:
 
 
 @pytest.mark.usefixtures("counted")
-def test_the_first_method_that_can_be_made_to_fit_is_taken_and_a_tight_fit_last(shape: Any) -> None:
+def test_the_first_method_that_can_be_made_to_fit_is_taken_and_a_tight_fit_last(shape):
     small = 64 * 2
     assert found(shape, small * 10 // 9 + 1, "fedpetuning", "fedit")[0] == "fedpetuning"
     assert found(shape, small, "fedpetuning", "fedit") == ("fedpetuning", 1, 64, "bf16")  # tight
@@ -75,7 +74,7 @@ def test_the_first_method_that_can_be_made_to_fit_is_taken_and_a_tight_fit_last(
 
 
 @pytest.mark.usefixtures("counted")
-def test_what_was_asked_for_stays(shape: Any) -> None:
+def test_what_was_asked_for_stays(shape):
     asked = {"batch": 3, "length": 100, "dtype": "fp32"}
     assert found(shape, 100_000, asked=asked) == ("fedit", 3, 100, "fp32")
     assert found(shape, 500, asked={"batch": 3}) == ("fedit", 3, 64, "bf16")
@@ -86,7 +85,7 @@ def test_what_was_asked_for_stays(shape: Any) -> None:
     assert error.value.hint == "leave out --batch, --length, --dtype, or take a smaller model"
 
 
-def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
+def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape):
     every = list(Search(shape, GB).tried("fedit"))
     tried = {(s.work.batch, s.work.length, s.work.dtype): s for s in every if s.work.base == "memory"}
     mapped = {(s.work.batch, s.work.length, s.work.dtype): s for s in every if s.work.base == "mapped"}
@@ -109,30 +108,22 @@ def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
     assert found.peak == max(sum(few.values()), sum(every_row.values())) + server
 
 
-def test_the_printed_command_makes_tune_use_what_was_planned(
-    large: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_printed_command_makes_tune_use_what_was_planned(large, tmp_path, capsys):
     every = list(Search(shape_of(models.load_config(large)), 1).tried("fedit"))
     ram = min(s.peak for s in every) * 10 // 9 + 1
     (wanted, *_) = [s.work for s in every if s.peak <= 0.9 * ram]
     assert wanted.base == "mapped"
     told = ok(capsys, "plan", large, "--ram", str(ram))[-1]
     assert told["event"] == "plan_settings"
-    assert (told["method"], told["dtype"], told["base"], told["ram"]) == (
-        "fedit",
-        wanted.dtype,
-        "mapped",
-        ram,
-    )
+    stated = {"method": "fedit", "dtype": wanted.dtype, "base": "mapped", "ram": ram}
+    assert told.items() >= stated.items()
     assert told["batch_size"] < 8
     assert told["peak"] <= 0.9 * ram
     assert main(["plan", large, "--ram", str(ram)]) == 0
     out = capsys.readouterr().out
     assert told["command"] in out
-    assert (
-        f"fedit with {told['batch_size']} x {told['max_length']} tokens a step in {wanted.dtype}, base mapped: about "
-        in out
-    )
+    size = f"{told['batch_size']} x {told['max_length']} tokens a step in {wanted.dtype}"
+    assert f"fedit with {size}, base mapped: about " in out
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"a {i}", "response": "b"}) + "\n" for i in range(6)))
@@ -141,15 +132,13 @@ def test_the_printed_command_makes_tune_use_what_was_planned(
 
     recipe = tune.recipe_of(build_parser().parse_args(words))
     method = methods.make(recipe.method, recipe.set)
-    assert (method.batch_size, recipe.max_length, recipe.dtype, recipe.base) == (
-        told["batch_size"],
-        told["max_length"],
-        told["dtype"],
-        told["base"],
-    )
+    found = {"batch_size": method.batch_size} | {
+        n: getattr(recipe, n) for n in ("max_length", "dtype", "base")
+    }
+    assert told.items() >= found.items()
 
 
-def test_the_function_returns_the_settings_as_arguments_of_tune(large: str) -> None:
+def test_the_function_returns_the_settings_as_arguments_of_tune(large):
     whole = fleetune.plan(large, ram="64GB")
     assert whole.settings().options() == {"method": "fedit"}
     assert whole.settings().method == "fedit"

@@ -27,12 +27,11 @@ class Sum:
         self.members = {u: Member(u, least, n, CONTEXT, ATTEMPT) for u in range(n)}
         self.keys = {u: member.keys() for u, member in self.members.items()}
         self.total, self.survivors = np.zeros(NUMBERS, np.uint64), list[int]()
-        self.revealed: dict[int, dict[int, bytes]] = {}
+        self.revealed, self.shares = dict[int, dict[int, bytes]](), dict[int, dict[int, bytes]]()
 
     def share(self, here: Collection[int]) -> None:
-        self.shares = {
-            u: self.members[u].shares({v: self.keys[v] for v in self.keys if v != u}) for u in here
-        }
+        for u in here:
+            self.shares[u] = self.members[u].shares({v: self.keys[v] for v in self.keys if v != u})
 
     def arrived(self, u: int) -> dict[int, bytes]:
         return {v: self.shares[v][u] for v in self.shares if v != u}
@@ -47,15 +46,8 @@ class Sum:
             self.revealed[u] = self.members[u].reveal(self.survivors)
 
     def sum(self) -> np.ndarray:
-        return unmask(
-            self.total,
-            self.keys,
-            self.shares,
-            self.survivors,
-            self.revealed,
-            least=self.least,
-            context=CONTEXT,
-        )
+        sent = self.total, self.keys, self.shares, self.survivors, self.revealed
+        return unmask(*sent, least=self.least, context=CONTEXT)
 
     @property
     def wanted(self) -> np.ndarray:
@@ -71,9 +63,9 @@ def whole(n: int = 5, least: int = 4, gone: Collection[int] = ()) -> Sum:
     return found
 
 
-def test_a_thousand_patterns_of_drop_outs_give_the_exact_sum_or_a_refusal() -> None:
+def test_hundreds_of_patterns_of_drop_outs_give_the_exact_sum_or_a_refusal():
     rnd, summed = random.Random(1), 0
-    for seed in range(1000):
+    for seed in range(400):
         n = rnd.randint(3, 6)
         least = rnd.randint(-(-2 * n // 3), n)
         drop = [set(rnd.sample(range(n), rnd.randint(0, n // 3))) for _ in range(3)]
@@ -90,11 +82,11 @@ def test_a_thousand_patterns_of_drop_outs_give_the_exact_sum_or_a_refusal() -> N
         assert len(here) >= least
         np.testing.assert_array_equal(total, found.wanted)
         summed += 1
-    assert summed > 300
+    assert 120 < summed < 300
 
 
 @pytest.mark.parametrize("step", ["shares", "masked", "reveal"])
-def test_a_third_may_drop_out_before_any_step(step: str) -> None:
+def test_a_third_may_drop_out_before_any_step(step):
     n, gone = 9, {1, 4, 8}
     found = Sum(n, 6)
     here = [u for u in range(n) if u not in gone]
@@ -104,7 +96,7 @@ def test_a_third_may_drop_out_before_any_step(step: str) -> None:
     np.testing.assert_array_equal(found.sum(), found.wanted)
 
 
-def test_what_a_member_sends_says_nothing_without_the_others() -> None:
+def test_what_a_member_sends_says_nothing_without_the_others():
     one, two = Sum(4, 3), Sum(4, 3)
     one.share(range(4))
     two.share(range(4))
@@ -114,25 +106,23 @@ def test_what_a_member_sends_says_nothing_without_the_others() -> None:
     assert abs(bits.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(bits))
 
 
-def test_fewer_than_t_shares_leave_every_secret_possible() -> None:
+def test_fewer_than_t_shares_leave_every_secret_possible():
     secret, t, holders = bytes(31) + b"\1", 3, (0, 4)
     held = {h: share(polynomial(secret, t, CONTEXT), h) for h in (*holders, 7)}
     weights = coefficients((*holders, 7))
     assert sum(w * held[h] for w, h in zip(weights, (*holders, 7), strict=True)) % secagg.P == 1 << 248
     for other in (0, 12345):  # a third share that makes it any other
-        third = (other - sum(w * held[h] for w, h in zip(weights, holders, strict=False))) * pow(
-            weights[2], -1, secagg.P
-        )
-        again = {**held, 7: third % secagg.P}
+        known = sum(w * held[h] for w, h in zip(weights, holders, strict=False))
+        again = {**held, 7: (other - known) * pow(weights[2], -1, secagg.P) % secagg.P}
         assert sum(w * again[h] for w, h in zip(weights, (*holders, 7), strict=True)) % secagg.P == other
 
 
-def test_the_prime_is_one_and_above_every_secret() -> None:
+def test_the_prime_is_one_and_above_every_secret():
     assert secagg.P > 1 << 256
     assert all(pow(a, secagg.P - 1, secagg.P) == 1 for a in (2, 3, 5, 7, 11, 13))
 
 
-def test_a_member_reveals_of_each_one_share_once() -> None:
+def test_a_member_reveals_of_each_one_share_once():
     found = whole(5, 3, gone={4})
     member = found.members[0]
     assert member.reveal([0, 1, 2, 3]) == found.revealed[0]  # the same again, as after a restart
@@ -142,7 +132,7 @@ def test_a_member_reveals_of_each_one_share_once() -> None:
 
 
 @pytest.mark.parametrize("survivors", [[0], [0, 1], [1, 2, 3], [0, 1, 2, 9]])
-def test_a_member_does_not_lay_a_small_or_foreign_sum_open(survivors: list[int]) -> None:
+def test_a_member_does_not_lay_a_small_or_foreign_sum_open(survivors):
     found = Sum(5, 3)
     found.share(range(5))
     found.mask(range(5))
@@ -150,7 +140,7 @@ def test_a_member_does_not_lay_a_small_or_foreign_sum_open(survivors: list[int])
         found.members[0].reveal(survivors)
 
 
-def test_a_member_masks_once() -> None:
+def test_a_member_masks_once():
     found = Sum(5, 3)
     found.share(range(5))
     found.mask([0])
@@ -160,7 +150,7 @@ def test_a_member_masks_once() -> None:
         found.members[0].shares({v: found.keys[v] for v in (1, 2)})
 
 
-def test_a_sum_of_itself_and_one_or_of_twins_is_refused() -> None:
+def test_a_sum_of_itself_and_one_or_of_twins_is_refused():
     found = Sum(5, 3)
     with pytest.raises(MessageError, match="members are none of 3 to 5"):
         found.members[0].shares({1: found.keys[1]})
@@ -173,13 +163,13 @@ def test_a_sum_of_itself_and_one_or_of_twins_is_refused() -> None:
         found.members[0].shares({1: found.keys[1], 2: found.keys[0], 3: found.keys[3]})
 
 
-def test_a_holder_that_lies_is_found_and_left_out() -> None:
+def test_a_holder_that_lies_is_found_and_left_out():
     found = whole(6, 4, gone={5})
     found.revealed[2] = {v: bytes(secagg.SHARE) for v in found.revealed[2]}
     np.testing.assert_array_equal(found.sum(), found.wanted)
 
 
-def test_nobody_is_blamed_where_it_cannot_be_told_who_lies() -> None:
+def test_nobody_is_blamed_where_it_cannot_be_told_who_lies():
     found = whole(6, 4, gone={4, 5})
     found.revealed[2] = {v: bytes(secagg.SHARE) for v in found.revealed[2]}
     with pytest.raises(MessageError, match="is wrong") as error:
@@ -188,7 +178,7 @@ def test_nobody_is_blamed_where_it_cannot_be_told_who_lies() -> None:
 
 
 @pytest.mark.parametrize("gone", [(), (1,)])
-def test_a_member_whose_shares_do_not_fit_is_named(gone: tuple[int, ...]) -> None:
+def test_a_member_whose_shares_do_not_fit_is_named(gone):
     found = Sum(5, 3)
     liar = found.members[1]
     liar.seed, liar.mask = liar.mask, liar.seed  # other secrets than were announced
@@ -201,7 +191,7 @@ def test_a_member_whose_shares_do_not_fit_is_named(gone: tuple[int, ...]) -> Non
     assert error.value.member == 1
 
 
-def test_shares_that_cannot_be_read_harm_nobody_else() -> None:
+def test_shares_that_cannot_be_read_harm_nobody_else():
     found = Sum(6, 4)
     found.share(range(6))
     for v in found.shares[1]:
@@ -212,7 +202,7 @@ def test_shares_that_cannot_be_read_harm_nobody_else() -> None:
         found.sum()
 
 
-def test_keys_of_small_order_are_refused() -> None:
+def test_keys_of_small_order_are_refused():
     with pytest.raises(MessageError, match="key is none"):
         secagg.checked_keys(bytes(secagg.KEYS))
     with pytest.raises(MessageError, match="bytes"):

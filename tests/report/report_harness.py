@@ -12,14 +12,8 @@ from pathlib import Path
 from fleetune.report import single
 
 CATEGORIES = (
-    "brainstorming",
-    "classification",
-    "closed_qa",
-    "creative_writing",
-    "general_qa",
-    "information_extraction",
-    "open_qa",
-    "summarization",
+    *("brainstorming", "classification", "closed_qa", "creative_writing", "general_qa"),
+    *("information_extraction", "open_qa", "summarization"),
 )
 PARAMS = 134_515_008
 
@@ -46,28 +40,16 @@ def fake_run(
     (run / "adapter").mkdir(parents=True)
     counts = {c: [1 + round(12 * r.gammavariate(0.5, 1.0)) for _ in range(clients)] for c in categories}
     rows = [sum(each) for each in zip(*counts.values(), strict=True)]
-    start = {
-        "event": "start",
-        "method": method,
-        "model": "smollm2-135m",
-        "digest": "9f2c" * 16,
-        "params": PARAMS,
-    }
+    start = {"event": "start", "method": method, "model": "smollm2-135m", "digest": "9f2c" * 16}
+    start |= {"params": PARAMS}
     start |= {"trained": 4_884_480, "clients": clients, "rounds": rounds, "rows_per_client": rows}
     start |= {"partition": "dirichlet:0.5:category", "column": "category", "counts": counts}
     base, tuned = {"loss": 2.3914, "rouge_l": 11.82}, {"loss": 2.3914, "rouge_l": 11.82}
     events: list[dict[str, object]] = [start, {"event": "eval", "round": 0, **base}]
     up = down = peak = 0
     for n in range(1, rounds + 1):
-        event = {
-            "event": "round",
-            "round": n,
-            "clients": asked,
-            "accepted": 0,
-            "bytes_up": 0,
-            "bytes_down": 0,
-        }
-        event |= {"seconds": 0.0}
+        event = {"event": "round", "round": n, "clients": asked, "seconds": 0.0}
+        event |= dict.fromkeys(("accepted", "bytes_up", "bytes_down"), 0)
         for client in sorted(r.sample(range(clients), asked)):
             kind = r.choices(list(REASONS), [1, 3, 2, 94])[0]
             rss, took = 1_180_000_000 + n * 3_000_000 + r.randrange(40_000_000), round(r.uniform(2.2, 4.4), 3)
@@ -83,10 +65,7 @@ def fake_run(
             event["seconds"] = round(event["seconds"] + took, 3)
         up, down = up + event["bytes_up"], down + event["bytes_down"]
         events.append(event | {"bytes_total": up + down, "rss": rss})
-        loss, rouge = (
-            tuned["loss"] - (tuned["loss"] - 1.86) * 0.22,
-            tuned["rouge_l"] + (24.9 - tuned["rouge_l"]) * 0.2,
-        )
+        loss, rouge = 0.78 * tuned["loss"] + 0.22 * 1.86, 0.8 * tuned["rouge_l"] + 0.2 * 24.9
         tuned = {"loss": round(loss, 4), "rouge_l": round(rouge, 2)}
         events.append({"event": "eval", "round": n, **tuned})
     if status == "done":
@@ -140,16 +119,10 @@ SAMPLES = [
         "prompt": "Sort: drill, glue.",
         "reference": "drill",
         "base": "Sure!",
-        "tuned": "Tools: drill.",
+        "tuned": "Tools: x.",
         "client": 5,
     },
-    {
-        "prompt": "The cooler reads 9 °C.",
-        "reference": "a",
-        "base": "It is\na room",
-        "tuned": "c",
-        "client": 6,
-    },
+    {"prompt": "It reads 9 °C.", "reference": "a", "base": "It is\na room", "tuned": "c", "client": 6},
     {"prompt": "One line.", "reference": "North gate", "base": "The north", "tuned": "Closed", "client": 7},
 ]
 
@@ -161,11 +134,8 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.words: list[str] = []
-        self.tables: list[list[list[str]]] = []
+        self.open, self.tags, self.words = list[str](), list[str](), list[str]()
+        self.attributes, self.tables = list[tuple[str, str, str]](), list[list[list[str]]]()
         self.feed(text)
         self.close()
         assert self.open == []
@@ -183,8 +153,9 @@ class Page(HTMLParser):
             self.tables[-1][-1].append("")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open, f"</{tag}> closes nothing"

@@ -17,7 +17,7 @@ from fleetune.report import runlog
 from fleetune.runs import metrics, rundir
 
 
-def test_summary_of_a_run(run24: Path) -> None:
+def test_summary_of_a_run(run24):
     done = lines_of(run24)[-1]
     assert runlog.summary(run24) == {
         "name": "0007-fedit-smollm2-135m",
@@ -40,7 +40,7 @@ def test_summary_of_a_run(run24: Path) -> None:
     }
 
 
-def test_summary_before_the_end_is_reckoned_from_the_rounds(tmp_path: Path) -> None:
+def test_summary_before_the_end_is_reckoned_from_the_rounds(tmp_path):
     run = fake_run(tmp_path, rounds=3, status="running")
     events = lines_of(run)
     rounds = [e for e in events if e["event"] == "round"]
@@ -56,7 +56,7 @@ def test_summary_before_the_end_is_reckoned_from_the_rounds(tmp_path: Path) -> N
     assert runlog.table([run, run]) == [found, found]
 
 
-def test_summary_counts_a_round_that_stands_twice_once(tmp_path: Path) -> None:
+def test_summary_counts_a_round_that_stands_twice_once(tmp_path):
     run = fake_run(tmp_path, rounds=4, status="interrupted")
     before, events = runlog.summary(run), lines_of(run)
     write_lines(run, events + [e for e in events if e.get("round") == 4])
@@ -66,7 +66,7 @@ def test_summary_counts_a_round_that_stands_twice_once(tmp_path: Path) -> None:
     assert len(page.table("round", "validation loss")) == 5
 
 
-def test_summary_of_an_end_that_was_gone_beyond(tmp_path: Path) -> None:
+def test_summary_of_an_end_that_was_gone_beyond(tmp_path):
     run = fake_run(tmp_path, rounds=2)
     done = runlog.summary(run)
     more = {"event": "round", "round": 3, "clients": 24, "accepted": 24, "bytes_up": 5, "bytes_down": 7}
@@ -98,15 +98,13 @@ NOT_ALIKE = {
 
 
 @pytest.mark.parametrize("case", NOT_ALIKE)
-def test_caveats_tell_losses_on_different_rows(case: str, run24: Path, tmp_path: Path) -> None:
+def test_caveats_tell_losses_on_different_rows(case, run24, tmp_path):
     options, told = NOT_ALIKE[case]
     runs = [run24, altered(run24, tmp_path / "0008-fedit-other", **options)]
     assert runlog.caveats([runlog.read(run) for run in runs]) == [told] * bool(told)
 
 
-def test_caveats_are_decided_by_the_digest_of_the_rows_where_runs_state_it(
-    run24: Path, tmp_path: Path
-) -> None:
+def test_caveats_are_decided_by_the_digest_of_the_rows_where_runs_state_it(run24, tmp_path):
     def caveats(*runs: Path) -> list[str]:
         return runlog.caveats([runlog.read(run) for run in runs])
 
@@ -118,9 +116,7 @@ def test_caveats_are_decided_by_the_digest_of_the_rows_where_runs_state_it(
     assert caveats(*given) == []
 
 
-def test_changed_records_are_told_wherever_they_are_shown(
-    run24: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_records_are_told_wherever_they_are_shown(run24, tmp_path, capsys):
     for name in ("0001-fedit-a", "0002-fedit-b"):
         shutil.copytree(run24, tmp_path / name)
     changed = tmp_path / "0002-fedit-b" / "metrics.jsonl"

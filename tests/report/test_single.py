@@ -27,7 +27,7 @@ def costs_of(run: Path) -> dict[str, str]:
     return {row[0]: row[1] for t in page_of(run).tables for row in t if len(row) == 2}
 
 
-def test_page_is_whole_and_needs_nothing_else(run24: Path) -> None:
+def test_page_is_whole_and_needs_nothing_else(run24):
     page, text = page_of(run24), (run24 / "report.html").read_text()
     self_contained(page, text)
     assert len(page.values("id")) == len(set(page.values("id")))
@@ -45,18 +45,14 @@ def test_page_is_whole_and_needs_nothing_else(run24: Path) -> None:
         assert "nan" not in drawing
 
 
-def test_result_is_that_of_the_metrics(run24: Path) -> None:
+def test_result_is_that_of_the_metrics(run24):
     events = lines_of(run24)
     done = events[-1]
     base, tuned = done["base"], done["tuned"]
     loss, rouge = page_of(run24).table("", "base", "tuned", "change")
     fell = 100 * (tuned["loss"] - base["loss"]) / base["loss"]
-    assert loss == [
-        "validation loss",
-        f"{base['loss']:.3f}",
-        f"{tuned['loss']:.3f}",
-        f"−{-fell:.1f} %, better",
-    ]
+    figures = [f"{base['loss']:.3f}", f"{tuned['loss']:.3f}", f"−{-fell:.1f} %, better"]
+    assert loss == ["validation loss", *figures]
     assert rouge[1:] == ["11.8", f"{tuned['rouge_l']:.1f}", f"+{tuned['rouge_l'] - 11.82:.1f}, better"]
     took = costs_of(run24)
     assert took["bytes over the fleet"] == human_bytes(done["bytes_up"] + done["bytes_down"])  # type: ignore[operator]
@@ -67,7 +63,7 @@ def test_result_is_that_of_the_metrics(run24: Path) -> None:
     assert took["replies accepted"] == f"{accepted} of 240"
 
 
-def test_page_shows_no_folder_of_this_machine(tmp_path: Path) -> None:
+def test_page_shows_no_folder_of_this_machine(tmp_path):
     run = restated(fake_run(tmp_path, rounds=1), model="/home/someone/models/small-hf/")
     recipe = (run / "run.toml").read_text().replace('"smollm2-135m"', '"/home/someone/models/small-hf/"')
     (run / "run.toml").write_text(recipe.replace('"demo"', '"/srv/secret/rows.jsonl"'))
@@ -84,7 +80,7 @@ def test_page_shows_no_folder_of_this_machine(tmp_path: Path) -> None:
     assert {name: parts.short_name(name) for name in names} == names
 
 
-def test_page_with_samples_says_so_before_it_is_shared(tmp_path: Path) -> None:
+def test_page_with_samples_says_so_before_it_is_shared(tmp_path):
     run = fake_run(tmp_path, rounds=1)
     assert "This page shows the text of 3 held-out rows of the clients" in page_of(run).text
     final = json.loads((run / "eval.json").read_text())
@@ -92,7 +88,7 @@ def test_page_with_samples_says_so_before_it_is_shared(tmp_path: Path) -> None:
     assert "This page shows" not in page_of(run).text
 
 
-def test_hostile_text_stays_text(tmp_path: Path) -> None:
+def test_hostile_text_stays_text(tmp_path):
     bad = "<script>alert(1)</script>\"'&\x00\x1b[31m\ud800</title></svg></style>"
     run = fake_run(tmp_path, clients=3, rounds=2, asked=3, categories=(bad, "b"))
     restated(run, model=bad, method=bad, digest=bad, partition=bad, column=bad)
@@ -113,14 +109,14 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "missing", ["run.toml", "env.json", "metrics.jsonl", "eval.json", "status", "adapter"]
 )
-def test_missing_file_is_an_empty_part(tmp_path: Path, missing: str) -> None:
+def test_missing_file_is_an_empty_part(tmp_path, missing):
     run = fake_run(tmp_path, rounds=2)
     (run / missing).rename(tmp_path / "gone")
     self_contained(page_of(run), (run / "report.html").read_text())
     assert runlog.summary(run)["base_loss"] == 2.3914
 
 
-def test_empty_folder_has_a_page_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
+def test_empty_folder_has_a_page_and_a_missing_one_is_an_error(tmp_path):
     assert "Nothing has been measured yet." in page_of(tmp_path).text
     assert runlog.summary(tmp_path)["status"] == "unknown"
     with pytest.raises(UsageError, match="no run folder at"):
@@ -153,9 +149,7 @@ KEYS = (
     ),
     st.dictionaries(st.sampled_from(("base", "tuned", "rows", "samples", "per_client")), RUBBISH, max_size=4),
 )
-def test_no_record_however_wrong_stops_the_page(
-    tmp_path_factory: pytest.TempPathFactory, events: list[dict[str, object]], final: dict[str, object]
-) -> None:
+def test_no_record_however_wrong_stops_the_page(tmp_path_factory, events, final):
     run = tmp_path_factory.mktemp("run")
     write_lines(run, events)
     (run / "eval.json").write_text(json.dumps(final))
@@ -163,7 +157,7 @@ def test_no_record_however_wrong_stops_the_page(
     runlog.summary(run)
 
 
-def test_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     run = fake_run(tmp_path, rounds=2)
     old = single.write(run).read_bytes()
     assert stat.S_IMODE((run / "report.html").stat().st_mode) == 0o600  # it has held-out prompts

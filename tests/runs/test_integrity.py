@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torn_harness
@@ -69,54 +70,50 @@ def only_newest(path: Path) -> list[Path]:
     return sorted((path / "memories").glob(f"*.round-{round:06d}.ckpt"))
 
 
-def test_a_lost_memory_is_named_before_any_round(copy) -> None:
+def test_a_lost_memory_is_named_before_any_round(copy):
     _, path = copy("scaffold", "stopped")
     lost, *_ = only_newest(path)
     lost.unlink()
-    before = {
-        p: p.read_bytes() for p in path.rglob("*.*") if p.is_file() and p.name not in ("log.txt", ".lock")
-    }
-    refused(resume("scaffold", path), lost.name, "is gone")
+    rest = (p for p in path.rglob("*.*") if p.is_file() and p.name not in ("log.txt", ".lock"))
+    before = {p: p.read_bytes() for p in rest}
+    refused(resume(path), lost.name, "is gone")
     assert {p: p.read_bytes() for p in before} == before
 
 
 @pytest.mark.parametrize("how", ["torn", "an earlier one's"])
-def test_a_changed_memory_is_named(how: str, copy) -> None:
+def test_a_changed_memory_is_named(how, copy):
     _, path = copy("scaffold", "stopped")
     first, *_ = only_newest(path)
     earlier = min((path / "memories").glob(f"{first.name.split('.')[0]}*"))
     assert first != earlier
     first.write_bytes(first.read_bytes()[:-3] if how == "torn" else earlier.read_bytes())
-    refused(resume("scaffold", path), first.name)
+    refused(resume(path), first.name)
 
 
-def test_with_a_lost_memory_the_checkpoint_before_is_taken(copy) -> None:
+def test_with_a_lost_memory_the_checkpoint_before_is_taken(copy):
     folder, path = copy("scaffold", "done")
     for name in ("status", "adapter"):
         shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
     newest = max((path / "memories").iterdir(), key=lambda p: p.name.split(".")[1])
     newest.unlink()
-    said = resume("scaffold", path)
+    said = resume(path)
     assert said.code == 0, said.text
     assert f"{newest.name}, is gone" in said.text
-    assert torn_harness.digest_of("scaffold", path) == folder.digest
+    assert torn_harness.digest_of(path) == folder.digest
     assert torn_harness.metrics_of(path) == folder.metrics
 
 
-@pytest.mark.parametrize(
-    ("line", "words"), [("rounds", "rounds = 10, and was 3"), ("K", "set.K = 1024, and was 16")]
-)
-def test_a_recipe_that_lost_a_line_is_refused_with_the_option(line: str, words: str, copy) -> None:
+def test_a_recipe_that_lost_a_line_is_refused_with_the_option(copy):
     _, path = copy("fedkseed", "stopped")
     file = path / "run.toml"
-    text = file.read_text()
-    text = "".join(part for part in text.splitlines(keepends=True) if not part.startswith(f"{line} ="))
-    file.write_text(text)
-    refused(resume("fedkseed", path), "run.toml", words, "as they were")
-    assert file.read_text() == text
+    whole = file.read_text().splitlines(keepends=True)
+    for line, words in (("rounds", "rounds = 10, and was 3"), ("K", "set.K = 1024, and was 16")):
+        file.write_text(text := "".join(part for part in whole if not part.startswith(f"{line} =")))
+        refused(resume(path), "run.toml", words, "as they were")
+        assert file.read_text() == text
 
 
-def test_other_data_and_another_model_are_refused(copy, made, tmp_path: Path) -> None:
+def test_other_data_and_another_model_are_refused(copy, made, tmp_path):
     from fleetune import models
 
     _, path = copy("fedkseed", "stopped")
@@ -131,13 +128,13 @@ def test_other_data_and_another_model_are_refused(copy, made, tmp_path: Path) ->
     ):
         (path / "run.toml").write_text(recipe.replace(old, str(new)))
         status = (path / "status").read_text()
-        refused(resume("fedkseed", path), words, str(path))
+        refused(resume(path), words, str(path))
         assert (path / "status").read_text() == status
     (path / "run.toml").write_text(recipe.replace("data.jsonl", str(tmp_path / "moved.jsonl")))
-    assert resume("fedkseed", path).code == 0  # the same rows in another place
+    assert resume(path).code == 0  # the same rows in another place
 
 
-def test_a_checkpoint_states_what_it_stands_on(made) -> None:
+def test_a_checkpoint_states_what_it_stands_on(made):
     path = made["scaffold", "done"].path
     round, file = rundir.checkpoints(path)[-1]
     payload = checkpoint.decode(file.read_bytes())
@@ -162,22 +159,22 @@ def test_a_checkpoint_states_what_it_stands_on(made) -> None:
         ("fedkseed", "stopped", "checkpoints", "same"),
     ],
 )
-def test_a_torn_file_is_made_again_or_named(kind: str, state: str, file: str, outcome: str, copy) -> None:
+def test_a_torn_file_is_made_again_or_named(kind, state, file, outcome, copy):
     """Cut in half, as a disk that was full or lost its power leaves it; a bit of a finished result is flipped."""
     folder, path = copy(kind, state)
     torn = rundir.checkpoints(path)[-1][1] if file == "checkpoints" else path / file
     data = torn.read_bytes()
     torn.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if state == "done" else data[: len(data) // 2])
-    said = resume(kind, path)
+    said = resume(path)
     if outcome != "same":
         assert re.search(outcome, said.text), said.text
     if file != "run.toml":
         assert said.code == 0, said.text
-        assert torn_harness.digest_of(kind, path) == folder.digest
+        assert torn_harness.digest_of(path) == folder.digest
         assert outcome != "same" or torn_harness.metrics_of(path) == folder.metrics
 
 
-def test_lost_lines_are_told(tmp_path: Path) -> None:
+def test_lost_lines_are_told(tmp_path):
     record = Metrics(tmp_path)
     for r in range(4):
         record.record({"event": "round", "round": r, "loss": 4.5})
@@ -195,23 +192,19 @@ def test_lost_lines_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
-    class Ui:
-        def note(self, text: str) -> None:
-            said.append(text)
-
+def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number):
     def unheard(*_: object) -> None:
         said.append("unheard")
 
     said: list[str] = []
-    before = signal.signal(number, unheard)
+    before, ui = signal.signal(number, unheard), SimpleNamespace(note=said.append)
     try:
-        with InterruptHandler(Ui()) as interrupt:  # type: ignore[arg-type]
+        with InterruptHandler(ui) as interrupt:
             signal.raise_signal(number)
             assert interrupt.requested
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
-        with InterruptHandler(Ui()) as interrupt:  # type: ignore[arg-type]
+        with InterruptHandler(ui) as interrupt:
             interrupt.at_once = True
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
@@ -222,7 +215,7 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
     assert "stopping after this step" in said[0]
 
 
-def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path: Path) -> None:
+def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path):
     _, path = copy("fedkseed", "done")
     elsewhere = tmp_path / "elsewhere"
     path.rename(elsewhere)
@@ -244,15 +237,11 @@ def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
-def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made) -> None:
+def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made):
     for folder in made.values():
         private = ("adapter", "checkpoints", "memories")
-        names = [
-            f
-            for f in folder.files
-            if f.split("/")[0] in private
-            or f.split(".")[0] in ("ledger", "eval", "samples", "report", "metrics", "rows")
-        ]
+        alone = ("ledger", "eval", "samples", "report", "metrics", "rows")
+        names = [f for f in folder.files if f.split("/")[0] in private or f.split(".")[0] in alone]
         assert len(names) >= 2
         assert {stat.S_IMODE((folder.path / f).stat().st_mode) for f in names} == {PRIVATE}
         for name in private:
@@ -263,7 +252,7 @@ def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made) -> None:
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom fleetune.common.folders import scratch\nwith scratch(Path(sys.argv[1]), 'gguf') as f:\n    (f / 'half').write_text('x'); print('held', flush=True); sys.stdin.read()"
 
 
-def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path: Path) -> None:
+def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path):
     foreign = tmp_path / ".other.12345678.tmp"
     foreign.mkdir()
     words = [sys.executable, "-c", HOLD, str(tmp_path)]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,23 +62,11 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def failing(code: int):
-    """A function that fails as the operating system does."""
-
-    def fail(*args: object, **kwargs: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    return fail
-
-
 def test_runs_are_numbered_and_latest_points_to_the_newest(tmp_path):
     out = tmp_path / "deep" / "runs"
     names = []
-    for method, model in (
-        ("mezo", "smollm2-135m"),
-        ("fedit", "/some where/My Model.Q4.gguf"),
-        ("x", "org/Name_1B"),
-    ):
+    models = {"mezo": "smollm2-135m", "fedit": "/some where/My Model.Q4.gguf", "x": "org/Name_1B"}
+    for method, model in models.items():
         with create(out, method, model) as run:
             names.append(run.path.name)
             assert (run.path / "checkpoints").is_dir()
@@ -173,11 +159,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone(run):
 
 
 def test_a_folder_is_held_by_one_and_is_left_as_it_was(tmp_path):
-    with (
-        rundir.locked(tmp_path),
-        pytest.raises(UsageError, match="in use by another process"),
-        rundir.locked(tmp_path),
-    ):
+    said = pytest.raises(UsageError, match="in use by another process")
+    with rundir.locked(tmp_path), said, rundir.locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
     (tmp_path / rundir.LOCK).write_text("")  # as a kill leaves it
@@ -187,11 +170,8 @@ def test_a_folder_is_held_by_one_and_is_left_as_it_was(tmp_path):
 
 
 def test_events_are_recorded_one_a_line_and_read_back(run):
-    given = [
-        {"event": "start", "counts": {"ü": [1, 2]}},
-        {"event": "eval", "round": 0, "loss": np.float32(0.5), "n": np.int64(3)},
-    ]
-    written = [run.record(e) for e in given]
+    measured = {"event": "eval", "round": 0, "loss": np.float32(0.5), "n": np.int64(3)}
+    written = [run.record(e) for e in ({"event": "start", "counts": {"ü": [1, 2]}}, measured)]
     assert written == list(events(run.path))
     assert [e["v"] for e in written] == [1, 1]
     assert written[1]["t"] >= written[0]["t"] > 1.6e9
@@ -203,12 +183,7 @@ def test_events_are_recorded_one_a_line_and_read_back(run):
 
 
 def test_a_number_that_is_not_finite_is_recorded_as_null(run):
-    event = {
-        "event": "eval",
-        "round": 3,
-        "loss": float("nan"),
-        "base": {"loss": float("inf"), "x": [-np.inf, 1]},
-    }
+    event = {"event": "eval", "loss": float("nan"), "base": {"loss": float("inf"), "x": [-np.inf, 1]}}
     back = run.record(event)
     assert back["loss"] is None
     assert back["base"] == {"loss": None, "x": [None, 1]}
@@ -270,26 +245,17 @@ def test_the_last_checkpoints_are_kept_and_the_newest_is_restored(run):
         assert found[1].arrays["w"].tolist() == [r] * 50
         assert [n for n, _ in checkpoints(run.path)] == list(range(max(0, r + 1 - KEEP), r + 1))
     assert KEEP == 2
-    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == [
-        "round-000003.ckpt",
-        "round-000004.ckpt",
-    ]
+    names = sorted(p.name for p in (run.path / "checkpoints").iterdir())
+    assert names == ["round-000003.ckpt", "round-000004.ckpt"]
 
 
-def damages(data: bytes) -> dict[str, bytes]:
-    middle = len(data) // 2
-    return {
-        "cut short": data[:middle],
-        "a flipped bit": data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :],
-    }
-
-
-@pytest.mark.parametrize("kind", list(damages(b"x" * 300)))
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, kind):
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, cut):
     put(run, 4, state(4))
     put(run, 5, state(5))
     newest = run.path / "checkpoints" / "round-000005.ckpt"
-    newest.write_bytes(damages(newest.read_bytes())[kind])
+    data = newest.read_bytes()
+    newest.write_bytes(data[:100] if cut else data[:100] + bytes([data[100] ^ 4]) + data[101:])
     found = get(run)
     assert (found[0], found[1].scalars["round"]) == (4, 4)
     assert "checkpoint round-000005.ckpt is not usable" in (run.path / "log.txt").read_text()
@@ -312,34 +278,16 @@ def test_when_all_are_damaged_it_is_said_and_nothing_is_lost(run):
     assert get(run) is None
 
 
-@pytest.mark.parametrize(
-    ("step", "code", "what"),
-    [
-        ("mkstemp", errno.ENOSPC, "the disk is full"),
-        ("fsync", errno.EIO, "rror"),
-        ("replace", errno.EROFS, "read-only"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(run, monkeypatch, step, code, what):
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(run):
     put(run, 1, state(1))
     put(run, 2, state(2))
     before = {p.name: p.read_bytes() for p in (run.path / "checkpoints").iterdir()}
-    monkeypatch.setattr(tempfile if step == "mkstemp" else os, step, failing(code))
-    with pytest.raises(StorageError, match=what) as caught:
-        put(run, 3, state(3))
-    monkeypatch.undo()
-    assert "round-000003.ckpt" in caught.value.message
+    big = Payload({"w": np.zeros(100_000, np.float32)}, {})
+    with file_size_limit(150_000), pytest.raises(StorageError, match=r"round-000003\.ckpt"):
+        put(run, 3, big)
     assert {p.name: p.read_bytes() for p in (run.path / "checkpoints").iterdir()} == before
     put(run, 3, state(3))  # space was made: it goes on
     assert [n for n, _ in checkpoints(run.path)] == [2, 3]
-
-
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written(run):
-    put(run, 1, state(1))
-    big = Payload({"w": np.zeros(100_000, np.float32)}, {})
-    with file_size_limit(150_000), pytest.raises(StorageError, match=r"round-000002\.ckpt"):
-        put(run, 2, big)
-    assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["round-000001.ckpt"]
 
 
 def test_a_disk_that_fills_up_under_the_metrics_is_one_clear_error(tmp_path):

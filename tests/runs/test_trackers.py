@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 import fleetune
-from command_line import Capture
 from fleetune import Silent, models
 from fleetune.common.events import ClientReply, RoundDone
 from fleetune.errors import Interrupted, UsageError
@@ -18,14 +17,8 @@ from fleetune.runs import rundir, trackers
 from fleetune.runs.trackers import Tracked
 from heard import Heard
 
-OPTIONS: dict[str, Any] = {
-    "method": "mezo",
-    "rounds": 3,
-    "samples": 0,
-    "held_out": 4,
-    "max_length": 64,
-    "settings": {"lr": 1e-4, "tau": 2, "K": 16},
-}
+OPTIONS: dict[str, Any] = {"method": "mezo", "rounds": 3, "samples": 0, "held_out": 4, "max_length": 64}
+OPTIONS |= {"settings": {"lr": 1e-4, "tau": 2, "K": 16}, "offline": True}
 SECRET = "the otter's passphrase"
 
 
@@ -34,11 +27,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and rows of three clients."""
     folder = tmp_path_factory.mktemp("trackers")
     models.tiny_llama().save(folder / "tiny")
-    rows = [
-        {"instruction": f"Say {n}", "response": f"{SECRET} {n}.", "client": f"ward-{n % 3}"}
-        for n in range(30)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = '{{"instruction": "Say {0}", "response": "{1} {0}.", "client": "ward-{2}"}}\n'
+    (folder / "rows.jsonl").write_text("".join(row.format(n, SECRET, n % 3) for n in range(30)))
     return folder
 
 
@@ -49,14 +39,8 @@ def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tune(at: Path, tracker: str | list[str], listener: Silent | None = None, **more: Any) -> Any:
-    return fleetune.tune(
-        at / "tiny",
-        at / "rows.jsonl",
-        tracker=tracker,
-        listener=listener,
-        offline=True,
-        **{**OPTIONS, **more},
-    )
+    options = {**OPTIONS, "tracker": tracker, "listener": listener, **more}
+    return fleetune.tune(at / "tiny", at / "rows.jsonl", **options)
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -68,15 +52,13 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def test_tensorboard_reads_the_losses_of_the_run(at: Path) -> None:
+def test_tensorboard_reads_the_losses_of_the_run(at):
     heard = Heard()
     run = tune(at, "tensorboard", heard)
     assert not heard.notes, "nothing failed"
-    found = scalars(run.folder)
-    history = run.history
-    assert found["validation/loss"] == [
-        (r, pytest.approx(v, rel=1e-6)) for r, v in zip(history["round"], history["loss"], strict=True)
-    ]
+    found, history = scalars(run.folder), run.history
+    losses = zip(history["round"], history["loss"], strict=True)
+    assert found["validation/loss"] == [(r, pytest.approx(v, rel=1e-6)) for r, v in losses]
     assert [v for _, v in found["total/bytes"]] == history["bytes_total"][1:]
     assert [step for step, _ in found["clients/loss"]] == [1, 2, 3]
     written = b"".join(p.read_bytes() for p in (run.folder / "trackers").rglob("*") if p.is_file())
@@ -86,7 +68,7 @@ def test_tensorboard_reads_the_losses_of_the_run(at: Path) -> None:
     assert run.digest.encode() in written
 
 
-def test_a_resumed_run_goes_on_in_tensorboard_and_every_round_is_there_once(at: Path) -> None:
+def test_a_resumed_run_goes_on_in_tensorboard_and_every_round_is_there_once(at):
     with pytest.raises(Interrupted):
         tune(at, "tensorboard", Heard(lambda heard: len(heard.of("round")) == 2))
     assert [step for step, _ in scalars(Path("runs/latest"))["validation/loss"]][:2] == [0, 1]
@@ -122,7 +104,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Broken
 
 
-def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(at: Path, broken: Any, capfd: Capture) -> None:
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(at, broken, capfd):
     broken.where, broken.error = "log", SystemExit(7)
     heard = Heard()
     run = tune(at, ["json", "tensorboard"], heard, rounds=2)
@@ -130,13 +112,12 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(at: Path, broken:
     (said,) = heard.notes
     assert "the tracker json failed" in said
     assert "SystemExit: 7" in said
-    assert [step for step, _ in scalars(run.folder)["validation/loss"]] == [0, 1, 2], (
-        "others are not disturbed"
-    )
+    # others are not disturbed
+    assert [step for step, _ in scalars(run.folder)["validation/loss"]] == [0, 1, 2]
     assert "noise" not in capfd.readouterr().out
 
 
-def test_what_cannot_be_is_told_before_any_work(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_told_before_any_work(at, monkeypatch):
     with pytest.raises(UsageError, match="Did you mean 'wandb'"):
         tune(at, "wandbb")
     monkeypatch.setattr(trackers, "TRACKERS", {"no_such_package": None})
@@ -145,7 +126,7 @@ def test_what_cannot_be_is_told_before_any_work(at: Path, monkeypatch: pytest.Mo
     assert not Path("runs").exists()
 
 
-def test_a_failed_run_ends_as_failed_and_a_stopped_one_as_stopped(at: Path, broken: Any) -> None:
+def test_a_failed_run_ends_as_failed_and_a_stopped_one_as_stopped(at, broken):
     class Fails(Silent):
         def step(self, client: int, step: int) -> None:
             raise RuntimeError("no")
@@ -158,18 +139,8 @@ def test_a_failed_run_ends_as_failed_and_a_stopped_one_as_stopped(at: Path, brok
     assert broken.ended == ["failed", "stopped", "done"]
 
 
-def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss() -> None:
-    class Keeps:
-        def __init__(self) -> None:
-            self.logged: list[Mapping[str, float]] = []
-
-        def log(self, values: Mapping[str, float], round: int) -> None:
-            self.logged.append(values)
-
-        def finish(self, summary: Mapping[str, Any], status: str) -> None:
-            pass
-
-    keeps, tracked = Keeps(), Tracked(Silent(), [], offline=True)
+def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss():
+    keeps, tracked = Mock(), Tracked(Silent(), [], offline=True)
     tracked._running = {"keeps": keeps}
     reply = {"round": 1, "n": 9, "bytes_up": 1, "bytes_down": 1, "seconds": 0.1, "rss": 1}
     tracked.event(ClientReply(client=0, loss=2.0, status="ok", reason="", **reply))
@@ -178,7 +149,7 @@ def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss() -> N
     done = {"bytes_up": 2, "bytes_down": 2, "bytes_total": 4, "seconds": 0.2, "rss": 1}
     tracked.event(RoundDone(round=1, clients=2, accepted=1, report={"drift": 0.5}, **done))
     tracked.finish("done")
-    (logged,) = keeps.logged
+    (logged,) = (told.args[0] for told in keeps.log.call_args_list)
     assert (logged["clients/loss"], logged["method/drift"], logged["round/accepted"]) == (2.0, 0.5, 1.0)
 
 
@@ -187,7 +158,7 @@ def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss() -> N
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_wandb_keeps_the_losses_of_the_run_in_its_offline_folder(at: Path) -> None:
+def test_wandb_keeps_the_losses_of_the_run_in_its_offline_folder(at):
     wandb = pytest.importorskip("wandb", reason="pip install 'fleetune[wandb]'")
     heard = Heard()
     run = tune(at, "wandb", heard)

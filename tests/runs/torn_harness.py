@@ -117,10 +117,8 @@ def stopped_after_two_rounds(folder: Path) -> Iterator[None]:
 def lay_out(place: Path) -> None:
     """Put the model, the rows and the texts that all jobs use into the folder `place`."""
     models.tiny_llama(layers=3).save(place / "model")
-    rows = [
-        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
-        for i in range(1, 31)
-    ]
+    counts = {i: " ".join(map(str, range(1 + i % 8))) for i in range(1, 31)}
+    rows = [{"instruction": f"count to {i}", "response": text} for i, text in counts.items()]
     (place / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
@@ -129,7 +127,7 @@ def begin(kind: str, out: str) -> Said:
     return call("tune", "model", "data.jsonl", *SMALL, *TUNE[kind], "--out", out, seconds=600)
 
 
-def resume(kind: str, path: Path) -> Said:
+def resume(path: Path) -> Said:
     """Resume a job."""
     return call("tune", "--resume", str(path))
 
@@ -137,16 +135,16 @@ def resume(kind: str, path: Path) -> Said:
 def whole_and_stopped(kind: str) -> list[Folder]:
     """A finished job's folder and a stopped one's; the working folder is laid out."""
     assert (said := begin(kind, f"{kind}-done")).code == 0, said.text
-    (done,) = (p for p in Path(f"{kind}-done").iterdir() if p.is_dir() and not p.is_symlink())
-    ended = [Folder(kind, "done", done, digest_of(kind, done), metrics_of(done))]
+    (done,) = Path(f"{kind}-done").glob("0001-*")
+    ended = Folder(kind, "done", done, digest_of(done), metrics_of(done))
     with stopped_after_two_rounds(Path(f"{kind}-stopped")):
         assert (said := begin(kind, f"{kind}-stopped")).code == 130, said.text
-    (part,) = (p for p in Path(f"{kind}-stopped").iterdir() if p.is_dir() and not p.is_symlink())
-    return [*ended, Folder(kind, "stopped", part, ended[0].digest, ended[0].metrics)]
+    (part,) = Path(f"{kind}-stopped").glob("0001-*")
+    return [ended, Folder(kind, "stopped", part, ended.digest, ended.metrics)]
 
 
-def digest_of(kind: str, path: Path) -> str:
-    """What a finished job's result is, by the digests that it states and by its bytes."""
+def digest_of(path: Path) -> str:
+    """The digest that a finished job states of its result."""
     done = [e for e in _lines(path) if e["event"] == "done"]
     return str(done[-1]["digest"]) if done else ""
 

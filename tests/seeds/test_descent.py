@@ -11,26 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from view_harness import direction
 
 from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.evaluation.objectives import get, loss_tensor
 from fleetune.models import Model, digest, named_tensors, tiny_llama
 from fleetune.seeds import noise
-from fleetune.seeds.descent import (
-    Position,
-    Projection,
-    Steps,
-    descend,
-    descend_projected,
-    two_point,
-    uniforms,
-)
+from fleetune.seeds.descent import Position, Projection, descend, descend_projected, two_point, uniforms
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.view import Tape, View
 from fleetune.seeds.weights import MovedWeights, kernels
 from fleetune.tuning.methods._zeroth import draw, pool_ids
-from law_definition import slow_places
+from law_definition import direction, hadamard, slow_places
 
 KEY, K, EPOCH = 0x5EED, 64, 3
 GRID = float(np.float32(1e-6))
@@ -71,15 +62,14 @@ def gradient_at(view: View, model: Model) -> dict[str, np.ndarray]:
     twin.net = tiny_llama(seed=2).net.double()
     for name, tensor in named_tensors(twin.net):
         tensor.data.copy_(moved[name])
-    twin.net.requires_grad_(
-        True
-    ).model.embed_tokens.padding_idx = None  # which would leave the pad row's gradient out
+    twin.net.requires_grad_(True)
+    twin.net.model.embed_tokens.padding_idx = None  # which would leave the pad row's gradient out
     loss_tensor(twin, batch_of()).backward()
     return {name: tensor.grad.numpy() for name, tensor in named_tensors(twin.net)}
 
 
 @pytest.mark.parametrize("law", noise.LAWS)
-def test_the_slope_is_the_gradient_along_z(tiny: Model, law: str) -> None:
+def test_the_slope_is_the_gradient_along_z(tiny, law):
     """Fails for a wrong sign, a wrong factor, one-sided differences and points that are 3 eps apart (-2 eps)."""
     batch, objective, view = batch_of(), get("loss"), view_of(tiny, law)
     grads = gradient_at(view, tiny)
@@ -100,7 +90,7 @@ def test_the_slope_is_the_gradient_along_z(tiny: Model, law: str) -> None:
 
 
 @pytest.mark.parametrize("eps", [0.5, 1e-2])
-def test_a_linear_function_has_its_exact_slope(view: View, eps: float) -> None:
+def test_a_linear_function_has_its_exact_slope(view, eps):
     rng = np.random.default_rng(1)
     a = {s.name: rng.normal(size=tuple(s.tensor.shape)) for s in view.slots}
 
@@ -114,7 +104,7 @@ def test_a_linear_function_has_its_exact_slope(view: View, eps: float) -> None:
     assert plus - here == pytest.approx(eps * want, abs=6e-5)  # each of the two by itself
 
 
-def test_plus_comes_first_and_the_view_is_left_clean(view: View) -> None:
+def test_plus_comes_first_and_the_view_is_left_clean(view):
     view.place(passes("hashed", K, np.array([3], np.uint64), np.array([9])))
     before, calls = digest(view.tensors()), list[tuple[int, float]]()
 
@@ -129,7 +119,7 @@ def test_plus_comes_first_and_the_view_is_left_clean(view: View) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_the_view_is_clean_after_an_objective_that_raises(tiny: Model, view: View, at: int) -> None:
+def test_the_view_is_clean_after_an_objective_that_raises(tiny, view, at):
     calls: list[int] = []
 
     def loss() -> float:
@@ -144,7 +134,7 @@ def test_the_view_is_clean_after_an_objective_that_raises(tiny: Model, view: Vie
     assert digest(view.tensors()) == tiny.digest
 
 
-def test_a_position_is_the_sum_of_its_moves(tiny: Model, view: View) -> None:
+def test_a_position_is_the_sum_of_its_moves(tiny, view):
     position = Position("hashed", K, np.array([1, 5], np.uint64), np.array([10, -20], np.int64))
     position.move(5, 7)
     position.move(9, 0)  # no move at all
@@ -162,21 +152,12 @@ def empty() -> Position:
     return Position("hashed", K, np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
 
-def walk(
-    view: View,
-    losses: Sequence[float] | Callable[[], float],
-    *,
-    steps: int,
-    eps: float = 0.5,
-    clip: float = 0.0,
-    to_units: Callable[[int, float], int] = lambda step, g: round(-g * 100),
-) -> tuple[Steps, Position]:
+def walk(view: View, losses: Sequence[float] | Callable[[], float], *, steps: int, **how: Any) -> Any:
     """`descend` from the base with an objective that is a list of answers, or a function."""
-    position, answers = empty(), None if callable(losses) else iter(losses)
-    objective = (lambda m, b: losses()) if answers is None else (lambda m, b: next(answers))
-    how: dict[str, Any] = {"eps": eps, "clip": clip, "to_units": to_units}
-    batches = [batch_of()] * steps
-    taken = descend(None, view, position, list(range(steps)), batches, objective, **how)  # type: ignore[arg-type]
+    loss, position = losses if callable(losses) else iter(losses).__next__, empty()
+    how = {"eps": 0.5, "clip": 0.0, "to_units": lambda step, g: round(-g * 100)} | how
+    batches: Any = [batch_of()] * steps
+    taken = descend(None, view, position, list(range(steps)), batches, lambda m, b: loss(), **how)
     assert view.direction is None
     here = digest(view.tensors())
     position.place(view)
@@ -184,7 +165,7 @@ def walk(
     return taken, position
 
 
-def test_a_step_is_the_integer_that_was_taken(view: View) -> None:
+def test_a_step_is_the_integer_that_was_taken(view):
     seen = []
 
     def to_units(step: int, g: float) -> int:
@@ -200,10 +181,9 @@ def test_a_step_is_the_integer_that_was_taken(view: View) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_slope_that_is_not_finite_is_no_step(view: View, bad: float) -> None:
-    taken, position = walk(
-        view, [1.0, bad, bad, 1.0, bad, bad, 4.0, 2.0], steps=4, to_units=lambda step, g: 5
-    )
+def test_a_slope_that_is_not_finite_is_no_step(view, bad):
+    losses = [1.0, bad, bad, 1.0, bad, bad, 4.0, 2.0]
+    taken, position = walk(view, losses, steps=4, to_units=lambda step, g: 5)
     assert taken.coefficients.tolist() == [0, 0, 0, 5]
     assert (taken.skipped, taken.loss, position.ids) == (3, 3.0, [3])
     none, position = walk(view, [bad] * 4, steps=2)
@@ -214,12 +194,12 @@ def test_a_slope_that_is_not_finite_is_no_step(view: View, bad: float) -> None:
 @pytest.mark.parametrize(
     ("clip", "want"), [(0.0, [-900, 700, -10]), (3.0, [-300, 300, -10]), (0.05, [-5, 5, -5])]
 )
-def test_clip_cuts_the_slope_on_both_sides(view: View, clip: float, want: list[int]) -> None:
+def test_clip_cuts_the_slope_on_both_sides(view, clip, want):
     taken, _ = walk(view, [9.0, 0.0, 0.0, 7.0, 0.1, 0.0], steps=3, clip=clip)
     assert taken.coefficients.tolist() == want
 
 
-def test_each_step_starts_where_the_last_one_ended(view: View) -> None:
+def test_each_step_starts_where_the_last_one_ended(view):
     seen: list[str] = []
 
     def loss() -> float:
@@ -239,22 +219,21 @@ def test_each_step_starts_where_the_last_one_ended(view: View) -> None:
 
 
 def dense(K: int, start: int, g: np.ndarray) -> np.ndarray:
-    """p_k = sum_i D[i] H[place(i), k] g[i], written out; H after Sylvester."""
-    H = np.ones((1, 1))
-    while len(H) < K:
-        H = np.block([[H, H], [H, -H]])
+    """p_k = sum_i D[i] H[place(i), k] g[i], written out."""
     D = noise.signs(KEY, EPOCH, start, g.size).astype(np.float64)
-    return (D * g) @ H[slow_places(K, start, g.size)]
+    return (D * g) @ hadamard(K)[slow_places(K, start, g.size)]
+
+
+def no_weights() -> MovedWeights:
+    return MovedWeights([("x", torch.zeros(1))], run_key=KEY, law="hashed", grid=1.0)
 
 
 @pytest.mark.parametrize(("backend", "threads"), [("numba", 1), ("numba", 3), ("torch", None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("K", [1, 64, 512])
-def test_a_fold_and_a_transform_are_the_slopes_along_all_directions(
-    K: int, dtype: torch.dtype, backend: str, threads: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fold_and_a_transform_are_the_slopes_along_all_directions(K, dtype, backend, threads, monkeypatch):
     monkeypatch.setattr("fleetune.seeds.descent.CHUNK", 5000)  # cut in the middle of tiles and of rows
-    weights = MovedWeights([("x", torch.zeros(1))], run_key=KEY, law="hashed", grid=1.0)
+    weights = no_weights()
     weights.kernels, weights.threads = kernels(weights.device, backend), threads
     draw, projection = torch.Generator().manual_seed(K), Projection(weights, K, EPOCH)
     expected, start, size = np.zeros(K), 0, 0.0
@@ -268,13 +247,11 @@ def test_a_fold_and_a_transform_are_the_slopes_along_all_directions(
     assert not projection.take().any()
 
 
-def test_a_pool_may_be_wider_than_a_tile() -> None:
+def test_a_pool_may_be_wider_than_a_tile():
     """Against single slopes of some directions: the start of a tensor is then any multiple of 4096 modulo K."""
     K, start = 16384, 5 * 4096
     g = np.random.default_rng(0).normal(size=3 * K + 777).astype(np.float32)
-    projection = Projection(
-        MovedWeights([("x", torch.zeros(1))], run_key=KEY, law="hashed", grid=1.0), K, EPOCH
-    )
+    projection = Projection(no_weights(), K, EPOCH)
     projection.add(start, torch.from_numpy(g))
     p, D = projection.take(), noise.signs(KEY, EPOCH, start, g.size).astype(np.float64)
     for k in (0, 1, 4095, K // 2, K - 1):
@@ -296,7 +273,7 @@ def projected(view: View, model: Model) -> np.ndarray:
     return np.sum([dense(K, slot.start, gradient[slot.name].ravel()) for slot in view.slots], axis=0)
 
 
-def test_the_projection_of_backward_is_the_projection_of_the_gradient_at_the_point() -> None:
+def test_the_projection_of_backward_is_the_projection_of_the_gradient_at_the_point():
     model = tiny_llama(seed=2)
     view, _ = moved_view(model)
     expected, projection = projected(view, model), Projection(view, K, EPOCH)
@@ -308,7 +285,7 @@ def test_the_projection_of_backward_is_the_projection_of_the_gradient_at_the_poi
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_a_projected_walk_is_gradient_descent_in_the_space_of_the_pool(clip: float) -> None:
+def test_a_projected_walk_is_gradient_descent_in_the_space_of_the_pool(clip):
     """a <- a - units/K p, with p of an ordinary gradient at the point of the rounded a, step by step."""
     model, units, b = tiny_llama(seed=2), 3e3, batch_of()
     view, position = moved_view(model)
@@ -330,7 +307,7 @@ def test_a_projected_walk_is_gradient_descent_in_the_space_of_the_pool(clip: flo
     assert get("loss")(model, b) < begun
 
 
-def test_a_gradient_that_is_not_finite_is_no_step() -> None:
+def test_a_gradient_that_is_not_finite_is_no_step():
     model = tiny_llama()
     view, position = moved_view(model)
     with torch.no_grad():
@@ -351,7 +328,7 @@ def sha(a: np.ndarray) -> str:
     return hashlib.sha256(a.astype(a.dtype.newbyteorder("<")).tobytes()).hexdigest()
 
 
-def test_uniforms_never_change_and_are_a_function_of_key_and_domain() -> None:
+def test_uniforms_never_change_and_are_a_function_of_key_and_domain():
     u = uniforms(0x0123456789ABCDEF, "walk", 1001)
     assert sha(u) == UNIFORMS_SHA
     k = noise.derive(0x0123456789ABCDEF, "walk")
@@ -365,14 +342,14 @@ def test_uniforms_never_change_and_are_a_function_of_key_and_domain() -> None:
 
 
 @pytest.mark.parametrize(("key", "pool", "want"), DRAWS)
-def test_draws_never_change(key: int, pool: int, want: str) -> None:
+def test_draws_never_change(key, pool, want):
     k = draw(key, 500, pool)
     assert sha(k) == want
     assert k.dtype == np.int64
     assert (k == np.floor(uniforms(key, "walk", 500) * pool)).all()
 
 
-def test_draws_follow_their_probabilities() -> None:
+def test_draws_follow_their_probabilities():
     n, pool = 1 << 17, 64
     p = np.exp(np.linspace(-3, 1, pool)).astype(np.float32)
     p[10] = 0.0
@@ -389,7 +366,7 @@ def test_draws_follow_their_probabilities() -> None:
     assert (even == draw(5, 5000, pool)).mean() > 0.99
 
 
-def test_direction_ids_hold_the_epoch_above_the_member() -> None:
+def test_direction_ids_hold_the_epoch_above_the_member():
     assert pool_ids(3, np.array([0, 1023])).tolist() == [3 << 32, 3 << 32 | 1023]
     assert pool_ids(2**31, np.array([1])).dtype == np.uint64
     assert pool_ids(2**32 - 1, np.array([1])).tolist() == [2**64 - 2**32 + 1]

@@ -26,8 +26,8 @@ Probe = tuple[int, np.ndarray] | None
 
 
 def reference(
-    base: Tensor, start: int, run_key: int, passes: Passes, grid: float, probe: Probe, gaussian: bool = False
-) -> Tensor:
+    base: Tensor, start: int, run_key: int, passes: Passes, grid: float, probe: Any, gaussian=False
+):
     """The definition, one numpy float32 operation at a time: float32."""
     n = base.numel()
 
@@ -60,32 +60,23 @@ def weights(seed: int, n: int, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def check(
-    kernels: ModuleType,
-    base: Tensor,
-    start: int,
-    run_key: int,
-    passes: Passes,
-    grid: float,
-    probe: Probe,
-    gaussian: bool = False,
-    **how: Any,
-) -> None:
+def check(kernels: ModuleType, base: Tensor, *where: Any, gaussian: bool = False, **how: Any) -> None:
     """Sweep for one sign or, with a probe, for both, and compare with the definition; NaN may be any NaN."""
-    move = (start, run_key, passes, grid)
-    want = [reference(base, *move, probe, gaussian).to(base.dtype)]
+    *move, probe = where
     outs = [torch.full_like(base, 5.0) for _ in range(2)]
-    kernels.sweep(outs[0], base, *move, probe, gaussian=gaussian, **how)
-    numbers = ~want[0].isnan()
-    assert torch.equal(bits(outs[0])[numbers], bits(want[0])[numbers])
-    assert outs[0][~numbers].isnan().all()
+    kernels.sweep(outs[0], base, *where, gaussian=gaussian, **how)
+    assert_same(outs[0], reference(base, *where, gaussian).to(base.dtype))
     if probe is not None:
-        want.append(reference(base, *move, (probe[0], -probe[1]), gaussian).to(base.dtype))
-        kernels.sweep(outs[0], base, *move, probe, gaussian=gaussian, minus=outs[1], **how)
-        for out, wanted in zip(outs, want, strict=True):
-            numbers = ~wanted.isnan()
-            assert torch.equal(bits(out)[numbers], bits(wanted)[numbers])
-            assert out[~numbers].isnan().all()
+        kernels.sweep(outs[0], base, *where, gaussian=gaussian, minus=outs[1], **how)
+        for out, sign in zip(outs, (1, -1), strict=True):
+            assert_same(out, reference(base, *move, (probe[0], sign * probe[1]), gaussian).to(base.dtype))
+
+
+def assert_same(out: Tensor, want: Tensor) -> None:
+    """To the bit, but for the bits of NaN."""
+    numbers = ~want.isnan()
+    assert torch.equal(bits(out)[numbers], bits(want)[numbers])
+    assert out[~numbers].isnan().all()
 
 
 @st.composite
@@ -122,7 +113,7 @@ def cases(draw: Callable[..., Any]) -> dict[str, Any]:
 @each_backend
 @given(case=cases())
 @settings(max_examples=150)
-def test_any_sweep_is_the_definition(kernels: ModuleType, case: dict[str, Any]) -> None:
+def test_any_sweep_is_the_definition(kernels, case):
     dtype, probe, passes, n = case["dtype"], case["probe"], case["passes"], case["n"]
     where = case["start"], case["run_key"]
     both = probe is not None
@@ -131,18 +122,8 @@ def test_any_sweep_is_the_definition(kernels: ModuleType, case: dict[str, Any]) 
     at = ["plus", "minus"][: 1 + both]
     if case["place"] in at and base.dtype == dtype:
         outs[at.index(case["place"])] = base
-    kernels.sweep(
-        outs[0],
-        base,
-        *where,
-        passes,
-        case["grid"],
-        probe,
-        gaussian=case["gaussian"],
-        minus=outs[1] if both else None,
-        threads=case["threads"],
-        block=case["block"],
-    )
+    how = {"minus": outs[1] if both else None, **{n: case[n] for n in ("gaussian", "threads", "block")}}
+    kernels.sweep(outs[0], base, *where, passes, case["grid"], probe, **how)
     for out, sign in zip(outs, (1, -1), strict=False):
         signed = probe and (probe[0], sign * probe[1])
         want = reference(kept, *where, passes, case["grid"], signed, case["gaussian"])
@@ -154,7 +135,7 @@ def test_any_sweep_is_the_definition(kernels: ModuleType, case: dict[str, Any]) 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("K", [1, 16, 8192])
-def test_each_way_through_the_kernel(kernels: ModuleType, dtype: torch.dtype, K: int) -> None:
+def test_each_way_through_the_kernel(kernels, dtype, K):
     # No, one, few and many passes; the probe's direction among them or not; whole tiles, parts of tiles, less than a row.
     law = "rademacher" if K == 1 else "hashed"
     for n_passes in (0, 1, 2, 5):
@@ -169,9 +150,7 @@ def test_each_way_through_the_kernel(kernels: ModuleType, dtype: torch.dtype, K:
 
 @pytest.mark.parametrize("gaussian", [False, True])
 @pytest.mark.parametrize("units", [1, 5, 100])
-def test_directions_whose_words_are_made_together_stay_apart(
-    monkeypatch: pytest.MonkeyPatch, gaussian: bool, units: int
-) -> None:
+def test_directions_whose_words_are_made_together_stay_apart(monkeypatch, gaussian, units):
     # A block's 2 tiles of 7 passes and a probe: one by one, by twos, all at once.
     monkeypatch.setattr(kernels_torch, "UNITS", units)
     monkeypatch.setattr(kernels_torch, "BLOCK", 2 * (128 if gaussian else TILE))
@@ -181,10 +160,10 @@ def test_directions_whose_words_are_made_together_stay_apart(
     base = weights(8, 500 if gaussian else 3 * TILE + 50, torch.float32)
     for id in (2**63 + 1, 8, top):
         probe = id, np.array([0.3], np.float32)
-        check(kernels_torch, base, 99, top, passes, 1e-2, probe, gaussian)
+        check(kernels_torch, base, 99, top, passes, 1e-2, probe, gaussian=gaussian)
 
 
-def test_threads_share_a_large_tensor() -> None:
+def test_threads_share_a_large_tensor():
     # Beyond the size at which work is split by default, with every kind of pass.
     n = kernels_numba.SPLIT + 12_345
     base = weights(2, n, torch.bfloat16)
@@ -199,7 +178,7 @@ def test_threads_share_a_large_tensor() -> None:
         assert torch.equal(outs[0][-500:], want.bfloat16())
 
 
-def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
+def test_callers_in_several_threads_do_not_disturb_each_other():
     base = weights(3, 20_000, torch.float32)
     passes = noise.passes("rademacher", 1, range(1, 9), range(1, 9))
 
@@ -216,7 +195,7 @@ def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
 
 @each_backend
 @pytest.mark.parametrize("parts", [(1,), (1, 2)])
-def test_products_are_rounded_before_they_are_added(kernels: ModuleType, parts: tuple[int, ...]) -> None:
+def test_products_are_rounded_before_they_are_added(kernels, parts):
     # base = -round(grid * acc): the sum is exactly 0, where a fused multiply-add leaves the product's error.
     grid, n = np.float32(0.1), 2 * TILE
     passes = noise.passes("rademacher", 1, parts, [7] * len(parts))
@@ -229,7 +208,7 @@ def test_products_are_rounded_before_they_are_added(kernels: ModuleType, parts: 
 
 
 @each_backend
-def test_a_sum_of_zero_is_plus_zero(kernels: ModuleType) -> None:
+def test_a_sum_of_zero_is_plus_zero(kernels):
     # -0 + 0 is 0 but -0 - 0 is -0: an element whose integers cancel must see +0, whatever its sign bit.
     table = np.zeros((1, 128), np.int32)
     table[0, ::3] = 5
@@ -243,7 +222,7 @@ def test_a_sum_of_zero_is_plus_zero(kernels: ModuleType) -> None:
 
 @each_backend
 @pytest.mark.parametrize(("law", "K", "ids"), [("rademacher", 1, [1, 2]), ("hashed", 4, [0, 1])])
-def test_sums_beyond_2_31_are_exact(kernels: ModuleType, law: str, K: int, ids: list[int]) -> None:
+def test_sums_beyond_2_31_are_exact(kernels, law, K, ids):
     passes = noise.passes(law, K, ids, [2**31 - 1] * 2)
     assert passes.tables.dtype == np.int64
     check(kernels, weights(5, 5000, torch.float32), 3, 8, passes, 1e-9, None)
@@ -251,7 +230,7 @@ def test_sums_beyond_2_31_are_exact(kernels: ModuleType, law: str, K: int, ids: 
 
 @each_backend
 @pytest.mark.parametrize("dtype", SIXTEEN)
-def test_every_16_bit_code_is_read_and_moved_both_ways(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_every_16_bit_code_is_read_and_moved_both_ways(kernels, dtype):
     base = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     check(kernels, base, 5, 1, EMPTY, 0.0, None)
     # moved by something of its own size, each code shows the float it was read as
@@ -274,7 +253,7 @@ def boundaries(dtype: torch.dtype) -> np.ndarray:
 
 @each_backend
 @pytest.mark.parametrize("dtype", SIXTEEN)
-def test_rounding_to_16_bits_is_to_nearest_even(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_rounding_to_16_bits_is_to_nearest_even(kernels, dtype):
     points = boundaries(dtype)
     base = torch.from_numpy(np.concatenate([points, -points]))
     outs = [torch.empty(len(base), dtype=dtype) for _ in range(2)]
@@ -288,7 +267,7 @@ def test_rounding_to_16_bits_is_to_nearest_even(kernels: ModuleType, dtype: torc
 
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinities_and_nan_stay(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_infinities_and_nan_stay(kernels, dtype):
     base = weights(9, TILE + 300, dtype)
     base[::5], base[1::5], base[2::50] = float("inf"), float("-inf"), float("nan")
     passes = noise.passes("hashed", 128, [3, 7], [100, -3])
@@ -298,7 +277,7 @@ def test_infinities_and_nan_stay(kernels: ModuleType, dtype: torch.dtype) -> Non
 
 @each_backend
 @pytest.mark.parametrize("law", noise.LAWS)
-def test_a_probe_walks_the_direction_of_the_update(kernels: ModuleType, law: str) -> None:
+def test_a_probe_walks_the_direction_of_the_update(kernels, law):
     gaussian, direction = law == "gaussian", 3 << 32 | 11
     id, table = noise.probe(law, 16, direction)
     probed, updated = torch.zeros(TILE + 9), torch.zeros(TILE + 9)
@@ -310,7 +289,7 @@ def test_a_probe_walks_the_direction_of_the_update(kernels: ModuleType, law: str
 
 @each_backend
 @pytest.mark.parametrize("moved", [0, 1])
-def test_backward_notices_that_weights_it_needs_have_moved(kernels: ModuleType, moved: int) -> None:
+def test_backward_notices_that_weights_it_needs_have_moved(kernels, moved):
     outs = [torch.ones(8) for _ in range(2)]
     w = torch.ones(8, requires_grad=True)
     loss = (w * outs[moved]).sum()
@@ -320,7 +299,7 @@ def test_backward_notices_that_weights_it_needs_have_moved(kernels: ModuleType, 
 
 
 @each_backend
-def test_inference_tensors_and_read_only_tables_are_taken(kernels: ModuleType) -> None:
+def test_inference_tensors_and_read_only_tables_are_taken(kernels):
     passes = noise.passes("rademacher", 1, [1, 2], [3, 4])
     for array in passes:
         array.flags.writeable = False
@@ -336,7 +315,7 @@ def test_inference_tensors_and_read_only_tables_are_taken(kernels: ModuleType) -
 
 
 @each_backend
-def test_tensors_and_tables_that_do_not_fit_are_refused(kernels: ModuleType) -> None:
+def test_tensors_and_tables_that_do_not_fit_are_refused(kernels):
     passes = noise.passes("rademacher", 1, [1], [1])
     x, y = torch.zeros(10), torch.zeros(10)
     bad = [

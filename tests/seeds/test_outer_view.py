@@ -80,9 +80,7 @@ tables_of = st.dictionaries(
     given_out=st.booleans(),
 )
 @settings(max_examples=15)
-def test_any_piece_is_the_formula_in_whole_numbers(
-    dtype: str, tables: dict[int, list[int]], still: set[str], chunk: int, given_out: bool
-) -> None:
+def test_any_piece_is_the_formula_in_whole_numbers(dtype, tables, still, chunk, given_out):
     """Wherever it begins and ends; of tensors that nothing moves, too."""
     for table in tables.values():
         for name in still:
@@ -114,12 +112,12 @@ def digest(threads: int) -> str:
         torch.set_num_threads(before)
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
+def test_the_number_of_threads_changes_no_bit():
     assert digest(1) == digest(2) == digest(3)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_passes_are_counted_where_they_move_something(name: str) -> None:
+def test_passes_are_counted_where_they_move_something(name):
     made = view("fp32")
     table = np.zeros((2, 19), np.int64)
     table[:, 17:] = 1  # moves d alone

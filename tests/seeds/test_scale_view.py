@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -67,9 +68,8 @@ def reference(stored: Stored, start: int, law: str, K: int, eps: float = 0.0, k:
         total = noise.summed(passes(law, K, ids, c), KEY, start, len(bits)).astype(np.float32)
         p = total * np.float32(GRID) + (bits & 0x7FFF).astype(np.float32) / np.float32(1024)
         id, _ = probe(law, K, k)
-        one = noise.summed(
-            passes(law, K, [(id << 32) | k if law == "hashed" else id], [1]), KEY, start, len(bits)
-        )
+        z = passes(law, K, [(id << 32) | k if law == "hashed" else id], [1])
+        one = noise.summed(z, KEY, start, len(bits))
         p = p + one.astype(np.float32) * np.float32(eps)
         u = (noise.rounding(KEY, start, len(bits)).astype(np.float32) + np.float32(0.5)) / np.float32(256)
         whole = np.clip(np.floor(p * np.float32(1024) + u), 0, 0x7BFF).astype(np.uint16)
@@ -83,7 +83,7 @@ def reference(stored: Stored, start: int, law: str, K: int, eps: float = 0.0, k:
 
 
 @pytest.mark.parametrize("law", ["hashed", "rademacher"])
-def test_a_point_is_that_of_the_reference_for_every_matrix(law: str, file: Path) -> None:
+def test_a_point_is_that_of_the_reference_for_every_matrix(law, file):
     model = mapped(file)
     view = view_of(model, law)
     K = 64 if law == "hashed" else 1
@@ -91,21 +91,21 @@ def test_a_point_is_that_of_the_reference_for_every_matrix(law: str, file: Path)
     weights = dict(named_tensors(model.net))
     moved = 0
     for slot in view.slots:
-        want = reference(weights[slot.name].stored, slot.start, law, K)  # type: ignore[attr-defined]
+        want = reference(weights[slot.name].stored, slot.start, law, K)
         whole = view.whole(slot)
         assert torch.equal(whole, want)
         for first, last in ((5, 70), (63, 64), (1, whole.numel())):  # wherever a piece begins
             assert torch.equal(view.piece(slot, first, last), whole.view(-1)[first:last])
-        moved += int((want != weights[slot.name].values()).sum())  # type: ignore[attr-defined]
+        moved += int((want != weights[slot.name].values()).sum())
         view.probe(probe(law, K, 9), 0.02)
-        probed = reference(weights[slot.name].stored, slot.start, law, K, 0.02, 9)  # type: ignore[attr-defined]
+        probed = reference(weights[slot.name].stored, slot.start, law, K, 0.02, 9)
         assert torch.equal(view.whole(slot), probed)
         assert not torch.equal(probed, want)
         view.probe(None)
     assert moved > 1000
 
 
-def test_at_the_base_the_digest_is_the_bases_own(file: Path) -> None:
+def test_at_the_base_the_digest_is_the_bases_own(file):
     model = mapped(file)
     view = view_of(model)
     assert models.digest(view.pieces()) == model.digest
@@ -120,19 +120,18 @@ def batch(rows: int = 2, length: int = 9) -> Batch:
     return Batch(ids, torch.ones_like(ids), ids)
 
 
-def test_both_signs_in_one_forward_are_two_forwards(file: Path) -> None:
+def test_both_signs_in_one_forward_are_two_forwards(file):
     model = mapped(file, "bf16")
     view = view_of(model)
     view.place(passes("hashed", 64, *some("hashed")))
     with torch.inference_mode():
-        two = descent.two_point(
-            view, probe("hashed", 64, 3), 0.02, lambda: descent.batch_loss(model, batch())
-        )
+        loss = partial(descent.batch_loss, model, batch())
+        two = descent.two_point(view, probe("hashed", 64, 3), 0.02, loss)
         assert descent._in_one_forward(model, view, probe("hashed", 64, 3), batch(), 0.02) == two
     assert two[0] != two[1]
 
 
-def test_slopes_of_back_propagation_are_those_of_the_scales(file: Path) -> None:
+def test_slopes_of_back_propagation_are_those_of_the_scales(file):
     """Against the gradient of a dense float64 net, pulled back by hand: dL/dp = dd/dp sum of q dL/dw."""
     model = mapped(file)
     view = view_of(model)
@@ -147,7 +146,7 @@ def test_slopes_of_back_propagation_are_those_of_the_scales(file: Path) -> None:
     weights, want = dict(named_tensors(dense.net)), np.zeros(K)
     lazy = dict(named_tensors(model.net))
     for slot in view.slots:
-        stored: Stored = lazy[slot.name].stored  # type: ignore[attr-defined]
+        stored: Stored = lazy[slot.name].stored
         bits, codes = plain(stored)
         g = weights[slot.name].grad.reshape(len(codes), BLOCK)  # type: ignore[union-attr]
         by_scale = torch.stack([(g * codes).sum(1), *([g.sum(1)] * (bits.shape[1] - 1))], 1)
@@ -172,7 +171,7 @@ def plain(stored: Stored) -> tuple[np.ndarray, Tensor]:
     return bits, torch.from_numpy(codes.astype(np.float64))
 
 
-def test_only_blocks_are_moved_and_a_base_without_any_is_refused(file: Path) -> None:
+def test_only_blocks_are_moved_and_a_base_without_any_is_refused(file):
     model = mapped(file)
     names = [name for name, _, _ in moved_tensors(model)]
     assert names == [f"{n}.scales" for n, t in named_tensors(model.net) if in_blocks(t)]
@@ -183,21 +182,21 @@ def test_only_blocks_are_moved_and_a_base_without_any_is_refused(file: Path) -> 
         moved_tensors(plain_one)
 
 
-def test_without_passes_nothing_moves() -> None:
+def test_without_passes_nothing_moves():
     every = np.arange(1 << 16, dtype=np.uint16)
     finite = every[(every & 0x7C00) != 0x7C00]
     assert np.array_equal(noise.moved_scales(finite, 0, KEY, EMPTY, 1.0), finite)
 
 
 @given(st.integers(0, 1 << 40), st.integers(1, 2000), st.integers(0, (1 << 64) - 1))
-def test_the_offsets_of_a_part_are_those_of_the_whole(start: int, count: int, key: int) -> None:
+def test_the_offsets_of_a_part_are_those_of_the_whole(start, count, key):
     begin = start - start % 4096
     whole = noise.rounding(key, begin, start - begin + count)
     assert np.array_equal(noise.rounding(key, start, count), whole[start - begin :])
 
 
 @given(st.floats(-3, 3), st.integers(0, 1000))
-def test_a_move_is_right_in_the_mean_and_keeps_sign_zero_and_range(steps: float, seed: int) -> None:
+def test_a_move_is_right_in_the_mean_and_keeps_sign_zero_and_range(steps, seed):
     """4,096 equal scales, moved by `steps` of fp16's: each by the whole number below or above, in the right shares."""
     bits = np.full(4096, 0x2400 | (seed & 1) << 15, np.uint16)
     one = passes("rademacher", 1, [seed], [1])

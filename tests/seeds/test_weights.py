@@ -23,7 +23,7 @@ from view_harness import (
     view_of,
 )
 
-from command_line import Capture, refused
+from command_line import refused
 from fleetune import seeds
 from fleetune.common.hearing import hearing
 from fleetune.errors import UsageError
@@ -40,7 +40,7 @@ GOLDEN = "eda21ad7ba134ea1da5645fee7af938bbcbe1551ef97d9036579fb8e801e1052"
 @pytest.mark.parametrize("law", ["hashed", "rademacher"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("name", ["tied llama", "gpt2"])
-def test_tensors_are_the_definition(monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, law: str) -> None:
+def test_tensors_are_the_definition(monkeypatch, name, dtype, law):
     net = make(name, dtype)
     want = digest(reference(named_tensors(net), law, ENTRIES))
     assert want != digest(named_tensors(net))
@@ -55,7 +55,7 @@ def test_tensors_are_the_definition(monkeypatch: pytest.MonkeyPatch, name: str, 
         view.remove()
 
 
-def test_a_rebuilt_model_never_changes() -> None:
+def test_a_rebuilt_model_never_changes():
     model = tiny_llama()
     assert digest(placed(view_of(model.net)).tensors()) == GOLDEN
     assert model.digest == digest(named_tensors(model.net))
@@ -63,7 +63,7 @@ def test_a_rebuilt_model_never_changes() -> None:
 
 @pytest.mark.parametrize("law", ["hashed", "rademacher"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_the_two_points_are_w_plus_and_minus_eps_z_exactly(dtype: str, law: str) -> None:
+def test_the_two_points_are_w_plus_and_minus_eps_z_exactly(dtype, law):
     net = make("tied llama", dtype)
     view, seen = placed(view_of(net, law)), list[str]()
 
@@ -77,7 +77,7 @@ def test_the_two_points_are_w_plus_and_minus_eps_z_exactly(dtype: str, law: str)
     assert digest(view.tensors()) == digest(reference(named, law, ENTRIES))
 
 
-def test_tied_tensors_count_once_and_tensors_start_at_whole_tiles() -> None:
+def test_tied_tensors_count_once_and_tensors_start_at_whole_tiles():
     net = make("gpt2")
     slots = layout(named_tensors(net))
     names = [s.name for s in slots]
@@ -92,7 +92,7 @@ def test_tied_tensors_count_once_and_tensors_start_at_whole_tiles() -> None:
     assert [s.name for s in layout(reversed(named_tensors(net)))] == names
 
 
-def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_is_bounded(monkeypatch):
     monkeypatch.setattr(weights, "CHUNK", 1000)
     net, sizes, sweep = make("tied llama"), list[int](), MovedWeights.sweep
 
@@ -110,9 +110,7 @@ def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("chunk", [weights.CHUNK, 64])
 @pytest.mark.parametrize("paired", [0, 1])
-def test_a_row_of_a_table_is_that_of_the_moved_weights(
-    chunk: int, paired: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_of_a_table_is_that_of_the_moved_weights(chunk, paired, monkeypatch):
     """A table that fits into the scratch is made at once where many of its rows are used, a larger one by rows."""
     tokens = torch.arange(0, 264, 8).repeat(2).view(2, -1)
     view = placed(view_of(llama(tied=False)))
@@ -130,7 +128,7 @@ def test_a_row_of_a_table_is_that_of_the_moved_weights(
         assert torch.equal(part[where], whole[tokens])
 
 
-def test_a_stored_direction_is_that_of_the_law() -> None:
+def test_a_stored_direction_is_that_of_the_law():
     net = make("gpt2")
     view = placed(view_of(net))
     with view.storing():
@@ -149,7 +147,7 @@ def moved_far(law: str) -> tuple[MovedWeights, int]:
 
 
 @pytest.mark.parametrize("law", ["gaussian", "rademacher"])
-def test_many_passes_are_made_in_pieces_that_hear_a_stop(monkeypatch: pytest.MonkeyPatch, law: str) -> None:
+def test_many_passes_are_made_in_pieces_that_hear_a_stop(monkeypatch, law):
     (view, count), heard = moved_far(law), list[int]()
     slot = max(view.slots, key=lambda slot: slot.tensor.numel())
     size = slot.tensor.numel()
@@ -169,7 +167,7 @@ def test_many_passes_are_made_in_pieces_that_hear_a_stop(monkeypatch: pytest.Mon
     assert len(heard) == 2 * pieces
 
 
-def test_a_limit_is_of_passes_over_all_weights() -> None:
+def test_a_limit_is_of_passes_over_all_weights():
     view, count = moved_far("gaussian")
     view.limit(2 * count)
     for _ in range(2):
@@ -192,16 +190,14 @@ def test_a_limit_is_of_passes_over_all_weights() -> None:
         ("auto", "auto", META, "torch"),
     ],
 )
-def test_the_environment_chooses(
-    monkeypatch: pytest.MonkeyPatch, word: str | None, asked: str, device: torch.device, want: str
-) -> None:
+def test_the_environment_chooses(monkeypatch, word, asked, device, want):
     monkeypatch.delenv(seeds.VARIABLE, raising=False)
     if word is not None:
         monkeypatch.setenv(seeds.VARIABLE, word)
     assert kernels(device, asked).__name__ == f"fleetune.seeds.kernels_{want}"
 
 
-def test_numba_where_it_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numba_where_it_cannot_be_is_refused(monkeypatch):
     monkeypatch.setenv(seeds.VARIABLE, "numba")
     with pytest.raises(UsageError, match="on meta"):
         kernels(META)
@@ -212,6 +208,6 @@ def test_numba_where_it_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert kernels(CPU).__name__ == "fleetune.seeds.kernels_torch"
 
 
-def test_another_word_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_another_word_is_refused_before_any_work(monkeypatch, capsys):
     monkeypatch.setenv(seeds.VARIABLE, "moon")
     assert "moon" in refused(capsys, "tune", "no such model", "no such data")

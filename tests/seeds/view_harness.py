@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,25 +19,21 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import law_definition
 from fleetune.models import DTYPES, named_tensors, uniform
-from fleetune.seeds import noise
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.view import View
-from law_definition import slow_places
 
 KEY, GRID, EPS, K = 0xFEEDFACE12345678, float(np.float32(3e-6)), 1e-2, 32
 IDS = np.array([3, 17, 1 << 32 | 3, 5 << 32 | 31], np.uint64)
 COEFFICIENTS = np.array([900, -1500, 400, 8193], np.int64)
 ENTRIES = list(zip(IDS.tolist(), COEFFICIENTS.tolist(), strict=True))
 DIRECTION = 5 << 32 | 7
+direction = partial(law_definition.direction, K=K, key=KEY)
 TOKENS = torch.tensor([[5, 9, 200, 5, 0, 263, 44], [1, 1, 2, 3, 120, 7, 8]])
 IDENTIFIERS = {"vocab_size": 264, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SMALL = IDENTIFIERS | {
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
+SMALL = IDENTIFIERS | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {"max_position_embeddings": 128}
 NETS: dict[str, Callable[[], Any]] = {
     "tied llama": lambda: llama(tied=True),
     "untied llama": lambda: llama(tied=False),
@@ -50,6 +46,9 @@ NETS: dict[str, Callable[[], Any]] = {
         Qwen2Config(**SMALL, intermediate_size=40, num_hidden_layers=1, tie_word_embeddings=True)
     ),
 }
+
+
+Named = Iterable[tuple[str, Tensor]]
 
 
 def llama(*, tied: bool) -> Any:
@@ -89,21 +88,7 @@ def logits(net: Any, tokens: Tensor = TOKENS) -> Tensor:
         return net(input_ids=tokens).logits.clone()
 
 
-@cache
-def direction(law: str, id: int, start: int, count: int, K: int = K, key: int = KEY) -> np.ndarray:
-    """z, element by element of the definition: int64 [count], float64 of the gaussian law."""
-    if law == "gaussian":
-        return noise.normals(key, id, start, count).astype(np.float64)
-    if law == "rademacher":
-        return noise.signs(key, id, start, count).astype(np.int64)
-    epoch, k = divmod(id, 1 << 32)
-    column = np.array([(-1) ** bin(i & k).count("1") for i in range(K)])
-    return noise.signs(key, epoch, start, count).astype(np.int64) * column[slow_places(K, start, count)]
-
-
-def reference(
-    named: Iterable[tuple[str, Tensor]], law: str, entries: Iterable[tuple[int, int]], eps: float = 0.0
-) -> list[tuple[str, Tensor]]:
+def reference(named: Named, law: str, entries: Iterable[tuple[int, int]], eps: float = 0.0) -> Named:
     """round((w0 + grid * sum c z) + eps z'), each float32 operation by itself, rounded to the dtype once."""
     moved, start = [], 0
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
@@ -118,7 +103,7 @@ def reference(
     return moved
 
 
-def written(net: Any, tensors: Iterable[tuple[str, Tensor]]) -> Any:
+def written(net: Any, tensors: Named) -> Any:
     """The net with these tensors as its stored weights."""
     known = dict(named_tensors(net))
     for name, tensor in tensors:

@@ -20,7 +20,7 @@ from fleetune import models
 from fleetune.errors import RecipeError
 from fleetune.report import runlog
 from fleetune.report import sweep as summary
-from fleetune.report.sweep import GridRun, SweepAxis
+from fleetune.report.sweep import GridRun
 from fleetune.runs import rundir
 from fleetune.tuning import sweep
 from fleetune.tuning.prepare import prepare
@@ -58,10 +58,8 @@ def at(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def digests(folder: Path) -> dict[str, str]:
     """Run folder -> digest of the tuned weights, from the record of each run."""
-    found = {}
-    for run in rundir.listing(folder):
-        found[run.name] = next(e["digest"] for e in rundir.events(run) if e["event"] == "done")
-    return found
+    done = {run.name: list(rundir.events(run))[-1] for run in rundir.listing(folder)}
+    return {name: event["digest"] for name, event in done.items()}
 
 
 def test_every_combination_once_and_whole_seeds_first():
@@ -254,17 +252,9 @@ def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: 
     run.mkdir()
     lines: list[dict[str, Any]] = [{"event": "eval", "round": 0, "loss": base}]
     for r, loss in enumerate(losses, 1):
-        lines += [
-            {
-                "event": "round",
-                "round": r,
-                "bytes_up": 400,
-                "bytes_down": 600,
-                "bytes_total": 1000 * r,
-                "seconds": 2.0,
-            },
-            {"event": "eval", "round": r, "loss": loss},
-        ]
+        sent = {"bytes_up": 400, "bytes_down": 600, "bytes_total": 1000 * r}
+        lines.append({"event": "round", "round": r, **sent, "seconds": 2.0})
+        lines.append({"event": "eval", "round": r, "loss": loss})
     ends = {"base": {"loss": base}, "tuned": {"loss": losses[-1]}}
     lines.append({"event": "done", **ends, "bytes_up": 400 * len(losses), "bytes_down": 600 * len(losses)})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -272,25 +262,17 @@ def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: 
     return GridRun(values, seed, runlog.read(run))
 
 
-AXES = (SweepAxis("alpha", "alpha", (0.5, 1.0, 2.0)), SweepAxis("K", "set.K", (8, 512)))
-
-
-def table(folder: Path, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[GridRun]]:
-    """(base [seeds], losses [alpha, K, seed, round], the runs) of a whole grid with 4 seeds."""
-    folder.mkdir()
+def test_a_final_measure_is_the_mean_over_seeds_with_the_spread_of_the_change(tmp_path):
+    """Of a whole grid of alpha and K with 4 seeds: losses [alpha, K, seed, round]."""
+    rng = np.random.default_rng(2)
     base = 4.0 + rng.normal(size=4)
     losses = base[None, None, :, None] - rng.uniform(0.1, 0.9, size=(3, 2, 4, 3))
     runs = [
-        fake(folder, (a, k), s, float(base[s]), losses[i, j, s].tolist())
+        fake(tmp_path, (a, k), s, float(base[s]), losses[i, j, s].tolist())
         for s in range(4)
-        for i, a in enumerate(AXES[0].values)
-        for j, k in enumerate(AXES[1].values)
+        for i, a in enumerate((0.5, 1.0, 2.0))
+        for j, k in enumerate((8, 512))
     ]
-    return base, losses, runs
-
-
-def test_a_final_measure_is_the_mean_over_seeds_with_the_spread_of_the_change(tmp_path):
-    base, losses, runs = table(tmp_path / "a", np.random.default_rng(2))
     end = summary.final(1, 512, "loss", runs)
     by_seed = losses[:, 1, :, -1].mean(axis=0)  # over alpha
     assert end.mean == pytest.approx(by_seed.mean())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command_line import ok, refused
+from command_line import Capture, call_json, ok, refused
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.data import read
@@ -21,12 +21,23 @@ from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished
 
-FLAGS = (
-    "--method fedit --set r=2 --set steps=1 --clients 2 --rounds 1 --held-out 4 --samples 1 --answer-tokens 2 "
-    "--device cpu"
-)
-RUN = FLAGS.split()
-Capture = pytest.CaptureFixture[str]
+RUN = [
+    "--method",
+    "fedit",
+    "--set",
+    "r=2",
+    "--set",
+    "steps=1",
+    "--clients",
+    "2",
+    "--rounds",
+    "1",
+    "--held-out",
+    "4",
+    "--samples",
+    "1",
+]
+RUN += ["--answer-tokens", "2", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -34,9 +45,8 @@ def at(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder: a model, and rows with columns of their own, of two shops."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(tiny)
-    rows = [
-        {"ask": f"what of {i}", "say": "word " * (1 + i % 30), "shop": "ab"[i % 3 == 0]} for i in range(24)
-    ]
+    sizes = {i: 1 + i % 30 for i in range(24)}
+    rows = [{"ask": f"what of {i}", "say": "word " * n, "shop": "ab"[i % 3 == 0]} for i, n in sizes.items()]
     rows[5] = rows[3] | {"shop": "a"}
     write(tmp_path / "own.jsonl", rows)
     return tmp_path
@@ -54,18 +64,13 @@ def checked(capsys: Capture, *words: str) -> dict[str, Any]:
 COLUMNS = ("--columns", "prompt=ask,response=say,client=shop")
 
 
-def test_a_check_says_what_tune_would_do(at: Path, capsys: Capture) -> None:
+def test_a_check_says_what_tune_would_do(at, capsys):
     found = checked(capsys, "own.jsonl", *COLUMNS, "--model", "tiny", "--max-length", "64", "--held-out", "4")
     examples = read("own.jsonl", columns=COLUMNS[1])
     rows, _ = encode_all(examples, models.load("tiny").tokenizer, 10**6)
     lengths = sorted(len(row.ids) for row in rows)
-    assert found["lengths"] == {
-        "unit": "tokens",
-        "p50": lengths[11],
-        "p95": lengths[22],
-        "longest": lengths[-1],
-        "total": sum(lengths),
-    }
+    told = {"p50": lengths[11], "p95": lengths[22], "longest": lengths[-1], "total": sum(lengths)}
+    assert found["lengths"] == {"unit": "tokens", **told}
     assert found["cut"] == sum(length > 64 for length in lengths)
     assert (found["rows"], found["training"], found["held_out"]) == (24, 20, 4)
     assert found["partition"] == "column:client"
@@ -74,16 +79,12 @@ def test_a_check_says_what_tune_would_do(at: Path, capsys: Capture) -> None:
     assert found["equal_training"] + found["equal_held_out"] == 1
     assert any("are longer than max_length=64 and are cut" in text for text in found["remarks"])
 
-    assert (
-        main(["tune", "tiny", "own.jsonl", *COLUMNS, *RUN, "--clients", "0", "--max-length", "64", "--json"])
-        == 0
-    )
-    start = json.loads(capsys.readouterr().out.splitlines()[0])
+    start = ok(capsys, "tune", "tiny", "own.jsonl", *COLUMNS, *RUN, "--clients", "0", "--max-length", "64")[0]
     assert start["rows_per_client"] == found["rows_per_client"]
     assert start["partition"] == "column:client"
 
 
-def test_the_masked_part_of_a_row_is_shown(at: Path, capsys: Capture) -> None:
+def test_the_masked_part_of_a_row_is_shown(at, capsys):
     found = checked(capsys, "own.jsonl", *COLUMNS, "--model", "tiny", "--max-length", "64")
     assert len(found["samples"]) == 3
     first = found["samples"][0]
@@ -103,14 +104,10 @@ def test_the_masked_part_of_a_row_is_shown(at: Path, capsys: Capture) -> None:
     assert "a 1" in out
 
 
-def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
-    write(
-        at / "labelled.jsonl",
-        [{"text": f"it was {i} fine days by the sea", "label": i % 2} for i in range(20)],
-    )
-    write(
-        at / "held.jsonl", [{"text": "it was 3 fine days by the sea", "label": 1}, {"text": "no", "label": 0}]
-    )
+def test_labels_and_rows_that_leak_are_told(at, capsys):
+    rows = [{"text": f"it was {i} fine days by the sea", "label": i % 2} for i in range(20)]
+    write(at / "labelled.jsonl", rows)
+    write(at / "held.jsonl", [rows[3], {"text": "no", "label": 0}])
     found = checked(capsys, "labelled.jsonl", "--eval-data", "held.jsonl")
     assert found["labels"] == {"0": 11, "1": 11}
     assert (found["equal_training"], found["equal_held_out"]) == (0, 1)
@@ -118,7 +115,7 @@ def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
     assert "trained on too" not in "".join(checked(capsys, "labelled.jsonl", "--held-out", "1")["remarks"])
 
 
-def test_tune_tells_of_rows_that_leak_as_a_check_does(at: Path, capsys: Capture) -> None:
+def test_tune_tells_of_rows_that_leak_as_a_check_does(at, capsys):
     rows = [json.loads(line) for line in (at / "own.jsonl").read_text().splitlines()]
     write(at / "held.jsonl", [rows[7], {"ask": "what else", "say": "nothing", "shop": "a"}, rows[9]])
     words = ("own.jsonl", *COLUMNS, "--eval-data", "held.jsonl")
@@ -130,13 +127,13 @@ def test_tune_tells_of_rows_that_leak_as_a_check_does(at: Path, capsys: Capture)
     assert said in " ".join(" ".join(capsys.readouterr()).split())
 
 
-def test_no_row_of_a_check_steers_the_terminal(at: Path, capsys: Capture) -> None:
+def test_no_row_of_a_check_steers_the_terminal(at, capsys):
     write(at / "bad.jsonl", [{"text": f"a\x1b[2Jb{i}", "client": "\x1b]0;x\x07"} for i in range(4)])
     assert main(["data", "check", "bad.jsonl", "--partition", "column:client"]) == 0
     assert "\x1b" not in "".join(capsys.readouterr())
 
 
-def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsys: Capture) -> None:
+def test_a_column_that_looks_like_clients_is_named_with_its_flag(at, capsys):
     told = (
         "the column 'client_id' looks like clients, and is not used: --partition column:client_id follows it"
     )
@@ -147,9 +144,7 @@ def test_a_column_that_looks_like_clients_is_named_with_its_flag(at: Path, capsy
         assert told not in checked(capsys, *other)["remarks"]
 
 
-def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(
-    at: Path, capsys: Capture
-) -> None:
+def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(at, capsys):
     models.tiny_bert(labels=("0", "1")).save(at / "bert")
     file = at / "bert" / "tokenizer_config.json"
     stated = json.loads(file.read_text())
@@ -164,15 +159,12 @@ def test_an_encoder_cuts_at_its_positions_where_the_tokenizer_states_no_length(
         assert (found["lengths"]["longest"], found["cut"]) == (max(whole), sum(n > limit for n in whole))
 
 
-def test_training_goes_on_with_plain_texts(at: Path, capsys: Capture) -> None:
-    write(
-        at / "texts.jsonl",
-        [{"text": f"{i} " + "a long tale " * (i % 12), "who": "xy"[i % 2]} for i in range(24)],
-    )
-    words = ["tune", "tiny", "texts.jsonl", "--columns", "client=who", *RUN, "--max-length", "32", "--json"]
-    assert main(words) == 0
-    out, err = capsys.readouterr()
-    start, done = json.loads(out.splitlines()[0]), json.loads(out.splitlines()[-1])
+def test_training_goes_on_with_plain_texts(at, capsys):
+    rows = [{"text": f"{i} " + "a long tale " * (i % 12), "who": "xy"[i % 2]} for i in range(24)]
+    write(at / "texts.jsonl", rows)
+    words = ["tune", "tiny", "texts.jsonl", "--columns", "client=who", *RUN, "--max-length", "32"]
+    code, (start, *_, done), err = call_json(capsys, *words)
+    assert code == 0
     assert "are cut" not in err
     model, run = models.load("tiny"), rundir.listing(at / "runs")[-1]
     rows, kept = encode_all(read("texts.jsonl"), model.tokenizer, 32)
@@ -184,17 +176,13 @@ def test_training_goes_on_with_plain_texts(at: Path, capsys: Capture) -> None:
     assert len(np.unique(kept)) == 24
     sample = json.loads((run / "eval.json").read_text())["samples"][0]
     assert sample["prompt"] + sample["reference"] in {e.response for e in held}
-    assert (
-        main(["eval", "1", "--tasks", "loss,rouge", "--answer-tokens", "2", "--device", "cpu", "--json"]) == 0
-    )
-    again = json.loads(capsys.readouterr().out)
+    (again,) = ok(capsys, "eval", "1", "--tasks", "loss,rouge", "--answer-tokens", "2", "--device", "cpu")
     assert again["loss"] == pytest.approx(done["tuned"]["loss"], abs=1e-6)
 
 
-def test_columns_stay_with_the_run_and_its_recipe(at: Path) -> None:
-    (at / "recipe.toml").write_text(
-        'model = "tiny"\ndata = "own.jsonl"\ncolumns = "prompt=ask,response=say"\n'
-    )
+def test_columns_stay_with_the_run_and_its_recipe(at):
+    recipe = 'model = "tiny"\ndata = "own.jsonl"\ncolumns = "prompt=ask,response=say"\n'
+    (at / "recipe.toml").write_text(recipe)
     assert main(["tune", "-c", "recipe.toml", *RUN]) == 0
     run = rundir.listing(at / "runs")[-1]
     written = recipes.read(run / "run.toml")
@@ -204,7 +192,7 @@ def test_columns_stay_with_the_run_and_its_recipe(at: Path) -> None:
     assert finished.held_out(rundir.listing(at / "runs")[-1])[0].response.startswith("what of")
 
 
-def test_a_folder_is_a_fleet(at: Path, capsys: Capture) -> None:
+def test_a_folder_is_a_fleet(at, capsys):
     (at / "devices").mkdir()
     for name, count in (("oslo", 6), ("bonn", 9)):
         write(at / "devices" / f"{name}.jsonl", [{"prompt": f"{i}", "completion": "a"} for i in range(count)])
@@ -223,7 +211,7 @@ class Piped:
         return self.terminal
 
 
-def test_rows_from_standard_input_are_kept_for_a_resume(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_from_standard_input_are_kept_for_a_resume(at, monkeypatch):
     raw = (at / "own.jsonl").read_bytes()
     monkeypatch.setattr(sys, "stdin", Piped(raw))
     assert main(["tune", "tiny", "-", *COLUMNS[:2], *RUN]) == 0
@@ -237,12 +225,11 @@ def test_rows_from_standard_input_are_kept_for_a_resume(at: Path, monkeypatch: p
     assert finished.stated_by(run)["digest"] == digest
 
 
-@pytest.mark.parametrize(
-    "words", [("tune", "tiny", "-"), ("tune", "tiny", "-", "--dry-run"), ("data", "check", "-")]
-)
-def test_standard_input_without_rows_is_told(
-    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
+PIPED = [("tune", "tiny", "-", "--dry-run"), ("data", "check", "-"), ("tune", "tiny", "-")]
+
+
+@pytest.mark.parametrize("words", PIPED)
+def test_standard_input_without_rows_is_told(at, capsys, monkeypatch, words):
     monkeypatch.setattr(sys, "stdin", Piped(b" \n"))
     assert "no row came from standard input" in refused(capsys, *words)
     monkeypatch.setattr(sys, "stdin", Piped(b"", terminal=True))
@@ -252,10 +239,8 @@ def test_standard_input_without_rows_is_told(
     assert (at / "runs").exists() == (words == ("tune", "tiny", "-"))
 
 
-@pytest.mark.parametrize("words", [("tune", "tiny", "-", "--dry-run"), ("data", "check", "-")])
-def test_bad_rows_from_standard_input_name_no_file_that_is_gone(
-    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("words", PIPED[:2])
+def test_bad_rows_from_standard_input_name_no_file_that_is_gone(at, capsys, monkeypatch, words):
     monkeypatch.setattr(sys, "stdin", Piped(b'{"prompt": "a", "response": "b"}\n{bad\n{"prompt": "\xe9"}\n'))
     err = refused(capsys, *words)
     assert "error: 2 bad rows in standard input\n  standard input:2: not JSON" in err
@@ -264,7 +249,7 @@ def test_bad_rows_from_standard_input_name_no_file_that_is_gone(
     assert "fleetune-rows-" not in err
 
 
-def test_a_device_reads_the_same_forms(at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_reads_the_same_forms(at, capsys, monkeypatch):
     pytest.importorskip("flwr")
     from fleetune.fleet import device
     from fleetune.fleet.worker import Brings
@@ -283,24 +268,19 @@ def test_a_device_reads_the_same_forms(at: Path, capsys: Capture, monkeypatch: p
     assert main(["fleet", "join", "h:1", "--data", "-", "--columns", "prompt=ask,response=say"]) == 0
     assert len(joined[1].divided()[0]) == 24
     assert Path(joined[1].data).parent == Path("fleetune-device")
-    capsys.readouterr()
-    assert "Did you mean 'prompt'?" in refused(
-        capsys, "fleet", "join", "h:1", "--data", "own.jsonl", "--columns", "promt=ask"
-    )
+    words = ("fleet", "join", "h:1", "--data", "own.jsonl", "--columns", "promt=ask")
+    assert "Did you mean 'prompt'?" in refused(capsys, *words)
 
 
-def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys: Capture) -> None:
+def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at, capsys):
     mapping = ["--columns", "prompt=ask,response=say"]
     assert main(["tune", "tiny", "own.jsonl", *mapping, *RUN]) == 0
     write(at / "named.jsonl", [{"prompt": "what of 1", "response": "word word"}])
     write(at / "more.jsonl", [{"ask": "what of 1", "say": "word word"}])
     write(at / "third.jsonl", [{"q": "what of 1", "a": "word word"}])
-    named = (
-        ["latest", "more.jsonl"],
-        ["latest", "named.jsonl"],
-        ["latest", "third.jsonl", "--columns", "prompt=q,response=a"],
-    )
-    found = [ok(capsys, "eval", *words, "--tasks", "loss", "--device", "cpu")[-1]["loss"] for words in named]
+    files = (["more.jsonl"], ["named.jsonl"], ["third.jsonl", "--columns", "prompt=q,response=a"])
+    loss = ("--tasks", "loss", "--device", "cpu")
+    found = [ok(capsys, "eval", "latest", *words, *loss)[-1]["loss"] for words in files]
     assert found[0] == found[1] == found[2]
     assert main(["eval", "latest", "third.jsonl", "--device", "cpu"]) == 2
     assert main(["eval", "tiny", "more.jsonl", *mapping, "--tasks", "loss", "--device", "cpu"]) == 0

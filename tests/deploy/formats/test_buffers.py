@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from deploy_harness import on_grid, tokenizer
+from deploy_harness import ENDS, on_grid, tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,20 +18,10 @@ from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
+from tiny_families import sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
-SIZES: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-    "bos_token_id": 260,
-    "eos_token_id": 261,
-    "pad_token_id": 261,
-}
+SIZES = sizes(64, 96, 2, 4, 4, max_position_embeddings=128) | ENDS
 KINDS: dict[str, dict[str, Any]] = {
     "apertus": {},
     "deepseek_v3": {

@@ -40,9 +40,7 @@ def bytes_with_start() -> PreTrainedTokenizerBase:
     """No chat template, a mark in front of every text."""
     made = bytes_only()
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A",
-        pair="<|im_start|> $A <|im_start|> $B",
-        special_tokens=[("<|im_start|>", 260)],
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 260)]
     )
     return made
 
@@ -84,39 +82,33 @@ def test_llama_cpp_reads_from_the_file_the_tokens_that_it_was_tuned_on(tmp_path:
     fields = {key: field.contents() for key, field in package.GGUFReader(path).fields.items()}
     starts = fields["tokenizer.ggml.add_bos_token"]
     assert starts == (kind != "bytes")
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
-        fields["tokenizer.chat_template"]
-    )
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = jinja.from_string(fields["tokenizer.chat_template"])
+    marks = {"bos_token": own.bos_token, "eos_token": own.eos_token}
     for talk in TALKS:
-        text = template.render(messages=turns(talk), bos_token=own.bos_token, add_generation_prompt=True)
+        text = template.render(messages=turns(talk), add_generation_prompt=True, **marks)
         if starts:
             assert text.startswith(own.bos_token)
             text = text[len(own.bos_token) :]
         assert own(text)["input_ids"] == lines(own, talk)
         assert prompt_ids(Example(talk, "", {}), own, LONG).tolist() == lines(own, talk)
-        whole = template.render(
-            messages=turns((*talk, ("assistant", ANSWER))),
-            bos_token=own.bos_token,
-            eos_token=own.eos_token,
-            add_generation_prompt=False,
-        )
+        answered = turns((*talk, ("assistant", ANSWER)))
+        whole = template.render(messages=answered, add_generation_prompt=False, **marks)
         assert own(whole[len(own.bos_token) if starts else 0 :])["input_ids"] == tuned_on(talk, ANSWER, own)
 
 
 @pytest.mark.parametrize("kind", WORDS)
-def test_the_file_read_back_has_the_same_rows_and_is_told_by_the_same_digest(
-    tmp_path: Path, kind: str
-) -> None:
+def test_the_file_read_back_has_the_same_rows_and_the_same_digest(tmp_path: Path, kind: str) -> None:
     own = WORDS[kind]()
     compressed(speechless(own), tmp_path / "m")
     back = models.load(str(export(tmp_path / "m", "gguf", tmp_path / "x.gguf").path))
     assert back.tokenizer.chat_template in chat_template.TEMPLATES
     examples = [Example(talk, "hell. 1\n", {}) for talk in TALKS]
-    for mine, read in zip(
-        encode_all(examples, own, LONG)[0], encode_all(examples, back.tokenizer, LONG)[0], strict=True
-    ):
-        assert (mine.ids.tolist(), mine.n_prompt) == (read.ids.tolist(), read.n_prompt)
-        assert mine.ids[-1] == own.eos_token_id
+    mine, read = (encode_all(examples, words, LONG)[0] for words in (own, back.tokenizer))
+    assert [(row.ids.tolist(), row.n_prompt) for row in mine] == [
+        (row.ids.tolist(), row.n_prompt) for row in read
+    ]
+    assert {row.ids[-1] for row in mine} == {own.eos_token_id}
     own.chat_template = back.tokenizer.chat_template
     with_it = models.tokenizer_digest(own)
     own.chat_template = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deploy_harness import changed, compressed, on_grid, tiny
+from deploy_harness import changed, compressed, matrices, matrix, on_grid, tiny
 from deploy_harness import write_codes as write
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,31 +25,18 @@ from fleetune.models.artefact import Quantised
 from fleetune.models.net import saving
 
 
-def matrix(codes: list[list[int]], scale: list[list[float]], zero: list[list[int]], bits: int) -> Quantised:
-    return Quantised(
-        torch.tensor(codes, dtype=torch.uint8),
-        torch.tensor(scale, dtype=torch.float16),
-        torch.tensor(zero, dtype=torch.uint8),
-        bits,
-        len(codes[0]) // len(scale[0]),
-    )
-
-
 def unsigned(words: torch.Tensor) -> list[list[int]]:
     return (words.to(torch.int64) & 0xFFFFFFFF).tolist()
 
 
 def grids_of(model: Model, bits: int = 4, group: int = 32) -> dict[str, Quantised]:
-    return {
-        n: on_grid(t, bits, group) for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")
-    }
+    return {n: on_grid(t, bits, group) for n, t in matrices(model).items()}
 
 
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 70), st.integers(0, 2**32 - 1))
 def test_words_come_back(bits: int, rows: int, columns: int, seed: int) -> None:
-    codes = torch.from_numpy(
-        np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
-    )
+    drawn = np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
+    codes = torch.from_numpy(drawn)
     assert torch.equal(hf.unwords(hf.words(codes, bits), bits, columns), codes)
 
 
@@ -60,11 +47,8 @@ def test_compressed_tensors_golden() -> None:
     assert unsigned(found["a.weight_packed"]) == [[0x76543210], [0x88888888]]
     assert found["a.weight_scale"].tolist() == [[0.5, -2.0], [1.0, 3.0]]
     assert found["a.weight_shape"].tolist() == [2, 8]
-    found = dict(
-        compressed_tensors.parts(
-            "a.weight", changed(q, zero=q.zero + torch.tensor([[0, 1], [2, 3]], dtype=torch.uint8)), False
-        )
-    )
+    zero = q.zero + torch.tensor([[0, 1], [2, 3]], dtype=torch.uint8)
+    found = dict(compressed_tensors.parts("a.weight", changed(q, zero=zero), False))
     assert unsigned(found["a.weight_zero_point"]) == [[0xA8, 0xB9]]
 
 
@@ -89,9 +73,7 @@ def test_gptq_golden() -> None:
         ("gptq", 8, 64, {"zero": 100}),
     ],
 )
-def test_the_codes_are_in_the_file(
-    tmp_path: Path, to: str, bits: int, group: int, grid: dict[str, int]
-) -> None:
+def test_the_codes_are_in_the_file(tmp_path: Path, to: str, bits: int, group: int, grid: dict) -> None:
     model = tiny("qwen2")
     quantised = compressed(model, tmp_path / "m", bits, group, **grid)
     report = export(tmp_path / "m", to, tmp_path / "out")
@@ -112,9 +94,8 @@ def test_the_codes_are_in_the_file(
     assert rounded == "13 dense tensors are rounded to fp16"
     assert others == ([compressed_tensors.ASYMMETRIC] if to == "compressed-tensors" and grid else [])
     assert report.bytes == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
-    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
-        f.name for f in (tmp_path / "out").iterdir()
-    }
+    names = {f.name for f in (tmp_path / "out").iterdir()}
+    assert names >= {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -147,9 +128,7 @@ def test_the_configuration_of_compressed_tensors(tmp_path: Path) -> None:
 
 def test_whole_rows_are_channels_and_layers_left_out_are_ignored(tmp_path: Path) -> None:
     model = tiny()
-    grids = {
-        n: on_grid(t, 4, t.shape[1]) for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")
-    }
+    grids = {n: on_grid(t, 4, t.shape[1]) for n, t in matrices(model).items()}
     left = "model.layers.1.mlp.up_proj"
     grids.pop(f"{left}.weight")
     export(write(model, tmp_path / "m", grids), "compressed-tensors", tmp_path / "a")
@@ -170,9 +149,8 @@ def test_a_plain_directory_gives_the_same_logits(tmp_path: Path, kind: str) -> N
     assert back.digest == models.digest(models.named_tensors(model.net))
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "m" / file).read_bytes()
-    assert (report.exact, report.tensors, report.notes) == (
-        len(back.net.state_dict()) - (kind != "qwen2"),
-    ) * 2 + ((),)
+    count = len(back.net.state_dict()) - (kind != "qwen2")
+    assert (report.exact, report.tensors, report.notes) == (count, count, ())
 
 
 def test_a_plain_directory_in_16_bits(tmp_path: Path) -> None:
@@ -186,9 +164,8 @@ def test_a_plain_directory_in_16_bits(tmp_path: Path) -> None:
     assert torch.equal(back.net.model.norm.weight, model.net.model.norm.weight.bfloat16())
     again = export(tmp_path / "a", "hf", tmp_path / "b")
     assert (again.types, again.exact) == ({"BF16": 20}, 20)
-    assert (tmp_path / "b" / "model.safetensors").read_bytes() == (
-        tmp_path / "a" / "model.safetensors"
-    ).read_bytes()
+    first, second = (tmp_path / name / "model.safetensors" for name in "ab")
+    assert second.read_bytes() == first.read_bytes()
 
 
 def refused(tmp_path: Path, model: Model, grids: dict[str, Quantised], to: str, why: str) -> None:
@@ -209,9 +186,7 @@ def test_what_compressed_tensors_does_not_hold(tmp_path: Path) -> None:
     model = tiny()
     refused(tmp_path, model, grids_of(model, bits=3), "compressed-tensors", "4 or 8 bits; .* has 3")
     model.net.model.norm.weight[0] = 1e6
-    refused(
-        tmp_path, model, grids_of(model), "compressed-tensors", "model.norm.weight has values beyond fp16"
-    )
+    refused(tmp_path, model, grids_of(model), "compressed-tensors", "norm.weight has values beyond fp16")
 
 
 def one_tensor() -> Iterator[tuple[str, torch.Tensor]]:
@@ -232,9 +207,7 @@ def test_a_safetensors_file_and_every_damaged_byte_of_it(tmp_path: Path) -> None
         "a": {"dtype": "I32", "shape": [2, 3], "data_offsets": [8, 32]},
         "b": {"dtype": "F16", "shape": [1], "data_offsets": [32, 34]},
     }
-    assert whole[8 + length :] == bytes(
-        [7, *[0] * 7, *(b for i in range(6) for b in (i, 0, 0, 0)), 0x00, 0x3E]
-    )
+    assert whole[8 + length :] == bytes([7, *[0] * 7, *(b for i in range(6) for b in (i, 0, 0, 0)), 0, 0x3E])
     saving.compare(path, one_tensor)
     for at in range(8 + length, len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from deploy_harness import changed
+from deploy_harness import changed, matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,14 +16,7 @@ from fleetune.models.families.number_types import CODEBOOKS
 
 
 def one_row(codes: list[int], scale: list[float], zero: list[int], bits: int = 4) -> Quantised:
-    group = len(codes) // len(scale)
-    return Quantised(
-        torch.tensor([codes], dtype=torch.uint8),
-        torch.tensor([scale], dtype=torch.float16),
-        torch.tensor([zero], dtype=torch.uint8),
-        bits,
-        group,
-    )
+    return matrix([codes], [scale], [zero], bits)
 
 
 NL = changed(one_row([11] * 32, [1.0], [0]), codebook="iq4_nl")
@@ -66,9 +59,8 @@ def test_q4_0_repeats_the_scale_of_a_wide_group_and_moves_other_zeros() -> None:
 def test_iq4_nl_bytes() -> None:
     codes = [*range(16), *range(15, -1, -1)]
     q = changed(one_row(codes, [-0.5], [0]), codebook="iq4_nl")
-    assert (
-        _ggml_blocks.pack_iq4_nl(q).tolist() == _ggml_blocks.pack_q4_0(one_row(codes, [-0.5], [8])).tolist()
-    )
+    even = one_row(codes, [-0.5], [8])
+    assert _ggml_blocks.pack_iq4_nl(q).tolist() == _ggml_blocks.pack_q4_0(even).tolist()
     book = [-value / 2 for value in CODEBOOKS["iq4_nl"]]
     assert q.dense().tolist() == [[*book, *book[::-1]]]
 

@@ -11,7 +11,7 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from family_harness import CASES, TEXT, YARN, build, divergence, save
+from family_harness import CASES, TEXT, YARN, build, config_of, divergence, save
 from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -65,8 +65,8 @@ def test_longrope_s_long_factors_are_used_in_a_long_context(tmp_path: Path) -> N
     assert divergence(net, report.path, TEXT * 6) <= SAME  # beyond the original length of 256
     assert divergence(net, report.path, TEXT) <= SAME
     assert report.notes == (
-        "llama.cpp takes the long factors of the rotary embedding when its context is longer than 256, transformers when the "
-        "text is",
+        "llama.cpp takes the long factors of the rotary embedding when its context is longer than 256, transformers when "
+        "the text is",
     )
 
 
@@ -115,8 +115,8 @@ def test_a_context_ends_where_a_window_would_matter(family: str, tmp_path: Path)
     architecture = table.FAMILIES[family].architecture
     assert fields(report.path)[f"{architecture}.context_length"] == 64
     assert report.notes == (
-        f"llama.cpp has no window in a {family}: the file states a context of 64 tokens instead of 128, up to which it is "
-        "the same",
+        f"llama.cpp has no window in a {family}: the file states a context of 64 tokens instead of 128, up to which it "
+        "is the same",
     )
     save(family, tmp_path / "n", sliding_window=200)  # longer than the context
     report = export(tmp_path / "n", "gguf:f32", tmp_path / "y.gguf")
@@ -124,29 +124,19 @@ def test_a_context_ends_where_a_window_would_matter(family: str, tmp_path: Path)
     assert report.notes == ()
 
 
+SCALED: dict[str, Any] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+PARTLY: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
 OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True in a qwen3"),
     ("smollm3", {"no_rope_layer_interval": 3}, "no_rope_layers other than each 4th"),
     ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings=True in a olmo2"),
-    (
-        "granite",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-        "rotary scaling 'linear'",
-    ),
+    ("granite", {"rope_parameters": SCALED}, "rotary scaling 'linear'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True in a gpt2"),
     ("lfm2", {"layer_types": ["full_attention"] * 4}, "layer_types without conv in a lfm2"),
-    (
-        "mistral",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        "partly rotated",
-    ),
+    ("mistral", {"rope_parameters": PARTLY}, "partly rotated"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=\\[1\\] in a qwen3_moe"),
     ("ernie4_5_moe", {"moe_layer_end_index": 2}, "moe_layer_end_index=2 of 4 blocks"),
-    (
-        "gpt_oss, yarn",
-        {"rope_parameters": YARN["rope_parameters"] | {"beta_fast": 20.0}},
-        "'yarn' with beta_fast=20.0",
-    ),
+    ("gpt_oss, yarn", {"rope_parameters": YARN["rope_parameters"] | {"beta_fast": 20.0}}, "beta_fast=20.0"),
     ("phi3", {"head_dim": 32}, "heads are 192 wide together where the model is 96"),
 ]
 
@@ -158,8 +148,8 @@ def test_what_llama_cpp_does_not_hold_is_named(case: str, changes: dict[str, Any
 
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "default", "rope_theta": 500.0},
-    {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
-    {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    PARTLY,
+    SCALED,
     {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
     {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64},
 ]
@@ -192,9 +182,11 @@ def variants(config: Any) -> Iterator[dict[str, Any]]:
 def test_an_option_is_written_or_refused(case: str, tmp_path: Path) -> None:
     """Whatever a configuration says, there is no file with which llama.cpp computes something else."""
     refused, same = 0, 0
-    for i, change in enumerate(variants(build(case).config)):
+    for i, change in enumerate(variants(config_of(case))):
         folder = tmp_path / str(i)
         try:
+            if refused and table.misfit(config_of(case, **change)):  # what an export does then is seen once
+                continue
             net = save(case, folder / "m", **change)
             net(torch.tensor([TEXT]))
         except Exception:  # no model in transformers either

@@ -29,9 +29,7 @@ def tuned(folder: Path, kind: str = "llama", sizes: dict[str, Any] | None = None
     model = models.load(str(folder / "base"), device="cpu")
     adapters.attach(model, adapters.Lora(**({"r": 4, "alpha": 6} | options)), seed=1)
     rng = np.random.default_rng(1)
-    new = {
-        n: rng.normal(0, 0.2, a.shape).astype(np.float32) for n, a in sorted(adapters.export(model).items())
-    }
+    new = {n: rng.normal(0, 0.2, a.shape).astype("f4") for n, a in sorted(adapters.export(model).items())}
     adapters.load_(model, new)
     adapters.save(model, folder / "adapter")
     return model
@@ -75,15 +73,12 @@ def test_the_factors_are_peft_s_in_the_base_s_order_of_rows(tmp_path: Path) -> N
         ("qwen3", {"head_dim": 32}, {}),
     ],
 )
-def test_base_file_and_adapter_file_make_the_merged_file(
-    tmp_path: Path, kind: str, sizes: dict[str, Any], options: dict[str, Any]
-) -> None:
+def test_base_and_adapter_make_the_merged_file(tmp_path: Path, kind: str, sizes: dict, options: dict) -> None:
     model = tuned(tmp_path, kind, sizes, **options)
     adapters.merge(model)
     models.save(model.net, model.tokenizer, tmp_path / "merged")
-    base, merged = (
-        stored(export(tmp_path / n, "gguf:f32", tmp_path / f"{n}.gguf").path) for n in ("base", "merged")
-    )
+    files = (export(tmp_path / n, "gguf:f32", tmp_path / f"{n}.gguf").path for n in ("base", "merged"))
+    base, merged = map(stored, files)
     path = write(tmp_path)
     factors = stored(path)
     alpha = package.GGUFReader(path).fields["adapter.lora.alpha"].contents()
@@ -117,12 +112,7 @@ def test_what_is_no_plain_lora_is_refused(tmp_path: Path, settings: dict[str, An
 @pytest.mark.parametrize(
     ("name", "change", "error", "why"),
     [
-        (
-            "0.mlp.up_proj.lora_A.weight",
-            lambda a: a[:, :-1],
-            ModelError,
-            r"up_proj.weight have shapes \(4, 63\)",
-        ),
+        ("0.mlp.up_proj.lora_A.weight", lambda a: a[:, :-1], ModelError, r"have shapes \(4, 63\)"),
         ("0.mlp.up_proj.lora_B.weight", None, ModelError, "and None"),
         ("0.mlp.odd_proj.lora_B.weight", np.zeros((2, 2), np.float32), UsageError, "is not in the base"),
         ("0.mlp.up_proj.bias", np.zeros(2, np.float32), UsageError, r"no place for .*up_proj.bias"),
@@ -135,9 +125,8 @@ def test_factors_that_do_not_fit(tmp_path: Path, name: str, change: Any, error: 
     if change is None:
         del tensors[PEFT + name]
     else:
-        tensors[PEFT + name] = np.ascontiguousarray(
-            change(tensors[PEFT + name]) if callable(change) else change
-        )
+        new = change(tensors[PEFT + name]) if callable(change) else change
+        tensors[PEFT + name] = np.ascontiguousarray(new)
     save_file(tensors, file)
     with pytest.raises(error, match=why):
         write(tmp_path)

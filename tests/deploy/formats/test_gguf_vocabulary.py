@@ -11,10 +11,10 @@ from typing import Any
 
 import gguf
 import pytest
-from deploy_harness import TEMPLATE, piece_tokenizer, qwen_split, tiny, tokenizer
+from deploy_harness import TEMPLATE, piece_tokenizer, split, tiny, tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
@@ -39,35 +39,16 @@ def read(words: Any, folder: Path, rows: int = 264, config: Any = NONE) -> _gguf
     return _gguf_vocabulary.read(folder, rows, config)
 
 
-def split(pattern: str, behavior: str = "isolated", *, invert: bool = False) -> Any:
-    steps = [
-        pre_tokenizers.Split(Regex(pattern), behavior=behavior, invert=invert),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-    return pre_tokenizers.Sequence(steps)
-
-
 def test_bytes_merges_marks_and_unused_rows(tmp_path: Path) -> None:
     words = tokenizer()
     words.add_tokens(["<tool>", "<|extra|>"])
     found = read(words, tmp_path)
     assert (found.model, found.pre, found.notes) == ("gpt2", "smollm", ())
     assert list(found.merges) == ["h e", "l l", "he ll"]
-    assert [found.tokens[i] for i in (256, 258, 259, 262, 263)] == [
-        "he",
-        "hell",
-        "<|endoftext|>",
-        "<tool>",
-        "<|extra|>",
-    ]
-    assert [found.types[i] for i in (0, 258, 259, 261, 262, 263)] == [
-        KIND.NORMAL,
-        KIND.NORMAL,
-        KIND.CONTROL,
-        KIND.CONTROL,
-        KIND.USER_DEFINED,
-        KIND.CONTROL,
-    ]
+    texts = ["he", "hell", "<|endoftext|>", "<tool>", "<|extra|>"]
+    assert [found.tokens[i] for i in (256, 258, 259, 262, 263)] == texts
+    kinds = ["NORMAL", "NORMAL", "CONTROL", "CONTROL", "USER_DEFINED", "CONTROL"]
+    assert [KIND(found.types[i]).name for i in (0, 258, 259, 261, 262, 263)] == kinds
     assert found.special == {"bos": 260, "eos": 261, "unk": 259, "pad": 261}
     assert (found.add_bos, found.add_eos, found.space_prefix) == (False, False, None)
     assert found.chat_template == TEMPLATE
@@ -80,7 +61,7 @@ def test_bytes_merges_marks_and_unused_rows(tmp_path: Path) -> None:
     ("pre", "name"),
     [
         (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
-        (qwen_split(), "qwen2"),
+        (split(), "qwen2"),
         (split(LLAMA3), "smaug-bpe"),
         (split(LLAMA3, "removed", invert=True), "smaug-bpe"),
         (split(LLAMA3, "merged_with_previous"), "default"),
@@ -100,21 +81,10 @@ def test_pieces_get_scores_in_the_order_of_merges(tmp_path: Path) -> None:
     found = read(piece_tokenizer(), tmp_path, 288)
     at = {text: i for i, text in enumerate(found.tokens)}
     assert (found.model, found.pre, list(found.merges)) == ("llama", "default", [])
-    assert [found.types[i] for i in (0, 1, 3, 258, at["▁"])] == [
-        KIND.UNKNOWN,
-        KIND.CONTROL,
-        KIND.BYTE,
-        KIND.BYTE,
-        KIND.NORMAL,
-    ]
-    assert [found.scores[at[t]] for t in ("▁h", "ll", "▁hello", "h", "<s>", "<0x00>")] == [
-        0,
-        -1,
-        -5,
-        -6,
-        0,
-        0,
-    ]
+    kinds = ["UNKNOWN", "CONTROL", "BYTE", "BYTE", "NORMAL"]
+    assert [KIND(found.types[i]).name for i in (0, 1, 3, 258, at["▁"])] == kinds
+    scores = {"▁h": 0, "ll": -1, "▁hello": -5, "h": -6, "<s>": 0, "<0x00>": 0}
+    assert {text: found.scores[at[text]] for text in scores} == scores
     assert (found.add_bos, found.add_eos, found.space_prefix) == (True, False, True)
 
 
@@ -153,9 +123,7 @@ def trained(name: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module", params=RULES)
-def engine(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[PreTrainedTokenizerFast, llamacpp.LlamaCpp]]:
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if not llamacpp.available():
         pytest.skip("llama.cpp is not installed")
     folder, words = tmp_path_factory.mktemp("rule"), trained(request.param)
@@ -176,9 +144,7 @@ def test_llama_cpp_splits_any_text_in_the_same_way(engine: Any, pieces: list[str
     same(*engine, "".join(pieces))
 
 
-def test_combining_marks_are_parted_by_the_rules_that_say_so(
-    engine: Any, request: pytest.FixtureRequest
-) -> None:
+def test_combining_marks_are_parted_by_rules_that_say_so(engine: Any, request: pytest.FixtureRequest) -> None:
     parted = request.node.callspec.params["engine"] in MARKS
     with pytest.raises(AssertionError) if parted else contextlib.nullcontext():
         same(*engine, MARKED)

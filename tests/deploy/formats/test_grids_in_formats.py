@@ -35,9 +35,8 @@ def solved(draw: st.DrawFn) -> tuple[str, Quantised]:
     """A grid, and a matrix [16, 64] rounded to it, whose groups are of the shapes above and of any size."""
     kind, bits = draw(st.sampled_from(KINDS)), draw(st.sampled_from(BITS))
     assume((kind != "universal" or bits <= 5) and (kind in UNIFORM or bits == 4))
-    x = torch.randn(
-        ROWS, GROUP * GROUPS, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    )
+    seed = draw(st.integers(0, 2**31))
+    x = torch.randn(ROWS, GROUP * GROUPS, generator=torch.Generator().manual_seed(seed))
     groups = []
     for part in x.split(GROUP, 1):
         shape = SHAPES[draw(st.sampled_from(sorted(SHAPES)))]
@@ -81,9 +80,8 @@ def test_directories_hold_what_was_solved(file: Path, case: tuple[str, Quantised
 @settings(max_examples=60)
 def test_ggml_blocks_hold_what_was_solved(case: tuple[str, Quantised]) -> None:
     kind, q = case
-    pairs = {"asymmetric": (), "universal": ("Q4_1", "Q5_1"), "iq4_nl": ("IQ4_NL", "Q8_0")}.get(
-        kind, ("Q4_0", "Q5_0")
-    )
+    others = {"asymmetric": (), "universal": ("Q4_1", "Q5_1"), "iq4_nl": ("IQ4_NL", "Q8_0")}
+    pairs = others.get(kind, ("Q4_0", "Q5_0"))
     types = [name for name, bits in zip(pairs, (4, 5), strict=False) if q.bits <= bits]
     types += [] if kind in ("asymmetric", "universal") else ["Q8_0"]
     for name in types:

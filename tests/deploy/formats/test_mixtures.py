@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import gguf
 import gguf as package
 import numpy as np
 import pytest
@@ -16,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fleetune
-from fleetune.common.events import BudgetSpent
 from fleetune.deploy import llamacpp
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models.artefact import Master
 from fleetune.models.loading import load_artefact
-from fleetune.runs.listener import Silent
+from heard import Heard
 
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
 # of transformers, about made-up sizes
@@ -72,12 +70,9 @@ def test_three_stacked_tensors_and_a_router(tmp_path: Path) -> None:
     net = save("qwen3_moe", tmp_path / "m")
     found = tensors(export(tmp_path / "m", "gguf:f16", tmp_path / "x.gguf").path)
     own = net.model.layers[2].mlp
-    gate, up = (
-        own.experts.gate_up_proj.half().numpy()[:, :64],
-        own.experts.gate_up_proj.half().numpy()[:, 64:],
-    )
-    assert np.array_equal(found["blk.2.ffn_gate_exps.weight"].data, gate)
-    assert np.array_equal(found["blk.2.ffn_up_exps.weight"].data, up)
+    both = own.experts.gate_up_proj.half().numpy()
+    assert np.array_equal(found["blk.2.ffn_gate_exps.weight"].data, both[:, :64])
+    assert np.array_equal(found["blk.2.ffn_up_exps.weight"].data, both[:, 64:])
     assert np.array_equal(found["blk.2.ffn_down_exps.weight"].data, own.experts.down_proj.half().numpy())
     router = found["blk.2.ffn_gate_inp.weight"]  # in fp32, as llama.cpp's converter has it
     assert router.tensor_type.name == "F32"
@@ -93,14 +88,8 @@ def test_codes_of_experts_reach_every_export(family: str, grid: str, tmp_path: P
     settings: dict[str, Any] = {"group": 32, "grid": grid}
     if grid == "q4_k":
         model = tmp_path / "wide"
-        save(
-            family,
-            model,
-            hidden_size=256,
-            num_attention_heads=8,
-            intermediate_size=256,
-            moe_intermediate_size=256,
-        )
+        wide = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 256)
+        save(family, model, num_attention_heads=8, **wide)
     folder = fleetune.compress(model, method="rtn", settings=settings, out=tmp_path / "runs").folder / "model"
     master = Master(folder)
     transposed = family == "gpt_oss"  # the model holds them as [in, out]
@@ -113,8 +102,7 @@ def test_codes_of_experts_reach_every_export(family: str, grid: str, tmp_path: P
         assert torch.equal(values, q.dense())
         assert values.shape == q.shape
     report = export(folder, "gguf", tmp_path / "x.gguf")
-    kind = {"symmetric": "Q4_0", "iq4_nl": "IQ4_NL", "asymmetric": "Q5_0", "q4_k": "Q4_K"}[grid]
-    found = {t.name: t for t in package.GGUFReader(report.path).tensors}
+    kind, found = {"asymmetric": "Q5_0", "q4_k": "Q4_K"}[grid], tensors(report.path)
     gate_up = next(n for n in master.head.experts if "layers.1." in n and n.endswith("gate_up_proj"))
     weights = net.get_parameter(gate_up).numpy()
     F = weights.shape[1] // 2
@@ -132,16 +120,12 @@ def test_codes_of_experts_reach_every_export(family: str, grid: str, tmp_path: P
 
 def test_formats_of_linear_layers_hold_experts_in_16_bits(tmp_path: Path) -> None:
     save("qwen3_moe", tmp_path / "m")
-    model = tmp_path / "m"
-    folder = (
-        fleetune.compress(model, method="rtn", settings={"group": 32}, out=tmp_path / "runs").folder / "model"
-    )
+    run = fleetune.compress(tmp_path / "m", method="rtn", settings={"group": 32}, out=tmp_path / "runs")
+    folder = run.folder / "model"
     for to in ("gptq", "compressed-tensors"):
         report = export(folder, to, tmp_path / to)
-        assert (
-            f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF and MLX hold theirs"
-            in report.notes
-        )
+        note = f"experts are in 16 bits: the codes of {to} are of linear layers; GGUF and MLX hold theirs"
+        assert note in report.notes
         stored = load_file(report.path / "model.safetensors")
         name = "model.layers.0.mlp.experts.down_proj"
         assert torch.equal(stored[name], Master(folder).weight(name).half())
@@ -151,45 +135,9 @@ SAME, ROUNDED = 1e-5, 2e-2  # nats: as in test_gguf_families
 MIXTURES = ["granitemoeshared", "gpt_oss"]
 
 
-class Heard(Silent):
-    """Keeps what a budget was spent on; stops after so many looks."""
-
-    def __init__(self, looks: int = 10**9) -> None:
-        self.spent: list[BudgetSpent] = []
-        self.left = looks
-
-    def event(self, event: Any) -> None:
-        if isinstance(event, BudgetSpent):
-            self.spent.append(event)
-
-    @property
-    def stop_requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
-def compressed(folder: Path, heard: Silent, method: str = "optq", **how: Any) -> Any:
-    (folder / "t.txt").write_text("the quick brown fox jumps over the lazy dog, and a few more words. " * 60)
-    return fleetune.compress(
-        folder / "m",
-        method=method,
-        text=str(folder / "t.txt"),
-        windows=4,
-        length=32,
-        out=folder / "runs",
-        listener=heard,
-        **how,
-    )
-
-
-def named_by_export(folder: Path, run: Path) -> Path:
-    """The file with the name that `export` gives it, which its header holds."""
-    return folder / f"0000-{run.name.partition('-')[2]}.gguf"
-
-
 def kinds_in(file: Path) -> dict[str, int]:
     """How many tensors with a grid there are of each type: not the router, which is in fp32."""
-    found = [t.tensor_type.name for t in gguf.GGUFReader(file).tensors if len(t.shape) > 1]
+    found = [t.tensor_type.name for t in package.GGUFReader(file).tensors if len(t.shape) > 1]
     return {kind: found.count(kind) for kind in sorted(set(found) - {"F32", "F16"})}
 
 
@@ -197,11 +145,13 @@ def kinds_in(file: Path) -> dict[str, int]:
 @pytest.mark.parametrize("family", MIXTURES)
 def test_the_file_has_the_size_that_was_said_and_runs(family: str, tmp_path: Path) -> None:
     save(family, tmp_path / "m")
-    heard = Heard()
-    done = compressed(tmp_path, heard, bpw=5.2)
-    model = done.folder / "model"
-    report = export(model, "gguf", named_by_export(tmp_path, done.folder))
-    (spent,) = heard.spent
+    text, heard = tmp_path / "t.txt", Heard()
+    text.write_text("the quick brown fox jumps over the lazy dog, and a few more words. " * 60)
+    given: dict[str, Any] = {"text": str(text), "windows": 4, "length": 32, "out": tmp_path / "runs"}
+    done = fleetune.compress(tmp_path / "m", method="optq", bpw=5.2, listener=heard, **given)
+    model, name = done.folder / "model", done.folder.name.partition("-")[2]
+    report = export(model, "gguf", tmp_path / f"0000-{name}.gguf")  # with the name that its header holds
+    (spent,) = heard.of("budget")
     assert report.path.stat().st_size == report.bytes == spent.bytes
     # a gate and an up are one parameter, and two tensors; those of granitemoeshared's shared experts too
     mixed = sum(name.endswith("gate_up_proj") for name in Master(model).names)
@@ -210,8 +160,8 @@ def test_the_file_has_the_size_that_was_said_and_runs(family: str, tmp_path: Pat
     assert sum(spent.kinds.values()) + halves == sum(kinds.values())
     assert all(count <= kinds[kind] for kind, count in spent.kinds.items())
     weights = Counter[str]()
-    for tensor in gguf.GGUFReader(report.path).tensors:
-        if tensor.tensor_type.name in kinds_in(report.path):
+    for tensor in package.GGUFReader(report.path).tensors:
+        if tensor.tensor_type.name in kinds:
             weights.update({"bits": 8 * tensor.n_bytes, "weights": tensor.n_elements})
     assert 5.0 < weights["bits"] / weights["weights"] <= 5.2
     net = AutoModelForCausalLM.from_pretrained(export(model, "hf", tmp_path / "hf").path)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deploy_harness import changed, on_codebook, on_grid, tiny, tokenizer, write_codes
+from deploy_harness import changed, matrices, matrix, on_codebook, on_grid, tiny, tokenizer, write_codes
 from deploy_harness import compressed as coded
 from family_harness import CASES, LLAMA3, TEXT, build, save
 from safetensors.numpy import load_file
@@ -64,18 +64,8 @@ def said(folder: Path) -> dict[str, Any]:
     return found
 
 
-def matrix(codes: list[int], scale: list[float], zero: list[int], bits: int) -> Quantised:
-    return Quantised(
-        torch.tensor([codes], dtype=torch.uint8),
-        torch.tensor([scale], dtype=torch.float16),
-        torch.tensor([zero], dtype=torch.uint8),
-        bits,
-        len(codes) // len(scale),
-    )
-
-
 def test_four_bits_golden() -> None:
-    q = matrix([1, 2, 3, 4, 5, 6, 7, 15, 0, 0, 0, 0, 8, 0, 0, 9], [0.5, -2.0], [8, 3], 4)
+    q = matrix([[1, 2, 3, 4, 5, 6, 7, 15, 0, 0, 0, 0, 8, 0, 0, 9]], [[0.5, -2.0]], [[8, 3]], 4)
     found = dict(mlx.parts("a.weight", q, torch.float16))
     assert list(found) == ["a.weight", "a.scales", "a.biases"]
     assert found["a.weight"].numpy().tolist() == [[0xF7654321, 0x90080000]]
@@ -90,7 +80,7 @@ def test_three_bits_are_eight_codes_in_three_bytes() -> None:
     eight = 0b000_111_110_101_100_011_010_001
     stream = sum(eight << 24 * i for i in range(4))
     want = [stream & 0xFFFFFFFF, stream >> 32 & 0xFFFFFFFF, stream >> 64]
-    found = dict(mlx.parts("a.weight", matrix(codes, [1.0], [4], 3), torch.float32))
+    found = dict(mlx.parts("a.weight", matrix([codes], [[1.0]], [[4]], 3), torch.float32))
     assert found["a.weight"].numpy().tolist() == [want]
     assert found["a.biases"].tolist() == [[-4.0]]
 
@@ -125,9 +115,8 @@ def test_codes_scales_and_biases_are_the_masters(
 
 
 def test_what_the_configuration_says(tmp_path: Path) -> None:
-    coded(
-        tiny(rope_parameters=LLAMA3, num_key_value_heads=4, tie_word_embeddings=False), tmp_path / "m", 4, 64
-    )
+    model = tiny(rope_parameters=LLAMA3, num_key_value_heads=4, tie_word_embeddings=False)
+    coded(model, tmp_path / "m", 4, 64)
     path = tmp_path / "m" / "config.json"
     raw = json.loads(path.read_text())
     for key in ("num_key_value_heads", "tie_word_embeddings", "attention_bias", "mlp_bias"):
@@ -150,14 +139,13 @@ def test_what_the_configuration_says(tmp_path: Path) -> None:
     assert {key: found[key] for key in want} == want
     scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
     assert {k: found["rope_scaling"][k] for k in scaling} == scaling
-    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
-        f.name for f in (tmp_path / "a").iterdir()
-    }
+    names = {f.name for f in (tmp_path / "a").iterdir()}
+    assert names >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 
 
 def test_layers_on_other_grids_are_named(tmp_path: Path) -> None:
     model, name = tiny(), "model.layers.1.mlp.down_proj"
-    own = {n: on_grid(t, 4, 32) for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")}
+    own = {n: on_grid(t, 4, 32) for n, t in matrices(model).items()}
     own[f"{name}.weight"] = on_grid(model.net.model.layers[1].mlp.down_proj.weight, 8, 128)
     write_codes(model, tmp_path / "m", own)
     found = said(export(tmp_path / "m", "mlx", tmp_path / "a").path)
@@ -185,11 +173,7 @@ def test_what_config_json_states(case: str, changes: dict[str, Any], want: dict[
         ("opt", {}, "'opt': it is written for llama, mistral,"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' in a llama"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window=True in a qwen2"),
-        (
-            "qwen2",
-            {"num_attention_heads": 4, "head_dim": 16},
-            "a qwen2 whose heads are 64 wide together where the model is 96",
-        ),
+        ("qwen2", {"num_attention_heads": 4, "head_dim": 16}, "64 wide together where the model is 96"),
         ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping=None in a gemma2"),
         (
             "gemma3_text",
@@ -206,9 +190,7 @@ def test_what_a_family_has_no_place_for(case: str, changes: dict[str, Any], why:
 def decoded(tensors: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
     """The weights of 4-bit codes in groups of 32, by what mlx.core.quantize documents: the first code in the lowest bits."""
     codes = tensors[f"{layer}.weight"][..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & np.uint32(15)
-    scales, biases = (
-        np.repeat(tensors[f"{layer}.{part}"].astype(np.float32), 32, -1) for part in ("scales", "biases")
-    )
+    scales, biases = (np.repeat(tensors[f"{layer}.{of}"].astype("f4"), 32, -1) for of in ("scales", "biases"))
     return scales * codes.reshape(*codes.shape[:-2], -1).astype(np.float32) + biases
 
 
@@ -220,11 +202,9 @@ def test_codes_of_experts_are_stacked_as_mlx_lm_has_them(case: str, theirs: str,
     half = gate_up.shape[1] // 2
     for name, weight in {"gate": gate_up[:, :half], "up": gate_up[:, half:], "down": down}.items():
         layer = f"{BLOCK}.{theirs}.switch_mlp.{name}_proj"
-        E, rows, columns = weight.shape
-        assert tensors[f"{layer}.weight"].shape == (E, rows, columns // 8)
-        assert (
-            tensors[f"{layer}.scales"].shape == tensors[f"{layer}.biases"].shape == (E, rows, columns // 32)
-        )
+        E, rows, width = weight.shape
+        assert tensors[f"{layer}.weight"].shape == (E, rows, width // 8)
+        assert tensors[f"{layer}.scales"].shape == tensors[f"{layer}.biases"].shape == (E, rows, width // 32)
         assert np.array_equal(decoded(tensors, layer), weight), name
     router = own[f"{BLOCK}.mlp.gate.weight"].astype(np.float16)
     assert np.array_equal(tensors[f"{BLOCK}.{theirs}.gate.weight"], router)

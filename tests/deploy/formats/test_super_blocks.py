@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from deploy_harness import LAYER, tiny
+from deploy_harness import WIDE, put_on, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -37,7 +37,7 @@ needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is
 def drawn(kind: str, seed: int, R: int = 3, blocks: int = 2) -> Quantised:
     """Any codes, any multiples that the type has, and d and dmin of either sign, some of them 0 or subnormal."""
     of, rng = SUPER_TYPES[kind], np.random.default_rng(seed)
-    C = blocks * SUPER_WIDTH
+    C, G = blocks * SUPER_WIDTH, blocks * SUPER_WIDTH // of.group
 
     def halves(columns: int) -> torch.Tensor:
         size = 2.0 ** rng.integers(-26, 4, (R, columns))
@@ -46,28 +46,18 @@ def drawn(kind: str, seed: int, R: int = 3, blocks: int = 2) -> Quantised:
     def whole(low: int, columns: int) -> torch.Tensor:
         return torch.from_numpy(rng.integers(low, of.high + 1, (R, columns)).astype(np.int8))
 
-    of_minimum = (blocks, C // of.group) if of.minimum else (0, 0)
+    of_minimum = (blocks, G) if of.minimum else (0, 0)
     parts = SuperBlocks(
-        kind, halves(blocks), whole(of.low, C // of.group), halves(of_minimum[0]), whole(0, of_minimum[1])
+        kind, halves(blocks), whole(of.low, G), halves(of_minimum[0]), whole(0, of_minimum[1])
     )
     codes = torch.from_numpy(rng.integers(0, 1 << of.bits, (R, C), dtype=np.uint8))
     return Quantised.of_blocks(codes, parts)
 
 
-def in_super_blocks(
-    folder: Path, kind: str, model: Model | None = None
-) -> tuple[Model, dict[str, Quantised]]:
+def in_super_blocks(folder: Path, kind: str) -> tuple[Model, dict[str, Quantised]]:
     """Write the artefact of a model 256 wide with the matrices of its layers on a grid, which the model takes over."""
-    model = model or tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64)
-    found = {}
-    for name, tensor in models.named_tensors(model.net):
-        if name.split(".")[-2] in LAYER and tensor.dim() == 2:
-            found[name] = rounded(tensor * 0.3, Grid(kind, SUPER_TYPES[kind].bits), 32)
-    artefact.write(folder, model, found, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
-    for name, tensor in models.named_tensors(model.net):
-        if name in found:
-            tensor.copy_(found[name].dense())
-    return model, found
+    model, grid = tiny(**WIDE), Grid(kind, SUPER_TYPES[kind].bits)
+    return model, put_on(model, folder, lambda tensor: rounded(tensor * 0.3, grid, 32))
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -87,7 +77,7 @@ def test_all_that_a_type_can_hold_is_read_as_the_same_weights(kind: str, seed: i
 def test_an_artefact_holds_the_file_s_own_numbers(kind: str, tmp_path: Path) -> None:
     """Finished blocks, a block's message to devices, the artefact: the same numbers, and weights to the bit."""
     of = SUPER_TYPES[kind]
-    model = tiny(hidden_size=256, intermediate_size=256, num_attention_heads=4, head_dim=64)
+    model = tiny(**WIDE | {"intermediate_size": 256})
     solver = compression.make("rtn", {"grid": kind})
     parts = driver.run(model, solver, None, tmp_path / "parts")
     artefact.write(tmp_path / "model", model, parts, ArtefactHead("rtn", {}, "a" * 64, "b" * 64))

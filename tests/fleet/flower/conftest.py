@@ -23,14 +23,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("task_id", "run_id", "node_id"):  # of this process, as Flower's programs set it
         monkeypatch.setattr(f"flwr.supercore.task_identity.TaskIdentity._{name}", 1)
     models.tiny_llama().save(tmp_path / "model")
-    rows = [
-        {
-            "instruction": f"count to {i}",
-            "response": " ".join(map(str, range(1 + i % 8))),
-            "kind": "abc"[i % 3],
-        }
-        for i in range(1, 31)
-    ]
+    counts = {i: " ".join(map(str, range(1 + i % 8))) for i in range(1, 31)}
+    rows = [{"instruction": f"count to {i}", "response": c, "kind": "abc"[i % 3]} for i, c in counts.items()]
     Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     Path("recipe.toml").write_text(RECIPE)
     return tmp_path

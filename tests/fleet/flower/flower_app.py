@@ -64,12 +64,9 @@ class GridHere:
 
     def get_nodes(self) -> Iterable[SimpleNamespace]:
         """What Flower states of nodes: here the names are in the order of the clients, the numbers are not."""
-        return [
-            SimpleNamespace(
-                node_id=node, name=f"edge-{c}", public_key=f"key {c}".encode(), last_activated_at="then"
-            )
-            for c, node in enumerate(self.contexts)
-        ]
+        named = [(node, f"edge-{c}", f"key {c}".encode(), "then") for c, node in enumerate(self.contexts)]
+        stated = ("node_id", "name", "public_key", "last_activated_at")
+        return [SimpleNamespace(**dict(zip(stated, node, strict=True))) for node in named]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         numbers = []

@@ -39,9 +39,7 @@ def supernodes() -> GridHere:
     return GridHere((7, 3, 5), configs)
 
 
-def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulation(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulation(place, capsys):
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-qq"]) == 0
     values = {**recipes.read(Path("recipe.toml")), "aggregation": "norm-clip"}  # what a fleet takes
     simulated = fleetune.tune(recipes.make(values), out="simulated")
@@ -57,21 +55,16 @@ def test_a_run_over_a_grid_stopped_and_resumed_ends_in_the_digest_of_the_simulat
     assert lines == [[str(c), f"edge-{c}"] for c in range(CLIENTS)]
 
 
-def test_a_run_ends_when_all_supernodes_have_refused(place: Path) -> None:
+def test_a_run_ends_when_all_supernodes_have_refused(place):
     """Flower's own simulation starts them without rows."""
-    with pytest.raises(
-        FleetError, match=r"no device can take part: 3 came; .* it was not told which rows"
-    ) as ends:
+    why = r"no device can take part: 3 came; .* it was not told which rows"
+    with pytest.raises(FleetError, match=why) as ends:
         run(GridHere((7, 3, 5), [{"partition-id": c} for c in range(CLIENTS)]))
     assert ends.value.exit_code == 4
 
 
-@pytest.mark.parametrize(
-    ("code", "what"), [(1, "failed"), (2, "failed"), (3, ""), (4, ""), (5, ""), (8, "")], ids=str
-)
-def test_what_a_device_answers_when_flower_says_there_is_no_answer(
-    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, what: str
-) -> None:
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 8])
+def test_what_a_device_answers_when_flower_says_there_is_no_answer(place, monkeypatch, caplog, code):
     """An app that fails is a failed answer, with the reason in the log; what was lost is given again."""
     monkeypatch.setattr(server_app, "log", logging.getLogger("said"))
     grid = supernodes()
@@ -83,8 +76,8 @@ def test_what_a_device_answers_when_flower_says_there_is_no_answer(
     assert number is not None
     ((_, data),) = link.pull({number})
     reply = answer_in(data, order)
-    assert (reply.what if reply else "") == what
-    assert ("the ClientApp failed: because" in caplog.text) == bool(what)
+    assert (reply.what if reply else "") == ("failed" if code <= 2 else "")
+    assert ("the ClientApp failed: because" in caplog.text) == (code <= 2)
     assert link.push("unknown", order.encode(), 0, ROOM) is None
     assert (link.name(key), link.name("0123456789")) == ("edge-0", "01234567")
 
@@ -93,7 +86,7 @@ def ask(order: Order, config: dict[str, Any], state: RecordDict | None = None) -
     return Reply.decode(client_app.answer(order.encode(), Context(0, 5, config, state or RecordDict(), {})))
 
 
-def test_what_a_device_lacks_is_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_device_lacks_is_its_answer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reply = ask(Order("job"), {})
     assert (reply.what, reply.code) == ("refused", "no-data")
@@ -137,14 +130,12 @@ def test_a_supernode_has_a_budget_and_a_smallest_sum_of_its_own(place: Path) -> 
         ({"recipe": "model =\nx"}, RecipeError, "TOML"),
     ],
 )
-def test_a_run_config_that_cannot_be(config: dict[str, Any], error: type[Exception], what: str) -> None:
+def test_a_run_config_that_cannot_be(config, error, what):
     with pytest.raises(error, match=what):
         run(supernodes(), **config)
 
 
-def test_the_app_holds_no_code_of_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_app_holds_no_code_of_ours(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["fleet", "app", "app"]) == 0
     app = tomllib.loads(Path("app/pyproject.toml").read_text())["tool"]["flwr"]["app"]
@@ -152,25 +143,19 @@ def test_the_app_holds_no_code_of_ours(
     assert server_app.values_from(RECIPE)["set"]["K"] == 16  # the recipe's text, where a path could be
     for part in ("server_app", "client_app"):
         assert app["components"][part.replace("_", "")] == f"fleetune_app.{part}:app"
-        lines = Path(f"app/fleetune_app/{part}.py").read_text().split("\n")
-        assert lines == [
-            f"from fleetune.fleet.flower import {part} as installed",
-            "",
-            "app = installed.app",
-            "",
-        ]
+        text = Path(f"app/fleetune_app/{part}.py").read_text()
+        assert text == f"from fleetune.fleet.flower import {part} as installed\n\napp = installed.app\n"
     assert main(["fleet", "app", "app"]) == 2
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "flwr" else find(name, *a)
-    )
+    without = lambda name, *more: None if name == "flwr" else find(name, *more)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
     assert main(["fleet", "app", "other"]) == 2
     said = capsys.readouterr().err
     assert "there already" in said
     assert "[flower]'" in said
 
 
-def test_of_flower_only_what_it_documents_is_used() -> None:
+def test_of_flower_only_what_it_documents_is_used():
     """A release of Flower may change the rest at any time."""
     source = Path(fleetune.__file__).parent
     used: set[str] = set()
@@ -191,7 +176,7 @@ records = pytest.importorskip("fleetune.fleet.flower.records")
 
 @settings(max_examples=30)
 @given(st.integers(0, 3 * 1000), st.integers(0, 3 * 1000), st.integers(1, 1000))
-def test_bytes_come_back_whatever_their_length(head: int, common: int, piece: int) -> None:
+def test_bytes_come_back_whatever_their_length(head, common, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "PIECE", piece)
         data = secrets.token_bytes(head + common)
@@ -200,19 +185,13 @@ def test_bytes_come_back_whatever_their_length(head: int, common: int, piece: in
         assert all(len(record["data"]) <= piece for record in packed.values())
 
 
-def test_records_of_another_kind_are_refused() -> None:
-    from flwr.app import ConfigRecord, RecordDict
-
-    for odd in (
-        {"x": ConfigRecord({"data": b""})},
-        {"0": ConfigRecord({"data": "text"})},
-        {"0": ConfigRecord({"n": 1})},
-    ):
+def test_records_of_another_kind_are_refused():
+    for name, odd in (("x", {"data": b""}), ("0", {"data": "text"}), ("0", {"n": 1})):
         with pytest.raises(MessageError):
-            records.unpack(RecordDict(odd))
+            records.unpack(RecordDict({name: ConfigRecord(odd)}))
 
 
-def test_what_the_orders_of_a_round_end_with_is_one_object_for_all_devices() -> None:
+def test_what_the_orders_of_a_round_end_with_is_one_object_for_all_devices():
     """Flower stores equal objects once."""
     body = secrets.token_bytes(3 << 20)
     orders = [Order("work", 1, 10**c, c, body) for c in range(8)]  # heads of unlike lengths

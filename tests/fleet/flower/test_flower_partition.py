@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from flower_app import CLIENTS, RECIPE, GridHere, digest_of, run
@@ -24,7 +23,7 @@ def nodes(numbers: list[int]) -> GridHere:
 
 
 @pytest.mark.parametrize("division", ["iid", "dirichlet:0.5:kind", "column:kind"])
-def test_a_partition_has_the_rows_of_the_client_with_its_number(place: Path, division: str) -> None:
+def test_a_partition_has_the_rows_of_the_client_with_its_number(place, division):
     recipe = recipes.make({**recipes.read(Path("recipe.toml")), "partition": division})
     Path("run").mkdir()
     Path("run/run.toml").write_text(recipes.to_toml(recipe))
@@ -39,14 +38,10 @@ def test_a_partition_has_the_rows_of_the_client_with_its_number(place: Path, div
         clients.rows(CLIENTS)
 
 
-def test_a_simulation_stopped_and_resumed_ends_in_the_digest_of_tune(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_simulation_stopped_and_resumed_ends_in_the_digest_of_tune(place, monkeypatch):
     """SCAFFOLD remembers something of every client; the resumed simulation has other nodes and processes."""
-    recipe = (
-        RECIPE.replace('"fedkseed"', '"fedit"').partition("[set]")[0] + "[set]\nscaffold = true\nlr = 1e-3\n"
-    )
-    Path("recipe.toml").write_text(recipe)
+    head, _, _ = RECIPE.replace('"fedkseed"', '"fedit"').partition("[set]")
+    Path("recipe.toml").write_text(f"{head}[set]\nscaffold = true\nlr = 1e-3\n")
     simulated = fleetune.tune(recipes.make(recipes.read(Path("recipe.toml"))), out="simulated")
     loads = []
     load = fleetune.models.load
@@ -70,9 +65,7 @@ def test_a_simulation_stopped_and_resumed_ends_in_the_digest_of_tune(
         ({}, [0, 1, None], "of 3 SuperNodes 2 are clients"),
     ],
 )
-def test_a_simulation_that_cannot_be(
-    place: Path, values: dict[str, Any], partitions: list[Any], error: str
-) -> None:
+def test_a_simulation_that_cannot_be(place, values, partitions, error):
     text = "".join(f"{name} = {value}\n" for name, value in values.items())
     Path("recipe.toml").write_text(text + RECIPE)
     configs = [{} if p is None else {"partition-id": p} for p in partitions]
@@ -80,7 +73,7 @@ def test_a_simulation_that_cannot_be(
         run(GridHere(range(1, 1 + len(configs)), configs), simulate=True)
 
 
-def test_a_server_cannot_make_a_device_with_rows_a_client_of_its_choice(place: Path) -> None:
+def test_a_server_cannot_make_a_device_with_rows_a_client_of_its_choice(place):
     context = Context(0, 1, {"partition-id": 0, "data": "mine.jsonl"}, RecordDict(), {})
     with pytest.raises(Declined):
         partition.number_of(context.node_config)

@@ -22,14 +22,12 @@ from fleetune.fleet import keys
 from fleetune.tuning.recipe import recipe as recipes
 
 BIN = Path(sys.executable).parent
-programs = pytest.mark.skipif(
-    not (BIN / "flower-superlink").exists(), reason="Flower's programs are not installed"
-)
+programs = pytest.mark.skipif(not (BIN / "flower-superlink").exists(), reason="Flower is not installed")
 
 
 @programs
 @pytest.mark.slow
-def test_a_simulation_in_two_processes_ends_in_the_digest_of_tune(place: Path) -> None:
+def test_a_simulation_in_two_processes_ends_in_the_digest_of_tune(place):
     pytest.importorskip("ray")
     values = recipes.read(Path("recipe.toml"))
     values |= {name: str(place / values[name]) for name in ("model", "data")}
@@ -79,9 +77,8 @@ class Programs:
 
     def start(self, name: str, *words: str) -> None:
         with Path(f"{name}.txt").open("ab") as said:
-            self.running[name] = subprocess.Popen(
-                words, env=self.env, stdout=said, stderr=said, start_new_session=True
-            )
+            to = {"stdout": said, "stderr": said}
+            self.running[name] = subprocess.Popen(words, env=self.env, start_new_session=True, **to)
 
     def flwr(self, *words: str) -> dict[str, Any]:
         done = subprocess.run(
@@ -112,9 +109,8 @@ class Programs:
         self.start(f"node-{number}", "flower-supernode", *link.split(), *key.split(), config)
 
     def log(self, run: str, link: str = "own") -> str:
-        return subprocess.run(
-            ["flwr", "log", run, link, "--show"], env=self.env, capture_output=True, text=True
-        ).stdout
+        words = ["flwr", "log", run, link, "--show"]
+        return subprocess.run(words, env=self.env, capture_output=True, text=True).stdout
 
     def end(self, name: str, how: signal.Signals) -> None:
         process = self.running.pop(name)
@@ -129,7 +125,7 @@ class Programs:
 
 @programs
 @pytest.mark.slow
-def test_stock_supernodes_one_of_them_killed_end_in_the_digest_of_the_simulation(place: Path) -> None:
+def test_stock_supernodes_one_of_them_killed_end_in_the_digest_of_the_simulation(place):
     values = {**recipes.read(Path("recipe.toml")), "aggregation": "norm-clip", "rounds": 3}
     Path("recipe.toml").write_text(recipes.to_toml(recipes.make(values)))
     simulated = fleetune.tune(recipes.make(values), out="simulated")

@@ -28,7 +28,10 @@ PAIRS = {"q": ("q.B", "q.A"), "v": ("v.B", "v.A")}
 SHAPES = {"q": (12, 9), "v": (5, 14)}
 
 
-def clients(seed: int, count: int, rank: int) -> list[tuple[float, dict[str, np.ndarray]]]:
+Tensors = dict[str, np.ndarray]
+
+
+def clients(seed: int, count: int, rank: int) -> list[tuple[float, Tensors]]:
     """`count` devices with adapters of this rank on both layers: (rows, tensors)."""
     rng = np.random.default_rng(seed)
     found = []
@@ -46,9 +49,8 @@ def mean_of(taken, pairs=PAIRS):
     return product_mean(taken, pairs, taken[0][1])
 
 
-def dense_mean(taken: list[tuple[float, dict[str, np.ndarray]]], layer: str) -> np.ndarray:
-    total = sum(n for n, _ in taken)
-    return sum(n / total * (t[f"{layer}.B"].astype(float) @ t[f"{layer}.A"].astype(float)) for n, t in taken)
+def dense_mean(taken: list[tuple[float, Tensors]], layer: str) -> np.ndarray:
+    return exact_mean(taken[0][1], taken, layer)  # all of the rank that was sent
 
 
 @given(seed=st.integers(0, 99), count=st.integers(1, 9), scale=st.sampled_from([1e-6, 1.0, 1e6]))
@@ -84,8 +86,7 @@ def test_product_mean_is_the_best_of_its_rank(count, rank):
         best = (u[:, :rank] * s[:rank]) @ vt[:rank]
         got = tensors[f"{layer}.B"].astype(float) @ tensors[f"{layer}.A"].astype(float)
         np.testing.assert_allclose(got, best, atol=1e-5 * s[0])
-        assert tensors[f"{layer}.B"].shape == taken[0][1][f"{layer}.B"].shape
-        assert tensors[f"{layer}.A"].shape == taken[0][1][f"{layer}.A"].shape
+        assert all(tensors[n].shape == taken[0][1][n].shape for n in PAIRS[layer])
         assert {tensors[f"{layer}.{m}"].dtype.name for m in "AB"} == {"float32"}
         cut += (s[rank:] ** 2).sum()
         whole += (s**2).sum()
@@ -94,20 +95,10 @@ def test_product_mean_is_the_best_of_its_rank(count, rank):
 
 
 def test_a_layer_thinner_than_the_rank_keeps_its_shape():
-    rng = np.random.default_rng(6)
-    taken = [
-        (
-            2.0,
-            {
-                "q.B": rng.normal(size=(3, 8)).astype(np.float32),
-                "q.A": rng.normal(size=(8, 20)).astype(np.float32),
-            },
-        )
-        for _ in range(2)
-    ]
+    rng, shapes = np.random.default_rng(6), {"q.B": (3, 8), "q.A": (8, 20)}
+    taken = [(2.0, {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}) for _ in range(2)]
     tensors, lost = mean_of(taken, {"q": PAIRS["q"]})
-    assert tensors["q.B"].shape == (3, 8)
-    assert tensors["q.A"].shape == (8, 20)
+    assert {n: t.shape for n, t in tensors.items()} == shapes
     np.testing.assert_allclose(tensors["q.B"] @ tensors["q.A"], dense_mean(taken, "q"), atol=1e-4)
     assert lost == 0.0
 
@@ -120,9 +111,7 @@ def test_adapters_of_zeros_average_to_zeros():
     assert (tensors["q.A"] == 1).all()  # what a factor of zeros would need to learn again
 
 
-def mixed(
-    seed: int, ranks: list[int], top: int
-) -> tuple[dict[str, np.ndarray], list[tuple[float, dict[str, np.ndarray]]]]:
+def mixed(seed: int, ranks: list[int], top: int) -> tuple[Tensors, list[tuple[float, Tensors]]]:
     """(the adapter of rank `top` that they began with, what devices of these ranks send)."""
     start = clients(seed, 1, top)[0][1]
     return start, [clients(seed + 1 + i, 1, rank)[0] for i, rank in enumerate(ranks)]
@@ -226,14 +215,14 @@ SEEDS = {"seed": st.integers(0, 999), "m": st.integers(1, 12), "d": st.integers(
 
 @given(**SEEDS)
 @settings(max_examples=20)
-def test_the_median_is_numpys(spool: Spool, seed: int, m: int, d: int) -> None:
+def test_the_median_is_numpys(spool, seed, m, d):
     values = drawn(seed, m, d)
     assert np.array_equal(combined("median", spool, values), np.median(values, axis=0))
 
 
 @given(**SEEDS, share=st.sampled_from(["0.1", "0.2", "0.25", "0.45"]))
 @settings(max_examples=20)
-def test_the_trimmed_mean_is_the_formula(spool: Spool, seed: int, m: int, d: int, share: str) -> None:
+def test_the_trimmed_mean_is_the_formula(spool, seed, m, d, share):
     """ceil(share m) numbers go at either end; of so few that none would be left, all but one or two."""
     values = drawn(seed, m, d)
     cut = min(-int(-Fraction(share) * m // 1), (m - 1) // 2)
@@ -244,7 +233,7 @@ def test_the_trimmed_mean_is_the_formula(spool: Spool, seed: int, m: int, d: int
 
 @given(**SEEDS)
 @settings(max_examples=20)
-def test_clipping_is_the_formula(spool: Spool, seed: int, m: int, d: int) -> None:
+def test_clipping_is_the_formula(spool, seed, m, d):
     """start + mean of (x - start) min(1, median norm / norm)."""
     values, start = drawn(seed, m, d), drawn(seed + 1, 1, d)[0]
     norms = np.linalg.norm(values - start, axis=1)
@@ -258,7 +247,7 @@ def test_clipping_is_the_formula(spool: Spool, seed: int, m: int, d: int) -> Non
 
 @given(**SEEDS)
 @settings(max_examples=20)
-def test_the_vote_is_the_sign_of_most_times_the_usual_size(spool: Spool, seed: int, m: int, d: int) -> None:
+def test_the_vote_is_the_sign_of_most_times_the_usual_size(spool, seed, m, d):
     values = drawn(seed, m, d)
     sizes = np.sqrt(np.square(values).mean(axis=1))
     usual = np.sort(sizes[sizes > 0])[(np.count_nonzero(sizes) - 1) // 2] if sizes.any() else 0.0
@@ -269,9 +258,7 @@ def test_the_vote_is_the_sign_of_most_times_the_usual_size(spool: Spool, seed: i
 @pytest.mark.parametrize("rule", RULES)
 @given(**SEEDS, order=st.randoms(use_true_random=False))
 @settings(max_examples=20)
-def test_the_order_of_the_replies_changes_no_bit(
-    rule: str, spool: Spool, seed: int, m: int, d: int, order: Any
-) -> None:
+def test_the_order_of_the_replies_changes_no_bit(rule, spool, seed, m, d, order):
     values, start = drawn(seed, m, d), drawn(seed + 1, 1, d)[0]
     values[np.random.default_rng(seed).random((m, d)) < 0.1] = -0.0
     shuffled = values[order.sample(range(m), m)]
@@ -279,16 +266,14 @@ def test_the_order_of_the_replies_changes_no_bit(
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_so_many_columns_at_a_time_change_no_bit(
-    rule: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_so_many_columns_at_a_time_change_no_bit(rule, spool, monkeypatch):
     values = drawn(3, 9, 41)
     whole = combined(rule, spool, values)
     monkeypatch.setattr(aggregation, "NUMBERS", 9 * 7)
     assert combined(rule, spool, values).tobytes() == whole.tobytes()
 
 
-def test_a_number_that_a_client_could_not_have_is_left_out() -> None:
+def test_a_number_that_a_client_could_not_have_is_left_out():
     """Three of four clients have the first number, one the second, nobody the third."""
     none = np.nan
     values = np.array([[1.0, none, none], [5.0, none, none], [2.0, 8.0, none], [none, none, none]])
@@ -299,14 +284,10 @@ def test_a_number_that_a_client_could_not_have_is_left_out() -> None:
     assert aggregation.size_of(values[3]) == 0.0
 
 
-def test_numbers_are_kept_as_they_came(spool: Spool) -> None:
+def test_numbers_are_kept_as_they_came(spool):
     """Integers of 32 bits and float64 lose nothing on the disk; float32 and float16 take 4 bytes."""
-    for dtype, value in (
-        ("int32", 2**31 - 1),
-        ("float64", 1 + 2**-50),
-        ("float32", 1 + 2**-20),
-        ("float16", 1.5),
-    ):
+    largest = {"int32": 2**31 - 1, "float64": 1 + 2**-50, "float32": 1 + 2**-20, "float16": 1.5}
+    for dtype, value in largest.items():
         taken = Rule("median", spool=spool).combining()
         for _ in range(3):
             taken.add(1.0, {"x": np.full(2, value, dtype)})
@@ -325,12 +306,12 @@ def test_numbers_are_kept_as_they_came(spool: Spool) -> None:
         ("trimmed-mean:-0.2", "between"),
     ],
 )
-def test_what_is_no_rule_is_refused(text: str, says: str) -> None:
+def test_what_is_no_rule_is_refused(text, says):
     with pytest.raises(ValueError, match=says):
         parse(text)
 
 
-def test_a_rule_has_its_text() -> None:
+def test_a_rule_has_its_text():
     assert [parse(text).text for text in (*RULES, "mean")] == [*RULES, "mean"]
     assert parse("trimmed-mean:0.2") == parse("trimmed-mean")
 
@@ -347,7 +328,7 @@ def replies_of(case: str) -> list[Payload]:
 
 @pytest.mark.parametrize("rule", REDUCE)
 @pytest.mark.parametrize("case", harness.CASES)
-def test_every_method_takes_a_rule_or_says_why_not(case: str, rule: str, tmp_path: Path) -> None:
+def test_every_method_takes_a_rule_or_says_why_not(case, rule, tmp_path):
     """Neither the order of the replies nor the rows that a client states make a difference."""
     method, state = begun(case)
     parsed = parse(rule)
@@ -362,7 +343,7 @@ def test_every_method_takes_a_rule_or_says_why_not(case: str, rule: str, tmp_pat
         assert bits(there) == bits(after(case, light, parsed, tmp_path))
 
 
-def test_mezos_integers_and_fedits_tensors_are_numpys_medians(tmp_path: Path) -> None:
+def test_mezos_integers_and_fedits_tensors_are_numpys_medians(tmp_path):
     payloads = replies_of("mezo")
     want = np.rint(np.median([p.array("c") for p in payloads], axis=0))
     assert after("mezo", payloads, parse("median"), tmp_path).ledger.coefficients.tolist() == want.tolist()
@@ -372,7 +353,7 @@ def test_mezos_integers_and_fedits_tensors_are_numpys_medians(tmp_path: Path) ->
         assert tensor.tobytes() == want.astype(np.float32).tobytes()
 
 
-def test_fedkseed_combines_among_those_who_drew_the_direction(tmp_path: Path) -> None:
+def test_fedkseed_combines_among_those_who_drew_the_direction(tmp_path):
     method, _ = begun("fedkseed")
     payloads = [Payload({"codes": p.array("codes")[:8]}, p.scalars) for p in replies_of("fedkseed")]
     table = np.full((CLIENTS, method.K), np.nan)
@@ -390,7 +371,7 @@ def test_fedkseed_combines_among_those_who_drew_the_direction(tmp_path: Path) ->
     assert sums.tolist() == want.tolist()
 
 
-def test_scaffolds_mean_moves_by_the_combined_change(tmp_path: Path) -> None:
+def test_scaffolds_mean_moves_by_the_combined_change(tmp_path):
     """One device that lies about w moves c no further than the others do."""
     _, state = begun("fedit scaffold")
     payloads = replies_of("fedit scaffold")
@@ -405,7 +386,7 @@ def test_scaffolds_mean_moves_by_the_combined_change(tmp_path: Path) -> None:
     assert moved["norm-clip"] < 0.7 * moved["mean"]
 
 
-def test_memory_does_not_grow_with_the_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_clients(tmp_path, monkeypatch):
     """Half a megabyte a reply: 40 of them take no more memory than 4."""
     monkeypatch.setattr(aggregation, "NUMBERS", 1 << 14)
 
@@ -440,15 +421,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "values", "rule", "asked", "says"), REFUSED)
-def test_what_does_not_go_together_is_refused(
-    name: str, values: dict[str, Any], rule: str, asked: int, says: str
-) -> None:
+def test_what_does_not_go_together_is_refused(name, values, rule, asked, says):
     method = methods.make(name, values)
     assert says in method.rule_problem(parse(rule), asked)
     assert method.rule_problem(MEAN, asked) == ""
 
 
-def test_a_method_of_ones_own_keeps_its_rule() -> None:
+def test_a_method_of_ones_own_keeps_its_rule():
     class Own(fedit.Method):
         """A method that takes no rule."""
 

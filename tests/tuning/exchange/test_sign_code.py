@@ -18,7 +18,7 @@ def tensors_of(sides: list[tuple[int, ...]], seed: int) -> dict[str, np.ndarray]
 
 
 @given(shapes, st.integers(0, 99))
-def test_tensors_go_into_one_vector_and_back(sides: list[tuple[int, ...]], seed: int) -> None:
+def test_tensors_go_into_one_vector_and_back(sides, seed):
     tensors = tensors_of(sides, seed)
     layout = Layout.of(tensors)
     vector = layout.flat(tensors)
@@ -28,7 +28,7 @@ def test_tensors_go_into_one_vector_and_back(sides: list[tuple[int, ...]], seed:
     assert layout.sizes.sum() == len(vector) == sum(t.size for t in tensors.values())
 
 
-def test_a_group_is_a_row_of_a_and_a_column_of_b() -> None:
+def test_a_group_is_a_row_of_a_and_a_column_of_b():
     a, b = np.arange(10, dtype=np.float32).reshape(2, 5), -np.arange(6, dtype=np.float32).reshape(3, 2)
     layout = Layout.of({"b": b, "a": a, "bias": np.ones(4)})
     assert layout.groups.tolist() == [[2, 5], [2, 3], [1, 4]]
@@ -38,9 +38,7 @@ def test_a_group_is_a_row_of_a_and_a_column_of_b() -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 3), st.integers(0, 99))
-def test_each_plane_is_the_mean_size_and_the_signs_of_what_is_left(
-    each: list[int], planes: int, seed: int
-) -> None:
+def test_each_plane_is_the_mean_size_and_the_signs_of_what_is_left(each, planes, seed):
     sizes, x = np.array(each), np.random.default_rng(seed).normal(size=sum(each))
     signs = encode(x, sizes, planes)
     assert (signs.bits.dtype, signs.scales.dtype) == (np.uint8, np.float32)
@@ -60,7 +58,7 @@ def test_each_plane_is_the_mean_size_and_the_signs_of_what_is_left(
     np.testing.assert_array_equal(add(np.zeros(len(x)), signs, sizes), total)
 
 
-def test_planes_that_come_apart_add_up_to_the_same_bits() -> None:
+def test_planes_that_come_apart_add_up_to_the_same_bits():
     rng = np.random.default_rng(0)
     start, sizes = rng.normal(size=300).astype(np.float32), np.array([100, 200])
     signs = encode(rng.normal(size=300), sizes, 3)

@@ -36,15 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zosgd": {"K": 64, "tau": 40, "lr": 3e-4, "eps": 0.02, "batch_size": 6},
     "fedkseed": {"K": 64, "tau": 40, "lr": 3e-4, "eps": 0.02, "batch_size": 6},
     "onebyte": {"K": 64, "directions": 40, "lr": 2e-3, "eps": 0.02, "batch_size": 6},
-    "fwdllm": {
-        "targets": "all-linear",
-        "P": 40,
-        "lr": 5e-3,
-        "decay": 0,
-        "h": 0.02,
-        "batch_size": 6,
-        "patience": 1,
-    },
+    "fwdllm": {"targets": "all-linear", "P": 40, "lr": 5e-3, "decay": 0, "h": 0.02, "batch_size": 6}
+    | {"patience": 1, "discriminative": False},
 }
 # How many tokens the model prefers to the right one, a token: whole numbers, so no gradient anywhere.
 RANKS = """
@@ -93,9 +86,7 @@ def slopes(method: Any, reply: Payload) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_round_steps_by_what_a_function_without_gradient_says(
-    name: str, rows: Any, ranks: list[float]
-) -> None:
+def test_a_round_steps_by_what_a_function_without_gradient_says(name, rows, ranks):
     method = methods.make(name, SETTINGS[name] | {"objective": "ranks_of_tokens:rank"})
     model = tiny_llama()
     state, reply = one_round(method, model, rows)
@@ -109,17 +100,94 @@ def test_a_round_steps_by_what_a_function_without_gradient_says(
     assert objectives.get(method.objective)(model, batch) < pairs[0].mean() - 1
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_an_objective_that_is_none_is_said_before_anything_is_loaded(name: str) -> None:
-    wrong = recipe.make({"model": "none", "data": "none", "method": name, "set": {"objective": "acuracy"}})
-    with pytest.raises(RecipeError, match="unknown objective 'acuracy'"):
-        prepare.check(wrong)
+BOTH = ("fedit", "fedpetuning")
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("fedit", {"start": "magic"}, "none of default, gaussian"),
+    ("fedit", {"start": "orthogonal", "r": 3}, "even rank"),
+    ("fedit", {"start": "pissa"}, "dropout=0"),
+    ("fedit", {"start": "olora", "dropout": 0, "wire": "sign"}, "wire=fp32"),
+    ("fedit", {"start": "pissa", "dropout": 0, "average": "product"}, "average=separate"),
+    ("fedit", {"ranks": "2,4"}, "average=product"),
+    *(("fedit", {"ranks": k, "average": "product"}, "1 to r = 16") for k in ("2,17", "0", "2;4")),
+    ("fedit", {"ranks": "2", "average": "product", "start": "orthogonal"}, "orthogonal"),
+    ("fedit", {"average": "product", "server": "adam"}, "average=separate"),
+    ("fedit", {"average": "product", "scaffold": True}, "average=separate"),
+    ("fedit", {"average": "product", "server_lr": 0.5}, "average=separate"),
+    ("fedit", {"wire": "fp16"}, "neither fp32 nor sign"),
+    ("fedit", {"wire": "sign", "scaffold": True}, "wire=fp32"),
+    ("fedit", {"wire": "sign", "average": "product"}, "wire=fp32"),
+    ("fedit", {"wire": "sign", "dropout": 0, "start": "pissa"}, "wire=fp32"),
+    *((name, {"server": "fedadm"}, "avg, avgm, adam") for name in BOTH),
+    *((name, {"server_lr": -1}, "server lr") for name in BOTH),
+    *((name, {"scafold": True}, "Did you mean 'scaffold'") for name in BOTH),
+    *((name, {"targets": "q_proj,,v_proj"}, "or the layers' names") for name in (*BOTH, "fwdllm")),
+    ("fedpetuning", {"start": "pissa", "module": "adapter"}, "module=lora"),
+    ("fedpetuning", {"start": "pissa", "wire": "sign"}, "wire=fp32"),
+    ("fedpetuning", {"start": "orthogonal", "size": 5}, "even rank"),
+    ("fedpetuning", {"module": "magic"}, "none of full, prefix"),
+    ("fedpetuning", {"places": "sideways"}, "neither houlsby nor pfeiffer"),
+    ("fedpetuning", {"size": -1}, "must be positive"),
+    ("fedpetuning", {"module": "prompt", "size": 4097}, "4096 tokens at most"),
+    ("fedpetuning", {"module": "bitfit", "size": 4}, "no size to choose"),
+    ("fedpetuning", {"module": "prefix", "targets": "all-linear"}, "needs module=lora"),
+    ("fedpetuning", {"module": "lora", "places": "pfeiffer"}, "needs module=adapter"),
+    ("fedpetuning", {"lr": -1.0}, "must be positive"),
+    ("fedpetuning", {"wire": "int8"}, "neither fp32 nor sign"),
+    ("fedpetuning", {"epochs": 0}, "at least 1"),
+    ("fedpeptao", {"layers_rule": "halve"}, "lipschitz, half, all, nor a number"),
+    ("fedpeptao", {"layers_rule": "0"}, "nor a number"),
+    ("fedpeptao", {"beta": 1}, "not in [0, 1)"),
+    ("fedpeptao", {"tokens": 0}, "at least 1"),
+    ("fedpeptao", {"tokens": 4097}, "tokens may be 4096 at most"),
+    ("fedpeptao", {"lanczos": 1}, "lanczos at least 2"),
+    ("fedpeptao", {"lanczos": 301}, "lanczos 300"),
+    ("fedpeptao", {"lr": 0}, "lr = 0.0 must be positive"),
+    ("fwdllm", {"P": 0}, "P = 0"),
+    ("fwdllm", {"h": 0}, "h, lr and threshold"),
+    ("fwdllm", {"threshold": -1}, "h, lr and threshold"),
+    ("fwdllm", {"decay": -1}, "decay and clip"),
+    ("fwdllm", {"clip": -1}, "decay and clip"),
+    ("fwdllm", {"module": "bitfit", "r": 4}, "bitfit has none"),
+    ("fwdllm", {"module": "adapter", "targets": "all-linear"}, "needs module=lora"),
+    ("fwdllm", {"module": "prefix"}, "module = 'prefix' is none of lora, adapter, bitfit"),
+    ("fedkseed", {"K": 100}, "power of two"),
+    ("fedkseed", {"K": -1}, "K"),
+    *(("fedkseed", {"backprop": share}, "whole percent") for share in (0.125, 1.5, -0.1)),
+    ("fedkseed", {"backprop": 0.5, "law": "gaussian"}, "law=hashed"),
+    ("fedkseed", {"backprop": 0.5, "objective": "accuracy"}, "objective=loss"),
+    ("fedkseed", {"backprop": 0.5, "pro": True}, "pro=false"),
+    ("fedkseed", {"backprop_lr": 0.0}, "backprop_lr"),
+    ("fedkseed", {"backprop_steps": 0}, "backprop_steps"),
+    ("fedkseed", {"server_lr": -1.0}, "server_lr"),
+    ("onebyte", {"directions": 0}, "directions = 0"),
+    ("onebyte", {"directions": 65, "K": 64}, "65 is not between 1 and the 64"),
+    ("onebyte", {"wire": "bit"}, "'bit'"),
+    ("onebyte", {"clip": -1.0}, "clip"),
+    ("onebyte", {"lr": 0.0}, "lr"),
+    *((name, {"K": 48}, "power of two") for name in ("onebyte", "zosgd")),
+    ("signlora", {"r": 9}, "r = 9 must be at least 1 and at most pool = 8"),
+    ("signlora", {"r": 0}, "r = 0 must be at least 1"),
+    ("signlora", {"pool": 1025}, "that at most 1024"),
+    ("signlora", {"planes": 0}, "planes = 0 must be 1 to 8"),
+    ("signlora", {"planes": 9}, "planes = 9 must be 1 to 8"),
+    ("signlora", {"stay": 0}, "stay = 0 at least 1"),
+    ("signlora", {"share": "0"}, "share = '0' must be numbers from 1 to 1024, as 1,4"),
+    ("signlora", {"share": "1,,4"}, "share = '1,,4' must be numbers"),
+    ("signlora", {"lr": 0.0}, "lr = 0.0 must be positive"),
+    ("signlora", {"targets": "q_proj,"}, "targets = 'q_proj,'"),
+    *((name, {"objective": "acuracy"}, "unknown objective 'acuracy'") for name in SETTINGS),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "said"), REFUSED)
+def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(name, settings, said):
+    with pytest.raises(RecipeError) as refused:
+        prepare.check(recipe.make({"model": "none", "data": "none", "method": name, "set": settings}))
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize("verbose", [False, True])
-def test_a_fault_of_an_objective_is_one_line_unless_more_is_wanted(
-    verbose: bool, rows: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_fault_of_an_objective_is_one_line_unless_more_is_wanted(verbose, rows, tmp_path, caplog):
     (tmp_path / "mine.py").write_text("def f(model, batch):\n    return {}['nothing']\n")
     method = methods.make("mezo", {"lr": 1e-4, "objective": f"{tmp_path}/mine.py:f"})
     model = tiny_llama()
@@ -144,9 +212,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda c: str(c).replace(" ", ""))
 @pytest.mark.parametrize("end", ["min", "max"])
-def test_the_largest_integers_that_pass_the_door_are_taken(
-    name: str, settings: dict[str, Any], end: str
-) -> None:
+def test_the_largest_integers_that_pass_the_door_are_taken(name, settings, end):
     method, model = methods.make(name, settings), tiny_llama()
     state = method.init(model, 5)
     for _ in range(3):
@@ -175,7 +241,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoints_change_no_bit_of_a_reply(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_change_no_bit_of_a_reply(kind, monkeypatch):
     name, settings = KINDS[kind]
     monkeypatch.setattr(layers, "SMALL", 0)  # else so small a batch keeps its activations
     real, runs = layers.checkpoint, 0
@@ -208,9 +274,7 @@ PRIVATELY = Rule(PRIVATE, privacy=Privacy(1.0, 1.0, 1.0, CLIENTS))
 @pytest.mark.parametrize(
     "case", ["fedit", "fedit sign", "fedkseed", "fedkseed bp", "mezo", "onebyte", "onebyte sign"]
 )
-def test_of_a_private_round_the_state_keeps_the_noisy_sum_alone(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_private_round_the_state_keeps_the_noisy_sum_alone(case, tmp_path, monkeypatch):
     """Checkpoints of fedkseed held the sizes of the slopes of each client, without noise."""
     method, state = begun(case)
     assert not method.rule_problem(PRIVATELY, CLIENTS)

@@ -15,16 +15,16 @@ from torch.nn import functional as F
 
 from fleetune import models
 from fleetune.data.encode import Batch, Batches
-from fleetune.errors import MessageError, RecipeError
+from fleetune.errors import MessageError
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.weights import layout
 from fleetune.tuning.exchange.aggregation import Spool, parse
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, check
-from fleetune.tuning.methods import Reply, fedkseed, make
+from fleetune.tuning.methods import Reply, fedkseed
 from fleetune.tuning.methods._zeroth import UNITS, draw
 from fleetune.tuning.methods.fedkseed import Method, State, pro_weights
-from law_definition import slow_places
+from law_definition import hadamard, slow_places
 
 K = 64
 
@@ -91,12 +91,9 @@ class Reference:
 
 
 def directions(run_key: int, epoch: int, start: int, count: int) -> np.ndarray:
-    """float64 [count, K]: z_k[i] = D[i] H[place(i), k], H after Sylvester."""
-    H = np.ones((1, 1))
-    while len(H) < K:
-        H = np.block([[H, H], [H, -H]])
+    """float64 [count, K]: z_k[i] = D[i] H[place(i), k]."""
     D = noise.signs(run_key, epoch, start, count).astype(np.float64)
-    return D[:, None] * H[slow_places(K, start, count)]
+    return D[:, None] * hadamard(K)[slow_places(K, start, count)]
 
 
 def batches(model: models.Model, count: int, size: int, key: int, client: int) -> list[Batch]:
@@ -106,7 +103,7 @@ def batches(model: models.Model, count: int, size: int, key: int, client: int) -
 
 
 @pytest.mark.parametrize("changes", [{}, {"pro": True}, {"clip": 0.3}])
-def test_a_devices_walk_is_algorithm_1_in_float64(changes: dict[str, Any]) -> None:
+def test_a_devices_walk_is_algorithm_1_in_float64(changes):
     """a_k <- a_k - g / (K p_k) along drawn directions, rounded to a level of a byte, from a point that is not the base."""
     method = tiny(**changes)
     model, state = begun(method)
@@ -134,7 +131,7 @@ def test_a_devices_walk_is_algorithm_1_in_float64(changes: dict[str, Any]) -> No
     assert np.array_equal(method.walk(reply, drawn)[0], np.rint(moved * UNITS))
 
 
-def test_a_device_that_back_propagates_walks_by_projected_gradients_in_float64() -> None:
+def test_a_device_that_back_propagates_walks_by_projected_gradients_in_float64():
     method = tiny(backprop=1.0, backprop_lr=0.05, backprop_steps=3)
     model, state = begun(method)
     reply = harness.reply(harness.fleet(model, method), method, state, client=2)
@@ -146,7 +143,7 @@ def test_a_device_that_back_propagates_walks_by_projected_gradients_in_float64()
     np.testing.assert_allclose(sent, a, rtol=1 / 8, atol=2 * method.lr / UNITS)
 
 
-def test_the_mean_two_point_step_is_the_projected_gradient() -> None:
+def test_the_mean_two_point_step_is_the_projected_gradient():
     """(1/K) sum_k g_k z_k over a whole pool, on one batch, is one step of a device that back-propagates."""
     model, state = begun(tiny())
     (b,) = batches(model, 1, 5, 1, 0)
@@ -165,7 +162,7 @@ def of_round(ledger: Ledger, number: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("lr", [0.0, 0.5, 64.0])
-def test_the_servers_step_is_the_weighted_mean_in_float64(lr: float) -> None:
+def test_the_servers_step_is_the_weighted_mean_in_float64(lr):
     method = tiny(backprop=1.0, server_lr=lr)
     _, state = begun(method)
     rng, rows = np.random.default_rng(3), [3, 1, 6]
@@ -181,7 +178,7 @@ def test_the_servers_step_is_the_weighted_mean_in_float64(lr: float) -> None:
         np.testing.assert_allclose(of_round(state.ledger, number), expected, rtol=0, atol=0.5 / UNITS + 1e-6)
 
 
-def test_pro_probabilities_are_the_softmax_of_scaled_sizes() -> None:
+def test_pro_probabilities_are_the_softmax_of_scaled_sizes():
     """Section 3.3 by hand: unseen directions count as the median, an outlier as the 95 % quantile."""
     method = tiny(pro=True)
     _, state = begun(method)
@@ -201,7 +198,7 @@ def test_pro_probabilities_are_the_softmax_of_scaled_sizes() -> None:
     assert p.max() / p.min() == pytest.approx(math.e, rel=1e-5)
 
 
-def test_the_weights_of_pro_make_the_mean_step_that_of_uniform_drawing() -> None:
+def test_the_weights_of_pro_make_the_mean_step_that_of_uniform_drawing():
     rng = np.random.default_rng(7)
     p = np.exp(rng.random(K)).astype(np.float32)
     p, g = p / p.sum(), rng.normal(size=K) + 1.0
@@ -210,7 +207,7 @@ def test_the_weights_of_pro_make_the_mean_step_that_of_uniform_drawing() -> None
 
 
 @pytest.mark.parametrize("rule", ["mean", "median"])
-def test_pro_learns_the_sizes_of_the_slopes_that_devices_saw(rule: str, tmp_path) -> None:
+def test_pro_learns_the_sizes_of_the_slopes_that_devices_saw(rule, tmp_path):
     """The weight 1/(K p_k) is taken off again: a size is the |g| that a device measured."""
     method = tiny(pro=True, tau=4)
     _, state = begun(method)
@@ -231,7 +228,7 @@ def test_pro_learns_the_sizes_of_the_slopes_that_devices_saw(rule: str, tmp_path
 @pytest.mark.parametrize(
     "p", [np.ones(K - 1), np.ones((K, 1)), np.zeros(K), np.full(K, -0.1), np.full(K, np.nan)]
 )
-def test_a_device_refuses_what_is_no_probability_of_each_direction(p: np.ndarray) -> None:
+def test_a_device_refuses_what_is_no_probability_of_each_direction(p):
     method = tiny(pro=True)
     model, state = begun(method)
     sent, fleet = method.broadcast(state), harness.fleet(model, method)
@@ -244,7 +241,7 @@ def test_a_device_refuses_what_is_no_probability_of_each_direction(p: np.ndarray
         )
 
 
-def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
+def test_the_share_that_back_propagates_is_spread_over_the_clients():
     for percent in (0, 1, 10, 25, 29, 50, 57, 75, 100):  # 0.29 and 0.57 are not exact in binary
         method = tiny(backprop=percent / 100)
         kinds = [method.kind_of(c) for c in range(400)]
@@ -257,7 +254,7 @@ def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
     assert [tiny(backprop=0.5).kind_of(c) for c in range(4)] == [0, 1, 0, 1]
 
 
-def test_a_client_may_not_send_what_the_other_kind_sends() -> None:
+def test_a_client_may_not_send_what_the_other_kind_sends():
     method = tiny(backprop=0.5, backprop_lr=0.05)
     model, state = begun(method)
     fleet, base = harness.fleet(model, method), harness.base_of(model)
@@ -271,7 +268,7 @@ def test_a_client_may_not_send_what_the_other_kind_sends() -> None:
 
 @pytest.mark.parametrize("tau", [50, 400])
 @pytest.mark.parametrize("steps", [1, 20])
-def test_how_far_a_reply_goes_is_in_the_same_units_for_both_kinds(tau: int, steps: int) -> None:
+def test_how_far_a_reply_goes_is_in_the_same_units_for_both_kinds(tau, steps):
     """A gradient's slopes z_k . g along 4 d directions, from either kind: their mean size, whatever the steps."""
     method = tiny(K=1024, tau=tau, backprop=0.5, backprop_steps=steps, backprop_lr=0.02)
     state = method.init(models.tiny_llama(), 7)
@@ -288,7 +285,7 @@ def test_how_far_a_reply_goes_is_in_the_same_units_for_both_kinds(tau: int, step
     assert far[1] == pytest.approx(5.0, rel=0.1)
 
 
-def test_a_walk_weighs_by_its_precision() -> None:
+def test_a_walk_weighs_by_its_precision():
     """One over the variance of a gradient's estimate, d (1/K + (1 - 1/K)/n) |g|^2; n is infinite for all directions."""
     n, method = 12, tiny(backprop=0.5, tau=12)
     walk = Payload({"codes": np.zeros(n, np.uint8)}, {"n": 10, "loss": 1.0})
@@ -296,7 +293,7 @@ def test_a_walk_weighs_by_its_precision() -> None:
     assert method.weight(walk) / 10 == pytest.approx((1 / K) / (1 / K + (1 - 1 / K) / n), rel=1e-12)
 
 
-def test_both_kinds_enter_one_ledger_by_precision() -> None:
+def test_both_kinds_enter_one_ledger_by_precision():
     method = tiny(backprop=0.5)
     _, state = begun(method)
     rng = np.random.default_rng(5)
@@ -311,30 +308,7 @@ def test_both_kinds_enter_one_ledger_by_precision() -> None:
     np.testing.assert_allclose(of_round(new.ledger, 1) * UNITS, expected, rtol=0, atol=0.5 + 1e-9)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"K": 100}, "power of two"),
-        ({"backprop": 0.125}, "whole percent"),
-        ({"backprop": 1.5}, "whole percent"),
-        ({"backprop": -0.1}, "whole percent"),
-        ({"backprop": 0.5, "law": "gaussian"}, "law=hashed"),
-        ({"backprop": 0.5, "objective": "accuracy"}, "objective=loss"),
-        ({"backprop": 0.5, "pro": True}, "pro=false"),
-        ({"backprop_lr": 0.0}, "backprop_lr"),
-        ({"backprop_steps": 0}, "backprop_steps"),
-        ({"server_lr": -1.0}, "server_lr"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused_in_plain_words(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(RecipeError) as error:
-        make("fedkseed", changes)
-    assert words in str(error.value)
-
-
 def test_the_pool_is_larger_where_clients_back_propagate_and_as_stated_where_it_is():
     assert Method().K == 1024
     assert Method(backprop=0.1).K == 4096
     assert Method(K=256, backprop=0.1).K == 256
-    with pytest.raises(ValueError, match="K"):
-        Method(K=-1)

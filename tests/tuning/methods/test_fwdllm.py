@@ -19,6 +19,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, MessageError, Payload, check
 from fleetune.tuning.methods import Reply, fwdllm
 from fleetune.tuning.methods.fwdllm import Method, State, descent
+from law_definition import hadamard
 
 SIZES = {"a.weight": (40, 60), "b.weight": (25, 40)}  # an adapter of 3,400 numbers, for what needs no model
 
@@ -64,24 +65,16 @@ def published_variance(gradients: list[np.ndarray]) -> float:
     return float(means.var(axis=0, ddof=1).mean())
 
 
-def hadamard(n: int) -> np.ndarray:
-    """Orthogonal rows of +1 and -1 (Sylvester)."""
-    rows = np.ones((1, 1))
-    while len(rows) < n:
-        rows = np.block([[rows, rows], [rows, -rows]])
-    return rows
-
-
 @pytest.mark.parametrize("n", [2, 8, 30])
-def test_the_gate_is_the_published_variance_exactly_for_orthogonal_signs(n: int) -> None:
+def test_the_gate_is_the_published_variance_exactly_for_orthogonal_signs(n):
     """|sum of g_k v_k over a half|^2 is then d sum g_k^2, so nothing is left to chance."""
     g = np.random.default_rng(n).normal(size=n) * 3
-    vectors = [x * v for x, v in zip(g, hadamard(n), strict=False)]
+    vectors = [x * v for x, v in zip(g, hadamard(32), strict=False)]
     _, variance = descent(np.arange(n, dtype=np.uint64), g, np.full(n, 8.0))
     assert variance == pytest.approx(published_variance(vectors), rel=1e-12)
 
 
-def test_a_direction_that_two_devices_tried_has_both_shares_of_the_mean_and_one_of_the_variance() -> None:
+def test_a_direction_that_two_devices_tried_has_both_shares_of_the_mean_and_one_of_the_variance():
     ids = np.array([5, 9, 5, 2], np.uint64)
     g, rows = np.array([1.0, 2.0, 3.0, 4.0]), np.array([8.0, 8.0, 24.0, 8.0])
     shares = {5: (8 * 1 + 24 * 3) / 48, 9: 8 * 2 / 48, 2: 8 * 4 / 48}
@@ -92,7 +85,7 @@ def test_a_direction_that_two_devices_tried_has_both_shares_of_the_mean_and_one_
     }
 
 
-def test_the_server_keeps_the_adapter_and_asks_until_the_directions_agree() -> None:
+def test_the_server_keeps_the_adapter_and_asks_until_the_directions_agree():
     """Three rounds of 4 devices: variances 2 sum g^2 / n^2 fall to the threshold, then all twelve count."""
     method = Method(threshold=0.2, decay=0, lr=0.5, discriminative=False, h=1e-3)
     state, all_g, all_v = start(), [], []
@@ -118,7 +111,7 @@ def test_the_server_keeps_the_adapter_and_asks_until_the_directions_agree() -> N
     np.testing.assert_allclose(flat(state.tensors), expected, atol=3e-6)
 
 
-def test_patience_ends_a_batch_and_with_none_every_round_moves() -> None:
+def test_patience_ends_a_batch_and_with_none_every_round_moves():
     g = np.full((3, 2), 50.0)
     for changes, moves in (({"patience": 3}, [0, 0, 1, 0, 0, 1]), ({"patience": 1}, [1] * 6)):
         method, state, seen = Method(P=2, discriminative=False, **changes), start(), []
@@ -128,7 +121,7 @@ def test_patience_ends_a_batch_and_with_none_every_round_moves() -> None:
         assert seen == moves
 
 
-def test_no_reply_keeps_what_is_known_of_the_batch() -> None:
+def test_no_reply_keeps_what_is_known_of_the_batch():
     method = Method(threshold=1e-6)
     state = method.aggregate(start(), iter(replies(start(), method, np.ones((3, 1)))))
     idle = method.aggregate(state, iter(()))
@@ -136,7 +129,7 @@ def test_no_reply_keeps_what_is_known_of_the_batch() -> None:
     assert harness.equal_states(idle._replace(round=state.round, moved=state.moved), state)
 
 
-def test_more_rows_weigh_more_in_the_gradient() -> None:
+def test_more_rows_weigh_more_in_the_gradient():
     method = Method(P=2, patience=1, decay=0, lr=0.1, discriminative=False)
     g = np.random.default_rng(1).normal(size=(3, 2)).astype(np.float32)
     rows = [8, 2, 5]
@@ -149,7 +142,7 @@ def test_more_rows_weigh_more_in_the_gradient() -> None:
     np.testing.assert_allclose(moved, flat(start().tensors) - 0.1 * gradient / weight, atol=1e-6)
 
 
-def test_no_slope_counts_more_than_the_clip() -> None:
+def test_no_slope_counts_more_than_the_clip():
     method = Method(P=2, patience=1, decay=0, lr=0.1, discriminative=False, clip=1.5)
     g = np.array([[0.5, -3e38], [3e38, 1.0]], np.float32)
     moved = method.aggregate(start(), iter(replies(start(), method, g, [4, 4])))
@@ -158,7 +151,7 @@ def test_no_slope_counts_more_than_the_clip() -> None:
     assert np.abs(flat(moved.tensors) - flat(start().tensors)).max() < 1
 
 
-def test_the_rate_falls_linearly_to_nothing() -> None:
+def test_the_rate_falls_linearly_to_nothing():
     method = Method(lr=0.2, decay=50)
     assert [method.rate(r) for r in (0, 10, 25, 50, 60)] == pytest.approx([0.2, 0.16, 0.1, 0.0, 0.0])
     assert Method(lr=0.2, decay=0).rate(10**6) == 0.2
@@ -169,7 +162,7 @@ LAST = np.random.default_rng(8).normal(size=3400)
 U = LAST / np.linalg.norm(LAST)
 
 
-def test_the_best_tenth_of_the_candidates_is_offered_in_order() -> None:
+def test_the_best_tenth_of_the_candidates_is_offered_in_order():
     method, state = Method(), start(last=named(LAST), round=6)
     seeds = method.rank(state, 3)
     assert len(seeds) == 3 * fwdllm.SPARE
@@ -180,13 +173,13 @@ def test_the_best_tenth_of_the_candidates_is_offered_in_order() -> None:
     assert seeds.tolist() == [ids[i] for i in order]
 
 
-def test_only_odd_batches_are_ranked() -> None:
+def test_only_odd_batches_are_ranked():
     method = Method(P=4, patience=1, lr=0.1, decay=0)
     state, gradient = start(), np.random.default_rng(2).normal(size=3400)
-    for batch in range(6):
+    for batch in range(4):
         assert bool(len(state.seeds)) == (batch % 2 == 1)
         assert ("seeds" in method.broadcast(state).arrays) == (batch % 2 == 1)
-        keys = [7 * batch + c for c in range(5)]
+        keys = [7 * batch + c for c in range(3)]
         ids = [method.directions(state.seeds, key) for key in keys]
         g = [np.array([directions(11, int(i)) @ gradient for i in row], np.float32) for row in ids]
         answers = [
@@ -199,11 +192,11 @@ def test_only_odd_batches_are_ranked() -> None:
     off = Method(P=4, patience=1, discriminative=False)
     state = start()
     for batch in range(3):
-        state = off.aggregate(state, iter(replies(state, off, np.ones((5, 4)), round=batch)))
+        state = off.aggregate(state, iter(replies(state, off, np.ones((3, 4)), round=batch)))
         assert not len(state.seeds)
 
 
-def test_devices_draw_different_seeds_of_the_offer_and_the_server_knows_which() -> None:
+def test_devices_draw_different_seeds_of_the_offer_and_the_server_knows_which():
     method, seeds = Method(P=6), np.arange(100, 140, dtype=np.uint64)
     drawn = [method.directions(seeds, key).tolist() for key in range(50)]
     assert all(len(set(ids)) == 6 and set(ids) <= set(seeds.tolist()) for ids in drawn)
@@ -226,7 +219,7 @@ SIZELESS = {"targets": "query-value", "r": 8, "alpha": 16}  # the defaults, whic
     ],
     ids=lambda seeds: f"{seeds.dtype}{list(seeds.shape)}",
 )
-def test_seeds_of_another_form_are_refused(seeds: np.ndarray) -> None:
+def test_seeds_of_another_form_are_refused(seeds):
     model, method = models.tiny_llama(), quick()
     sent = method.broadcast(method.init(model, 5))
     batches = Batches(harness.rows(model), pad_id(model), 1)
@@ -245,7 +238,7 @@ def quick(**changes: Any) -> Method:
     [{"module": "lora"}, {"module": "adapter", "targets": "query-value"}, {"module": "bitfit", **SIZELESS}],
     ids=lambda m: m["module"],
 )
-def test_scalars_are_central_differences_and_near_the_gradients_own(module: dict[str, Any]) -> None:
+def test_scalars_are_central_differences_and_near_the_gradients_own(module):
     """Weights moved by hand, in plain torch; and <grad, v> by back-propagation at a small h."""
     model, method = models.tiny_llama(), quick(**module, P=3, h=2e-3)
     state = method.init(model, harness.key())
@@ -273,7 +266,7 @@ def test_scalars_are_central_differences_and_near_the_gradients_own(module: dict
         assert g == pytest.approx(sum((grads[n] * v[n]).sum() for n in grads), rel=0.02, abs=0.02)
 
 
-def test_more_directions_are_asked_on_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_directions_are_asked_on_the_same_rows(monkeypatch):
     model, method, seen = models.tiny_llama(), quick(P=1, batch_size=4), []
 
     def watched(model: Any, batch: Any) -> float:
@@ -289,7 +282,7 @@ def test_more_directions_are_asked_on_the_same_rows(monkeypatch: pytest.MonkeyPa
     assert seen[4] == seen[5] != seen[0]
 
 
-def test_a_loss_that_is_not_finite_is_no_step_and_none_at_all_is_refused(monkeypatch: Any) -> None:
+def test_a_loss_that_is_not_finite_is_no_step_and_none_at_all_is_refused(monkeypatch):
     model, method = models.tiny_llama(), quick(P=3)
     values = iter([1.0, 0.5, math.nan, 1.0, 2.0, math.inf] + [math.nan] * 6)
     monkeypatch.setattr(objectives, "get", lambda name: lambda model, batch: next(values))
@@ -306,7 +299,7 @@ def test_a_loss_that_is_not_finite_is_no_step_and_none_at_all_is_refused(monkeyp
         check(Message(1, b"", answer()), method.expects(state), round=1, base=b"")
 
 
-def test_accuracy_needs_no_gradient() -> None:
+def test_accuracy_needs_no_gradient():
     """An encoder's share of right rows moves its head: what it reports are differences of such shares."""
     model, method = models.tiny_bert(), quick(P=4, h=0.5, objective="accuracy", batch_size=8)
     examples = [
@@ -318,21 +311,3 @@ def test_accuracy_needs_no_gradient() -> None:
     g = method.local(model, method.broadcast(state), Batches(rows, 258, 1), 1, {}).array("g")
     assert np.any(g)
     np.testing.assert_allclose(g * 8, np.rint(g * 8), atol=1e-5)  # eighths / (2 h), h = 1/2
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"P": 0}, "P = 0"),
-        ({"h": 0}, "h, lr and threshold"),
-        ({"threshold": -1}, "h, lr and threshold"),
-        ({"decay": -1}, "decay and clip"),
-        ({"clip": -1}, "decay and clip"),
-        ({"module": "bitfit", "r": 4}, "bitfit has none"),
-        ({"module": "adapter", "targets": "all-linear"}, "needs module=lora"),
-        ({"module": "prefix"}, "module = 'prefix' is none of lora, adapter, bitfit"),
-    ],
-)
-def test_bad_settings_are_named(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(Exception, match=said):
-        methods.make("fwdllm", settings)

@@ -17,10 +17,11 @@ from methods_harness import Folder
 
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import Batches, collate, encode_all
-from fleetune.errors import MessageError, ModelError
-from fleetune.models import Model, tiny_bert, tiny_llama
+from fleetune.errors import MessageError, ModelError, UsageError
+from fleetune.models import Model, named_tensors, tiny_bert, tiny_llama
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, LedgerHead
+from fleetune.seeds.weights import layout
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods.signlora import Method, State
@@ -47,22 +48,11 @@ def rows() -> list[Encoded]:
 # --- a device -----------------------------------------------------------------------------------------------
 
 
-def answer(
-    model: Model, chosen: Method, payload: Payload, rows: Sequence[Encoded], memory: dict[str, Any]
-) -> Payload:
+def answer(model: Model, chosen: Method, payload: Payload, rows: Any, memory: dict[str, Any]) -> Payload:
     """A device's reply, from bytes to bytes."""
     down = decode(encode(Message(1, bytes(8), payload))).payload
     up = chosen.local(model, down, Batches(rows, 257, KEY), KEY, memory)
     return decode(encode(Message(1, bytes(8), up))).payload
-
-
-def starts(model: Model) -> dict[str, int]:
-    """The index of each tensor's first element, from a multiple of 4096."""
-    found, start = {}, 0
-    for name, tensor in sorted(model.net.named_parameters()):
-        found[name] = start
-        start += -(-tensor.numel() // 4096) * 4096
-    return found
 
 
 def sent_rows(rows: int, share: int, key: int) -> list[int]:
@@ -80,13 +70,11 @@ def dense(model: Model, rows: Sequence[Encoded]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("targets", "share"), [("all-linear", 1), ("v_proj,down_proj", 3)])
-def test_a_step_sends_the_sign_of_minus_the_dense_gradient_along_each_direction(
-    targets: str, share: int, rows: Any
-) -> None:
+def test_a_step_sends_the_sign_of_minus_the_dense_gradient_along_each_direction(targets, share, rows):
     """Also at a point that was moved, and along a direction for the second time: B starts from 0 in every round."""
     model = tiny_llama(layers=1)
-    chosen = tiny(r=2, pool=4, targets=targets, share=share, batch_size=len(rows), lr=1.0)
-    first, seen, total = starts(model), 0, 0
+    chosen = tiny(r=2, pool=4, targets=targets, share=str(share), batch_size=len(rows), lr=1.0)
+    first, seen, total = {s.name: s.start for s in layout(named_tensors(model.net))}, 0, 0
     state = chosen.init(model, 3)
     head = state.ledger.head
     assert len(state.places) == (7 if targets == "all-linear" else 2)
@@ -117,14 +105,8 @@ def test_a_step_sends_the_sign_of_minus_the_dense_gradient_along_each_direction(
 
 # --- the server ---------------------------------------------------------------------------------------------
 
-SHAPES = {
-    "a.weight": (13, 5),
-    "b.weight": (8, 3),
-    "norm": (7,),
-    "z.weight": (3, 9),
-}  # rows that fill no byte, too
-MATRICES = [0, 1, 3]
-ROWS = [13, 8, 3]
+SHAPES = {"a.weight": (130, 5), "b.weight": (64, 3), "norm": (7,), "z.weight": (30, 9)}
+MATRICES, ROWS = [0, 1, 3], [130, 64, 30]  # rows that fill no byte, too
 
 
 def begun(chosen: Method) -> State:
@@ -137,7 +119,8 @@ def begun(chosen: Method) -> State:
 def fake(chosen: Method, seed: int, n: int) -> tuple[Reply, list[np.ndarray]]:
     """A reply, and the vectors that it stands for, matrix by matrix and in it direction by direction."""
     draw, key = np.random.default_rng(seed), (1 << 63) + seed
-    sent = [sent_rows(rows, chosen.share, key) for rows in ROWS for _ in range(chosen.r)]
+    share = chosen.shares[seed % len(chosen.shares)]
+    sent = [sent_rows(rows, share, key) for rows in ROWS for _ in range(chosen.r)]
     scales = draw.integers(0, 1 << draw.integers(1, 32), len(sent), dtype=np.uint32)
     bits = [draw.integers(0, 2, len(rows)) for rows in sent]
     packed = [int("".join(map(str, b)).ljust(-(-len(b) // 8) * 8, "0"), 2) for b in bits]
@@ -152,7 +135,7 @@ def fake(chosen: Method, seed: int, n: int) -> tuple[Reply, list[np.ndarray]]:
 def written(ledger: Ledger, pool: int) -> np.ndarray:
     """The ledger's tables by the text of the format: int64 [pool, rows of all matrices]."""
     total, bits = np.zeros((pool, sum(ROWS)), np.int64), ledger.signs
-    firsts = dict(zip(MATRICES, (0, 13, 21), strict=True))
+    firsts = dict(zip(MATRICES, (0, 130, 194), strict=True))
     for id, c in zip(ledger.ids.tolist(), ledger.coefficients.tolist(), strict=True):
         p, place = divmod(id, 1 << 32)
         rows = ROWS[MATRICES.index(place)]
@@ -166,7 +149,7 @@ def written(ledger: Ledger, pool: int) -> np.ndarray:
 @st.composite
 def settings_of(draw: Any) -> Method:
     pool, small = draw(st.integers(1, 5)), st.integers(1, 3)
-    share = draw(st.integers(1, 5))  # more than a matrix has rows, too
+    share = ",".join(map(str, draw(st.lists(st.sampled_from([1, 2, 3, 5, 40]), min_size=1, max_size=3))))
     return tiny(pool=pool, r=draw(st.integers(1, pool)), planes=draw(small), stay=draw(small), share=share)
 
 
@@ -175,9 +158,7 @@ replies = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(1, 999)), max_
 
 @given(chosen=settings_of(), rounds=st.lists(replies, min_size=1, max_size=6))
 @settings(max_examples=25)
-def test_the_server_writes_the_mean_as_signs_and_adds_what_is_left_the_next_time(
-    chosen: Method, rounds: list[list[tuple[int, int]]]
-) -> None:
+def test_the_server_writes_the_mean_as_signs_and_adds_what_is_left_the_next_time(chosen, rounds):
     state, means = begun(chosen), np.zeros((chosen.pool, sum(ROWS)))
     left, largest = np.zeros((chosen.pool, sum(ROWS)), np.float32), 0.0
     for number, answers in enumerate(rounds):
@@ -213,14 +194,11 @@ def test_the_server_writes_the_mean_as_signs_and_adds_what_is_left_the_next_time
     assert np.abs(off).max() <= len(rounds) * largest * 2.0**-24
 
 
-def test_a_round_without_replies_is_one_whose_directions_are_passed_over() -> None:
+def test_a_round_without_replies_is_one_whose_directions_are_passed_over():
     chosen = tiny(pool=3)
     state = begun(chosen)
-    assert chosen.expects(state).arrays["signs"] == ("uint8", (4,))
-    assert tiny(share=9, r=2).expects(state).arrays["signs"] == (
-        "uint8",
-        (6,),
-    )  # a row of each matrix at least
+    assert chosen.expects(state).arrays["signs"] == ("uint8", (17 + 8 + 4,))
+    assert tiny(share="99", r=2).expects(state).arrays["signs"] == ("uint8", (6,))  # a row of each at least
     for _ in range(2):
         state = chosen.aggregate(state, iter(()))
     state = chosen.aggregate(state, iter([fake(chosen, seed, 2)[0] for seed in (4, 5)]))
@@ -232,22 +210,24 @@ def test_a_round_without_replies_is_one_whose_directions_are_passed_over() -> No
 # --- what a device is told ----------------------------------------------------------------------------------
 
 
-def told(
-    chosen: Method, fleet: LocalFleet, state: State, number: int, present: Sequence[int], folder: Path
-) -> tuple[list[Answer], dict[int, bytes]]:
-    """What the clients of a round answer, and what they were sent: the news since what each remembers."""
+def told(chosen: Method, fleet: LocalFleet, state: State, number: int, present: Any, folder: Path) -> Any:
+    """(what the clients of a round answer, what each was sent: the news since what it remembers)."""
     asked = Round(number, base_of(fleet.model), fleet.rows, state)
     with Replies(chosen, asked, Folder(folder), lambda event: None) as replies:
         messages = _messages(chosen, fleet, replies, present)
     return list(fleet.ask(number, present, messages)), messages
 
 
+def taken(chosen: Method, state: State, answers: Sequence[Answer]) -> State:
+    return chosen.aggregate(
+        state, iter([Reply(a.client, a.key, decode(a.data or b"").payload) for a in answers])
+    )
+
+
 @given(rounds=st.lists(st.sets(st.integers(0, 1)), min_size=2, max_size=5))
 @example(rounds=[{0, 1}, {0}, {0}, set(), {0, 1}, {1}])
 @settings(max_examples=2)
-def test_a_device_that_is_told_the_news_replies_as_one_that_is_told_everything(
-    rounds: list[set[int]], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_device_that_is_told_the_news_replies_as_one_that_is_told_everything(rounds, tmp_path_factory):
     """Whoever took part when, from bytes to bytes, with memories in files."""
     chosen = tiny(r=2, pool=3)
     own, other = (fleet(tiny_llama(layers=1), chosen, 2) for _ in range(2))
@@ -262,19 +242,16 @@ def test_a_device_that_is_told_the_news_replies_as_one_that_is_told_everything(
         for client in present:
             since = sum(r >= knew.get(client, 0) for r in state.ledger.rounds.tolist())
             assert len(decode(messages[client]).payload.array("direction")) == since
-        replies = [Reply(a.client, a.key, decode(a.data or b"").payload) for a in answers]
-        state = chosen.aggregate(state, iter(replies))
+        state = taken(chosen, state, answers)
 
 
-def test_a_device_whose_memory_is_gone_says_so_and_is_then_told_everything(tmp_path: Path) -> None:
+def test_a_device_whose_memory_is_gone_says_so_and_is_then_told_everything(tmp_path):
     chosen = tiny()
     own, other = (fleet(tiny_llama(layers=1), chosen, 2, memories=tmp_path / name) for name in ("a", "b"))
     state = chosen.init(own.model, 3)
     for number in (1, 2):
         answers, _ = told(chosen, own, state, number, [0, 1], tmp_path)
-        state = chosen.aggregate(
-            state, iter([Reply(a.client, a.key, decode(a.data or b"").payload) for a in answers])
-        )
+        state = taken(chosen, state, answers)
     for file in own.memories.folder.glob("client-000000*"):
         file.unlink()
     (lost, well), _ = told(chosen, own, state, 3, [0, 1], tmp_path)
@@ -285,6 +262,28 @@ def test_a_device_whose_memory_is_gone_says_so_and_is_then_told_everything(tmp_p
     assert len(messages[0]) > len(messages[1])
     everything = encode(Message(3, base_of(own.model), chosen.broadcast(state)))
     assert answers[0].data == next(other.ask(3, [0], everything)).data
+
+
+def test_devices_of_unlike_uplinks_send_unlike_shares_of_their_rows(rows, tmp_path):
+    """Device 0 replies as in a fleet that sends all rows, device 1 as in one that sends a third."""
+    mixed = tiny(share="1,3")
+    parts = {share: tiny(share=share) for share in ("1", "3")}
+    model = tiny_llama(layers=1)
+    state = mixed.init(model, 3)
+    for round in (1, 2):  # told everything, then the news
+        for client, (name, alone) in enumerate(parts.items()):
+            assert mixed.kind_of(client) == client
+            sent, spec = mixed.kinds(state)[client]
+            sent = mixed.news(state, 0, client) if round == 2 else sent
+            reply = answer(model, mixed, sent, rows, {})
+            same = answer(model, alone, alone.broadcast(state), rows, {})
+            assert encode(Message(1, bytes(8), reply)) == encode(Message(1, bytes(8), same)), name
+            assert {n: (a.dtype.name, a.shape) for n, a in reply.arrays.items()} == spec.arrays
+        state = mixed.written(state, [np.ones(rows) for rows in mixed.rows(state)])
+    with pytest.raises(MessageError, match="one row of 3 is none of the run's shares"):
+        answer(model, parts["1"], mixed.kinds(state)[1][0], rows, {})
+    with pytest.raises(UsageError, match="share = 900,1000: replies would be of one size"):
+        tiny(share="900,1000").init(model, 3)
 
 
 # --- what cannot be -----------------------------------------------------------------------------------------
@@ -307,14 +306,14 @@ def wrong(change: str, sent: Payload) -> None:
     ("change", "said"),
     [
         ("rows", "the matrices that the run trains are not those of this model"),
-        ("direction", "not of this run's matrices and directions"),
-        ("matrix", "not of this run's matrices and directions"),
-        ("signs", "not of this run's matrices and directions"),
-        ("scale", "not of this run's matrices and directions"),
+        *(
+            (n, "not of this run's matrices and directions")
+            for n in ("direction", "matrix", "signs", "scale")
+        ),
         ("known", "this device does not remember the rounds before those that came"),
     ],
 )
-def test_a_message_that_is_not_of_the_run_is_refused(change: str, said: str, rows: Any) -> None:
+def test_a_message_that_is_not_of_the_run_is_refused(change, said, rows):
     model, chosen = tiny_llama(layers=1), tiny()
     state = chosen.init(model, 3)
     ones = [np.ones(rows) for rows in chosen.rows(state)]
@@ -326,39 +325,15 @@ def test_a_message_that_is_not_of_the_run_is_refused(change: str, said: str, row
     assert not memory
 
 
-def test_a_model_in_another_methods_hands_is_given_the_own_directions() -> None:
+def test_a_model_in_another_methods_hands_is_given_the_own_directions():
     """As where a device does the work of two runs."""
     model = tiny_llama(layers=1)
     tiny(targets="q_proj").attached(model)
     assert len(tiny(r=2).init(model, 3).places) == 7
     tiny(r=2).attached(model)
     assert len(tiny().attached(model).places) == 7
-    assert adapters_rank(model) == 1
-
-
-def adapters_rank(model: Model) -> int:
-    """The rank of the LoRA that a model carries."""
     assert model.attachment is not None
-    return int(min(min(p.shape) for p in model.attachment.parameters.values()))
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"r": 9}, "r = 9 must be at least 1 and at most pool = 8"),
-        ({"r": 0}, "r = 0 must be at least 1"),
-        ({"pool": 1025}, "that at most 1024"),
-        ({"planes": 0}, "planes = 0 must be 1 to 8"),
-        ({"planes": 9}, "planes = 9 must be 1 to 8"),
-        ({"stay": 0}, "stay = 0 at least 1"),
-        ({"share": 0}, "share = 0 1 to 1024"),
-        ({"lr": 0.0}, "lr = 0.0 must be positive"),
-        ({"targets": "q_proj,"}, "targets = 'q_proj,'"),
-    ],
-)
-def test_settings_that_cannot_be(settings: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        tiny(**settings)
+    assert min(min(p.shape) for p in model.attachment.parameters.values()) == 1  # the rank
 
 
 @pytest.mark.parametrize(
@@ -368,7 +343,7 @@ def test_settings_that_cannot_be(settings: Any, said: str) -> None:
         (tiny_llama, "q_proj,no_proj", "no linear layer named 'no_proj'"),
     ],
 )
-def test_a_model_that_has_no_place_for_it_is_left_as_it_is(model: Any, targets: str, said: str) -> None:
+def test_a_model_that_has_no_place_for_it_is_left_as_it_is(model, targets, said):
     made = model()
     with pytest.raises(ModelError, match=said) as refused:
         tiny(targets=targets).init(made, 3)

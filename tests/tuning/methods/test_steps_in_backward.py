@@ -20,20 +20,13 @@ from fleetune.tuning.methods import _adapter, fedit
 ROWS = [Encoded(np.arange(5 + i, 25 + 2 * i, dtype=np.int32), 1) for i in range(6)]
 
 
-def Training(**settings: Any) -> fedit.Method:
-    """A way of training, with a learning rate that stays."""
-    return fedit.Method(**settings)
-
-
 def with_lora() -> models.Model:
     model = models.tiny_llama(layers=3)
     adapters.attach(model, adapters.Lora(r=4, alpha=8, dropout=0.1), seed=3)
     return model
 
 
-def after_backward(
-    model: models.Model, key: int, how: fedit.Method, correction: dict[str, np.ndarray]
-) -> None:
+def after_backward(model: models.Model, key: int, how: fedit.Method, correction: dict[str, Any]) -> None:
     """The reference: one AdamW over all parameters, a step when all gradients are there."""
     parameters = adapters.trainable(model)
     origin = {n: p.detach().clone() for n, p in parameters.items()}
@@ -64,9 +57,9 @@ def after_backward(
         {"scaffold": True},
     ],
 )
-def test_they_are_the_steps_after_backward(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_the_steps_after_backward(more, monkeypatch):
     monkeypatch.setattr(_adapter, "by_layer", lambda net, room: by_layer(net, small=0, room=room))
-    how = Training(**({"lr": 0.01, "epochs": 3, "batch_size": 2} | more))
+    how = fedit.Method(**({"lr": 0.01, "epochs": 3, "batch_size": 2} | more))
     one, other = with_lora(), with_lora()
     rng = np.random.default_rng(5)
     correction = {n: rng.normal(size=p.shape).astype(np.float32) for n, p in adapters.trainable(one).items()}
@@ -87,11 +80,11 @@ def steps_of(parameters: list[nn.Parameter], loss: Tensor, how: fedit.Method) ->
         steps.after_backward()
 
 
-def test_a_parameter_that_is_used_twice_takes_one_step_of_its_whole_gradient() -> None:
+def test_a_parameter_that_is_used_twice_takes_one_step_of_its_whole_gradient():
     torch.manual_seed(0)
     one = nn.Linear(6, 6)
     other, x = copy.deepcopy(one), torch.randn(4, 6)
-    steps_of(list(one.parameters()), one(one(x).sin()).square().sum(), Training(lr=0.1))
+    steps_of(list(one.parameters()), one(one(x).sin()).square().sum(), fedit.Method(lr=0.1))
     optimizer = torch.optim.AdamW(other.parameters(), 0.1, weight_decay=0.0)
     other(other(x).sin()).square().sum().backward()
     optimizer.step()
@@ -100,13 +93,13 @@ def test_a_parameter_that_is_used_twice_takes_one_step_of_its_whole_gradient() -
 
 
 @pytest.mark.parametrize(("clip", "most"), [(0.0, 1), (1.0, 8)])
-def test_without_a_clip_one_gradient_exists_at_a_time(clip: float, most: int) -> None:
+def test_without_a_clip_one_gradient_exists_at_a_time(clip, most):
     layers = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(8)))
     parameters, alive = list(layers.parameters()), []
     for parameter in parameters:  # before the steps' own
         parameter.register_post_accumulate_grad_hook(
             lambda _: alive.append(sum(p.grad is not None for p in parameters))
         )
-    steps_of(parameters, layers(torch.randn(4, 6)).square().sum(), Training(lr=0.1, clip=clip))
+    steps_of(parameters, layers(torch.randn(4, 6)).square().sum(), fedit.Method(lr=0.1, clip=clip))
     assert max(alive) == most
     assert all(p.grad is None for p in parameters)

@@ -13,12 +13,11 @@ from fleetune.data.encode import Batches, encode_all
 from fleetune.evaluation import objectives
 from fleetune.models import Model, named_tensors, tiny_llama
 from fleetune.seeds import noise
-from fleetune.seeds.view import View
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Reply, mezo, zosgd
-from law_definition import slow_places
+from law_definition import direction
 
-SETTINGS: dict[str, Any] = {"K": 32, "tau": 9, "lr": 2e-3, "batch_size": 3}
+SETTINGS: dict[str, Any] = {"K": 32, "tau": 7, "lr": 2e-3, "batch_size": 3}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def rows() -> list[Encoded]:
 
 
 def in_type(dtype: torch.dtype) -> Model:
-    model = tiny_llama()
+    model = tiny_llama(layers=1)
     model.net.to(dtype)
     return model
 
@@ -51,37 +50,20 @@ def trained(method: Any, model: Model, rows: Any, rounds: int) -> Any:
         (torch.float16, "rademacher"),
     ],
 )
-def test_it_is_mezo_bit_for_bit(dtype: torch.dtype, law: str, rows: Any) -> None:
-    """Three rounds: from the base, from few passes, and from 27 where directions are independent."""
+def test_it_is_mezo_bit_for_bit(dtype, law, rows):
+    """Three rounds: from the base, from few passes, and from 14 where directions are independent."""
     settings = SETTINGS | {"law": law}
     mine = trained(zosgd.Method(**settings), in_type(dtype), rows, 3)
     theirs = trained(mezo.Method(**settings), in_type(dtype), rows, 3)
-    assert len(mine.ledger) > 20
+    assert len(mine.ledger) > 16
     assert np.array_equal(mine.ledger.ids, theirs.ledger.ids)
     assert np.array_equal(mine.ledger.coefficients, theirs.ledger.coefficients)
     assert (mine.ledger.head.method, theirs.ledger.head.method) == ("zosgd", "mezo")
 
 
-def z_of(view: View, id: int, law: str) -> dict[str, torch.Tensor]:
-    K, k = SETTINGS["K"], id & 0xFFFFFFFF
-    found = {}
-    for slot in view.slots:
-        n = slot.tensor.numel()
-        if law == "gaussian":
-            z = noise.normals(view.run_key, id, slot.start, n).astype(np.float64)
-        else:
-            z = noise.signs(view.run_key, id >> 32 if law == noise.POOL else id, slot.start, n).astype(float)
-        if law == noise.POOL:
-            z *= [(-1) ** bin(int(j) & k).count("1") for j in slow_places(K, slot.start, n)]
-        found[slot.name] = torch.from_numpy(z).to(slot.tensor.dtype)
-    return found
-
-
 @pytest.mark.parametrize("law", noise.LAWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_whole_direction_lies_in_memory_while_the_losses_are_taken(
-    dtype: torch.dtype, law: str, rows: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_whole_direction_lies_in_memory_while_the_losses_are_taken(dtype, law, rows, monkeypatch):
     model, method = in_type(dtype), zosgd.Method(**SETTINGS | {"law": law, "tau": 3})
     state, seen = method.init(model, 5), []
 
@@ -95,17 +77,18 @@ def test_the_whole_direction_lies_in_memory_while_the_losses_are_taken(
     assert len(seen) == 6
     for step, id in enumerate(method.ids(0).tolist()):
         for found in seen[2 * step : 2 * step + 2]:
-            expected = z_of(model.attachment, id, law)
             assert found.keys() == {name for name, _ in named_tensors(model.net)}
-            assert all(torch.equal(found[name], z) for name, z in expected.items())
+            for slot in model.attachment.slots:
+                z = direction(
+                    law, id, slot.start, slot.tensor.numel(), SETTINGS["K"], model.attachment.run_key
+                )
+                assert torch.equal(found[slot.name], torch.from_numpy(z).to(dtype))
     weights = sum(t.nbytes for _, t in named_tensors(model.net))
     assert sum(z.nbytes for z in seen[0].values()) == weights  # twice the memory
     assert model.attachment.stored is None  # and none of it afterwards
 
 
-def test_settings_are_mezos_and_checked() -> None:
+def test_settings_are_mezos():
     for name in ("lr", "eps", "batch_size", "tau", "K", "law", "clip", "objective"):
         assert getattr(zosgd.Method(), name) == getattr(mezo.Method(), name)
-    with pytest.raises(ValueError, match="power of two"):
-        zosgd.Method(K=48)
     assert methods.entry("zosgd").clients == 1

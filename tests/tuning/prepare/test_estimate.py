@@ -35,27 +35,26 @@ def fit(method: str, found: Estimate, within: float) -> tuple[Recipe, Estimate]:
     ("text", "seconds"),
     [("90s", 90), ("20m", 1200), ("1.5 h", 5400), ("2d", 172800), ("45 min", 2700), ("", 0)],
 )
-def test_a_time_is_read_as_people_write_it(text: str, seconds: float) -> None:
+def test_a_time_is_read_as_people_write_it(text, seconds):
     assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["20", "soon", "-1h", "0m", "1h30"])
-def test_what_is_no_time_is_refused_before_any_work(text: str) -> None:
+def test_what_is_no_time_is_refused_before_any_work(text):
     with pytest.raises(RecipeError, match="within = "):
         prepare.check(recipe("fedit", within=text))
 
 
-def test_a_run_is_its_rounds_times_clients_times_steps() -> None:
+def test_a_run_is_its_rounds_times_clients_times_steps():
     found = Estimate(10, 8, 12.5, 0.4, 11, 3.0)
     assert found.seconds == pytest.approx(10 * 8 * 12.5 * 0.4 + 33)
-    assert (
-        found.text == "about 7m13s: 10 rounds × 8 clients × 12 steps of 400 ms, and 11 evaluations of 3.0 s"
-    )
+    said = "about 7m13s: 10 rounds × 8 clients × 12 steps of 400 ms, and 11 evaluations of 3.0 s"
+    assert found.text == said
     assert not advice(found)
     assert "--within 1h" in advice(Estimate(10, 8, 200, 2.0, 11, 3.0))
 
 
-def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third() -> None:
+def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third():
     small = Estimate(10, 2, 10, 0.1, 11, 0.05, 20, 4, 1.0, 24, 0.5)  # 20 + 0.55 + 8 + 24 seconds
     chosen, smaller = fit("fedit", small, 40.0)
     assert (chosen.client_rows, chosen.samples, smaller.client_rows, smaller.answers) == (0, 4, 0, 4)
@@ -66,51 +65,64 @@ def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third() 
     assert "measured rows of clients 24 -> 0, answers 4 -> 0" in estimate.made_smaller(small, smaller, "20s")
 
 
-def test_what_fits_stays_as_it_is() -> None:
+def test_what_fits_stays_as_it_is():
     found = Estimate(10, 8, 10, 0.1, 11, 1.0)
     assert fit("fedit", found, 200.0) == (recipe("fedit"), found)
 
 
-def test_local_steps_are_fewer_first_then_rounds_then_clients() -> None:
+def test_steps_after_each_other_stay_longest():
     found = Estimate(10, 8, 100, 0.5, 11, 0.1, 20)
-    for within, rounds, clients, steps in (
-        (300.0, 10, 8, 5),
-        (200.0, 9, 8, 4),
-        (100.0, 4, 8, 4),
-        (40.0, 3, 5, 4),
-        (10.0, 3, 2, 2),
-        (4.0, 3, 2, 1),
+    for within, rounds, clients, steps, batch in (
+        (300.0, 10, 8, 5, 8),
+        (200.0, 9, 8, 4, 8),
+        (100.0, 4, 8, 4, 8),
+        (40.0, 3, 5, 4, 8),
+        (10.0, 3, 1, 4, 8),
+        (4.0, 3, 1, 5, 2),
+        (2.0, 1, 1, 7, 2),
     ):
         chosen, smaller = fit("fedit", found, within)
-        assert (chosen.rounds, smaller.clients, chosen.set["steps"]) == (rounds, clients, steps), within
+        shape = chosen.rounds, smaller.clients, chosen.set["steps"], chosen.set["batch_size"]
+        assert shape == (rounds, clients, steps, batch), within
         assert chosen.participation == pytest.approx(clients / 8)
         assert smaller.seconds <= 0.8 * within
+        few = "may be too few to learn from" in estimate.made_smaller(found, smaller, "2s")
+        assert few == (rounds * steps < 8)
 
 
-def test_evaluations_that_take_most_of_the_time_are_fewer_and_of_fewer_rows() -> None:
+def test_replies_that_are_compared_with_each_other_stay_two():
+    found, method = Estimate(10, 8, 100, 0.5, 11, 0.1, 20), methods.make("fedit", {})
+    for given, least in (
+        ({}, 1),
+        ({"aggregation": "median"}, 2),
+        ({"quorum": 3}, 3),
+        ({"privacy": "client"}, 2),
+    ):
+        assert fitted(recipe("fedit", **given), method, found, 4.0, 8)[2].clients == least, given
+
+
+def test_evaluations_that_take_most_of_the_time_are_fewer_and_of_fewer_rows():
     chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 60.0)
-    assert (chosen.eval_every, chosen.eval_rows, smaller.evaluations) == (0, 200, 2)
+    assert (chosen.eval_every, chosen.eval_rows, smaller.evaluations) == (0, 192, 2)
     chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 20.0)
-    assert (chosen.eval_every, chosen.eval_rows) == (0, 106)
+    assert (chosen.eval_every, chosen.eval_rows) == (0, 64)
     assert smaller.seconds <= 16.0
     chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 50.0, 200), 40.0)
     assert chosen.eval_rows == estimate.FEWEST_ROWS
 
 
-def test_the_search_for_a_rate_counts() -> None:
+def test_the_search_for_a_rate_counts():
     found = Estimate(10, 8, 10, 0.1, 11, 0.5, 20, search=30.0)
     assert found.seconds == pytest.approx(80 + 5.5 + 30)
     assert found.text.endswith(", after 30 s of finding a learning rate")
     _, smaller = fit("fedit", found, 60.0)
     assert 40 < smaller.seconds <= 48.0
-    with pytest.raises(
-        FitError, match="after 30 s of finding a learning rate, take more than 20 s"
-    ) as refused:
+    with pytest.raises(FitError, match="finding a learning rate, take more than 20 s") as refused:
         fit("fedit", found, 20.0)
     assert "--set lr=NUMBER" in str(refused.value.hint)
 
 
-def test_measuring_leaves_the_model_as_it_was() -> None:
+def test_measuring_leaves_the_model_as_it_was():
     model: Model = models.tiny_llama()
     rows, before = harness.rows(model), harness.logits(model)
     found = estimate.of(recipe("fedit"), harness.method("fedit"), model, [rows[:12], rows[12:24]], rows[24:])
@@ -130,7 +142,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_clients_that_back_propagate_are_timed_by_their_own_steps() -> None:
+def test_clients_that_back_propagate_are_timed_by_their_own_steps():
     def steps(**given: float) -> int:
         return methods.make("fedkseed", {"tau": 200, "backprop_steps": 3, **given}).local_steps(50)
 
@@ -139,7 +151,7 @@ def test_clients_that_back_propagate_are_timed_by_their_own_steps() -> None:
     assert one.local_steps(50) == 1
 
 
-def test_local_steps_follow_the_rows_unless_they_are_given(place: Path) -> None:
+def test_local_steps_follow_the_rows_unless_they_are_given(place):
     values: dict[str, Any] = {"model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "held_out": 4}
     for clients, rows, steps in ((2, 10, 50), (1, 20, 80)):
         own = recipes.make({**values, "clients": clients, "set": {"lr": 1e-3, "batch_size": 1}})
@@ -149,32 +161,20 @@ def test_local_steps_follow_the_rows_unless_they_are_given(place: Path) -> None:
     assert prepare.prepare(given).recipe.set["tau"] == 3
 
 
-def test_what_a_method_refuses_of_the_model_is_said_before_anything_is_written(place: Path) -> None:
-    own = recipes.make(
-        {
-            "model": "tiny",
-            "data": "rows.jsonl",
-            "method": "fedit",
-            "clients": 2,
-            "held_out": 4,
-            "set": {"targets": "q_proj,nowhere"},
-        }
-    )
-    with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
-        prepare.dry_run(own, offline=True)
-    with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
-        fleetune.tune(own, offline=True)
+def test_what_a_method_refuses_of_the_model_is_said_before_anything_is_written(place):
+    values = {"model": "tiny", "data": "rows.jsonl", "method": "fedit", "clients": 2, "held_out": 4}
+    own = recipes.make({**values, "set": {"targets": "q_proj,nowhere"}})
+    for work in (prepare.dry_run, fleetune.tune):
+        with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
+            work(own, offline=True)
     assert not Path("runs").exists() or not list(Path("runs").iterdir())
 
 
-def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(place, monkeypatch):
     monkeypatch.setattr(estimate, "_timed", lambda work, slow=0.0: 0.1)  # however busy the machine is
     few: dict[str, Any] = {"clients": 2, "samples": 0, "threads": 1, "device": "cpu", "offline": True}
-    run = fleetune.tune(
-        "tiny", "rows.jsonl", method="fedit", settings={"r": 2, "lr": 1e-3}, within="2s", rounds=500, **few
-    )
+    few |= {"method": "fedit", "settings": {"r": 2, "lr": 1e-3}, "within": "2s", "rounds": 500}
+    run = fleetune.tune("tiny", "rows.jsonl", **few)
     written = recipes.read(Path(run.done.run) / "run.toml")
     assert written["within"] == ""
     assert written["rounds"] < 500

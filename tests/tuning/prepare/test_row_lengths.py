@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from command_line import Capture
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.data.encode import encode_all
@@ -36,7 +35,7 @@ def done_of(at: Path) -> dict[str, Any]:
     return next(e for e in rundir.events(rundir.listing(at / "runs")[-1]) if e["event"] == "done")
 
 
-def test_eval_of_a_run_gives_the_loss_that_the_run_ended_with(at: Path, capsys: Capture) -> None:
+def test_eval_of_a_run_gives_the_loss_that_the_run_ended_with(at, capsys):
     assert main(["tune", "tiny", "data.jsonl", *RUN, "--max-length", "32"]) == 0
     capsys.readouterr()
     assert main(["eval", "1", "--tasks", "loss", "--device", "cpu", "--json"]) == 0

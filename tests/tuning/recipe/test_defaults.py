@@ -25,18 +25,15 @@ def served(devices: int, method: str, *, ruled: bool = False, **values: Any) -> 
         *dict.fromkeys(["mezo", "zosgd", "fedkseed", "onebyte", "fwdllm"], "norm-clip").items(),
     ],
 )
-def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(
-    method: str, expected: str
-) -> None:
+def test_from_three_devices_on_a_recipe_without_a_rule_gets_one_against_liars(method, expected):
     rule, said = served(3, method)
     assert rule == expected
-    assert said.startswith(
-        f"mode robust: replies are combined by {rule}; every device counts once, whatever rows it claims; --aggr"
-    )
+    counted = "every device counts once, whatever rows it claims; --aggr"
+    assert said.startswith(f"mode robust: replies are combined by {rule}; {counted}")
 
 
 @pytest.mark.parametrize(("wire", "expected"), [("byte", "norm-clip"), ("sign", "sign-vote")])
-def test_votes_are_combined_by_a_rule_too(wire: str, expected: str) -> None:
+def test_votes_are_combined_by_a_rule_too(wire, expected):
     assert served(3, "onebyte", wire=wire)[0] == expected
 
 
@@ -44,9 +41,7 @@ def test_votes_are_combined_by_a_rule_too(wire: str, expected: str) -> None:
     ("given", "named", "kept"),
     [({}, (), "best"), ({"keep": "last"}, ("keep",), "last"), ({"eval_every": 0}, (), "last")],
 )
-def test_devices_keep_the_best_round_unless_told_otherwise(
-    given: dict[str, Any], named: tuple[str, ...], kept: str
-) -> None:
+def test_devices_keep_the_best_round_unless_told_otherwise(given, named, kept):
     recipe = recipes.make({"model": "m", "data": "d", "method": "fedit", **given})
     assert for_devices(recipe, 3, named).keep == kept
 
@@ -54,33 +49,23 @@ def test_devices_keep_the_best_round_unless_told_otherwise(
 @pytest.mark.parametrize(
     ("devices", "values", "why"),
     [
-        (2, {"method": "fedit"}, "no rule against liars fits: 2 clients are asked in a round"),
-        (
-            8,
-            {"method": "fedit", "participation": 0.25},
-            "no rule against liars fits: 2 clients are asked in a round",
-        ),
-        (
-            8,
-            {"method": "fedit", "average": "product"},
-            "no rule against liars fits: average=product has no coordinates",
-        ),
-        (8, {"method": "fedkseed", "backprop": 0.5}, "no rule against liars fits: a mixed fleet"),
+        (2, {"method": "fedit"}, "2 clients are asked in a round"),
+        (8, {"method": "fedit", "participation": 0.25}, "2 clients are asked in a round"),
+        (8, {"method": "fedit", "average": "product"}, "average=product has no coordinates"),
+        (8, {"method": "fedkseed", "backprop": 0.5}, "a mixed fleet"),
     ],
 )
-def test_where_none_fits_the_mean_bounds_the_rows_and_says_why(
-    devices: int, values: dict[str, Any], why: str
-) -> None:
+def test_where_none_fits_the_mean_bounds_the_rows_and_says_why(devices, values, why):
     rule, said = served(devices, **values)
     assert rule == "mean:1"
     assert said.startswith(
-        "mode open: replies are combined by mean:1 (weighted by rows, at most 1 times the median's); "
+        "mode open: replies are combined by mean:1 (weighted by rows, at most 1 times the "
     )
-    assert why in said
+    assert f"no rule against liars fits: {why}" in said
     assert ("alone could back-propagate" in said) == ("backprop" in values)
 
 
-def test_a_rule_that_is_given_stays_and_a_mean_is_bounded() -> None:
+def test_a_rule_that_is_given_stays_and_a_mean_is_bounded():
     assert served(8, "fedit", aggregation="median", ruled=True)[0] == "median"
     assert served(8, "fedit", aggregation="mean:9", ruled=True)[0] == "mean:9"
     rule, said = served(8, "fedit", aggregation="mean", ruled=True)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+import command_line
 import fleetune
 from fleetune import models
 from fleetune.common.settings import setting
@@ -18,17 +19,9 @@ from fleetune.errors import Interrupted, UsageError
 from fleetune.seeds import VARIABLE
 from fleetune.tuning import methods
 from fleetune.tuning.methods import fedit, mezo
+from heard import Heard
 
-FEW: dict[str, Any] = {
-    "clients": 2,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "threads": 1,
-    "device": "cpu",
-    "limit": 24,
-    "max_length": 64,
-}
+FEW: dict[str, Any] = command_line.FEW | {"limit": 24, "max_length": 64}
 
 
 @dataclass(frozen=True)
@@ -39,11 +32,10 @@ class MiddleLora(fedit.Method):
     shrink: float = 1.0  # a field without `setting`
 
     def aggregate(self, state: Any, replies: Any, rule: Any = None) -> Any:
-        taken = [reply.payload.arrays for reply in replies]
+        if not (taken := [reply.payload.arrays for reply in replies]):
+            return state
         median = {n: self.shrink * np.median([t[n] for t in taken], axis=0) for n in state.tensors}
-        return (
-            state._replace(tensors={n: m.astype(np.float32) for n, m in median.items()}) if taken else state
-        )
+        return state._replace(tensors={n: m.astype(np.float32) for n, m in median.items()})
 
 
 @dataclass(frozen=True)
@@ -59,37 +51,27 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models.tiny_llama().save("tiny")
 
 
-def test_it_is_tuned_with_its_own_functions_and_settings() -> None:
-    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2, shrink=0.0), rounds=1, **FEW)
+def test_it_is_tuned_with_its_own_functions_and_settings():
+    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2, shrink=0.0), **FEW)
     recipe = fleetune.open(run).recipe
     assert (recipe.method, recipe.set["shrink"], recipe.set["r"]) == ("middle-lora", 0.0, 2)
     assert run.folder.name == "0001-middle-lora-tiny"
     assert run.done.tuned["loss"] == run.done.base["loss"]  # an adapter of zeros
-    moved = fleetune.tune(
-        "tiny", "demo", method=MiddleLora(lr=1e-2), settings={"shrink": 0.5}, rounds=1, **FEW
-    )
+    moved = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), settings={"shrink": 0.5}, **FEW)
     assert moved.done.tuned["loss"] != run.done.base["loss"]
 
 
-def test_a_run_of_it_goes_on_in_this_process() -> None:
-    class Once(fleetune.Silent):
-        stop = False
-
-        def event(self, event: fleetune.events.Event) -> None:
-            self.stop = self.stop or (isinstance(event, fleetune.events.RoundEvaluated) and event.round == 1)
-
-        @property
-        def stop_requested(self) -> bool:
-            return self.stop
-
-    whole = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=2, **FEW)
+def test_a_run_of_it_goes_on_in_this_process():
+    once = Heard(lambda heard: len(heard.of("eval")) == 2)
+    options = FEW | {"method": MiddleLora(lr=1e-2), "rounds": 2}
+    whole = fleetune.tune("tiny", "demo", **options)
     with pytest.raises(Interrupted):
-        fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=2, listener=Once(), **FEW)
+        fleetune.tune("tiny", "demo", listener=once, **options)
     assert fleetune.resume_run("latest").digest == whole.digest
 
 
-def test_another_process_uses_the_result_and_is_told_what_it_cannot_do() -> None:
-    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=1, **FEW)
+def test_another_process_uses_the_result_and_is_told_what_it_cannot_do():
+    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), **FEW)
     here = fleetune.evaluate(run)["loss"]
     script = (
         "import fleetune; from fleetune.cli.main import main\n"
@@ -103,11 +85,10 @@ def test_another_process_uses_the_result_and_is_told_what_it_cannot_do() -> None
     assert "made by the method 'middle-lora', which is not known here" in there.stderr
 
 
-def test_a_class_called_method_has_the_name_of_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_called_method_has_the_name_of_its_module(monkeypatch):
     monkeypatch.setenv(VARIABLE, "torch")  # which compiles nothing
-    run = fleetune.tune(
-        "tiny", "demo", method=Method(K=8, tau=2, lr=1e-4, batch_size=2), rounds=1, **FEW | {"clients": 0}
-    )
+    method = Method(K=8, tau=2, lr=1e-4, batch_size=2)
+    run = fleetune.tune("tiny", "demo", method=method, **FEW | {"clients": 0})
     assert run.folder.name == "0001-test-objects-tiny"
     assert run.done.result.endswith("ledger.safetensors")
     assert fleetune.open(run).recipe.clients == 3
@@ -147,12 +128,12 @@ class Thawed:
         (MiddleLora, "the method is a class"),
     ],
 )
-def test_what_is_no_method_says_what_is_missing(method: Any, why: str) -> None:
+def test_what_is_no_method_says_what_is_missing(method, why):
     with pytest.raises(UsageError, match=why):
         fleetune.tune("tiny", "demo", method=method, **FEW)
     assert not Path("runs").exists()
 
 
-def test_a_class_without_all_six_functions_makes_no_object() -> None:
+def test_a_class_without_all_six_functions_makes_no_object():
     with pytest.raises(TypeError, match=r"Half .*aggregate.*apply.*broadcast.*expects.*local"):
         Half()  # type: ignore[abstract]

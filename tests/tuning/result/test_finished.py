@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -28,15 +24,12 @@ def model() -> Model:
 def ledger_on(model: Model, rounds: int, law: str = "rademacher") -> Ledger:
     """A ledger of one step a round, with the digest after every round."""
     made = mezo.Method(law=law, K=16, lr=0.02, eps=0.01).empty(model, 5)
-    ids = np.arange(rounds, dtype=np.uint64)
-    made = replace(
-        made, ids=ids, coefficients=np.full(rounds, 3, np.int32), rounds=ids.astype(np.uint32) + np.uint32(1)
-    )
-    checks = {str(r): "0" * 64 for r in range(1, rounds + 1)}
-    return replace(made, head=dataclasses.replace(made.head, checks=checks))
+    for r in range(1, rounds + 1):
+        made = made.append(np.array([r - 1]), np.array([3]), r).with_check(r, "0" * 64)
+    return made
 
 
-def test_a_replay_says_what_work_is_ahead_and_how_far_it_is(model: Model) -> None:
+def test_a_replay_says_what_work_is_ahead_and_how_far_it_is(model):
     heard = Heard()
     ledger = ledger_on(model, 3)
     assert finished.rebuild(model, ledger, listener=heard) == finished.rebuild(model, ledger)
@@ -50,10 +43,7 @@ def test_a_replay_says_what_work_is_ahead_and_how_far_it_is(model: Model) -> Non
         finished.rebuild(model, ledger, listener=Heard(lambda _: True))
 
 
-def test_a_ledger_that_asks_for_endless_replays_is_refused_before_the_first(
-    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-
+def test_a_ledger_that_asks_for_endless_replays_is_refused(model, monkeypatch, tmp_path, capsys):
     assert len(finished.stated_points(ledger_on(model, finished.REPLAYS))) == finished.REPLAYS
     many = ledger_on(model, finished.REPLAYS + 1)
     with pytest.raises(LedgerError, match="257 rounds takes more work than a run asks for"):

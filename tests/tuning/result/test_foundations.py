@@ -60,7 +60,7 @@ def reverse(file: Path) -> None:
     file.write_text("".join(file.read_text().splitlines(keepends=True)[::-1]))
 
 
-def test_a_run_whose_data_changed_is_not_measured_on_them(at: Path, capsys: Capture) -> None:
+def test_a_run_whose_data_changed_is_not_measured_on_them(at, capsys):
     assert main(["tune", "tiny", "data.jsonl", *RUN]) == 0
     assert main(["eval", "1", "--tasks", "loss"]) == 0
     shutil.copy("data.jsonl", "kept.jsonl")
@@ -97,9 +97,7 @@ def half(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Callable
 
 
 @pytest.mark.parametrize("what", ["data", "base"])
-def test_a_sweep_that_goes_on_with_other_rows_or_another_base_says_that_losses_do_not_compare(
-    what: str, at: Path, half: Callable[[], int], capsys: Capture
-) -> None:
+def test_a_sweep_that_goes_on_with_other_rows_or_base_says_so(what, at, half, capsys):
     if what == "data":
         reverse(at / "data.jsonl")
     else:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import fleetune
+from command_line import FEW
 from fleetune import models
 from fleetune.common import files
 from fleetune.errors import ModelError
@@ -25,14 +27,7 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.defaults import settled
 from fleetune.tuning.result import foundations
 
-OPTIONS: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 1,
-    "held_out": 4,
-    "max_length": 48,
-    "samples": 0,
-    "device": "cpu",
-}
+OPTIONS: dict[str, Any] = FEW | {"max_length": 48}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +59,7 @@ def folder_of(method: str) -> Path:
 
 
 @pytest.mark.parametrize("method", ["fedit", "mezo"])
-def test_run_toml_has_every_setting_and_repeats_the_run(at: Path, method: str, tmp_path: Path) -> None:
+def test_run_toml_has_every_setting_and_repeats_the_run(at, method, tmp_path):
     run = folder_of(method)
     stated = tomllib.loads((run / "run.toml").read_text())["set"]
     assert set(stated) == {s.name for s in methods.settings(method)}
@@ -77,21 +72,18 @@ def digest_of(run: Path) -> str:
     return str(events[-1]["digest"])
 
 
-def test_what_stands_for_another_value_is_written_out_and_means_the_same() -> None:
-    plain = recipes.make(
-        {"model": "m", "data": "d", "method": "fedpetuning", "set": {"server": "adam", "module": "prompt"}}
-    )
+def test_what_stands_for_another_value_is_written_out_and_means_the_same():
+    chosen = {"server": "adam", "module": "prompt"}
+    plain = recipes.make({"model": "m", "data": "d", "method": "fedpetuning", "set": chosen})
     full = settled(plain)
-    assert full.set["size"] == 20
-    assert full.set["server_lr"] == 1e-3
-    assert full.set["lr"] == 3e-2
+    assert [full.set[name] for name in ("size", "server_lr", "lr")] == [20, 1e-3, 3e-2]
     assert full.clients == methods.entry("fedpetuning").clients
     assert settled(full) == full
     by_column = dataclasses.replace(plain, partition="column:role")
     assert settled(by_column).clients == 0
 
 
-def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -> None:
+def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at):
     env = files.read_json(folder_of("fedit") / "env.json", "")
     assert env["data_sha256"] == {"data.jsonl": hashlib.sha256(Path("data.jsonl").read_bytes()).hexdigest()}
     recipe = recipes.make(recipes.read(folder_of("fedit") / "run.toml"))
@@ -100,16 +92,13 @@ def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -
     for part in (parts.held, *parts.clients):
         sha.update(b"part" + part.astype("<i8").tobytes())
     assert env["split_sha256"] == sha.hexdigest()
-    job = prepare.prepare(recipe)
-    assert (env["rows_sha256"], env["held_out_sha256"]) == (
-        foundations.of_job(job).rows,
-        foundations.of_job(job).held_out,
-    )
+    stands_on = foundations.of_job(prepare.prepare(recipe))
+    assert (env["rows_sha256"], env["held_out_sha256"]) == (stands_on.rows, stands_on.held_out)
     assert {"tokenizers", "jinja2", "threads"} <= set(env)
 
 
 @pytest.mark.parametrize("method", ["fedit", "mezo"])
-def test_a_tuned_model_is_saved_whole_or_says_how(at: Path, method: str, tmp_path: Path) -> None:
+def test_a_tuned_model_is_saved_whole_or_says_how(at, method, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = fleetune.open(str(folder_of(method))).load()
@@ -117,11 +106,7 @@ def test_a_tuned_model_is_saved_whole_or_says_how(at: Path, method: str, tmp_pat
     calls = {
         "state_dict": (model.net.state_dict, inside.state_dict),
         "save_pretrained": (lambda: model.net.save_pretrained(tmp_path / "lost"),),
-        "copy.deepcopy": (
-            lambda: copy.deepcopy(model.net),
-            lambda: copy.deepcopy(inside),
-            lambda: copy.deepcopy(model),
-        ),
+        "copy.deepcopy": [partial(copy.deepcopy, what) for what in (model.net, inside, model)],
         "torch.save": (lambda: torch.save(model.net, io.BytesIO()),),
     }
     for name, ways in calls.items():

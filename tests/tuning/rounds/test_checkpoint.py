@@ -106,14 +106,14 @@ def test_a_checkpoint_that_lacks_a_field_is_refused_by_name():
             unpack(Payload(arrays, scalars), first)
 
 
-def test_a_damaged_ledger_in_a_checkpoint_is_refused() -> None:
+def test_a_damaged_ledger_in_a_checkpoint_is_refused():
     first = made("mezo", 0).init(tiny_llama(), 5)
     payload = pack(first, Totals())
     with pytest.raises(LedgerError, match="head is damaged"):
         unpack(Payload(payload.arrays, {**payload.scalars, "state/ledger": "{}"}), first)
 
 
-def test_a_course_through_json_and_back() -> None:
+def test_a_course_through_json_and_back():
     for course in (Course(), Course(0, 4.25, 2), Course().after(1, None), Course(None, stale=3)):
         assert Course.from_json(course.to_json()) == course
     assert Course(1, 2.0, 0).after(2, float("nan")) == Course(1, 2.0, 1)

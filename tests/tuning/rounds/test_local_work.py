@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 
-def test_what_a_client_kept_comes_back_and_is_its_own(tmp_path: Path) -> None:
+def test_what_a_client_kept_comes_back_and_is_its_own(tmp_path):
     given = {"seen": np.arange(3), "w/0": np.zeros((2, 2), np.float16), "count": 3, "on": False, "name": "é"}
     memories = Memories(tmp_path / "memories")
     assert memories.of(12) == {}
@@ -44,7 +43,7 @@ def test_what_a_client_kept_comes_back_and_is_its_own(tmp_path: Path) -> None:
 
 @settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=20), st.integers(0, 9))
-def test_rewind_and_settle_against_a_dictionary(work: list[tuple[int, int]], round: int) -> None:
+def test_rewind_and_settle_against_a_dictionary(work, round):
     """After any work in order of rounds: rewinding gives what held at that round, settling changes nothing later."""
     work = sorted(work, key=lambda pair: pair[1])
     memories, at = Memories(), dict[int, int]()
@@ -60,7 +59,7 @@ def test_rewind_and_settle_against_a_dictionary(work: list[tuple[int, int]], rou
     assert len(list(again.folder.iterdir())) == len(at)
 
 
-def test_a_damaged_file_is_named_and_a_half_written_one_goes(tmp_path: Path) -> None:
+def test_a_damaged_file_is_named_and_a_half_written_one_goes(tmp_path):
     memories = Memories(tmp_path)
     memories.keep(1, 1, {"a": 1})
     (tmp_path / ".client-000001.round-000002.ckpt.x.tmp").write_bytes(b"half")
@@ -73,7 +72,7 @@ def test_a_damaged_file_is_named_and_a_half_written_one_goes(tmp_path: Path) -> 
         again.of(1)
 
 
-def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         Memories(tmp_path / "file").keep(1, 1, {"a": 1})
@@ -85,9 +84,7 @@ class Keeper:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def local(
-        self, model: object, payload: Payload, batches: Any, key: int, memory: dict[str, Any]
-    ) -> Payload:
+    def local(self, model: Any, payload: Payload, batches: Any, key: int, memory: dict[str, Any]) -> Payload:
         memory["count"] = memory.get("count", 0) + 1
         memory["big"] = np.zeros(self.size)
         if batches.client == 1 and memory["count"] == 2:
@@ -95,43 +92,40 @@ class Keeper:
         return Payload({}, {"count": memory["count"]})
 
 
+def keeping(method: Any, clients: int = 2) -> LocalFleet:
+    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * clients
+    return LocalFleet(tiny_llama(), method, rows, 0, 0)
+
+
 def asked(fleet: LocalFleet, round: int, clients: range) -> Iterator[bytes | None]:
     for answer in fleet.ask(round, clients, encode(Message(round, b"", Payload({}, {})))):
         yield answer.data
 
 
-def test_a_client_that_fails_keeps_what_it_had_before() -> None:
-    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * 2
-    fleet = LocalFleet(tiny_llama(), Keeper(1), rows, 0, 0)  # type: ignore[arg-type]
+def test_a_client_that_fails_keeps_what_it_had_before():
+    fleet = keeping(Keeper(1))
     for r in range(1, 4):
         list(asked(fleet, r, range(2)))
     assert [fleet.memories.of(c)["count"] for c in range(2)] == [3, 1]
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-    ],
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
 )
-def test_a_client_without_memory_ends_the_run_as_one_that_does_not_fit(error: Exception) -> None:
+def test_a_client_without_memory_ends_the_run_as_one_that_does_not_fit(error):
     class Full(Keeper):
         def local(self, *args: Any) -> Payload:
             raise error
 
-    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * 2
-    fleet = LocalFleet(tiny_llama(), Full(1), rows, 0, 0)  # type: ignore[arg-type]
     with pytest.raises(FitError, match="client 0 in round 1: memory does not suffice on 'cpu'"):
-        list(asked(fleet, 1, range(2)))
+        list(asked(keeping(Full(1)), 1, range(2)))
 
 
-def test_memory_does_not_grow_with_the_clients() -> None:
+def test_memory_does_not_grow_with_the_clients():
     """1 MB kept on each of 40 clients: the process holds a few of them, not 40."""
-    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * 40
     peaks = []
     for _ in range(2):  # of both the lower: a table of the interpreter's own may grow meanwhile, by megabytes
-        fleet = LocalFleet(tiny_llama(), Keeper(131_072), rows, 0, 0)  # type: ignore[arg-type]
+        fleet = keeping(Keeper(131_072), 40)
         tracemalloc.start()
         for r in (1, 2):
             assert all(asked(fleet, r, range(2, 40)))
@@ -148,7 +142,7 @@ def mixed(percent: int) -> Wanted:
 
 @settings(max_examples=30)
 @given(st.integers(1, 100), st.integers(1, 60))
-def test_where_all_can_do_all_each_does_what_is_wanted(percent: int, count: int) -> None:
+def test_where_all_can_do_all_each_does_what_is_wanted(percent, count):
     kinds = mixed(percent)
     assignment = Assignment(kinds)
     assert [assignment.next((0, 1)) for _ in range(count)] == [kinds.of(c) for c in range(count)]
@@ -156,9 +150,7 @@ def test_where_all_can_do_all_each_does_what_is_wanted(percent: int, count: int)
 
 @settings(max_examples=40)
 @given(st.integers(1, 99), st.lists(st.booleans(), max_size=40), st.integers(0, 40))
-def test_the_share_is_not_passed_and_is_reached_as_soon_as_devices_can(
-    percent: int, able: list[bool], restart: int
-) -> None:
+def test_the_share_is_not_passed_and_is_reached_as_soon_as_devices_can(percent, able, restart):
     """An assignment that goes on from what was given, as after a restart of the server, gives the same."""
     kinds, given = mixed(percent), list[int]()
     assignment = Assignment(kinds)
@@ -172,7 +164,7 @@ def test_the_share_is_not_passed_and_is_reached_as_soon_as_devices_can(
         assert sum(given) == most or not both or given[-1] == 1
 
 
-def test_a_list_is_repeated_over_the_clients() -> None:
+def test_a_list_is_repeated_over_the_clients():
     method = methods.make("fedkseed", {"backprop": 0.5})
     assert [wanted(method, "0, 1,1").of(c) for c in range(7)] == [0, 1, 1, 0, 1, 1, 0]
     assert [wanted(method, "").of(c) for c in range(4)] == [0, 1, 0, 1]
@@ -193,9 +185,7 @@ def test_a_list_is_repeated_over_the_clients() -> None:
         ("fedkseed", {"backprop": 0.5}, "0, 1,1", ""),
     ],
 )
-def test_a_list_that_cannot_be_is_refused(
-    method: str, values: dict[str, Any], kinds: str, problem: str
-) -> None:
+def test_a_list_that_cannot_be_is_refused(method, values, kinds, problem):
     recipe = recipes.make({"model": "m", "data": "d", "method": method, "set": values, "kinds": kinds})
     if not problem:
         prepare.check(recipe)

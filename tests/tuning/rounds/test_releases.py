@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.rounds import checkpoint, releases, rounds
 from fleetune.tuning.rounds.releases import Releases, released
-from fleetune.tuning.rounds.rounds import Hooks, Outcome, RoundPlan
+from fleetune.tuning.rounds.rounds import Hooks, RoundPlan
 
 RULE = Rule(PRIVATE, privacy=Privacy(1.0, 1.0, 1.0, 3))
 LOSSES = (9.0, 7.0, 8.0, 6.0, 6.5, 7.0)
@@ -39,9 +40,7 @@ class Witness:
     made: int = 0
     spent: list[float] = field(default_factory=list)  # as each round's event says
 
-    def run(
-        self, folder: Path, rounds_: int, budget: int, *, broken: bool = False, best: bool = False
-    ) -> Outcome:
+    def run(self, folder: Path, length: int, budget: int, *, broken: bool = False, best: bool = False) -> Any:
         left = [self.kill_at]
 
         def point() -> None:
@@ -69,7 +68,7 @@ class Witness:
 
         with at(folder) as run:
             count = Releases(run, float, lambda more, n: max(0, min(more, budget - n)))
-            plan = RoundPlan(rounds_, 1.0, 1, 7, 1, BASE, rule=RULE, releases=count, keep_best=best)
+            plan = RoundPlan(length, 1.0, 1, 7, 1, BASE, rule=RULE, releases=count, keep_best=best)
             hooks = Hooks(
                 lambda: {"loss": LOSSES[0]},
                 lambda state: {"loss": LOSSES[int(state.tensors["w"][0]) % len(LOSSES)]},
@@ -84,10 +83,8 @@ damage = st.sampled_from(["nothing", "the last checkpoint", "all checkpoints", "
 
 @settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(1, 40), damage), max_size=5), st.integers(3, 7), st.booleans())
-def test_a_run_releases_no_more_than_it_counts_nor_than_its_budget_whatever_is_lost(
-    tmp_path_factory: pytest.TempPathFactory, lost: list[tuple[int, str]], budget: int, best: bool
-) -> None:
-    """Checkpoints that were removed or cut off had rounds released again that no count knew."""
+def test_a_run_releases_no_more_than_it_counts_nor_than_its_budget(tmp_path_factory, lost, budget, best):
+    """Whatever is lost: checkpoints that were removed or cut off had rounds released again that no count knew."""
     folder, witness = tmp_path_factory.mktemp("run"), Witness()
     for kill_at, what in [*lost, (0, "nothing")]:
         witness.kill_at = kill_at
@@ -103,7 +100,7 @@ def test_a_run_releases_no_more_than_it_counts_nor_than_its_budget_whatever_is_l
             file.write_bytes(file.read_bytes()[:-3]) if what == "the last is cut" else file.unlink()
 
 
-def test_a_round_that_is_released_again_counts_again(tmp_path: Path) -> None:
+def test_a_round_that_is_released_again_counts_again(tmp_path):
     witness = Witness()
     assert witness.run(tmp_path, 4, 6).releases == 4
     checkpoints(tmp_path)[-1][1].unlink()
@@ -117,15 +114,14 @@ def test_a_round_that_is_released_again_counts_again(tmp_path: Path) -> None:
     for _, file in checkpoints(tmp_path):
         file.unlink()
     record = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(
-        StorageError, match=r"no checkpoint of a round is left in .* and the privacy budget is spent"
-    ):
+    said = "no checkpoint of a round is left in .* and the privacy budget is spent"
+    with pytest.raises(StorageError, match=said):
         witness.run(tmp_path, 4, 6)
     assert (tmp_path / "metrics.jsonl").read_bytes() == record
 
 
 @pytest.mark.parametrize("text", [None, "", "0 f4dbdf21\n", "2", "3 00000000\n", "9\n", "-4 0\n", "\udc80"])
-def test_a_count_that_is_gone_or_damaged_is_no_count_of_zero(tmp_path: Path, text: str | None) -> None:
+def test_a_count_that_is_gone_or_damaged_is_no_count_of_zero(tmp_path, text):
     witness, file = Witness(), tmp_path / releases.FILE
     assert released(tmp_path) == 0  # nothing has been released
     witness.run(tmp_path, 3, 9)
@@ -139,7 +135,7 @@ def test_a_count_that_is_gone_or_damaged_is_no_count_of_zero(tmp_path: Path, tex
     assert witness.made == 3
 
 
-def test_bad_replies_do_not_end_a_private_run(tmp_path: Path) -> None:
+def test_bad_replies_do_not_end_a_private_run(tmp_path):
     """Two clients that sent NaN ended it, and so decided about all others."""
     found = Witness().run(tmp_path, 5, 9, broken=True)
     assert (found.last, found.releases) == (5, 5)

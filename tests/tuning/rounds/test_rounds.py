@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from fleetune.tuning.methods import Reply
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result.finished import TuneResult
-from fleetune.tuning.rounds import checkpoint, rounds
 from fleetune.tuning.rounds import checkpoint as courses
+from fleetune.tuning.rounds import rounds
 from fleetune.tuning.rounds.checkpoint import Course
 from fleetune.tuning.rounds.fleets import Answer
 from fleetune.tuning.rounds.rounds import Hooks, ModelLostError, Outcome, RoundPlan
@@ -36,7 +37,7 @@ from fleetune.tuning.run.resume import resume
 
 
 @pytest.mark.parametrize(("quorum", "moves"), [(6, True), (7, False)])
-def test_under_the_quorum_the_model_stays(tmp_path: Path, quorum: int, moves: bool) -> None:
+def test_under_the_quorum_the_model_stays(tmp_path, quorum, moves):
     """Six good replies: enough for a quorum of six, too few for one of seven."""
     bad = with_liars(lambda r, c, w: told(w, n=99), 0, 1)
     played = play(tmp_path, Devices(bad), quorum=quorum)
@@ -49,16 +50,12 @@ def test_under_the_quorum_the_model_stays(tmp_path: Path, quorum: int, moves: bo
     ("wanted", "given"),
     [((0, 0, 1), (0, 0, 0)), ((0, 1), (0, 0)), ((0, 1, 1), (0, 1, 1)), ((1, 2, 2), (0, 2, 2)), ((1,), (0,))],
 )
-def test_a_kind_of_work_that_one_device_alone_has_is_not_given(
-    wanted: tuple[int, ...], given: tuple[int, ...]
-) -> None:
+def test_a_kind_of_work_that_one_device_alone_has_is_not_given(wanted, given):
     assert rounds.of_two(dict(enumerate(wanted))) == dict(enumerate(given))
 
 
 @pytest.mark.parametrize(("times", "ordered"), [(math.inf, [0, 1]), (1.0, [0, 0])])
-def test_where_rows_are_claimed_a_round_orders_no_lone_kind(
-    times: float, ordered: list[int], tmp_path: Path
-) -> None:
+def test_where_rows_are_claimed_a_round_orders_no_lone_kind(times, ordered, tmp_path):
     method = methods.make("fedkseed", {"K": 8, "tau": 3, "backprop": 0.5})
     asked: list[dict[int, bytes]] = []
 
@@ -87,7 +84,7 @@ def worst(state: State) -> dict[str, float]:
     return {"loss": top if top < 1e6 else float("nan")}
 
 
-def test_a_model_that_is_not_finite_is_never_taken(tmp_path: Path) -> None:
+def test_a_model_that_is_not_finite_is_never_taken(tmp_path):
     @dataclass(frozen=True)
     class Overflows(Averaging):
         def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
@@ -96,26 +93,29 @@ def test_a_model_that_is_not_finite_is_never_taken(tmp_path: Path) -> None:
 
     run = create(tmp_path, "averaging", "toy")
     with pytest.raises(ModelLostError, match="no finite model; the last good round is 1") as lost:
-        play(tmp_path, Devices(honest), Overflows(), rounds_=4, run=run)
+        play(run, Devices(honest), Overflows(), rounds=4)
     assert lost.value.exit_code == 4
     assert (lost.value.round, lost.value.state.scale) == (1, 1e200)
     assert [r for r, _ in checkpoints(run.path)] == [0, 1]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_the_model_before(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_model_before(tmp_path):
     far = lambda r, c, w: told(w + 1e7) if r == 3 else honest(r, c, w)  # noqa: E731
     run = create(tmp_path, "averaging", "toy")
-    with pytest.raises(
-        ModelLostError, match=r"loss after round 3 is not finite; the last good round is 2"
-    ) as lost:
-        play(tmp_path, Devices(far), rounds_=5, evaluate=worst, run=run)
+    said = "loss after round 3 is not finite; the last good round is 2"
+    with pytest.raises(ModelLostError, match=said) as lost:
+        play(run, Devices(far), rounds=5, evaluate=worst)
     assert worst(lost.value.state)["loss"] < 1
     assert [r for r, _ in checkpoints(run.path)][-1] == 2
 
 
-def test_replies_that_are_not_finite_for_the_models_own_sake_bring_back_the_one_before(
-    tmp_path: Path,
-) -> None:
+def newest(run: RunDir) -> np.ndarray:
+    """The tensor in the newest checkpoint."""
+    kept, _ = courses.unpack(courses.decode(checkpoints(run.path)[-1][1].read_bytes()), start())
+    return kept.tensors["w"]
+
+
+def test_replies_that_are_not_finite_for_the_models_own_sake_bring_back_the_one_before(tmp_path):
     """Round 2 is ruined by a majority; in round 3 the honest ones fail on it, and the liar alone must not go on."""
 
     def reply(round: int, client: int, w: np.ndarray) -> Payload:
@@ -125,18 +125,16 @@ def test_replies_that_are_not_finite_for_the_models_own_sake_bring_back_the_one_
 
     run = create(tmp_path, "averaging", "toy")
     with pytest.raises(ModelLostError, match=r"7 of 8 replies of round 3 .* last good round is 1") as lost:
-        play(tmp_path, Devices(reply), rounds_=5, evaluate=worst, run=run)
-    good = play(tmp_path, Devices(reply), rounds_=1).state
+        play(run, Devices(reply), rounds=5, evaluate=worst)
+    good = play(tmp_path, Devices(reply), rounds=1).state
     assert np.array_equal(lost.value.state.tensors["w"], good.tensors["w"])
-    newest = checkpoints(run.path)[-1]
-    assert newest[0] == 1
-    kept, _ = checkpoint.unpack(checkpoint.decode(newest[1].read_bytes()), start())
-    assert np.array_equal(kept.tensors["w"], good.tensors["w"])
+    assert checkpoints(run.path)[-1][0] == 1
+    assert np.array_equal(newest(run), good.tensors["w"])
     # what happened is on record
     assert {e["round"] for e in events(run.path) if e["event"] == "client"} == {1, 2, 3}
 
 
-def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path: Path) -> None:
+def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path):
     """The few that are finite are not believed either; after `PATIENCE` such rounds the run ends."""
 
     def reply(round: int, client: int, w: np.ndarray) -> Payload:
@@ -145,17 +143,14 @@ def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path:
 
     run = create(tmp_path, "averaging", "toy")
     with pytest.raises(FleetError, match="most replies are not finite, 3 rounds in a row") as error:
-        play(tmp_path, Devices(reply), rounds_=9, evaluate=worst, run=run)
+        play(run, Devices(reply), rounds=9, evaluate=worst)
     assert not isinstance(error.value, ModelLostError)
-    good = play(tmp_path, Devices(reply), rounds_=1).state
-    kept, _ = checkpoint.unpack(checkpoint.decode(checkpoints(run.path)[-1][1].read_bytes()), start())
-    assert np.array_equal(kept.tensors["w"], good.tensors["w"])
+    good = play(tmp_path, Devices(reply), rounds=1).state
+    assert np.array_equal(newest(run), good.tensors["w"])
 
 
 @pytest.mark.parametrize(("clients", "broken", "error"), [(1, 1, 0.0), (2, 1, 0.0), (4, 3, 1.0)])
-def test_few_replies_that_are_not_finite_withdraw_no_round_and_neither_does_a_rise_within_noise(
-    clients: int, broken: int, error: float, tmp_path: Path
-) -> None:
+def test_neither_few_replies_that_are_not_finite_nor_noise_withdraw_a_round(clients, broken, error, tmp_path):
     """One device's NaN ended the run of all, and a round was withdrawn for 0.001 of its loss."""
 
     def reply(round: int, client: int, w: np.ndarray) -> Payload:
@@ -166,7 +161,7 @@ def test_few_replies_that_are_not_finite_withdraw_no_round_and_neither_does_a_ri
         return {"loss": 1.0 + 0.01 * float(state.tensors["w"].mean()), "change_error": error}
 
     run = create(tmp_path, "averaging", "toy")
-    play(tmp_path, Devices(reply, clients), rounds_=4, evaluate=evaluate, run=run)
+    play(run, Devices(reply, clients), rounds=4, evaluate=evaluate)
     assert [r for r, _ in checkpoints(run.path)][-1] == 4
 
 
@@ -183,9 +178,7 @@ def tuned(out: Path, rounds_: int, **more: Any) -> TuneResult:
     )
 
 
-def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(tmp_path, monkeypatch):
     """A majority lies in round 2, so that everybody fails in round 3: what is left is what round 1 gave."""
 
     work = LocalFleet._work
@@ -218,16 +211,10 @@ class Killed(BaseException):
 
 
 def counted(
-    folder: Path,
-    patience: int = 3,
-    *,
-    best: bool = True,
-    losses: Sequence[float] = FELL_THEN_ROSE,
-    every: int = 1,
-    touch: Callable[[str], None] = lambda what: None,
+    folder: Path, *, losses: Any = FELL_THEN_ROSE, touch: Any = lambda what: None, **plan: Any
 ) -> Outcome:
     """Run or resume; `touch` is called before everything that is written."""
-    begin = State({"w": np.zeros(1, np.float32)})
+    begin, given = State({"w": np.zeros(1, np.float32)}), {"patience": 3, "keep_best": True} | plan
     with at(folder) as run:
 
         def evaluate(state: State) -> dict[str, float]:
@@ -237,17 +224,18 @@ def counted(
             touch(event.event)
             run.record(as_dict(event))
 
-        plan = RoundPlan(len(losses) - 1, 1.0, 1, 7, every, BASE, patience=patience, keep_best=best)
+        given = {"rounds": len(losses) - 1, "participation": 1.0, "quorum": 1, "eval_every": 1} | given
+        plan = RoundPlan(**given, seed=7, base=BASE)
         hooks = Hooks(lambda: {"loss": losses[0]}, evaluate, emit)
         return rounds.run(Averaging(), Devices(lambda r, c, w: told(w + 1), 1), begin, run, plan, hooks)
 
 
-def test_the_run_stops_and_the_best_round_is_the_result(tmp_path: Path) -> None:
+def test_the_run_stops_and_the_best_round_is_the_result(tmp_path):
     found = counted(tmp_path / "a")
     # 4.5, an equal 4.0 and 8.0 are no better
     assert (found.last, found.round, found.state.tensors["w"][0]) == (7, 4, 4)
     assert found.course == Course(4, 4.0, 3)
-    last = counted(tmp_path / "b", best=False)
+    last = counted(tmp_path / "b", keep_best=False)
     assert (last.last, last.round, last.state.tensors["w"][0]) == (7, 7, 7)
     assert not courses.best_files(tmp_path / "b")
     longer = counted(tmp_path / "c", patience=5)
@@ -256,22 +244,18 @@ def test_the_run_stops_and_the_best_round_is_the_result(tmp_path: Path) -> None:
     rising = counted(tmp_path / "e", losses=(1.0, 2.0, 3.0, 4.0, 5.0))
     assert (rising.last, rising.round, rising.state.tensors["w"][0]) == (3, 0, 0)  # the start counts
     # 9 5(2).. : rounds 3, 6, 9 and the last are evaluated
-    sparse = counted(tmp_path / "f", patience=2, every=3)
+    sparse = counted(tmp_path / "f", patience=2, eval_every=3)
     assert (sparse.last, sparse.round) == (10, 10)
 
 
 @pytest.mark.parametrize("best", [True, False])
-def test_a_kill_at_any_point_changes_nothing(
-    best: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_at_any_point_changes_nothing(best, tmp_path, monkeypatch):
     left = [10**9]
 
     def touch(what: str) -> None:
         left[0] -= 1
         if left[0] == 0:
             raise Killed
-
-    keep, forget, write = courses.keep_best, courses.forget_bests, RunDir.checkpoint
 
     def checked(function: Callable[..., None]) -> Callable[..., None]:
         def called(*args: Any) -> None:
@@ -280,34 +264,34 @@ def test_a_kill_at_any_point_changes_nothing(
 
         return called
 
-    monkeypatch.setattr(courses, "keep_best", checked(keep))
-    monkeypatch.setattr(courses, "forget_bests", checked(forget))
-    monkeypatch.setattr(RunDir, "checkpoint", checked(write))
+    for where, name in ((courses, "keep_best"), (courses, "forget_bests"), (RunDir, "checkpoint")):
+        monkeypatch.setattr(where, name, checked(getattr(where, name)))
     losses = (5.0, 4.0, 4.5, 3.0, 3.5, 3.25, 1.0)
-    whole = counted(tmp_path / "whole", 2, best=best, touch=touch, losses=losses)
+    again = partial(counted, patience=2, keep_best=best, losses=losses)
+    whole = again(tmp_path / "whole", touch=touch)
     points = 10**9 - left[0]
     assert points > 20
     for point in range(1, points + 1, 2):
         folder = tmp_path / str(point)
         left[0] = point
         with pytest.raises(Killed):
-            counted(folder, 2, best=best, touch=touch, losses=losses)
+            again(folder, touch=touch)
         left[0] = 10**9
-        again = counted(folder, 2, best=best, touch=touch, losses=losses)
-        assert (again.round, again.last, again.course) == (whole.round, whole.last, whole.course), point
-        assert np.array_equal(again.state.tensors["w"], whole.state.tensors["w"])
-        assert [n for n, _ in courses.best_files(folder)] == [
-            n for n, _ in courses.best_files(tmp_path / "whole")
-        ]
-        told = [[e for e in events(f) if e["event"] == "eval"] for f in (folder, tmp_path / "whole")]
-        assert next([(e["round"], e["loss"]) for e in of] for of in told) == [
-            (e["round"], e["loss"]) for e in told[1]
-        ]
+        found = again(folder, touch=touch)
+        assert (found.round, found.last, found.course) == (whole.round, whole.last, whole.course), point
+        assert np.array_equal(found.state.tensors["w"], whole.state.tensors["w"])
+        assert left_in(folder) == left_in(tmp_path / "whole")
     # resumed when it is over: not one round more
-    assert counted(tmp_path / "whole", 2, best=best, losses=losses).last == whole.last
+    assert again(tmp_path / "whole").last == whole.last
 
 
-def test_few_states_are_kept_however_often_a_round_is_the_best(tmp_path: Path) -> None:
+def left_in(folder: Path) -> tuple[list[int], list[tuple[int, float]]]:
+    """(the best rounds whose states are kept, the rounds that were evaluated with their losses)."""
+    told = [(e["round"], e["loss"]) for e in events(folder) if e["event"] == "eval"]
+    return [n for n, _ in courses.best_files(folder)], told
+
+
+def test_few_states_are_kept_however_often_a_round_is_the_best(tmp_path):
     falling = tuple(float(20 - r) for r in range(15))
     most = 0
 
@@ -321,7 +305,7 @@ def test_few_states_are_kept_however_often_a_round_is_the_best(tmp_path: Path) -
     assert all(p.stat().st_mode & 0o077 == 0 for _, p in courses.best_files(tmp_path))
 
 
-def test_a_damaged_best_round_is_found_before_any_work(tmp_path: Path) -> None:
+def test_a_damaged_best_round_is_found_before_any_work(tmp_path):
     found = counted(tmp_path, patience=1, losses=(3.0, 2.0, 2.5, 2.6))
     assert found.round == 1
     (_, file), *_ = courses.best_files(tmp_path)[-1:]
@@ -334,9 +318,7 @@ def test_a_damaged_best_round_is_found_before_any_work(tmp_path: Path) -> None:
     ("losses", "result"),
     [((9.0, 5.0, 6.0, math.nan), 1), ((9.0, 9.5, math.nan), 0), ((9.0, 5.0, 4.0, math.nan), 2)],
 )
-def test_a_run_that_loses_its_model_gives_its_best_round(
-    losses: Sequence[float], result: int, tmp_path: Path
-) -> None:
+def test_a_run_that_loses_its_model_gives_its_best_round(losses, result, tmp_path):
     with pytest.raises(rounds.ModelLostError) as lost:
         counted(tmp_path, losses=losses)
     plan = RoundPlan(len(losses) - 1, 1.0, 1, 7, 1, BASE, keep_best=True)
@@ -346,13 +328,11 @@ def test_a_run_that_loses_its_model_gives_its_best_round(
         assert lost.value.round == last
         rounds.keep_best_of(lost.value, run, plan)
     assert (lost.value.round, int(lost.value.state.tensors["w"][0])) == (result, result)
-    said = {0: "none was better than the start", 1: "the best is 1"}.get(
-        result, f"the last good round is {last}"
-    )
-    assert str(lost.value).endswith(said)
+    others = {0: "none was better than the start", 1: "the best is 1"}
+    assert str(lost.value).endswith(others.get(result, f"the last good round is {last}"))
 
 
-def test_without_evaluated_rounds_there_is_no_best() -> None:
+def test_without_evaluated_rounds_there_is_no_best():
     for more in ({"patience": 2}, {"keep": "best"}):
         recipe = recipes.make({"model": "m", "data": "d", "method": "mezo", "eval_every": 0, **more})
         with pytest.raises(RecipeError, match="eval_every = 0"):

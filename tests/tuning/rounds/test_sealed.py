@@ -54,29 +54,23 @@ def summing(folder: Path, sealed: Sealed = SEALED) -> Summing:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_round_is_bit_for_bit_that_without_masks(
-    name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_round_is_bit_for_bit_that_without_masks(name, model, tmp_path, monkeypatch):
     """The sum, and the new state: that of the open replies by the server's own sum on the same grid, its noise still."""
     method, sealed = short(name), SMALL if name.startswith("fedit") else SEALED
     state = method.init(model, key())
+    begins = method.begins(kind_of(method, state)[0])
     _, plain = asked(model, method, state, None)
     wanted = sum(flattened(sealed.units(moves(method, state, answer))) for answer in plain)
     made, quiet = asked(model, method, state, sealed)
-    assert {(p.arrays, p.scalars) == ({}, {}) for p in (decode(a.data or b"").payload for a in quiet)} == {
-        True
-    }
+    assert all(decode(a.data or b"").payload == Payload({}, {}) for a in quiet)
     total, _ = summing(tmp_path, sealed).add_up(made, 1, range(4), len(wanted))
     np.testing.assert_array_equal(total, wanted)
     assert np.any(wanted)
-    new = method.aggregate(state, iter(()), Rule(PRIVATE, privacy=dataclasses.replace(sealed, total=total)))
-    sums = SealedSum(
-        dataclasses.replace(sealed, total=total), method.begins(kind_of(method, state)[0])
-    ).tensors()
-    mean = {n: np.mean([moves(method, state, a)[n] for a in plain], axis=0) for n in sums}
-    start = method.begins(kind_of(method, state)[0])
-    for n, tensor in sums.items():  # the mean of the replies, on a grid
-        np.testing.assert_allclose(tensor - start[n], mean[n], rtol=2e-6, atol=sealed.grid)
+    summed = dataclasses.replace(sealed, total=total)
+    new = method.aggregate(state, iter(()), Rule(PRIVATE, privacy=summed))
+    for n, tensor in SealedSum(summed, begins).tensors().items():  # the mean of the replies, on a grid
+        mean = np.mean([moves(method, state, a)[n] for a in plain], axis=0)
+        np.testing.assert_allclose(tensor - begins[n], mean, rtol=2e-6, atol=sealed.grid)
     monkeypatch.setattr(mechanism, "discrete_gaussian", lambda count: np.zeros(count, np.int64))
     unmasked = Rule(PRIVATE, privacy=Privacy(sealed.clip, 1.0, 1.0, 4))
     replies = [Reply(a.client, a.key, decode(a.data or b"").payload) for a in plain]
@@ -89,9 +83,7 @@ class Dropping(LocalFleet):
 
     gone: Mapping[str, set[int]]
 
-    def exchange(
-        self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
-    ) -> Iterator[Answer]:
+    def exchange(self, round: int, step: Step, bodies: Any, room: int = 0) -> Iterator[Answer]:
         for answer in super().exchange(round, step, bodies, room):
             if answer.client in self.gone.get(step, ()):
                 yield answer._replace(data=None, status="dropped", reason="gone")
@@ -100,7 +92,7 @@ class Dropping(LocalFleet):
 
 
 @pytest.mark.parametrize("step", ["keys", "shares", "masked", "reveal"])
-def test_whoever_drops_out_is_in_the_sum_or_not(step: str, model: Model, tmp_path: Path) -> None:
+def test_whoever_drops_out_is_in_the_sum_or_not(step, model, tmp_path):
     made = held(model)
     made.gone = {step: {2}}
     total, _ = summing(tmp_path).add_up(made, 1, range(4), 3)
@@ -134,9 +126,7 @@ def held(model: Model) -> Dropping:
         ("reveal", {}),
     ],
 )
-def test_one_that_answers_otherwise_is_left_out_alone(
-    what: str, answer: dict[str, np.ndarray], model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_answers_otherwise_is_left_out_alone(what, answer, model, tmp_path, monkeypatch):
     made = held(model)
     honest = made.participants[3].answer
 
@@ -150,7 +140,7 @@ def test_one_that_answers_otherwise_is_left_out_alone(
 
 
 @pytest.mark.parametrize("step", ["keys", "shares", "masked", "reveal"])
-def test_a_server_that_is_restarted_asks_for_the_same_sum(step: str, model: Model, tmp_path: Path) -> None:
+def test_a_server_that_is_restarted_asks_for_the_same_sum(step, model, tmp_path):
     made = held(model)
     made.gone = {step: {3}} if step == "masked" else {}
     with pytest.raises(RuntimeError, match="killed"):
@@ -168,25 +158,21 @@ class Killed:
     def __init__(self, fleet: LocalFleet, step: str) -> None:
         self._fleet, self._step = fleet, step
 
-    def exchange(
-        self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
-    ) -> Iterator[Answer]:
+    def exchange(self, round: int, step: Step, bodies: Any, room: int = 0) -> Iterator[Answer]:
         answers = list(self._fleet.exchange(round, step, bodies, room))
         if step == self._step:
             raise RuntimeError("killed")
         yield from answers
 
 
-def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, tmp_path: Path) -> None:
+def test_a_client_that_is_restarted_before_any_step_answers_alike(model, tmp_path):
     files = {c: tmp_path / f"{c}.ckpt" for c in range(4)}
     for c, file in files.items():
         Participant("", SEALED, file).hold(1, np.array([1, 2, 3]) * 10**c)
     written = {c: file.stat().st_ino for c, file in files.items()}
 
     class Restarted(LocalFleet):
-        def exchange(
-            self, round: int, step: Step, bodies: Mapping[int, bytes], room: int = 0
-        ) -> Iterator[Answer]:
+        def exchange(self, round: int, step: Step, bodies: Any, room: int = 0) -> Iterator[Answer]:
             for c, body in bodies.items():
                 first = Participant.kept("", SEALED, files[c]).answer(step, round, c, body)
                 assert Participant.kept("", SEALED, files[c]).answer(step, round, c, body) == first
@@ -195,9 +181,8 @@ def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, 
     made = Restarted(model, short("mezo"), [[]] * 4, 7, 0, sealed=SEALED)
     total, _ = summing(tmp_path).add_up(made, 1, range(4), 3)
     np.testing.assert_array_equal(total, np.array([1, 2, 3]) * 1111)
-    assert {
-        c: file.stat().st_ino for c, file in files.items()
-    } == written  # the vectors once, the steps beside them
+    # the vectors once, the steps beside them
+    assert {c: file.stat().st_ino for c, file in files.items()} == written
     for c, file in files.items():  # of a round that has been summed nothing else is said
         with pytest.raises(MessageError, match="summed already"):
             Participant.kept("", SEALED, file).hold(1, np.array([5, 5, 5]))
@@ -206,7 +191,7 @@ def test_a_client_that_is_restarted_before_any_step_answers_alike(model: Model, 
             Participant.kept("", SEALED, file).answer("keys", 1, c, begun)
 
 
-def test_what_was_held_for_one_sum_is_not_given_to_another(tmp_path: Path) -> None:
+def test_what_was_held_for_one_sum_is_not_given_to_another(tmp_path):
     """Of a round before, of the same round again once it is masked, or on other terms than its noise was made for."""
     file, begun = tmp_path / FILE, encode(Message(4, b"", Payload({"attempt": np.zeros(16, np.uint8)})))
     Participant("", SEALED, file).hold(4, np.array([1, 2, 3]))
@@ -218,20 +203,17 @@ def test_what_was_held_for_one_sum_is_not_given_to_another(tmp_path: Path) -> No
         Participant.kept("", SEALED, file).hold(3, np.array([1, 2, 3]))
 
 
-@pytest.mark.parametrize("left", ["work", "keys"])
-def test_a_client_says_nothing_of_a_round_that_it_has_not_worked_for(left: str) -> None:
+def test_a_client_says_nothing_of_a_round_that_it_has_not_worked_for():
     member = Participant("", SEALED)
     body = encode(Message(1, b"", Payload({"attempt": np.zeros(16, np.uint8)})))
-    if left == "work":
-        with pytest.raises(MessageError, match="nothing to add up"):
-            member.answer("keys", 1, 0, body)
-        return
+    with pytest.raises(MessageError, match="nothing to add up"):
+        member.answer("keys", 1, 0, body)
     member.hold(1, np.array([1]))
     with pytest.raises(MessageError, match="begun with keys"):
         member.answer("reveal", 1, 0, body)
 
 
-def test_a_damaged_file_of_a_client_is_none(tmp_path: Path) -> None:
+def test_a_damaged_file_of_a_client_is_none(tmp_path):
     file = tmp_path / FILE
     Participant("", SEALED, file).hold(4, np.array([1, 2, 3]))
     data = bytearray(file.read_bytes())
@@ -240,7 +222,7 @@ def test_a_damaged_file_of_a_client_is_none(tmp_path: Path) -> None:
     assert not len(Participant.kept("", SEALED, file).vector)
 
 
-def test_the_least_clients_together_make_all_the_noise() -> None:
+def test_the_least_clients_together_make_all_the_noise():
     """Of variance (z C)^2; and each of them makes its share, whatever it replies."""
     sealed, d = Sealed(2.0, 1.5, 1.0, 12, 8), 1 << 15
     shares = [sealed.vector({"x": np.zeros(d)}) for _ in range(8)]
@@ -251,7 +233,7 @@ def test_the_least_clients_together_make_all_the_noise() -> None:
     assert abs(np.linalg.norm(far) / np.hypot(2.0, 1.5 * 2.0 * np.sqrt(d / 8)) - 1) < 0.05
 
 
-def test_a_client_adds_up_with_those_alone_that_it_knows(model: Model, tmp_path: Path) -> None:
+def test_a_client_adds_up_with_those_alone_that_it_knows(model, tmp_path):
     """Another's signature, or one of another round, member or keys, is refused by each; so is a device that is there twice."""
     own = [make(tmp_path / f"device-{c}") for c in range(5)]
     (tmp_path / "keys").mkdir()
@@ -274,12 +256,8 @@ def test_a_client_adds_up_with_those_alone_that_it_knows(model: Model, tmp_path:
     text = signed_text("", 1, bytes(16), 3)
     announced = everyone[3].announcement(text, secagg.Member(3, 3, 4, b"", b"").keys())
     assert everyone[0].checked(text, announced)
-    for other in (
-        signed_text("", 2, bytes(16), 3),
-        signed_text("", 1, bytes(16), 2),
-        signed_text("x", 1, bytes(16), 3),
-    ):
+    for run, number, who in (("", 2, 3), ("", 1, 2), ("x", 1, 3)):
         with pytest.raises(MessageError, match="none of the devices"):
-            everyone[0].checked(other, announced)
+            everyone[0].checked(signed_text(run, number, bytes(16), who), announced)
     with pytest.raises(MessageError, match="none of the devices"):
         everyone[0].checked(text, bytes([announced[0] ^ 1]) + announced[1:])

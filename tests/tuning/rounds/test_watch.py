@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import fleetune
+from command_line import FEW
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
@@ -25,38 +26,26 @@ class Some:
     clip: float = 0.0
 
 
-@dataclass
-class Clipped:
-    lr: float = 3e-3
-    clip: float = 1.0
-
-
 def evaluated(round: int, loss: float, error: float | None = 0.01) -> RoundEvaluated:
     return RoundEvaluated(round=round, loss=loss, change_error=error if round else None)
 
 
-def replied(
-    round: int, loss: float | None, status: str = "ok", reason: str = "", client: int = 0
-) -> ClientReply:
-    return ClientReply(
-        round=round,
-        client=client,
-        n=1,
-        loss=loss,
-        bytes_up=1,
-        bytes_down=1,
-        seconds=0.0,
-        rss=1,
-        status=status,
-        reason=reason,
-    )
+COSTS: dict[str, Any] = {"bytes_up": 1, "bytes_down": 1, "seconds": 0.0, "rss": 1}
+
+
+def replied(round: int, loss: float | None, status: str = "ok", reason: str = "", client: int = 0) -> Any:
+    return ClientReply(round=round, client=client, n=1, loss=loss, status=status, reason=reason, **COSTS)
+
+
+def ended(round: int) -> RoundDone:
+    return RoundDone(round=round, clients=1, accepted=1, bytes_total=2, **COSTS)
 
 
 def heard(watch: Watch, *told: Any) -> list[Diverging | None]:
     return [watch.heard(event) for event in told]
 
 
-def test_a_loss_above_the_start_by_more_than_noise_is_said_at_once_and_once() -> None:
+def test_a_loss_above_the_start_by_more_than_noise_is_said_at_once_and_once():
     watch = Watch(Some(), "loss", ())
     nothing, within, rose, again = heard(
         watch, evaluated(0, 4.0), evaluated(1, 4.019), evaluated(2, 4.03), evaluated(3, 9.0)
@@ -68,7 +57,7 @@ def test_a_loss_above_the_start_by_more_than_noise_is_said_at_once_and_once() ->
     assert "clip" in rose.text
 
 
-def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is() -> None:
+def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is():
     told = (evaluated(0, 4.0), evaluated(1, 3.0), evaluated(2, 3.49), evaluated(3, 3.51))
     *before, lost = heard(Watch(Some(), "loss", ()), *told)
     assert before == [None] * 3
@@ -77,15 +66,9 @@ def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is
     assert "--keep best" in lost.text
 
 
-def ended(round: int) -> RoundDone:
-    return RoundDone(
-        round=round, clients=1, accepted=1, bytes_up=1, bytes_down=1, bytes_total=2, seconds=0.0, rss=1
-    )
-
-
-def test_a_loss_that_is_twice_what_it_was_is_said_before_the_model_is_evaluated() -> None:
+def test_a_loss_that_is_twice_what_it_was_is_said_before_the_model_is_evaluated():
     calm = [evaluated(0, 4.0), replied(1, 5.0), ended(1), replied(2, 9.9), ended(2), replied(3, 10.1)]
-    *before, blown = heard(Watch(Clipped(), "loss", ()), *calm, ended(3))
+    *before, blown = heard(Watch(Some(clip=1.0), "loss", ()), *calm, ended(3))
     assert before == [None] * 6
     assert blown.text.startswith(
         "round 3: the median client's loss is 10.100, 2.02 times its first; lower the learning rate"
@@ -95,7 +78,7 @@ def test_a_loss_that_is_twice_what_it_was_is_said_before_the_model_is_evaluated(
     assert first is not None  # of a first reply the base's loss is the measure
 
 
-def test_replies_that_are_not_finite_are_said_in_their_round() -> None:
+def test_replies_that_are_not_finite_are_said_in_their_round():
     lost = replied(1, None, "refused", "2752 values that are not finite")
     *_, found = heard(Watch(Some(), "loss", ()), evaluated(0, 4.0), lost, ended(1))
     assert "the median client's reply is not finite; lower the learning rate" in found.text
@@ -103,7 +86,7 @@ def test_replies_that_are_not_finite_are_said_in_their_round() -> None:
 
 
 @pytest.mark.parametrize("lie", [(1e9, "ok", ""), (None, "refused", "1 value that is not finite")])
-def test_what_one_of_several_clients_says_is_no_divergence(lie: tuple[Any, str, str]) -> None:
+def test_what_one_of_several_clients_says_is_no_divergence(lie):
     """A loss of 1e9 used to be said, and then nothing of the validation loss any more."""
     honest = [replied(1, 3.0, client=c) for c in (1, 2)]
     *before, rose = heard(
@@ -113,7 +96,7 @@ def test_what_one_of_several_clients_says_is_no_divergence(lie: tuple[Any, str, 
     assert "has risen to 9.000" in rose.text
 
 
-def test_after_a_resume_it_knows_what_it_heard() -> None:
+def test_after_a_resume_it_knows_what_it_heard():
     told = [evaluated(0, 4.0), replied(1, 3.0), evaluated(1, 3.0), replied(2, 3.0), evaluated(2, 3.6)]
     for cut in range(len(told) + 1):
         past = [as_dict(event) for event in told[:cut]]
@@ -133,31 +116,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(place: Path, out: Path, listener: Heard | None = None, **more: Any) -> fleetune.TuneResult:
-    options: dict[str, Any] = {
-        "method": "fedit",
-        "settings": {"r": 2, "steps": 1, "lr": 3.0},
-        "clients": 2,
-        "rounds": 2,
-        "held_out": 6,
-        "max_length": 48,
-        "samples": 0,
-        "device": "cpu",
-    }
-    return fleetune.tune(
-        str(place / "tiny"), str(place / "data.jsonl"), out=out, listener=listener, **(options | more)
-    )
+    options = FEW | {"method": "fedit", "settings": {"r": 2, "steps": 1, "lr": 3.0}, "rounds": 2}
+    options |= {"held_out": 6, "eval_rows": 6, "max_length": 48, "listener": listener, "out": out} | more
+    return fleetune.tune(str(place / "tiny"), str(place / "data.jsonl"), **options)
 
 
-def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place: Path, tmp_path: Path) -> None:
+def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place, tmp_path):
     notes = Heard()
     run = tune(place, tmp_path, notes)
     assert run.done.tuned["loss"] > run.done.base["loss"]  # type: ignore[operator]
     said = [text for text in notes.notes if "has risen" in text]
     assert len(said) == 1
     assert [e["text"] for e in events(run.folder) if e["event"] == "diverging"] == said
-    assert any(
-        text.startswith("the validation loss rose (+") and "--set lr=1" in text for text in run.done.remarks
-    )
+    (rose,) = (text for text in run.done.remarks if text.startswith("the validation loss rose (+"))
+    assert "--set lr=1" in rose
     error = run.done.change_errors["loss"]  # type: ignore[index]
     evaluation = files.read_json(run.folder / "eval.json", "")["losses"]
     changes = [t - b for b, t in zip(evaluation["base"], evaluation["tuned"], strict=True)]
@@ -168,9 +140,7 @@ def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place: Path, tmp_p
     assert f" ± {100 * error / run.done.base['loss']:.1f} %, worse" in page  # type: ignore[operator]
 
 
-def test_a_change_within_noise_is_called_so(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_within_noise_is_called_so(place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tune(place, Path("runs"), method="mezo", settings={"tau": 1, "lr": 1e-3}, rounds=1, seed=5)
     assert any("within noise" in text for text in run.done.remarks)

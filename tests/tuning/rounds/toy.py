@@ -53,11 +53,10 @@ Told = Callable[[int, int, np.ndarray], Payload]  # (round, client, w) -> what i
 
 @dataclass
 class Devices(Fleet):
-    """A fleet whose replies a function makes; `order` is the one in which they arrive."""
+    """A fleet whose replies a function makes."""
 
     told: Told
     clients: int = 8
-    order: Callable[[Sequence[int]], Sequence[int]] = lambda clients: clients
     # rows by client, of those that say another number
     declared: Mapping[int, int] = field(default_factory=dict)
 
@@ -68,10 +67,8 @@ class Devices(Fleet):
     def present(self) -> Sequence[int]:
         return range(self.clients)
 
-    def ask(
-        self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes], goal: int = 0
-    ) -> Iterator[Answer]:
-        for c in self.order(clients):
+    def ask(self, round: int, clients: Sequence[int], message: Any, goal: int = 0) -> Iterator[Answer]:
+        for c in clients:
             sent = message if isinstance(message, bytes) else message[c]
             payload = self.told(round, c, decode(sent).payload.array("w"))
             yield Answer(c, 100 * round + c, encode(Message(round, BASE, payload)), "ok", "", 0.0, len(sent))
@@ -106,31 +103,21 @@ class Played(NamedTuple):
 
 
 def play(
-    folder: Path,
-    fleet: Devices,
-    method: Any = None,
-    *,
-    rounds_: int = 1,
-    quorum: int = 1,
-    evaluate: Callable[[State], dict[str, float]] = lambda state: {},
-    run: RunDir | None = None,
-    rule: Rule = MEAN,
-    max_rows: int = 0,
-    spent: Callable[[int], float] | None = None,
+    place: Path | RunDir, fleet: Devices, method: Any = None, *, evaluate: Any = lambda state: {}, **plan: Any
 ) -> Played:
-    seen: list[Recorded] = []
-    with run or create(folder, "averaging", "toy") as opened:
+    """Rounds of a plan, in a run or in a new one in a folder."""
+    seen, spent = list[Recorded](), plan.pop("spent", None)
+    with place if isinstance(place, RunDir) else create(place, "averaging", "toy") as opened:
 
         def emit(event: Recorded) -> None:
             seen.append(event)
             opened.record(as_dict(event))
 
         releases = Releases(opened, spent, lambda more, released: more) if spent else None
-        plan = RoundPlan(rounds_, 1.0, quorum, 7, 1, BASE, rule=rule, max_rows=max_rows, releases=releases)
-        state = rounds.run(
-            method or Averaging(), fleet, start(), opened, plan, Hooks(lambda: None, evaluate, emit)
-        ).state
-    return Played(state, seen)
+        given = {"rounds": 1, "quorum": 1, "participation": 1.0, "eval_every": 1} | plan
+        whole = RoundPlan(**given, seed=7, base=BASE, releases=releases)
+        hooks = Hooks(lambda: None, evaluate, emit)
+        return Played(rounds.run(method or Averaging(), fleet, start(), opened, whole, hooks).state, seen)
 
 
 def mean_without(*left_out: int, clients: int = 8) -> np.ndarray:

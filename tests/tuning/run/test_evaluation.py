@@ -59,7 +59,7 @@ def job_of(places: Path, model: str = "llama", **more: Any) -> prepare.TuneJob:
     return prepare.prepare(recipe.make(values), offline=True)
 
 
-def test_losses_before_and_after_are_those_of_the_clients_own_rows(places: Path, tmp_path: Path) -> None:
+def test_losses_before_and_after_are_those_of_the_clients_own_rows(places, tmp_path):
     result = tune(places, tmp_path, partition="column:site", held_out=12, settings={"lr": 0.01})
     found = result.done.per_client
     assert (found["rows"], found["n"]) == ("held-out", [2, 2, 2])
@@ -80,7 +80,7 @@ def test_losses_before_and_after_are_those_of_the_clients_own_rows(places: Path,
     assert start["params"] == job.model.n_params  # without the adapter
 
 
-def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_few(places: Path) -> None:
+def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_few(places):
     job = job_of(places, partition="column:site", held_out=3)
     kind, own = evaluation.client_rows(job) or ("", [])
     assert kind == "training"
@@ -99,14 +99,12 @@ def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_
         ({"rounds": 100, "client_rows": 1}, 12, 8, 1),
     ],
 )
-def test_a_short_run_measures_fewer_rows(more: dict[str, Any], size: int, clients: int, rows: int) -> None:
+def test_a_short_run_measures_fewer_rows(more, size, clients, rows):
     made = recipe.make({"model": "m", "data": "d", **more})
     assert estimate.most_client_rows(made, [size] * clients) == rows
 
 
-def test_many_clients_are_measured_only_where_it_is_asked_for(
-    places: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_clients_are_measured_only_where_it_is_asked_for(places, monkeypatch):
     monkeypatch.setattr(estimate, "MOST_CLIENTS", 2)
     job = job_of(places, partition="iid", clients=3)
     assert evaluation.client_rows(job) is None
@@ -115,7 +113,7 @@ def test_many_clients_are_measured_only_where_it_is_asked_for(
     assert [len(rows) for rows in own] == [6, 6, 6]
 
 
-def test_steps_and_tokens_are_counted(places: Path, tmp_path: Path) -> None:
+def test_steps_and_tokens_are_counted(places, tmp_path):
     heard, seen = Heard(), set[tuple[int, int]]()  # a step is heard of between its pieces, too
     heard.step = lambda client, step: seen.add((client, step))  # type: ignore[method-assign]
     settings = {"K": 8, "tau": 3, "batch_size": 2, "lr": 1e-3}
@@ -128,7 +126,7 @@ def test_steps_and_tokens_are_counted(places: Path, tmp_path: Path) -> None:
         assert 6 * min(lengths) <= reply.tokens <= 6 * max(lengths)
 
 
-def test_a_setting_that_is_written_at_its_default_is_not_changed(places: Path) -> None:
+def test_a_setting_that_is_written_at_its_default_is_not_changed(places):
     defaults = {s.name: s.default for s in methods.settings("fedkseed")}
     same = recipe.make({"model": "m", "data": "d", "method": "fedkseed", "set": defaults})
     assert not [name for name in given(same) if name.startswith("set.")]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,8 @@ from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.run import describe, model_card
 
 SECRET = "the otter's passphrase"
-QUICK: dict[str, Any] = {
-    "rounds": 2,
-    "samples": 1,
-    "answer_tokens": 2,
-    "held_out": 4,
-    "max_length": 64,
-    "partition": "column:ward",
-    "offline": True,
-}
+QUICK: dict[str, Any] = {"rounds": 2, "samples": 1, "answer_tokens": 2, "held_out": 4, "max_length": 64}
+QUICK |= {"partition": "column:ward", "offline": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "fedit": {"r": 2, "lr": 0.01, "steps": 2},
     "mezo": {"tau": 2, "K": 16, "lr": 1e-3},
@@ -43,27 +36,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TuneResult]:
     folder = tmp_path_factory.mktemp("cards")
     model = models.tiny_llama()
     models.save(model.net, model.tokenizer, folder / "tiny", card="---\nlicense: mit\n---\n\n# tiny\n")
-    rows = [
-        {"instruction": f"Say {n}", "response": f"{SECRET} {n}.", "ward": f"ward-{n % 3}"} for n in range(30)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        method: fleetune.tune(
-            folder / "tiny",
-            folder / "rows.jsonl",
-            method=method,
-            settings=settings,
-            out=folder / "runs",
-            **QUICK,
-        )
-        for method, settings in SETTINGS.items()
-    }
+    row = '{{"instruction": "Say {0}", "response": "{1} {0}.", "ward": "ward-{2}"}}\n'
+    (folder / "rows.jsonl").write_text("".join(row.format(n, SECRET, n % 3) for n in range(30)))
+    tune = partial(fleetune.tune, folder / "tiny", folder / "rows.jsonl", out=folder / "runs", **QUICK)
+    return {method: tune(method=method, settings=settings) for method, settings in SETTINGS.items()}
 
 
 @pytest.fixture(params=["adapter", "fedit", "mezo"])
-def written(
-    request: pytest.FixtureRequest, runs: dict[str, TuneResult], tmp_path: Path
-) -> tuple[TuneResult, Path]:
+def written(request: pytest.FixtureRequest, runs: Any, tmp_path: Path) -> tuple[TuneResult, Path]:
     """A run, and a folder with a card of it."""
     if request.param == "adapter":
         return runs["fedit"], runs["fedit"].path
@@ -72,7 +52,7 @@ def written(
     return runs[request.param], folder
 
 
-def test_a_card_is_valid_and_says_what_the_run_recorded(written: tuple[TuneResult, Path]) -> None:
+def test_a_card_is_valid_and_says_what_the_run_recorded(written):
     run, folder = written
     card = ModelCard.load(folder / "README.md")
     head = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
@@ -94,18 +74,17 @@ def test_a_card_is_valid_and_says_what_the_run_recorded(written: tuple[TuneResul
     assert "from_pretrained(" in text
 
 
-def test_a_card_tells_nothing_of_rows_clients_and_this_machine(written: tuple[TuneResult, Path]) -> None:
+def test_a_card_tells_nothing_of_rows_clients_and_this_machine(written):
     run, folder = written
     text = (folder / "README.md").read_text()
     for kept in (SECRET, "ward-1", str(run.folder.parent.parent), str(Path.home()) + "/"):
         assert kept not in text
 
 
-def test_the_command_on_a_card_makes_the_recipe_again(written: tuple[TuneResult, Path]) -> None:
+def test_the_command_on_a_card_makes_the_recipe_again(written):
     run, folder = written
-    (line,) = [
-        w for w in (folder / "README.md").read_text().splitlines() if w.startswith("    fleetune tune ")
-    ]
+    lines = (folder / "README.md").read_text().splitlines()
+    (line,) = (text for text in lines if text.startswith("    fleetune tune "))
     recipe = finished.recipe_of(run.folder)
     made = tune.recipe_of(build_parser("tune").parse_args(shlex.split(line)[1:]))
     named = {n: describe.public(getattr(recipe, n)) for n in describe.NAMED}
@@ -113,7 +92,7 @@ def test_the_command_on_a_card_makes_the_recipe_again(written: tuple[TuneResult,
     assert (made.model, made.data) == ("tiny", "rows.jsonl")
 
 
-def test_the_adapters_folder_is_whole_with_its_card(runs: dict[str, TuneResult]) -> None:
+def test_the_adapters_folder_is_whole_with_its_card(runs):
     run = runs["fedit"]
     sums.check(run.path, remedy="")
     sizes = [p.stat().st_size for p in run.path.iterdir()]
@@ -135,11 +114,11 @@ def test_the_adapters_folder_is_whole_with_its_card(runs: dict[str, TuneResult])
         ("smollm2-135m", "smollm2-135m"),
     ],
 )
-def test_a_name_is_public_without_its_folders(text: str, public: str) -> None:
+def test_a_name_is_public_without_its_folders(text, public):
     assert describe.public(text) == public
 
 
-def test_a_built_in_base_is_linked_with_its_licence(runs: dict[str, TuneResult]) -> None:
+def test_a_built_in_base_is_linked_with_its_licence(runs):
     recipe = dataclasses.replace(finished.recipe_of(runs["fedit"].folder), model="smollm2-135m")
     assert model_card.base_name(recipe) == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert model_card.licence_of(recipe) == "apache-2.0"

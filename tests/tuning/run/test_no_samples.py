@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from command_line import Capture
 from fleetune.cli.main import main
 from fleetune.models import tiny_llama
 
@@ -27,18 +26,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tune(places: Path, out: Path, *more: str) -> int:
     words = ["--method", "fedit", "--clients", "2", "--rounds", "1", "--held-out", "3", "--max-length", "64"]
-    return main(
-        [
-            "tune",
-            str(places / "llama"),
-            str(places / "rows.jsonl"),
-            *words,
-            "--out",
-            str(out),
-            "--offline",
-            *more,
-        ]
-    )
+    given = [
+        "tune",
+        str(places / "llama"),
+        str(places / "rows.jsonl"),
+        *words,
+        "--out",
+        str(out),
+        "--offline",
+    ]
+    return main([*given, *more])
 
 
 def holding(folder: Path) -> set[str]:
@@ -47,11 +44,9 @@ def holding(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in files if MARK.encode() in p.read_bytes()}
 
 
-def test_no_samples_keeps_no_text_anywhere(places: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert (
-        tune(places, tmp_path, "--no-samples", "--rouge-rows", "2", "--answer-tokens", "4", "--set", "r=1")
-        == 0
-    )
+def test_no_samples_keeps_no_text_anywhere(places, tmp_path, capsys):
+    words = ("--no-samples", "--rouge-rows", "2", "--answer-tokens", "4", "--set", "r=1")
+    assert tune(places, tmp_path, *words) == 0
     (run,) = tmp_path.glob("0001-*")
     assert holding(tmp_path) == set()
     assert not (run / "samples.md").exists()
@@ -62,9 +57,7 @@ def test_no_samples_keeps_no_text_anywhere(places: Path, tmp_path: Path, capsys:
     assert "This page shows the text" not in (run / "report.html").read_text()
 
 
-def test_text_that_is_kept_is_the_owners_alone_and_is_told(
-    places: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_text_that_is_kept_is_the_owners_alone_and_is_told(places, tmp_path, capsys):
     assert tune(places, tmp_path, "--samples", "2", "--answer-tokens", "4") == 0
     (run,) = tmp_path.glob("0001-*")
     kept = holding(run)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import command_line
 import fleetune
 from fleetune.cli.main import main
 from fleetune.errors import LedgerError, RecipeError, UsageError
@@ -27,19 +28,8 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.rounds.replies import Replies, stored
 from fleetune.tuning.run.removal import without_client
 
-FEW: dict[str, Any] = {
-    "clients": 4,
-    "rounds": 3,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "client_rows": 0,
-    "threads": 1,
-    "device": "cpu",
-    "limit": 40,
-    "max_length": 64,
-    "keep_replies": True,
-}
+FEW: dict[str, Any] = command_line.FEW | {"clients": 4, "rounds": 3, "client_rows": 0, "keep_replies": True}
+FEW |= {"limit": 40, "max_length": 64}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fedkseed": ("fedkseed", {"K": 16, "tau": 3, "lr": 1e-3}, {}),
     "pro": ("fedkseed", {"K": 16, "tau": 3, "lr": 1e-3, "pro": True}, {}),
@@ -63,9 +53,7 @@ def entries(ledger: Ledger) -> list[bytes]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_ledger_is_what_the_method_makes_of_the_others(
-    case: str, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ledger_is_what_the_method_makes_of_the_others(case, tiny, tmp_path, monkeypatch):
     """By hand: the states and replies that the method got in the run, with a ledger and an error of rounding of our own."""
     cls = methods.module_of(CASES[case][0]).Method
     aggregate, seen = cls.aggregate, dict[int, tuple[Any, Any, list[Reply]]]()
@@ -108,7 +96,7 @@ def kept(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> fleetune.TuneRe
     return tuned(tiny, tmp_path_factory.mktemp("kept"), "mezo", participation=0.5)
 
 
-def test_a_changed_reply_is_found(kept: fleetune.TuneResult, tmp_path: Path) -> None:
+def test_a_changed_reply_is_found(kept, tmp_path):
     whole, run = kept.ledger(), Path(shutil.copytree(kept.folder, tmp_path / "run"))
     without_client(run, 0, whole)
     file, draw = replies_file(run, 2), np.random.default_rng(3)
@@ -129,14 +117,7 @@ def test_a_changed_reply_is_found(kept: fleetune.TuneResult, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("cls", "after"), [(Replies, "keep"), (RunDir, "checkpoint")])
-def test_a_killed_run_has_the_rounds_that_count(
-    cls: type,
-    after: str,
-    kept: fleetune.TuneResult,
-    tiny: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_killed_run_has_the_rounds_that_count(cls, after, kept, tiny, tmp_path, monkeypatch):
     """Killed after round 3 is stored, before or after its checkpoint; its replies are as a whole run has them."""
     write = getattr(cls, after)
 
@@ -166,26 +147,22 @@ def test_a_killed_run_has_the_rounds_that_count(
         assert replies_file(run, r).stat().st_size
         pairs = zip(stored(run, r), stored(kept.folder, r), strict=True)
         assert all((a.client, a.key) == (b.client, b.key) for a, b in pairs)
-    assert entries(without_client(run, 1, done.ledger())) == entries(
-        without_client(kept.folder, 1, kept.ledger())
-    )
+    left = [without_client(f, 1, of.ledger()) for f, of in ((run, done), (kept.folder, kept))]
+    assert entries(left[0]) == entries(left[1])
 
 
 @pytest.mark.parametrize(
     "changed",
     [{"method": "fedit"}, *({"privacy": p, "epsilon": 8.0} for p in ("client", "example", "sealed"))],
 )
-def test_what_cannot_keep_replies_is_refused(changed: dict[str, Any]) -> None:
+def test_what_cannot_keep_replies_is_refused(changed):
     given = {"model": "m", "data": "demo", "method": "mezo", "keep_replies": True, **changed}
-    with pytest.raises(
-        RecipeError, match="keep_replies needs a method that leaves a ledger, and privacy = none"
-    ):
+    said = "keep_replies needs a method that leaves a ledger, and privacy = none"
+    with pytest.raises(RecipeError, match=said):
         prepare.check(recipes.make(given))
 
 
-def test_what_cannot_be_removed_is_refused(
-    kept: fleetune.TuneResult, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_removed_is_refused(kept, tiny, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="counted no reply of client 7") as none:
         without_client(kept.folder, 7, kept.ledger())
     assert "0, 1, 2, 3" in str(none.value.hint)

@@ -20,18 +20,8 @@ from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.run import describe, resume
 
-FEW: dict[str, Any] = {
-    "clients": 3,
-    "participation": 0.67,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 2,
-    "answer_tokens": 4,
-    "threads": 1,
-    "device": "cpu",
-    "limit": 60,
-    "max_length": 64,
-}
+FEW: dict[str, Any] = command_line.FEW | {"clients": 3, "participation": 0.67, "limit": 60, "max_length": 64}
+FEW |= {"samples": 2, "answer_tokens": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "fedit": {"r": 2, "batch_size": 2, "lr": 1e-2, "steps": 3, "server": "adam", "scaffold": True},
     "fedkseed": {"K": 16, "tau": 3, "lr": 1e-3, "batch_size": 2},
@@ -44,10 +34,9 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models.tiny_llama().save("tiny")
 
 
-def tuned(rounds: int, method: str = "fedit", out: str = "runs", **more: Any) -> Any:
-    return fleetune.tune(
-        "tiny", "demo", method=method, settings=METHODS[method], rounds=rounds, out=out, **FEW | more
-    )
+def tuned(rounds: int, method: str = "fedit", out: str = "runs") -> Any:
+    options = FEW | {"method": method, "settings": METHODS[method], "rounds": rounds, "out": out}
+    return fleetune.tune("tiny", "demo", **options)
 
 
 def told(run: Path) -> list[dict[str, Any]]:
@@ -58,7 +47,7 @@ def told(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method: str) -> None:
+def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method):
     whole = tuned(3, method, "whole")
     short = tuned(1, method)
     assert short.digest != whole.digest
@@ -75,7 +64,7 @@ def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method: 
     assert again.digest == whole.digest
 
 
-def test_a_kill_while_it_is_written_down_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_it_is_written_down_costs_nothing(monkeypatch):
     """After four of the files: what is left is never taken for a finished run that has the rounds."""
     whole, short = tuned(3, out="whole"), tuned(1)
     left = iter(range(4))
@@ -99,12 +88,12 @@ def test_a_kill_while_it_is_written_down_costs_nothing(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("rounds", [-1, 2.5, "many", 10**9])
-def test_from_python_too_what_is_no_number_of_rounds_is_refused(rounds: Any) -> None:
+def test_from_python_too_what_is_no_number_of_rounds_is_refused(rounds):
     with pytest.raises(RecipeError, match="rounds"):
         fleetune.resume_run("1", rounds=rounds)
 
 
-def test_what_cannot_be_longer_says_why_and_stays_as_it_is() -> None:
+def test_what_cannot_be_longer_says_why_and_stays_as_it_is():
     short = tuned(2)
     digest = short.digest
     with pytest.raises(UsageError, match="has 2 rounds, and 1 are fewer"):
@@ -127,7 +116,7 @@ def test_what_cannot_be_longer_says_why_and_stays_as_it_is() -> None:
     assert fleetune.resume_run(short).digest == digest
 
 
-def test_what_decides_the_bits_is_compared() -> None:
+def test_what_decides_the_bits_is_compared():
     before = {"torch": "2.6", "threads": 2, "gpu": "A"}
     assert describe.machine_changes({}, before) == ""
     assert describe.machine_changes(before, before) == ""
@@ -135,13 +124,8 @@ def test_what_decides_the_bits_is_compared() -> None:
     assert told.startswith("since the last sitting there changed: torch 2.6 -> 2.7, threads 2 -> 1;")
 
 
-SHORT: dict[str, Any] = command_line.FEW | {
-    "method": "fedit",
-    "settings": {"r": 2, "batch_size": 2, "lr": 1e-2, "steps": 3},
-    "limit": 30,
-    "max_length": 64,
-    "rounds": 2,
-}
+SHORT: dict[str, Any] = command_line.FEW | {"method": "fedit", "limit": 30, "max_length": 64, "rounds": 2}
+SHORT |= {"settings": {"r": 2, "batch_size": 2, "lr": 1e-2, "steps": 3}}
 
 
 class After(fleetune.Silent):
@@ -155,16 +139,12 @@ class After(fleetune.Silent):
             raise Interrupted("enough")
 
 
-def stopped(after: int) -> None:
-    with pytest.raises(Interrupted):
-        fleetune.tune("tiny", "demo", listener=After(after + 1), **SHORT)
-
-
-def test_a_run_without_a_round_is_timed_anew(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_round_is_timed_anew(capsys):
     """To the same bits; later the rounds that are done tell the time."""
     whole = fleetune.tune("tiny", "demo", out="whole", **SHORT)
     for after in (0, 1):
-        stopped(after)
+        with pytest.raises(Interrupted):
+            fleetune.tune("tiny", "demo", listener=After(after + 1), **SHORT)
         capsys.readouterr()
         assert main(["tune", "--resume", "latest"]) == 0
         told = capsys.readouterr().err

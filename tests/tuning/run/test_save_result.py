@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,8 @@ from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
 
-FAST: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 1,
-    "held_out": 6,
-    "samples": 0,
-    "max_length": 64,
-    "offline": True,
-    "listener": Silent(),
-}
+RECIPE: dict[str, Any] = {"clients": 2, "rounds": 1, "held_out": 6, "samples": 0, "max_length": 64}
+FAST: dict[str, Any] = RECIPE | {"offline": True, "listener": Silent()}
 DEAF = "def same(model, batch):\n    return 1.5\n\ndef size(model, batch):\n    return float(batch.labels.shape[0])\n"
 
 
@@ -67,27 +61,13 @@ class UntilBase(Silent):
 @pytest.fixture(scope="module")
 def untouched(places: Path) -> float:
     """The held-out loss of the model as `models.load` gives it, with nothing else done to it."""
-    name, data = str(places / "llama"), str(places / "rows.jsonl")
-    made = recipe.make(
-        {
-            "model": name,
-            "data": data,
-            "method": "fedkseed",
-            "set": {"lr": 1e-3},
-            "clients": 2,
-            "held_out": 6,
-            "max_length": 64,
-            "samples": 0,
-        }
-    )
-    return response_loss(models.load(name, offline=True), prepare.prepare(made, offline=True).held)
+    given = {"model": str(places / "llama"), "data": str(places / "rows.jsonl"), "method": "fedkseed"}
+    job = prepare.prepare(recipe.make({**RECIPE, **given, "set": {"lr": 1e-3}}), offline=True)
+    return response_loss(models.load(given["model"], offline=True), job.held)
 
 
-OTHERS = [
-    case
-    for case in contract_harness.VARIANTS
-    if "start=" in case or "module=" in case or "layers_rule=all" in case or "backprop=0.5" in case
-]
+TOLD = ("start=", "module=", "layers_rule=all", "backprop=0.5")
+OTHERS = [case for case in contract_harness.VARIANTS if any(word in case for word in TOLD)]
 
 
 @pytest.mark.parametrize(
@@ -97,9 +77,7 @@ OTHERS = [
         *(case if "module=p" in case else pytest.param(case, marks=pytest.mark.slow) for case in OTHERS),
     ],
 )
-def test_the_base_row_is_the_untouched_model_bit_for_bit(
-    name: str, places: Path, untouched: float, tmp_path: Path
-) -> None:
+def test_the_base_row_is_the_untouched_model_bit_for_bit(name, places, untouched, tmp_path):
     method, _, changes = name.partition(":")
     pairs = [pair.replace(";", ",").split("=") for pair in changes.split(",") if pair]
     settings = contract_harness.QUICK.get(method, {}) | dict(pairs)
@@ -120,9 +98,7 @@ def test_the_base_row_is_the_untouched_model_bit_for_bit(
         ("fedkseed", {"K": 4, "tau": 2, "lr": 1e-3}, False),
     ],
 )
-def test_a_start_that_is_not_the_base_is_told(
-    method: str, settings: dict[str, Any], told: bool, places: Path, untouched: float, tmp_path: Path
-) -> None:
+def test_a_start_that_is_not_the_base_is_told(method, settings, told, places, untouched, tmp_path):
     done = tune(places, tmp_path, method, settings=settings).done
     assert done.base["loss"] == untouched
     assert (done.start is not None) == told
@@ -132,7 +108,7 @@ def test_a_start_that_is_not_the_base_is_told(
         assert json.loads((Path(done.run) / "eval.json").read_text())["start"] == done.start
 
 
-def test_an_encoder_with_a_new_head_says_so(places: Path, tmp_path: Path) -> None:
+def test_an_encoder_with_a_new_head_says_so(places, tmp_path):
     settings = {"module": "bitfit", "steps": 1}
     old = tune(places, tmp_path, "fedpetuning", "bert", settings=settings).done
     assert not any("head is new" in text for text in old.remarks)
@@ -140,14 +116,12 @@ def test_an_encoder_with_a_new_head_says_so(places: Path, tmp_path: Path) -> Non
     bare = tmp_path / "bare"
     models.save(tiny_bert().net, tiny_bert().tokenizer, bare)
     (bare / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
-    new = fleetune.tune(
-        str(bare), str(places / "rows.jsonl"), method="fedpetuning", settings=settings, out=tmp_path, **FAST
-    )
+    new = tune(places, tmp_path, "fedpetuning", str(bare), settings=settings)
     assert any("head is new" in text for text in new.done.remarks)
     assert "head is new" in new.report.read_text()
 
 
-def test_a_custom_objective_is_measured_before_and_after(places: Path, tmp_path: Path) -> None:
+def test_a_custom_objective_is_measured_before_and_after(places, tmp_path):
     objective = f"{places}/own.py:size"
     settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4, "lr": 1e-3}
     result = tune(places, tmp_path, settings=settings)
@@ -162,7 +136,7 @@ def test_a_custom_objective_is_measured_before_and_after(places: Path, tmp_path:
 
 
 @pytest.mark.parametrize("objective", ["accuracy:yes,no", "accuracy"])
-def test_an_accuracy_that_is_trained_is_measured(objective: str, places: Path, tmp_path: Path) -> None:
+def test_an_accuracy_that_is_trained_is_measured(objective, places, tmp_path):
     settings = {"objective": objective, "K": 4, "tau": 2, "batch_size": 4, "lr": 1e-3}
     done = tune(places, tmp_path, settings=settings).done
     assert set(done.base) == set(done.tuned) == {"loss", "accuracy"}
@@ -181,29 +155,25 @@ def test_an_accuracy_that_is_trained_is_measured(objective: str, places: Path, t
         ("", "accuracy", "batch_size = 1"),
     ],
 )
-def test_label_words_are_checked_before_the_model_is_loaded(
-    labels: str, objective: str, says: str, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_label_words_are_checked_before_the_model_is_loaded(labels, objective, says, places, at, monkeypatch):
     def never(*_: Any, **__: Any) -> Model:
         raise AssertionError("the model was loaded first")
 
     monkeypatch.setattr(models, "load", never)
     with pytest.raises((RecipeError, DataError), match=says) as caught:
-        tune(places, tmp_path, labels=labels, settings={"objective": objective})
+        tune(places, at, labels=labels, settings={"objective": objective})
     assert caught.value.hint
     assert ("a comma in a word: \\," in caught.value.hint) == ("another answer" in says)
 
 
-def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_of_zeros_says_that_nothing_moved(places, tmp_path, capsys):
     words = "--method fedkseed --rounds 1 --clients 2 --samples 0 --held-out 6 --offline -q --set tau=2"
     line = ["tune", str(places / "llama"), str(places / "rows.jsonl"), *words.split(), "--out", str(tmp_path)]
     line += ["--set", f"objective={places}/own.py:same"]
     assert main(line) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert (
-        "note: nothing moved: 2 good replies added up to no change of any weight; raise the learning rate"
-        in shown
-    )
+    said = "note: nothing moved: 2 good replies added up to no change of any weight; raise the learning rate"
+    assert said in shown
     assert "raise batch_size or eps" in shown
     (done,) = [e for e in rundir.events(tmp_path / "latest") if e["event"] == "done"]
     assert done["moved"] is False
@@ -211,13 +181,13 @@ def test_a_run_of_zeros_says_that_nothing_moved(places: Path, tmp_path: Path, ca
     assert "nothing moved" in (tmp_path / "latest" / "report.html").read_text()
 
 
-def test_a_fleet_that_gave_too_few_replies_says_so(places: Path, tmp_path: Path) -> None:
+def test_a_fleet_that_gave_too_few_replies_says_so(places, tmp_path):
     done = tune(places, tmp_path, "fedit", clients=3, drop=0.9, quorum=3, rounds=2).done
     assert done.moved is False
     assert re.search("nothing moved: (none of 6 clients gave|no round had 3 good replies)", done.remarks[-1])
 
 
-def test_a_resumed_run_keeps_its_base_and_start(places: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_base_and_start(places, tmp_path):
     settings = {"module": "prefix", "size": 4, "steps": 1}
     whole = tune(places, tmp_path / "a", "fedpetuning", settings=settings, rounds=2).done
 
@@ -229,10 +199,5 @@ def test_a_resumed_run_keeps_its_base_and_start(places: Path, tmp_path: Path) ->
     with pytest.raises(Interrupted):
         tune(places, tmp_path / "b", "fedpetuning", settings=settings, rounds=2, listener=Stop())
     done = fleetune.resume_run(rundir.find("latest", tmp_path / "b"), out=tmp_path / "b", offline=True).done
-    assert (done.base, done.start, done.tuned, done.digest) == (
-        whole.base,
-        whole.start,
-        whole.tuned,
-        whole.digest,
-    )
-    assert done.remarks == whole.remarks
+    same = attrgetter("base", "start", "tuned", "digest", "remarks")
+    assert same(done) == same(whole)

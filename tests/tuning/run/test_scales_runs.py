@@ -45,7 +45,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"method": "fedit", "base": "memory", "device": "cuda"}, "not for fedit"),
     ],
 )
-def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, Any], words: str) -> None:
+def test_what_cannot_train_scales_is_refused_before_any_work(changed, words):
     given = {"model": "m.gguf", "data": "demo", "method": "mezo", "train": "scales", **changed}
     with pytest.raises(RecipeError, match=words) as refused:
         prepare.check(recipes.make(given))
@@ -57,20 +57,17 @@ def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, 
     prepare.check(recipes.make(given))
 
 
-def test_a_run_that_tuned_a_file_has_the_bits_of_that_file(file: Path, tmp_path: Path) -> None:
+def test_a_run_that_tuned_a_file_has_the_bits_of_that_file(file, tmp_path):
     options: Any = {"out": tmp_path / "runs", **FEW, "rounds": 1, "settings": {"tau": 2, "lr": 0.05}}
     run = fleetune.tune(str(file), ROWS, method="mezo", train="scales", **options)
     plain = fleetune.tune(str(file), ROWS, method="mezo", **options)
-    found = {
-        folder: lines.of(subject.Run(folder), offline=True).lines for folder in (run.folder, plain.folder)
-    }
-    base, tuned = found[run.folder]
+    (base, tuned), (other, _) = (lines.of(subject.Run(r.folder), offline=True).lines for r in (run, plain))
     assert harness.bits(base.weights) == harness.bits(tuned.weights) == harness.bits(file)
     assert (base.bytes, tuned.bytes) == (file.stat().st_size, file.stat().st_size + run.path.stat().st_size)
-    assert harness.bits(found[plain.folder][0].weights).all == 32
+    assert harness.bits(other.weights).all == 32
 
 
-def test_eps_is_in_the_units_of_what_is_trained_unless_given() -> None:
+def test_eps_is_in_the_units_of_what_is_trained_unless_given():
     given = {"model": "m.gguf", "data": "demo", "method": "mezo"}
     assert "eps" not in recipes.make(given).set
     assert recipes.make({**given, "train": "scales"}).set["eps"] == 0.01
@@ -78,7 +75,7 @@ def test_eps_is_in_the_units_of_what_is_trained_unless_given() -> None:
     assert recipes.make({**given, "train": "scales", "method": "fedit"}).set == {}
 
 
-def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(file: Path) -> None:
+def test_a_device_does_what_the_message_says_and_the_base_must_have_blocks(file):
     model = models.load(str(file), device="cpu", base="mapped")
     model.trains = "scales"
     made = mezo.Method(K=64, lr=0.1, eps=0.01).empty(model, 5)
@@ -99,20 +96,15 @@ def _of_weights(head: LedgerHead) -> LedgerHead:
     return dataclasses.replace(head, hyper={})
 
 
-def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file: Path, tmp_path: Path) -> None:
-    settings = {"lr": 0.05, "tau": 3, "K": 64}
-    whole = fleetune.tune(
-        str(file), ROWS, method="fedkseed", train="scales", settings=settings, out=tmp_path / "a", **FEW
-    )
-    half = fleetune.tune(
-        str(file),
-        ROWS,
-        method="fedkseed",
-        train="scales",
-        settings=settings,
-        out=tmp_path / "b",
-        **{**FEW, "rounds": 1},
-    )
+def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file, tmp_path):
+    options: Any = {
+        **FEW,
+        "method": "fedkseed",
+        "settings": {"lr": 0.05, "tau": 3, "K": 64},
+        "train": "scales",
+    }
+    whole = fleetune.tune(str(file), ROWS, out=tmp_path / "a", **options)
+    half = fleetune.tune(str(file), ROWS, out=tmp_path / "b", **{**options, "rounds": 1})
     longer = fleetune.resume_run(half.folder, rounds=2)
     assert longer.done.digest == whole.done.digest
     model = finished.load(whole.folder)
@@ -122,8 +114,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file: 
     base = finished.base_of(ledger, str(file))
     digest, stated = finished.verify(base, ledger)
     assert digest == whole.done.digest
-    assert stated
-    assert all(stated.values())
+    assert {True} == set(stated.values())
     confused = dataclasses.replace(ledger, head=_of_weights(ledger.head))
     with pytest.raises(LedgerError, match="belongs to another base model"):
         finished.check_base(base, confused)

@@ -139,8 +139,8 @@ class Method(ABC):
         """Return what each kind is sent and must reply."""
         return [(self.broadcast(state), self.expects(state))]
 
-    def news(self, state: Any, known: int) -> Payload:
-        """Return what of the broadcast a client needs that remembers round `known`, where a method has that."""
+    def news(self, state: Any, known: int, kind: int) -> Payload:
+        """Return what of its broadcast a client of a kind needs that remembers round `known`, where a method has that."""
         raise NotImplementedError
 
     # Local steps, and what they cost

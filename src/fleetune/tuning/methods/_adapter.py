@@ -249,11 +249,11 @@ class Averaged(Trained):
     def broadcast(self, state: State) -> Payload:
         """Send the module, what its start took out of the base, and SCAFFOLD's c once there is one."""
         if self.wire == "sign":
-            return self.news(state, 0)
+            return self.news(state, 0, 0)
         arrays = rounded(state.tensors) | prefixed(state.start, "start/") | prefixed(rounded(state.c), "c/")
         return Payload(arrays, {"seed": state.seed})
 
-    def news(self, state: State, known: int) -> Payload:
+    def news(self, state: State, known: int, kind: int) -> Payload:
         """Send what changed since the module that a device was sent in round `known`; 0: since the start.
 
         The whole module is sent where that is less, or the start is no function of the seed.

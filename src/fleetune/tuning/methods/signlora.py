@@ -20,6 +20,7 @@ a ledger of the law `outer` (`seeds/noise.py`): rank P, and one bit for a row, a
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
@@ -32,7 +33,7 @@ from fleetune.adapters.attachment import Attachment
 from fleetune.adapters.lora import factor_names
 from fleetune.common.settings import setting
 from fleetune.data import Batches
-from fleetune.errors import MessageError, ModelError
+from fleetune.errors import MessageError, ModelError, UsageError
 from fleetune.models.net.layers import head_of
 from fleetune.models.net.model import Model, named_tensors
 from fleetune.models.shapes import Shape
@@ -111,7 +112,11 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     r: int = setting(1, "r", "directions of each matrix that are trained in a round")
     pool: int = setting(8, "P", "directions of each matrix that are trained in turn: the rank of the change")
     stay: int = setting(2, "T", "rounds in a row in which the same directions are trained")
-    share: int = setting(1, "m", "a device sends every so many-th row of a matrix, another one each round")
+    share: str = setting(
+        "1",
+        "m",
+        "a device sends every so many-th row of a matrix, others each round; devices in turn, as 1,4",
+    )
     planes: int = setting(2, "q", "vectors of signs that the server writes for each direction and round")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
     checkpointing: str = setting("auto", "ckpt", "activations twice: auto (short memory), true or false")
@@ -123,10 +128,11 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             raise ValueError(
                 f"r = {self.r} must be at least 1 and at most pool = {self.pool}, that at most {1 << 10}"
             )
-        if not 1 <= self.planes <= 8 or self.stay < 1 or not 1 <= self.share <= 1 << 10:
-            raise ValueError(
-                f"planes = {self.planes} must be 1 to 8, stay = {self.stay} at least 1, and share = {self.share} 1 to {1 << 10}"
-            )
+        if not 1 <= self.planes <= 8 or self.stay < 1:
+            raise ValueError(f"planes = {self.planes} must be 1 to 8, and stay = {self.stay} at least 1")
+        one = r" *\d{1,4} *"
+        if not re.fullmatch(f"{one}(,{one})*", self.share) or not all(1 <= m <= 1 << 10 for m in self.shares):
+            raise ValueError(f"share = {self.share!r} must be numbers from 1 to {1 << 10}, as 1,4")
 
     @property
     def grid_lr(self) -> float:
@@ -136,7 +142,10 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         places = np.array([place for place, _ in self.attached(model).places.values()], np.int64)
         adapters.detach(model)
         ledger = self.empty(model, key)
-        rows = sum(ledger.head.tensors[place][1][0] for place in places.tolist())
+        each = [ledger.head.tensors[place][1][0] for place in places.tolist()]
+        if len({bytes_of(each, m) for m in self.shares}) < len(set(self.shares)):
+            raise UsageError(f"share = {self.share}: replies would be of one size", hint="use other shares")
+        rows = sum(each)
         return State(ledger, 0, places, np.zeros((self.pool, rows), np.float32))
 
     def attached(self, model: Model) -> SignLora:
@@ -157,6 +166,24 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
 
     # What travels
 
+    @property
+    def shares(self) -> list[int]:
+        """Of devices 0, 1, .. in turn: each sends one row of so many."""
+        return [int(m) for m in self.share.split(",")]
+
+    @property
+    def kind_names(self) -> Sequence[str]:
+        return [f"one row of {m}" for m in self.shares] if len(self.shares) > 1 else [""]
+
+    def kind_of(self, client: int) -> int:
+        return client % len(self.shares)
+
+    def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
+        return [(self.news(state, 0, kind), self.reply_spec(state, m)) for kind, m in enumerate(self.shares)]
+
+    def footprints(self, shape: Shape) -> Sequence[Footprint | None]:
+        return [self.footprint(shape)] * len(self.shares)
+
     def trained_in(self, round: int) -> list[int]:
         """Return the directions p of a round, counted from 0."""
         return [(round // self.stay * self.r + i) % self.pool for i in range(self.r)]
@@ -167,9 +194,9 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
 
     def broadcast(self, state: State) -> Payload:
         """Send the ledger's entries: for each round and direction `planes` vectors of signs of each matrix."""
-        return self.news(state, 0)
+        return self.news(state, 0, 0)
 
-    def news(self, state: State, known: int) -> Payload:
+    def news(self, state: State, known: int, kind: int) -> Payload:
         """Send the entries that were added from round `known` on."""
         ledger, order = state.ledger, {place: m for m, place in enumerate(state.places.tolist())}
         ledger = ledger.since(known)
@@ -182,17 +209,15 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             "signs": ledger.signs,
         }
         scalars: dict[str, Scalar] = {"round": state.round, "run_key": ledger.head.run_key, "known": known}
-        return Payload(arrays, scalars)
+        return Payload(arrays, scalars | {"share": self.shares[kind]})
 
     def expects(self, state: State) -> ReplySpec:
-        size = sum(-(-len(self.sent_rows(rows, 0)) // 8) for rows in self.rows(state))
-        return ReplySpec(
-            {"scales": ("uint32", (self.r * len(state.places),)), "signs": ("uint8", (self.r * size,))}
-        )
+        return self.reply_spec(state, self.shares[0])
 
-    def sent_rows(self, rows: int, key: int) -> np.ndarray:
-        """Return the rows of a matrix that a device sends with the key of a round: int64 [rows / share, rounded down, or 1]."""
-        return (key % rows + self.share * np.arange(max(1, rows // self.share))) % rows
+    def reply_spec(self, state: State, share: int) -> ReplySpec:
+        """Return what a device replies that sends one row of `share`."""
+        size = self.r * bytes_of(self.rows(state), share)
+        return ReplySpec({"scales": ("uint32", (self.r * len(state.places),)), "signs": ("uint8", (size,))})
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
@@ -200,6 +225,9 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         """Train B from 0 on, beside what the ledger has moved; reply with its signs and scales."""
         slots = {name: slot for name, (_, slot) in self.attached(model).places.items()}
         run_key, now = payload.int("run_key"), self.trained_in(payload.int("round"))
+        share = payload.int("share")
+        if share not in self.shares:
+            raise MessageError(f"one row of {share} is none of the run's shares")
         directions, tables = self.told(payload, memory, slots)
         part = adapters.attachment_of(model).parts[0]
         assert isinstance(part, adapters.LoraPart)
@@ -211,7 +239,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         vectors = []
         for name, slot in slots.items():
             b = part.parameters[factor_names(name)[0]].detach().cpu().double().numpy().T / self.unit(slot)
-            vectors += list(b[:, self.sent_rows(b.shape[1], key)])
+            vectors += list(b[:, sent_rows(b.shape[1], share, key)])
         scales, bits, _ = plane(vectors)
         reply = Payload({"scales": scales, "signs": bits}, {"n": batches.n, "loss": loss})
         sent = self.matrices(payload, self.moved(payload, Reply(batches.client, key, reply))["b"])
@@ -275,8 +303,10 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         """Return what a reply moves: B of each matrix and direction, in units of the grid; rows that were not sent by 0."""
         found = self.begins(sent)
         bits, scales = reply.payload.array("signs"), iter(reply.payload.array("scales").tolist())
+        sizes = {self.r * bytes_of(sent.array("rows").tolist(), m): m for m in self.shares}
+        share = sizes[len(bits)]
         for vector in self.matrices(sent, found["b"]):
-            rows = self.sent_rows(len(vector), reply.key)
+            rows = sent_rows(len(vector), share, reply.key)
             size = -(-len(rows) // 8)
             vector[rows] = len(vector) / len(rows) * next(scales) * unpacked(bits[:size], len(rows))
             bits = bits[size:]
@@ -338,6 +368,16 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             checkpointing=self.recomputes,
             whole_gradient=False,
         )
+
+
+def sent_rows(rows: int, share: int, key: int) -> np.ndarray:
+    """Return the rows of a matrix that a device sends with the key of a round: int64 [rows / share, rounded down, or 1]."""
+    return (key % rows + share * np.arange(max(1, rows // share))) % rows
+
+
+def bytes_of(matrices: Iterable[int], share: int) -> int:
+    """Return the bytes of the signs of matrices of so many rows, of which one of `share` is sent."""
+    return sum(-(-max(1, rows // share) // 8) for rows in matrices)
 
 
 def plane(vectors: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:

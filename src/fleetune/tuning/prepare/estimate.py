@@ -68,10 +68,15 @@ SLOW: Final = 1.0  # seconds of a first call after which there is no second: a s
 WARMING: Final = 60.0  # the same of what nothing has warmed up: the very first step, which may compile kernels, and answers
 ROWS: Final = 8  # whose loss is timed
 SPARE: Final = 0.8  # of a stated time is planned for
-FEW_STEPS: Final = 4  # of a client in a round, below which rounds and then clients become fewer
+FEW_STEPS: Final = (
+    4  # of a client in a round, below which rounds, then clients, then rows of a step become fewer
+)
 FEW_ROUNDS: Final = 3
-FEW_CLIENTS: Final = 2
-FEWEST_ROWS: Final = 32  # of an evaluation
+FEW_CLIENTS: Final = 2  # where replies are compared with each other, or noise is shared
+SMALLEST_BATCH: Final = 2
+HALF_BATCH: Final = 0.6  # of a step's time that one of half as many rows takes
+TOO_FEW: Final = 8  # steps after each other from which nobody can tell whether a model learns
+FEWEST_ROWS: Final = 16  # of an evaluation
 TOKENS: Final = 4  # of an answer that are timed, after the first
 ANSWERED: Final = 8  # prompts at a time, as `answers.generate` has them
 
@@ -93,6 +98,7 @@ class Estimate:
     client_row: float = 0.0  # seconds
     search: float = 0.0  # seconds of a search for a learning rate, before the run
     twice: bool = False  # whether a step computes activations twice, for want of memory
+    batch: int = 8  # rows of a step
     ends: int = 2  # how often there are answers and losses of each client: before the run and after it
 
     @property
@@ -160,7 +166,8 @@ def of(
     steps = float(np.mean([method.local_steps(len(part)) for part in rows]))
     usual = sorted(rows, key=len)[len(rows) // 2]
     bench = Bench(model, [usual], held[:ROWS], recipe.seed)
-    one, state = method.sized(1, getattr(method, "batch_size", 8)), None
+    batch = int(getattr(method, "batch_size", 8))
+    one, state = method.sized(1, batch), None
     try:
         with restored(model):
             state = bench.begin(one)
@@ -186,6 +193,7 @@ def of(
         sum(min(of_each, size) for size in sizes),  # of all clients, before and again after the run
         row,
         twice=model.recomputes,
+        batch=batch,
     )
 
 
@@ -223,11 +231,16 @@ def made_smaller(before: Estimate, after: Estimate, within: str) -> str:
         ("rounds", before.rounds, after.rounds),
         ("clients per round", before.clients, after.clients),
         ("local steps", math.ceil(before.steps), math.ceil(after.steps)),
+        ("rows of a step", before.batch, after.batch),
         ("measured rows of clients", before.client_rows, after.client_rows),
         ("answers", before.answers, after.answers),
     )
     changed = [f"{name} {old:,} -> {new:,}" for name, old, new in pairs if old != new]
-    return f"to fit into {within}: {', '.join(changed)}" if changed else ""
+    if not changed:
+        return ""
+    steps = after.rounds * math.ceil(after.steps)
+    few = f".  {counted(steps, 'step')} after each other may be too few to learn from" * (steps < TOO_FEW)
+    return f"to fit into {within}: {', '.join(changed)}{few}"
 
 
 def _timed(work: Callable[[], object], slow: float = SLOW) -> float:
@@ -257,16 +270,17 @@ def fitted(
     """Return the run, of a fleet of so many `clients`, made so small that it takes at most `within` seconds.
 
     If the work before and after the rounds takes more than a third of the time, the clients' own losses are left out first,
-    then the answers that are kept to be read.  Evaluations become fewer, then of fewer rows, where they take more than a third
+    then the answers that are kept to be read.  Evaluations become fewer, then of fewer rows, where they take more than a fifth
     of what is left.  Then local steps become fewer; where fewer than `FEW_STEPS` would be left, rounds, then the clients that
-    are asked.  A run that fits already stays as it is.  FitError if not even two steps of one client fit.
+    are asked, then the rows of a step: steps after each other teach, and the mean of single steps does not.  A run that fits
+    already stays as it is.  FitError if not even two steps of one client fit.
     """
     budget = SPARE * within
     if found.seconds <= budget:
         return recipe, method, found
     recipe, found = _less_around(recipe, found, budget / 3)
     budget -= found.around + found.search
-    recipe, found = _evaluated_less(recipe, found, budget / 3)
+    recipe, found = _evaluated_less(recipe, found, budget / 5)
     units = (budget - found.evaluations * found.evaluation) / found.step  # steps that there is time for
     if units < 2 or not method.has_own("sized"):
         also = f", after {human_time(found.search)} of finding a learning rate," if found.search else ""
@@ -281,22 +295,28 @@ def fitted(
 def _of_steps(
     recipe: Recipe, method: methods.Method, found: Estimate, units: float, clients: int
 ) -> tuple[Recipe, methods.Method, Estimate]:
-    count, asked = found.rounds, found.clients
+    count, asked, batch, step = found.rounds, found.clients, found.batch, found.step
+    alone = recipe.aggregation == "mean" and recipe.privacy == "none"
+    least = max(recipe.quorum, 1 if alone else FEW_CLIENTS)
     if units < FEW_STEPS * count * asked:
         count = min(count, max(FEW_ROUNDS, int(units // (FEW_STEPS * asked))))
     if units < FEW_STEPS * count * asked:
-        asked = min(asked, max(FEW_CLIENTS, int(units // (FEW_STEPS * count))))
-    if units < count * asked:
-        count, asked = max(1, int(units // asked)), min(asked, int(units))
+        asked = min(asked, max(least, int(units // (FEW_STEPS * count))))
+    while units < FEW_STEPS * count * asked and batch >= 2 * SMALLEST_BATCH:
+        batch, step, units = batch // 2, step * HALF_BATCH, units / HALF_BATCH
+    if units < FEW_STEPS * count * asked:
+        count = max(1, int(units // (FEW_STEPS * asked)))
     steps = min(math.ceil(found.steps), max(1, int(units // (count * asked))))
-    found = dataclasses.replace(found, evaluations=evaluations_of(count, recipe.eval_every))
-    smaller = method.sized(steps, getattr(method, "batch_size", 8))
+    smaller = method.sized(steps, batch)
     share = recipe.participation if asked == found.clients else asked / clients
     recipe = dataclasses.replace(recipe, rounds=count, participation=share, set=methods.values_of(smaller))
+    found = dataclasses.replace(found, evaluations=evaluations_of(count, recipe.eval_every))
     return (
         recipe,
         smaller,
-        dataclasses.replace(found, rounds=count, clients=asked, steps=float(min(steps, found.steps))),
+        dataclasses.replace(
+            found, rounds=count, clients=asked, steps=min(steps, found.steps), step=step, batch=batch
+        ),
     )
 
 

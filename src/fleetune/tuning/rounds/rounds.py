@@ -295,7 +295,7 @@ def _messages(method: Method, fleet: Fleet, replies: Replies, chosen: Sequence[i
     made: dict[tuple[int, int], bytes] = {}
     keys = {client: (asked.kind(client), kept.get(client, (0, 0))[0]) for client in chosen}
     for kind, known in dict.fromkeys(keys.values()):
-        payload = method.news(asked.state, known) if known else replies.kinds[kind][0]
+        payload = method.news(asked.state, known, kind) if known else replies.kinds[kind][0]
         made[kind, known] = encode(Message(asked.number, asked.base, payload))
     return {client: made[key] for client, key in keys.items()}
 
