@@ -53,11 +53,11 @@ def lay_out(place: Path, count: int) -> None:
         (place / f"dev-{c}.pub").rename(place / "keys" / f"dev-{c}.pub")
 
 
-def simulated(kind: str, layers: int = 2, rows: int = 20) -> Path:
+def simulated(kind: str, layers: int = 2, rows: int = 20, **more: Any) -> Path:
     """Tune a model in the working directory; its clients' rows are then in rows/."""
     models.tiny_llama(layers=layers).save(Path("model"))
     write_rows("rows.jsonl", 1, 1 + rows)
-    recipe = recipes.make(RECIPES[kind])
+    recipe = recipes.make(RECIPES[kind] | more)
     Path("recipe.toml").write_text(recipes.to_toml(recipe))
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-q"]) == 0
     return fleetune.tune(recipe, out="runs").folder

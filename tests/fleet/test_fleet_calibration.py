@@ -14,7 +14,7 @@ from devices_harness import Device, Direct, Door, devices, direct, free_port, nu
 import fleetune
 from command_line import refused
 from fleetune.cli.main import main
-from fleetune.compression.layerwise.federated import check_sums
+from fleetune.compression.layerwise.federated import check_sums, on_grid
 from fleetune.errors import DataError, FleetError, Interrupted, MessageError, UsageError
 from fleetune.fleet import calibration_server
 from fleetune.fleet.audit import FILE, verify
@@ -277,3 +277,42 @@ def test_a_ledger_is_replayed_as_the_server_replays_it(tmp_path, monkeypatch):
     fleetune.compress(Path("runs/latest"), calibrate="clients", out="simulated", listener=want, **OPTIONS)
     compressed(direct(), heard)
     assert (digest(heard), replies(heard)) == (digest(want), replies(want))
+
+
+def test_of_a_sealed_run_the_server_sees_sums_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are bit for bit those of the simulated clients, on a grid; with too few devices there is none."""
+    monkeypatch.chdir(tmp_path)
+    run = simulated("ledger", layers=1, rows=60, clients=3, privacy="sealed")
+    want, heard, seen = Heard(), Heard(), list[dict[str, np.ndarray]]()
+    fleetune.compress(run, calibrate="clients", out="simulated", listener=want, **OPTIONS | {"windows": 15})
+    link = Direct({f"k{c}": worker(c) for c in range(3)})
+
+    jobs = list[bytes]()
+
+    def look(key: str, order: Order, reply: bytes) -> bytes:
+        if order.what == "job":
+            jobs.append(order.encode())
+        if order.what == "block":
+            seen.append(dict(decode(Reply.decode(reply).body).payload.arrays))
+        return reply
+
+    link.change = look
+    compressed(link, heard, windows=15)
+    assert digest(heard) == digest(want)
+    assert seen == [{}] * 3
+
+    link = Direct({f"k{c}": worker(c) for c in range(3)})
+    link.change = lambda key, order, reply: (
+        spoilt("fails", reply) if (key, order.what) == ("k0", "masked") else reply
+    )
+    with pytest.raises(FleetError, match="block 0 has no secure sum: 2 clients are left, and 3 are needed"):
+        compressed(link, Heard(), windows=15)
+    reply = Reply.decode(worker(2, least=4).answer(jobs[0]))
+    assert (reply.what, reply.code) == ("refused", "no-sum 4")
+
+
+def test_integers_of_sums_that_could_not_be_added_are_refused() -> None:
+    assert on_grid("x", np.array([1.5, -0.25], np.float32), 3).tolist() == [3 << 19, -(1 << 18)]
+    for odd in (np.nan, np.inf, 2.0**42):
+        with pytest.raises(MessageError, match="too large for a secure sum of 3 devices"):
+            on_grid("x", np.array([odd], np.float32), 3)

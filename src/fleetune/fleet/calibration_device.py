@@ -13,7 +13,7 @@ holds the others.  So sums are over at least `least_tokens`, of one result on on
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -27,7 +27,7 @@ from fleetune.common.files import PRIVATE, storage_error, write_atomic
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.experts import parameters_of
-from fleetune.compression.layerwise.federated import message_of, weights_of
+from fleetune.compression.layerwise.federated import message_of, sealed_units, weights_of
 from fleetune.data import Encoded
 from fleetune.data.encode import digest
 from fleetune.errors import MessageError
@@ -101,8 +101,10 @@ class Calibration:
         return max(4 * int(width), 2 * widest)
 
     @torch.inference_mode()
-    def block(self, number: int, message: bytes) -> bytes:
+    def block(self, number: int, message: bytes, hold: Callable[[int, np.ndarray], None]) -> bytes:
         """Return the sums of a block; `message` is the compressed block before it, b"" for block 0.
+
+        Of a sealed run, `hold` is given them for a secure sum, and nothing of them is returned.
 
         MessageError when the device stands elsewhere.
         """
@@ -129,6 +131,9 @@ class Calibration:
         stream.states = self._load(number)
         H = stream.hessians(number, self._blocks[number][1])
         stream.states = []
+        if self.job.secure is not None:
+            hold(number, sealed_units(H, self.job.secure.clients))
+            return encode(Message(number, self.base, Payload({}, {})))
         return message_of(H, self._windows.numel(), number, self.base)
 
     def remove(self) -> None:

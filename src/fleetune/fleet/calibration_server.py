@@ -16,7 +16,7 @@ from fleetune.common.shell import quoted
 from fleetune.compression.jobs.inputs import each_of
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates, SolveLayer
 from fleetune.compression.layerwise.federated import Answer, HessianReply, HessianSums, block_message, sharing
-from fleetune.errors import DataError, MessageError, UsageError
+from fleetune.errors import DataError, FleetError, MessageError, UsageError
 from fleetune.fleet import result
 from fleetune.fleet.orders import Device, Order
 from fleetune.fleet.remote import ROOM, RemoteFleet
@@ -30,6 +30,7 @@ from fleetune.tuning.exchange.aggregation import FEWEST
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, check, decode, encode
 from fleetune.tuning.result import finished
 from fleetune.tuning.rounds import rounds
+from fleetune.tuning.rounds.sealed import Summing
 
 AGREED: Final = "agreed.json"
 ON_THE_WAY: Final = 1 << 28  # bytes of answers
@@ -98,8 +99,15 @@ class Calibrators:
             listener.note(
                 f"{counted(len(tokens), 'device')} calibrate: of two, the sums are held against the smaller, of one against none"
             )
-        sums = HessianSums(base, tokens, heard, parts, claimed=True)
-        return FleetHessians(fleet, sums, model, parts), agreed
+        least = job.sealed.least if job.sealed else 0
+        if len(tokens) < least:
+            raise UsageError(
+                f"{counted(len(tokens), 'device')} calibrate: the run is sealed, and {least} are needed for a secure sum",
+                hint="wait for more: --wait; or give them more text: a larger --windows, or a smaller --length",
+            )
+        sums = HessianSums(base, tokens, heard, parts, claimed=True, least=least)
+        summing = Summing(job.sealed, job.run, parts, listener.note) if job.sealed else None
+        return FleetHessians(fleet, sums, model, parts, summing), agreed
 
     def _count(self, request: CompressRequest, devices: Devices) -> int:
         joined = sum(rows > 0 for rows in devices.rows)
@@ -113,9 +121,11 @@ class FleetHessians:
     Which layers share an input is not theirs to say: the server runs two tokens through the model for that.
     """
 
-    def __init__(self, fleet: RemoteFleet, sums: HessianSums, model: Model, parts: Path) -> None:
-        """`parts` holds the finished blocks."""
-        self.fleet, self.sums, self.parts = fleet, sums, parts
+    def __init__(
+        self, fleet: RemoteFleet, sums: HessianSums, model: Model, parts: Path, summing: Summing | None = None
+    ) -> None:
+        """`parts` holds the finished blocks; `summing` adds up where the run is sealed."""
+        self.fleet, self.sums, self.parts, self.summing = fleet, sums, parts, summing
         with torch.inference_mode():
             self._own = HiddenStates(model, torch.zeros(1, 2, dtype=torch.int64))
 
@@ -129,11 +139,39 @@ class FleetHessians:
         clients = sorted(self.sums.tokens)
         body = block_message(self.parts, number - 1, self.sums.base) if number else b""
         orders = {c: Order("block", number, c, body=body) for c in clients}
+        shared = sharing(self._own.hessians(number, linears))
+        if self.summing is not None:
+            done = self._held(number, orders, len(body))
+            widths = (linears[name].in_features for name, of in shared.items() if name == of)
+            units, why = self.summing.add_up(self.fleet, number, done, sum(C * (C + 1) // 2 for C in widths))
+            if units is None:
+                raise FleetError(
+                    f"block {number} has no secure sum: {why}", hint="compress without --calibrate"
+                )
+            return self.sums.unsealed(number, units, shared, linears)
         largest = sum(2 * linear.in_features * (linear.in_features + 1) for linear in linears.values())
         answers = self.fleet.give(orders, at_once=max(1, ON_THE_WAY // largest), room=largest + ROOM)
         found = (Answer(a.client, a.data, a.reason or a.status) for a in answers)
-        shared = sharing(self._own.hessians(number, linears))
         return self.sums.add_up(number, linears, found, len(body), shared)
+
+    def _held(self, number: int, orders: Mapping[int, Order], down: int) -> list[int]:
+        """Let the devices work on a block; return those that hold sums of it.  The others are left out from here on."""
+        assert self.summing is not None
+        if self.summing.pending(number):
+            return sorted(orders)
+        for answer in self.fleet.give(orders):
+            reason = answer.reason or answer.status
+            try:
+                if answer.data is not None:
+                    check(decode(answer.data), ReplySpec({}, {}), round=number, base=self.sums.base)
+                    reason = ""
+            except MessageError as error:
+                reason = error.message
+            if reason:
+                del self.sums.tokens[answer.client]
+            size, status = len(answer.data or b""), "refused" if reason else "ok"
+            self.sums.on_reply(HessianReply(number, answer.client, size, down, status, reason))
+        return sorted(self.sums.tokens)
 
     def advance(self, number: int) -> None:
         """Advance the server's own tokens; for the devices, the compressed block travels with the order for the next one."""
@@ -153,6 +191,8 @@ def _begun(request: CompressRequest, fleet: RemoteFleet, base: bytes, listener: 
 def _chosen(request: CompressRequest, fleet: RemoteFleet) -> list[int]:
     """Return the clients that calibrate: those that are there, or `request.clients` of them drawn by the seed."""
     ready = fleet.ready()
+    if fleet.job.secure is not None:  # more cannot be in a sum
+        ready = ready[: fleet.job.secure.clients]
     if request.clients > len(ready):
         raise UsageError(
             f"--clients {request.clients} are more than the {len(ready)} devices that are there",

@@ -31,7 +31,7 @@ T = TypeVar("T")
 TASKS: Final[Mapping[str, tuple[str, ...]]] = {  # and the orders that belong to each
     "tune": ("work", *STEPS),
     "eval": ("eval",),
-    "calibrate": ("begin", "block"),
+    "calibrate": ("begin", "block", *STEPS),
 }
 REFUSED: Final = b"refused"  # body of an "end" for a device that cannot take part
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there

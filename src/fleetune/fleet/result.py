@@ -10,13 +10,14 @@ from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, MessageError, UsageError
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.orders import Job, job_of
+from fleetune.fleet.orders import Job, Secure, job_of
 from fleetune.models.net.model import Model
 from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.noise import POOL
 from fleetune.tuning.exchange.messages import Scalar
 from fleetune.tuning.methods._zeroth import MOST_PASSES, MOST_POOLS, MOST_SWEEPS
+from fleetune.tuning.prepare import private
 from fleetune.tuning.result import finished
 
 FILE: Final = "file "  # begins the name of a file's bytes in a message
@@ -39,7 +40,10 @@ FILES: Final = frozenset(
 def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
     """Return what devices are told of a finished run whose result is measured, or calibrated in so many steps."""
     recipe, base = finished.recipe_of(folder), rundir.made_on(folder)["base"]
-    return job_of(recipe, run, base, rounds=steps, task=task, result=digest_of(finished.result_of(folder)))
+    least = private.least_of_run(recipe) if task == "calibrate" else 0
+    secure = Secure(recipe.clients, least, 1.0, 0.0) if least else None  # sums have no clip, and no noise
+    own = digest_of(finished.result_of(folder))
+    return job_of(recipe, run, base, rounds=steps, task=task, result=own, secure=secure)
 
 
 def digest_of(result: Path) -> str:

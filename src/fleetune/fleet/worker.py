@@ -330,7 +330,10 @@ class Worker:
         return loaded.calibration.begin(order.body)
 
     def _block(self, loaded: Loaded, order: orders.Order) -> bytes:
-        return loaded.calibration.block(order.round, order.body)
+        def hold(number: int, units: np.ndarray) -> None:
+            self._participant(loaded).hold(number, units)
+
+        return loaded.calibration.block(order.round, order.body, hold)
 
     @staticmethod
     def _stand_on(memories: Memories, order: orders.Order) -> None:
@@ -391,12 +394,12 @@ def load(job: orders.Job, brings: Brings, own: DeviceState) -> Loaded:
         raise orders.Declined("no-calibration")
     if job.task == "eval" and not aside:
         raise orders.Declined("no-evaluation")
-    if job.task == "tune":
-        if brings.least and (job.secure is None or job.secure.least < max(secagg.FEWEST, brings.least)):
-            raise orders.Declined("no-sum", max(secagg.FEWEST, brings.least))
-        if brings.epsilon and not job.hidden and not (job.secure and job.secure.noise):
-            raise orders.Declined("no-noise")
-    if brings.epsilon and job.sealed is not None:
+    least = max(secagg.FEWEST, brings.least)
+    if job.task != "eval" and brings.least and (job.secure is None or job.secure.least < least):
+        raise orders.Declined("no-sum", least)
+    if job.task == "tune" and brings.epsilon and not job.hidden and not (job.secure and job.secure.noise):
+        raise orders.Declined("no-noise")
+    if brings.epsilon and job.sealed is not None and job.task == "tune":
         own.spend(job, job.sealed, job.rounds, brings.delta, brings.epsilon, whole=True)
     folder = own.run(job.run)
     method = _method(job) if job.method else None

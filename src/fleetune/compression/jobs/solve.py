@@ -47,6 +47,7 @@ from fleetune.planning import compression_cost
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, RECORD, CompressRequest
 from fleetune.runs.listener import Listener
+from fleetune.tuning.prepare import private
 from fleetune.tuning.result import finished
 
 ORIGIN: Final = "origin.json"  # in the folder of finished blocks: what made them
@@ -402,7 +403,8 @@ def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | HessianS
         job.agreed.update(agreed)
         return source
     left = {client: own for client, own in job.shares.items() if client not in gone}
-    return ClientHessians(model, left or job.shares, parts, on_reply)
+    least = private.least_of_run(finished.recipe_of(Path(job.request.model)))
+    return ClientHessians(model, left or job.shares, parts, on_reply, least)
 
 
 # After ----------------------------------------------------------------------------------------------

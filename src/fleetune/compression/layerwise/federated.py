@@ -2,7 +2,9 @@
 
 Every device sends its sums of 2 x x^T over tokens for a block; the server adds them in float64, in the order of the clients,
 rounds once, solves the block and sends it back.  With one device the result is that of central calibration bit for bit.  The sums
-are private data: the rows of X can be recovered from X X^T when there are few of them.
+are private data: the rows of X can be recovered from X X^T when there are few of them.  Those of a sealed run are rounded to
+integers in units of `GRID`, and real devices mask them (`tuning/rounds/sealed.py`): no device counts less or is left out for its
+sums then, as nobody sees them.
 
 The server answers with the block's weights as the artefact has them, and `grids`: for each weight [bits, group, columns], or null
 for floats, as JSON.  A device is left out from its first reply that is damaged, not finite, not as agreed or no sum of x x^T, or
@@ -39,6 +41,7 @@ WARNING: Final = (
 )
 LARGEST: Final = 65504.0  # of an input of a layer: the largest number of fp16, far above what models compute
 ROUNDING: Final = 1e-3  # relative error of a sum in float32
+GRID: Final = 2.0**-20  # of the sums of a sealed run, which a secure sum adds up as integers
 SMALLEST: Final = 1e-37  # of a sum of squares that is not zero: a product with a zero input is then seen
 
 
@@ -82,11 +85,14 @@ class HessianSums:
         folder: Path,
         *,
         claimed: bool = False,
+        least: int = 0,
     ) -> None:
         """base: the first 8 bytes of the base model's digest; a block's messages lie in `folder` meanwhile.
 
         `claimed`: devices say themselves how many tokens they have, so none counts more of them than the median one.
+        `least`: devices of a sum at least, where it is that of a sealed run: of integers.
         """
+        self.least = least
         self.claimed = claimed
         self.base, self.tokens, self.on_reply, self.folder = base, dict(tokens), on_reply, folder
 
@@ -104,7 +110,7 @@ class HessianSums:
         (`sharing`); without it the first good answer does.  FleetError when no answer is good.
         """
         total: dict[str, Tensor] = {}
-        shared, reason = shared or {}, ""
+        shared, reason, kind = shared or {}, "", torch.int64 if self.least else torch.float64
         self.folder.mkdir(parents=True, exist_ok=True)
         with closing(Spool(self.folder)) as spool:
             taken = dict[int, _Taken]()
@@ -125,8 +131,11 @@ class HessianSums:
                 if not (reason := one.reason or beyond(one.squares, middles)):
                     share = min(1.0, usual_tokens / self.tokens[client])
                     for name, a in decode(spool.read(one.offset, one.size)).payload.arrays.items():
-                        added = total.setdefault(name, torch.zeros(a.size, dtype=torch.float64))
-                        added.add_(torch.from_numpy(a.astype(np.float64)), alpha=share)
+                        added = total.setdefault(name, torch.zeros(a.size, dtype=kind))
+                        if self.least:
+                            added.add_(torch.from_numpy(on_grid(name, a, len(taken))))
+                        else:
+                            added.add_(torch.from_numpy(a.astype(np.float64)), alpha=share)
                 else:
                     del self.tokens[client]
                 status = "refused" if reason else "ok"
@@ -136,8 +145,39 @@ class HessianSums:
                 f"no device is left in block {number}; the last: {reason}",
                 hint="compress without --calibrate",
             )
-        whole = {name: from_lower_triangle(lower, linears[name].in_features) for name, lower in total.items()}
+        if len(self.tokens) < self.least:
+            raise FleetError(
+                f"block {number} has no secure sum: {len(self.tokens)} devices are left, and {self.least} are needed",
+                hint="compress without --calibrate",
+            )
+        return self.whole(total, shared, linears)
+
+    def whole(
+        self, total: Mapping[str, Tensor], shared: Mapping[str, str], linears: Mapping[str, nn.Linear]
+    ) -> dict[str, Tensor]:
+        """Return the sums by layer, float32 [C, C], of the lower triangles of the distinct inputs."""
+        unit = GRID if self.least else 1.0
+        whole = {n: from_lower_triangle(t.double() * unit, linears[n].in_features) for n, t in total.items()}
         return {name: whole[shared[name]] for name in linears}
+
+    def unsealed(
+        self, number: int, units: np.ndarray, shared: Mapping[str, str], linears: Mapping[str, nn.Linear]
+    ) -> dict[str, Tensor]:
+        """Return the sums by layer of int64[d], a secure sum of `sealed_units`; FleetError where no inputs have them."""
+        names = sorted(name for name, of in shared.items() if name == of)
+        widths = [linears[name].in_features for name in names]
+        parts = np.split(units, np.cumsum([C * (C + 1) // 2 for C in widths])[:-1])
+        tokens = sum(self.tokens.values())
+        try:
+            for name, C, part in zip(names, widths, parts, strict=True):
+                check_sums(name, (part * GRID).astype(np.float32), C, tokens)
+        except MessageError as error:
+            raise FleetError(
+                f"the secure sum of block {number} is not usable: {error.message}; which device is wrong cannot be told",
+                hint="compress without --calibrate",
+            ) from error
+        total = {name: torch.from_numpy(part) for name, part in zip(names, parts, strict=True)}
+        return self.whole(total, shared, linears)
 
     def _checked(
         self,
@@ -199,6 +239,20 @@ def message_of(H: Mapping[str, Tensor], tokens: int, number: int, base: bytes) -
     arrays = {name: lower_triangle(H[name]).numpy() for name, of in shared.items() if name == of}
     texts = {name: of for name, of in shared.items() if name != of}
     return encode(Message(number, base, Payload(arrays, {"tokens": tokens, **texts})))
+
+
+def sealed_units(H: Mapping[str, Tensor], clients: int) -> np.ndarray:
+    """Return int64[d], what a device gives to a secure sum of so many at most: its lower triangles by name, on the grid."""
+    names = sorted(name for name, of in sharing(H).items() if name == of)
+    return np.concatenate([on_grid(name, lower_triangle(H[name]).numpy(), clients) for name in names])
+
+
+def on_grid(name: str, sums: np.ndarray, clients: int) -> np.ndarray:
+    """Return the nearest integers in units of `GRID`; MessageError for sums that so many devices could not add up."""
+    units = np.rint(sums.astype(np.float64) / GRID)
+    if not bool((np.abs(units) < 2.0**62 / clients).all()):
+        raise MessageError(f"'{name}' holds sums that are too large for a secure sum of {clients:,} devices")
+    return units.astype(np.int64)
 
 
 def sharing(H: Mapping[str, Tensor]) -> dict[str, str]:
@@ -306,10 +360,14 @@ class ClientHessians:
         windows: Mapping[int, Tensor],
         folder: Path,
         on_reply: Callable[[HessianReply], None],
+        least: int = 0,
     ) -> None:
-        """windows: int64 [n, length] by client, the same length for all.  `folder` holds the finished blocks."""
+        """windows: int64 [n, length] by client, the same length for all.  `folder` holds the finished blocks, `least` as in
+        `HessianSums`.
+        """
         self.base, self.folder = bytes.fromhex(model.digest)[:8], folder
-        self.sums = HessianSums(self.base, {c: own.numel() for c, own in windows.items()}, on_reply, folder)
+        tokens = {c: own.numel() for c, own in windows.items()}
+        self.sums = HessianSums(self.base, tokens, on_reply, folder, least=least)
         self._down = 0  # bytes of the compressed block before this one
         self._answered = -1  # the last block that devices have answered for
         with torch.inference_mode():

@@ -132,6 +132,11 @@ def least_of(clients: int) -> int:
     return max(secagg.FEWEST, -(-2 * clients // 3))
 
 
+def least_of_run(recipe: Recipe) -> int:
+    """Return how many clients are in every sum that the server of a run sees; 0 where it sees each reply."""
+    return least_of(recipe.clients) if recipe.privacy == SEALED else 0
+
+
 @dataclass(frozen=True)
 class Account:
     """The mechanism of a run, and how often it releases: of the client with the fewest rows where rows are hidden."""
