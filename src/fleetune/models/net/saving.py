@@ -21,6 +21,8 @@ from fleetune.models.families.foreign import short_error
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import mark_config
 
+ONE_FILE: Final = "1000TB"  # of weights: never several files
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -56,7 +58,7 @@ def save(
     if any(".base_layer." in name for name, _ in net.named_parameters()):
         raise ModelError("the model still carries adapters", hint="merge or detach them before saving")
     with staged(path, replace="config.json" if replace else None) as folder, disk_errors(path), quiet():
-        net.save_pretrained(folder, **({} if weights else {"state_dict": {}}))
+        net.save_pretrained(folder, max_shard_size=ONE_FILE, **({} if weights else {"state_dict": {}}))
         mark_config(folder)
         tokenizer.save_pretrained(folder)
         if card is not None:
@@ -65,9 +67,8 @@ def save(
 
 def written(net: transformers.PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights that `save` writes, by the names that they have in the file."""
-    left_out = net._keys_to_ignore_on_save or ()
-    state = {name: tensor for name, tensor in net.state_dict().items() if name not in left_out}
-    found: dict[str, Tensor] = revert_weight_conversion(net, remove_tied_weights_from_state_dict(state, net))
+    state = remove_tied_weights_from_state_dict(net.state_dict(), net)
+    found: dict[str, Tensor] = revert_weight_conversion(net, state)
     return found
 
 
