@@ -228,7 +228,10 @@ def _leaks(result: Result, job: Job, rows: list[Encoded], shadows: int) -> None:
             auc, kind = area(likelihood_ratios(seen, member), member), _kind(job, epsilon)
             _tell(result, Row(f"Membership AUC: {kind}", auc, 0.5, "", auc / 0.5), mechanism=rule.text)
             exposed, chance = inside_and_out(bits, member)
-            _tell(result, Row(f"Canary exposure: {kind}", exposed, chance, "bits", exposed / chance))
+            _tell(
+                result,
+                Row(f"Canary exposure: {kind}", exposed, chance, "bits", exposed / (chance or math.nan)),
+            )
 
 
 def canaries(model: Model, rng: np.random.Generator, count: int) -> list[Encoded]:
