@@ -76,11 +76,8 @@ def _quiet(about: dict[str, Any]) -> str:
     shares = [a["used_by_others"] for a in about.values() if a["used_by_others"] is not None]
     if not shares:
         return "This system does not say whether others used the machine meanwhile."
-    worst = max(shares)
-    word = (
-        "a quiet machine" if worst < 0.05 else "NOT a quiet machine: trust the CPU column and the minima more"
-    )
-    return f"Others used up to {worst:.0%} of the machine meanwhile: {word}."
+    word = "a quiet machine" if max(shares) < 0.05 else "trust the CPU column and the minima more"
+    return f"Others used up to {max(shares):.0%} of the machine meanwhile: {word}."
 
 
 def _write(

@@ -4,7 +4,7 @@
 
 The same fleet for all: 24 clients, three rounds of four, at most 256 tokens per row, 32 rows held out.  A client spends about
 as much on a round with each method: one pass over its rows with back-propagation, or as many forward passes.  `dolly` is
-databricks-dolly-15k.jsonl in the working directory (README.md), 320 rows split by category (Dirichlet, 0.5).  Runs are kept in
+databricks-dolly-15k.jsonl in the working directory (README.md), 160 rows split by category (Dirichlet, 0.5).  Runs are kept in
 FOLDER and not repeated; each ends in a line of the table, and the drawings are made from all that are there.
 """
 
@@ -26,23 +26,12 @@ from fleetune.report import svg
 from fleetune.runs.listener import Silent
 
 MODEL: Final = "smollm2-135m"
-SHARED: Final[dict[str, Any]] = {
-    "held_out": 32,
-    "max_length": 256,
-    "samples": 0,
-    "client_rows": 0,
-    "rounds": 3,
-    "participation": 0.167,
-}
-DOLLY: Final = {
-    "data": "databricks-dolly-15k.jsonl",
-    "limit": 320,
-    "clients": 24,
-    "partition": "dirichlet:0.5:category",
-}
+MEASURED: Final = {"held_out": 32, "max_length": 256, "samples": 0, "client_rows": 0}
+SHARED: Final = {**MEASURED, "rounds": 3, "participation": 0.167}
+PARTS: Final = {"limit": 160, "clients": 24, "partition": "dirichlet:0.5:category"}
 DATA: Final[dict[str, dict[str, Any]]] = {
     "demo": {"data": "demo", "partition": "column:client"},
-    "dolly": DOLLY,
+    "dolly": {"data": "databricks-dolly-15k.jsonl", **PARTS},
 }
 BATCH: Final = {"batch_size": 2}
 LORA: Final = {**BATCH, "lr": 2e-3, "r": 8, "alpha": 16, "dropout": 0.0}

@@ -228,9 +228,9 @@ def _leaks(result: Result, job: Job, rows: list[Encoded], shadows: int) -> None:
             auc, kind = area(likelihood_ratios(seen, member), member), _kind(job, epsilon)
             _tell(result, Row(f"Membership AUC: {kind}", auc, 0.5, "", auc / 0.5), mechanism=rule.text)
             exposed, chance = inside_and_out(bits, member)
+            times = exposed / (chance or math.nan)
             _tell(
-                result,
-                Row(f"Canary exposure: {kind}", exposed, chance, "bits", exposed / (chance or math.nan)),
+                result, Row(f"Canary exposure: {kind}", exposed, chance, "bits", times), mechanism=rule.text
             )
 
 
