@@ -1,7 +1,7 @@
 """Write an export again from its source, and name the first place that differs: file, byte and tensor."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,8 +88,9 @@ def _ways(path: Path, source: Subject) -> list[tuple[targets.Target, str, bool]]
     usual = {target.name: target.place(home, stem).name for target in able}
     names = [path.name]
     if path.suffix == export.GGUF:  # which holds the name that it was written under
-        own = header.read(path).values.get("general.name")
-        names += {name for name in usual.values() if Path(name).stem == own} - {path.name}
+        with suppress(ModelError):  # of a damaged head, whose first byte that differs is found
+            own = header.read(path).values.get("general.name")
+            names += {name for name in usual.values() if Path(name).stem == own} - {path.name}
     ways = [(target, name, usual[target.name] == path.name) for name in names for target in able]
     return sorted(ways, key=lambda way: not way[2])
 
