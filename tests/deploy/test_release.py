@@ -106,7 +106,7 @@ def test_another_signer_is_refused(run: Run, tmp_path: Path, config: Path) -> No
         release.check(one)
 
 
-def test_files_that_nobody_signed(run: Run, tmp_path: Path, config: Path) -> None:
+def test_files_that_nobody_signed(run: Run, tiny: str, tmp_path: Path, config: Path) -> None:
     place = signed(run, tmp_path / "one")
     (place / ".gitattributes").touch()  # which the hub adds
     (place / "adapter").mkdir()
@@ -114,6 +114,19 @@ def test_files_that_nobody_signed(run: Run, tmp_path: Path, config: Path) -> Non
     with pytest.raises(errors.ModelError, match=r"adapter/more\.py is not of the release"):
         release.check(place)
     shutil.rmtree(place / "adapter")
+    (place / "README.md").rename(place / "readme")
+    (place / "README.md").mkdir()
+    (place / "README.md" / "more.py").touch()
+    with pytest.raises(errors.ModelError, match=r"README\.md"):
+        release.check(place)
+    shutil.rmtree(place / "README.md")
+    (place / "readme").rename(place / "README.md")
+    with pytest.MonkeyPatch.context() as patch:  # exports of a release lie beside it
+        patch.chdir(tmp_path)
+        shutil.copytree(tiny, "tiny")  # its base, as it names it
+        fleetune.export("one", to="hf")
+        assert (tmp_path / "one-hf").is_dir()
+    assert release.check(place)
     (place / "README.md").write_text("better")
     with pytest.raises(errors.ModelError, match=r"README\.md is not what was written"):
         fleetune.verify(place)

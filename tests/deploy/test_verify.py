@@ -207,6 +207,32 @@ def test_consistent_forgeries_end_at_what_they_stand_on(
         proven("alone", "./tiny")  # it says so itself, but its other tensors are those of the run
 
 
+def test_a_file_that_nobody_wrote_is_named(made: Path, tmp_path: Path) -> None:
+    for folder, part in ((f"runs/{CODES}", "model"), (f"runs/{RUN}/hf", ""), (f"runs/{ADAPTER}", "adapter")):
+        for name in ("chat_template.jinja.evil", "README.md/evil.py"):
+            odd = Path(folder, part, name)
+            if name.startswith("README"):
+                odd.parent.rename(tmp_path / "README.md") if odd.parent.exists() else None
+                odd.parent.mkdir()
+            odd.touch()
+            with pytest.raises(errors.ModelError, match=name.partition("/")[0]):
+                proven(folder, "1") if folder.endswith("hf") else proven(folder)
+            odd.unlink()
+            if name.startswith("README"):
+                odd.parent.rmdir()
+                shutil.move(tmp_path / "README.md", odd.parent) if (tmp_path / "README.md").exists() else None
+
+
+def test_a_head_whose_length_is_wrong_differs_in_its_bytes(made: Path) -> None:
+    file = Path(f"runs/{RUN}/hf/model.safetensors")
+    for at, bit in ((4, 3), (6, 6), (7, 7)):
+        with (
+            flipped(file, at, bit),
+            pytest.raises(errors.ModelError, match=rf"differs in byte {at}, in its head"),
+        ):
+            proven(f"runs/{RUN}/hf")
+
+
 def test_a_ledger_without_a_digest_has_nothing_to_verify(made: Path, tmp_path: Path) -> None:
     file = tmp_path / "double.safetensors"
     ledgers.load(f"runs/{RUN}/ledger.safetensors").scale(2).save(file)

@@ -300,6 +300,10 @@ def test_of_a_sealed_run_the_server_sees_sums_alone(tmp_path: Path, monkeypatch:
     compressed(link, heard, windows=15)
     assert digest(heard) == digest(want)
     assert seen == [{}] * 3
+    with pytest.raises(DataError, match="it has calibrated one compression"):
+        compressed(Direct(link.workers), Heard(), windows=15)  # of other members, it would show one device's
+    for noted in tmp_path.rglob("calibrated.json"):
+        noted.unlink()
 
     link = Direct({f"k{c}": worker(c) for c in range(3)})
     link.change = lambda key, order, reply: (
@@ -307,6 +311,11 @@ def test_of_a_sealed_run_the_server_sees_sums_alone(tmp_path: Path, monkeypatch:
     )
     with pytest.raises(FleetError, match="block 0 has no secure sum: 2 clients are left, and 3 are needed"):
         compressed(link, Heard(), windows=15)
+    heard = Heard()
+    with pytest.raises(FleetError, match="block 0 has no secure sum") as again:
+        resumed(Direct(link.workers), heard)
+    assert "none masks a block twice" in str(again.value.hint)
+    assert not heard.of("client")  # nobody is asked again, or left out
     reply = Reply.decode(worker(2, least=4).answer(jobs[0]))
     assert (reply.what, reply.code) == ("refused", "no-sum 4")
 

@@ -14,7 +14,9 @@ from fleetune.common.files import write_atomic
 from fleetune.errors import ModelError
 
 FILE: Final = "SHA256SUMS"
-LEFT_OUT: Final = (FILE, "README.md")
+SIGNATURE: Final = f"{FILE}.sig"  # of a release
+README: Final = "README.md"
+LEFT_OUT: Final = (FILE, README)
 LINE: Final = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+(?:/[^/\\\0]+)*)")
 
 
@@ -68,6 +70,13 @@ def faults(folder: Path, only: Collection[str] = ()) -> Iterator[tuple[str, str]
                 name,
                 f"{file} is not what was written: its SHA-256 is {found:.16}.., {FILE} states {expected:.16}..",
             )
+
+
+def unlisted(folder: Path) -> list[str]:
+    """Return what lies in a folder and is not named by its list; hidden files, such as a hub adds, are left out."""
+    listed = {line[66:] for line in (folder / FILE).read_text(encoding="utf-8").splitlines()}
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+    return sorted(name for name in there - listed - {FILE, SIGNATURE} if not name.startswith("."))
 
 
 def check(folder: Path, *, remedy: str, only: Collection[str] = ()) -> None:

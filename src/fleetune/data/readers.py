@@ -211,7 +211,7 @@ def require_text(source: str, hint: str, flag: str = "--text") -> None:
 
 
 def _utf8_fix(shown: str) -> str:
-    return f"save it as UTF-8, for example: iconv -f latin1 -t utf-8 {quoted(shown)} (or -f utf-16)"
+    return f"save it as UTF-8, for example: iconv -f cp1252 -t utf-8 {quoted(shown)} (or -f utf-16)"
 
 
 def _json_fault(error: Exception) -> str:

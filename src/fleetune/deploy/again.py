@@ -82,6 +82,8 @@ class Again:
             places = {tensor: start for tensor, start, _ in tensors_of(file)}
         except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
             places = {}  # of a head that differs
+        size = file.stat().st_size if file.is_file() else 0
+        places = {n: start for n, start in places.items() if type(start) is int and 0 <= start <= size}
 
         def parts() -> Iterator[tuple[int, Any]]:
             table = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
@@ -116,18 +118,22 @@ def difference(path: Path, made: Path, seen: Iterable[str] = ()) -> Difference:
     """
     if not made.is_dir():
         return _of_bytes(path, made)
-    left_out = {*sums.LEFT_OUT, *seen}
-    names = [{p.name for p in folder.iterdir() if p.name not in left_out} for folder in (path, made)]
+    equal = sum((path / name).stat().st_size for name in seen)
+    names = [{p.name for p in folder.iterdir() if p.name not in seen} for folder in (path, made)]
+    if (path / sums.README).is_file():
+        names = [each - {sums.README} for each in names]
     if odd := sorted(names[0] ^ names[1]):
-        return Difference(0, f"{path / odd[0]} is {'missing' if odd[0] in names[1] else 'not of it'}")
+        return Difference(equal, f"{path / odd[0]} is {'missing' if odd[0] in names[1] else 'not of it'}")
     found = [_of_bytes(path / name, made / name) for name in sorted(names[0])]
     return Difference(
-        sum(each.equal for each in found), next((each.words for each in found if each.words), "")
+        equal + sum(each.equal for each in found), next((each.words for each in found if each.words), "")
     )
 
 
 def _of_bytes(path: Path, made: Path) -> Difference:
     at = 0
+    if not path.is_file():
+        return Difference(0, f"{path} is no file")
     with path.open("rb") as one, made.open("rb") as other:
         while True:
             a, b = one.read(CHUNK), other.read(CHUNK)
@@ -155,6 +161,8 @@ def tensors_of(path: Path) -> Iterator[tuple[str, int, int]]:
     elif path.suffix == SAFETENSORS:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
+            if size > path.stat().st_size:
+                raise ValueError("a head that is longer than its file")
             head: Mapping[str, Any] = json.loads(file.read(size))
         for name, entry in head.items():
             if name != "__metadata__":

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fleetune import models
+from fleetune.common import sums
 from fleetune.common.events import ExportChecked, ExportDone
 from fleetune.common.files import default_mode, storage_error
 from fleetune.common.folders import appeared, locked, scratch, staged
@@ -98,7 +99,9 @@ def export(
 def _of_run(
     run: Run, target: Target, path: Path | None, text: str | None, listener: Listener, *, offline: bool
 ) -> ExportResult:
-    recipe, out = run.recipe, path or target.place(run.folder)
+    signed = (run.folder / sums.SIGNATURE).is_file()  # a release, to which nothing is added
+    usual = target.place(Path("."), run.folder.name) if signed else target.place(run.folder)
+    recipe, out = run.recipe, path or usual
     check_place(target, out)
     _require_codes(target, str(run.folder))
     base = Plain(recipe.model)

@@ -36,7 +36,7 @@ with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed
     from cryptography.hazmat.primitives import serialization as forms
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-SIGNATURE: Final = f"{sums.FILE}.sig"
+SIGNATURE: Final = sums.SIGNATURE
 SIGNER: Final = "signer.pub"
 NAMESPACE: Final = b"file"
 HASH: Final = b"sha512"
@@ -124,10 +124,7 @@ def check(folder: Path, signer: str = "") -> str:
             raise ModelError(f"{folder} was signed by {known}, not by {signer}", hint=hint)
     if found := [words for _, words in sums.faults(folder)]:
         raise ModelError("\n  ".join(found), hint=hint)
-    listed = {line[66:] for line in (folder / sums.FILE).read_text(encoding="utf-8").splitlines()}
-    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
-    there = {name for name in there if not name.startswith(".")}  # the hub adds .gitattributes
-    if odd := sorted(there - listed - {sums.FILE, SIGNATURE}):
+    if odd := sums.unlisted(folder):
         raise ModelError(f"{folder / odd[0]} is not of the release: nobody signed it", hint="remove it")
     return fingerprint(key)
 

@@ -124,6 +124,11 @@ def _files(folder: Path) -> Links:
         return
     if found := [words for _, words in sums.faults(folder)]:
         raise ModelError("\n  ".join(found), hint=AGAIN)
+    odd = [name for name in sums.unlisted(folder) if name != sums.README]
+    if odd and not (folder / "run.toml").is_file():  # to a run's folder one adds what one likes
+        raise ModelError(
+            f"{folder / odd[0]} is not of what was written: {sums.FILE} does not name it", hint="remove it"
+        )
     count = (folder / sums.FILE).read_bytes().count(b"\n")
     yield _proven(f"files of {folder.name}", f"{count}, all as they were written")
 

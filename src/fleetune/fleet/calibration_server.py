@@ -33,6 +33,8 @@ from fleetune.tuning.rounds import rounds
 from fleetune.tuning.rounds.sealed import Summing
 
 AGREED: Final = "agreed.json"
+FAILED: Final = "sum-failed"  # why, in words
+ONCE: Final = "compress without --calibrate; or anew, once the devices have removed their calibrated.json: none masks a block twice"
 ON_THE_WAY: Final = 1 << 28  # bytes of answers
 
 
@@ -141,13 +143,15 @@ class FleetHessians:
         orders = {c: Order("block", number, c, body=body) for c in clients}
         shared = sharing(self._own.hessians(number, linears))
         if self.summing is not None:
+            if (failed := self.parts / FAILED).is_file():
+                raise FleetError(failed.read_text("utf-8"), hint=ONCE)
             done = self._held(number, orders, len(body))
             widths = (linears[name].in_features for name, of in shared.items() if name == of)
             units, why = self.summing.add_up(self.fleet, number, done, sum(C * (C + 1) // 2 for C in widths))
             if units is None:
-                raise FleetError(
-                    f"block {number} has no secure sum: {why}", hint="compress without --calibrate"
-                )
+                words = f"block {number} has no secure sum: {why}"
+                write_atomic(failed, words)
+                raise FleetError(words, hint=ONCE)
             return self.sums.unsealed(number, units, shared, linears)
         largest = sum(2 * linear.in_features * (linear.in_features + 1) for linear in linears.values())
         answers = self.fleet.give(orders, at_once=max(1, ON_THE_WAY // largest), room=largest + ROOM)

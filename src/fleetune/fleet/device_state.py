@@ -90,9 +90,12 @@ class DeviceState:
         """Allow sums of the job's result over so many windows of the rows with this digest, and `note` that they leave.
 
         Return whether they were noted before.  Declined where others were, of another result, base or type: the difference of
-        two sums over nearly the same tokens shows the tokens, and so do sums of many models that are made for it.
+        two sums over nearly the same tokens shows the tokens, and so do sums of many models that are made for it.  Of a sealed
+        run, also where they were in another run's sums, or in sums of other members at most: two of them show one device's.
         """
         model = job.reading + job.train + job.result
+        if job.secure is not None:
+            model += f" {job.run} {job.secure}"
         file, wanted = self.folder / CALIBRATED, [self.keyed(rows), self.keyed(model), windows, length]
         if known := file.exists():
             if (before := _noted(file, on=list, blocks=dict))["on"] != wanted:

@@ -176,7 +176,7 @@ def unmask(
             if v in survivors
             else (lambda s, v=v: _public(s) == keys[v][:SECRET])
         )
-        secret = _put_together(v, shares, least, announced, liars)
+        secret = _put_together(v, shares, least, announced, liars, len(revealed))
         if v in survivors:
             add_stream(found, _derived(secret, context + b"seed"), -1)
         else:
@@ -186,11 +186,21 @@ def unmask(
 
 
 def _put_together(
-    member: int, shares: Mapping[int, int], t: int, announced: Callable[[bytes], bool], liars: set[int]
+    member: int,
+    shares: Mapping[int, int],
+    t: int,
+    announced: Callable[[bytes], bool],
+    liars: set[int],
+    heard: int,
 ) -> bytes:
-    """Return a member's secret by t of its shares; one that lies and is found is added to the `liars`."""
+    """Return a member's secret by t of its shares; one that lies and is found is added to the `liars`.
+
+    `heard` is the number of holders that have revealed what they could read.
+    """
     for left_out in (-1, *sorted(shares)):
         holders = tuple(sorted(h for h in shares if h != left_out and h not in liars)[:t])
+        if len(holders) < t <= heard and not liars:
+            raise WrongSharesError(member)  # so many would have it, had it given them what can be read
         if len(holders) < t:
             raise MessageError(f"{len(shares)} shares of member {member} are there, and {t} are needed")
         number = sum(c * shares[h] for c, h in zip(coefficients(holders), holders, strict=True)) % P

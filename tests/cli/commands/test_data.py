@@ -245,7 +245,7 @@ def test_bad_rows_from_standard_input_name_no_file_that_is_gone(at, capsys, monk
     err = refused(capsys, *words)
     assert "error: 2 bad rows in standard input\n  standard input:2: not JSON" in err
     assert "  standard input:3: not UTF-8" in err
-    assert "iconv -f latin1 -t utf-8 rows.jsonl " in err
+    assert "iconv -f cp1252 -t utf-8 rows.jsonl " in err
     assert "fleetune-rows-" not in err
 
 

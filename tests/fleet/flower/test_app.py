@@ -107,9 +107,11 @@ def test_a_supernode_has_a_budget_and_a_smallest_sum_of_its_own(place: Path) -> 
         context.node_config["smallest-sum"] = 3
     with pytest.raises(FleetError, match="it takes part in secure sums alone, of 3 devices or more"):
         run(grid)
-    own = {"data": "rows", "smallest-sum": 4, "epsilon": 8, "delta": 1e-6}
+    own = {"data": "rows", "smallest_sum": 4, "epsilon": 8, "delta": 1e-6, "state": "own"}
     brings, _ = client_app.brought(own, 5)
     assert (brings.least, brings.epsilon, brings.delta) == (4, 8, 1e-6)
+    with pytest.raises(UsageError, match="needs a folder that keeps the account"):
+        client_app.brought({"data": "rows", "epsilon": 8}, 5)
     for name, value in (
         ("smallest-sum", -1),
         ("smallest-sum", 2.5),

@@ -259,6 +259,14 @@ def test_a_gradient_is_the_mean_of_the_rows_clipped_gradients(rows, monkeypatch)
         expected = sum(g[name] * min(1, clip / n) for g, n in zip(each, norms, strict=True)) / 5
         assert p.grad is not None
         assert torch.allclose(p.grad.double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-6 * clip)
+    drawn = []
+    monkeypatch.setattr(
+        _adapter, "loss_tensor", lambda model, row: drawn.append(torch.rand(1)) or loss_tensor(model, row)
+    )
+    for _ in range(2):
+        torch.manual_seed(3)
+        _adapter.hide_rows(model, batch, Privacy(clip, 1.0, 1.0, 5), parameters)
+    assert len({float(mask) for mask in drawn}) == 10  # of dropout: no seed that anybody knows gives them
     adapters.detach(model)
 
 

@@ -199,6 +199,13 @@ def test_what_was_held_for_one_sum_is_not_given_to_another(tmp_path):
     for other in (dataclasses.replace(SEALED, least=4), dataclasses.replace(SEALED, noise=1.0)):
         with pytest.raises(MessageError, match="nothing to add up"):
             Participant.kept("", other, file).answer("keys", 4, 0, begun)
+    masked = Participant.kept("", SEALED, file)
+    assert masked.member is not None
+    masked.member.arrived = {1: b"a share"}
+    masked._keep(masked.member)
+    for terms in (SEALED, dataclasses.replace(SEALED, clip=2.0)):
+        with pytest.raises(MessageError, match="round 4 has been summed already"):
+            Participant.kept("", terms, file).hold(4, np.array([1, 2, 3]))
     with pytest.raises(MessageError, match="summed already"):
         Participant.kept("", SEALED, file).hold(3, np.array([1, 2, 3]))
 

@@ -26,6 +26,7 @@ from fleetune.tuning.methods import Reply
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.rounds.replies import Replies, stored
+from fleetune.tuning.run import removal
 from fleetune.tuning.run.removal import without_client
 
 FEW: dict[str, Any] = command_line.FEW | {"clients": 4, "rounds": 3, "client_rows": 0, "keep_replies": True}
@@ -160,6 +161,16 @@ def test_what_cannot_keep_replies_is_refused(changed):
     said = "keep_replies needs a method that leaves a ledger, and privacy = none"
     with pytest.raises(RecipeError, match=said):
         prepare.check(recipes.make(given))
+
+
+def test_a_client_is_named_by_its_name_or_number(kept, monkeypatch):
+    events = [{"event": "start", "names": ["north", "3", "south"]}]
+    monkeypatch.setattr(removal.rundir, "events", lambda run: iter(events))
+    known = {"north": (0, "north"), "2": (2, "south"), "3": (1, "3"), "9": (9, "")}
+    assert {text: removal.client_of(kept.folder, text) for text in known} == known
+    with pytest.raises(UsageError, match="has no client 'west'") as refused:
+        removal.client_of(kept.folder, "west")
+    assert refused.value.hint == "its clients: 0 north, 1 3, 2 south"
 
 
 def test_what_cannot_be_removed_is_refused(kept, tiny, tmp_path, monkeypatch):

@@ -61,7 +61,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--round", type=int, help="for truncate: the last round that stays; for drop: the round left out"
     )
-    sub.add_argument("--client", type=int, help="for drop: the client left out, by its number in the report")
+    sub.add_argument(
+        "--client", help="for drop: the client left out, by its name in the report or its number"
+    )
     sub.add_argument("--factor", type=float, help="for scale: what all steps are multiplied by")
     sub.add_argument("--threads", type=int, help="threads of the replay (default: all)")
 
@@ -212,10 +214,12 @@ def _derive(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
         case "scale":
             made = ledger.scale(args.factor)
         case "drop" if args.client is not None:
-            from fleetune.tuning.run.removal import without_client
+            from fleetune.tuning.run import removal
 
             folder, name = paths[0].parent, args.model or ""
-            made = without_client(folder, args.client, ledger, name, offline=args.offline, base=args.base)
+            client, called = removal.client_of(folder, args.client)
+            made = removal.without_client(folder, client, ledger, name, offline=args.offline, base=args.base)
+            ui.note(f"without client {client}{f', {called}' * bool(called)}")
         case "drop":
             made = ledger.drop(args.round)
         case _:

@@ -78,7 +78,12 @@ def brought(config: Mapping[str, Any], node: int) -> tuple[Brings, Path]:
 
     Declined without rows, UsageError for a value that is none.  Other names are those of other apps.
     """
+    config = {name.replace("_", "-"): value for name, value in config.items()}
     data = str(config.get("data", ""))
+    if config.get("epsilon") and "state" not in config:
+        raise UsageError(
+            "a SuperNode with an epsilon needs a folder that keeps the account, whatever its number: state=DIR"
+        )
     if not data:
         raise Declined("no-data")
     threads = config.get("threads", 0)

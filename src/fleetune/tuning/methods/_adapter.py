@@ -17,6 +17,7 @@ start from the seed and is sent all planes, or the module where that is less.  S
 """
 
 import math
+import secrets
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -487,7 +488,12 @@ class Steps:
 
 
 def hide_rows(model: Model, batch: Batch, privacy: Privacy, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Leave the mean gradient with each row hidden: DP-SGD's (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1)."""
+    """Leave the mean gradient with each row hidden: DP-SGD's (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1).
+
+    Dropout draws secret masks: of known ones, in turn, a row more would change those of the rows after it, and so the sum by
+    more than its own gradient.
+    """
+    torch.manual_seed(secrets.randbits(63))
     total = PrivateSum(privacy, {name: np.zeros(tuple(p.shape)) for name, p in parameters.items()})
     for row in batch.single_rows():
         loss_tensor(model, row).backward()  # type: ignore[no-untyped-call]

@@ -155,11 +155,12 @@ class TuneJob:
         return _asked(self.recipe, len(self.rows))
 
     def about_rows(self) -> list[str]:
-        """Say which rows are left out, which are cut, and which held-out ones are trained on too; [] for none."""
+        """Say which rows are left out, which are cut, and which held-out ones are trained on too; [] for none, or hidden ones."""
         rows, parts = len(self.split.examples), self.split
+        if self.recipe.privacy != private.NONE:  # it would tell of rows
+            return []
         found = encode.cut_remarks(parts.notes, rows, self.dropped, self.cut, self.recipe.max_length)
-        hidden = self.recipe.privacy != private.NONE  # it would tell of rows
-        return [*found, *(() if hidden else parts.about_held())]
+        return [*found, *parts.about_held()]
 
     def about_time(self) -> list[str]:
         """Say how long the run takes, and what would make a long one shorter; [] where it was not estimated."""

@@ -98,8 +98,8 @@ class Participant:
         try:
             message = decode(read_bytes(file), any_size=True)
             found.round = message.round
+            found.member = _member(file.with_suffix(STEPS), found.round)
             if message.payload.scalars["terms"] == sealed.text:  # else it was made for another sum
-                found.member = _member(file.with_suffix(STEPS), found.round)
                 found.vector = message.payload.array("vector").copy()
         except FileNotFoundError:
             pass

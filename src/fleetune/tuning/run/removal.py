@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from fleetune.errors import FAULTS, LedgerError, UsageError
+from fleetune.runs import rundir
 from fleetune.seeds.ledger import Ledger
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.aggregation import IN_MEMORY, Spool, parse
@@ -20,6 +21,18 @@ from fleetune.tuning.rounds.replies import stored
 from fleetune.tuning.run.run import first_state
 
 CHANGED: Final = "they were changed after the run: bring them back as they were"
+
+
+def client_of(run: Path, text: str) -> tuple[int, str]:
+    """Return the number and the name ("" without one) of a run's client, from either; UsageError where there is none."""
+    started = next((event for event in rundir.events(run) if event["event"] == "start"), {})
+    names = [str(name) for name in started.get("names") or ()]
+    if text in names:
+        return names.index(text), text
+    if text.isdecimal():
+        return int(text), names[int(text)] if int(text) < len(names) else ""
+    known = f"its clients: {', '.join(f'{i} {name}' for i, name in enumerate(names))}" if names else None
+    raise UsageError(f"{run} has no client {text!r}", hint=known)
 
 
 def without_client(
