@@ -34,7 +34,7 @@ from fleetune.tuning.rounds.sealed import Summing
 
 AGREED: Final = "agreed.json"
 FAILED: Final = "sum-failed"  # why, in words
-ONCE: Final = "compress without --calibrate; or anew, once the devices have removed their calibrated.json: none masks a block twice"
+ONCE: Final = "compress without --calibrate; or anew, once the devices removed their calibrated.json: none masks a block twice"
 ON_THE_WAY: Final = 1 << 28  # bytes of answers
 
 
