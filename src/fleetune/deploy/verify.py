@@ -118,14 +118,16 @@ def _base(name: str, digest: str) -> LinkVerified:
 # ---------------------------------------------------------------- files as they were written
 
 
-def _files(folder: Path) -> Links:
-    """Compare files with the list in their folder; ModelError that names all that are not as they were written."""
+def _files(folder: Path, *, alone: bool = False) -> Links:
+    """Compare files with the list in their folder; ModelError that names all that are not as they were written.
+
+    With `alone`, no other may lie beside them.
+    """
     if not (folder / sums.FILE).is_file():
         return
     if found := [words for _, words in sums.faults(folder)]:
         raise ModelError("\n  ".join(found), hint=AGAIN)
-    odd = [name for name in sums.unlisted(folder) if name != sums.README]
-    if odd and not (folder / "run.toml").is_file():  # to a run's folder one adds what one likes
+    if alone and (odd := [name for name in sums.unlisted(folder) if name != sums.README]):
         raise ModelError(
             f"{folder / odd[0]} is not of what was written: {sums.FILE} does not name it", hint="remove it"
         )
@@ -212,7 +214,7 @@ def _of_adapter(folder: Path, parents: Parents) -> Links:
         return
     if not (folder / sums.FILE).is_file():
         raise UsageError(f"{folder} has no {sums.FILE}", hint="verify the run that it is of")
-    yield from _files(folder)
+    yield from _files(folder, alone=True)
     yield _declared(
         "base", "an adapter alone proves neither its base nor its run: verify the run, or a release"
     )
@@ -246,7 +248,7 @@ def _files_of_run(run: Run) -> Links:
     yield from _files(run.folder)
     done, result = finished.stated_by(run.folder), run.result
     if result.is_dir():
-        yield from _files(result)
+        yield from _files(result, alone=True)
     listed = result / sums.FILE if result.is_dir() else result
     if (stated := done.get("result_sha256")) and stated != (now := sums.sha256(listed)):
         raise ModelError(
@@ -305,7 +307,7 @@ def _declared_by(run: Run) -> Links:
 
 def _of_compressed(found: Compressed, parents: Parents) -> Links:
     model = found.artefact or found.home / "model"
-    yield from _files(model)
+    yield from _files(model, alone=True)
     if compression_folder.is_one(model.parent):
         found = Compressed(model.parent)
     model, request = found.model, found.request
