@@ -207,20 +207,24 @@ def test_consistent_forgeries_end_at_what_they_stand_on(
         proven("alone", "./tiny")  # it says so itself, but its other tensors are those of the run
 
 
-def test_a_file_that_nobody_wrote_is_named(made: Path, tmp_path: Path) -> None:
-    for folder, part in ((f"runs/{CODES}", "model"), (f"runs/{RUN}/hf", ""), (f"runs/{ADAPTER}", "adapter")):
-        for name in ("chat_template.jinja.evil", "README.md/evil.py"):
-            odd = Path(folder, part, name)
-            if name.startswith("README"):
-                odd.parent.rename(tmp_path / "README.md") if odd.parent.exists() else None
-                odd.parent.mkdir()
-            odd.touch()
-            with pytest.raises(errors.ModelError, match=name.partition("/")[0]):
-                proven(folder, "1") if folder.endswith("hf") else proven(folder)
-            odd.unlink()
-            if name.startswith("README"):
-                odd.parent.rmdir()
-                shutil.move(tmp_path / "README.md", odd.parent) if (tmp_path / "README.md").exists() else None
+@pytest.mark.parametrize("folder", [f"runs/{CODES}/model", f"runs/{RUN}/hf", f"runs/{ADAPTER}/adapter"])
+def test_a_file_that_nobody_wrote_is_named(folder: str, made: Path, tmp_path: Path) -> None:
+    subject = {"model": str(Path(folder).parent), "adapter": str(Path(folder).parent)}.get(
+        Path(folder).name, folder
+    )
+    odd, readme = Path(folder, "chat_template.jinja.evil"), Path(folder, "README.md")
+    odd.touch()
+    with pytest.raises(errors.ModelError, match=odd.name):
+        proven(subject)
+    odd.unlink()
+    kept = readme.rename(tmp_path / "kept") if readme.exists() else None
+    (readme / "x").mkdir(parents=True)
+    (readme / "x" / "evil.py").touch()
+    with pytest.raises(errors.ModelError, match=r"README\.md"):
+        proven(subject)
+    shutil.rmtree(readme)
+    if kept is not None:
+        shutil.move(kept, readme)
 
 
 def test_a_head_whose_length_is_wrong_differs_in_its_bytes(made: Path) -> None:

@@ -201,6 +201,11 @@ def test_shares_that_cannot_be_read_harm_nobody_else():
     with pytest.raises(WrongSharesError) as error:
         found.sum()
     assert error.value.member == 1
+    framed = whole(4, 4)
+    del framed.revealed[2][1]  # one that says so alone blames nobody
+    with pytest.raises(MessageError, match="3 shares of member 1 are there") as alone:
+        framed.sum()
+    assert not isinstance(alone.value, WrongSharesError)
     for u in (2, 3, 4):  # too few are heard to tell who is to blame
         del found.revealed[u]
     with pytest.raises(MessageError, match="shares of member 0 are there") as few:

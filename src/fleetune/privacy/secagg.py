@@ -197,10 +197,10 @@ def _put_together(
 
     `heard` is the number of holders that have revealed what they could read.
     """
+    if t <= heard and shares.keys() <= {member}:  # nobody could read what it gave: one alone cannot say so
+        raise WrongSharesError(member)
     for left_out in (-1, *sorted(shares)):
         holders = tuple(sorted(h for h in shares if h != left_out and h not in liars)[:t])
-        if len(holders) < t <= heard and not liars:
-            raise WrongSharesError(member)  # so many would have it, had it given them what can be read
         if len(holders) < t:
             raise MessageError(f"{len(shares)} shares of member {member} are there, and {t} are needed")
         number = sum(c * shares[h] for c, h in zip(coefficients(holders), holders, strict=True)) % P
