@@ -21,7 +21,7 @@ import numpy as np
 
 import fleetune
 from fleetune.common.display import human_bytes
-from fleetune.common.events import RoundDone
+from fleetune.common.events import ClientReply, RoundDone
 from fleetune.report import svg
 from fleetune.runs.listener import Silent
 
@@ -88,7 +88,8 @@ class _Clock(Silent):
         now = time.process_time()
         if isinstance(event, RoundDone):
             self.rounds.append(now - self.began)
-        self.began = now
+        if not isinstance(event, ClientReply):
+            self.began = now
 
 
 def _file(folder: Path, data: str, name: str, seed: int) -> Path:
