@@ -148,6 +148,21 @@ def test_each_way_through_the_kernel(kernels, dtype, K):
                 check(kernels, weights(4, n, dtype), start, 5, passes, 1e-2, probe, threads=3, block=TILE)
 
 
+@each_backend
+@given(
+    K=st.sampled_from([1, 64, 128, 512, 16384]),
+    start=st.one_of(st.integers(0, 3 * TILE), st.integers(0, 2**52)),
+    n=st.one_of(st.integers(0, 300), st.integers(301, 3 * TILE)),
+    run_key=st.integers(0, 2**64 - 1),
+    id=st.sampled_from([0, 3, 2**32 - 1]),
+)
+@settings(max_examples=60)
+def test_a_fold_adds_in_the_order_of_the_elements(kernels, K, start, n, run_key, id):
+    x, want = weights(K, n, torch.float32), np.zeros(K, np.float32)
+    np.add.at(want, noise.places(K, start, n), noise.signs(run_key, id, start, n) * x.numpy())
+    assert_same(kernels.fold(x, start, run_key, id, K), torch.from_numpy(want))
+
+
 @pytest.mark.parametrize("gaussian", [False, True])
 @pytest.mark.parametrize("units", [1, 5, 100])
 def test_directions_whose_words_are_made_together_stay_apart(monkeypatch, gaussian, units):

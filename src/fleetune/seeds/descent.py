@@ -31,7 +31,7 @@ from fleetune.evaluation.objectives import Objective, loss_tensor
 from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.privacy.mechanism import PrivateSum
-from fleetune.seeds.noise import derive, fwht, passes, philox4x32, places, probe
+from fleetune.seeds.noise import derive, fwht, passes, philox4x32, probe
 from fleetune.seeds.view import Tape, Unpaired, View
 from fleetune.seeds.weights import CHUNK, MovedWeights
 
@@ -237,8 +237,6 @@ def uniforms(key: int, domain: str, count: int) -> np.ndarray:
 
 # --- a gradient along the pool ------------------------------------------------------------------------------
 
-ONE = np.ones(1, np.float32)
-
 
 class Projection:
     """Folds gradients as backward makes them (the `sink` of a tape); `take` returns the slopes along the pool."""
@@ -253,13 +251,11 @@ class Projection:
         gradient: of any shape and float type, row-major; start: the global index of its first element.  Sums within a
         chunk are float32, of chunks float64.
         """
-        flat, K = gradient.detach().reshape(-1), len(self.sums)
+        flat, weights = gradient.detach().reshape(-1), self.weights
         for lo in range(0, flat.numel(), CHUNK):
             x = flat[lo : lo + CHUNK].float()
-            signs = torch.zeros_like(x)
-            self.weights.sweep(signs, signs, start + lo, None, (self.epoch, ONE))
-            where = torch.from_numpy(places(K, start + lo, x.numel())).to(x.device)
-            self.sums += torch.zeros(K, device=x.device).index_add_(0, where, signs.mul_(x)).cpu().numpy()
+            folded = weights.kernels.fold(x, start + lo, weights.run_key, self.epoch, len(self.sums))
+            self.sums += folded.cpu().numpy()
 
     def take(self) -> np.ndarray:
         """Return p float64 [K], p_k = z_k . g of all gradients since the last call."""

@@ -235,6 +235,28 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
         lo += n
 
 
+@cached_njit
+def fold_tiles(x, start, id, key, sums):
+    # A run's sums lie side by side, but for those that begin anew at the table's end.
+    words, end, lo = np.empty(WIDTH, u32), u64(sums.size - 1), 0
+    while lo < x.size:
+        tile, at = (start + lo) // TILE, (start + lo) % TILE
+        last = min(TILE, at + x.size - lo)
+        _philox(words, u64(tile) * u64(32), id, key)
+        while at < last:
+            r, first = at // WIDTH, at % WIDTH
+            n = min(WIDTH - first, last - at)
+            bit, i, k = BITS[r], u64(lo), _place(end, u64(tile) * u64(ROWS) + u64(r))
+            if n == WIDTH and k + u64(WIDTH) <= u64(sums.size):
+                for e in range(WIDTH):
+                    sums[k + u64(e)] += _turned(x[i + u64(e)], words[e], bit)
+            else:
+                for e in range(n):
+                    word = words[first + e]
+                    sums[(k + u64(first + e)) & end] += _turned(x[i + u64(e)], word, bit)
+            at, lo = at + n, lo + n
+
+
 # --- the work and its threads -----------------------------------------------------------------------------
 
 
@@ -271,6 +293,13 @@ def sweep(
     floats, codes = zip(*(_arrays(tensor) for tensor in (out, minus, base)), strict=True)
     weights = floats, codes, (_KINDS[base.dtype], _KINDS[out.dtype], int(minus is not None))
     _share(weights, start, base.numel(), max(1, len(ids) // 4), moves, threads, block)
+
+
+def fold(x: Tensor, start: int, run_key: int, id: int, K: int) -> Tensor:
+    """Do what `kernels_torch.fold` does, on a CPU and on one thread."""
+    sums = np.zeros(K, f32)
+    fold_tiles(_native(x.detach().numpy(), f32), start, u64(id), u64(run_key), sums)
+    return torch.from_numpy(sums)
 
 
 _NONE = np.zeros(0, f32)

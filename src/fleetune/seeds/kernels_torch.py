@@ -75,6 +75,17 @@ def sweep(
             _write(outputs, lo, hi, moved, turned, where)
 
 
+def fold(x: Tensor, start: int, run_key: int, id: int, K: int) -> Tensor:
+    """Return the fold of x, float32 [n], from global index `start` on: float32 [K], the sums of sign[i] x[i] at each place.
+
+    On a CPU they are added in the order of i.
+    """
+    signed = torch.zeros_like(x)
+    sweep(signed, signed, start, run_key, noise.EMPTY, 0.0, (id, np.ones(1, np.float32)))
+    where = torch.from_numpy(noise.places(K, start, x.numel())).to(x.device)
+    return torch.zeros(K, device=x.device).index_add_(0, where, signed.mul_(x))
+
+
 def checked(
     out: Tensor, base: Tensor, start: int, passes: Passes, probe: Probe | None, minus: Tensor | None
 ) -> list[Tensor]:
