@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,13 +18,14 @@ from peft import LoraConfig, get_peft_model
 import fleetune
 from command_line import FEW
 from fleetune import errors, models
+from fleetune.api import names
 from fleetune.compression.methods import qronos
 from fleetune.deploy import harness
 from fleetune.evaluation import losses
 from fleetune.runs.compression_folder import OPTIONS, CompressRequest
 from fleetune.tuning.methods import fedkseed
 from fleetune.tuning.recipe import objects
-from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.recipe.recipe import Recipe, choices
 from heard import Heard
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
@@ -401,3 +402,11 @@ def test_two_threads_load_and_tune_as_one_would(at):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: models.load("tiny", device="cpu"), range(6)))
         assert list(pool.map(tuned, (0, 1))) == [tuned(seed, "alone") for seed in (0, 1)]
+
+
+def test_the_names_that_an_editor_completes_are_those_that_there_are():
+    assert sorted(get_args(names.MethodName)) == sorted(["auto", *fleetune.methods()])
+    assert sorted(get_args(names.CompressorName)) == sorted(fleetune.compressors())
+    assert sorted(get_args(names.TargetName)) == sorted(fleetune.targets())
+    assert list(get_args(names.Trains)) == choices("train")
+    assert sorted(get_args(names.Base)) == sorted(choices("base"))
