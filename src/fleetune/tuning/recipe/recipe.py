@@ -4,7 +4,6 @@ Flags, keys of a TOML file, `run.toml` and the table in the docs are made from t
 """
 
 import dataclasses
-import difflib
 import importlib
 import json
 import math
@@ -19,7 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_vali
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
-from fleetune.common import settings
+from fleetune.common import settings, words
 from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
 from fleetune.data import columns, sources
@@ -50,8 +49,8 @@ def problem_text(error: Mapping[str, Any]) -> str:
         known = found[1].split("|")
         return f"{name} = {shown}: none of {', '.join(known)}.{suggest(str(value), known)}"
     text = str(error["msg"])
-    for words, ours in WORDS.items():
-        text = text.replace(words, ours)
+    for theirs, ours in WORDS.items():
+        text = text.replace(theirs, ours)
     return f"{name} = {shown}: {text}" if name else text
 
 
@@ -62,18 +61,20 @@ def _shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}.."
 
 
-def unknown_option(key: str, names: Sequence[str], values: Mapping[str, Any]) -> str:
-    """Return what to say of a key that is no option: the option that was meant, or that it is a setting of the method."""
-    methods = importlib.import_module("fleetune.tuning.methods")
-    method = str(values.get("method") or AUTO_METHOD)
-    if known := [name for name in methods.having([key]) if method in (AUTO_METHOD, name)]:
-        return (
-            f"unknown option '{key}'. It is a setting of the method{'s' if len(known) > 1 else ''} {', '.join(known)}: "
-            f"settings={{{key!r}: {values[key]!r}}} in Python, {key} = {values[key]} under [set] in a recipe, "
-            f"--set {key}={values[key]} as a flag"
-        )
-    close = difflib.get_close_matches(key, names, n=1)
-    return f"unknown option '{key}'." + (f" Did you mean '{close[0]}'?" if close else "")
+def in_our_words(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with keys of other tools as ours, and settings of a method among the settings."""
+    names, found, chosen = fields(), dict[str, Any](), dict[str, Any]()
+    for key, value in values.items():
+        word = words.RECIPE.get(key, "") if key not in names else key if key == "method" else ""
+        if not word and key not in names and importlib.import_module("fleetune.tuning.methods").having([key]):
+            word = f"set.{key}"
+        said = words.meaning(word, value, each_round="rounds" in values) if word else {key: value}
+        chosen |= {name[4:]: one for name, one in said.items() if name.startswith("set.")}
+        found |= {name: one for name, one in said.items() if not name.startswith("set.")}
+    if isinstance(own := found.get("set", {}), Mapping):
+        ours = {name: word[4:] for name in own if (word := words.RECIPE.get(name, "")).startswith("set.")}
+        found["set"] = chosen | {ours.get(name, name): value for name, value in own.items()}
+    return found
 
 
 def no_method_problems(chosen: Sequence[str]) -> list[str]:
@@ -356,8 +357,8 @@ def choices(name: str) -> list[str]:
 
 def make(values: Mapping[str, Any]) -> Recipe:
     """The recipe with these values; RecipeError lists every problem, with suggestions for unknown keys."""
-    names = list(fields())
-    problems = [unknown_option(key, names, values) for key in values if key not in names]
+    names, values = list(fields()), in_our_words(values)
+    problems = [f"unknown option '{key}'.{suggest(key, names)}" for key in values if key not in names]
     try:
         recipe = TypeAdapter(Recipe).validate_python({k: v for k, v in values.items() if k in names})
     except ValidationError as error:
