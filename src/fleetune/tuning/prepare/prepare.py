@@ -228,7 +228,7 @@ def check_aggregation(recipe: Recipe, method: methods.Method, clients: int) -> N
     if why := method.rule_problem(aggregation.parse(recipe.aggregation), asked):
         raise RecipeError(
             [f"aggregation = {recipe.aggregation!r} does not fit method = {recipe.method!r}: {why}"],
-            hint="rules, and what each withstands: docs/safety.md",
+            hint="rules, and what each withstands: fleetune help safety",
         )
 
 

@@ -163,8 +163,8 @@ class Recipe:
     columns: str = Field(
         default="",
         description="which columns of the data are which: prompt=question,response=answer; names: prompt, response, system, "
-        "context, text, label, messages, client, or any field of a form (docs/data.md); default: by their names, else the two "
-        "with the longest texts, and a note says which",
+        "context, text, label, messages, client, or any field of a form (fleetune help data); default: by their names, else "
+        "the two with the longest texts, and a note says which",
     )
     strict: bool = Field(
         default=False,
@@ -251,13 +251,13 @@ class Recipe:
     aggregation: str = Field(
         default="mean",
         description="how replies become one: mean[:TIMES], weighted by rows (at most TIMES the median's), or against "
-        "liars: median, trimmed-mean[:SHARE], norm-clip, sign-vote; fleet serve chooses where none is given (docs/safety.md)",
+        "liars: median, trimmed-mean[:SHARE], norm-clip, sign-vote; fleet serve chooses unless given (fleetune help safety)",
     )
     privacy: str = Field(
         default="none",
         pattern="^(none|client|example|sealed)$",
         description="client: differential privacy that hides whether any one client took part; example: any one row of a "
-        "client; sealed: the server sees sums of replies alone; epsilon then hides any one reply from it, too (docs/privacy.md)",
+        "client; sealed: the server sees sums of replies alone; epsilon then hides any one reply, too (fleetune help privacy)",
     )
     epsilon: float = Field(
         default=0.0,
@@ -288,7 +288,7 @@ class Recipe:
     )
     keep_replies: bool = Field(
         default=False,
-        description="store the replies that each round counts, so that a client can be left out afterwards (docs/ledger.md)",
+        description="store the replies that each round counts, so that a client can be left out later (fleetune help ledger)",
     )
     eval_every: int = Field(
         default=1, ge=0, description="validation loss every so many rounds (0: before and after only)"
