@@ -225,7 +225,7 @@ def test_columns_are_refused_before_a_model_is_read(at, capsys):
 def test_a_folder_is_a_fleet(at, capsys):
     (at / "devices").mkdir()
     for name, count in (("oslo", 6), ("bonn", 9)):
-        write(at / "devices" / f"{name}.jsonl", [{"prompt": f"{i}", "completion": "a"} for i in range(count)])
+        write(at / "devices" / f"{name}.jsonl", [{"prompt": f"{name} {i}", "completion": "a"} for i in range(count)])
     start = ok(capsys, "tune", "tiny", "devices", *RUN, "--clients", "0")[0]
     assert (start["clients"], start["partition"], sum(start["rows_per_client"])) == (2, "column:client", 11)
     assert recipes.read(rundir.listing(at / "runs")[-1] / "run.toml")["partition"] == "column:client"

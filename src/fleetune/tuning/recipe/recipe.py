@@ -170,6 +170,14 @@ class Recipe:
         default=False,
         description="refuse data with any bad row, such as one with an empty cell (default: a tenth of the rows may be left out)",
     )
+    dedupe: bool = Field(
+        default=False, description="leave out training rows that equal an earlier one, or one of eval_data"
+    )
+    train_turns: str = Field(
+        default="last",
+        pattern="^(last|all)$",
+        description="answers of a conversation that are trained on; all: each as a row of its own (rows here, not a fleet's)",
+    )
     partition: str = Field(
         default="auto",
         description="iid, dirichlet:ALPHA:COLUMN or column:COLUMN; auto: column:client for a folder with one "
