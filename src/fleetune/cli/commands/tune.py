@@ -45,7 +45,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         nargs="?",
         help="hub id, HF directory, GGUF file or built-in name; with --train scales also a compressed model",
     )
-    sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
+    sub.add_argument("data", metavar="DATA", nargs="?", help="file of rows, hub id, or 'demo'")
     sub.add_argument(
         "-c", "--config", metavar="FILE", help="a TOML recipe, or recipe:NAME; flags override it"
     )
@@ -172,11 +172,11 @@ def recipe_of(args: argparse.Namespace) -> recipes.Recipe:
 
 
 def _check_only(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui) -> None:
+    recipe = recipes.with_columns(recipe, ui.note, offline=args.offline)
     from fleetune.planning import choose
     from fleetune.tuning.prepare import prepare
 
     tuning.check_plain(recipe.model, Path(args.out), recipes.trained(recipe))
-    recipe = prepare.with_columns(recipe, ui.note, offline=args.offline)
     recipe = tuning.with_file(recipe, Path(args.out), ui.note)
     recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     recipe, check_memory = choose.settled_base(recipe, ui.note, offline=args.offline)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
 from fleetune.data import columns, sources
 from fleetune.data.partition import RowsSpec, held_out_problem
-from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows
+from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows, settled_columns
 from fleetune.errors import RecipeError, UsageError, suggest
 from fleetune.models.cache.names import hub_of
 
@@ -414,6 +414,19 @@ def trained(recipe: Recipe) -> str:
 def rows_of(recipe: Recipe) -> RowsSpec:
     """The options of a recipe that decide which client holds which rows."""
     return RowsSpec(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(RowsSpec)})
+
+
+def with_columns(recipe: Recipe, note: Callable[[str], None], *, offline: bool = False) -> Recipe:
+    """Return the recipe with its columns as the first rows of its data have them, which are read before any model is."""
+    check_order(recipe.model, recipe.data)
+    try:
+        columns.parse(recipe.columns)
+    except RecipeError:  # told with all else that is wrong
+        return recipe
+    if recipe.data == sources.STDIN:  # read once, later
+        return recipe
+    found = settled_columns(recipe.data, recipe.columns, note, offline=offline)
+    return dataclasses.replace(recipe, columns=found)
 
 
 def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:
