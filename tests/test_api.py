@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,13 +18,14 @@ from peft import LoraConfig, get_peft_model
 import fleetune
 from command_line import FEW
 from fleetune import errors, models
+from fleetune.api import names
 from fleetune.compression.methods import qronos
 from fleetune.deploy import harness
 from fleetune.evaluation import losses
 from fleetune.runs.compression_folder import OPTIONS, CompressRequest
 from fleetune.tuning.methods import fedkseed
 from fleetune.tuning.recipe import objects
-from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.recipe.recipe import Recipe, choices
 from heard import Heard
 
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
@@ -66,10 +67,10 @@ def test_completion_shows_the_public_names_alone():
     assert shown == {name for name in fleetune.__all__ if not name.startswith("__")}
 
 
-def test_a_setting_that_is_given_as_an_option_is_sent_to_its_place(at):
-    with pytest.raises(errors.RecipeError, match="It is a setting of the method fedit") as error:
-        tune(method="fedit", lr=1e-4)
-    assert "settings={'lr': 0.0001}" in error.value.message
+def test_a_setting_that_is_given_as_an_option_is_a_setting(at):
+    with pytest.raises(errors.RecipeError, match="eps") as error:
+        tune(method="fedkseed", eps="many", learning_rate=1e-4)
+    assert len(error.value.problems) == 1
     assert not Path("runs").exists()
 
 
@@ -401,3 +402,11 @@ def test_two_threads_load_and_tune_as_one_would(at):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: models.load("tiny", device="cpu"), range(6)))
         assert list(pool.map(tuned, (0, 1))) == [tuned(seed, "alone") for seed in (0, 1)]
+
+
+def test_the_names_that_an_editor_completes_are_those_that_there_are():
+    assert sorted(get_args(names.MethodName)) == sorted(["auto", *fleetune.methods()])
+    assert sorted(get_args(names.CompressorName)) == sorted(fleetune.compressors())
+    assert sorted(get_args(names.TargetName)) == sorted(fleetune.targets())
+    assert list(get_args(names.Trains)) == choices("train")
+    assert sorted(get_args(names.Base)) == sorted(choices("base"))

@@ -12,7 +12,7 @@ import pytest
 import command_line
 import fleetune
 from fleetune.cli.main import main
-from fleetune.common.events import SweepDone, SweepRun
+from fleetune.common.events import ClientReply, SweepDone, SweepRun
 from fleetune.models.net.model import Model
 from fleetune.runs import listener
 from heard import Heard
@@ -106,3 +106,17 @@ def test_a_model_answers_by_name_and_in_memory(tiny, model):
     assert fleetune.generate(tiny, "hello", **asked) == answer
     drawn = {fleetune.generate(model, "hello", temperature=2.0, seed=s, max_tokens=6) for s in (1, 1, 2)}
     assert len(drawn) == 2
+
+
+def test_a_notebook_gets_a_bar_for_each_count_until_it_is_full():
+    bars = listener.Bars()
+    bars.progress("blocks", 2, 3, "mlp")
+    assert (bars._bars["blocks"].n, bars._bars["blocks"].total) == (2, 3)
+    bars.progress("blocks", 3, 3)
+    assert not bars._bars
+    bars.progress("clients", 0, 4)
+    reply = {"round": 1, "n": 9, "bytes_up": 1, "bytes_down": 1, "seconds": 0.1, "rss": 1}
+    bars.event(ClientReply(client=0, loss=2.0, status="ok", reason="", **reply))
+    assert bars._bars["clients"].n == 1
+    bars.progress("finding lr", 5, 0)  # of how many, nobody knows
+    assert bars._bars["finding lr"].total is None

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fleetune import subject as subjects
-from fleetune.api.names import Rows, Setting
+from fleetune.api.names import CompressorName, Dtype, Rows, Setting, TargetName
 from fleetune.common.events import LinkVerified, Released, Serving
 from fleetune.common.settings import parse_bytes
 from fleetune.compression.jobs import job
@@ -21,6 +21,7 @@ from fleetune.runs.listener import Listener, heard_by
 from fleetune.tuning.recipe import objects
 
 if TYPE_CHECKING:
+    from fleetune.compression import Compressor
     from fleetune.compression.jobs.job import CompressResult
     from fleetune.deploy.export import ExportResult
     from fleetune.deploy.measure import MeasureResult
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def compress(
     model: object,
     *,
-    method: object = None,
+    method: CompressorName | Compressor | None = None,
     settings: Mapping[str, Setting] | None = None,
     tokenizer: object = None,
     data: Rows | None = None,
@@ -41,14 +42,14 @@ def compress(
     eval_text: str | Path = "",
     windows: int = 128,
     length: int = 512,
-    calibrate: str = "server",
+    calibrate: Literal["server", "clients", "fleet"] = "server",
     clients: int = 0,
     low_memory: bool = False,
     bytes: float | str = 0,
     bpw: float = 0.0,
     train_scales: int = 0,
     seed: int = 42,
-    dtype: str = "fp32",
+    dtype: Dtype = "fp32",
     served: Served | None = None,
     out: str | Path = "runs",
     offline: bool = False,
@@ -134,7 +135,7 @@ def _size(size: float | str) -> int:
 def export(
     model: object,
     *,
-    to: str | None = None,
+    to: TargetName | None = None,
     path: str | Path | None = None,
     text: str | Path | None = None,
     out: str | Path = "runs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fleetune import compression
 from fleetune import subject as subjects
@@ -17,6 +17,32 @@ if TYPE_CHECKING:
 
 Setting = settings.Value | Callable[..., Any]  # of a method; a function is an objective
 Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: dicts, a datasets.Dataset
+
+# names that an editor completes and a type checker knows; those of other packages are known at run time
+MethodName: TypeAlias = Literal[
+    "auto", "fedit", "fedkseed", "fedpeptao", "fedpetuning", "fwdllm", "mezo", "onebyte", "signlora", "zosgd"
+]
+CompressorName: TypeAlias = Literal["gkd", "llm-pruner", "optq", "qronos", "rtn", "sparsegpt"]
+TargetName: TypeAlias = Literal[
+    "gguf",
+    "gguf:q8_0",
+    "gguf:f16",
+    "gguf:bf16",
+    "gguf:f32",
+    "gguf:lora",
+    "ollama",
+    "ollama:q8_0",
+    "compressed-tensors",
+    "gptq",
+    "mlx",
+    "hf",
+    "hf:fp32",
+    "hf:bf16",
+    "hf:fp16",
+]
+Dtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
+Trains: TypeAlias = Literal["weights", "scales"]
+Base: TypeAlias = Literal["auto", "memory", "mapped"]
 
 
 def words(given: str | Sequence[str]) -> list[str]:

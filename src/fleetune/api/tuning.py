@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from fleetune import models
 from fleetune import subject as subjects
-from fleetune.api.names import Rows, Setting, words
+from fleetune.api.names import Base, Dtype, MethodName, Rows, Setting, Trains, words
 from fleetune.common.settings import Value, parse_bytes, parse_rate
 from fleetune.common.shell import quoted
 from fleetune.deploy import targets
@@ -107,9 +107,9 @@ def plan(
     batch: int | None = None,
     length: int | None = None,
     steps: int = 200,
-    dtype: str | None = None,
-    base: str | None = None,
-    train: str = "weights",
+    dtype: Dtype | None = None,
+    base: Base | None = None,
+    train: Trains = "weights",
     out: str | Path = "runs",
     offline: bool = False,
 ) -> Plan:
@@ -159,7 +159,7 @@ def tune(
     model: object,
     data: Rows | None = None,
     *,
-    method: object = "auto",
+    method: MethodName | Method = "auto",
     settings: Mapping[str, Setting] | None = None,
     tokenizer: object = None,
     tracker: str | Sequence[str] = (),
@@ -182,10 +182,12 @@ def tune(
     `tracker` names trackers that get the figures as well: tensorboard, wandb.
     """
     from fleetune.planning import choose
+    from fleetune.tuning.prepare import prepare
     from fleetune.tuning.run import run
 
     watching, named = heard_by(listener, progress), trackers.check(words(tracker))
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
+    recipe = prepare.with_columns(recipe, watching.note, offline=offline)
     recipe = with_file(recipe, Path(out), watching.note)
     recipe = choose.settled_method(recipe, watching.note, offline=offline)
     recipe, check_memory = choose.settled_base(recipe, watching.note, offline=offline)
@@ -282,7 +284,7 @@ def sweep(
     *,
     vary: Mapping[str, Sequence[Value]] | None = None,
     seeds: int = 1,
-    method: object = "auto",
+    method: MethodName | Method = "auto",
     settings: Mapping[str, Setting] | None = None,
     tokenizer: object = None,
     name: str = "grid",

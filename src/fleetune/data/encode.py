@@ -65,6 +65,8 @@ class Encoded:
 class Batch(NamedTuple):
     """Rows padded on the right to the longest: int64 [B, T] each; `labels` is -100 where there is no loss.
 
+    Packed, rows of so many tokens (`lengths`) stand behind one another: int64 [1, sum of lengths].
+
     For an encoder, `labels` holds the index of each row's label word, int64 [B], and `token_type_ids` tells the texts of a
     pair apart, where the tokenizer does.
     """
@@ -74,6 +76,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     token_type_ids: torch.Tensor | None = None
     drawn: Drawn | None = None  # where rows are hidden
+    lengths: tuple[int, ...] = ()
 
     def single_rows(self) -> Iterator[Batch]:
         """Yield each row that counts as a batch without padding on its right."""
@@ -191,6 +194,16 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: str | torch.device = "
     return Batch(tensors[0], tensors[1], tensors[2], tensors[3] if len(tensors) > 3 else None)
 
 
+def pack(rows: Sequence[Encoded], device: str | torch.device = "cpu") -> Batch:
+    """Put rows behind one another."""
+    ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
+    # nothing predicts a row's first token
+    labels = [np.where(np.arange(len(r.ids)) < max(1, r.n_prompt), MASKED, r.ids) for r in rows]
+    arrays = ids, np.ones_like(ids), np.concatenate(labels).astype(np.int64)
+    tensors = [torch.from_numpy(array[None]).to(device) for array in arrays]
+    return Batch(tensors[0], tensors[1], tensors[2], lengths=tuple(len(row.ids) for row in rows))
+
+
 def digest(parts: Iterable[Iterable[Encoded]]) -> str:
     """SHA-256 of encoded rows, and of how they are split."""
     sha = hashlib.sha256()
@@ -227,6 +240,7 @@ class Batches:
         self.step = self.taken = self.tokens = 0
         self.on_step: Callable[[int, int], None] = lambda client, step: None
         self.private = private
+        self.packed = 0  # rows of at most so many tokens come packed
         self._rows = rows
         self._pad_id = pad_id
         self._key = key
@@ -296,7 +310,10 @@ class Batches:
         return order
 
     def _batch(self, indices: Sequence[int]) -> Batch:
-        return collate([self._rows[i] for i in indices], self._pad_id, self._device)
+        rows = [self._rows[i] for i in indices]
+        if max(len(row.ids) for row in rows) <= self.packed:
+            return pack(rows, self._device)
+        return collate(rows, self._pad_id, self._device)
 
 
 def _check_length(max_length: int) -> None:

@@ -18,7 +18,16 @@ from transformers import AutoTokenizer
 
 from fleetune import data
 from fleetune.common import paired
-from fleetune.common.display import counted, human_bytes
+from fleetune.common.display import (
+    COMPARED,
+    change,
+    counted,
+    human_bytes,
+    is_noise,
+    metric,
+    show,
+    show_with_error,
+)
 from fleetune.common.events import Measured, MeasureDone, as_dict
 from fleetune.common.files import finite, write_atomic
 from fleetune.common.ggml import SCALES
@@ -30,6 +39,7 @@ from fleetune.deploy import harness, llamacpp, patch_make
 from fleetune.deploy.harness import FILE, KeptGain, MeasureJob, Measurement, Row
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.evaluation import kl_divergence
+from fleetune.report.page import framed_table
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
 from fleetune.subject import ROW, Compressed, Plain, Run, Subject, check_same_tokens
@@ -61,6 +71,39 @@ class MeasureResult:
     rows: tuple[Measured, ...]
     kept: KeptGain | None
     folder: Path | None  # of the compression that it is written into
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the headings and the lines of the table, as text."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row.values))
+        heads = ["", "engine", "size", "bits/weight", "with ends", "peak", "read tok/s", "write tok/s"]
+        rows = [
+            [
+                r.name,
+                r.engine,
+                human_bytes(r.bytes),
+                f"{r.bits_linear:.2f}",
+                f"{r.bits:.2f}",
+                human_bytes(r.peak_rss),
+                *(f"{speed:.1f}" if speed else "" for speed in (r.prefill, r.generate)),
+                *(_shown(r, name) if name in r.values else "" for name in names),
+            ]
+            for r in self.rows
+        ]
+        return [*heads, *(metric(name).label for name in names)], rows
+
+    def _repr_html_(self) -> str:
+        return framed_table("Measured", [("kept", self.kept.text if self.kept else "")], *self.table())
+
+
+def _shown(row: Measured, name: str) -> str:
+    value = row.values[name]
+    if name in COMPARED:
+        return show_with_error(name, value, getattr(row, f"{name}_error"))
+    if name != "loss" or row.change is None:
+        return show(name, value)
+    words = change(name, value - row.change, value, row.change_error)
+    noise = is_noise(name, value - row.change, value, row.change_error)
+    return f"{show(name, value)} ({words}{', noise' if noise else ''})"
 
 
 def measure(

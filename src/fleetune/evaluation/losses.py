@@ -27,6 +27,7 @@ from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.head_loss import Change, head_nll, logits_of, nll, stated, tokens_a_piece
 from fleetune.models.net.model import Model
+from fleetune.models.net.packed import positions
 
 OnRows = Callable[[int, int], None]  # called with the rows that are done, and the number of all rows
 
@@ -80,7 +81,9 @@ class _Narrow:
             hooks.append(head.register_forward_pre_hook(self.before, prepend=True))
             hooks.append(head.register_forward_hook(self.after))
         try:
-            out = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            at = positions(batch.lengths, batch.input_ids.device)
+            where = {"position_ids": at} if batch.lengths else {"attention_mask": batch.attention_mask}
+            out = net(input_ids=batch.input_ids, **where, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -180,7 +183,7 @@ def predictors(net: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[Tensor],
 def row_losses(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Return the summed cross-entropy (nats) and the number of scored tokens of each row: float64 [B], int64 [B].
 
-    Scored are the positions with a label other than -100, except position 0, which nothing predicts.
+    Scored are the positions with a label other than -100, except position 0, which nothing predicts.  Packed rows are one.
     """
     with eval_mode(model.net):
         losses, rows = token_losses(model.net, batch)

@@ -26,6 +26,7 @@ from fleetune.models.cache.cache import PLACES, SHARE
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import compression_cost, device_cost
 from fleetune.planning.device_cost import Rates, Workload
+from fleetune.report.page import framed_table
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import Message, Payload, encode
@@ -165,7 +166,7 @@ class Search:
         if not tried:
             raise FitError(
                 f"no method that has these settings has a place on a {self.shape.family}",
-                hint="leave out --set, or take another model (docs/models.md)",
+                hint="leave out --set, or take another model (fleetune help models)",
             )
         if self.ram is None:
             return tried[0]
@@ -328,6 +329,9 @@ class Plan:
     rows: tuple[PlanRow, ...]
     about: tuple[tuple[str, str], ...]  # (label, text): the model and the work
     search: Search  # for what fits the device
+
+    def _repr_html_(self) -> str:
+        return framed_table("Costs", self.about, columns(self.rows), [cells(row) for row in self.rows])
 
     def settings(self) -> Settings:
         """Return the method to begin with, and the settings under which it fits; FitError when nothing fits.

@@ -20,7 +20,8 @@ def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
     """Return a plot of the loss, the costs in words, and the table of all rounds."""
     measured = [s for s in steps if "loss" in s.losses]
     moved = [float(s.up or 0) + float(s.down or 0) for s in steps if s.up or s.down]
-    figures = _losses(measured) if len(measured) > 1 else ""
+    title, note = "Validation loss by round", "Round 0 is the model before tuning."
+    figures = page.figure(losses(measured), title, note) if len(measured) > 1 else ""
     words = [] if (peak := number(facts["peak_rss"])) is None else [f"Peak memory {human_bytes(peak)}."]
     if moved and max(moved) - min(moved) <= EQUAL * max(moved):
         each = human_bytes(statistics.fmean(moved))
@@ -30,7 +31,7 @@ def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
     return body + told + (_every_round(steps) if run.rounds else "")
 
 
-def _losses(measured: Sequence[Step]) -> str:
+def losses(measured: Sequence[Step]) -> str:
     """Draw the validation loss by round."""
     losses, rounds = [float(s.losses["loss"]) for s in measured], [float(s.round) for s in measured]
     tips = [f"round {s.round}: {show('loss', s.losses['loss'])}, {human_bytes(s.total)}" for s in measured]
@@ -46,7 +47,7 @@ def _losses(measured: Sequence[Step]) -> str:
     if first == 0:
         plot.reference(losses[0], f"base {losses[0]:.3f}")
     plot.line(list(zip(rounds, losses, strict=True)), 0, tips)
-    return page.figure(plot.svg(), title, "Round 0 is the model before tuning.")
+    return plot.svg()
 
 
 def _every_round(steps: Sequence[Step]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fleetune.report.runlog import Number
-from fleetune.report.svg import escape
+from fleetune.report.svg import WIDTH, escape
 
 
 def esc(value: object) -> str:
@@ -86,16 +86,47 @@ def section(ident: str, title: str, body: str) -> str:
 
 def document(title: str, body: str) -> str:
     """Return the page around `body`: its policy forbids every request."""
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{esc(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
+        f"<title>{esc(title)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n{body}\n"
         "</main>\n</body>\n</html>\n"
     )
+
+
+def framed(html: str, height: int = 480) -> str:
+    """Return a document as a notebook shows it: in a frame, where its style stays and no script runs."""
+    return f'<iframe sandbox="" srcdoc="{esc(html)}" style="width:100%;height:{height}px;border:0"></iframe>'
+
+
+def framed_table(
+    title: str, facts: Iterable[tuple[str, str]], head: Sequence[str], rows: Sequence[Sequence[str]]
+) -> str:
+    """Return names with values, and a table, as a notebook shows them; the first column names the rows."""
+    cells: list[list[str | TableCell]] = [[row[0], *map(TableCell, row[1:])] for row in rows]
+    body = f"<header>{fact_list(facts)}</header>" + table(title, head, cells)
+    return framed(document(title, body), 160 + 34 * len(rows))
+
+
+class Drawing(str):
+    """A plot as SVG text with its style; a notebook shows it."""
+
+    def _repr_svg_(self) -> str:
+        return str(self)
+
+
+def drawing(svg: str) -> Drawing:
+    """Return a plot of a page as one that stands by itself."""
+    style = f"<style>svg{{background:var(--card)}}{_style().partition('*{')[0]}</style>"
+    size = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH:.0f}" '
+    return Drawing(svg.replace("<svg ", size, 1).replace("<title", f"{style}<title", 1))
+
+
+def _style() -> str:
+    return Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
 def short_name(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fleetune.common import display
 from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.errors import UsageError
 from fleetune.report import course, page, runlog
 from fleetune.report.page import TableCell, esc, short_name, span, true_minus
 from fleetune.report.runlog import (
@@ -39,6 +40,14 @@ def write(run: Path) -> Path:
     html = page.document(f"{log.name} - fleetune", "\n".join(filter(None, sections(log).values())))
     write_atomic(target, html.encode("utf-8", "replace"), mode=PRIVATE)  # it has held-out prompts
     return target
+
+
+def drawing(run: Path) -> page.Drawing:
+    """Return the validation loss by round, as a drawing that stands by itself; UsageError where there is nothing to draw."""
+    measured = [step for step in runlog.steps(read(run)) if "loss" in step.losses]
+    if len(measured) < 2:
+        raise UsageError(f"{run} has fewer than two evaluated rounds to draw", hint="tune with eval_every=1")
+    return page.drawing(course.losses(measured))
 
 
 def sections(run: RunLog) -> dict[str, str]:

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol, TextIO
+from typing import Any, Final, Protocol, TextIO
 
 from fleetune.common import events
 from fleetune.common.display import changes, human_bytes, human_time, message_text, show
@@ -175,6 +175,40 @@ class Progress(Silent):
             print("\n".join(message_text(line) for line in lines), file=stream, flush=True)
 
 
+class Bars(Progress):
+    """A listener for notebooks: counts are bars, the rest is printed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bars: dict[str, Any] = {}
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Move the bar of a count; a full one goes."""
+        from tqdm.auto import tqdm
+
+        self._rounds = total if what == "rounds" else self._rounds
+        if what not in self._bars or self._bars[what].total != (total or None):
+            self._close(what)
+            self._bars[what] = tqdm(total=total or None, desc=what, leave=False)
+        self._bars[what].set_postfix_str(text, refresh=False)
+        self._bars[what].update(done - self._bars[what].n)
+        if done >= total > 0:
+            self._close(what)
+
+    def event(self, event: events.Event) -> None:
+        """Count clients' replies, take all bars away at the end, and print what `Progress` does."""
+        if isinstance(event, events.ClientReply) and "clients" in self._bars:
+            self._bars["clients"].update()
+        elif event.event == "done":
+            self._close(*self._bars)
+        super().event(event)
+
+    def _close(self, *names: str) -> None:
+        for name in names:
+            if bar := self._bars.pop(name, None):
+                bar.close()
+
+
 def run_words(event: events.SweepRun) -> str:
     """Return a run of a sweep that is over, as one line."""
     name = event.run.replace("\\", "/").rstrip("/").rpartition("/")[2]
@@ -183,12 +217,14 @@ def run_words(event: events.SweepRun) -> str:
     return "  ".join([name, *changes(event.base, event.tuned), *(["done before"] if event.skipped else [])])
 
 
+def in_notebook() -> bool:
+    """Whether standard output is a notebook's."""
+    return type(sys.stdout).__module__.startswith("ipykernel")
+
+
 def is_read() -> bool:
     """Whether a person reads standard output along: it is a terminal, or a notebook's."""
-    stream = sys.stdout
-    if stream is None:
-        return False
-    return bool(stream.isatty()) or type(stream).__module__.startswith("ipykernel")
+    return sys.stdout is not None and (bool(sys.stdout.isatty()) or in_notebook())
 
 
 def heard_by(listener: Listener | None, progress: bool | None) -> Listener:
@@ -204,4 +240,6 @@ def heard_by(listener: Listener | None, progress: bool | None) -> Listener:
                 hint="leave out progress; or inherit from fleetune.Progress",
             )
         return checked_listener(listener)
-    return Progress() if progress or (progress is None and is_read()) else Silent()
+    if progress is False or (progress is None and not is_read()):
+        return Silent()
+    return Bars() if in_notebook() else Progress()

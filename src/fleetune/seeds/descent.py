@@ -145,7 +145,7 @@ def _in_one_forward(
     ids, mask, labels = (
         torch.cat([part, part]) for part in (batch.input_ids, batch.attention_mask, batch.labels)
     )
-    twice = Batch(ids, mask, labels)
+    twice = Batch(ids, mask, labels, lengths=batch.lengths)
     try:
         view.probe(direction, eps)
         view.paired = rows

@@ -20,6 +20,7 @@ from fleetune.common.settings import AUTO, Value
 from fleetune.common.shell import quoted
 from fleetune.report import runlog
 from fleetune.report import sweep as summary
+from fleetune.report.page import framed
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Relay
 from fleetune.tuning import methods
@@ -211,6 +212,9 @@ class SweepResult:
     def table(self) -> Path:
         """The CSV with a row a run."""
         return self.folder / TABLE
+
+    def _repr_html_(self) -> str:
+        return framed(self.page.read_text("utf-8"))
 
 
 def check(grid: SweepGrid, *, offline: bool = False) -> None:

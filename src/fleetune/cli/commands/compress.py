@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common import settings
-from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
+from fleetune.common.display import human_bytes, human_time
 from fleetune.common.events import CompressChecked, MethodListed
 from fleetune.common.shell import command, quoted
 from fleetune.compression.jobs import job
@@ -34,7 +33,6 @@ fleetune compress latest --set bits=3
 fleetune compress smollm2-135m --text book.txt --dry-run
 fleetune compress --list qronos                            its settings
 """
-BESIDE = {*(f"{name}_error" for name in COMPARED), "kl_tokens"}  # these have no line of their own
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -146,14 +144,7 @@ def show(ui: Ui, result: CompressResult) -> None:
     done, columns = result.done, list(result.sizes)
     if not columns:  # it was finished before
         return
-    measured: dict[str, Any] = asdict(done)
-    sizes = [human_bytes(size) for size in result.sizes.values()]
-    file = Path(result.request.model).expanduser()
-    if file.is_file():  # whose weights were read into plain numbers
-        sizes[0] += f", {human_bytes(file.stat().st_size)} in its file"
-    rows: list[list[object]] = [["weights", *sizes]]
-    names = dict.fromkeys(name for column in columns for name in measured[column])
-    rows += [[name, *(_shown(measured[c], name) for c in columns)] for name in names if name not in BESIDE]
+    rows = result.table()
     ui.table(["", *columns], rows, align="l" + "r" * len(columns))
     ui.paths(
         [
@@ -162,20 +153,12 @@ def show(ui: Ui, result: CompressResult) -> None:
             ("digest", done.digest),
             *(
                 []
-                if names
+                if len(rows) > 1
                 else [("quality", f"not measured: {command('measure', result.folder)} --text FILE")]
             ),
             ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
         ]
     )
-
-
-def _shown(values: Mapping[str, float], name: str) -> str:
-    if name not in values:
-        return ""
-    if name not in COMPARED:
-        return f"{values[name]:.3f}"
-    return show_with_error(name, values[name], values.get(f"{name}_error")) + COMPARED[name]
 
 
 def _next_target(model: Path) -> str:

@@ -9,8 +9,6 @@ import fleetune
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
-from fleetune.common.display import COMPARED, change, human_bytes, is_noise, metric, show, show_with_error
-from fleetune.common.events import Measured
 from fleetune.common.shell import quoted
 from fleetune.deploy.harness import FILE
 
@@ -64,47 +62,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     _show(ui, result)
 
 
-def _shown(row: Measured, name: str) -> str:
-    value = row.values[name]
-    if name in COMPARED:
-        return show_with_error(name, value, getattr(row, f"{name}_error"))
-    if name != "loss" or row.change is None:
-        return show(name, value)
-    words = change(name, value - row.change, value, row.change_error)
-    noise = is_noise(name, value - row.change, value, row.change_error)
-    return f"{show(name, value)} ({words}{', noise' if noise else ''})"
-
-
 def _show(ui: Ui, result: MeasureResult) -> None:
-    names = list(dict.fromkeys(name for row in result.rows for name in row.values))
-    rows = [
-        [
-            r.name,
-            r.engine,
-            human_bytes(r.bytes),
-            f"{r.bits_linear:.2f}",
-            f"{r.bits:.2f}",
-            human_bytes(r.peak_rss),
-            *(f"{speed:.1f}" if speed else "" for speed in (r.prefill, r.generate)),
-            *(_shown(r, name) if name in r.values else "" for name in names),
-        ]
-        for r in result.rows
-    ]
-    ui.table(
-        [
-            "",
-            "engine",
-            "size",
-            "bits/weight",
-            "with ends",
-            "peak",
-            "read tok/s",
-            "write tok/s",
-            *(metric(name).label for name in names),
-        ],
-        rows,
-        align="ll" + "r" * (6 + len(names)),
-    )
+    columns, rows = result.table()
+    ui.table(columns, rows, align="ll" + "r" * (len(columns) - 2))
     ui.paths([("kept", result.kept.text)] if result.kept else [])
     if (folder := result.folder) is not None:
         ui.paths([("result", str(folder / FILE))])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fleetune import compression, subject
 from fleetune.common import settings, sums
-from fleetune.common.display import human_bytes
+from fleetune.common.display import COMPARED, human_bytes, show_with_error
 from fleetune.common.events import CompressDone
 from fleetune.common.files import resumable
 from fleetune.common.ggml import SCALES
@@ -19,6 +19,7 @@ from fleetune.common.shell import command, quoted
 from fleetune.compression.jobs.progress import resume_command
 from fleetune.data import readers
 from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.report.page import framed_table
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
 from fleetune.runs.listener import Listener
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from fleetune.models.net.model import Model
 
     Job: TypeAlias = SolveJob | DistilJob | PruneJob
+
+BESIDE = {*(f"{name}_error" for name in COMPARED), "kl_tokens"}  # these have no line of their own
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,34 @@ class CompressResult:
         """SHA-256 of the artefact's file, or of the plain weights."""
         return self.done.digest
 
+    def table(self) -> list[list[str]]:
+        """Return a row for the weights and one for each measure, as text: its name, then a value for each of `sizes`."""
+        measured: dict[str, Any] = asdict(self.done)
+        sizes = [human_bytes(size) for size in self.sizes.values()]
+        file = Path(self.request.model).expanduser()
+        if sizes and file.is_file():  # whose weights were read into plain numbers
+            sizes[0] += f", {human_bytes(file.stat().st_size)} in its file"
+        names = dict.fromkeys(name for which in self.sizes for name in measured[which])
+        rows = [
+            [name, *(_shown(measured[c], name) for c in self.sizes)] for name in names if name not in BESIDE
+        ]
+        return [["weights", *sizes], *rows]
+
+    def _repr_html_(self) -> str:
+        facts = [("result", str(self.path)), ("digest", self.digest)]
+        return framed_table("Compression", facts, ["", *self.sizes], self.table())
+
     def model(self, *, device: str = "cpu", offline: bool = False) -> Model:
         """Load the compressed model, codes as the values that they stand for."""
         return subject.Compressed(self.folder).load(device=device, offline=offline)
+
+
+def _shown(values: Mapping[str, float], name: str) -> str:
+    if name not in values:
+        return ""
+    if name not in COMPARED:
+        return f"{values[name]:.3f}"
+    return show_with_error(name, values[name], values.get(f"{name}_error")) + COMPARED[name]
 
 
 def request_for(

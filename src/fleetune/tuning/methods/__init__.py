@@ -56,6 +56,11 @@ class Method(ABC):
     # fields of the state, beside the ledger, that say what a reply means to `aggregate`; None where that is not known
     replies_by: ClassVar[tuple[str, ...] | None] = None
 
+    @property
+    def packs(self) -> bool:
+        """Whether `local` takes rows that stand behind one another (`models/net/packed.py`)."""
+        return getattr(self, "objective", "loss") == "loss"
+
     @abstractmethod
     def init(self, model: Model, key: int) -> Any:
         """Return the global state before round 1; may attach what it trains to `model`, never changes base weights."""

@@ -148,6 +148,10 @@ class Method(_adapter.Trained):
                 f"layers_rule = {self.layers_rule!r} is none of lipschitz, half, all, nor a number"
             )
 
+    @property
+    def packs(self) -> bool:
+        return False
+
     def init(self, model: Model, key: int) -> State:
         check_separate(model.net, "fedpeptao")
         seed, L = key >> 1, len(layers_of(model.net))

@@ -95,6 +95,10 @@ class Method(_adapter.Averaged):
         return replace(super().written_out(), size=self.size or own.size, lr=self.lr or own.lr)
 
     @property
+    def packs(self) -> bool:
+        return self.module not in ("prefix", "prompt")
+
+    @property
     def own_lr(self) -> float:
         return self.lr or MODULES[self.module].lr
 

@@ -16,6 +16,7 @@ from fleetune import adapters
 from fleetune.data import Batches, Encoded
 from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.models.net.model import Model
+from fleetune.models.net.packed import packing
 from fleetune.privacy.mechanism import Privacy
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
@@ -82,7 +83,8 @@ class Bench:
             key = derive(self.seed, "try", number, client)
             batches = Batches(rows, pad_id(self.model), key, self.model.device, client, private)
             payload = replace(kinds[method.kind_of(client)][0])  # its own: it takes the arrays out
-            reply = method.local(self.model, payload, batches, key, {})
+            with packing(self.model.net, method.packs and private is None) as batches.packed:
+                reply = method.local(self.model, payload, batches, key, {})
             if all(np.isfinite(a).all() for a in reply.arrays.values() if a.dtype.kind == "f"):
                 good.append(Reply(client, key, reply))
         return good

@@ -20,6 +20,7 @@ from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError,
 from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.families import number_types
 from fleetune.models.net.model import Model, Pieces, refuse_copies
+from fleetune.report import page, single
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Silent
 from fleetune.seeds import ledger as ledgers
@@ -333,6 +334,13 @@ class TuneResult:
         found = {c: [rows[r].get(c) for r in sorted(rows)] for c in (*MEASURES, *COSTS)}
         used = {c: values for c, values in found.items() if any(v is not None for v in values)}
         return {"round": sorted(rows), **used}
+
+    def plot(self) -> page.Drawing:
+        """Draw the validation loss by round (SVG, which a notebook shows); UsageError for a run with fewer than two."""
+        return single.drawing(self.folder)
+
+    def _repr_html_(self) -> str:
+        return page.framed(self.report.read_text("utf-8"))
 
     def model(self, *, device: str = "cpu", offline: bool = False) -> Model:
         """Load the tuned model; its stored weights stay the base's."""

@@ -23,6 +23,7 @@ from fleetune.common.memory import give_back
 from fleetune.data import Batches
 from fleetune.errors import MessageError
 from fleetune.models.net.model import Model
+from fleetune.models.net.packed import packing
 from fleetune.tuning.exchange.messages import HEAD, Message, Payload, crc_of, decode, encode
 from fleetune.tuning.methods import Method, Reply
 
@@ -49,7 +50,8 @@ def work(
     memory = memories.of(batches.client)
     batches.on_step = on_step
     give_back()  # what was done before: an evaluation, another client's work, the message's bytes
-    with hearing(batches.heard):
+    packs = method.packs and batches.private is None
+    with hearing(batches.heard), packing(model.net, packs) as batches.packed:
         reply = method.local(model, received.payload, batches, key, memory)
     memories.keep(batches.client, received.round, memory)
     if hold:
