@@ -324,7 +324,7 @@ def descend_projected(
     caller rounds `moved` once and places it there.
     """
     K = position.K
-    moved, losses = np.zeros(K), []
+    moved, losses = np.zeros(K), list[float]()
     pool = (np.uint64(epoch) << np.uint64(32)) | np.arange(K, dtype=np.uint64)
     ids = np.concatenate([np.array(position.ids, np.uint64), pool])
     begun = np.array(position.coefficients, np.int64)
