@@ -13,7 +13,6 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ import numpy as np
 import fleetune
 from fleetune.common.display import human_bytes
 from fleetune.common.events import ClientReply, RoundDone
-from fleetune.report import svg
+from fleetune.report import page, svg
 from fleetune.runs.listener import Silent
 
 MODEL: Final = "smollm2-135m"
@@ -148,12 +147,7 @@ def _drawing(courses: Mapping[str, list[dict[str, Any]]], what: str, label: str,
         plot.line(line[1:], colour, [name] * len(line))
         plot.end(line[-1], name, colour)
     plot.reference(next(iter(lines.values()))[0][1], "before")
-    style = files("fleetune.report").joinpath("style.css").read_text("utf-8").partition("*{")[0]
-    return (
-        plot.svg()
-        .replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="520" height="316" ', 1)
-        .replace("<title", f"<style>svg{{background:var(--card)}}{style}</style><title", 1)
-    )
+    return page.drawing(plot.svg())
 
 
 if __name__ == "__main__":

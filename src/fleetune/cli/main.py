@@ -11,11 +11,12 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
+from fleetune.cli import understood
 from fleetune.cli.console import Ui
-from fleetune.common import __version__
+from fleetune.common import __version__, shell
 from fleetune.common.display import message_text, one_line, single_spaced
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.registry import Registry
@@ -64,31 +65,30 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments of a command line; UsageError for what is none.  `--help` and `--version` end the process."""
-    command = command_in(words)
-    parser = build_parser(command)
-    args, unknown = parser.parse_known_args(words)
+    """Return the arguments of a command line; UsageError for what is none.  `--help` and `--version` end the process.
+
+    `understood` is what to say of words of other tools (""): the line in ours.
+    """
+    ours = understood.command(words, COMMANDS.members())
+    parser = build_parser(command := command_in(ours))
+    told = ""
+    if (sub := _by_name(parser).get(ours[0])) is not None:
+        ours = understood.action(ours, sub)
+        options = understood.Options(command, sub)
+        ours = [command, *options.read(ours[1:])]
+        if ours != list(words):
+            told = "   ".join(
+                [f"understood as: {shell.command(*ours)}", *(f"({r})" for r in options.remarks)]
+            )
+    args, unknown = parser.parse_known_args(ours)
     if unknown:
-        sub = _by_name(parser)[args.command]
-        flags = [flag for action in sub._actions for flag in action.option_strings]
+        flags = [flag for action in _by_name(parser)[args.command]._actions for flag in action.option_strings]
         said = [word for word in unknown if word.startswith("-")] or unknown  # a word after one is its value
-        words_of = {
-            f"--{word.lower()}": str(action.metavar)
-            for action in sub._actions
-            for word in str(action.metavar).split("|")
-            if not action.option_strings
-        }
-        told = (_of_unknown(word, word.partition("=")[0], words_of, flags) for word in said)
+        lines = [f"unknown argument '{word}'.{suggest(word.partition('=')[0], flags)}" for word in said]
         setting = "; a setting of the method: --set NAME=VALUE" if "--set" in flags else ""
-        raise UsageError("\n  ".join(told), hint=f"fleetune {command} --help{setting}")
+        raise UsageError("\n  ".join(lines), hint=f"fleetune {command} --help{setting}")
+    args.understood = told
     return args
-
-
-def _of_unknown(word: str, name: str, words_of: Mapping[str, str], flags: Sequence[str]) -> str:
-    """Say what is wrong with an argument; `words_of` are the options that are none: what they would name is a word."""
-    if name in words_of:
-        return f"unknown argument '{word}': {words_of[name]} is given without an option"
-    return f"unknown argument '{word}'.{suggest(name, flags)}"
 
 
 def command_in(words: Sequence[str]) -> str:
@@ -153,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(words or ["--help"])
         ui = Ui(quiet=args.quiet, json=args.json)
+        if args.understood:
+            ui.note(args.understood)
         _set_environment(args)
         chosen_kernels()  # a wrong choice is refused before any work
         _run(args, ui)

@@ -97,6 +97,8 @@ class Registry:
         UsageError with a suggestion when there is none, and with the reason when a registered module cannot be used.
         """
         known, asked = self.members(), name.replace("_", "-")
+        if asked not in known and asked.lower() in known:
+            return known[asked.lower()]
         if asked not in known:
             for point in _points(entry_points, self.group):
                 if point.name.replace("_", "-") == asked:

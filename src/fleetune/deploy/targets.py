@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from fleetune.common import words
 from fleetune.common.registry import Member, Registry
 from fleetune.common.shell import pip_install
 from fleetune.errors import UsageError, suggest
@@ -96,10 +97,10 @@ def every() -> dict[str, Target]:
 
 def find(to: str) -> Target:
     """Return the target called `to`; UsageError with a suggestion when there is none."""
-    known = every()
-    if to in known:
-        return known[to]
-    guess = suggest(to.lower(), known, cutoff=0.5)
+    known, name = every(), words.VALUES["to"].get(to.lower(), to.lower())
+    if (found := known.get(to) or known.get(name)) is not None:
+        return found
+    guess = suggest(name, known, cutoff=0.5)
     raise UsageError(
         f"no target named '{to}'" + (f".{guess}" if guess else ""), hint="choose one of " + ", ".join(known)
     )

@@ -6,11 +6,15 @@ import argparse
 from typing import TYPE_CHECKING
 
 import fleetune
+from fleetune import subject as subjects
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
+from fleetune.common import words
 from fleetune.common.display import human_bytes
+from fleetune.common.shell import command
 from fleetune.deploy import targets
+from fleetune.errors import UsageError
 
 if TYPE_CHECKING:
     from fleetune.deploy.export import ExportResult
@@ -36,6 +40,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Export, and print what was written."""
+    if setting := words.GRIDS.get((args.to or "").lower().removeprefix("gguf:")):
+        if not isinstance(subjects.open(args.subject, args.out), subjects.Compressed):
+            raise UsageError(
+                f"{args.to} holds codes, and {args.subject} is not compressed",
+                hint=f"{command('compress', args.subject, '--set', setting)}   then: fleetune export latest --to gguf",
+            )
+        args.to = "gguf"
+        ui.note(f"understood as: --to gguf, the type that holds the codes of {args.subject} as they are")
     with console_listener(ui) as listener:
         result = fleetune.export(args.subject, listener=listener, **flags.options(args, "to path text"))
     show(ui, result)

@@ -4,7 +4,6 @@ Flags, keys of a TOML file, `run.toml` and the table in the docs are made from t
 """
 
 import dataclasses
-import difflib
 import importlib
 import json
 import math
@@ -19,11 +18,12 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_vali
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
-from fleetune.common import settings
+from fleetune.common import settings, words
 from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
+from fleetune.data import columns, sources
 from fleetune.data.partition import RowsSpec, held_out_problem
-from fleetune.data.read_rows import looks_like_model, looks_like_rows
+from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows
 from fleetune.errors import RecipeError, UsageError, suggest
 from fleetune.models.cache.names import hub_of
 
@@ -49,8 +49,8 @@ def problem_text(error: Mapping[str, Any]) -> str:
         known = found[1].split("|")
         return f"{name} = {shown}: none of {', '.join(known)}.{suggest(str(value), known)}"
     text = str(error["msg"])
-    for words, ours in WORDS.items():
-        text = text.replace(words, ours)
+    for theirs, ours in WORDS.items():
+        text = text.replace(theirs, ours)
     return f"{name} = {shown}: {text}" if name else text
 
 
@@ -61,18 +61,20 @@ def _shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}.."
 
 
-def unknown_option(key: str, names: Sequence[str], values: Mapping[str, Any]) -> str:
-    """Return what to say of a key that is no option: the option that was meant, or that it is a setting of the method."""
-    methods = importlib.import_module("fleetune.tuning.methods")
-    method = str(values.get("method") or AUTO_METHOD)
-    if known := [name for name in methods.having([key]) if method in (AUTO_METHOD, name)]:
-        return (
-            f"unknown option '{key}'. It is a setting of the method{'s' if len(known) > 1 else ''} {', '.join(known)}: "
-            f"settings={{{key!r}: {values[key]!r}}} in Python, {key} = {values[key]} under [set] in a recipe, "
-            f"--set {key}={values[key]} as a flag"
-        )
-    close = difflib.get_close_matches(key, names, n=1)
-    return f"unknown option '{key}'." + (f" Did you mean '{close[0]}'?" if close else "")
+def in_our_words(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with keys of other tools as ours, and settings of a method among the settings."""
+    names, found, chosen = fields(), dict[str, Any](), dict[str, Any]()
+    for key, value in values.items():
+        word = words.RECIPE.get(key, "") if key not in names else key if key == "method" else ""
+        if not word and key not in names and importlib.import_module("fleetune.tuning.methods").having([key]):
+            word = f"set.{key}"
+        said = words.meaning(word, value, each_round="rounds" in values) if word else {key: value}
+        chosen |= {name[4:]: one for name, one in said.items() if name.startswith("set.")}
+        found |= {name: one for name, one in said.items() if not name.startswith("set.")}
+    if isinstance(own := found.get("set", {}), Mapping):
+        ours = {name: word[4:] for name in own if (word := words.RECIPE.get(name, "")).startswith("set.")}
+        found["set"] = chosen | {ours.get(name, name): value for name, value in own.items()}
+    return found
 
 
 def no_method_problems(chosen: Sequence[str]) -> list[str]:
@@ -137,8 +139,8 @@ class Recipe:
         "compressed model, whose GGUF file is written first"
     )
     data: str = Field(
-        description="JSONL, CSV or Parquet file, a folder with one file per client, hub id, - (JSONL from standard input), or "
-        "'demo' for the built-in set"
+        description="file of rows (JSONL, CSV, Excel, text, ..), a folder with one per client, hub id, - (JSONL from standard "
+        "input), or 'demo' for the built-in set"
     )
     method: str = Field(
         default=AUTO_METHOD,
@@ -161,7 +163,12 @@ class Recipe:
     columns: str = Field(
         default="",
         description="which columns of the data are which: prompt=question,response=answer; names: prompt, response, system, "
-        "context, text, label, messages, client, or any field of a form (docs/data.md)",
+        "context, text, label, messages, client, or any field of a form (fleetune help data); default: by their names, else "
+        "the two with the longest texts, and a note says which",
+    )
+    strict: bool = Field(
+        default=False,
+        description="refuse data with any bad row, such as one with an empty cell (default: a tenth of the rows may be left out)",
     )
     partition: str = Field(
         default="auto",
@@ -244,13 +251,13 @@ class Recipe:
     aggregation: str = Field(
         default="mean",
         description="how replies become one: mean[:TIMES], weighted by rows (at most TIMES the median's), or against "
-        "liars: median, trimmed-mean[:SHARE], norm-clip, sign-vote; fleet serve chooses where none is given (docs/safety.md)",
+        "liars: median, trimmed-mean[:SHARE], norm-clip, sign-vote; fleet serve chooses unless given (fleetune help safety)",
     )
     privacy: str = Field(
         default="none",
         pattern="^(none|client|example|sealed)$",
         description="client: differential privacy that hides whether any one client took part; example: any one row of a "
-        "client; sealed: the server sees sums of replies alone; epsilon then hides any one reply from it, too (docs/privacy.md)",
+        "client; sealed: the server sees sums of replies alone; epsilon then hides any one reply, too (fleetune help privacy)",
     )
     epsilon: float = Field(
         default=0.0,
@@ -281,7 +288,7 @@ class Recipe:
     )
     keep_replies: bool = Field(
         default=False,
-        description="store the replies that each round counts, so that a client can be left out afterwards (docs/ledger.md)",
+        description="store the replies that each round counts, so that a client can be left out later (fleetune help ledger)",
     )
     eval_every: int = Field(
         default=1, ge=0, description="validation loss every so many rounds (0: before and after only)"
@@ -317,6 +324,11 @@ class Recipe:
     answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
     threads: int = Field(default=0, ge=0, le=MOST_THREADS, description="processor threads (0: all)")
 
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns(cls, given: object) -> object:
+        return columns.spec_of(given) if isinstance(given, Mapping) else given
+
     @field_validator("held_out")
     @classmethod
     def _held_out(cls, number: float) -> float:
@@ -345,8 +357,8 @@ def choices(name: str) -> list[str]:
 
 def make(values: Mapping[str, Any]) -> Recipe:
     """The recipe with these values; RecipeError lists every problem, with suggestions for unknown keys."""
-    names = list(fields())
-    problems = [unknown_option(key, names, values) for key in values if key not in names]
+    names, values = list(fields()), in_our_words(values)
+    problems = [f"unknown option '{key}'.{suggest(key, names)}" for key in values if key not in names]
     try:
         recipe = TypeAdapter(Recipe).validate_python({k: v for k, v in values.items() if k in names})
     except ValidationError as error:
@@ -365,8 +377,11 @@ def make(values: Mapping[str, Any]) -> Recipe:
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with the partition that `auto` means for its data, and what training scales means for its method.
 
+    Of a folder with the splits of one data set, the training file is the data, and the validation file what is measured on.
     The partition stays as it is where the data's columns cannot be read.
     """
+    if is_folder(recipe.data) and (split := sources.splits(recipe.data)):
+        recipe = dataclasses.replace(recipe, data=split[0], eval_data=recipe.eval_data or split[1])
     if (recipe.method, recipe.train, recipe.set.get("module")) == (SCALES_MODULE, "weights", "scales"):
         recipe = dataclasses.replace(recipe, train="scales")
     recipe = dataclasses.replace(recipe, set={**own_settings(recipe.train, recipe.method), **recipe.set})

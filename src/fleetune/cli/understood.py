@@ -1,0 +1,104 @@
+"""Read a command line in the words of other tools (`common/words.py`) as one in ours."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+from fleetune.common import words as tables
+from fleetune.errors import UsageError
+
+OPTION: Final = re.compile(r"--?[A-Za-z]")
+SWITCH: Final = re.compile(r"true|false|\d+", re.IGNORECASE)  # what may follow an option that needs no value
+
+
+def command(words: Sequence[str], known: Collection[str]) -> list[str]:
+    """Return the words with the command that is meant, where theirs is none of `known`."""
+    ours = tables.COMMANDS.get(words[0].lower()) if words and words[0] not in known else None
+    return [*ours.split(), *words[1:]] if ours else list(words)
+
+
+def action(words: Sequence[str], sub: argparse.ArgumentParser) -> list[str]:
+    """Return the words with the action that is meant; `check` where rows are given in its place."""
+    first = next((a for a in sub._actions if not a.option_strings), None)
+    if first is None or first.choices is None or len(words) < 2 or words[1] in first.choices:
+        return list(words)
+    if list(first.choices) == ["check"] and (os.path.exists(words[1]) or words[1] == "demo"):
+        return [words[0], "check", *words[1:]]
+    return [words[0], tables.ACTIONS.get(words[0], {}).get(words[1], words[1]), *words[2:]]
+
+
+class Options:
+    """The options of one command, and what it calls those of other tools."""
+
+    def __init__(self, name: str, sub: argparse.ArgumentParser) -> None:
+        self.sub, self.flags = sub, sub._option_string_actions
+        self.places = [
+            str(a.metavar or a.dest).lower().split("|") for a in sub._actions if not a.option_strings
+        ]
+        self.table: Mapping[str, str] = (
+            tables.RECIPE if "--rounds" in self.flags else tables.OPTIONS.get(name, {})
+        )
+        self.remarks: dict[str, None] = {}
+        self.first: list[str] = []  # arguments that were given as options, by their place
+        self.last: list[str] = []
+
+    def read(self, words: Sequence[str]) -> list[str]:
+        """Return the words after the command in ours."""
+        self.each_round = any(word.partition("=")[0] == "--rounds" for word in words)
+        found, rest = list[str](), list(words)
+        while rest and rest[0] != "--":
+            found += self._one(rest) if rest[0].startswith("-") else [rest.pop(0)]
+        return [*self.first, *found, *self.last, *rest]
+
+    def _one(self, rest: list[str]) -> list[str]:
+        """Take the first of the words, an option, and its value if it is not ours; return what it is in ours."""
+        word = rest.pop(0)
+        given, equals, text = word.partition("=")
+        key = given.lstrip("-").replace("-", "_")
+        flag = given if given in self.flags else f"--{key.replace('_', '-')}"
+        known = self.flags.get(flag)
+        value = text if equals else rest[0] if rest and not OPTION.match(rest[0]) else None
+        if known is not None and known.nargs == 0:
+            return [flag + equals + text]
+        if key in tables.DONE_ANYWAY and (known is None or value not in (known.choices or ())):
+            return []
+        ours = key if known is not None else self.table.get(key, key if self._place(key) is not None else "")
+        if flag == "--out" and "--path" in self.flags and value and value.lower().endswith(".gguf"):
+            ours = "path"
+        if not ours or (value is None and "=" not in ours):
+            return [word]
+        if known is not None and ours == key and (value or "").lower() not in tables.VALUES.get(key, ()):
+            return [flag + equals + text]
+        if not equals and value is not None and ("=" not in ours or SWITCH.fullmatch(value)):
+            rest.pop(0)
+        return self._written(ours, value)
+
+    def _written(self, ours: str, value: str | None) -> list[str]:
+        try:
+            said = tables.meaning(ours, value, each_round=self.each_round)
+        except ValueError as error:
+            raise UsageError(f"{value!r} is no number of steps") from error
+        counted = [ours] if "rounds" in said else []
+        self.remarks |= {
+            r: None
+            for w in (*counted, *(f"{n}={v}" for n, v in said.items()))
+            if (r := tables.REMARKS.get(w))
+        }
+        found = []
+        for name, one in said.items():
+            kind, _, setting = name.partition(".")
+            flag = f"--{name.replace('_', '-')}"
+            if setting:
+                found += [f"--{kind}", f"{setting}={one}"]
+            elif flag in self.flags:
+                found += [flag, str(one)]
+            elif (place := self._place(name)) is not None:
+                (self.last if place else self.first).append(str(one))
+        return found
+
+    def _place(self, name: str) -> int | None:
+        return next((i for i, names in enumerate(self.places) if name in names), None)
