@@ -135,15 +135,13 @@ def test_stop_reaches_the_session_that_wrote_the_last_word_and_no_other(run):
 def test_a_finished_run_is_said_to_be_and_one_whose_page_is_still_there_can_be_stopped(run, capsys):
     (run / "status").write_text("done\n")
     out = ["latest", "--out", str(run.parent)]
-    assert "is finished, and no server has it: nothing is left to stop" in refused(
-        capsys, "fleet", "stop", *out
-    )
+    assert "which is done: nothing to stop" in refused(capsys, "fleet", "stop", *out)
     fleet_run.word(run, lingers=True, said=2 * status.SILENT)  # its server was killed
     refused(capsys, "fleet", "stop", *out)
     fleet_run.word(run, lingers=True)
     assert main(["fleet", "status", *out]) == main(["fleet", "stop", *out]) == 0
     said = capsys.readouterr().err
-    assert "its page is still there" in said
+    assert "only its page is left" in said
     assert "asked: its page ends" in said
     assert status.take_stop(run, "5e55")
 

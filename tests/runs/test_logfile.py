@@ -85,6 +85,5 @@ def test_a_run_keeps_one(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"instruction": "count", "response": "1 2 3"}\n' * 20)
     done = fleetune.tune(**recipe, **FEW, out=tmp_path / "runs", settings={"r": 2, "steps": 1, "lr": 1e-2})
     said = [line[20:] for line in lines(done.folder)]
-    assert said[0] == "fleetune tune · fedit"
     assert said[-1] == f"done, digest {done.digest}"
     assert any(line.startswith("round 1: val loss ") for line in said)

@@ -5,7 +5,6 @@ NAME.invite is JSON: {"v": 1, "address": HOST:PORT, "ca": PEM or "", "key": Open
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +20,7 @@ ANEW: Final = "get a new one: fleetune fleet invite NAME, on the server"
 
 
 def make(file: Path, folder: Path, address: str, ca: Path | None) -> str:
-    """Write the invite of a new device, for its owner alone; its public key goes into a folder.  Return the text.
-
-    UsageError where either is there already: nothing is replaced.
-    """
+    """Write a new device's invite, and its public key into a folder; return the text.  UsageError: nothing is replaced."""
     name = file.name.removesuffix(SUFFIX)
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UsageError(f"'{name}' is no name of a device", hint="letters, digits, dots, - and _")
@@ -83,11 +79,6 @@ def _read(file: Path) -> dict[str, Any]:
 FIELDS: Final = {"v": int, "address": str, "ca": str, "key": str}
 
 
-def open_to_others(file: Path) -> bool:
-    """Tell whether others on this machine can read a file."""
-    return os.name == "posix" and file.is_file() and bool(file.stat().st_mode & 0o077)
-
-
 def drawn(dark: Sequence[Sequence[int]]) -> str:
     """Return a QR code, whose modules are dark or not, as text: two rows a line, light ones lit."""
     rows = [*dark, *([[0] * len(dark[0])] if len(dark) % 2 else [])]
@@ -101,15 +92,9 @@ def drawn(dark: Sequence[Sequence[int]]) -> str:
 
 
 def code_of(text: str) -> str:
-    """Return a text as a QR code, "" where neither segno nor qrcode is installed."""
+    """Return a text as a QR code, "" where segno is not installed."""
     with contextlib.suppress(ImportError):
         import segno
 
         return drawn([list(row) for row in segno.make(text, error="l", micro=False).matrix_iter(border=2)])
-    with contextlib.suppress(ImportError):
-        import qrcode
-
-        made = qrcode.QRCode(error_correction=qrcode.constants.ERROR_CORRECT_L, border=2)
-        made.add_data(text)
-        return drawn(made.get_matrix())
     return ""

@@ -85,12 +85,11 @@ class RemoteFleet(Fleet):
     def grace(self) -> float:
         """Return how long a device that has gone is waited for: as stated, else twice the last round's median time.
 
-        `apart`, the most: how fast others are is no reason to give one up.
+        `apart`, a minute: how fast others are is no reason to give one up.
         """
-        least, most = GRACE
         if self.pace.grace is not None:
             return self.pace.grace
-        return most if self.apart or not self._took else max(least, min(most, 2 * median(self._took)))
+        return 60.0 if self.apart or not self._took else max(10.0, min(60.0, 2 * median(self._took)))
 
     @property
     def run(self) -> str:
@@ -223,7 +222,7 @@ class RemoteFleet(Fleet):
         asking.heard += 1
         asking.replies += reply.what == "done"
         if reply.what == "done" and order.what not in STEPS:
-            asking.took.append(time.monotonic() - asking.gave[number])
+            asking.took.append(time.monotonic() - asking.began)
         yield self._answer(order, reply)
 
     def _give_out(self, asking: Asking, here: Mapping[str, str]) -> None:
@@ -297,8 +296,7 @@ class RemoteFleet(Fleet):
             if here >= count:
                 return
             if time.monotonic() > until:
-                self._go_on_with(here, count, patience)
-                return
+                return self._go_on_with(here, count, patience)
             self.look()
             self._greet()
             for _ in self._answers():
@@ -308,15 +306,15 @@ class RemoteFleet(Fleet):
     def _go_on_with(self, here: int, count: int, patience: float) -> None:
         """Say who did not come in time; FleetError where nobody did."""
         missing = [m.name for m in self.devices.members if m.key not in self._ready]
-        who = f": {', '.join(missing[:SHOWN])}{' ..' if len(missing) > SHOWN else ''}" if missing else ""
-        if not here:
-            raise FleetError(
-                f"none of {counted(count, 'device')} came within {human_time(patience)}{who}",
-                hint="start them with the command above, then this one again; --round-deadline SECONDS waits longer",
-            )
-        self.note(
-            f"{here} of {counted(count, 'device')} came within {human_time(patience)}; not waited for any longer{who}"
+        why = f"{here or 'none'} of {counted(count, 'device')} came within {human_time(patience)}"
+        why += (
+            f"; missing: {', '.join(missing[:SHOWN])}{' ..' if len(missing) > SHOWN else ''}"
+            if missing
+            else ""
         )
+        if not here:
+            raise FleetError(why, hint="start them, then this again; --round-deadline SECONDS waits longer")
+        self.note(f"{why}: the others are not waited for")
 
     def _check_prospect(self, count: int) -> None:
         """FleetError when `count` devices or more have refused, and all that are known; they were told by then.
@@ -333,10 +331,7 @@ class RemoteFleet(Fleet):
             )
 
     def end(self, reason: str) -> None:
-        """Tell every device that is there, and was not told, that the run is over; wait a moment until they know.
-
-        One that has never joined has come too late, which is written down.
-        """
+        """Tell every device that is there and was not told that the run is over; write down which came too late for it."""
         here = self.link.online()
         end, told = Order("end", reason=cut_reason(reason)), set[str]()
         for key in [key for key, mark in here.items() if self._ended.get(key) != mark]:
@@ -526,10 +521,7 @@ class Asking:
     began: float = field(default_factory=time.monotonic)
     waiting: dict[int, float] = field(init=False)  # client -> since when it is waited for
     sent: dict[str, int] = field(init=False, default_factory=dict)  # number of an order -> client
-    gave: dict[str, float] = field(
-        init=False, default_factory=dict
-    )  # number of an order -> when it was given
-    took: list[float] = field(init=False, default_factory=list)  # seconds until each answer
+    took: list[float] = field(init=False, default_factory=list)  # seconds from the begin to each answer
     times: dict[int, int] = field(init=False, default_factory=dict)  # client -> how often it was asked
     declined: dict[int, Declined] = field(init=False, default_factory=dict)
     next_word: float = field(init=False)  # when to say who is waited for
@@ -547,7 +539,7 @@ class Asking:
     def given(self, client: int, number: str) -> None:
         """Note that a client was given its order."""
         del self.waiting[client]
-        self.sent[number], self.gave[number] = client, time.monotonic()
+        self.sent[number] = client
         self.times[client] = self.times.get(client, 0) + 1
 
     def lost(self, numbers: Iterable[str]) -> None:
@@ -584,9 +576,6 @@ class Asking:
         more = f" and {len(does) - SHOWN} more" if len(does) > SHOWN else ""
         few = f"{self.goal - self.replies} of " if self.goal else ""
         yield f"round {self.round}: waiting for {few}{', '.join(shown)}{more}"
-
-
-GRACE: Final = (10.0, 60.0)  # seconds, the least and the most where none is stated
 
 
 @dataclass(frozen=True)

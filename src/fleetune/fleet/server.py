@@ -136,7 +136,6 @@ class Served:
     _files: Mapping[str, bytes] = field(init=False)  # of the keys, when all of them were read
     _news: list[str] = field(init=False, default_factory=list)  # of the keys, not told yet
     _page: LivePage | None = field(init=False, default=None)
-    _folder: Path | None = field(init=False, default=None)  # of the job
     _lingers: bool = field(init=False, default=False)  # whether the page outlives the run
 
     def __post_init__(self) -> None:
@@ -165,19 +164,17 @@ class Served:
 
     def _end(self) -> bool:
         """Tell devices that it is over, and `fleet status` what they did; tell whether `fleet stop` was called."""
-        if self._fleet is None or self._folder is None:
+        if self._fleet is None:
             return False
         self._fleet.end(self.farewell)
-        return self._publish(self._folder)
+        return self._publish(self._fleet.devices.file.parent)
 
     def linger(self, note: Callable[[str], None]) -> None:
         """Show the page of a finished run on, if there is one, until `fleet stop` or an interrupt; devices are told the end."""
         if self._page is None or self._fleet is None:
             return
-        self._lingers = True
-        note(
-            f"finished; the page stays at {self._page.url} until Ctrl-C, SIGTERM or: fleetune fleet stop {quoted(self._folder)}"
-        )
+        self._lingers, run = True, quoted(self._page.run)
+        note(f"finished; {self._page.url} stays until Ctrl-C, SIGTERM or: fleetune fleet stop {run}")
         try:
             while not self._end():
                 time.sleep(PUBLISHED / 4)
@@ -265,11 +262,9 @@ class Served:
             asks = self._page.password if "FLEETUNE_PASSWORD" not in os.environ else ""
             listener.note(f"page: {self._page.url}")
             if asks:  # log.txt need not know it
-                getattr(listener, "inner", listener).note(
-                    f"the page asks for any name, and the password {asks}"
-                )
+                getattr(listener, "inner", listener).note(f"the page's password, of any name: {asks}")
 
-        audit, self._folder = Audit(folder), folder
+        audit = Audit(folder)
 
         def look() -> None:
             self._read_keys_again()

@@ -54,26 +54,15 @@ def ask_to_stop(run: Path) -> None:
     The request names the session in the server's last word, so no other process obeys it, now or later.
     """
     if not rundir.held(run) and not lingers(run):
-        done = standing(run) == "done"
-        why = (
-            "is finished, and no server has it: nothing is left to stop"
-            if done
-            else f"is {standing(run)}: no server has it"
-        )
-        raise UsageError(f"{run} {why}", hint=f"fleetune fleet status {quoted(run)}" if done else resume(run))
+        now, hint = standing(run), f"fleetune fleet status {quoted(run)}"
+        raise UsageError(f"no server has {run}, which is {now}: nothing to stop", hint=hint)
     write_atomic(run / STOP, str(word_of(run)["session"]), mode=PRIVATE)
 
 
 def lingers(run: Path) -> bool:
     """Tell whether a server shows the page of a finished run."""
     word = word_of(run) if (run / FILE).is_file() else {}
-    return bool(word.get("lingers")) and _heard(word) < SILENT
-
-
-def _heard(word: Mapping[str, Any]) -> float:
-    """Return how many seconds ago a server's last word was."""
-    said: float = word["t"]
-    return round(max(0.0, time.time() - said), 1)
+    return bool(word.get("lingers") and time.time() - word["t"] < SILENT)
 
 
 def take_stop(run: Path, session: str) -> bool:
@@ -115,9 +104,8 @@ class Record:
                     self.lost[client] += reply["status"] != "ok"
                 if self.sealed:
                     summed = [c for c, reply in self._round.items() if reply["status"] == "ok"]
-                    for c in summed:
-                        cost = {name: event[name] // len(summed) for name in ("bytes_up", "bytes_down")}
-                        self.last[c] = {**self.last[c], **cost}
+                    cost = {name: event[name] // max(1, len(summed)) for name in ("bytes_up", "bytes_down")}
+                    self.last |= {c: {**self.last[c], **cost} for c in summed}
                 self._round = {}
                 self.bytes_up += event["bytes_up"]
                 self.bytes_down += event["bytes_down"]
@@ -134,17 +122,15 @@ def look(run: Path) -> FleetShown:
     word = word_of(run)
     served = rundir.held(run)
     try:
-        sealed = (
-            not compression_folder.is_one(run) and recipes.read(run / "run.toml").get("privacy") == "sealed"
-        )
-        record = Record(run, sealed=sealed)
+        tunes = not compression_folder.is_one(run)
+        record = Record(run, sealed=tunes and recipes.read(run / "run.toml").get("privacy") == "sealed")
         devices = [_device(told, record, served=served) for told in word["devices"]]
         return FleetShown(
             run=str(run),
             status=standing(run),
             served=served,
             t=word["t"],
-            heard=_heard(word),
+            heard=round(max(0.0, time.time() - word["t"]), 1),
             address=word["address"],
             machine=word["machine"],
             pid=word["pid"],

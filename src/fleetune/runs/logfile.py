@@ -1,7 +1,7 @@
 """Keep log.txt in a folder: what happened when, for its owner alone; full ones are kept as log.txt.1 to log.txt.3."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
@@ -40,8 +40,7 @@ class LogFile(RotatingFileHandler):
 
     def write(self, text: str) -> None:
         """Add a line with the time."""
-        level = logging.INFO
-        self.handle(logging.LogRecord("fleetune", level, "", 0, single_spaced(text), None, None))
+        self.handle(logging.LogRecord("", logging.INFO, "", 0, single_spaced(text), None, None))
 
     @contextmanager
     def warned(self) -> Iterator[None]:
@@ -60,11 +59,6 @@ class Logged(Relay):
     def __init__(self, inner: Listener, log: LogFile) -> None:
         super().__init__(inner)
         self._log = log
-
-    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Pass it on; the log has its title."""
-        super().header(title, rows)
-        self._log.write(title)
 
     def note(self, text: str) -> None:
         """Pass it on, and write it down."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -73,16 +74,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         metavar="WORD",
         nargs="*",
         default=[],
-        help="HOST:PORT or NAME.invite (join), NAME (invite), what to make (keys), RUN (eval, devices, status, stop, audit), "
-        "DIR (app)",
+        help="HOST:PORT or NAME.invite (join), NAME (invite), what to make (keys), RUN (others), DIR (app)",
     )
     serve = sub.add_argument_group("serve (eval takes those of the door, from --host to --round-deadline)")
-    serve.add_argument(
-        "-c",
-        "--config",
-        metavar="FILE",
-        help="a TOML recipe, or a device's settings (join); flags override it",
-    )
+    of = "a TOML recipe, or a device's settings (join); flags override it"
+    serve.add_argument("-c", "--config", metavar="FILE", help=of)
     serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
     serve.add_argument("--dry-run", action="store_true", help="check recipe, rows, model and door, then stop")
     flags.add_door(serve, "the first round (default: the recipe's clients)")
@@ -138,8 +134,8 @@ def _join_arguments(join: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Carry out an action."""
-    if args.dry_run and args.action != "serve":
-        raise UsageError(f"{args.action} takes no --dry-run", hint="fleetune fleet serve --dry-run")
+    if args.dry_run and (args.action != "serve" or args.resume):
+        raise UsageError("--dry-run is for a new run", hint="fleetune fleet serve -c recipe.toml --dry-run")
     ACTIONS[args.action](args, ui)
 
 
@@ -165,9 +161,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
         recipe = tuning.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe = fleets.settled(recipe, values)
-    if args.dry_run:
-        if recipe is None:
-            raise UsageError("--dry-run is for a new run", hint="without --resume")
+    if args.dry_run and recipe is not None:
         _check_only(recipe, fleets, args, ui)
         return
     from fleetune.tuning.run import resume
@@ -193,21 +187,14 @@ def _check_only(recipe: recipes.Recipe, fleets: Served, args: argparse.Namespace
 
     rundir.check_writable(Path(args.out), make=False)
     with sources.borrowed(recipe.data) as rows:
-        job = prepare.prepare(
-            dataclasses.replace(recipe, data=rows),
-            offline=args.offline,
-            simulated=False,
-            find=False,
-            note=ui.note,
-        )
+        stated, offline = dataclasses.replace(recipe, data=rows), args.offline
+        job = prepare.prepare(stated, offline=offline, simulated=False, find=False, note=ui.note)
     count = fleets.count(job)
     prepare.check_aggregation(job.recipe, job.method, count)
     ui.note(f"the recipe is good, and so is the door: {fleets.where(count)}")
     told = dataclasses.replace(prepare.checked(job, []), clients=count)
-    ui.note(
-        f"the server measures on {counted(told.held_out, 'row')} of {recipe.eval_data or recipe.data}, and trains on none: "
-        "held_out or --eval-data changes that"
-    )
+    here = f"{counted(told.held_out, 'row')} of {recipe.eval_data or recipe.data}"
+    ui.note(f"the server measures on {here} and uses no other: held_out or --eval-data changes that")
     ui.note(f"on each device: {fleets.line(is_path(recipe.model))}")
     ui.event(told)
 
@@ -235,9 +222,8 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
     found = subject.open(name, args.out)
     ui.log()
     if isinstance(found, subject.Run) and (found.folder / standing.FILE).is_file():
-        flags_of_run = str(standing.word_of(found.folder).get("flags", ""))
-        if taken := flags.again(args, flags_of_run):
-            ui.note(f"the door is the run's: {' '.join(taken)}")
+        taken = flags.again(args, str(standing.word_of(found.folder).get("flags", "")))
+        ui.note(f"the door is the run's: {' '.join(taken) or 'the usual'}")
     with console_listener(ui) as listener, flags.served(args) as served:
         done, each = eval_server.evaluate(found, served, listener, offline=args.offline)
     _show(ui, each, done)
@@ -304,11 +290,10 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         if key or ca:
             raise UsageError("an invite has a key and a ca.pem of its own", hint="leave out --key and --ca")
         keys.check_installed()
-        if invite.open_to_others(Path(server)):
-            ui.note(
-                f"others on this machine can read the private key in {server}: chmod 600 {quoted(server)}"
-            )
-        server, ca = invite.accept(Path(server), state)
+        file = Path(server)
+        server, ca = invite.accept(file, state)
+        if os.name == "posix" and file.stat().st_mode & 0o077:
+            ui.note(f"others on this machine can read the private key in {file}: chmod 600 {quoted(file)}")
     ui.log()
     ui.note(f"connecting to {server}")
     from fleetune.fleet.device import Conditions, Home, join
@@ -353,14 +338,10 @@ def _take_settings(args: argparse.Namespace, file: Path) -> None:
         **dict.fromkeys(("smallest_sum", "max_load"), (int, float)),
         **dict.fromkeys(("calibrate", "only_on_power", "offline"), bool),
     }
-    wrong = [
-        f"{file} has '{n}', which is no setting of a device.{suggest(n, known)}"
-        for n in found
-        if n not in known
-    ]
-    for name, value in found.items():
-        kind = known.get(name, object)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+    wrong = [f"{file}: no setting '{n}' of a device.{suggest(n, known)}" for n in found if n not in known]
+    for name, kind in known.items():
+        value = found.get(name)
+        if name in found and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             wrong.append(f"{file}: {name} = {value!r} is of another kind")
     if wrong:
         raise RecipeError(wrong, hint=f"settings are {', '.join(known)}")
@@ -438,37 +419,21 @@ def _invite(args: argparse.Namespace, ui: Ui) -> None:
     keys.check_installed()
     name, certificate = _word(args, "press-3"), args.certificate and Path(args.certificate)
     if not args.keys:
-        raise UsageError(
-            "where are the public keys of the fleet's devices?", hint="--keys keys, as in fleet serve"
-        )
-    place = Place(
-        args.host or ("0.0.0.0" if certificate else "127.0.0.1"),
-        args.port or PORT,
-        Path(args.keys),
-        certificate,
-    )
-    if certificate is None and not keys.is_loopback(place.host):
-        raise UsageError(
-            f"{place.host} is another machine for a device, and needs TLS", hint="--certificate certs"
-        )
+        raise UsageError("where do the devices' public keys go?", hint="--keys DIR, as in fleet serve")
+    host = args.host or ("0.0.0.0" if certificate else "127.0.0.1")
+    place = Place(host, args.port or PORT, Path(args.keys), certificate)
     names = keys.hosts_of(certificate / "server.pem") if certificate else []
-    if certificate and place.host not in (*EVERY, *names) and not any("*" in other for other in names):
-        raise UsageError(
-            f"{certificate} is not for {place.host}, so that devices would refuse the server",
-            hint=f"--host {names[0]}",
-        )
+    if certificate is None and not keys.is_loopback(host):
+        raise UsageError(f"a device on another machine than {host} needs TLS", hint="--certificate DIR")
+    if certificate and host not in (*EVERY, *names) and not any("*" in name for name in names):
+        raise UsageError(f"the certificate in {certificate} is not for {host}", hint=f"--host {names[0]}")
     file = Path(name).with_name(Path(name).name.removesuffix(invite.SUFFIX) + invite.SUFFIX)
     text = invite.make(file, Path(args.keys), place.address(), certificate and certificate / "ca.pem")
     ui.code(invite.code_of(text))
     ui.paths(
-        [
-            (
-                "invite",
-                f"{file}   (holds the device's private key: bring it there by a safe way, then delete it here)",
-            ),
-            ("next", f"fleetune fleet join {quoted(file.name)} --data rows.jsonl   (on the device)"),
-        ]
+        [("invite", f"{file}   (holds the device's private key: bring it there safely, then delete it here)")]
     )
+    ui.paths([("next", f"fleetune fleet join {quoted(file.name)} --data rows.jsonl   (on the device)")])
 
 
 def _no_words(args: argparse.Namespace) -> None:
@@ -534,10 +499,8 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
     if now.served:
         ui.paths([("run", f"{now.run} · {now.status} · heard {ago} ago"), *standing.facts(now)])
     else:
-        page = (
-            "its page is still there" if standing.lingers(Path(now.run)) else f"no server has {now.run} now"
-        )
-        ui.note(f"{page}: last heard {ago} ago")
+        no = "only its page is left of" if standing.lingers(Path(now.run)) else "no server has"
+        ui.note(f"{no} {now.run} now: last heard {ago} ago")
         ui.paths([("run", f"{now.run} · {now.status}"), *standing.facts(now)])
     ui.table(standing.HEAD, [standing.cells(device) for device in now.devices])
     if not now.served and now.status != "done":
@@ -546,12 +509,8 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
 
 def _stop(args: argparse.Namespace, ui: Ui) -> None:
     standing.ask_to_stop(run := _run_of(args))
-    over = standing.standing(run) == "done"
-    ui.note(
-        "asked: its page ends"
-        if over
-        else f"asked: it stops after this step; go on with: {standing.resume(run)}"
-    )
+    after = "it stops after this step; go on with: "
+    ui.note(f"asked: {'its page ends' if standing.standing(run) == 'done' else after + standing.resume(run)}")
 
 
 def _audit(args: argparse.Namespace, ui: Ui) -> None:

@@ -307,10 +307,7 @@ NO_CAUSE: Final = (rundir.STARTED_IN, "processors")  # of env.json: what changes
 
 
 def progress_words(run: Path, rounds: int, account: private.Account | None = None) -> str:
-    """Say after which of `rounds` rounds a run goes on, and about how long the rest takes, at the time of those done.
-
-    By the `account` of a run with privacy, where there is one, fewer rounds than are missing may be left.
-    """
+    """Say after which of `rounds` rounds a run goes on, and about how long those take that its `account` leaves."""
     done = {int(e["round"]): float(e["seconds"]) for e in rundir.events(run) if e["event"] == "round"}
     last = max(done, default=0)
     said = f"goes on after round {last} of {rounds}"
