@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LISTED = ["git", "-C", str(ROOT), "ls-files", "--", "docs/*.md"]
+WRITTEN = [ROOT / name for name in subprocess.run(LISTED, capture_output=True, text=True).stdout.split()]
 PACKAGE = ROOT / "src" / "fleetune"
 
 
@@ -54,7 +56,12 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
     tree = {p.relative_to(ROOT / "src").as_posix() for p in PACKAGE.rglob("*") if p.is_file()}
     tree = {name for name in tree if "__pycache__" not in name and not name.endswith((".nbi", ".nbc"))}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert held == tree
+    pages = {
+        f"fleetune/docs/{page.relative_to(ROOT / 'docs').as_posix()}"
+        for page in WRITTEN
+        if page.name != "index.md"
+    }
+    assert held == tree | pages
     kinds = {Path(name).suffix for name in held}
     assert {".toml", ".css", ".jsonl", ".typed"} <= kinds, "recipes, pages, demo rows, types"
 
@@ -87,3 +94,19 @@ def test_the_command_recipes_and_demo_work_outside_the_repository(site, tmp_path
     assert "--quick" in run(site, tmp_path, "-m", "fleetune", "demo", "--help")
     text = (PACKAGE / "recipes" / "fedit.toml").read_text(encoding="utf-8")
     assert text.strip() in run(site, tmp_path, "-m", "fleetune", "recipes", "fedit")
+
+
+def test_the_pages_are_read_where_there_is_no_source_tree(site, tmp_path):
+    page = run(site, tmp_path, "-m", "fleetune", "help", "data")
+    assert page.startswith("# My data\n")
+    assert "## DataError\n" in run(site, tmp_path, "-m", "fleetune", "help", "DataError")
+
+
+def test_an_editable_install_finds_the_source(tmp_path):
+    script = "import hatchling.build as b, sys; print(b.build_editable(sys.argv[1]))"
+    name = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()[-1]
+    archive = zipfile.ZipFile(tmp_path / name)
+    (path,) = [n for n in archive.namelist() if n.endswith(".pth")]
+    assert archive.read(path).decode().split() == [str(ROOT / "src")]

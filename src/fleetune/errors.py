@@ -56,8 +56,8 @@ class FleetuneError(Exception):
 
     @property
     def page(self) -> str:
-        """The section of the docs on this kind of error."""
-        return f"docs/troubleshooting.md#{type(self).__name__.lower()}"
+        """The command that shows the section of the docs on this kind of error."""
+        return f"fleetune help {type(self).__name__.lower()}"
 
 
 class UsageError(FleetuneError):

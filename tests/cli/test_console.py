@@ -153,9 +153,9 @@ def test_errors_say_what_failed_and_what_to_try():
     ui.error(FitError("3.9 GB short"))
     assert out.getvalue() == ""
     assert err.getvalue() == (
-        "error: no method named 'fedkseeed'\n  try: fleetune methods\n  see: docs/troubleshooting.md#usageerror\n"
-        "error: a is wrong\n  b is wrong\n  see: docs/troubleshooting.md#recipeerror\n"
-        "error: 3.9 GB short\n  see: docs/troubleshooting.md#fiterror\n"
+        "error: no method named 'fedkseeed'\n  try: fleetune methods\n  see: fleetune help usageerror\n"
+        "error: a is wrong\n  b is wrong\n  see: fleetune help recipeerror\n"
+        "error: 3.9 GB short\n  see: fleetune help fiterror\n"
     )
 
 

@@ -100,7 +100,7 @@ def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path):
     shutil.copytree(run.folder / "adapter", tmp_path / "mine")
     said = refused("tune", str(tmp_path / "mine"), "demo")
     assert "is an adapter, not a model" in said
-    assert "docs/models.md#tuning-on-from-an-adapter" in said
+    assert "fleetune help models#tuning-on-from-an-adapter" in said
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT itself

@@ -243,6 +243,15 @@ class Ui:
         if self._results:
             self._out.write(clean(piece))
 
+    def document(self, text: str) -> None:
+        """Show a page in Markdown on stdout: laid out on a terminal, as it is written off it."""
+        if not (self._results and self._out.fancy):
+            self.text(text)
+            return
+        from rich.markdown import Markdown
+
+        self._draw(self._out, Markdown(clean(text)), whole=False)
+
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Show what is about to run: a panel of label and value on stderr (plain lines off a terminal)."""
         if self.quiet >= 1:

@@ -56,6 +56,7 @@ RECIPE: Final = {  # of commands with a recipe's options, and of the recipe itse
     "lora_target_modules": "set.targets",
     "weight_decay": "set.weight_decay",
     "max_grad_norm": "set.clip",
+    "gradient_checkpointing": "set.checkpointing",
     "epochs": "epochs",  # see `meaning`
     "num_epochs": "epochs",
     "num_train_epochs": "epochs",
@@ -136,6 +137,16 @@ GRIDS: Final = {  # types of llama.cpp that a compression makes: its setting
     **{f"q5_{end}": "bits=5" for end in "01"},
     **{f"q{bits}_k{end}": f"grid=q{bits}_k" for bits in range(2, 7) for end in ("", "_s", "_m", "_l")},
     **{name: f"grid={name}" for name in ("iq4_nl", "iq4_xs")},
+}
+TOPICS: Final = {  # of `fleetune help`: the page that is meant
+    **dict.fromkeys(("errors", "error", "exit-codes", "problems"), "troubleshooting"),
+    **dict.fromkeys(("start", "quickstart", "tutorial"), "your-own-data"),
+    **dict.fromkeys(("phone", "android"), "to-a-phone"),
+    **dict.fromkeys(("lr", "rate"), "learning-rate"),
+    **dict.fromkeys(("compress", "quantize", "quantization"), "compression"),
+    **dict.fromkeys(("python", "notebook"), "api"),
+    "chat": "serve",
+    "columns": "columns-with-other-names",
 }
 
 

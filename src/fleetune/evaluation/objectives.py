@@ -280,7 +280,7 @@ def _checked(name: str, function: Callable[..., Any]) -> Objective:
         except FAULTS as error:
             raise RecipeError(
                 [f"objective {name!r} failed: {fault(error)}"],
-                hint="it is called as objective(model, batch); see docs/objectives.md",
+                hint="it is called as objective(model, batch); see fleetune help objectives",
             ) from error
         return finite_number(value, f"objective {name!r}")
 

@@ -166,7 +166,7 @@ class Search:
         if not tried:
             raise FitError(
                 f"no method that has these settings has a place on a {self.shape.family}",
-                hint="leave out --set, or take another model (docs/models.md)",
+                hint="leave out --set, or take another model (fleetune help models)",
             )
         if self.ram is None:
             return tried[0]

@@ -111,7 +111,7 @@ OURS: Final = "module.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 BASE: Final = "base_model_name_or_path"
 MODEL: Final = "config.json"  # a folder that has it is a model's
-PAGE: Final = "docs/models.md#tuning-on-from-an-adapter"
+PAGE: Final = "fleetune help models#tuning-on-from-an-adapter"
 UNMERGED: Final = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")  # tokens before the text, not other weights
 MERGE: Final = (
     "from peft import PeftModel; from transformers import {auto}, AutoTokenizer; "

@@ -316,7 +316,7 @@ def architecture(config: Any) -> str:
 def misfit(config: Any) -> str | None:
     """Return why no GGUF file can be made of a configuration; None when one can."""
     if (kind := config.model_type) not in FAMILIES:
-        return f"GGUF files are not written for a '{kind}' (docs/models.md lists the families)"
+        return f"GGUF files are not written for a '{kind}' (fleetune help models lists the families)"
     narrow = widths.has_block_widths(config) and kind != "llama"
     what = f"blocks of different widths in a {kind}" if narrow else family_of(config).unmet(config)
     return what and f"GGUF has no place for {what}"

@@ -38,7 +38,7 @@ TINY: Final = 1e-30  # clip while it is found
 OPTIONS: Final = ("epsilon", "delta", "noise", "clip_norm")
 TOO_LOUD: Final = 3.0
 LOUD: Final = ": little can be learned; take more clients or rows, fewer numbers (K, r), or a larger epsilon"
-PAGE: Final = "what is promised, and what it costs: docs/privacy.md"
+PAGE: Final = "what is promised, and what it costs: fleetune help privacy"
 
 
 class Job(Protocol):

@@ -61,27 +61,25 @@ def about_rule(recipe: Recipe, count: int) -> str:
     if recipe.privacy == "sealed":
         return (
             "mode sealed: this server sees sums of replies and never one; every device counts once, and proves nothing "
-            "(docs/privacy.md)"
+            "(fleetune help privacy)"
         )
     if recipe.privacy == "client":
         return (
             "mode private: replies are summed with noise, so that what is published hides each device; every one counts once, "
-            "within its clip (docs/privacy.md)"
+            "within its clip (fleetune help privacy)"
         )
     rule = aggregation.parse(recipe.aggregation)
     if rule.name != aggregation.MEAN.name:
         return (
             f"mode robust: replies are combined by {rule.text}; every device counts once, whatever rows it claims; "
-            "--aggregation mean weighs by rows (docs/safety.md)"
+            "--aggregation mean weighs by rows (fleetune help safety)"
         )
     bound = "of any number" if rule == aggregation.MEAN else f"at most {rule.times:g} times the median's"
     other, why = default_rule(recipe, count)
     more = f"no rule against liars fits: {why}" if why else f"where some may lie: --aggregation {other.text}"
     if len(methods.make(recipe.method, recipe.set).kind_names) > 1:
         more += "; a device that alone could back-propagate takes two-point steps"
-    return (
-        f"mode open: replies are combined by {rule.text} (weighted by rows, {bound}); {more} (docs/safety.md)"
-    )
+    return f"mode open: replies are combined by {rule.text} (weighted by rows, {bound}); {more} (fleetune help safety)"
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:
