@@ -176,10 +176,12 @@ def _check_only(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui) -> Non
     from fleetune.tuning.prepare import prepare
 
     tuning.check_plain(recipe.model, Path(args.out), recipes.trained(recipe))
-    recipe = tuning.with_file(recipe, Path(args.out), ui.note)
-    recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
-    recipe, check_memory = choose.settled_base(recipe, ui.note, offline=args.offline)
-    _say_checked(prepare.dry_run(recipe, offline=args.offline, check_memory=check_memory), ui)
+    with ui.bar("getting ready") as bar:
+        recipe = tuning.with_file(recipe, Path(args.out), ui.note)
+        recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
+        recipe, fits = choose.settled_base(recipe, ui.note, offline=args.offline)
+        found = prepare.dry_run(recipe, offline=args.offline, check_memory=fits, progress=bar.show)
+    _say_checked(found, ui)
 
 
 def _say_checked(found: TuneChecked, ui: Ui) -> None:
@@ -194,7 +196,7 @@ def _say_checked(found: TuneChecked, ui: Ui) -> None:
 @contextmanager
 def screen(ui: Ui, resumed: Path | None = None) -> Iterator[RunScreen]:
     """Show a run for the time of the block: a new one, or the one in a folder that is `resumed`."""
-    with ui.bar("rounds") as bar, InterruptHandler(ui) as interrupt, _said_once(ui):
+    with ui.bar("getting ready") as bar, InterruptHandler(ui) as interrupt, _said_once(ui):
         interrupt.at_once = True
         yield RunScreen(ui, bar, interrupt, resumed)
 
@@ -256,12 +258,11 @@ class RunScreen:
         if what == "clients":
             self.clients = total
             return
-        if self.bar.label != what:
-            self.bar.relabel(what)
         if what == "rounds":
             self.rounds, self.round = total, done
+            self.bar.relabel(what)
         else:
-            self.bar.update(done, total, text)
+            self.bar.show(what, done, total, text)
 
     def _move(self, client: int) -> None:
         """Move the bar to a client of the round that comes, from 1; 0 before any is at work."""
