@@ -54,6 +54,8 @@ RECIPE: Final = {  # of commands with a recipe's options, and of the recipe itse
     "target_modules": "set.targets",
     "lora_target": "set.targets",
     "lora_target_modules": "set.targets",
+    "lora_target_linear": "set.targets=all-linear",
+    "lora_keys": "set.targets",
     "weight_decay": "set.weight_decay",
     "max_grad_norm": "set.clip",
     "gradient_checkpointing": "set.checkpointing",

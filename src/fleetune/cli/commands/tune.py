@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +47,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
     sub.add_argument(
-        "-c", "--config", metavar="FILE", help="a TOML recipe, or recipe:NAME; flags override it"
+        "-c",
+        "--config",
+        metavar="FILE",
+        help="a TOML recipe, recipe:NAME, or the YAML of axolotl, LLaMA-Factory or mlx-lm; flags override it",
     )
     sub.add_argument(
         "--resume",
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             )
             finish(ui, result, resumed=True)
         return
-    recipe = recipe_of(args)
+    recipe = recipe_of(args, ui.note)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
@@ -155,9 +158,9 @@ def say_what_is_shared(ui: Ui, run: Path) -> None:
         )
 
 
-def recipe_of(args: argparse.Namespace) -> recipes.Recipe:
+def recipe_of(args: argparse.Namespace, note: Callable[[str], None]) -> recipes.Recipe:
     """The recipe that the arguments make, from a file or by name; RecipeError for what it cannot be."""
-    values = flags.keys(args, args.config)
+    values = flags.keys(args, args.config, note)
     if "sweep" in values:
         raise RecipeError(
             [f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {quoted(args.config)}"
