@@ -139,3 +139,19 @@ def test_one_pruned_expert_gives_all_of_its_layer_a_grid_with_a_zero() -> None:
     q2, q3 = (next(c for c in CANDIDATES if c.kind == kind).bytes(5 * 256, 256) for kind in ("Q2_K", "Q3_K"))
     assert after.least == before.least - 2 * q2 + 2 * q3
     assert after.most == before.most
+
+
+def test_a_sample_of_rows_stands_for_all_of_a_large_matrix(monkeypatch):
+    g = torch.Generator().manual_seed(3)
+    W = torch.randn(3000, 64, generator=g) * torch.rand(3000, 1, generator=g)
+    F = torch.rand(3000, generator=g).double() ** 8  # a few rows bear most
+    F[::7] = 0.0
+    terms = [
+        costs.Term(F, torch.rand(64, generator=g)),
+        costs.Term(F.flip(0) / 3, torch.rand(64, generator=g)),
+    ]
+    some = costs.of_matrix(W, terms)
+    monkeypatch.setattr(costs, "ROWS", 3000)
+    for sampled, whole in zip(some, costs.of_matrix(W, terms), strict=True):
+        assert sampled.cost == pytest.approx(whole.cost, rel=0.1)
+        assert sampled._replace(cost=0.0) == whole._replace(cost=0.0)

@@ -15,11 +15,12 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tables import DOLLY, write, write_rows
 
 from fleetune import data
-from fleetune.data import partition, read
+from fleetune.data import partition, read, sources
 from fleetune.data.partition import RowsSpec, split
 from fleetune.data.read_rows import digests
 from fleetune.errors import DataError
 from fleetune.tuning import methods
+from fleetune.tuning.recipe import recipe as recipes
 
 
 @pytest.fixture
@@ -185,8 +186,6 @@ def test_a_file_of_a_folder_is_a_client(shops: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_refused(shops: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"{shops}/bonn.jsonl:1: has the fields of no form"):
-        read(str(shops))
     write_rows(shops / "oslo.json", {"q": "q", "a": "a"})
     with pytest.raises(DataError, match="two files of client 'oslo'"):
         read(str(shops), columns="prompt=q,response=a")
@@ -198,8 +197,32 @@ def test_a_folder_of_something_else_is_refused(shops: Path, tmp_path: Path) -> N
         write_rows(tmp_path / "set" / f"{name}.jsonl", {"prompt": "q", "completion": "a"})
     with pytest.raises(DataError, match="the splits of one data set") as failed:
         read(str(tmp_path / "set"))
-    both = f"{tmp_path}/set/demo_train.jsonl --eval-data {tmp_path}/set/demo_eval.jsonl"
-    assert failed.value.hint == f"give one of them: {both}"
+    assert failed.value.hint == f"give one of them, such as {tmp_path}/set/demo_train.jsonl"
+
+
+SPLITS = {
+    "train valid test": ("train", "valid"),
+    "train test": ("train", ""),
+    "train": ("train", ""),
+    "a-train a-dev": ("a-train", "a-dev"),
+    "train1 train2 test": None,
+    "train oslo": None,
+    "valid test": None,
+}
+
+
+@pytest.mark.parametrize("names", SPLITS)
+def test_a_folder_of_splits_is_measured_on_its_validation_file(tmp_path: Path, names: str) -> None:
+    for name in names.split():
+        write_rows(tmp_path / f"{name}.jsonl", {"prompt": name, "completion": "a"})
+    (tmp_path / "README.txt").write_text("what these are")
+    wanted = SPLITS[names]
+    files = wanted and tuple(name and str(tmp_path / f"{name}.jsonl") for name in wanted)
+    assert sources.splits(str(tmp_path)) == files
+    recipe = recipes.make({"model": "m", "data": str(tmp_path), "method": "fedit"})
+    assert (recipe.data, recipe.eval_data) == (files or (str(tmp_path), ""))
+    other = recipes.make({"model": "m", "data": str(tmp_path), "method": "fedit", "eval_data": "x.jsonl"})
+    assert other.eval_data == "x.jsonl"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")

@@ -182,10 +182,12 @@ def tune(
     `tracker` names trackers that get the figures as well: tensorboard, wandb.
     """
     from fleetune.planning import choose
+    from fleetune.tuning.prepare import prepare
     from fleetune.tuning.run import run
 
     watching, named = heard_by(listener, progress), trackers.check(words(tracker))
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
+    recipe = prepare.with_columns(recipe, watching.note, offline=offline)
     recipe = with_file(recipe, Path(out), watching.note)
     recipe = choose.settled_method(recipe, watching.note, offline=offline)
     recipe, check_memory = choose.settled_base(recipe, watching.note, offline=offline)

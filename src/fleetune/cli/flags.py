@@ -40,13 +40,13 @@ def add_some(
     declared = recipes.fields()
     for name in names:
         kind, default, text = declared[name]
-        shown = "" if default in (dataclasses.MISSING, "") else f" (default {default})"
+        shown = "" if default in (dataclasses.MISSING, "", False) else f" (default {default})"
+        one: dict[str, Any] = {"action": "store_const", "const": "true"} if kind is bool else {}
         group.add_argument(
             f"--{name.replace('_', '-')}",
             dest=PREFIX + name,
-            metavar=kind.__name__.upper(),
-            choices=recipes.choices(name) or None,
             help=(texts.get(name, text) + shown).replace("%", "%%"),
+            **one or {"metavar": kind.__name__.upper(), "choices": recipes.choices(name) or None},
         )
     if "samples" in names:
         group.add_argument(

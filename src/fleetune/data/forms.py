@@ -6,22 +6,16 @@ causal model a question about them (`LABELLED`).  Turns that are not text are le
 twice in a row, the two turns become one.
 """
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
 
 from fleetune.data.readers import names_of, value_text, whole
-from fleetune.errors import RecipeError, closest, suggest
 
 
 class BadRow(Exception):
     """(what is wrong, how to put it right), raised and caught within `fleetune.data`."""
-
-
-class NoForm(BadRow):
-    """A first row in no form: what follows it would be refused for the same."""
 
 
 def text_of(fields: Mapping[str, object], name: str, *, label: str = "", may_lack: bool = False) -> str:
@@ -58,53 +52,7 @@ def meta_of(fields: Mapping[str, object], used: Iterable[str]) -> dict[str, str]
 CLIENT: Final = "client"
 MAIN: Final = ("prompt", "response", "system", "context", "text", "label", "messages", CLIENT)
 EXAMPLE: Final = "prompt=question,response=answer"
-COLUMNS_HINT: Final = f"say which columns are which: --columns {EXAMPLE}; all forms: docs/data.md"
-
-
-def parse_columns(spec: str, known: Collection[str]) -> dict[str, str]:
-    r"""Return name -> column of a list `NAME=COLUMN,..`; {} for "".  A comma of a column is written `\,`.
-
-    RecipeError for what is none, and for unknown names.
-    """
-    found: dict[str, str] = {}
-    for part in re.split(r"(?<!\\),", spec) if spec else []:
-        name, equals, column = (piece.strip().replace("\\,", ",") for piece in part.partition("="))
-        why = ""
-        if not (name and equals and column):
-            why = f"{part.strip()!r} is not NAME=COLUMN"
-        elif name not in known:
-            why = f"no form has a field {name!r}." + suggest(name, known)
-        elif name in found:
-            why = f"{name!r} is named twice"
-        elif name != CLIENT and column in [c for n, c in found.items() if n != CLIENT]:
-            why = f"column {column!r} is named twice"
-        if why:
-            raise RecipeError(
-                [f"columns = {spec!r}: {why}"],
-                hint=f"such as --columns {EXAMPLE}; the names: {', '.join(MAIN)}",
-            )
-        found[name] = column
-    return found
-
-
-def renamed(fields: Mapping[str, object], mapped: Mapping[str, str]) -> dict[str, object]:
-    """Return a row with the mapped columns under the names of the form; a column that had such a name is hidden."""
-    moved = {column for name, column in mapped.items() if name != CLIENT}
-    rest = {name: value for name, value in fields.items() if name not in moved and name not in mapped}
-    return rest | {name: fields[column] for name, column in mapped.items() if column in fields}
-
-
-def check_first_row(
-    fields: Mapping[str, object], mapped: Mapping[str, str], optional: Collection[str]
-) -> None:
-    """Raise NoForm when the first row lacks a mapped column that no row may lack."""
-    for name, column in mapped.items():
-        if column not in fields and name not in optional:
-            near = closest(column, map(str, fields))
-            raise NoForm(
-                f"has no column {column!r} to read as {name} (the row has: {names_of(fields)})",
-                (f"did you mean {near!r}? " if near else "") + COLUMNS_HINT,
-            )
+COLUMNS_HINT: Final = f"say which columns are which: --columns {EXAMPLE}; all forms: fleetune help data"
 
 
 CHATS: Final = {
@@ -317,20 +265,16 @@ def _refuse_both(fields: Mapping[str, object], one: str, other: str) -> NoReturn
         what = f"has both field {a.response!r} ({one}) and field {b.response!r} ({other})"
     else:
         what = f"has both field {a.prompt!r} ({one}) and field {b.prompt!r} ({other})"
-    raise NoForm(what, f"keep one of them, or {COLUMNS_HINT}")
+    raise BadRow(what, f"keep one of them, or {COLUMNS_HINT}")
 
 
-def refuse(fields: Mapping[str, object], mapped: Mapping[str, str]) -> NoReturn:
-    """Raise for a first row that is in no form; `fields` are those of the data, before they were renamed."""
-    what = "has the fields of no form"
-    if "instruction" in fields and not mapped:
-        what = "field 'response' (Dolly) or 'output' (Alpaca) is missing"
-    elif mapped:
-        what = f"has the fields of no form with {', '.join(mapped)}"
-    hint = COLUMNS_HINT
-    if any(all(text in fields for text in texts) for texts, _ in LABELLED.values()) and not mapped:
-        hint = f"give each row a label, in the field 'label'; or {hint}"
-    raise NoForm(f"{what} (the row has: {names_of(fields)})", hint)
+def fields_of(form: str) -> tuple[str, ...]:
+    """Return the fields of a form, those that may lack among them."""
+    if form in LABELLED:
+        return *LABELLED[form][0], "label"
+    if form in PAIRS:
+        return *PAIRS[form][:3], SYSTEM
+    return ("text",) if form == TEXT else (CHATS[form][0],)
 
 
 def example_of(

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.common.display import counted
-from fleetune.data.forms import CLIENT, FIELDS, Example, parse_columns
+from fleetune.data import columns as named
+from fleetune.data.forms import CLIENT, Example
 from fleetune.data.read_rows import is_folder, read
 from fleetune.errors import DataError, RecipeError, closest
 
@@ -329,6 +330,7 @@ class RowsSpec:
 
     data: str
     columns: str = ""
+    strict: bool = False
     eval_data: str = ""
     limit: int = 0
     partition: str = AUTO
@@ -341,11 +343,7 @@ class RowsSpec:
         """The partition; `auto` is column:client where the data name clients, as a folder of files does, else iid."""
         if self.partition != AUTO:
             return self.partition
-        return (
-            f"column:{CLIENT}"
-            if is_folder(self.data) or CLIENT in parse_columns(self.columns, FIELDS)
-            else "iid"
-        )
+        return f"column:{CLIENT}" if is_folder(self.data) or CLIENT in named.parse(self.columns) else "iid"
 
 
 def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: bool = False) -> Split:
@@ -355,15 +353,18 @@ def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: b
     DataError when the data do not allow it.
     """
     notes: list[str] = []
-    examples = read(
-        rows.data, limit=rows.limit or None, offline=offline, columns=rows.columns, note=notes.append
-    )
+
+    def rows_in(source: str, limit: int | None = None) -> list[Example]:
+        return read(
+            source, limit=limit, offline=offline, columns=rows.columns, strict=rows.strict, note=notes.append
+        )
+
+    examples = rows_in(rows.data, rows.limit or None)
     rule = rows.rule
     column = column_of(rule)
     if rows.eval_data:
         train = np.arange(len(examples))
-        more = read(rows.eval_data, offline=offline, columns=rows.columns, note=notes.append)
-        examples = [*examples, *more]
+        examples += rows_in(rows.eval_data)
         held = np.arange(len(train), len(examples))
     else:
         train, held = hold_out(examples, rows.held_out, rows.seed, column)
@@ -386,7 +387,8 @@ def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: b
         )
     clients = rows.clients or (None if rule.startswith("column:") else usual_clients)
     parts = partition([examples[i] for i in train], rule, clients, rows.seed)
-    return Split(examples, [train[part] for part in parts], held, column, rule, tuple(notes))
+    told = tuple(dict.fromkeys(notes))
+    return Split(examples, [train[part] for part in parts], held, column, rule, told)
 
 
 def _like_clients(examples: Sequence[Example]) -> str:

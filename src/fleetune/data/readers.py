@@ -1,46 +1,32 @@
-"""Read the rows of a file (.jsonl, .json, .csv, .parquet) each with its place; a `Problem` stands for an invalid row."""
+"""Read the rows of a file (`READERS`) each with its place; a `Problem` stands for an invalid row."""
 
-import csv
+import codecs
 import difflib
 import io
 import itertools
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final
 
-from fleetune.common.shell import pip_install, quoted
+from fleetune.common.shell import pip_install
+from fleetune.data import tables
+from fleetune.data.rows import FileRow, Note, Problem, decode
 from fleetune.errors import DataError, FleetuneError, UsageError
 from fleetune.models.families.foreign import short_error
 
 
-class FileRow(NamedTuple):
-    """One row of a file, with its place."""
-
-    where: str  # "file:line"
-    fields: dict[str, object]
-
-
-class Problem(NamedTuple):
-    """One row that cannot be used."""
-
-    where: str
-    what: str
-    fix: str
-
-
-def rows_of(path: Path, shown: str) -> Iterator[FileRow | Problem]:
-    """Read one file by the reader of its suffix."""
+def rows_of(path: Path, shown: str, note: Note = lambda text: None) -> Iterator[FileRow | Problem]:
+    """Read one file by the reader of its suffix; `note` is told what is assumed of it."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
             f"{shown}: no reader for {path.suffix or 'a file without a suffix'!r}",
-            hint=f"instructions and answers are read from {', '.join(READERS)}",
+            hint=f"rows are read from {', '.join(READERS)}; save it as one of these",
         )
     try:
-        yield from reader(path, shown)
+        yield from reader(path, shown, note)
     except OSError as error:
         raise unreadable(shown, error) from error
 
@@ -51,88 +37,70 @@ def _row(where: str, value: object) -> FileRow | Problem:
     return Problem(where, f"is {value_text(value)}, not an object", "write each row as {...}")
 
 
-def _jsonl(path: Path, shown: str) -> Iterator[FileRow | Problem]:
+def _jsonl(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
     """Read one JSON object a line; blank lines are skipped."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        file.seek(0)
+        lines = (file.read().decode("utf-16", "replace").encode().splitlines(),) if wide else (file,)
+        for number, raw in enumerate(itertools.chain(*lines), 1):
             where = f"{shown}:{number}"
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if not line.strip():
+            if not raw.strip():
                 continue
             try:
-                yield _row(where, json.loads(line.decode()))
-            except UnicodeDecodeError as error:
-                yield Problem(where, f"not UTF-8 (byte 0x{line[error.start]:02x})", _utf8_fix(shown))
+                if line := decode(raw, shown, note).strip():
+                    yield _row(where, json.loads(line))
+            except DataError as error:
+                yield Problem(where, error.message.rpartition(": ")[2], error.hint or "")
             except (ValueError, RecursionError) as error:
                 yield Problem(where, _json_fault(error), "write one JSON object per line, in full")
 
 
-def _json(path: Path, shown: str) -> Iterator[FileRow | Problem]:
-    """Read a JSON list of objects; a file that starts with an object is read as JSON lines, as the hub does."""
-    text = decode(path.read_bytes(), shown)
+def _json(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
+    """Read a JSON list of objects, which may lie in an object; a file of several objects is read as JSON lines."""
+    text = decode(path.read_bytes(), shown, note)
     fix = "make the file one JSON list of objects: [{...}, {...}]"
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
-            yield Problem(f"{shown}:{getattr(error, 'lineno', 1)}", _json_fault(error), fix)
+            where = f"{shown}:{getattr(error, 'lineno', 1)}"
+            yield Problem(where, _json_fault(error), fix, whole=True)
         else:
-            yield from _jsonl(path, shown)
+            yield from _jsonl(path, shown, note)
         return
+    if isinstance(value, dict):
+        lists = [found for found in value.values() if _are_rows(found)]
+        if not lists and "\n" in text.strip():
+            what = f"one object, not a list of rows (it has: {names_of(value)})"
+            yield Problem(f"{shown}:1", what, "take the list of rows out of it, or put [ and ] around it")
+            return
+        value = lists[0] if len(lists) == 1 else [value]
     if isinstance(value, list):
         yield from (_row(f"{shown}:row {number}", row) for number, row in enumerate(value, 1))
-    elif isinstance(value, dict) and "\n" in text.strip():
-        what = f"one object, not a list of rows (it has: {names_of(value)})"
-        yield Problem(f"{shown}:1", what, "take the list of rows out of it, or put [ and ] around it")
     else:
         yield _row(f"{shown}:1", value)
 
 
-def _csv(path: Path, shown: str) -> Iterator[FileRow | Problem]:
-    """Read a table with a header line, whose columns are separated as in that line; a row's line is the one it starts on."""
-    text = decode(path.read_bytes(), shown)
-    mark = _separator(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    kind = SEPARATORS[mark]
-    fix = f'give every row the header\'s columns; put values that hold {kind}, quotes or line breaks in "..."'
-    header: list[str] | None = None
-    while True:
-        where = f"{shown}:{reader.line_num + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Problem(where, f"not CSV: {error}", fix)
-            return
-        if header is None:
-            header = [name.strip() for name in cells]
-            twice = [name for name, times in Counter(header).items() if times > 1]
-            if twice:
-                what = f"column {twice[0][:40]!r} is there twice"
-                yield Problem(where, what, "rename one of the columns")
-                return
-        elif cells and len(cells) != len(header):
-            yield Problem(where, f"has {len(cells)} values for the header's {len(header)} columns", fix)
-        elif cells:
-            yield FileRow(where, dict(zip(header, cells, strict=True)))
+def _are_rows(value: object) -> bool:
+    """Whether a value is a list of objects that are no turns of a conversation."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    return not {"role", "from"} & value[0].keys()
 
 
-SEPARATORS: Mapping[str, str] = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of columns
+def _text(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
+    """Read plain text: a row is a paragraph where blank lines divide the text, else a line."""
+    text = io.StringIO(decode(path.read_bytes(), shown, note), newline=None)
+    lines = [(number, line.rstrip("\n")) for number, line in enumerate(text, 1)]
+    blocks = [
+        list(block) for full, block in itertools.groupby(lines, lambda line: bool(line[1].strip())) if full
+    ]
+    for block in blocks if len(blocks) > 1 else [[line] for line in itertools.chain(*blocks)]:
+        yield FileRow(f"{shown}:{block[0][0]}", {"text": "\n".join(line for _, line in block)})
 
 
-def _separator(text: str) -> str:
-    """Return what separates the columns of a header line: a comma where there is one, else what gives most columns."""
-    columns = {}
-    for mark in SEPARATORS:
-        try:
-            columns[mark] = len(next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), ()))
-        except csv.Error:  # a field of many kilobytes
-            columns[mark] = 0
-    return "," if columns[","] > 1 else max(columns, key=lambda mark: columns[mark])
-
-
-def _parquet(path: Path, shown: str) -> Iterator[FileRow | Problem]:
+def _parquet(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
     """Read Parquet in batches; there are no lines, so a row is named by its number."""
     try:
         import pyarrow
@@ -154,11 +122,15 @@ def _parquet(path: Path, shown: str) -> Iterator[FileRow | Problem]:
         ) from error
 
 
-READERS: Mapping[str, Callable[[Path, str], Iterator[FileRow | Problem]]] = {
+TEXT: Final = ".txt"
+READERS: Final[Mapping[str, Callable[[Path, str, Note], Iterator[FileRow | Problem]]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
-    ".csv": _csv,
+    ".csv": tables.delimited,
+    ".tsv": tables.delimited,
     ".parquet": _parquet,
+    ".xlsx": tables.excel,
+    TEXT: _text,
 }
 
 
@@ -184,17 +156,6 @@ def names_of(fields: Mapping[str, object]) -> str:
 # What can be wrong with a file as a whole.
 
 
-def decode(raw: bytes, shown: str) -> str:
-    """Decode UTF-8 text, without a byte-order mark; DataError names the line that is not UTF-8."""
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = f"{shown}:{raw.count(10, 0, error.start) + 1}"
-        raise DataError(
-            f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x})", hint=_utf8_fix(shown)
-        ) from error
-
-
 def require_text(source: str, hint: str, flag: str = "--text") -> None:
     """Raise UsageError for a file of rows without a field `text`, given as the plain text of `flag`; `hint` gives rows instead.
 
@@ -208,10 +169,6 @@ def require_text(source: str, hint: str, flag: str = "--text") -> None:
             f"{source} holds rows without a field 'text' (there are: {there}), and {flag} is plain text",
             hint=hint,
         )
-
-
-def _utf8_fix(shown: str) -> str:
-    return f"save it as UTF-8, for example: iconv -f cp1252 -t utf-8 {quoted(shown)} (or -f utf-16)"
 
 
 def _json_fault(error: Exception) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -15,13 +15,15 @@ from typing import Final
 from fleetune.common.display import counted
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.data.forms import CLIENT
-from fleetune.data.readers import READERS, FileRow, Problem, names_in, rows_of, suggest_files, whole
+from fleetune.data.readers import READERS, TEXT, names_in, rows_of, suggest_files, whole
+from fleetune.data.rows import FileRow, Note, Problem
 from fleetune.errors import DataError, FleetuneError
 
 log = logging.getLogger(__name__)
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?(?=\.\w+$)")
 SPLIT = re.compile(r"(?<![a-z])(train|test|valid|validation|val|eval|dev)(?![a-z])")
+VALIDATION = ("valid", "validation", "val", "eval", "dev")
 NOT_DATA = re.compile(r"(^|/)(\.[^/]*|dataset_infos?\.json|dataset_dict\.json|state\.json)$")
 
 
@@ -121,7 +123,7 @@ def _train_files(names: Sequence[str], repo: str, wanted: str) -> list[str]:
 
 
 def folder_rows(
-    source: str, limit: int | None = None, note: Callable[[str], None] = lambda text: None
+    source: str, limit: int | None = None, note: Note = lambda text: None
 ) -> Iterator[FileRow | Problem]:
     """Yield the rows of all files of a folder, in the order of their names, each with the field `client`.
 
@@ -137,7 +139,7 @@ def folder_rows(
             f"the limit of {counted(limit, 'row')} leaves {without:,} of {counted(len(found), 'client')} without any"
         )
     for at, (file, name) in enumerate(found):
-        for row in islice(rows_of(file, name), shares[at] if shares else None):
+        for row in islice(rows_of(file, name, note), shares[at] if shares else None):
             yield row if isinstance(row, Problem) else FileRow(row.where, {**row.fields, CLIENT: file.stem})
 
 
@@ -158,9 +160,7 @@ def folder_files(source: str) -> list[tuple[Path, str]]:
 
 
 def _checked(folder: Path, source: str) -> list[Path]:
-    files = [
-        folder / n for n in names_in(folder) if Path(n).suffix.lower() in READERS and not NOT_DATA.search(n)
-    ]
+    files = _files(folder)
     if not files:
         raise DataError(
             f"{source} is a folder without a file of rows ({', '.join(READERS)})",
@@ -168,13 +168,10 @@ def _checked(folder: Path, source: str) -> list[Path]:
         )
     if (folder / "config.json").is_file():
         raise DataError(f"{source} is the folder of a model, not of rows", hint="fleetune tune MODEL DATA")
-    train = next((file for file in files if SPLIT.findall(file.stem.lower())[-1:] == ["train"]), None)
-    if train and all(SPLIT.search(file.stem.lower()) for file in files):
-        others = [file for file in files if file != train]
-        more = f" --eval-data {others[0]}" if others else ""
+    if by_split := _by_split(files):
         raise DataError(
             f"{source} has the splits of one data set, not a file per client: {', '.join(f.name for f in files[:5])}",
-            hint=f"give one of them: {train}{more}",
+            hint=f"give one of them, such as {by_split['train'][0]}",
         )
     stems = [file.stem for file in files]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
@@ -182,6 +179,33 @@ def _checked(folder: Path, source: str) -> list[Path]:
             f"{source} has two files of client {twice[0]!r}", hint="keep one file per client in the folder"
         )
     return files
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of rows in a folder; plain texts only where there is nothing else, since others may explain the rows."""
+    files = [
+        folder / n for n in names_in(folder) if Path(n).suffix.lower() in READERS and not NOT_DATA.search(n)
+    ]
+    return [file for file in files if file.suffix.lower() != TEXT] or files
+
+
+def _by_split(files: Sequence[Path]) -> dict[str, list[str]]:
+    """Return the files of each split where all files have one, and one is for training; {} for others."""
+    found: dict[str, list[str]] = {}
+    for file in files:
+        split = SPLIT.findall(file.stem.lower())[-1:] or [""]
+        found.setdefault("valid" if split[0] in VALIDATION else split[0], []).append(str(file))
+    return found if "train" in found and "" not in found else {}
+
+
+def splits(source: str) -> tuple[str, str] | None:
+    """Return (training file, validation file) of a folder with the splits of one data set, as mlx-lm has it; None for others.
+
+    The second is "" where there is none: a test set is for the end.
+    """
+    found = _by_split(_files(Path(os.path.expanduser(source))))
+    train, valid = found.get("train", []), found.get("valid", [])
+    return (train[0], "".join(valid)) if len(train) == 1 and len(valid) <= 1 else None
 
 
 STDIN: Final = "-"

@@ -192,6 +192,36 @@ def test_columns_stay_with_the_run_and_its_recipe(at):
     assert finished.held_out(rundir.listing(at / "runs")[-1])[0].response.startswith("what of")
 
 
+def test_a_table_of_a_spreadsheet_is_tuned_on_at_the_first_try(at, capsys):
+    rows = [f"T-{i};Wie groß ist {i}?;So groß wie {i}, ungefähr;Verkauf" for i in range(24)]
+    rows[5] = "T-5;Wie groß ist 5?;;Verkauf"
+    head = "Ticket-Nr.;Kundenfrage (Text);Antwort, Support;Abteilung"
+    (at / "faq.csv").write_bytes("\r\n".join([head, *rows]).encode("cp1252"))
+    assumed = "columns assumed: --columns 'prompt=Kundenfrage (Text),response=Antwort\\, Support'"
+    said = checked(capsys, "faq.csv")["remarks"]
+    assert said[1] == assumed
+    assert said[2].startswith("1 of 24 rows is left out: column 'Antwort, Support' is empty (faq.csv:7)")
+    assert main(["tune", "tiny", "faq.csv", *RUN]) == 0
+    shown = "".join(capsys.readouterr())
+    assert shown.count(assumed) == 1
+    run = rundir.listing(at / "runs")[-1]
+    assert (
+        recipes.read(run / "run.toml")["columns"] == "prompt=Kundenfrage (Text),response=Antwort\\, Support"
+    )
+    table = '[columns]\nprompt = "Kundenfrage (Text)"\nresponse = "Antwort, Support"\n'
+    (at / "recipe.toml").write_text(f'model = "tiny"\ndata = "faq.csv"\n{table}')
+    assert recipes.make(recipes.read(at / "recipe.toml")).columns == recipes.read(run / "run.toml")["columns"]
+    assert "faq.csv:7: column 'Antwort, Support' is empty" in refused(
+        capsys, "data", "check", "faq.csv", "--strict"
+    )
+
+
+def test_columns_are_refused_before_a_model_is_read(at, capsys):
+    err = refused(capsys, "tune", "nowhere/at-all", "own.jsonl", "--columns", "prompt=aks,response=say")
+    assert "no column 'aks' to read as prompt" in err
+    assert "did you mean 'ask'?" in err
+
+
 def test_a_folder_is_a_fleet(at, capsys):
     (at / "devices").mkdir()
     for name, count in (("oslo", 6), ("bonn", 9)):
@@ -241,11 +271,10 @@ def test_standard_input_without_rows_is_told(at, capsys, monkeypatch, words):
 
 @pytest.mark.parametrize("words", PIPED[:2])
 def test_bad_rows_from_standard_input_name_no_file_that_is_gone(at, capsys, monkeypatch, words):
-    monkeypatch.setattr(sys, "stdin", Piped(b'{"prompt": "a", "response": "b"}\n{bad\n{"prompt": "\xe9"}\n'))
+    monkeypatch.setattr(sys, "stdin", Piped(b'{"prompt": "a", "response": "b"}\n{bad\n{"prompt": "\x81"}\n'))
     err = refused(capsys, *words)
-    assert "error: 2 bad rows in standard input\n  standard input:2: not JSON" in err
-    assert "  standard input:3: not UTF-8" in err
-    assert "iconv -f cp1252 -t utf-8 rows.jsonl " in err
+    assert "error: 2 of 3 rows of standard input cannot be used:\n  standard input:2: not JSON" in err
+    assert "  standard input:3: neither UTF-8 nor cp1252" in err
     assert "fleetune-rows-" not in err
 
 
@@ -282,5 +311,6 @@ def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at, capsys):
     loss = ("--tasks", "loss", "--device", "cpu")
     found = [ok(capsys, "eval", "latest", *words, *loss)[-1]["loss"] for words in files]
     assert found[0] == found[1] == found[2]
-    assert main(["eval", "latest", "third.jsonl", "--device", "cpu"]) == 2
+    write(at / "none.jsonl", [{"n": 1}])
+    assert main(["eval", "latest", "none.jsonl", "--device", "cpu"]) == 2
     assert main(["eval", "tiny", "more.jsonl", *mapping, "--tasks", "loss", "--device", "cpu"]) == 0

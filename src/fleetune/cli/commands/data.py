@@ -13,7 +13,18 @@ from fleetune.tuning.recipe import recipe as recipes
 
 HELP = "look at rows before they are trained on: lengths, clients, repeated rows, samples"
 ORDER = 25
-OPTIONS = ("model", "columns", "max_length", "partition", "clients", "held_out", "eval_data", "limit", "seed")
+OPTIONS = (
+    "model",
+    "columns",
+    "strict",
+    "max_length",
+    "partition",
+    "clients",
+    "held_out",
+    "eval_data",
+    "limit",
+    "seed",
+)
 MODEL = "hub id, HF directory, GGUF file, or a built-in name (fleetune models), whose tokens lengths are counted in"
 EXAMPLES = """\
 fleetune data check rows.jsonl --model smollm2-135m       lengths in tokens, and what max_length cuts

@@ -180,6 +180,7 @@ def _check_only(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui) -> Non
 
     tuning.check_plain(recipe.model, Path(args.out), recipes.trained(recipe))
     with ui.bar("getting ready") as bar:
+        recipe = prepare.with_columns(recipe, ui.note, offline=args.offline)
         recipe = tuning.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe, fits = choose.settled_base(recipe, ui.note, offline=args.offline)

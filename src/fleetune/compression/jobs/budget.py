@@ -30,7 +30,7 @@ from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.listener import Listener
 
 FILE: Final = "budget.safetensors"
-TOKENS: Final = 8192  # of the windows that sensitivities are measured on
+TOKENS: Final = 3072  # of the windows that sensitivities are measured on
 CHOSEN: Final = ("bits", "grid")  # settings of a solver that the budget chooses
 
 
@@ -104,7 +104,7 @@ class Room(NamedTuple):
         least, most = (human_bytes(size + self.others) for size in (self.reach.least, self.reach.most))
         return (
             f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · by sensitivities that "
-            "the run measures first (up to 4 times one grid's time)"
+            "the run measures first (about twice one grid's time in all)"
         )
 
 

@@ -3,6 +3,7 @@
 A matrix is rounded to nearest on grids that are fitted by the curvature c_j = 1 / U_jj^2 (`hessian.py`).  The column loop loses
 sum_j c_j e_j^2 on a row whose columns err by e_j when it reaches them, and these errors are about as large as those of plain
 rounding.  So with F from `sensitivity.py` the KL divergence is about 1/2 sum_i F_i sum_j c_j e_ij^2, without running the loop.
+A sample of the rows stands for all.
 """
 
 import functools
@@ -28,6 +29,7 @@ from fleetune.planning.compression_cost import END_ROWS
 
 TOGETHER: Final = 1 << 21  # weights that are rounded together
 DAMPING: Final = 0.01
+ROWS: Final = 128  # of a matrix, that stand for all of it
 
 
 class Candidate(NamedTuple):
@@ -249,10 +251,26 @@ def _curvature(H: Tensor) -> Tensor:
 def of_matrix(W: Tensor, terms: Sequence[Term]) -> list[Option]:
     """Return the cost of every candidate for W float32 [R, C], summed over `terms`."""
     R, C = W.shape
+    fit = sum((term.F.mean().float() * term.c for term in terms), torch.zeros(C))
+    at, times = _sample(sum((term.F * float(term.c.mean()) for term in terms), torch.zeros(R).double()))
+    rows, seen = W[at], [Term(term.F[at] * times, term.c) for term in terms]
     return [
-        Option(candidate, candidate.bytes(R, C), _cost(W, Grid(candidate.grid, candidate.bits), terms))
+        Option(candidate, candidate.bytes(R, C), _cost(rows, Grid(candidate.grid, candidate.bits), seen, fit))
         for candidate in candidates(W)
     ]
+
+
+def _sample(importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return places of `ROWS` rows, drawn in proportion to their importance [R], and how many each stands for: all of few.
+
+    They are those at even steps of the running sum, so that a sum over them estimates that over all (systematic sampling).
+    """
+    total = float(importance.sum())
+    if len(importance) <= ROWS or not 0 < total < math.inf:
+        return torch.arange(len(importance)), torch.ones(len(importance), dtype=torch.float64)
+    steps = (torch.arange(ROWS, dtype=torch.float64) + 0.5) * total / ROWS
+    at = torch.searchsorted(importance.cumsum(0), steps).clamp_(max=len(importance) - 1)
+    return at, total / (ROWS * importance[at])
 
 
 def candidates(W: Tensor) -> list[Candidate]:
@@ -268,9 +286,8 @@ def candidates(W: Tensor) -> list[Candidate]:
     ]
 
 
-def _cost(W: Tensor, grid: Grid, terms: Sequence[Term]) -> float:
-    """Return the cost of rounding W to nearest on a grid that is fitted by the terms' curvature."""
-    fit = sum((term.F.mean().float() * term.c for term in terms), torch.zeros(W.shape[1]))
+def _cost(W: Tensor, grid: Grid, terms: Sequence[Term], fit: Tensor) -> float:
+    """Return the cost of rounding rows W to nearest on a grid that is fitted by the curvature `fit` [C]."""
     cost = 0.0
     size = max(1, TOGETHER // W.shape[1])
     for a in range(0, len(W), size):

@@ -22,8 +22,9 @@ from pydantic.fields import FieldInfo
 from fleetune.common import settings, words
 from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
+from fleetune.data import columns, sources
 from fleetune.data.partition import RowsSpec, held_out_problem
-from fleetune.data.read_rows import looks_like_model, looks_like_rows
+from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows
 from fleetune.errors import RecipeError, UsageError, suggest
 from fleetune.models.cache.names import hub_of
 from fleetune.tuning.recipe import yaml_recipe
@@ -142,8 +143,8 @@ class Recipe:
         "compressed model, whose GGUF file is written first"
     )
     data: str = Field(
-        description="JSONL, CSV or Parquet file, a folder with one file per client, hub id, - (JSONL from standard input), or "
-        "'demo' for the built-in set"
+        description="file of rows (JSONL, CSV, Excel, text, ..), a folder with one per client, hub id, - (JSONL from standard "
+        "input), or 'demo' for the built-in set"
     )
     method: str = Field(
         default=AUTO_METHOD,
@@ -166,7 +167,12 @@ class Recipe:
     columns: str = Field(
         default="",
         description="which columns of the data are which: prompt=question,response=answer; names: prompt, response, system, "
-        "context, text, label, messages, client, or any field of a form (fleetune help data)",
+        "context, text, label, messages, client, or any field of a form (fleetune help data); default: by their names, else "
+        "the two with the longest texts, and a note says which",
+    )
+    strict: bool = Field(
+        default=False,
+        description="refuse data with any bad row, such as one with an empty cell (default: a tenth of the rows may be left out)",
     )
     partition: str = Field(
         default="auto",
@@ -322,6 +328,11 @@ class Recipe:
     answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
     threads: int = Field(default=0, ge=0, le=MOST_THREADS, description="processor threads (0: all)")
 
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns(cls, given: object) -> object:
+        return columns.spec_of(given) if isinstance(given, Mapping) else given
+
     @field_validator("held_out")
     @classmethod
     def _held_out(cls, number: float) -> float:
@@ -370,8 +381,11 @@ def make(values: Mapping[str, Any]) -> Recipe:
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with the partition that `auto` means for its data, and what training scales means for its method.
 
+    Of a folder with the splits of one data set, the training file is the data, and the validation file what is measured on.
     The partition stays as it is where the data's columns cannot be read.
     """
+    if is_folder(recipe.data) and (split := sources.splits(recipe.data)):
+        recipe = dataclasses.replace(recipe, data=split[0], eval_data=recipe.eval_data or split[1])
     if (recipe.method, recipe.train, recipe.set.get("module")) == (SCALES_MODULE, "weights", "scales"):
         recipe = dataclasses.replace(recipe, train="scales")
     recipe = dataclasses.replace(recipe, set={**own_settings(recipe.train, recipe.method), **recipe.set})

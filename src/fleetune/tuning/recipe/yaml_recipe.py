@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,8 +43,7 @@ def read(path: Path, names: Mapping[str, object]) -> tuple[dict[str, Any], list[
         raise RecipeError([f"{path} holds no keys"], hint="a recipe in TOML, or the YAML of another tool")
     theirs = _flat({str(key): value for key, value in found.items()})
     values: dict[str, Any] = dict(USUAL)
-    chosen: dict[str, Any] = {}
-    left: dict[str, Any] = {}
+    chosen, left = dict[str, Any](), dict[str, Any]()
     for key, value in theirs.items():
         if value in ("sft", None) or value is False or value in ("", "auto", [], {}) or key in ANYWAY.split():
             continue
@@ -52,8 +52,7 @@ def read(path: Path, names: Mapping[str, object]) -> tuple[dict[str, Any], list[
             left[key] = value
         chosen |= {name[4:]: one for name, one in said.items() if name.startswith("set.")}
         values |= {name: one for name, one in said.items() if not name.startswith("set.")}
-    own = values.get("set")
-    values["set"] = chosen | (own if isinstance(own, dict) else {})
+    values["set"] = chosen
     return values, _told(path, values, left)
 
 
@@ -62,16 +61,10 @@ def _said(key: str, value: Any, names: Mapping[str, object]) -> dict[str, Any]:
     word = key if key in names else words.RECIPE.get(key, "")
     if isinstance(value, list):
         value = ",".join(map(str, value)) if all(isinstance(one, str) for one in value) else None
-    if not word or value is None or (isinstance(value, dict) and word != "set"):
+    if not word or value is None or isinstance(value, dict):
         return {}
-    if word.startswith("set."):
-        value = (
-            "all-linear"
-            if (word, value) == ("set.targets", "all")
-            else str(value).lower()
-            if value is True
-            else value
-        )
+    if value is True and word.startswith("set."):
+        value = "true"
     try:
         said = words.meaning(word, math.ceil(float(value)) if word == "epochs" else value)
     except ValueError:
@@ -98,20 +91,11 @@ def _flat(found: dict[str, Any]) -> dict[str, Any]:
     if isinstance(sets, list) and len(sets) == 1 and isinstance(sets[0], dict) and "path" in sets[0]:
         files = sets[0].get("data_files")
         found["datasets"] = files if isinstance(files, str) else sets[0]["path"]
-    listed = Path(str(found.get("dataset_dir") or "data"), "dataset_info.json")
-    name = found.get("dataset")
-    if isinstance(name, str) and (info := _listed(listed).get(name)):  # LLaMA-Factory: a name in its list
-        file = info.get("file_name")
-        found["dataset"] = str(listed.parent / file) if file else info.get("hf_hub_url", name)
+    listed, name = Path(str(found.get("dataset_dir") or "data"), "dataset_info.json"), found.get("dataset")
+    if isinstance(name, str) and listed.is_file():  # LLaMA-Factory: a name in its list
+        with suppress(ValueError, KeyError, TypeError):
+            found["dataset"] = str(listed.parent / json.loads(listed.read_text("utf-8"))[name]["file_name"])
     return found
-
-
-def _listed(path: Path) -> dict[str, dict[str, str]]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _told(path: Path, values: Mapping[str, Any], left: Mapping[str, Any]) -> list[str]:

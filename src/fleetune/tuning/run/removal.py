@@ -44,7 +44,7 @@ def without_client(
     """
     recipe = finished.recipe_of(run) if (run / "run.toml").is_file() else None
     if recipe is None or not recipe.keep_replies:
-        raise UsageError(f"{run} has kept no replies", hint="name a run made with --keep-replies true")
+        raise UsageError(f"{run} has kept no replies", hint="name a run made with --keep-replies")
     objects.check_known(recipe.method, run)
     method, rule = methods.make(recipe.method, recipe.set).written_out(), parse(recipe.aggregation)
     if (read_by := method.replies_by) is None:

@@ -1,0 +1,148 @@
+"""Tables as spreadsheets write them: separators, encodings, empty cells and rows, Excel files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from datetime import date
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetune.common.shell import pip_install
+from fleetune.data import read, tables
+from fleetune.data.rows import FileRow
+from fleetune.errors import DataError
+
+HEAD = ["Ticket-Nr.", "Kundenfrage (Text)", "Antwort, Support", "Abteilung"]
+ROWS = [[f"T-{i}", f"Wie groß ist {i}, „so“?", f"{i} – und 3 €; mehr nicht", "Verkauf"] for i in range(60)]
+for at in (12, 40, 57):
+    ROWS[at] = [*ROWS[at][:2], "", "Verkauf"]
+
+
+def written(mark: str, rows: list[list[str]] = ROWS) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=mark).writerows([HEAD, *rows])
+    return text.getvalue()
+
+
+ENCODINGS = {"utf-8": [], "utf-8-sig": [], "utf-16": [], "cp1252": ["is read as cp1252 (Windows)"]}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("mark", [";", ",", "\t", "|"])
+def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path, mark: str, encoding: str) -> None:
+    file, told = tmp_path / ("faq.tsv" if mark == "\t" else "faq.csv"), list[str]()
+    file.write_bytes((written(mark) + f"{mark * 3}\r\n" * 20).encode(encoding))
+    found = read(str(file), note=told.append)
+    assert len(found) == 57
+    assert found[3].messages[0][1] == "Wie groß ist 3, „so“?"
+    assert found[3].response == "3 – und 3 €; mehr nicht"
+    assert dict(found[3].meta) == {"Ticket-Nr.": "T-3", "Abteilung": "Verkauf"}
+    *first, assumed, left_out = told
+    assert [text.partition("it ")[2] for text in first] == ENCODINGS[encoding]
+    assert assumed == "columns assumed: --columns 'prompt=Kundenfrage (Text),response=Antwort\\, Support'"
+    places = ", ".join(f"{file}:{line}" for line in (14, 42, 59))
+    assert left_out == f"3 of 60 rows are left out: column 'Antwort, Support' is empty ({places})"
+
+
+def test_too_many_bad_rows_are_refused_and_any_where_asked(tmp_path: Path) -> None:
+    file = tmp_path / "faq.csv"
+    few = [row if row[2] or i == 12 else [*row[:2], "da", ""] for i, row in enumerate(ROWS)]
+    file.write_text(written(";", few))
+    assert len(read(str(file))) == 59
+    with pytest.raises(DataError, match=r"^1 of 60 rows of .* cannot be used:\n.*csv:14: column"):
+        read(str(file), strict=True)
+    file.write_text(written(";", few[10:20]))
+    assert len(read(str(file))) == 9, "a tenth"
+    file.write_text(written(";", few[10:19]))
+    with pytest.raises(DataError, match=r"^1 of 9 rows"):
+        read(str(file))
+
+
+CELL = st.text(st.sampled_from('ab ;,|\t"\n'), max_size=8).filter(lambda cell: cell.strip('"\n\t ;,|'))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(2, 5).flatmap(
+        lambda n: st.lists(st.lists(CELL, min_size=n, max_size=n), min_size=2, max_size=9)
+    )
+)
+def test_quoted_tables_read_back_under_any_separator(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]
+) -> None:
+    names = [f"c{i}" for i in range(len(rows[0]))]
+    for mark in tables.SEPARATORS:
+        text = io.StringIO(newline="")
+        csv.writer(text, delimiter=mark, quoting=csv.QUOTE_ALL).writerows([names, *rows])
+        file = tmp_path_factory.getbasetemp() / "quoted.csv"
+        file.write_bytes(text.getvalue().encode())
+        found = list(tables.delimited(file, "f", lambda _: None))
+        assert [row.fields for row in found if isinstance(row, FileRow)] == [
+            dict(zip(names, row, strict=True)) for row in rows
+        ]
+
+
+def test_a_header_alone_does_not_choose_the_separator() -> None:
+    assert tables.separator("a, b;c\n1;2\n3;4\n") == ";"
+    assert tables.separator("a;b, c\n1,2\n3,4\n") == ","
+    assert tables.separator("sentence\none; two\nthree, four, five\nsix\n") in "\t|", "one column"
+    assert tables.separator("") == ","
+
+
+def test_lines_of_excel_and_cells_that_it_leaves_out(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("sep=;\nquestion;answer;note;;\n\nq;a\nq;a;n\n;;\n")
+    first, second = read(str(file))
+    assert (first.where, second.where) == (f"{file}:4", f"{file}:5")
+    assert (dict(first.meta), dict(second.meta)) == ({"note": ""}, {"note": "n"})
+
+
+def workbook(path: Path, **sheets: list[list[object]]) -> str:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for title, rows in sheets.items():
+        sheet = book.create_sheet(title)
+        for row in rows:
+            sheet.append(row)
+    book.save(path)
+    return str(path)
+
+
+def test_an_excel_file_is_read_as_its_csv(tmp_path: Path) -> None:
+    table: list[list[object]] = [[], HEAD, *([cell or None for cell in row] for row in ROWS)]
+    source = workbook(tmp_path / "faq.xlsx", Deckblatt=[], FAQ=table, Alt=[["x"]])
+    (tmp_path / "faq.csv").write_text(written(","))
+    told: list[str] = []
+    found = read(source, note=told.append)
+    assert found == read(str(tmp_path / "faq.csv"))
+    assert found[0].where == f"{source}:row 3"
+    assert told[0] == f"the sheet 'FAQ' of {source} is read, not 'Alt'"
+    assert "3 of 60 rows are left out" in told[2]
+
+
+def test_cells_of_excel_become_texts(tmp_path: Path) -> None:
+    row = ["wie viel", 12.0, 2.5, True, date(2026, 11, 30), None]
+    source = workbook(tmp_path / "a.xlsx", S=[["question", "answer", "b", "c", "d", "e"], row])
+    (example,) = read(source)
+    assert example.response == "12"
+    assert dict(example.meta) == {"b": "2.5", "c": "true", "d": "2026-11-30 00:00:00", "e": ""}
+
+
+def test_excel_needs_openpyxl_and_an_excel_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.xlsx"
+    for raw in (b"\xd0\xcf\x11\xe0 old or with a password", b"PK\x03\x04", b""):
+        path.write_bytes(raw)
+        pytest.importorskip("openpyxl")
+        with pytest.raises(DataError, match=r"a\.xlsx: cannot be read: ") as no:
+            read(str(path))
+        assert "without a password" in str(no.value.hint)
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(DataError, match="need openpyxl") as no:
+        read(str(path))
+    assert no.value.hint == pip_install("xlsx")
