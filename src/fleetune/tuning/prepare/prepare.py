@@ -239,6 +239,7 @@ def split(recipe: Recipe, entry: methods.MethodEntry, *, offline: bool = False) 
 
 def with_columns(recipe: Recipe, note: Callable[[str], None], *, offline: bool = False) -> Recipe:
     """Return the recipe with its columns as the first rows of its data have them, which are read before any model is."""
+    recipes.check_order(recipe.model, recipe.data)
     if recipe.data == sources.STDIN:  # read once, later
         return recipe
     found = settled_columns(recipe.data, recipe.columns, note, offline=offline)
