@@ -35,7 +35,7 @@ DATA: Final[dict[str, dict[str, Any]]] = {
 BATCH: Final = {"batch_size": 2}
 LORA: Final = {**BATCH, "lr": 2e-3, "r": 8, "alpha": 16, "dropout": 0.0}
 FORWARD: Final = {"batch_size": 4, "lr": 1e-4}  # two-point steps
-BACKWARD: Final = {"batch_size": 4, "backprop": 1.0, "backprop_steps": 3, "backprop_lr": 5e-3, "K": 1024}
+BACKWARD: Final = {"batch_size": 4, "backprop": 1.0, "backprop_steps": 3, "K": 1024}
 METHODS: Final[dict[str, dict[str, Any]]] = {
     "fedit": LORA,
     "fedit, sign": {**LORA, "wire": "sign"},

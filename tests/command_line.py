@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def refused(capsys: Capture, *args: object, code: int = 2) -> str:
     """What is said, with the hint, of a command that cannot be carried out."""
     found, _, err = call(capsys, *args)
     assert found == code, err
-    assert f"\n{err}".count("\nerror: ") == 1
+    assert len(re.findall(r"^(?:[\d: -]{20})?error: ", err, re.M)) == 1
     assert "Traceback" not in err
     return err
 

@@ -293,3 +293,35 @@ def test_the_final_table_counts_the_answers_and_ends_with_remarks(capsys):
     assert "validation loss, 200 held-out rows" in lines[2]
     assert "Rouge-L, 20 held-out rows" in lines[3]
     assert lines[4] == " note: so"
+
+
+def test_a_log_has_the_time_at_each_line_off_a_terminal_and_not_in_the_journal(terminal, monkeypatch):
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    ui, out, err = plain()
+    ui.note("before")
+    ui.log()
+    everything(ui)
+    lines = err.getvalue().splitlines()
+    assert lines[0] == "before"
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines[1:])
+    assert not re.match(r"\d{4}-", out.getvalue())
+    shown, _, screen = terminal()
+    shown.log()
+    shown.note("here")
+    assert not re.match(r"\d{4}-", screen.getvalue())
+    monkeypatch.setenv("JOURNAL_STREAM", "8:1")
+    ui, _, err = plain()
+    ui.log()
+    ui.note("kept by the journal")
+    assert err.getvalue() == "kept by the journal\n"
+
+
+def test_a_qr_code_is_drawn_where_it_fits(terminal):
+    ui, out, err = terminal()
+    ui.code("█▀\n▄▄\n")
+    assert "█▀" in out.getvalue()
+    ui.code("█" * 200 + "\n")
+    assert "terminal of 200 columns" in err.getvalue()
+    ui, plain_out, _ = plain()
+    ui.code("█▀\n▄▄\n")
+    assert plain_out.getvalue() == ""

@@ -66,6 +66,14 @@ def test_page_says_how_the_run_stands_in_three_forms(live, run):
     assert traffic == {"up": now["bytes_up"], "down": now["bytes_down"]}
 
 
+def test_page_of_a_finished_run_says_so_and_is_loaded_no_more(live, run):
+    live.run = run
+    (run / "status").write_text("done\n")
+    shown = get(live)
+    assert "refresh" not in shown.headers
+    assert "<title>finished · loss 3.600" in shown.text
+
+
 def test_page_has_no_markup_of_a_devices_words(live, run):
     live.run = run
     shown = get(live).text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from fleetune.common import __version__, files
 from fleetune.errors import FleetError, Interrupted, StorageError
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.fleet.remote import GREETED, REST, Pace, RemoteFleet
-from fleetune.fleet.table import FILE, Devices
+from fleetune.fleet.table import FILE, LATE, Devices
 
 JOB = Job("a" * 32, "fedkseed", {}, "m", "b" * 64, "fp32", 64, (), 3)
 QUICK = Pace(grace=0.3, poll=0.001)
@@ -151,6 +152,79 @@ def test_one_that_does_not_come_back_is_dropped_after_the_grace_and_asked_again_
         made.present()
         list(made.ask(2, [0], b"x"))
     assert list(made.present()) == [0, 1, 2]
+
+
+def test_the_grace_is_twice_the_last_rounds_median_time_but_not_where_devices_stand_apart(
+    tmp_path, monkeypatch
+):
+    memory, clock, each = link(), time.monotonic, [3.0]
+    now = [clock()]
+    made, honest = fleet(memory, tmp_path, Pace(poll=0)), memory.answer
+
+    def slow(key: str, order: Order) -> bytes:
+        now[0] += each[0] if order.what == "work" else 0
+        return honest(key, order)
+
+    monkeypatch.setattr(memory, "answer", slow)
+    monkeypatch.setattr("fleetune.fleet.remote.time.monotonic", lambda: now[0])
+    assert made.grace == 60  # before the first round
+    for round, (seconds, grace) in enumerate([(3.0, 18), (0.1, 10), (99.0, 60), (4.0, 24)], 1):
+        each[0], now[0] = (
+            seconds,
+            clock(),
+        )  # all answers are taken when the three have worked one after another
+        list(made.ask(round, [0, 1, 2], b"x"))
+        assert made.grace == pytest.approx(grace, abs=1)
+    list(made.exchange(4, "keys", {0: b"", 1: b""}))  # a step of a secure sum is no work
+    assert made.grace == pytest.approx(24, abs=1)
+    made.apart = True
+    assert made.grace == 60
+    assert RemoteFleet(memory, made.devices, JOB, 42, Pace(grace=3)).grace == 3
+
+
+def test_one_that_comes_after_the_end_is_told_and_written_down_once(tmp_path):
+    memory, notes, log = link(2), list[str](), list[tuple[str, object]]()
+    table = Devices(tmp_path)
+    table.register([("k0", "k0"), ("k1", "k1"), ("k2", "k2")])
+    audit = lambda what, **fields: log.append((what, fields["name"]))  # noqa: E731
+    made = RemoteFleet(memory, table, JOB, 42, QUICK, note=notes.append, audit=audit)
+    made.wait_for(2)
+    memory.devices["k2"] = Device(7, "e" * 64, 1, 1, "0")
+    for mark in (0, 0, 5):
+        memory.marks["k2"] = mark
+        made.end("the run is finished")
+    ended = [o for o in memory.seen if o.what == "end"]
+    assert len(ended) == 4  # each in each session, once
+    assert [note for note in notes if LATE in note] == [f"device device-k2 {LATE}"]
+    assert [what for what, _ in log if what == LATE] == [LATE]
+    assert [m.late for m in Devices(tmp_path).members] == [False, False, True]
+    assert made.doing()[2] == ("k2", 2, LATE)
+    assert Devices(tmp_path).join("k2", "k2", memory.devices["k2"], [0]) == 2
+
+
+def test_waiting_with_patience_goes_on_with_those_that_are_there(tmp_path):
+    memory, notes = link(2), list[str]()
+    table = Devices(tmp_path)
+    table.register([("k0", "press-0"), ("k1", "press-1")])
+    memory.away.add("k1")
+    made = RemoteFleet(memory, table, JOB, 42, QUICK, note=notes.append)
+    made.wait_for(2, 0.2)
+    assert notes[-1] == "1 of 2 devices came within 0.2 s; missing: press-1: the others are not waited for"
+    memory.away.add("k0")
+    alone = RemoteFleet(memory, table, JOB, 42, QUICK)
+    with pytest.raises(FleetError, match=r"none of 2 devices came within 0\.2 s; missing: press-0, press-1"):
+        alone.wait_for(2, 0.2)
+
+
+def test_a_device_that_goes_is_named(tmp_path):
+    memory, notes = link(2), list[str]()
+    made = RemoteFleet(memory, Devices(tmp_path), JOB, 42, QUICK, note=notes.append)
+    made.wait_for(2)
+    memory.away.add("k1")
+    made.ready()
+    made.ready()
+    assert notes[-1] == "device device-k1 has gone"
+    assert notes.count("device device-k1 has gone") == 1
 
 
 def test_after_the_deadline_the_round_goes_on(tmp_path):

@@ -16,7 +16,7 @@ from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.errors import StorageError, UsageError
 from fleetune.fleet import status
-from fleetune.fleet.table import Devices
+from fleetune.fleet.table import LATE, Devices
 from fleetune.runs import compression_folder
 from fleetune.runs.rundir import RunDir
 
@@ -130,6 +130,33 @@ def test_stop_reaches_the_session_that_wrote_the_last_word_and_no_other(run):
         assert not status.take_stop(run, "another")
         assert status.take_stop(run, "5e55")
         assert not status.take_stop(run, "5e55")  # once
+
+
+def test_a_finished_run_is_said_to_be_and_one_whose_page_is_still_there_can_be_stopped(run, capsys):
+    (run / "status").write_text("done\n")
+    out = ["latest", "--out", str(run.parent)]
+    assert "which is done: nothing to stop" in refused(capsys, "fleet", "stop", *out)
+    fleet_run.word(run, lingers=True, said=2 * status.SILENT)  # its server was killed
+    refused(capsys, "fleet", "stop", *out)
+    fleet_run.word(run, lingers=True)
+    assert main(["fleet", "status", *out]) == main(["fleet", "stop", *out]) == 0
+    said = capsys.readouterr().err
+    assert "only its page is left" in said
+    assert "asked: its page ends" in said
+    assert status.take_stop(run, "5e55")
+
+
+def test_of_a_sealed_run_a_devices_bytes_are_its_part_of_the_sum(run):
+    with (run / "run.toml").open("a") as file:
+        file.write('privacy = "sealed"\n')
+    shown = {d.name: (d.bytes_up, d.bytes_down) for d in status.look(run).devices}
+    assert shown == {"bakery": (330, 264), "dialysis-ward": (0, 0), EVIL: (0, 0)}  # one good reply in round 2
+
+
+def test_a_device_that_came_after_the_end_stays_known(run):
+    devices = [{"name": "bakery", "client": 0, "does": LATE}, {"name": "x", "client": 1, "does": "ready"}]
+    fleet_run.word(run, devices=devices)
+    assert [d.does for d in status.look(run).devices] == [LATE, ""]
 
 
 def test_what_goes_on_with_it_is_said_of_a_compression_and_an_evaluation_too(run, capsys):

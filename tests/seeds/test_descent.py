@@ -16,7 +16,15 @@ from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.evaluation.objectives import get, loss_tensor
 from fleetune.models import Model, digest, named_tensors, tiny_llama
 from fleetune.seeds import noise
-from fleetune.seeds.descent import Position, Projection, descend, descend_projected, two_point, uniforms
+from fleetune.seeds.descent import (
+    Position,
+    Projection,
+    descend,
+    descend_projected,
+    searched,
+    two_point,
+    uniforms,
+)
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.view import Tape, View
 from fleetune.seeds.weights import MovedWeights, kernels
@@ -305,6 +313,32 @@ def test_a_projected_walk_is_gradient_descent_in_the_space_of_the_pool(clip):
     np.testing.assert_allclose(taken.moved, moved, rtol=0, atol=0.01)
     place()
     assert get("loss")(model, b) < begun
+
+
+@pytest.mark.parametrize("units", [1e4, 1e6, 1e30])
+def test_no_rate_loses_the_model(units):
+    model, b = tiny_llama(seed=2), batch_of()
+    view, position = moved_view(model)
+    begun = get("loss")(model, b)
+    taken = descend_projected(model, view, position, EPOCH, [b] * 5, units=units, clip=0.0)
+    for k, c in zip(position.ids[:K], np.rint(taken.moved).astype(int).tolist(), strict=True):
+        position.move(k, c)
+    position.place(view)
+    assert get("loss")(model, b) < begun - 0.1
+
+
+@pytest.mark.parametrize(
+    ("loss_at", "want"),
+    [
+        (lambda u: 9 - u + u * u / 4, 2.0),  # the least of a parabola
+        (lambda u: 9 - u + u * u / 4 if u < 2.5 else 9.0, 2.0),  # halved as long as that is less
+        (lambda u: 9 - u if u <= 0.5 else math.nan, 0.125),
+        (lambda u: 9 - u, 8.0),
+        (lambda u: math.inf, 8.0 ** (1 - 8)),  # nothing helps
+    ],
+)
+def test_a_step_is_shortened_until_the_loss_falls_by_a_tenth_of_what_its_slope_says(loss_at, want):
+    assert searched(8.0, 1.0, 9.0, loss_at) == pytest.approx(want, rel=1e-12)
 
 
 def test_a_gradient_that_is_not_finite_is_no_step():

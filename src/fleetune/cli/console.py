@@ -9,6 +9,7 @@ when something is first drawn: `fleetune --help` must answer at once.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -24,6 +25,7 @@ from fleetune.common.display import clean, counted, improved, is_noise, message_
 from fleetune.common.events import VERSION, Event, Failed, Stopped, as_dict
 from fleetune.common.files import finite
 from fleetune.errors import FleetuneError, Interrupted
+from fleetune.runs.logfile import TIME
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -47,11 +49,15 @@ class Stream:
         self.encoding = (raw and raw.encoding) or "utf-8"
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.fancy = raw is not None and raw.isatty() and not plain  # whether bars and colours may be drawn
+        self.timed = False  # whether each line begins with the time, off a terminal
 
     def write(self, text: str) -> int:
         """Write and flush a text; return its length, also where nobody reads it."""
         if self.ended or self.raw is None:
             return len(text)
+        if self.timed and not self.fancy:
+            now = time.strftime(TIME)
+            text = "".join(f"{now} {line}" for line in text.splitlines(keepends=True))
         try:
             text.encode(self.encoding)
         except UnicodeEncodeError:
@@ -244,6 +250,13 @@ class Ui:
 
     # What is said
 
+    def log(self) -> None:
+        """From now on, begin each line on stderr with the time where it is no terminal, nor the journal, which has its own."""
+        self._err.timed = "JOURNAL_STREAM" not in os.environ
+        for handler in logging.getLogger().handlers if self._err.timed and not self._err.fancy else ():
+            if (own := handler.formatter) is not None and type(own).__module__.startswith("fleetune."):
+                handler.setFormatter(type(own)("%(asctime)s %(levelname)s: %(message)s", TIME))
+
     def event(self, event: Event) -> None:
         """In JSON mode write one object on one line of stdout, with "v": 1; else nothing."""
         if self.json:
@@ -399,6 +412,16 @@ class Ui:
         """
         for label, text in rows if self._results else ():
             self._say(self._out, f" {clean(label):9} {message_text(text)}")
+
+    def code(self, drawn: str) -> None:
+        """Show a QR code on stdout, where that is a terminal wide enough for it."""
+        wide = drawn.find("\n")
+        if not (self._results and self._out.fancy) or wide < 1:
+            return
+        if self._console(self._out).width < wide:
+            self.note(f"as a QR code it needs a terminal of {wide} columns")
+        else:
+            self._draw(self._out, drawn)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = "") -> None:
         """Show a list on stdout.  `align` has an l or r for each column; without it columns of numbers go right.

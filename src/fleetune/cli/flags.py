@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -114,7 +115,10 @@ def add_door(group: argparse._ArgumentGroup, first: str) -> None:
     group.add_argument("--certificate", metavar="DIR", help="folder with server.pem and server.key")
     group.add_argument("--wait", type=int, metavar="N", help=f"devices before {first}")
     group.add_argument(
-        "--grace", type=float, metavar="SECONDS", help="wait so long for a device that has gone (default 60)"
+        "--grace",
+        type=float,
+        metavar="SECONDS",
+        help="wait so long for a device that has gone (default: twice the median device's time in the last round, 10 to 60 s)",
     )
     group.add_argument(
         "--round-deadline",
@@ -130,6 +134,18 @@ def add_door(group: argparse._ArgumentGroup, first: str) -> None:
         help="show the running fleet in a browser, and at /metrics to Prometheus; off this machine with TLS and a password: "
         "the environment's FLEETUNE_PASSWORD, or one made here",
     )
+
+
+def again(args: argparse.Namespace, flags: str) -> list[str]:
+    """Open the same door as a run's server did with these flags, where none says otherwise; return those that were taken."""
+    door, taken = argparse.ArgumentParser(add_help=False), []
+    add_door(door.add_argument_group(), "")
+    before = vars(door.parse_known_args(shlex.split(flags))[0])
+    for name in DOOR[:4]:
+        if getattr(args, name) is None and before[name] is not None:
+            setattr(args, name, before[name])
+            taken.append(f"--{name} {quoted(before[name])}")
+    return taken
 
 
 def given_door(args: argparse.Namespace) -> list[str]:
@@ -148,8 +164,5 @@ def served(args: argparse.Namespace) -> Served:
     keys, certificate = (Path(v) if v else None for v in (args.keys, args.certificate))
     place = Place(args.host or "127.0.0.1", PORT if args.port is None else args.port, keys, certificate)
     usual = Pace()
-    pace = Pace(
-        usual.grace if args.grace is None else args.grace,
-        usual.deadline if args.round_deadline is None else args.round_deadline,
-    )
+    pace = Pace(args.grace, usual.deadline if args.round_deadline is None else args.round_deadline)
     return Served(place, args.wait or 0, pace, page=args.page)

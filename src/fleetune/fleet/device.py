@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,6 +14,7 @@ from fleetune.fleet import PORT
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.line import FIRST, Server, stay
 from fleetune.fleet.worker import Brings, Worker
+from fleetune.runs.logfile import LogFile
 
 MEMORY: Final = 1 << 33  # bytes, where the system does not tell
 SUPPLIES: Final = Path("/sys/class/power_supply")
@@ -126,8 +127,13 @@ def join(
     if home.ca is None and host == "localhost":  # its other address may be that of somebody else's server
         address = f"127.0.0.1:{port}"
     _, held_out = brings.divided(note)
-    note(f"this device {brings.part(len(held_out))}")
-    with _alone(home.state):
+    with _alone(home.state), closing(LogFile(home.state)) as log, log.warned():
+
+        def told(text: str) -> None:
+            note(text)
+            log.write(text)
+
+        told(f"connecting to {address}; this device {brings.part(len(held_out))}")
         key = keyring.read(home.key) if home.key else _own_key(home.state)
 
         def step(client: int, number: int) -> None:
@@ -135,7 +141,7 @@ def join(
                 raise Interrupted("stopped between two steps; the device can join again at any time")
 
         who = keyring.identity(key, home.peers)
-        worker = Worker(brings, home.state, note=note, on_step=step, declines=conditions.reason, identity=who)
+        worker = Worker(brings, home.state, note=told, on_step=step, declines=conditions.reason, identity=who)
 
         def room() -> int:
             """Half of the memory that the work may take, once there is work."""
@@ -147,8 +153,9 @@ def join(
             home.state,
             worker.answer,
             over=lambda: bool(worker.ended) or stop(),
-            note=note,
+            note=told,
         )
+        log.write(worker.ended or "stopped")
     if worker.error is not None:
         raise worker.error
     if stop() and not worker.ended:

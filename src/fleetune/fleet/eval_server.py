@@ -35,6 +35,7 @@ from fleetune.tuning.rounds.fleets import Answer
 
 FILE: Final = "eval-fleet.json"
 APART: Final = 3.0  # times the devices' median deviation: of honest ones, mean and median seldom are
+PATIENCE: Final = 600.0  # seconds that devices have to come, where no deadline is given; some then suffice
 WORST: Final = 100.0  # nats per token: devices report less, and its perplexity is a number
 
 
@@ -45,7 +46,7 @@ def evaluate(
 
     FleetError when no device has measured anything; UsageError for a run without a result, and for codes.
     """
-    served.farewell, served.more = "the evaluation is finished", " --held-out N"
+    served.farewell, served.more, served.patience = "the evaluation is finished", " --held-out N", PATIENCE
     listener.note(
         "devices join as they trained (--data, --held-out N); those that held nothing out add --eval-data FILE"
     )

@@ -96,13 +96,26 @@ def make(path: Path) -> PrivateKey:
     """Make a key: `path`, for its owner alone, and `path`.pub; UsageError where there is one already."""
     if path.exists():
         raise UsageError(f"{path} is there already", hint="take another name; a key is not replaced")
-    secret = ec.generate_private_key(ec.SECP384R1())
-    private = secret.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.OpenSSH, forms.NoEncryption())
-    public = secret.public_key().public_bytes(forms.Encoding.OpenSSH, forms.PublicFormat.OpenSSH)
+    private, public = generated()
     _folder(path.parent)
     write_atomic(path, private, mode=PRIVATE)
     write_atomic(path.with_name(path.name + ".pub"), public + f" {path.name}\n".encode())
     return read(path)
+
+
+def generated() -> tuple[bytes, bytes]:
+    """Return a new key in OpenSSH's form: the private part, and the public one without a name."""
+    secret = ec.generate_private_key(ec.SECP384R1())
+    private = secret.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.OpenSSH, forms.NoEncryption())
+    return private, secret.public_key().public_bytes(forms.Encoding.OpenSSH, forms.PublicFormat.OpenSSH)
+
+
+def check_parts(key: bytes, ca: bytes) -> None:
+    """ValueError where these are not a device's private key, and one certificate to trust or none."""
+    if not isinstance(forms.load_ssh_private_key(key, password=None), ec.EllipticCurvePrivateKey):
+        raise ValueError(f"its key is not {OF}")
+    if ca and len(x509.load_pem_x509_certificates(ca)) != 1:
+        raise ValueError("it has more than one certificate")
 
 
 def read(path: Path) -> PrivateKey:

@@ -158,8 +158,9 @@ def _shown(now: FleetShown) -> Response:
     for private in ("samples", "sharing"):
         sections.pop(private, None)
     body = sections.pop("head", "") + devices(now) + "".join(sections.values())
-    title = f"round {now.round} of {now.rounds}{loss} · {run.name}"
-    return HTMLResponse(page.document(title, body), headers={"refresh": "5"})
+    over = now.status == "done"  # a page that is loaded no more stays when the server goes
+    title = f"{'finished' if over else f'round {now.round} of {now.rounds}'}{loss} · {run.name}"
+    return HTMLResponse(page.document(title, body), headers={} if over else {"refresh": "5"})
 
 
 def devices(now: FleetShown) -> str:

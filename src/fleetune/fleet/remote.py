@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Final, NamedTuple
 
-from fleetune.common.display import counted
+from fleetune.common.display import counted, human_time
 from fleetune.common.events import ClientReply
 from fleetune.errors import FleetError, MessageError, cut_reason
 from fleetune.fleet.link import Link, answer_in
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
-from fleetune.fleet.table import Devices, apart
+from fleetune.fleet.table import LATE, Devices, apart
 from fleetune.seeds.noise import derive
-from fleetune.tuning.rounds.fleets import ONE, Answer, Fleet, Step, Wanted, outrun
+from fleetune.tuning.rounds.fleets import ONE, STEPS, Answer, Fleet, Step, Wanted, outrun
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class RemoteFleet(Fleet):
         self._greetings: dict[str, tuple[float, float]] = {}  # key -> how often of late, and when last
         self._refused: dict[str, str] = {}  # key -> why it takes no part, until it comes in anew
         self._said = set[str]()  # of devices' versions
+        self._ended: dict[str, str] = {}  # key -> mark of the session in which it was told of the end
         self._orders: dict[str, _Order] = {}  # by number
         self._kept: dict[int, tuple[int, int]] = {}
         self._digests: dict[int, str] = {}  # client -> SHA-256 of its last reply
@@ -76,6 +79,17 @@ class RemoteFleet(Fleet):
         self._asking: Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
         self._declined = set[int]()  # clients that declined when they were last asked
+        self._took: Sequence[float] = ()  # seconds until each answer of the last round
+
+    @property
+    def grace(self) -> float:
+        """Return how long a device that has gone is waited for: as stated, else twice the last round's median time.
+
+        `apart`, a minute: how fast others are is no reason to give one up.
+        """
+        if self.pace.grace is not None:
+            return self.pace.grace
+        return 60.0 if self.apart or not self._took else max(10.0, min(60.0, 2 * median(self._took)))
 
     @property
     def run(self) -> str:
@@ -187,6 +201,7 @@ class RemoteFleet(Fleet):
             for word in asking.word(lambda client: self.devices.members[client].name):
                 self.note(word)
             time.sleep(self.pace.poll)
+        self._took = asking.took or self._took
         yield from self._left(asking, outrun(asking.goal))
 
     def _lost(self, numbers: Iterable[str], here: Mapping[str, str]) -> set[str]:
@@ -206,6 +221,8 @@ class RemoteFleet(Fleet):
             return
         asking.heard += 1
         asking.replies += reply.what == "done"
+        if reply.what == "done" and order.what not in STEPS:
+            asking.took.append(time.monotonic() - asking.began)
         yield self._answer(order, reply)
 
     def _give_out(self, asking: Asking, here: Mapping[str, str]) -> None:
@@ -231,7 +248,7 @@ class RemoteFleet(Fleet):
             return
         for client, since in list(asking.waiting.items()):
             lost = asking.times.get(client, 0)
-            if lost >= ASKED or now - since > self.pace.grace:
+            if lost >= ASKED or now - since > self.grace:
                 del asking.waiting[client]
                 self._gone.add(client)
                 why = f"{lost} times lost at work" if lost >= ASKED else f"not there for {now - since:.0f} s"
@@ -261,9 +278,12 @@ class RemoteFleet(Fleet):
 
     # Devices come and go ----------------------------------------------------------------------------------
 
-    def wait_for(self, count: int) -> None:
-        """Wait until so many devices are ready; FleetError when none is left that could be."""
-        said = ""
+    def wait_for(self, count: int, patience: float = 0.0) -> None:
+        """Wait until so many devices are ready, or some after `patience` seconds (0: no end).
+
+        FleetError when none is left that could be, and when none has come by then.
+        """
+        said, until = "", time.monotonic() + (patience or math.inf)
         while True:
             self._check_prospect(count)
             here, refused = len(self._ready), len(self._refused)
@@ -275,11 +295,26 @@ class RemoteFleet(Fleet):
                 said = word
             if here >= count:
                 return
+            if time.monotonic() > until:
+                return self._go_on_with(here, count, patience)
             self.look()
             self._greet()
             for _ in self._answers():
                 pass
             time.sleep(self.pace.poll)
+
+    def _go_on_with(self, here: int, count: int, patience: float) -> None:
+        """Say who did not come in time; FleetError where nobody did."""
+        missing = [m.name for m in self.devices.members if m.key not in self._ready]
+        why = f"{here or 'none'} of {counted(count, 'device')} came within {human_time(patience)}"
+        why += (
+            f"; missing: {', '.join(missing[:SHOWN])}{' ..' if len(missing) > SHOWN else ''}"
+            if missing
+            else ""
+        )
+        if not here:
+            raise FleetError(why, hint="start them, then this again; --round-deadline SECONDS waits longer")
+        self.note(f"{why}: the others are not waited for")
 
     def _check_prospect(self, count: int) -> None:
         """FleetError when `count` devices or more have refused, and all that are known; they were told by then.
@@ -296,10 +331,17 @@ class RemoteFleet(Fleet):
             )
 
     def end(self, reason: str) -> None:
-        """Tell every device that is there that the run is over, and wait a moment until they know."""
+        """Tell every device that is there and was not told that the run is over; write down which came too late for it."""
         here = self.link.online()
-        end = Order("end", reason=cut_reason(reason))
-        told = {n for key in here if (n := self._push(key, end, here)) is not None}
+        end, told = Order("end", reason=cut_reason(reason)), set[str]()
+        for key in [key for key, mark in here.items() if self._ended.get(key) != mark]:
+            if (number := self._push(key, end, here)) is not None:
+                told.add(number)
+                self._ended[key] = here[key]
+            name = self.link.name(key)
+            if key not in self._refused and self.devices.came_late(key, name):
+                self.note(f"device {name} {LATE}")
+                self.audit(LATE, device=key, name=name)
         until = time.monotonic() + FAREWELL
         while told and time.monotonic() < until:
             told -= {number for number, _ in self.link.pull(told)}
@@ -313,13 +355,15 @@ class RemoteFleet(Fleet):
     def doing(self) -> list[tuple[str, int, str]]:
         """Return (name, client, what it does) of every device.
 
-        That is ready, at work, declined, joining, away, has not joined, or "refused: " and why.
+        That is ready, at work, declined, joining, away, has not joined, came after the end, or "refused: " and why.
         """
         here, asking = self.link.online(), self._asking
         does = dict.fromkeys(self._declined, "declined")
         does |= dict.fromkeys(asking.sent.values() if asking is not None else (), "at work")
 
         def what(client: int, key: str, rows: int) -> str:
+            if self.devices.members[client].late:
+                return LATE
             if key in self._refused:
                 return f"refused: {self._refused[key]}"
             if key not in here:
@@ -342,7 +386,8 @@ class RemoteFleet(Fleet):
                     self._push(key, Order("job", body=self.job.to_json().encode()), here)
         for key in self._greeted.keys() - here.keys():
             del self._greeted[key]  # it is greeted again, even if it comes back in the same session
-            self._ready.pop(key, None)
+            if self._ready.pop(key, None):
+                self.note(f"device {self.link.name(key)} has gone")
         return here
 
     def _may_be_greeted(self, key: str) -> bool:
@@ -476,6 +521,7 @@ class Asking:
     began: float = field(default_factory=time.monotonic)
     waiting: dict[int, float] = field(init=False)  # client -> since when it is waited for
     sent: dict[str, int] = field(init=False, default_factory=dict)  # number of an order -> client
+    took: list[float] = field(init=False, default_factory=list)  # seconds from the begin to each answer
     times: dict[int, int] = field(init=False, default_factory=dict)  # client -> how often it was asked
     declined: dict[int, Declined] = field(init=False, default_factory=dict)
     next_word: float = field(init=False)  # when to say who is waited for
@@ -536,7 +582,7 @@ class Asking:
 class Pace:
     """How long the server waits."""
 
-    grace: float = 60.0  # seconds for a device that has gone, before the round goes on without it
+    grace: float | None = None  # seconds for a device that has gone, before the round goes on without it
     deadline: float = 0.0  # seconds for a round; 0: as long as devices work
     poll: float = 0.05  # seconds between two looks
     again: float = (

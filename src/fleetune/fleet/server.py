@@ -8,7 +8,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -87,6 +87,14 @@ class Place:
                 )
         return keyring.registered(self.keys) if self.keys else None
 
+    def address(self) -> str:
+        """Return HOST:PORT by which devices call it, by its certificate where it listens everywhere."""
+        host = self.host
+        if self.certificate and host in EVERY:
+            names = keyring.hosts_of(self.certificate / "server.pem")
+            host = next((name for name in names if not keyring.is_loopback(name)), names[0])
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
     def called(self) -> str:
         """Return by which name or address devices call it, as a command says it."""
         return "HOST [HOST ..]   (names and addresses that devices join)" if self.host in EVERY else self.host
@@ -114,6 +122,7 @@ class Served:
     session: str = field(init=False, default_factory=lambda: secrets.token_hex(16))  # of this process
     farewell: str = "the run is finished"  # what devices are told at the end
     page: str | None = None  # where the fleet is shown in a browser: [HOST:]PORT, "" for the usual
+    patience: float = 0.0  # seconds that devices have to come, where some suffice; 0: no end
     more: str = ""  # that devices need beside their rows, for the command that is shown
     _count: int = field(init=False, default=0)  # of devices, that the first round waits for
     _done: int = field(init=False, default=0)  # rounds that were finished before
@@ -127,6 +136,7 @@ class Served:
     _files: Mapping[str, bytes] = field(init=False)  # of the keys, when all of them were read
     _news: list[str] = field(init=False, default_factory=list)  # of the keys, not told yet
     _page: LivePage | None = field(init=False, default=None)
+    _lingers: bool = field(init=False, default=False)  # whether the page outlives the run
 
     def __post_init__(self) -> None:
         self._keys = self.place.check()
@@ -146,11 +156,30 @@ class Served:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._fleet is not None and error[0] is None:
-            self._fleet.end(self.farewell)
+        if error[0] is None:
+            self._end()
         self._door.close()
         if self._page is not None:
             self._page.close()
+
+    def _end(self) -> bool:
+        """Tell devices that it is over, and `fleet status` what they did; tell whether `fleet stop` was called."""
+        if self._fleet is None:
+            return False
+        self._fleet.end(self.farewell)
+        return self._publish(self._fleet.devices.file.parent)
+
+    def linger(self, note: Callable[[str], None]) -> None:
+        """Show the page of a finished run on, if there is one, until `fleet stop` or an interrupt; devices are told the end."""
+        if self._page is None or self._fleet is None:
+            return
+        self._lingers, run = True, quoted(self._page.run)
+        note(f"finished; {self._page.url} stays until Ctrl-C, SIGTERM or: fleetune fleet stop {run}")
+        try:
+            while not self._end():
+                time.sleep(PUBLISHED / 4)
+        finally:
+            self._lingers, self._next_word = False, 0.0
 
     def settled(self, recipe: Recipe, named: Collection[str]) -> Recipe:
         """Return the recipe as these devices run it; it names the options `named` itself."""
@@ -175,7 +204,7 @@ class Served:
     def flags(self) -> str:
         """Return the flags that open the same door again, with the same pace, each with a space before it."""
         usual = Pace()
-        given = [
+        given: list[tuple[str, float | None, float | None]] = [
             ("--wait", self.wait, 0),
             ("--grace", self.pace.grace, usual.grace),
             ("--round-deadline", self.pace.deadline, usual.deadline),
@@ -231,7 +260,9 @@ class Served:
         if self._page is not None:
             self._page.run = folder
             asks = self._page.password if "FLEETUNE_PASSWORD" not in os.environ else ""
-            listener.note(f"page: {self._page.url}" + (f"   (any name, password {asks})" if asks else ""))
+            listener.note(f"page: {self._page.url}")
+            if asks:  # log.txt need not know it
+                getattr(listener, "inner", listener).note(f"the page's password, of any name: {asks}")
 
         audit = Audit(folder)
 
@@ -258,7 +289,7 @@ class Served:
             apart=apart,
         )
         self._count = count
-        self._fleet.wait_for(count)
+        self._fleet.wait_for(count, self.patience and (self.pace.deadline or self.patience))
         return self._fleet
 
     def _read_keys_again(self) -> None:
@@ -319,6 +350,7 @@ class Served:
             "rss": rss(),
             "address": f"{self.place.host}:{self.place.port}",
             "flags": self.flags(),
+            "lingers": self._lingers,
             "round": job.rounds if job.task == "eval" else self._fleet.round or self._done,
             "rounds": job.rounds,
             "devices": doing,
@@ -328,11 +360,7 @@ class Served:
 
     def line(self, own_model: bool = False) -> str:
         """Return the command for a device, which has to bring its own copy of the model or not."""
-        host, certificate = self.place.host, self.place.certificate
-        if certificate and host in EVERY:
-            names = keyring.hosts_of(certificate / "server.pem")
-            host = next((name for name in names if not keyring.is_loopback(name)), names[0])
-        words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl{self.more}"
+        words = f"fleetune fleet join {self.place.address()} --data ROWS.jsonl{self.more}"
         words += " --model PATH" if own_model else ""
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")

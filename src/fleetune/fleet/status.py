@@ -17,13 +17,16 @@ from fleetune.common.events import DeviceShown, FleetShown
 from fleetune.common.files import PRIVATE, read_json, read_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
+from fleetune.fleet.table import LATE
 from fleetune.runs import compression_folder, metrics, rundir
+from fleetune.tuning.recipe import recipe as recipes
 
 FILE: Final = rundir.FLEET
 STOP: Final = "fleet.stop"
 # What a server's word has, what a device does, and what became of a reply
 FIELDS: Final = frozenset({"t", "session", "pid", "machine", "rss", "address", "round", "rounds", "devices"})
 STATES: Final = ("at work", "ready", "declined", "joining", "refused", "away", "has not joined")
+SILENT: Final = 10.0  # seconds without a word, after which a server whose page outlives its run is gone
 STATUSES: Final = ("ok", "refused", "late", "dropped", "failed", "declined")
 
 
@@ -46,13 +49,20 @@ def standing(run: Path) -> str:
 
 
 def ask_to_stop(run: Path) -> None:
-    """Ask the server of a run to stop; UsageError where none has the run now.
+    """Ask the server of a run to stop, or one whose page outlives it; UsageError where there is none.
 
     The request names the session in the server's last word, so no other process obeys it, now or later.
     """
-    if not rundir.held(run):
-        raise UsageError(f"no server has {run} now", hint=f"its status: {standing(run)}")
+    if not rundir.held(run) and not lingers(run):
+        now, hint = standing(run), f"fleetune fleet status {quoted(run)}"
+        raise UsageError(f"no server has {run}, which is {now}: nothing to stop", hint=hint)
     write_atomic(run / STOP, str(word_of(run)["session"]), mode=PRIVATE)
+
+
+def lingers(run: Path) -> bool:
+    """Tell whether a server shows the page of a finished run."""
+    word = word_of(run) if (run / FILE).is_file() else {}
+    return bool(word.get("lingers") and time.time() - word["t"] < SILENT)
 
 
 def take_stop(run: Path, session: str) -> bool:
@@ -69,7 +79,9 @@ def take_stop(run: Path, session: str) -> bool:
 class Record:
     """What metrics.jsonl says of a run so far."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, sealed: bool = False) -> None:
+        """Of a `sealed` run a reply says no more than that it is done: a device's bytes are its part of the round's sum."""
+        self.sealed = sealed
         self._round: dict[int, Mapping[str, Any]] = {}  # client -> its reply, of the round in progress
         self.last: dict[int, Mapping[str, Any]] = {}  # client -> its last reply
         self.lost: Counter[int] = Counter()  # client -> replies that did not count
@@ -83,12 +95,17 @@ class Record:
     def _take(self, event: Mapping[str, Any]) -> None:
         match event["event"]:
             case "client":
+                event = {**event, "bytes_up": 0, "bytes_down": 0} if self.sealed else event
                 self.last[event["client"]] = event
                 self._round[event["client"]] = event  # a later line of a client counts
             case "round":
                 self.replies.update(reply["status"] for reply in self._round.values())
                 for client, reply in self._round.items():
                     self.lost[client] += reply["status"] != "ok"
+                if self.sealed:
+                    summed = [c for c, reply in self._round.items() if reply["status"] == "ok"]
+                    cost = {name: event[name] // max(1, len(summed)) for name in ("bytes_up", "bytes_down")}
+                    self.last |= {c: {**self.last[c], **cost} for c in summed}
                 self._round = {}
                 self.bytes_up += event["bytes_up"]
                 self.bytes_down += event["bytes_down"]
@@ -105,7 +122,8 @@ def look(run: Path) -> FleetShown:
     word = word_of(run)
     served = rundir.held(run)
     try:
-        record = Record(run)
+        tunes = not compression_folder.is_one(run)
+        record = Record(run, sealed=tunes and recipes.read(run / "run.toml").get("privacy") == "sealed")
         devices = [_device(told, record, served=served) for told in word["devices"]]
         return FleetShown(
             run=str(run),
@@ -142,7 +160,7 @@ def resume(run: Path) -> str:
 
 
 def _device(told: Mapping[str, Any], record: Record, *, served: bool) -> DeviceShown:
-    client, does = told["client"], told["does"] if served else ""
+    client, does = told["client"], told["does"] if served or told["does"] == LATE else ""
     if (last := record.last.get(client)) is None:
         return DeviceShown(client=client, name=told["name"], does=does)
     return DeviceShown(

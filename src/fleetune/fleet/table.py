@@ -17,6 +17,7 @@ from fleetune.fleet.orders import Device
 from fleetune.tuning.rounds.fleets import Assignment, Wanted
 
 FILE: Final = "devices.json"
+LATE: Final = "came after the end"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Member:
     version: str = ""  # of Fleetune
     torch: str = ""
     processor: str = ""
+    late: bool = False  # it came when the run was over
 
 
 class Devices:
@@ -100,6 +102,15 @@ class Devices:
             self._changed = True
             self.save()
 
+    def came_late(self, key: str, name: str) -> bool:
+        """Note that a device which has never joined has come after the end; tell whether that is new."""
+        client = self._add(key, name)
+        member = self.members[client]
+        if new := not (member.rows or member.late):
+            self.members[client], self._changed = replace(member, late=True), True
+            self.save()
+        return new
+
     def join(self, key: str, name: str, device: Device, able: Sequence[int] | None) -> int:
         """Note what a device brings, and the kinds of work that it can do; return its client.
 
@@ -120,6 +131,7 @@ class Devices:
             kind = member.kind if member.kind in able else -1
         now = replace(
             member,
+            late=False,
             rows=device.rows,
             rows_digest=device.rows_digest,
             memory=device.memory,

@@ -2,7 +2,7 @@
 
     runs/0007-fedkseed-smollm2-135m/
       run.toml        every value resolved; re-runs it       env.json   versions, device, digests
-      metrics.jsonl   append-only, one object a line         log.txt    status
+      metrics.jsonl   append-only, one object a line         log.txt (logfile.py)   status
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
                       replies-000003: what the round counted (`keep_replies`)
       releases        how often a run with privacy has released a round (`tuning/rounds/releases.py`)
@@ -34,6 +34,7 @@ from typing import IO, Any, Final, TypeVar
 from fleetune.common import __version__, files, folders
 from fleetune.common.shell import quoted
 from fleetune.errors import MessageError, StorageError, UsageError
+from fleetune.runs.logfile import LogFile
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.metrics import events as events
 
@@ -164,6 +165,7 @@ class RunDir:
         self.path = path
         self._lock = _locked(path)
         self.metrics = Metrics(path)
+        self.log_file = LogFile(path)
         self.keep = KEEP  # checkpoints
 
     def __enter__(self) -> RunDir:
@@ -175,6 +177,7 @@ class RunDir:
     def close(self) -> None:
         """Release the folder."""
         self.metrics.close()
+        self.log_file.close()
         self._lock.close()
 
     def remove(self) -> None:
@@ -211,11 +214,7 @@ class RunDir:
 
     def log(self, text: str) -> None:
         """Add a line with the time to log.txt."""
-        try:
-            with open(self.path / "log.txt", "a", encoding="utf-8", opener=files.regular) as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        except OSError as error:
-            raise files.storage_error(error, self.path / "log.txt") from error
+        self.log_file.write(text)
 
     # Metrics ------------------------------------------------------------------------------------
 

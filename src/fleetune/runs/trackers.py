@@ -195,6 +195,8 @@ def begin(listener: Listener, folder: Path, facts: Mapping[str, Value]) -> None:
     """Begin a run at the trackers of a listener; nothing for a listener without any."""
     if isinstance(listener, Tracked):
         listener.begin(folder, facts)
+    elif isinstance(listener, Relay):
+        begin(listener.inner, folder, facts)
 
 
 @contextmanager

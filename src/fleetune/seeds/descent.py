@@ -10,7 +10,9 @@ by one fold s and one fast Walsh-Hadamard transform:
     s[j] = sum over the i whose place is j of D[i] g[i],    p = H s,    p_k = z_k . g exactly
 
 (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, without their error in eps.  (Ferret, Shu et al., ICML
-2025, arXiv 2409.06277, projects on independent directions, a pass over the weights each.)
+2025, arXiv 2409.06277, projects on independent directions, a pass over the weights each.)  By its slope alone, a step at the rate
+eta lowers the loss l by f = eta |p|^2 / K.  So that no rate loses the model, eta is cut to f <= l / 2 (Loizou et al. 2021, arXiv
+2002.10542, SPS_max), and at the first step until the batch's loss falls by f / 10 (Vaswani et al. 2019, arXiv 1905.09997).
 """
 
 import functools
@@ -264,6 +266,13 @@ class Projection:
         return p
 
 
+SHARE: Final = 0.5  # of the loss: what a step may take from it by its slope, at most
+FALLS: Final = 0.1  # of that: what the first step must take
+HIDDEN: Final = 1.0  # nats that stand for the loss of hidden rows, which nobody may see
+SLACK: Final = 0.01  # of the loss, by which it may fall less than asked: the rounding of weights and losses
+TRIES: Final = 8  # forward passes of a search, at most
+
+
 class Projected(NamedTuple):
     """The outcome of a device's back-propagation: how far along each direction, and the mean loss of its steps."""
 
@@ -285,6 +294,19 @@ def _projected(model: Model, batch: Batch, projection: Projection) -> tuple[np.n
     return total.tensors()["p"], 0.0
 
 
+def searched(units: float, slope: float, loss: float, loss_at: Callable[[float], float]) -> float:
+    """Return the largest step tried, from `units` down, that lowers the loss by a tenth of what its slope says.
+
+    After one that does not, the next is where the parabola through both losses is least, at most half as long.
+    """
+    for _ in range(TRIES):
+        fall, after = units * slope, loss_at(units)
+        if after <= (1 + SLACK) * loss - FALLS * fall:
+            break
+        units *= min(1 / 2, fall / 2 / (after - loss + fall)) if math.isfinite(after) else 1 / 8
+    return units
+
+
 def descend_projected(
     model: Model,
     view: View,
@@ -297,23 +319,37 @@ def descend_projected(
 ) -> Projected:
     """Descend in the K-dimensional space of a pool: a_k <- a_k - units p_k / K for every batch.
 
-    `units` is the learning rate over the grid; |p_k| is cut to `clip` (0: not).  A step is taken in floats and
+    `units` is the largest learning rate over the grid; |p_k| is cut to `clip` (0: not).  A step is taken in floats and
     seen rounded to the grid; a batch without a finite gradient is skipped.  The view ends where it began: the
     caller rounds `moved` once and places it there.
     """
     K = position.K
-    moved, losses = np.zeros(K), []
+    moved, losses = np.zeros(K), list[float]()
     pool = (np.uint64(epoch) << np.uint64(32)) | np.arange(K, dtype=np.uint64)
     ids = np.concatenate([np.array(position.ids, np.uint64), pool])
     begun = np.array(position.coefficients, np.int64)
     projection = Projection(view, K, epoch)
+
+    def place(to: np.ndarray) -> None:
+        view.place(passes(view.law, K, ids, np.concatenate([begun, np.rint(to).astype(np.int64)])))
+
+    def loss_after(step: np.ndarray, batch: Batch, units: float) -> float:
+        place(moved - units * step)
+        return batch_loss(model, batch)
+
     with Tape(view, projection.add), by_layer(model.net, room=model.room) as kept, torch.enable_grad():
         for batch in batches:
-            view.place(passes(view.law, K, ids, np.concatenate([begun, np.rint(moved).astype(np.int64)])))
+            place(moved)
             p, value = _projected(model, batch, projection)
-            if math.isfinite(value) and np.isfinite(p).all():
-                losses.append(value)
-                moved -= units / K * (np.clip(p, -clip, clip) if clip else p)
+            if not (math.isfinite(value) and np.isfinite(p).all()):
+                continue
+            step = (np.clip(p, -clip, clip) if clip else p) / K
+            slope, most = view.grid * float(p @ step), SHARE * (HIDDEN if batch.drawn else value)
+            within = most / slope if units * slope > most else units
+            if not (losses or batch.drawn):
+                units = within = searched(within, slope, value, functools.partial(loss_after, step, batch))
+            losses.append(value)
+            moved -= within * step
     model.recomputes = kept.recomputed
     position.place(view)
     return Projected(moved, len(losses), float(np.mean(losses)) if losses else math.inf)

@@ -131,15 +131,26 @@ def test_a_devices_walk_is_algorithm_1_in_float64(changes):
     assert np.array_equal(method.walk(reply, drawn)[0], np.rint(moved * UNITS))
 
 
-def test_a_device_that_back_propagates_walks_by_projected_gradients_in_float64():
-    method = tiny(backprop=1.0, backprop_lr=0.05, backprop_steps=3)
+@pytest.mark.parametrize(("rate", "cut"), [(0.002, 1), (0.5, 11)])
+def test_a_device_that_back_propagates_walks_by_projected_gradients_in_float64(rate, cut):
+    """A rate that is too high is cut: by the loss over the slope in each step, and in the first by the loss after it."""
+    method = tiny(backprop=1.0, backprop_lr=rate, backprop_steps=3)
     model, state = begun(method)
-    reply = harness.reply(harness.fleet(model, method), method, state, client=2)
-    reference, a = Reference(state.ledger.head.run_key), np.zeros(K)
-    for b in batches(model, 3, method.batch_size, reply.key, 2):
-        a -= 0.05 / K * reference.slopes(a, b)
+    reply = harness.reply(harness.fleet(model, method), method, state, client=1)
+    reference, a, most = Reference(state.ledger.head.run_key), np.zeros(K), rate
+    for step, b in enumerate(batches(model, 3, method.batch_size, reply.key, 1)):
+        p, loss = reference.slopes(a, b), reference.at(a).loss(b).item()
+        eta = min(most, 0.5 * loss * K / (p @ p))
+        while step == 0:
+            fall, after = eta * (p @ p) / K, reference.at(a - eta / K * p).loss(b).item()
+            if after <= 1.01 * loss - fall / 10:
+                most = eta
+                break
+            eta *= min(0.5, fall / 2 / (after - loss + fall))
+        a -= eta / K * p
+    assert rate / most == pytest.approx(cut, rel=0.1)
     sent = LogCode.decode(reply.payload.array("projected")) * method.lr / UNITS
-    assert np.abs(a).max() > 100 * method.lr / UNITS
+    assert np.abs(a).max() > 20 * method.lr / UNITS
     np.testing.assert_allclose(sent, a, rtol=1 / 8, atol=2 * method.lr / UNITS)
 
 

@@ -109,7 +109,6 @@ def recipes(*, quick: bool = False) -> list[Recipe]:
             "batch_size": 4,
             "backprop": 0.5,
             "backprop_steps": 1 if quick else 3,
-            "backprop_lr": 5e-3,
         },
     }
     return [make(fedit), make(fedkseed)]

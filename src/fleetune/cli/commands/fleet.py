@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,17 +18,17 @@ from fleetune.cli import flags
 from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import InterruptHandler, console_listener
-from fleetune.common.display import human_bytes, human_time
+from fleetune.common.display import counted, human_bytes, human_time
 from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import check_installed, quoted
 from fleetune.data import check_columns, sources
 from fleetune.data.partition import held_out_problem
 from fleetune.data.read_rows import row_of
-from fleetune.errors import RecipeError, StorageError, UsageError
-from fleetune.fleet import PORT, flower, keys
+from fleetune.errors import RecipeError, StorageError, UsageError, suggest
+from fleetune.fleet import PORT, flower, invite, keys
 from fleetune.fleet import audit as log
 from fleetune.fleet import status as standing
-from fleetune.fleet.table import Devices
+from fleetune.fleet.table import LATE, Devices
 from fleetune.privacy import secagg
 from fleetune.runs import compression_folder, rundir
 from fleetune.tuning import methods
@@ -33,6 +36,7 @@ from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
     from fleetune.common.events import DeviceEvaluated, FleetEvaluated
+    from fleetune.fleet.server import Served
 
 
 HELP = "fine-tune on real devices"
@@ -44,10 +48,11 @@ fleetune fleet status latest
 """
 VERBS = """\
 serve -c recipe.toml                  run a recipe on the devices that join (--resume RUN: go on after a stop)
-join HOST:PORT --data rows.jsonl      be a device: its rows stay on it
+join HOST:PORT --data rows.jsonl      be a device: its rows stay on it (or: NAME.invite; -c device.toml)
 eval RUN|MODEL                        measure it on the held-out rows of the devices that join
 split -c recipe.toml --to DIR         write the rows that each client has in the simulation
 keys new NAME                         make a device's key: NAME stays there, NAME.pub goes to the server
+invite NAME --keys DIR                make NAME.invite, all that a new device needs: it holds its private key
 keys certificate DIR HOST [HOST ..]   make a server's certificate: ca.pem goes to the devices
 devices RUN                           which key is which client
 status RUN                            how the run stands, and what each device does now
@@ -55,6 +60,7 @@ stop RUN                              end the server after this step; it can be 
 audit RUN                             check the log of all that was taken or refused
 app DIR                               write the app for a Flower of your own: flwr run DIR
 """
+STATE = "fleetune-device"
 OWN = "model device threads held_out eval_data columns base ram epsilon delta"  # options of a recipe that a device gives
 
 
@@ -68,11 +74,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         metavar="WORD",
         nargs="*",
         default=[],
-        help="HOST:PORT (join), what to make (keys), RUN (eval, devices, status, stop, audit), DIR (app)",
+        help="HOST:PORT or NAME.invite (join), NAME (invite), what to make (keys), RUN (others), DIR (app)",
     )
     serve = sub.add_argument_group("serve (eval takes those of the door, from --host to --round-deadline)")
-    serve.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
+    of = "a TOML recipe, or a device's settings (join); flags override it"
+    serve.add_argument("-c", "--config", metavar="FILE", help=of)
     serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
+    serve.add_argument("--dry-run", action="store_true", help="check recipe, rows, model and door, then stop")
     flags.add_door(serve, "the first round (default: the recipe's clients)")
     _join_arguments(
         sub.add_argument_group(
@@ -87,8 +95,7 @@ def _join_arguments(join: argparse._ArgumentGroup) -> None:
     join.add_argument(
         "--state",
         metavar="DIR",
-        default="fleetune-device",
-        help="folder of the device: its key, what it remembers (default ./fleetune-device)",
+        help=f"folder of the device: its key, its log, what it remembers (default ./{STATE})",
     )
     join.add_argument(
         "--key", metavar="FILE", help="the device's key (default: one made in the state folder)"
@@ -127,6 +134,8 @@ def _join_arguments(join: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Carry out an action."""
+    if args.dry_run and (args.action != "serve" or args.resume):
+        raise UsageError("--dry-run is for a new run", hint="fleetune fleet serve -c recipe.toml --dry-run")
     ACTIONS[args.action](args, ui)
 
 
@@ -152,16 +161,42 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
         recipe = tuning.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe = fleets.settled(recipe, values)
+    if args.dry_run and recipe is not None:
+        _check_only(recipe, fleets, args, ui)
+        return
     from fleetune.tuning.run import resume
     from fleetune.tuning.run import run as running
 
-    with screen(ui, path) as shown, fleets:
-        if recipe is None:
-            assert path is not None
-            result = resume.resume(path, shown, offline=args.offline, fleets=fleets)
-        else:
-            result = running.start(recipe, Path(args.out), shown, offline=args.offline, fleets=fleets)
-    finish(ui, result)
+    ui.log()
+    with fleets:
+        with screen(ui, path) as shown:
+            if recipe is None:
+                assert path is not None
+                result = resume.resume(path, shown, offline=args.offline, fleets=fleets)
+            else:
+                result = running.start(recipe, Path(args.out), shown, offline=args.offline, fleets=fleets)
+        finish(ui, result)
+        with suppress(KeyboardInterrupt), InterruptHandler(ui) as interrupt:
+            interrupt.at_once = True
+            fleets.linger(ui.note)
+
+
+def _check_only(recipe: recipes.Recipe, fleets: Served, args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.fleet.orders import is_path
+    from fleetune.tuning.prepare import prepare
+
+    rundir.check_writable(Path(args.out), make=False)
+    with sources.borrowed(recipe.data) as rows:
+        stated, offline = dataclasses.replace(recipe, data=rows), args.offline
+        job = prepare.prepare(stated, offline=offline, simulated=False, find=False, note=ui.note)
+    count = fleets.count(job)
+    prepare.check_aggregation(job.recipe, job.method, count)
+    ui.note(f"the recipe is good, and so is the door: {fleets.where(count)}")
+    told = dataclasses.replace(prepare.checked(job, []), clients=count)
+    here = f"{counted(told.held_out, 'row')} of {recipe.eval_data or recipe.data}"
+    ui.note(f"the server measures on {here} and uses no other: held_out or --eval-data changes that")
+    ui.note(f"on each device: {fleets.line(is_path(recipe.model))}")
+    ui.event(told)
 
 
 def _values(args: argparse.Namespace, note: Callable[[str], None]) -> Mapping[str, Any]:
@@ -185,6 +220,10 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
             f"eval takes no {other[0]}", hint="devices hold rows out: fleetune fleet join .. --held-out 0.1"
         )
     found = subject.open(name, args.out)
+    ui.log()
+    if isinstance(found, subject.Run) and (found.folder / standing.FILE).is_file():
+        taken = flags.again(args, str(standing.word_of(found.folder).get("flags", "")))
+        ui.note(f"the door is the run's: {' '.join(taken) or 'the usual'}")
     with console_listener(ui) as listener, flags.served(args) as served:
         done, each = eval_server.evaluate(found, served, listener, offline=args.offline)
     _show(ui, each, done)
@@ -228,9 +267,8 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
 
 
 def _join(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet.device import Conditions, Home, join
-    from fleetune.fleet.worker import Brings
-
+    if args.config:
+        _take_settings(args, Path(args.config))
     server = _word(args, f"192.168.1.10:{PORT} --data rows.jsonl")
     given = flags.given(args)
     if not (rows := given.pop("data", "")):
@@ -245,8 +283,23 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     if not own["threads"].isdigit() and own["threads"]:
         raise UsageError(f"--threads {own['threads']} is no number")
     check_columns(own["columns"])
-    memory = parse_bytes(own["ram"] or None) or 0
-    rows = str(sources.store_stdin(Path(args.state))) if rows == sources.STDIN else rows
+    memory, held_out = parse_bytes(own["ram"] or None) or 0, _held_out(own)
+    state = Path(args.state or STATE)
+    key, ca = args.key and Path(args.key), args.ca and Path(args.ca)
+    if server.endswith(invite.SUFFIX):
+        if key or ca:
+            raise UsageError("an invite has a key and a ca.pem of its own", hint="leave out --key and --ca")
+        keys.check_installed()
+        file = Path(server)
+        server, ca = invite.accept(file, state)
+        if os.name == "posix" and file.stat().st_mode & 0o077:
+            ui.note(f"others on this machine can read the private key in {file}: chmod 600 {quoted(file)}")
+    ui.log()
+    ui.note(f"connecting to {server}")
+    from fleetune.fleet.device import Conditions, Home, join
+    from fleetune.fleet.worker import Brings
+
+    rows = str(sources.store_stdin(state)) if rows == sources.STDIN else rows
     brings = Brings(
         rows,
         own["model"],
@@ -254,7 +307,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         int(own["threads"] or 0),
         memory,
         args.offline,
-        _held_out(own),
+        held_out,
         own["eval_data"],
         own["columns"],
         own["base"] or "auto",
@@ -263,12 +316,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         _number(own["epsilon"] or "0"),
         _number(own["delta"] or "1e-5"),
     )
-    home = Home(
-        Path(args.state),
-        args.key and Path(args.key),
-        args.ca and Path(args.ca),
-        peers=args.peers and Path(args.peers),
-    )
+    home = Home(state, key, ca, peers=args.peers and Path(args.peers))
     with InterruptHandler(ui) as interrupt:
         why = join(
             server,
@@ -279,6 +327,29 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
             conditions=Conditions(args.only_on_power, args.max_load),
         )
     ui.note(why)
+
+
+def _take_settings(args: argparse.Namespace, file: Path) -> None:
+    """Give the device's settings in a TOML file to the arguments that no flag gave; RecipeError for any that is none."""
+    found = recipes.read(file)
+    known: dict[str, type | tuple[type, ...]] = {
+        **dict.fromkeys(("server", "data", "state", "key", "ca", "peers", *OWN.split()), str),
+        **dict.fromkeys(("ram", "held_out", "threads", "epsilon", "delta"), (str, int, float)),
+        **dict.fromkeys(("smallest_sum", "max_load"), (int, float)),
+        **dict.fromkeys(("calibrate", "only_on_power", "offline"), bool),
+    }
+    wrong = [f"{file}: no setting '{n}' of a device.{suggest(n, known)}" for n in found if n not in known]
+    for name, kind in known.items():
+        value = found.get(name)
+        if name in found and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            wrong.append(f"{file}: {name} = {value!r} is of another kind")
+    if wrong:
+        raise RecipeError(wrong, hint=f"settings are {', '.join(known)}")
+    args.words = args.words or [found[name] for name in ("server",) if name in found]
+    for name, value in found.items():
+        recipe = flags.PREFIX + name if hasattr(args, flags.PREFIX + name) else name
+        if name != "server" and not getattr(args, recipe):
+            setattr(args, recipe, value if recipe == name else str(value))
 
 
 def _number(text: str) -> float:
@@ -342,6 +413,29 @@ def _keys(args: argparse.Namespace, ui: Ui) -> None:
             raise UsageError("keys takes: new NAME, or certificate DIR HOST [HOST ..]")
 
 
+def _invite(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.fleet.server import EVERY, Place
+
+    keys.check_installed()
+    name, certificate = _word(args, "press-3"), args.certificate and Path(args.certificate)
+    if not args.keys:
+        raise UsageError("where do the devices' public keys go?", hint="--keys DIR, as in fleet serve")
+    host = args.host or ("0.0.0.0" if certificate else "127.0.0.1")
+    place = Place(host, args.port or PORT, Path(args.keys), certificate)
+    names = keys.hosts_of(certificate / "server.pem") if certificate else []
+    if certificate is None and not keys.is_loopback(host):
+        raise UsageError(f"a device on another machine than {host} needs TLS", hint="--certificate DIR")
+    if certificate and host not in (*EVERY, *names) and not any("*" in name for name in names):
+        raise UsageError(f"the certificate in {certificate} is not for {host}", hint=f"--host {names[0]}")
+    file = Path(name).with_name(Path(name).name.removesuffix(invite.SUFFIX) + invite.SUFFIX)
+    text = invite.make(file, Path(args.keys), place.address(), certificate and certificate / "ca.pem")
+    ui.code(invite.code_of(text))
+    ui.paths(
+        [("invite", f"{file}   (holds the device's private key: bring it there safely, then delete it here)")]
+    )
+    ui.paths([("next", f"fleetune fleet join {quoted(file.name)} --data rows.jsonl   (on the device)")])
+
+
 def _no_words(args: argparse.Namespace) -> None:
     if args.words:
         raise UsageError(f"{args.action} takes no '{args.words[0]}'", hint="fleetune fleet --help")
@@ -380,7 +474,7 @@ def _devices(args: argparse.Namespace, ui: Ui) -> None:
             str(c),
             m.name,
             m.key[:16],
-            str(m.rows or "has not joined"),
+            str(m.rows or (LATE if m.late else "has not joined")),
             human_bytes(m.memory) if m.memory else "",
             str(m.threads or ""),
             f"{m.speed:,.0f}" if m.speed else "",
@@ -405,7 +499,8 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
     if now.served:
         ui.paths([("run", f"{now.run} · {now.status} · heard {ago} ago"), *standing.facts(now)])
     else:
-        ui.note(f"no server has {now.run} now: last heard {ago} ago")
+        no = "only its page is left of" if standing.lingers(Path(now.run)) else "no server has"
+        ui.note(f"{no} {now.run} now: last heard {ago} ago")
         ui.paths([("run", f"{now.run} · {now.status}"), *standing.facts(now)])
     ui.table(standing.HEAD, [standing.cells(device) for device in now.devices])
     if not now.served and now.status != "done":
@@ -414,7 +509,8 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
 
 def _stop(args: argparse.Namespace, ui: Ui) -> None:
     standing.ask_to_stop(run := _run_of(args))
-    ui.note(f"asked: it stops after this step; go on with: {standing.resume(run)}")
+    after = "it stops after this step; go on with: "
+    ui.note(f"asked: {'its page ends' if standing.standing(run) == 'done' else after + standing.resume(run)}")
 
 
 def _audit(args: argparse.Namespace, ui: Ui) -> None:
@@ -441,6 +537,7 @@ ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
     "eval": _eval,
     "split": _split,
     "keys": _keys,
+    "invite": _invite,
     "devices": _devices,
     "status": _status,
     "stop": _stop,

@@ -8,6 +8,7 @@ what they give side by side.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from threading import RLock
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ TRIED: Final = (5, 3)  # tokens of the rows of a trial
 ERROR: Final = 8  # largest relative difference (2-norms) of a trial's logits, in units of the dtype's epsilon
 # where the rows of the sequence that ran last begin and end; backward may run layers again
 _rows: list[tuple[int, int]] = []
+_one_at_a_time = RLock()  # threads share them
 _can: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -35,14 +37,15 @@ def packing(net: Any, wanted: bool = True) -> Iterator[int]:
     if not most:
         yield 0
         return
-    net.set_attn_implementation(NAME)
-    try:
-        if net not in _can:
-            _can[net] = net.config._attn_implementation == NAME and _tried(net)
-        yield most if _can[net] else 0
-    finally:
-        _rows.clear()
-        net.set_attn_implementation("sdpa")
+    with _one_at_a_time:
+        net.set_attn_implementation(NAME)
+        try:
+            if net not in _can:
+                _can[net] = net.config._attn_implementation == NAME and _tried(net)
+            yield most if _can[net] else 0
+        finally:
+            _rows.clear()
+            net.set_attn_implementation("sdpa")
 
 
 def positions(lengths: Sequence[int], device: torch.device) -> Tensor:

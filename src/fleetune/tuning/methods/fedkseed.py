@@ -21,8 +21,8 @@ the server averages them per direction.  So the global model is always w = w0 - 
 
 `backprop` is the share of devices that back-propagate (ours): in a simulation every so many-th client, on real devices at most
 this share, of those in whose memory it fits.  Such a device reports its gradient projected on the K directions, p_k = z_k . g,
-after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K two-point steps, and replies weigh by their precision
-(`Method.weight`).
+after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K two-point steps and with eta_b cut where it would lose
+the model (`seeds/descent.py`), and replies weigh by their precision (`Method.weight`).
 """
 
 import math
@@ -88,7 +88,7 @@ class Method(_zeroth.OfLedger):
     objective: str = setting("loss", "f", "loss, accuracy, rouge_l, f1 or package.module:function")
     backprop: float = setting(0.0, "β", "share of the clients that back-propagate, in whole percent")
     backprop_lr: float = setting(
-        3e-4, "η_b", "learning rate of a client that back-propagates", only_if="backprop", found=True
+        5e-3, "η_b", "largest learning rate of a client that back-propagates", only_if="backprop", auto=True
     )
     backprop_steps: int = setting(
         10, "τ_b", "local steps of a client that back-propagates", only_if="backprop"
@@ -209,7 +209,7 @@ class Method(_zeroth.OfLedger):
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         """Return the norm of the K sums in units of the expected one.
 
-        A gradient g makes tau slopes of about |g|, or moves K sums by steps eta_b |g| / sqrt(K): either is |g| here.
+        A gradient g makes tau slopes of about |g|, or moves K sums by steps eta_b |g| / sqrt(K): either is |g| here, or less.
         """
         if "projected" in reply.payload.arrays:
             unit = self.backprop_steps * self.backprop_lr / self.lr / math.sqrt(self.K)

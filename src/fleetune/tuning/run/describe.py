@@ -306,15 +306,18 @@ def of_course(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> lis
 NO_CAUSE: Final = (rundir.STARTED_IN, "processors")  # of env.json: what changes no bit of a result
 
 
-def progress_words(run: Path, rounds: int) -> str:
-    """Say after which of `rounds` rounds a run goes on, and about how long the rest takes, at the time of those done."""
+def progress_words(run: Path, rounds: int, account: private.Account | None = None) -> str:
+    """Say after which of `rounds` rounds a run goes on, and about how long those take that its `account` leaves."""
     done = {int(e["round"]): float(e["seconds"]) for e in rundir.events(run) if e["event"] == "round"}
     last = max(done, default=0)
     said = f"goes on after round {last} of {rounds}"
-    if not done or last >= rounds:
+    left = rounds - last if account is None else account.rounds_within(rounds - last, released(run))
+    if last < rounds and not left:
+        return f"the privacy budget is spent after round {last} of {rounds}: no other round is run"
+    if not done or not left:
         return said
     each = statistics.median(done.values())
-    return f"{said}: about {human_time(each * (rounds - last))} left, {counted(rounds - last, 'round')} of {human_time(each)}"
+    return f"{said}: about {human_time(each * left)} left, {counted(left, 'round')} of {human_time(each)}"
 
 
 def machine_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from fleetune.evaluation.losses import pad_id
 from fleetune.models.net.model import Model
 from fleetune.runs import rundir, trackers
 from fleetune.runs.listener import Listener
+from fleetune.runs.logfile import Logged
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method, entry
@@ -144,7 +145,8 @@ def tune(job: TuneJob, run: rundir.RunDir, listener: Listener, fleets: Fleets = 
     run.status("running")
     (run.path / sums.FILE).unlink(missing_ok=True)  # of a finished run that goes on
     try:
-        return _tune(job, run, listener, fleets, stands_on)
+        with run.log_file.warned():
+            return _tune(job, run, Logged(listener, run.log_file), fleets, stands_on)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         if isinstance(error, Interrupted):
@@ -164,7 +166,7 @@ def _tune(
     job: TuneJob, run: rundir.RunDir, listener: Listener, fleets: Fleets, stands_on: StandsOn
 ) -> TuneDone:
     recipe, model, method = job.recipe, job.model, job.method
-    _announce(job, run, listener, fleets.about(job))
+    _announce(job, run, listener, fleets.about(job), simulated=fleets.simulated)
     trackers.begin(listener, run.path, describe.facts_of(job))
     # none is found of a run that is resumed
     began = time.monotonic() - sum(rate.seconds for rate in job.found_rates)
@@ -265,7 +267,8 @@ class _Sitting:
 
     def resumed(self) -> None:
         """Say how far the run is, and where eval.json has lost the base that it was measured again."""
-        self.listener.note(describe.progress_words(self.run.path, self.job.recipe.rounds))
+        account = private.account(self.job)
+        self.listener.note(describe.progress_words(self.run.path, self.job.recipe.rounds, account))
         if self.base is not None:
             file = self.run.path / evaluation.EVALUATION
             self.listener.note(f"{file} is damaged or gone: the base model has answered again")
@@ -338,13 +341,14 @@ def _base(job: TuneJob, run: rundir.RunDir, listener: Listener) -> _Base:
     return _Base(measured, rows, describe.probe(job))
 
 
-def _announce(job: TuneJob, run: rundir.RunDir, listener: Listener, fleet: str) -> None:
+def _announce(job: TuneJob, run: rundir.RunDir, listener: Listener, fleet: str, *, simulated: bool) -> None:
     recipe = job.recipe
     run.write("run.toml", recipes.to_toml(foundations.as_stated(recipe, run.path)))
     made_of = describe.model_facts(job) | describe.data_facts(job, run.path)
     before, now = foundations.environment_of(run.path), rundir.environment(made_of)
     run.write(rundir.ENVIRONMENT, json_text(now))
-    listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
+    verb = "tune" if simulated else "fleet serve"
+    listener.header(f"fleetune {verb} · {job.entry.name}", describe.header(job, run, fleet))
     rates = [f"{r.setting} = {r.rate:g}, found in {human_time(r.seconds)}: {r.why}" for r in job.found_rates]
     changes = filter(None, [describe.machine_changes(before, now)])
     for remark in (*rates, *job.about_time()[1:], *changes):
