@@ -45,7 +45,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         nargs="?",
         help="hub id, HF directory, GGUF file or built-in name; with --train scales also a compressed model",
     )
-    sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
+    sub.add_argument("data", metavar="DATA", nargs="?", help="file of rows, hub id, or 'demo'")
     sub.add_argument(
         "-c",
         "--config",
@@ -175,12 +175,12 @@ def recipe_of(args: argparse.Namespace, note: Callable[[str], None]) -> recipes.
 
 
 def _check_only(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui) -> None:
+    recipe = recipes.with_columns(recipe, ui.note, offline=args.offline)
     from fleetune.planning import choose
     from fleetune.tuning.prepare import prepare
 
     tuning.check_plain(recipe.model, Path(args.out), recipes.trained(recipe))
     with ui.bar("getting ready") as bar:
-        recipe = prepare.with_columns(recipe, ui.note, offline=args.offline)
         recipe = tuning.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe, fits = choose.settled_base(recipe, ui.note, offline=args.offline)

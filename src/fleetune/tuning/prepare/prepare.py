@@ -18,7 +18,6 @@ from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example, check_columns, digests, encode, partition, sources
 from fleetune.data.partition import Split
-from fleetune.data.read_rows import settled_columns
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
@@ -235,15 +234,6 @@ def check_aggregation(recipe: Recipe, method: methods.Method, clients: int) -> N
 def split(recipe: Recipe, entry: methods.MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
     return partition.split(recipes.rows_of(recipe), entry.clients, offline=offline)
-
-
-def with_columns(recipe: Recipe, note: Callable[[str], None], *, offline: bool = False) -> Recipe:
-    """Return the recipe with its columns as the first rows of its data have them, which are read before any model is."""
-    recipes.check_order(recipe.model, recipe.data)
-    if recipe.data == sources.STDIN:  # read once, later
-        return recipe
-    found = settled_columns(recipe.data, recipe.columns, note, offline=offline)
-    return replace(recipe, columns=found)
 
 
 def prepare(

@@ -24,7 +24,7 @@ from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
 from fleetune.data import columns, sources
 from fleetune.data.partition import RowsSpec, held_out_problem
-from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows
+from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows, settled_columns
 from fleetune.errors import RecipeError, UsageError, suggest
 from fleetune.models.cache.names import hub_of
 from fleetune.tuning.recipe import yaml_recipe
@@ -173,6 +173,14 @@ class Recipe:
     strict: bool = Field(
         default=False,
         description="refuse data with any bad row, such as one with an empty cell (default: a tenth of the rows may be left out)",
+    )
+    dedupe: bool = Field(
+        default=False, description="leave out training rows that equal an earlier one, or one of eval_data"
+    )
+    train_turns: str = Field(
+        default="last",
+        pattern="^(last|all)$",
+        description="answers of a conversation that are trained on; all: each as a row of its own (rows here, not a fleet's)",
     )
     partition: str = Field(
         default="auto",
@@ -410,6 +418,19 @@ def trained(recipe: Recipe) -> str:
 def rows_of(recipe: Recipe) -> RowsSpec:
     """The options of a recipe that decide which client holds which rows."""
     return RowsSpec(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(RowsSpec)})
+
+
+def with_columns(recipe: Recipe, note: Callable[[str], None], *, offline: bool = False) -> Recipe:
+    """Return the recipe with its columns as the first rows of its data have them, which are read before any model is."""
+    check_order(recipe.model, recipe.data)
+    try:
+        columns.parse(recipe.columns)
+    except RecipeError:  # told with all else that is wrong
+        return recipe
+    if recipe.data == sources.STDIN:  # read once, later
+        return recipe
+    found = settled_columns(recipe.data, recipe.columns, note, offline=offline)
+    return dataclasses.replace(recipe, columns=found)
 
 
 def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:
