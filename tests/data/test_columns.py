@@ -143,3 +143,9 @@ def test_a_row_before_those_with_a_form_is_a_bad_one(tmp_path: Path) -> None:
     assert found == [Example((("user", "q"),), "a")] * 10
     (said,) = told
     assert said.startswith("1 of 11 rows is left out: field 'response' is missing")
+
+
+def test_a_mapping_may_be_a_dict(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"Frage": ASKED, "Antwort, lang": SAID})
+    found = read(file, columns={"prompt": "Frage", "response": "Antwort, lang"})
+    assert found == [Example((("user", ASKED),), SAID)]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fleetune.data import Example, check_partition_spec, hold_out, keyed_order
-from fleetune.data.partition import _dirichlet_draw, partition
+from fleetune.data import Example, check_partition_spec, hold_out, keyed_order, read
+from fleetune.data.partition import RowsSpec, _dirichlet_draw, partition, split
 from fleetune.errors import DataError, RecipeError
 
 
@@ -266,3 +269,61 @@ def test_hold_out_shares_by_largest_remainder():
 def test_hold_out_refuses_numbers_that_cannot_be(part, says):
     with pytest.raises(RecipeError, match=says):
         hold_out(balanced(10, 2), part, 0)
+
+
+def rows_file(tmp_path: Path, rows: list[tuple[str, str]]) -> RowsSpec:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": q, "response": a}) + "\n" for q, a in rows))
+    return RowsSpec(str(file), held_out=2, clients=1)
+
+
+PAIR = st.tuples(st.sampled_from("abcd"), st.sampled_from("xyz"))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(PAIR, min_size=4, max_size=20), dedupe=st.booleans(), seed=st.integers(0, 9))
+def test_no_row_is_on_both_sides_of_the_split(tmp_path, rows, dedupe, seed):
+    spec = replace(rows_file(tmp_path, rows), dedupe=dedupe, seed=seed)
+    plain_train, plain_held = hold_out(read(spec.data), 2, seed)
+    parts = split(spec, 1)
+    said = [(e.messages[0][1], e.response) for e in parts.examples]
+    held, training = [[said[i] for i in p] for p in (parts.held.tolist(), parts.clients[0].tolist())]
+    assert held == [rows[i] for i in plain_held]
+    left = [rows[i] for i in plain_train if rows[i] not in held]
+    left = list(dict.fromkeys(left)) if dedupe else left
+    assert training == (left or [rows[i] for i in plain_train])
+    gone = len(plain_train) - len(training)
+    assert bool(gone) == any(note.startswith("left out: ") for note in parts.notes)
+
+
+def test_rows_of_a_validation_file_are_left_out_where_asked(tmp_path):
+    spec = rows_file(tmp_path, [("a", "x"), ("a", "x"), ("b", "y"), ("c", "z")])
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "b", "response": "y"}\n')
+    spec = replace(spec, eval_data=str(held))
+    assert (len(split(spec, 1).clients[0]), len(split(spec, 1).trained_too())) == (4, 1)
+    parts = split(replace(spec, dedupe=True), 1)
+    assert (len(parts.clients[0]), parts.trained_too(), len(parts.held)) == (2, [], 1)
+    assert parts.notes == ("left out: 2 training rows equal to a held-out or an earlier one",)
+
+
+def test_all_answers_of_a_conversation_are_trained_on_where_asked(tmp_path):
+    turns = [("system", "s"), *[(r, f"{r}{i}") for i in range(3) for r in ("user", "assistant")]]
+    rows = [
+        {"messages": [{"role": role, "content": f"{text} {n}"} for role, text in turns], "who": "ab"[n % 2]}
+        for n in range(6)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = RowsSpec(str(file), held_out=2, partition="column:who")
+    last, every = split(spec, 2), split(replace(spec, train_turns="all"), 2)
+    assert every.held.tolist() == last.held.tolist()
+    for few, many in zip(last.clients, every.clients, strict=True):
+        got = [every.examples[i] for i in many.tolist()]
+        assert [e.response for e in got[: len(few)]] == [last.examples[i].response for i in few.tolist()]
+        assert {e.where for e in got} == {e.where for e in got[: len(few)]}, (
+            "of the client's own conversations"
+        )
+        for n in (last.examples[i].response[-1] for i in few.tolist()):
+            mine = sorted((len(e.messages), e.response, e.messages[-1]) for e in got if e.response[-1] == n)
+            assert mine == [(2 * i + 2, f"assistant{i} {n}", ("user", f"user{i} {n}")) for i in range(3)]

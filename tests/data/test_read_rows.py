@@ -81,6 +81,39 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
     assert len(read(str(tmp_path / "a.json"))) == 1
 
 
+def test_rows_under_a_key_of_one_object(tmp_path):
+    rows = [DOLLY, DOLLY | {"response": "A tit"}]
+    for whole in ({"version": "1.1", "data": rows}, {"rows": rows, "tags": ["a"]}):
+        (tmp_path / "a.json").write_text(json.dumps(whole, indent=1))
+        assert [e.response for e in read(str(tmp_path / "a.json"))] == ["A wren", "A tit"]
+    (tmp_path / "a.json").write_text(json.dumps(CHAT))
+    assert [e.response for e in read(str(tmp_path / "a.json"))] == ["a"], "turns are no rows"
+
+
+TEXTS = {
+    "One line.\n  Another.\r\n": [(1, "One line."), (2, "  Another.")],
+    "\n\nFirst,\nstill first.\n \n\nSecond.": [(3, "First,\nstill first."), (7, "Second.")],
+}
+
+
+@pytest.mark.parametrize("raw", TEXTS)
+def test_a_row_of_plain_text_is_a_paragraph_or_a_line(tmp_path, raw):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(raw.encode("utf-16"))
+    assert read(str(path)) == [Example((), text) for _, text in TEXTS[raw]]
+    assert [e.where for e in read(str(path))] == [f"{path}:{line}" for line, _ in TEXTS[raw]]
+
+
+def test_lines_of_json_in_other_encodings(tmp_path):
+    path, row = tmp_path / "a.jsonl", {"prompt": "Grüße “an” – dich", "response": "5 €"}
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    for encoding, notes in (("utf-16", []), ("utf-8-sig", []), ("cp1252", [1])):
+        path.write_bytes((text * 3).encode(encoding))
+        told: list[str] = []
+        assert read(str(path), note=told.append) == [Example((("user", row["prompt"]),), "5 €")] * 3
+        assert told == [f"{path} is not UTF-8: it is read as cp1252 (Windows)" for _ in notes], "once"
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_limit_reads_no_further(tmp_path, suffix):
     rows = [{**DOLLY, "n": str(i)} for i in range(6)] + [{**DOLLY, "response": "", "n": "6"}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,7 +29,7 @@ def evaluate(
     data: Rows | None = None,
     *,
     tasks: Sequence[str] = (),
-    columns: str = "",
+    columns: str | Mapping[str, str] = "",
     limit: int = 200,
     answer_tokens: int = 96,
     text: str | Path | None = None,
@@ -95,7 +95,9 @@ def evaluate(
     return values
 
 
-def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:
+def _rows(
+    data: Rows | None, out: Path, columns: str | Mapping[str, str], usual: str, *, offline: bool
+) -> list[Example]:
     """Read the rows that were given, none for None: by `columns` or, without, by the `usual` ones where they fit."""
     file = objects.data_name(data, out)
     if not file:

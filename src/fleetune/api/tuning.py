@@ -181,13 +181,12 @@ def tune(
     resumed.  A PEFT model's adapters are merged into the copy that is saved and tuned: they are not trained on.
     `tracker` names trackers that get the figures as well: tensorboard, wandb.
     """
-    from fleetune.planning import choose
-    from fleetune.tuning.prepare import prepare
-    from fleetune.tuning.run import run
-
     watching, named = heard_by(listener, progress), trackers.check(words(tracker))
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
-    recipe = prepare.with_columns(recipe, watching.note, offline=offline)
+    recipe = recipes.with_columns(recipe, watching.note, offline=offline)
+    from fleetune.planning import choose  # torch: after all that can be wrong with the rows' columns
+    from fleetune.tuning.run import run
+
     recipe = with_file(recipe, Path(out), watching.note)
     recipe = choose.settled_method(recipe, watching.note, offline=offline)
     recipe, check_memory = choose.settled_base(recipe, watching.note, offline=offline)

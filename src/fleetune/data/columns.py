@@ -65,12 +65,13 @@ SPACELESS: Final = "\u2e80"  # from here on: Chinese, Japanese
 SEEN: Final = 200  # columns at most that are looked at
 
 
-def parse(spec: str) -> dict[str, str]:
-    r"""Return name -> column of a list `NAME=COLUMN,..`; {} for "".  A comma of a column may be written `\,`.
+def parse(spec: str | Mapping[str, str]) -> dict[str, str]:
+    r"""Return name -> column of a mapping or a list `NAME=COLUMN,..`; {} for "".  A comma of a column may be written `\,`.
 
     COLUMN=NAME is understood, too.  RecipeError for what is none, and for unknown names.
     """
     found: dict[str, str] = {}
+    spec = spec if isinstance(spec, str) else spec_of(spec)
     for part in _parts(spec):
         name, equals, column = (piece.strip().replace("\\,", ",") for piece in part.partition("="))
         if name not in FIELDS and column in FIELDS:
@@ -128,7 +129,9 @@ def settled(given: Mapping[str, str], rows: Sequence[Fields], source: str) -> tu
     lacking = [n for n, column in mapped.items() if n not in OPTIONAL and not _is_in(column, rows)]
     if lacking:
         said = [f"{mapped[name]!r} to read as {name}" for name in lacking]
-        near = [f"{like!r}" for name in lacking if (like := closest(mapped[name], map(str, there)))]
+        near = [
+            f"{like!r}" for name in lacking if (like := closest(mapped[name], map(str, there), cutoff=0.5))
+        ]
         raise DataError(
             f"{source} has no column {', and none '.join(said)} (there are: {names_of(dict.fromkeys(there))})",
             hint=f"did you mean {' and '.join(near)}?" if near else f"such as --columns {EXAMPLE}",

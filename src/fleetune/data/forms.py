@@ -7,8 +7,8 @@ twice in a row, the two turns become one.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, NoReturn
 
 from fleetune.data.readers import names_of, value_text, whole
@@ -52,7 +52,7 @@ def meta_of(fields: Mapping[str, object], used: Iterable[str]) -> dict[str, str]
 CLIENT: Final = "client"
 MAIN: Final = ("prompt", "response", "system", "context", "text", "label", "messages", CLIENT)
 EXAMPLE: Final = "prompt=question,response=answer"
-COLUMNS_HINT: Final = f"say which columns are which: --columns {EXAMPLE}; all forms: docs/data.md"
+COLUMNS_HINT: Final = f"say which columns are which: --columns {EXAMPLE}; all forms: fleetune help data"
 
 
 CHATS: Final = {
@@ -237,6 +237,12 @@ class Example:
     def content(self) -> tuple[object, ...]:
         """What is read and trained on: two rows with the same are equal."""
         return self.messages, self.response, self.texts
+
+    def earlier(self) -> Iterator["Example"]:
+        """Yield the answers before the last one, each with the turns before it."""
+        for at, (role, text) in enumerate(self.messages):
+            if role == "assistant" and text.strip() and at and self.messages[at - 1][0] == "user":
+                yield replace(self, messages=self.messages[:at], response=text)
 
 
 def form_of(fields: Mapping[str, object], mapped: Collection[str] = ()) -> str:

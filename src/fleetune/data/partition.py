@@ -331,6 +331,8 @@ class RowsSpec:
     data: str
     columns: str = ""
     strict: bool = False
+    dedupe: bool = False
+    train_turns: str = "last"
     eval_data: str = ""
     limit: int = 0
     partition: str = AUTO
@@ -368,6 +370,8 @@ def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: b
         held = np.arange(len(train), len(examples))
     else:
         train, held = hold_out(examples, rows.held_out, rows.seed, column)
+    if rows.dedupe or not rows.eval_data:
+        examples, train, held = _apart(examples, train, held, notes, dedupe=rows.dedupe)
     if not len(held) or not len(train):
         raise DataError(
             f"the rows are too few: {len(examples)} in all, {len(train)} to train on and {len(held)} held out",
@@ -386,9 +390,45 @@ def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: b
             f"the column {name!r} looks like clients, and is not used: --partition column:{name} follows it"
         )
     clients = rows.clients or (None if rule.startswith("column:") else usual_clients)
-    parts = partition([examples[i] for i in train], rule, clients, rows.seed)
-    told = tuple(dict.fromkeys(notes))
-    return Split(examples, [train[part] for part in parts], held, column, rule, told)
+    parts = [train[part] for part in partition([examples[i] for i in train], rule, clients, rows.seed)]
+    if rows.train_turns == "all":
+        examples, parts = _every_turn(examples, parts)
+    return Split(examples, parts, held, column, rule, tuple(dict.fromkeys(notes)))
+
+
+def _apart(
+    examples: list[Example], train: Indices, held: Indices, notes: list[str], *, dedupe: bool
+) -> tuple[list[Example], Indices, Indices]:
+    """Leave out the training rows that equal a held-out one, with `dedupe` also those that equal an earlier one.
+
+    Where no training row would be left, all stay.
+    """
+    known = {examples[i].content for i in held.tolist()}
+    again: list[int] = []
+    for i in train.tolist():
+        if (content := examples[i].content) in known:
+            again.append(i)
+        elif dedupe:
+            known.add(content)
+    if not again or len(again) == len(train):
+        return examples, train, held
+    others = "held-out" + " or an earlier" * dedupe
+    notes.append(f"left out: {counted(len(again), 'training row')} equal to a {others} one")
+    stay = np.ones(len(examples), dtype=bool)
+    stay[again] = False
+    place = np.cumsum(stay) - 1
+    kept = [example for example, stays in zip(examples, stay, strict=True) if stays]
+    return kept, place[train[stay[train]]], place[held]
+
+
+def _every_turn(examples: Sequence[Example], parts: Sequence[Indices]) -> tuple[list[Example], list[Indices]]:
+    """Give each client its conversations' earlier answers as rows of their own."""
+    found, more = list(examples), []
+    for part in parts:
+        begin = len(found)
+        found += [turn for i in part.tolist() for turn in examples[i].earlier()]
+        more.append(np.concatenate([part, np.arange(begin, len(found))]))
+    return found, more
 
 
 def _like_clients(examples: Sequence[Example]) -> str:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -49,7 +49,7 @@ def read(
     *,
     limit: int | None = None,
     offline: bool = False,
-    columns: str = "",
+    columns: str | Mapping[str, str] = "",
     strict: bool = False,
     note: Note = log.warning,
 ) -> list[Example]:
@@ -57,9 +57,9 @@ def read(
 
     `offline` uses the hub's cache alone.
 
-    `columns` renames fields: "prompt=question,response=answer".  `note` is told what of the rows was left out, and what was
-    assumed.  DataError names file, line and field of the first bad rows (up to 5) where they are more than a tenth of the rows,
-    or any with `strict`; or says why the source is not there, not readable, or empty.
+    `columns` renames fields: {"prompt": "question"}, or "prompt=question,response=answer".  `note` is told what of the rows was
+    left out, and what was assumed.  DataError names file, line and field of the first bad rows (up to 5) where they are more
+    than a tenth of the rows, or any with `strict`; or says why the source is not there, not readable, or empty.
     """
     if limit is not None and limit < 1:
         raise DataError(f"the limit of rows must be at least 1, got {limit}", hint="leave it out to read all")
@@ -86,7 +86,9 @@ def settled_columns(source: str, columns: str, note: Note, *, offline: bool = Fa
     return named.spec_of(mapped)
 
 
-def _settled(columns: str, first: Sequence[FileRow | Problem], source: str) -> tuple[dict[str, str], str]:
+def _settled(
+    columns: str | Mapping[str, str], first: Sequence[FileRow | Problem], source: str
+) -> tuple[dict[str, str], str]:
     fields = [row.fields for row in first if isinstance(row, FileRow)]
     return named.settled(named.parse(columns), fields, source)
 

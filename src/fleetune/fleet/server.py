@@ -235,6 +235,10 @@ class Served:
             listener.note(
                 f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
             )
+        if job.recipe.train_turns == "all":
+            listener.note(
+                "train_turns = all is not for real devices: they train on the last answer of a conversation"
+            )
         devices = Devices(run.path)
         terms = terms_of(job.recipe, private.sealed_of(job))
         told = job_of(job.recipe, devices.run, job.model.digest, **terms)

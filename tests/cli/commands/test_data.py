@@ -216,6 +216,21 @@ def test_a_table_of_a_spreadsheet_is_tuned_on_at_the_first_try(at, capsys):
     )
 
 
+def test_a_folder_of_splits_is_trained_on_its_first_and_never_on_its_test(at, capsys):
+    (at / "data").mkdir()
+    for name, count in (("train", 12), ("valid", 3), ("test", 5)):
+        write(
+            at / "data" / f"{name}.jsonl",
+            [{"prompt": f"{name} {i}", "completion": "a"} for i in range(count)],
+        )
+    found = checked(capsys, "data")
+    assert (found["training"], found["held_out"], found["partition"]) == (12, 3, "iid")
+    assert main(["tune", "tiny", "data", *RUN]) == 0
+    run = rundir.listing(at / "runs")[-1]
+    assert [e.messages[0][1] for e in finished.held_out(run)] == ["valid 0", "valid 1", "valid 2"]
+    assert Path(recipes.read(run / "run.toml")["data"]) == Path("data/train.jsonl")
+
+
 def test_columns_are_refused_before_a_model_is_read(at, capsys):
     err = refused(capsys, "tune", "nowhere/at-all", "own.jsonl", "--columns", "prompt=aks,response=say")
     assert "no column 'aks' to read as prompt" in err
@@ -225,7 +240,10 @@ def test_columns_are_refused_before_a_model_is_read(at, capsys):
 def test_a_folder_is_a_fleet(at, capsys):
     (at / "devices").mkdir()
     for name, count in (("oslo", 6), ("bonn", 9)):
-        write(at / "devices" / f"{name}.jsonl", [{"prompt": f"{i}", "completion": "a"} for i in range(count)])
+        write(
+            at / "devices" / f"{name}.jsonl",
+            [{"prompt": f"{name} {i}", "completion": "a"} for i in range(count)],
+        )
     start = ok(capsys, "tune", "tiny", "devices", *RUN, "--clients", "0")[0]
     assert (start["clients"], start["partition"], sum(start["rows_per_client"])) == (2, "column:client", 11)
     assert recipes.read(rundir.listing(at / "runs")[-1] / "run.toml")["partition"] == "column:client"

@@ -17,6 +17,8 @@ OPTIONS = (
     "model",
     "columns",
     "strict",
+    "dedupe",
+    "train_turns",
     "max_length",
     "partition",
     "clients",

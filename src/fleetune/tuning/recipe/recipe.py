@@ -6,11 +6,12 @@ Flags, keys of a TOML file, `run.toml` and the table in the docs are made from t
 import dataclasses
 import importlib
 import json
+import logging
 import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,9 +24,12 @@ from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
 from fleetune.data import columns, sources
 from fleetune.data.partition import RowsSpec, held_out_problem
-from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows
+from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows, settled_columns
 from fleetune.errors import RecipeError, UsageError, suggest
 from fleetune.models.cache.names import hub_of
+from fleetune.tuning.recipe import yaml_recipe
+
+log = logging.getLogger(__name__)
 
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
 AUTO_METHOD: Final = "auto"  # the method of a recipe that names none
@@ -169,6 +173,14 @@ class Recipe:
     strict: bool = Field(
         default=False,
         description="refuse data with any bad row, such as one with an empty cell (default: a tenth of the rows may be left out)",
+    )
+    dedupe: bool = Field(
+        default=False, description="leave out training rows that equal an earlier one, or one of eval_data"
+    )
+    train_turns: str = Field(
+        default="last",
+        pattern="^(last|all)$",
+        description="answers of a conversation that are trained on; all: each as a row of its own (rows here, not a fleet's)",
     )
     partition: str = Field(
         default="auto",
@@ -408,6 +420,19 @@ def rows_of(recipe: Recipe) -> RowsSpec:
     return RowsSpec(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(RowsSpec)})
 
 
+def with_columns(recipe: Recipe, note: Callable[[str], None], *, offline: bool = False) -> Recipe:
+    """Return the recipe with its columns as the first rows of its data have them, which are read before any model is."""
+    check_order(recipe.model, recipe.data)
+    try:
+        columns.parse(recipe.columns)
+    except RecipeError:  # told with all else that is wrong
+        return recipe
+    if recipe.data == sources.STDIN:  # read once, later
+        return recipe
+    found = settled_columns(recipe.data, recipe.columns, note, offline=offline)
+    return dataclasses.replace(recipe, columns=found)
+
+
 def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of the values that no file in UTF-8 can hold, as a file's name may be."""
     settings = values.get("set")
@@ -422,8 +447,13 @@ def label_words(text: str) -> tuple[str, ...]:
     return tuple(settings.given_words(text))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The keys of a TOML recipe; RecipeError when it is missing or not TOML."""
+def read(path: Path, note: Callable[[str], None] = log.info) -> dict[str, Any]:
+    """The keys of a TOML recipe, or of another tool's YAML (`note` is told what became of them); RecipeError for neither."""
+    if path.suffix.lower() in yaml_recipe.SUFFIXES:
+        values, told = yaml_recipe.read(path, fields())
+        for text in told:
+            note(text)
+        return values
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
