@@ -29,6 +29,7 @@ from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.prepare import estimate, private, rates
+from fleetune.tuning.prepare.data_check import about_template
 from fleetune.tuning.prepare.estimate import Estimate
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.defaults import settled
@@ -479,7 +480,8 @@ def dry_run(
             progress=progress,
             check_memory=check_memory,
         )
-    return checked(job, [*job.about_rows(), *told, *job.about_time()])
+    template = about_template(job.model.tokenizer, job.split.examples)
+    return checked(job, [*template, *job.about_rows(), *told, *job.about_time()])
 
 
 def checked(job: TuneJob, remarks: Sequence[str]) -> TuneChecked:
