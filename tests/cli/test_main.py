@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -179,15 +180,44 @@ def test_light_commands_load_no_torch_and_help_is_quick(at):
             raise AssertionError(done.stdout)
 
 
-def test_off_a_terminal_a_line_comes_every_half_minute():
+def test_off_a_terminal_a_line_comes_soon_and_then_every_half_minute():
     now, err = [0.0], io.StringIO()
     with Ui(stderr=err, clock=lambda: now[0]).bar("rows") as bar:
         for step in range(100):
             now[0] = step * 1.0
             bar.update(step, 200)
     lines = err.getvalue().splitlines()
-    assert [line.partition(" · ")[0] for line in lines] == ["rows 30/200", "rows 60/200", "rows 90/200"]
-    assert lines[0].endswith(" · 3 min left")
+    assert [line.partition(" · ")[0] for line in lines] == [
+        "rows 5/200",
+        "rows 35/200",
+        "rows 65/200",
+        "rows 95/200",
+    ]
+    assert lines[1].endswith(" · 3 min left")
+
+
+def test_off_a_terminal_work_that_counts_nothing_is_named(monkeypatch):
+    monkeypatch.setattr("fleetune.cli.console.BEAT", 0.001)
+    now, err = [0.0], io.StringIO()
+    with Ui(stderr=err, clock=lambda: now[0]).bar("getting ready") as bar:
+
+        def waits_for(*lines: str) -> None:
+            for _ in range(5000):
+                if err.getvalue().splitlines() == list(lines):
+                    return
+                time.sleep(0.001)
+            raise AssertionError(err.getvalue())
+
+        now[0] = 5.0
+        waits_for("getting ready")
+        bar.show("loading the model", 0)
+        now[0] = 10.0
+        waits_for("getting ready", "loading the model")
+        now[0] = 39.0
+        time.sleep(0.02)
+        waits_for("getting ready", "loading the model")
+        now[0] = 40.0
+        waits_for("getting ready", "loading the model", "loading the model")
 
 
 def test_an_error_names_the_run_and_not_the_folder_on_the_way():

@@ -36,7 +36,6 @@ TOUR = {
     "models rm mine.gguf": {"ModelRemoved"},
     "recipes": {"RecipeListed"},
     "recipes mezo": {"RecipeListed"},
-    "help memory": {"HelpShown"},
     f"tune tiny demo {ZEROTH} --set lr=1e-3 {FEW} --dry-run": {"TuneChecked"},
     f"tune tiny demo {ZEROTH} {FEW}": {"TuneStart", "ClientReply", "RoundDone", "RoundEvaluated", "TuneDone"},
     f"tune tiny demo --method fedit --set r=2 {FEW} --partition dirichlet:1:category": {"TuneDone"},

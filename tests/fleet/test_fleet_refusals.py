@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from test_loopback import FEDKSEED, folder, place
 
-from command_line import refused
-from fleetune.cli.main import main
+from command_line import ok, refused
+from fleetune.cli import flags
+from fleetune.cli.main import build_parser, main
 from fleetune.common.shell import pip_install
 from fleetune.errors import FleetError, UsageError
 from fleetune.fleet import device as devices_module
@@ -59,6 +60,27 @@ def test_what_cannot_be_is_refused_before_any_work(place, capsys, words, what):
     assert what in capsys.readouterr().err
 
 
+def test_serving_can_be_tried_without_a_device(place, capsys):
+    Path("recipe.toml").write_text(recipes.to_toml(recipes.make(FEDKSEED)))
+    before = sorted(Path().rglob("*"))
+    door = ["--port", "7", "--keys", "keys", "--certificate", "certs"]
+    (found,) = ok(capsys, "fleet", "serve", "-c", "recipe.toml", "--dry-run", *door)
+    assert (found["clients"], found["held_out"]) == (3, 4)
+    assert main(["fleet", "serve", "-c", "recipe.toml", "--dry-run", *door]) == 0
+    said = capsys.readouterr().err
+    assert "127.0.0.1:7 · TLS, registered keys · 3 devices" in said
+    assert "measures on 4 rows of rows.jsonl and uses no other" in said
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_an_evaluation_opens_the_door_of_its_run_where_no_flag_says_otherwise():
+    args = build_parser("fleet").parse_args(["fleet", "eval", "latest", "--certificate", "new"])
+    taken = flags.again(args, " --port 9 --keys 'my keys' --certificate certs --wait 3 --grace 20")
+    assert taken == ["--port 9", "--keys 'my keys'"]
+    assert (args.host, args.port, args.keys, args.certificate) == (None, 9, "my keys", "new")
+    assert (args.wait, args.grace) == (None, None)  # of the run, not of what follows it
+
+
 def test_a_certificate_has_the_file_that_devices_trust_beside_it(place):
     Path("certs/ca.pem").rename("ca.pem")
     try:
@@ -88,7 +110,9 @@ def test_a_device_reads_its_rows_before_it_looks_for_a_server(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert "no file rows.jsonl" in refused(capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl")
     Path("rows.jsonl").write_text('{"ask": "Why?", "say": "So."}\n')
-    assert "rows.jsonl:1" in refused(capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl")
+    assert "rows.jsonl has the columns of no form" in refused(
+        capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl"
+    )
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "uvicorn"])

@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import devices_harness
+import httpx
 import numpy as np
 import pytest
 from deploy_harness import compressed, tiny
@@ -206,6 +209,41 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(place, 
             found = resuming.resume(run, goes_on, offline=True, fleets=fleets)
     assert found.done.digest == simulated.done.digest
     assert goes_on.rounds == {2}
+
+
+def test_the_page_stays_after_the_end_and_tells_a_late_device_until_it_is_stopped(place, capsys):
+    """Off a terminal too; the run's folder and the devices' have a log, the page's password is in none."""
+    short = {**FEDKSEED, "rounds": 1, "set": {"K": 4, "tau": 1, "lr": 1e-2}}
+    split(short)
+    port, at = free_port(), free_port()
+    late, seen = device(port, 2), list[str]()
+
+    def watch() -> None:
+        for _ in range(600):
+            time.sleep(0.1)
+            with contextlib.suppress(Exception):
+                if fleet_status.lingers(run_in("real")):
+                    break
+        seen.append(httpx.get(f"http://127.0.0.1:{at}/").text)
+        late.start()
+        late.join(20)
+        fleet_status.ask_to_stop(run_in("real"))
+
+    beside = threading.Thread(target=watch, daemon=True)
+    beside.start()
+    door = ["--port", str(port), "--keys", "keys", "--certificate", "certs", "--page", str(at), "--wait", "2"]
+    with devices(port, 2):
+        assert main(["fleet", "serve", "-c", "recipe.toml", "--out", "real", *door]) == 0
+    beside.join(20)
+    assert "<title>finished" in seen[0]
+    assert late.outcome == "the run is finished"
+    shown = fleet_status.look(run := run_in("real"))
+    assert (shown.devices[2].does, shown.status) == ("came after the end", "done")
+    assert not fleet_status.lingers(run)
+    assert "device dev-2 came after the end" in (run / "log.txt").read_text()
+    assert "round 1 of 1: loss" in Path("state-0/log.txt").read_text()
+    said = capsys.readouterr().err
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d 2 of 2 devices are ready$", said, re.M)
 
 
 class Resumed(fleetune.Silent):

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
-SILENCE: Final = 30.0  # seconds without a word, off a terminal
+SOON, SILENCE = 5.0, 30.0  # seconds without a word off a terminal: before something new is named, and after
+BEAT: Final = 2.0  # seconds between two looks whether it is time for a word
 _PLAIN: Final = str.maketrans({"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-"})
 
 
@@ -95,23 +97,27 @@ class Bar:
         label: str,
         console: Console | None,
         clock: Callable[[], float],
-        say: Callable[[str], None] | None = None,
+        say: Callable[[str, str], None] | None = None,
         number: Callable[[float | None], str] = display.human_count,
     ) -> None:
-        """`say` is given the text at every move, where there is no console to draw on; `number` writes counts."""
+        """`say` is given the text now and then, where there is no console to draw on; `number` writes counts."""
         self.label, self.console, self.clock, self.say = clean(label), console, clock, say
         self.number = number
         self.fraction, self.text = 0.0, ""
         self.began: tuple[float, float] | None = None
         self.drawn: Progress | None = None
+        self.over = threading.Event()
 
     def start(self) -> None:
         """Draw the bar."""
+        if self.say is not None:
+            threading.Thread(target=self._beat, daemon=True).start()
         if self.console is None:
             return
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
         self.drawn = Progress(
+            SpinnerColumn("line"),
             TextColumn(" {task.description}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.fields[text]}", markup=False),
@@ -125,19 +131,32 @@ class Bar:
 
     def stop(self) -> None:
         """Take the bar away."""
+        self.over.set()
         if self.drawn is not None:
             self.drawn.stop()
             self.drawn = None
 
+    def _beat(self) -> None:
+        """Name what is at work although nothing is counted."""
+        while not self.over.wait(BEAT):
+            assert self.say is not None
+            self.say(self.label, self.text)
+
     def relabel(self, label: str) -> None:
         """Begin another count under another name."""
-        self.label, self.began = clean(label), None
+        self.label, self.began, self.fraction, self.text = clean(label), None, 0.0, ""
         if self.drawn is not None:
-            self.drawn.update(self.drawn.task_ids[0], description=self.label)
+            self.drawn.update(self.drawn.task_ids[0], description=self.label, completed=0.0, text="")
+
+    def show(self, what: str, done: int, total: int = 0, note: str = "") -> None:
+        """Show a count, which may be another than before."""
+        if self.label != clean(what):
+            self.relabel(what)
+        self.update(done, total, note)
 
     def update(self, done: int, total: int = 0, note: str = "") -> None:
         """Show a plain count, `done` of `total` where that is known, with a word on what is at work."""
-        counts = f"{self.number(done)}/{self.number(total)}" if total else self.number(done)
+        counts = f"{self.number(done)}/{self.number(total)}" if total else self.number(done) if done else ""
         self.set(done / total if total else 0.0, [counts, note])
 
     def set(self, fraction: float, parts: Sequence[str]) -> None:
@@ -147,7 +166,7 @@ class Bar:
         left = _left(now - self.began[0], self.fraction - self.began[1], 1.0 - self.fraction)
         self.text = " · ".join(clean(part) for part in (*parts, left) if part)
         if self.say is not None:
-            self.say(f"{self.label} {self.text}")
+            self.say(self.label, self.text)
         if self.drawn is not None:
             self.drawn.update(self.drawn.task_ids[0], completed=self.fraction, text=self.text)
 
@@ -186,6 +205,8 @@ class Ui:
         self._before: float | None = None
         self._headed = False
         self._spoke = clock()  # when a line was last written
+        self._named = ""  # what was last said to be at work
+        self._turn = threading.Lock()
 
     def _lose(self, error: OSError) -> None:
         self.output_lost = True
@@ -246,10 +267,12 @@ class Ui:
         if self.quiet < 1:
             self._say(self._err, message_text(text))
 
-    def _still_at(self, text: str) -> None:
-        """Say how far it is, where nothing was said for SILENCE seconds."""
-        if self.clock() - self._spoke >= SILENCE:
-            self.note(text)
+    def _still_at(self, label: str, text: str) -> None:
+        """Say what is at work, and how far it is, where nothing was said for a while."""
+        with self._turn:
+            if self.clock() - self._spoke >= (SILENCE if label == self._named else SOON):
+                self._named = label
+                self.note(f"{label} {text}".rstrip())
 
     def text(self, piece: str) -> None:
         """Show a piece of a text that grows, on stdout, without an end of line."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -65,10 +65,10 @@ def given(args: argparse.Namespace) -> dict[str, str]:
     return {k: v for k, v in found.items() if v is not None}
 
 
-def keys(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
+def keys(args: argparse.Namespace, file: str | None, note: Callable[[str], None]) -> dict[str, Any]:
     """The keys of a recipe (a file or `recipe:NAME`), overridden by the flags; RecipeError for a setting without a value."""
     path = named.find(file) if file else None
-    values = recipes.read(path) if path else {}
+    values = recipes.read(path, note) if path else {}
     if path and (path.parent / rundir.ENVIRONMENT).is_file():  # a run's own, of the folder it was started in
         from fleetune.tuning.result import foundations
 

@@ -50,12 +50,12 @@ class ConsoleListener:
     ends the command.
     """
 
-    def __init__(self, ui: Ui, stack: ExitStack, *, resumes: bool) -> None:
+    def __init__(self, ui: Ui, stack: ExitStack, *, resumes: bool, begins: str = "loading") -> None:
         self.resumes = resumes
         self.ui, self.stack, self.bars = ui, stack, stack.enter_context(ExitStack())
         self.interrupt: InterruptHandler | None = None
-        self.what = ""
-        self.bar: Bar | None = None  # until something is counted
+        self.what = begins
+        self.bar: Bar | None = self.bars.enter_context(ui.bar(begins)) if begins else None
         self.last: Event | None = None
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -91,7 +91,10 @@ class ConsoleListener:
 
 
 @contextmanager
-def console_listener(ui: Ui, *, resumes: bool = True) -> Iterator[ConsoleListener]:
-    """A listener on `ui` for the time of the block; `resumes`: whether the job can be resumed where it is stopped."""
+def console_listener(ui: Ui, *, resumes: bool = True, begins: str = "loading") -> Iterator[ConsoleListener]:
+    """A listener on `ui` for the time of the block; `resumes`: whether the job can be resumed where it is stopped.
+
+    `begins` is what it does before something is counted, "" where a person is spoken with.
+    """
     with ExitStack() as stack:
-        yield ConsoleListener(ui, stack, resumes=resumes)
+        yield ConsoleListener(ui, stack, resumes=resumes, begins=begins)

@@ -742,14 +742,6 @@ class RecipeListed(Event, event="recipe"):
     text: str | None = None  # the whole recipe, TOML
 
 
-class HelpShown(Event, event="help"):
-    """`help`: a page of the documentation; `help TOPIC` adds its text, or that of its section."""
-
-    topic: str  # as in help TOPIC
-    title: str  # its heading
-    text: str | None = None  # Markdown
-
-
 class ModelListed(Event, event="model"):
     """`models`: a built-in model."""
 

@@ -6,126 +6,61 @@ A word of ours is an option's name, `set.NAME` for a setting of the method, or `
 from collections.abc import Mapping
 from typing import Any, Final
 
-COMMANDS: Final = {
-    "train": "tune",
-    "finetune": "tune",
-    "fine-tune": "tune",
-    "sft": "tune",
-    "lora": "tune --method fedit",
-    "qlora": "tune --method fedit --base mapped",
-    "run": "chat",
-    "generate": "chat",
-    "pull": "models pull",
-    "download": "models pull",
-    "list": "models",
-    "ls": "models",
-    "rm": "models rm",
-    "show": "runs show",
-    "ps": "runs",
-    "quantize": "compress",
-    "convert": "export",
-    "fuse": "export --to hf",
-    "merge": "export --to hf",
-    "evaluate": "eval",
-    "benchmark": "measure",
-}
+
+def _table(text: str) -> dict[str, str]:
+    """Return our words by theirs, of a text "ours: theirs theirs | ours: theirs"."""
+    pairs = (entry.split(": ") for line in text.strip().splitlines() for entry in line.strip().split(" | "))
+    return {word: ours for ours, theirs in pairs for word in theirs.split()}
+
+
+COMMANDS: Final = _table("""
+    tune: train finetune fine-tune sft | tune --method fedit: lora | tune --method fedit --base mapped: qlora
+    models pull: pull download | models: list ls | models rm: rm | runs: ps | runs show: show
+    chat: run generate | eval: evaluate | measure: benchmark
+    compress: quantize | export: convert | export --to hf: fuse merge
+""")
 ACTIONS: Final[Mapping[str, Mapping[str, str]]] = {
     "fleet": {"start": "serve", "server": "serve", "client": "join", "connect": "join"},
     "models": {"ls": "list", "get": "pull", "download": "pull", "remove": "rm", "delete": "rm"},
     "runs": {"ls": "list", "info": "show", "diff": "compare", "remove": "rm", "delete": "rm"},
 }
-RECIPE: Final = {  # of commands with a recipe's options, and of the recipe itself
-    "lr": "set.lr",
-    "learning_rate": "set.lr",
-    "batch_size": "set.batch_size",
-    "micro_batch_size": "set.batch_size",
-    "per_device_train_batch_size": "set.batch_size",
-    "local_epochs": "set.epochs",
-    "local_steps": "set.steps",
-    "r": "set.r",
-    "rank": "set.r",
-    "lora_r": "set.r",
-    "lora_rank": "set.r",
-    "alpha": "set.alpha",
-    "lora_alpha": "set.alpha",
-    "dropout": "set.dropout",
-    "lora_dropout": "set.dropout",
-    "targets": "set.targets",
-    "target_modules": "set.targets",
-    "lora_target": "set.targets",
-    "lora_target_modules": "set.targets",
-    "weight_decay": "set.weight_decay",
-    "max_grad_norm": "set.clip",
-    "gradient_checkpointing": "set.checkpointing",
-    "epochs": "epochs",  # see `meaning`
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "iters": "steps",
-    "max_steps": "steps",
-    "num_rounds": "rounds",
-    "num_server_rounds": "rounds",
-    "num_clients": "clients",
-    "num_supernodes": "clients",
-    "max_seq_length": "max_length",
-    "max_seq_len": "max_length",
-    "sequence_len": "max_length",
-    "cutoff_len": "max_length",
-    "base_model": "model",
-    "model_name_or_path": "model",
-    "dataset": "data",
-    "datasets": "data",
-    "train_file": "data",
-    "eval_dataset": "eval_data",
-    "validation_file": "eval_data",
-    "val_set_size": "held_out",
-    "val_size": "held_out",
-    "max_samples": "limit",
-    "torch_dtype": "dtype",
-    "bf16": "dtype=bf16",
-    "fp16": "dtype=fp16",
-    "adapter": "method",
-    "finetuning_type": "method",
-    "fine_tune_type": "method",
-    "lora": "method=lora",
-    "qlora": "method=qlora",
-    "load_in_4bit": "base=mapped",
-    "load_in_8bit": "base=mapped",
-    "quantization_bit": "base=mapped",
-    "bits": "base=mapped",
-    "output_dir": "out",
-    "o": "out",
-    "adapter_path": "out",
-    "report_to": "tracker",
-    "resume_from_checkpoint": "resume",
-}
-OPTIONS: Final[Mapping[str, Mapping[str, str]]] = {  # of the other commands
-    "compress": {
-        **dict.fromkeys(("o", "output", "output_dir"), "out"),
-        **dict.fromkeys(("bits", "wbits", "q_bits"), "set.bits"),
-        **dict.fromkeys(("group", "group_size", "q_group_size"), "set.group"),
-        **{
-            name: f"set.{name}" for name in ("grid", "damping", "sparsity", "ratio", "teacher", "steps", "lr")
-        },
-    },
-    "export": {
-        **dict.fromkeys(("o", "output", "outfile", "save_path", "mlx_path"), "path"),
-        **dict.fromkeys(("outtype", "format", "f", "target"), "to"),
-        **dict.fromkeys(("hf_path", "model"), "model"),
-    },
-    "chat": {"p": "prompt", "temp": "temperature", "max_new_tokens": "max_tokens", "n_predict": "max_tokens"},
+# of commands with a recipe's options, and of the recipe itself; `epochs` and `steps`: see `meaning`
+RECIPE: Final = _table("""
+    set.lr: lr learning_rate | set.batch_size: batch_size micro_batch_size per_device_train_batch_size
+    set.r: r rank lora_r lora_rank | set.alpha: alpha lora_alpha | set.dropout: dropout lora_dropout
+    set.targets: targets target_modules lora_target lora_target_modules lora_keys | set.targets=all-linear: lora_target_linear
+    set.weight_decay: weight_decay | set.clip: max_grad_norm | set.checkpointing: gradient_checkpointing
+    epochs: epochs num_epochs num_train_epochs | set.epochs: local_epochs
+    steps: iters max_steps | set.steps: local_steps
+    rounds: num_rounds num_server_rounds | clients: num_clients num_supernodes
+    max_length: max_seq_length max_seq_len sequence_len cutoff_len
+    model: base_model model_name_or_path | data: dataset datasets train_file
+    eval_data: eval_dataset validation_file | held_out: val_set_size val_size | limit: max_samples
+    dtype: torch_dtype | dtype=bf16: bf16 | dtype=fp16: fp16
+    method: adapter finetuning_type fine_tune_type | method=lora: lora | method=qlora: qlora
+    base=mapped: load_in_4bit load_in_8bit quantization_bit bits
+    out: output_dir o adapter_path | tracker: report_to | resume: resume_from_checkpoint
+""")
+OPTIONS: Final = {  # of the other commands
+    "compress": _table("""
+        out: o output output_dir | set.bits: bits wbits q_bits | set.group: group group_size q_group_size
+        set.grid: grid | set.damping: damping | set.sparsity: sparsity | set.ratio: ratio
+        set.teacher: teacher | set.steps: steps | set.lr: lr
+    """),
+    "export": _table("""
+        path: o output outfile save_path mlx_path | to: outtype format f target | model: hf_path model
+    """),
+    "chat": _table("prompt: p | temperature: temp | max_tokens: max_new_tokens n_predict"),
 }
 DONE_ANYWAY: Final = ("train", "do_train")  # flags without a value, which our command means itself
 VALUES: Final[Mapping[str, Mapping[str, str]]] = {
-    "method": {"lora": "fedit", "qlora": "fedit", "fedavg": "fedit", "gptq": "optq", "distillation": "gkd"},
-    "dtype": {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"},
-    "to": {  # as llama.cpp's users know them
-        **{kind: f"gguf:{kind}" for kind in ("q8_0", "f16", "bf16", "f32")},
-        **dict.fromkeys(("fp16", "gguf:fp16"), "gguf:f16"),
-        **dict.fromkeys(("fp32", "gguf:fp32"), "gguf:f32"),
-        **dict.fromkeys(("safetensors", "huggingface", "transformers"), "hf"),
-        "llama.cpp": "gguf",
-        "vllm": "compressed-tensors",
-    },
+    "method": _table("fedit: lora qlora fedavg | optq: gptq | gkd: distillation"),
+    "set.targets": {"all": "all-linear"},
+    "dtype": _table("bf16: bfloat16 | fp16: float16 half | fp32: float32"),
+    "to": _table("""
+        gguf: llama.cpp | gguf:q8_0: q8_0 | gguf:f16: f16 fp16 gguf:fp16 | gguf:bf16: bf16 | gguf:f32: f32 fp32 gguf:fp32
+        hf: safetensors huggingface transformers | compressed-tensors: vllm
+    """),
 }
 REMARKS: Final = {  # of a word of ours, where it is not quite the same
     "base=mapped": "the bits are those of the model's file: give a 4-bit GGUF file, or a built-in name (fleetune models)",
@@ -138,16 +73,11 @@ GRIDS: Final = {  # types of llama.cpp that a compression makes: its setting
     **{f"q{bits}_k{end}": f"grid=q{bits}_k" for bits in range(2, 7) for end in ("", "_s", "_m", "_l")},
     **{name: f"grid={name}" for name in ("iq4_nl", "iq4_xs")},
 }
-TOPICS: Final = {  # of `fleetune help`: the page that is meant
-    **dict.fromkeys(("errors", "error", "exit-codes", "problems"), "troubleshooting"),
-    **dict.fromkeys(("start", "quickstart", "tutorial"), "your-own-data"),
-    **dict.fromkeys(("phone", "android"), "to-a-phone"),
-    **dict.fromkeys(("lr", "rate"), "learning-rate"),
-    **dict.fromkeys(("compress", "quantize", "quantization"), "compression"),
-    **dict.fromkeys(("python", "notebook"), "api"),
-    "chat": "serve",
-    "columns": "columns-with-other-names",
-}
+TOPICS: Final = _table("""
+    troubleshooting: errors error exit-codes problems | your-own-data: start quickstart tutorial
+    to-a-phone: phone android | learning-rate: lr rate | compression: compress quantize quantization
+    api: python notebook | serve: chat | columns-with-other-names: columns
+""")  # of `fleetune help`: the page that is meant
 
 
 def meaning(word: str, value: Any, *, each_round: bool = False) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class Progress(Silent):
         if what == "rounds":
             self._rounds = total
         elif what != "clients" and self._clock() - self._spoke >= PAUSE:
-            self._say(f"{what} {done:,}/{total:,}  {text}".rstrip())
+            self._say(f"{what} {done:,}/{total:,}  {text}".rstrip() if total else f"{what} {text}".rstrip())
 
     def _round(self, event: events.RoundEvaluated) -> None:
         last = self._last if event.round else None
@@ -187,6 +187,7 @@ class Bars(Progress):
         from tqdm.auto import tqdm
 
         self._rounds = total if what == "rounds" else self._rounds
+        self._close(*(name for name, bar in self._bars.items() if name != what and not bar.total))
         if what not in self._bars or self._bars[what].total != (total or None):
             self._close(what)
             self._bars[what] = tqdm(total=total or None, desc=what, leave=False)

@@ -18,6 +18,7 @@ from fleetune.cli.main import main
 from fleetune.data import read
 from fleetune.data.encode import encode_all
 from fleetune.runs import rundir
+from fleetune.tuning.prepare import data_check
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished
 
@@ -332,3 +333,29 @@ def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at, capsys):
     write(at / "none.jsonl", [{"n": 1}])
     assert main(["eval", "latest", "none.jsonl", "--device", "cpu"]) == 2
     assert main(["eval", "tiny", "more.jsonl", *mapping, "--tasks", "loss", "--device", "cpu"]) == 0
+
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help all.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "has", "columns"),
+    [
+        (CHATML, True, "prompt=ask,response=say"),
+        (CHATML, False, "prompt=ask,response=say,system=shop"),
+        (CHATML.partition("{% endif %}")[2], False, "prompt=ask,response=say"),
+        ("{{ raise_exception('no') }}", False, "prompt=ask,response=say"),
+        (None, False, "prompt=ask,response=say"),
+    ],
+    ids=["own", "given", "none", "refuses", "plain"],
+)
+def test_a_template_s_own_system_sentence_is_said(at, template, has, columns):
+    tokenizer = models.load_tokenizer("tiny")
+    tokenizer.chat_template = template
+    examples = read("own.jsonl", columns=columns)
+    said = data_check.about_template(tokenizer, examples)
+    assert len(said) == has
+    assert all("'You help all.'" in line and "--columns system=COLUMN" in line for line in said)

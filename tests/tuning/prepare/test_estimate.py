@@ -86,7 +86,7 @@ def test_steps_after_each_other_stay_longest():
         assert shape == (rounds, clients, steps, batch), within
         assert chosen.participation == pytest.approx(clients / 8)
         assert smaller.seconds <= 0.8 * within
-        few = "may be too few to learn from" in estimate.made_smaller(found, smaller, "2s")
+        few = "are too few to learn from" in estimate.made_smaller(found, smaller, "2s")
         assert few == (rounds * steps < 8)
 
 

@@ -149,6 +149,16 @@ def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path)
     assert np.array_equal(newest(run), good.tensors["w"])
 
 
+def test_a_first_round_without_a_finite_reply_is_the_last(tmp_path):
+    def reply(round: int, client: int, w: np.ndarray) -> Payload:
+        return told(np.full(w.shape, np.inf))
+
+    run = create(tmp_path, "averaging", "toy")
+    with pytest.raises(FleetError, match="1 round in a row; the first of round 1") as error:
+        play(run, Devices(reply), rounds=9, evaluate=worst)
+    assert "--set lr=auto" in str(error.value.hint)
+
+
 @pytest.mark.parametrize(("clients", "broken", "error"), [(1, 1, 0.0), (2, 1, 0.0), (4, 3, 1.0)])
 def test_neither_few_replies_that_are_not_finite_nor_noise_withdraw_a_round(clients, broken, error, tmp_path):
     """One device's NaN ended the run of all, and a round was withdrawn for 0.001 of its loss."""

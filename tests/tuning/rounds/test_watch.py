@@ -81,7 +81,7 @@ def test_a_loss_that_is_twice_what_it_was_is_said_before_the_model_is_evaluated(
 def test_replies_that_are_not_finite_are_said_in_their_round():
     lost = replied(1, None, "refused", "2752 values that are not finite")
     *_, found = heard(Watch(Some(), "loss", ()), evaluated(0, 4.0), lost, ended(1))
-    assert "the median client's reply is not finite; lower the learning rate" in found.text
+    assert "the median client's reply is not finite; let the learning rate be found" in found.text
     assert heard(Watch(Some(), "loss", ()), replied(1, None, "refused", "too far"), ended(1)) == [None] * 2
 
 

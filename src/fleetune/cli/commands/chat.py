@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError("the prompt is empty", hint='fleetune chat MODEL --prompt "What is .."')
     with (
         ended_by_signals(),
-        console_listener(ui, resumes=False) as listener,
+        console_listener(ui, resumes=False, begins="") as listener,
         fleetune.chat(
             model,
             listener=listener,

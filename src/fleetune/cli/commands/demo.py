@@ -42,7 +42,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Run the pipeline, each stage shown as its own command shows it."""
-    with ui.bar(MODEL, human_bytes) as bar:
+    with ui.bar(f"fetching {MODEL}", human_bytes) as bar:
         models.pull(MODEL, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what))
     run, _ = [tune.run_recipe(recipe, args, ui) for recipe in recipes(quick=args.quick)]
     with console_listener(ui) as listener:

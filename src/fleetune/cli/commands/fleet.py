@@ -149,7 +149,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     path = rundir.find(args.resume, Path(args.out)) if args.resume else None
     if path is not None:
         flags.check_resume(args, path, "fleetune fleet serve --resume")
-    values = {} if path else _values(args)
+    values = {} if path else _values(args, ui.note)
     recipe = recipes.make(values) if values else None
     fleets = flags.served(args)
     served = path is not None and (path / standing.FILE).is_file() and standing.standing(path) != "done"
@@ -199,8 +199,8 @@ def _check_only(recipe: recipes.Recipe, fleets: Served, args: argparse.Namespace
     ui.event(told)
 
 
-def _values(args: argparse.Namespace) -> Mapping[str, Any]:
-    values = flags.keys(args, args.config)
+def _values(args: argparse.Namespace, note: Callable[[str], None]) -> Mapping[str, Any]:
+    values = flags.keys(args, args.config, note)
     if not args.config and "model" not in values:
         raise UsageError(
             f"which recipe is `fleetune fleet {args.action}` to take?",
@@ -384,7 +384,7 @@ def _split(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError("where to?", hint="--to DIR")
     from fleetune.planning import choose
 
-    recipe = choose.settled_method(recipes.make(_values(args)), ui.note, offline=args.offline)
+    recipe = choose.settled_method(recipes.make(_values(args, ui.note)), ui.note, offline=args.offline)
     parts = prepare.split(recipe, methods.entry(recipe.method), offline=args.offline)
     folder = Path(args.to)
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import fleetune
 from fleetune.cli.console import Ui
-from fleetune.common.events import HelpShown
 from fleetune.common.shell import quoted
 from fleetune.common.words import TOPICS
 from fleetune.errors import UsageError, suggest
@@ -33,16 +32,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """List the pages, or show what a topic names."""
     pages = found()
     if not args.topic:
-        titles = {name: text.partition("\n")[0].lstrip("# ") for name, text in pages.items()}
-        for name, title in titles.items():
-            ui.event(HelpShown(topic=name, title=title))
-        ui.table(["topic", "page"], list(titles.items()))
+        ui.table(["topic", "page"], [[name, text.partition("\n")[0][2:]] for name, text in pages.items()])
         ui.paths([("next", "fleetune help TOPIC, or fleetune COMMAND --help")])
-        return
-    topic, text = shown(args.topic, pages)
-    title = text.partition("\n")[0].lstrip("# ")
-    ui.event(HelpShown(topic=topic, title=title, text=text))
-    ui.document(plain(text))
+    else:
+        ui.document(plain(shown(args.topic, pages)))
 
 
 def found() -> dict[str, str]:
@@ -55,19 +48,19 @@ def found() -> dict[str, str]:
     return {name: text for name, text in texts.items() if name != "index" and not text.startswith(MADE)}
 
 
-def shown(asked: str, pages: dict[str, str]) -> tuple[str, str]:
-    """Return a topic's name and its text: a page's, a section's, or where a command's help is; UsageError for none."""
+def shown(asked: str, pages: dict[str, str]) -> str:
+    """Return the text of a topic: a page's, a section's, or a command's help; UsageError for none."""
     page, _, heading = asked.lower().replace("_", "-").replace(" ", "-").partition("#")
     page = TOPICS.get(page, page)
     if page in pages and not heading:
-        return page, pages[page]
+        return pages[page]
     for name, text in pages.items():
         if (not heading or page == name) and (part := section(text, heading or page)):
-            return name, part
+            return part
     from fleetune.cli.main import command_parsers
 
     if (command := command_parsers().get(page)) is not None:
-        return page, command.format_help()
+        return command.format_help()
     raise UsageError(
         f"no page or heading is called {quoted(asked)}.{suggest(page, pages)}", hint="fleetune help"
     )

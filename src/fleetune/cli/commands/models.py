@@ -114,7 +114,7 @@ def _rm(args: argparse.Namespace, ui: Ui) -> None:
 def _pull(args: argparse.Namespace, ui: Ui) -> None:
     if not args.name:
         raise UsageError("pull needs the name of a model", hint="fleetune models pull smollm2-135m")
-    with ui.bar(args.name, human_bytes) as bar:
+    with ui.bar(f"fetching {args.name}", human_bytes) as bar:
         path = models.pull(
             args.name,
             offline=args.offline,

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Serve until Ctrl-C, SIGTERM or SIGHUP, which end the engine too.  FleetuneError when it ends by itself."""
     with (
         ended_by_signals(),
-        console_listener(ui, resumes=False) as listener,
+        console_listener(ui, resumes=False, begins="") as listener,
         fleetune.serve(
             args.subject,
             key=args.api_key,

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
                 "a sweep needs a RECIPE", hint="fleetune sweep recipe.toml --vary K=64,512 --seeds 3"
             )
         varied = [text.partition("=")[0].strip() for text in args.vary]
-        values = flags.keys(args, args.recipe)
+        values = flags.keys(args, args.recipe, ui.note)
         values = choose.settled_sweep(values, varied, ui.note, offline=args.offline)
         grid = sweeps.make_grid(values, args.vary, args.seeds)
         for model in {point.recipe.model for point in grid.points}:

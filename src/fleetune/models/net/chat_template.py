@@ -29,6 +29,21 @@ def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.chat_template is None or tokenizer.chat_template in TEMPLATES
 
 
+def own_system(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the system sentence that a chat template writes where a conversation has none; "" for none."""
+    mark, user = "a system turn", {"role": "user", "content": "a user's turn"}
+    try:
+        without, given = (
+            str(tokenizer.apply_chat_template([*turns, user], tokenize=False))
+            for turns in ([], [{"role": "system", "content": mark}])
+        )
+    except Exception:  # a template is a program: rows that it refuses are told of when they are written by it
+        return ""
+    before, _, after = given.partition(mark)
+    fits = after and without.startswith(before) and without.endswith(after)
+    return without[len(before) : -len(after)].strip() if fits else ""
+
+
 def template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the plain form as a chat template for the tokenizer, with the start mark that its texts have."""
     ids = tokenizer("a")["input_ids"]

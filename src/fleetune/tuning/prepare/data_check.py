@@ -17,7 +17,7 @@ from fleetune.data.forms import Example
 from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fleetune.data.encode import Cut
 
@@ -34,6 +34,7 @@ class _Measured(NamedTuple):
     texts: Sequence[tuple[str, str]]
     cut: Cut | None = None
     pieces: int | None = None  # rows once long texts are cut into several
+    template: Sequence[str] = ()  # what is said of the model's chat template
 
 
 def check(recipe: recipes.Recipe, model: str = "", *, offline: bool = False) -> DataChecked:
@@ -102,11 +103,25 @@ def _remarks(parts: partition.Split, training: int, found: _Measured, max_length
         said.append(f"the {rows:,} texts become {found.pieces:,} rows of at most max_length={max_length}")
     if unused := rows - training - len(parts.held):
         said.append(f"{counted(unused, 'row')} {'belongs' if unused == 1 else 'belong'} to no client")
-    said += parts.about_held()
+    said += [*found.template, *parts.about_held()]
     if small := sum(len(part) < 2 for part in parts.clients):
         has = "has" if small == 1 else "have"
         said.append(f"{small:,} of {counted(len(parts.clients), 'client')} {has} a single row")
     return said
+
+
+def about_template(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[str]:
+    """Say which system sentence the model's chat template writes into rows that have none; [] for none."""
+    from fleetune.models.net.chat_template import is_plain, own_system  # torch
+
+    bare = any(example.messages and example.messages[0][0] == "user" for example in examples)
+    if not bare or is_plain(tokenizer) or not (text := own_system(tokenizer)):
+        return []
+    tokens = counted(len(tokenizer(text, add_special_tokens=False)["input_ids"]), "token")
+    return [
+        f"the model's chat template puts a system sentence of {tokens} into every row without one: {_short(text)!r}; "
+        "--columns system=COLUMN has yours"
+    ]
 
 
 def _text(example: Example) -> str:
@@ -153,7 +168,8 @@ def _in_tokens(
             )
             shown[i] = before, after + (f" [.. {row.lost:,} tokens cut]" if row.lost else "")
     texts = [shown.get(i, ("(nothing that the tokenizer knows)", "")) for i in chosen]
-    return _Measured("tokens", list(tokens.values()), texts, count_cut(rows), len(rows))
+    own = about_template(tokenizer, examples)
+    return _Measured("tokens", list(tokens.values()), texts, count_cut(rows), len(rows), own)
 
 
 def _names(parts: partition.Split) -> list[str]:

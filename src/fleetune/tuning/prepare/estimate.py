@@ -239,7 +239,10 @@ def made_smaller(before: Estimate, after: Estimate, within: str) -> str:
     if not changed:
         return ""
     steps = after.rounds * math.ceil(after.steps)
-    few = f".  {counted(steps, 'step')} after each other may be too few to learn from" * (steps < TOO_FEW)
+    few = (
+        f".  {counted(steps, 'step')} after each other are too few to learn from: a longer --within, a smaller model or shorter "
+        "rows (--max-length) allow more"
+    ) * (steps < TOO_FEW)
     return f"to fit into {within}: {', '.join(changed)}{few}"
 
 

@@ -29,6 +29,7 @@ from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.prepare import estimate, private, rates
+from fleetune.tuning.prepare.data_check import about_template
 from fleetune.tuning.prepare.estimate import Estimate
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.defaults import settled
@@ -256,8 +257,9 @@ def prepare(
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     names, given = rates.wanted(recipe), set(recipe.set)
+    progress("reading rows", 0, 0, "")
     recipe, parts = _divided(recipe, entry, method, offline=offline, simulated=simulated)
-    job = _loaded(recipe, entry, method.written_out(), parts, offline=offline)
+    job = _loaded(recipe, entry, method.written_out(), parts, progress, offline=offline)
     if job.rows:
         tokens = median_low(len(row.ids) for part in job.rows for row in part)
         check_memory(median_low(map(len, job.rows)), tokens)
@@ -270,6 +272,7 @@ def prepare(
     searches = rates.searches(job.recipe, job.method, names, asked_for, len(job.train), clients, job.asked)
     search = next(iter(searches), None)
     if measure and job.rows:
+        progress("timing a step, an evaluation and an answer", 0, 0, "")
         job, search = _timed(job, searches, note)
     job = replace(job, recipe=replace(job.recipe, within=""))
     if names and (find or search is None):
@@ -299,18 +302,26 @@ def _divided(
 
 
 def _loaded(
-    recipe: Recipe, entry: methods.MethodEntry, method: methods.Method, parts: Split, *, offline: bool
+    recipe: Recipe,
+    entry: methods.MethodEntry,
+    method: methods.Method,
+    parts: Split,
+    progress: rates.Progress,
+    *,
+    offline: bool,
 ) -> TuneJob:
     """Return the job with its model and the rows as tokens; torch's threads are set for it."""
     held_out = [parts.examples[i] for i in parts.held.tolist()]
     check_label_rows(
         recipe, objective_of(method), batch_size_of(method), parts.examples, held_out, offline=offline
     )
+    progress("loading the model", 0, 0, "")
     model = models.load(
         recipe.model,
         dtype=recipe.dtype,
         device=recipe.device,
         offline=offline,
+        progress=progress,
         labels=recipes.label_words(recipe.labels) or sorted(set(_answers(parts.examples))),
         base=BLOCKS if recipe.train == SCALES else recipe.base,
         ram=settings.parse_bytes(recipe.ram or None) or 0,
@@ -451,7 +462,11 @@ SMALL = 5_000_000  # parameters
 
 
 def dry_run(
-    recipe: Recipe, *, offline: bool, check_memory: CheckMemory = lambda rows, tokens: None
+    recipe: Recipe,
+    *,
+    offline: bool,
+    check_memory: CheckMemory = lambda rows, tokens: None,
+    progress: rates.Progress = lambda *_: None,
 ) -> TuneChecked:
     """Load the data and model of a recipe and check it; write nothing."""
     check(recipe)
@@ -462,9 +477,11 @@ def dry_run(
             offline=offline,
             find=False,
             note=told.append,
+            progress=progress,
             check_memory=check_memory,
         )
-    return checked(job, [*job.about_rows(), *told, *job.about_time()])
+    template = about_template(job.model.tokenizer, job.split.examples)
+    return checked(job, [*template, *job.about_rows(), *told, *job.about_time()])
 
 
 def checked(job: TuneJob, remarks: Sequence[str]) -> TuneChecked:

@@ -6,6 +6,7 @@ Flags, keys of a TOML file, `run.toml` and the table in the docs are made from t
 import dataclasses
 import importlib
 import json
+import logging
 import math
 import os
 import re
@@ -26,6 +27,9 @@ from fleetune.data.partition import RowsSpec, held_out_problem
 from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows, settled_columns
 from fleetune.errors import RecipeError, UsageError, suggest
 from fleetune.models.cache.names import hub_of
+from fleetune.tuning.recipe import yaml_recipe
+
+log = logging.getLogger(__name__)
 
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
 AUTO_METHOD: Final = "auto"  # the method of a recipe that names none
@@ -443,8 +447,13 @@ def label_words(text: str) -> tuple[str, ...]:
     return tuple(settings.given_words(text))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The keys of a TOML recipe; RecipeError when it is missing or not TOML."""
+def read(path: Path, note: Callable[[str], None] = log.info) -> dict[str, Any]:
+    """The keys of a TOML recipe, or of another tool's YAML (`note` is told what became of them); RecipeError for neither."""
+    if path.suffix.lower() in yaml_recipe.SUFFIXES:
+        values, told = yaml_recipe.read(path, fields())
+        for text in told:
+            note(text)
+        return values
     try:
         with path.open("rb") as file:
             return tomllib.load(file)

@@ -326,7 +326,8 @@ def share_of(clients: int, participation: float) -> int:
 def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) -> int:
     """Count failed rounds in a row, `before` and this one; FleetError when they are too many.
 
-    A round fails when every client fails, or when most replies are not finite.
+    A round fails when every client fails, or when most replies are not finite.  One is too many where it is the first and none
+    of its replies is finite.
     """
     all_failed = replies.failed >= replies.asked > 0 and not replies.accepted
     # then no client's reply may decide whether there is another round
@@ -338,11 +339,12 @@ def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) ->
         return 0
     if not all_failed and not replies.mostly_not_finite:
         return before if not replies.accepted else 0
-    if before + 1 >= min(PATIENCE, plan.rounds):
+    hopeless = replies.round.number == 1 and replies.not_finite == replies.asked
+    if hopeless or before + 1 >= min(PATIENCE, plan.rounds):
         what = "every client failed, " if not replies.accepted else "most replies are not finite, "
         hint = "-v shows the whole error; when the cause is gone, resume the run"
         if replies.not_finite:  # the learning rate is too high
-            hint = f"{advice(method, 10)}; a run with other options is a new one"
+            hint = f"{advice(method, math.inf if hopeless else 10)}; a run with other options is a new one"
         raise FleetError(
             f"{what}{counted(before + 1, 'round')} in a row; the first of round {replies.round.number}: {replies.reason}",
             hint=hint,

@@ -12,8 +12,10 @@ SMALL: Final = 0.005  # of the loss: a rise that is sure and this small is no di
 UNKNOWN_NOISE: Final = 0.05  # of the loss, where one row gives no error
 
 
-def advice(method: Any, factor: int) -> str:
-    """Say how to lower the learning rate of a method by a factor, and that it has a clip."""
+def advice(method: Any, factor: float) -> str:
+    """Say how to lower the learning rate of a method by a factor (infinity: nobody knows), and that it has a clip."""
+    if factor == math.inf:
+        return "let the learning rate be found (--set lr=auto)"
     lr, words = getattr(method, "lr", None), "lower the learning rate"
     if isinstance(lr, float) and 0 < lr < math.inf:
         rate = float(f"{lr / factor:.1g}")
@@ -79,7 +81,7 @@ class Watch:
         what = (
             "reply is not finite" if times == math.inf else f"loss is {loss:.3f}, {times:.3g} times its first"
         )
-        return f"round {round}: the median client's {what}; {advice(self.method, 10)}"
+        return f"round {round}: the median client's {what}; {advice(self.method, math.inf if times == math.inf else 10)}"
 
     def _of_round(self, event: RoundEvaluated) -> str:
         loss, lowest, best = event.loss, self.lowest, self.best

@@ -28,6 +28,7 @@ from fleetune.runs import rundir
 from fleetune.seeds.scale_view import moved_tensors, scales_share
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import private
+from fleetune.tuning.prepare.data_check import about_template
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.defaults import given
 from fleetune.tuning.result import foundations
@@ -149,6 +150,7 @@ def header(job: TuneJob, run: rundir.RunDir, fleet: str) -> list[tuple[str, str]
         *(("trains", words) for words in share),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {_rows_words(job)} held out"),
+        *(("rows", text) for text in about_template(m.tokenizer, job.split.examples)),
         *(("rows", remark) for remark in job.about_rows()),
         ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{rule}"),
         *([("privacy", _promise(job, run.path))] if recipe.privacy != private.NONE else []),

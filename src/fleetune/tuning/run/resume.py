@@ -55,7 +55,14 @@ def resume(
         releases.released(path)
     with ONE_AT_A_TIME, goes_on(path, fleets), rundir.RunDir(path) as folder:
         rundir.check_writable(path)
-        job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
+        job = prepare(
+            recipe,
+            offline=offline,
+            simulated=fleets.simulated,
+            find=False,
+            measure=False,
+            progress=listener.progress,
+        )
         if not any(round for round, _ in rundir.checkpoints(path)):  # no round tells how long one takes
             job = timed(job)
         if recipe.rounds != had:

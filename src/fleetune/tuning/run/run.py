@@ -177,7 +177,8 @@ def _tune(
             raise Interrupted("stopped between two steps; finished rounds are kept")
 
     known = evaluation.of_base(run.path) if rundir.checkpoints(run.path) else {}
-    base = None if known else _base(job, run)
+    base = None if known else _base(job, run, listener)
+    _count(job, run, listener)
     params = model.n_params  # before a module is attached to it
     account = private.account(job)
     releases = Releases(run, account.spent, account.rounds_within) if account else None
@@ -223,6 +224,7 @@ def _tune(
             save(job, run, lost.state, lost.round, lost.round + 1, releases.count if releases else 0)
         raise
     method.apply(model, outcome.state)
+    listener.progress("measuring the result", 0, 0)
     measured = sitting.measured if outcome.round == sitting.round else None
     return finish(job, run, first, outcome, measured or evaluation.measure(job), base_rows, listener, began)
 
@@ -327,8 +329,9 @@ class _Base(NamedTuple):
     probed: float
 
 
-def _base(job: TuneJob, run: rundir.RunDir) -> _Base:
+def _base(job: TuneJob, run: rundir.RunDir, listener: Listener) -> _Base:
     """Measure the base and let it answer; call it before the method's `init`, which may attach a module."""
+    listener.progress("measuring the base", 0, 0)
     measured, rows = evaluation.measure(job)
     measured = evaluation.answer(job, run, "base", measured, rows)
     if chosen := evaluation.client_rows(job):
@@ -350,6 +353,11 @@ def _announce(job: TuneJob, run: rundir.RunDir, listener: Listener, fleet: str, 
     changes = filter(None, [describe.machine_changes(before, now)])
     for remark in (*rates, *job.about_time()[1:], *changes):
         listener.note(remark)
+
+
+def _count(job: TuneJob, run: rundir.RunDir, listener: Listener) -> None:
+    """Say how many rounds there are and were, and how many clients are asked in each."""
+    recipe = job.recipe
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))
     done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
