@@ -81,8 +81,8 @@ class _Narrow:
             hooks.append(head.register_forward_pre_hook(self.before, prepend=True))
             hooks.append(head.register_forward_hook(self.after))
         try:
-            at = positions(batch.lengths, batch.input_ids.device)
-            where = {"position_ids": at} if batch.lengths else {"attention_mask": batch.attention_mask}
+            at = positions(base_of(net), batch.lengths)
+            where = {"attention_mask": batch.attention_mask} if at is None else {"position_ids": at}
             out = net(input_ids=batch.input_ids, **where, use_cache=False)
         finally:
             for hook in hooks:

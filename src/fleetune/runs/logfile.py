@@ -27,6 +27,12 @@ class LogFile(RotatingFileHandler):
             folder / FILE, maxBytes=SIZE, backupCount=OLDER, encoding="utf-8", delay=True, errors="replace"
         )
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", TIME))
+        self.over = False  # whether it is closed
+
+    def close(self) -> None:
+        """Close the file, after each line from now on."""
+        self.over = True
+        super().close()
 
     def _open(self) -> TextIOWrapper:
         return open(self.baseFilename, "a", encoding="utf-8", errors="replace", opener=files.regular_private)
@@ -39,8 +45,10 @@ class LogFile(RotatingFileHandler):
         return message_text(super().format(record))
 
     def write(self, text: str) -> None:
-        """Add a line with the time."""
+        """Add a line with the time, also when it is closed: a finished run's page is still served."""
         self.handle(logging.LogRecord("", logging.INFO, "", 0, single_spaced(text), None, None))
+        if self.over:
+            self.close()
 
     @contextmanager
     def warned(self) -> Iterator[None]:

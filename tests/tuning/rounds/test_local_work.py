@@ -82,7 +82,7 @@ class Keeper:
     """A method whose clients keep an array and count their rounds; every second reply of client 1 fails late."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size, self.packs = size, False
 
     def local(self, model: Any, payload: Payload, batches: Any, key: int, memory: dict[str, Any]) -> Payload:
         memory["count"] = memory.get("count", 0) + 1

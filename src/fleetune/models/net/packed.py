@@ -8,7 +8,6 @@ what they give side by side.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from threading import RLock
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -18,16 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fleetune.errors import ModelError
-from fleetune.models.net.layers import head_of, layers_of
+from fleetune.models.net.layers import head_of
 
 NAME: Final = "fleetune_packed"
 TRIED: Final = (5, 3)  # tokens of the rows of a trial
-ERROR: Final = 8  # largest relative difference (2-norms) of a trial's logits, in units of the dtype's epsilon
-# where the rows of the sequence that ran last begin and end; backward may run layers again
-_rows: list[tuple[int, int]] = []
-_one_at_a_time = RLock()  # threads share them
+ERROR: Final = 4  # largest relative difference (2-norms) of a trial's logits, in units of the dtype's epsilon
 _can: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# by a net's configuration: where the rows of the sequence that ran last begin and end; backward may run layers again
+_rows: dict[int, list[tuple[int, int]]] = {}
 
 
 @contextmanager
@@ -37,33 +34,29 @@ def packing(net: Any, wanted: bool = True) -> Iterator[int]:
     if not most:
         yield 0
         return
-    with _one_at_a_time:
-        net.set_attn_implementation(NAME)
-        try:
-            if net not in _can:
-                _can[net] = net.config._attn_implementation == NAME and _tried(net)
-            yield most if _can[net] else 0
-        finally:
-            _rows.clear()
-            net.set_attn_implementation("sdpa")
+    net.set_attn_implementation(NAME)
+    _rows[id(net.config)] = []
+    try:
+        if net not in _can:
+            _can[net] = net.config._attn_implementation == NAME and _tried(net)
+        yield most if _can[net] else 0
+    finally:
+        del _rows[id(net.config)]
+        net.set_attn_implementation("sdpa")
 
 
-def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Return the positions [1, T] of rows of these lengths behind one another; () for a padded batch.  The net runs next."""
-    ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    _rows[:] = pairwise(ends)
-    return torch.cat([torch.arange(n, device=device) for n in lengths or [0]])[None]
+def positions(net: Any, lengths: Sequence[int]) -> Tensor | None:
+    """Return the positions [1, T] of rows of these lengths behind one another, None for a padded batch.  The net runs next."""
+    if (rows := _rows.get(id(net.config))) is not None:
+        ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        rows[:] = pairwise(ends)
+    return torch.cat([torch.arange(n, device=net.device) for n in lengths])[None] if lengths else None
 
 
 def _longest(net: Any) -> int:
     """Return how long a row may be in which each token sees all before it."""
     config = net.config
     if getattr(config, "_attn_implementation", "") != "sdpa" or head_of(net):
-        return 0
-    try:
-        if not all(layer.attention for layer in layers_of(net)):
-            return 0
-    except ModelError:
         return 0
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return min((n for n in windows if n), default=1 << 30)
@@ -80,27 +73,29 @@ def _tried(net: Any) -> bool:
     try:
         with torch.no_grad():
             beside = net(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask == 1]
-            at = positions(TRIED, device)
+            at = positions(net, TRIED)
             behind = net(input_ids=ids[mask == 1][None], position_ids=at, use_cache=False).logits[0]
     except (TypeError, ValueError, RuntimeError):  # a net that takes no positions, or asks for a mask
         return False
     finally:
-        _rows.clear()
+        positions(net, ())
         net.train(training)
     apart = (behind.float() - beside.float()).norm() / beside.float().norm()
     return float(apart) <= ERROR * torch.finfo(net.dtype).eps
 
 
-def _mask(*args: Any, **kwargs: Any) -> Any:
-    return None if _rows else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+def _mask(*args: Any, config: Any, **kwargs: Any) -> Any:
+    if _rows.get(id(config)):
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, config=config, **kwargs)
 
 
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
-    inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if not _rows:
+    inner, rows = ALL_ATTENTION_FUNCTIONS["sdpa"], _rows.get(id(getattr(module, "config", None)))
+    if not rows:
         return inner(module, q, k, v, mask, **options)
-    rows = (slice(*row) for row in _rows)
-    parts = [inner(module, q[:, :, at], k[:, :, at], v[:, :, at], None, **options)[0] for at in rows]
+    slices = [slice(*row) for row in rows]
+    parts = [inner(module, q[:, :, at], k[:, :, at], v[:, :, at], None, **options)[0] for at in slices]
     return torch.cat(parts, dim=1), None
 
 
