@@ -202,3 +202,10 @@ def test_a_plan_counts_it_and_writes_nothing(at):
 def test_what_is_wrong_beside_it_is_said_before_its_file_is_written(changed, words, at):
     assert words in said("tune", CODES, "rows.jsonl", *flags("mezo"), *changed, code=2)
     assert not Path(FILE).exists()
+
+
+def test_bits_by_llama_cpp_s_name_are_the_codes_that_there_are(at):
+    told = said("export", CODES, "--to", "Q4_K_M", "-o", "out.gguf")
+    assert "understood as: --to gguf, the type that holds the codes" in told
+    assert "--path out.gguf" in told
+    assert Path("out.gguf").is_file()

@@ -120,6 +120,13 @@ def test_what_a_mapping_lacks_is_assumed(given: str, wanted: dict[str, str]) -> 
     assert columns.settled(columns.parse(given), rows, "a.csv")[0] == wanted
 
 
+def test_a_column_that_is_mapped_is_not_assumed_to_be_another() -> None:
+    row = {"Prompt": "old", "Completion": SAID, "mine": ASKED}
+    found, told = columns.settled({"prompt": "mine"}, [row], "a.csv")
+    assert found == {"prompt": "mine", "completion": "Completion"}
+    assert told == "columns assumed: --columns prompt=mine,completion=Completion"
+
+
 @pytest.mark.parametrize("spec", ["prompt=a b, c,response=d", "prompt=a b\\, c,response=d"])
 def test_a_column_may_have_a_comma(spec: str) -> None:
     assert columns.parse(spec) == {"prompt": "a b, c", "response": "d"}

@@ -90,6 +90,7 @@ def test_quoted_tables_read_back_under_any_separator(
 def test_a_header_alone_does_not_choose_the_separator() -> None:
     assert tables.separator("a, b;c\n1;2\n3;4\n") == ";"
     assert tables.separator("a;b, c\n1,2\n3,4\n") == ","
+    assert tables.separator("a, b, c;d\n1;2\n3;4\n") == ";"
     assert tables.separator("sentence\none; two\nthree, four, five\nsix\n") in "\t|", "one column"
     assert tables.separator("") == ","
 

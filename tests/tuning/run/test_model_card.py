@@ -86,7 +86,7 @@ def test_the_command_on_a_card_makes_the_recipe_again(written):
     lines = (folder / "README.md").read_text().splitlines()
     (line,) = (text for text in lines if text.startswith("    fleetune tune "))
     recipe = finished.recipe_of(run.folder)
-    made = tune.recipe_of(build_parser("tune").parse_args(shlex.split(line)[1:]))
+    made = tune.recipe_of(build_parser("tune").parse_args(shlex.split(line)[1:]), print)
     named = {n: describe.public(getattr(recipe, n)) for n in describe.NAMED}
     assert describe.recipe_facts(made) == describe.recipe_facts(dataclasses.replace(recipe, **named))
     assert (made.model, made.data) == ("tiny", "rows.jsonl")
