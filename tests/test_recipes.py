@@ -93,7 +93,7 @@ def test_a_recipe_is_shown_as_it_is(capsys):
 
 def test_a_run_takes_a_recipe_by_name_with_a_model_and_data_of_ones_own():
     words = ["-c", "recipe:mezo", "tiny", "rows.jsonl", "--rounds", "1", "--set", "tau=2"]
-    made = tune.recipe_of(build_parser("tune").parse_args(["tune", *words]))
+    made = tune.recipe_of(build_parser("tune").parse_args(["tune", *words]), print)
     stated = recipes.named("mezo").values
     assert (made.method, made.model, made.data, made.rounds) == ("mezo", "tiny", "rows.jsonl", 1)
     assert made.set == {**stated["set"], "tau": "2"}

@@ -130,7 +130,7 @@ def test_the_printed_command_makes_tune_use_what_was_planned(large, tmp_path, ca
     words = [str(rows) if word == "DATA" else word for word in shlex.split(told["command"])[1:]]
     from fleetune.cli.commands import tune
 
-    recipe = tune.recipe_of(build_parser().parse_args(words))
+    recipe = tune.recipe_of(build_parser().parse_args(words), print)
     method = methods.make(recipe.method, recipe.set)
     found = {"batch_size": method.batch_size} | {
         n: getattr(recipe, n) for n in ("max_length", "dtype", "base")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fleetune.common.events import Event, RoundEvaluated
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
+from fleetune.tuning.rounds import releases
 from fleetune.tuning.run import describe, resume
 
 FEW: dict[str, Any] = command_line.FEW | {"clients": 3, "participation": 0.67, "limit": 60, "max_length": 64}
@@ -151,3 +153,18 @@ def test_a_run_without_a_round_is_timed_anew(capsys):
         assert bool(re.search(r"^ time +about .*: 2 rounds × ", told, re.MULTILINE)) == (after == 0)
         assert bool(re.search(r"after round 1 of 2: about .* left, 1 round of", told)) == (after == 1)
         assert fleetune.list_runs()[0].digest == whole.digest
+
+
+def test_a_run_whose_privacy_budget_is_spent_announces_no_round(tmp_path):
+    lines = [
+        json.dumps({"v": 1, "t": 1.0, "event": "round", "round": r, "seconds": 3.0}) + "\n" for r in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    (tmp_path / releases.FILE).write_text(releases._text(2))
+    left = [0]
+    account: Any = types.SimpleNamespace(rounds_within=lambda rounds, released: left[0])
+    said = describe.progress_words(tmp_path, 6, account)
+    assert said == "the privacy budget is spent after round 2 of 6: no other round is run"
+    left[0] = 1
+    assert describe.progress_words(tmp_path, 6, account).endswith("about 3.0 s left, 1 round of 3.0 s")
+    assert describe.progress_words(tmp_path, 6).endswith("about 12 s left, 4 rounds of 3.0 s")
