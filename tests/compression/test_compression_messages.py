@@ -53,7 +53,7 @@ REQUESTS = [
     ("m --method optq --set group=8 --text short.txt", "window needs"),
     ("m --text no.txt", "no.txt"),
     ("m --text rows.jsonl", "--data rows.jsonl"),
-    ("m --data text.txt", "no reader"),
+    ("m --data short.bin", "no reader"),
     ("m --text text.txt --data rows.jsonl", "both given"),
     ("m --windows 0", "below 1"),
     ("m --length 9999 --set group=8", "longer than"),
@@ -103,7 +103,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_requests_that_make_no_sense_are_refused_before_a_folder_is_made(
     line: str, word: str, saved: Path, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (at / "short.txt").write_text("A.")
+    for name in ("short.txt", "short.bin"):
+        (at / name).write_text("A.")
     for name in ("m", "bert"):
         (at / name).symlink_to(saved / name)
     assert main(["compress", *line.split()]) == 2

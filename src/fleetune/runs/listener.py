@@ -206,7 +206,7 @@ class Bars(Progress):
 
     def _close(self, *names: str) -> None:
         for name in names:
-            if bar := self._bars.pop(name, None):
+            if (bar := self._bars.pop(name, None)) is not None:
                 bar.close()
 
 

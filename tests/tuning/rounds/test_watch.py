@@ -116,7 +116,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(place: Path, out: Path, listener: Heard | None = None, **more: Any) -> fleetune.TuneResult:
-    options = FEW | {"method": "fedit", "settings": {"r": 2, "steps": 1, "lr": 3.0}, "rounds": 2}
+    options = FEW | {"method": "fedit", "settings": {"r": 2, "steps": 1, "lr": 30.0}, "rounds": 2}
     options |= {"held_out": 6, "eval_rows": 6, "max_length": 48, "listener": listener, "out": out} | more
     return fleetune.tune(str(place / "tiny"), str(place / "data.jsonl"), **options)
 
