@@ -1,7 +1,7 @@
 """A step of `fedit` against the loop that everybody writes: PEFT's LoRA, padded rows, AdamW.
 
 The rows are random tokens, as many as the first 12 rows of the demo and of a cut of Dolly have, with as long prompts (SmolLM2's
-tokenizer, at most 256).  Rank 8 on all linear layers; memory is the peak of a process of its own.
+tokenizer, at most 250).  Rank 8 on all linear layers; memory is the peak of a process of its own.
 """
 
 import functools
@@ -25,7 +25,7 @@ ROWS: Final = {
         "109,47 104,44 103,41 97,41 117,69 107,42 105,46 103,46 111,48 106,44 152,88 128,44",
         4,
     ),
-    "Dolly by sixes": ("211,37 256,47 78,39 49,44 209,46 51,33 181,42 96,47 42,38 111,42 51,36 118,43", 6),
+    "Dolly by sixes": ("211,37 250,47 78,39 49,44 209,46 51,33 181,42 96,47 42,38 111,42 51,36 118,43", 6),
 }
 WAYS: Final = ("plain", "kept", "checkpoints")
 

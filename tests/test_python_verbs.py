@@ -120,3 +120,5 @@ def test_a_notebook_gets_a_bar_for_each_count_until_it_is_full():
     assert bars._bars["clients"].n == 1
     bars.progress("finding lr", 5, 0)  # of how many, nobody knows
     assert bars._bars["finding lr"].total is None
+    bars.progress("finding lr", 3, 3)
+    assert set(bars._bars) == {"clients"}
