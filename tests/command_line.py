@@ -1,7 +1,5 @@
 """The command line as tests call it, and a run that is short."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

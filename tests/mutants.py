@@ -9,8 +9,6 @@ never in place, and the tests that are named beside it run against the copy.  A 
 is not caught, or an expression that is no longer there, makes the exit status 1.  `test_mutants.py` sees that all are there.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import os

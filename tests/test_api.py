@@ -1,7 +1,5 @@
 """The Python library: its public names, its functions on names and on objects, and what they give back."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json

@@ -4,8 +4,6 @@ Every model is 32 wide with two layers and our tokenizer of 256 bytes.  Biases, 
 their start (0 or 1), so that one which is used where another should be shows in the outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """The console: results on stdout, talk on stderr, no escape codes off a terminal, strict JSON on request."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json

@@ -1,7 +1,5 @@
 """What people type first, and what they are told: command line -> exit code, exact words.  No torch, no model."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

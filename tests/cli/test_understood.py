@@ -1,7 +1,5 @@
 """Lines in the words of other tools, and what they are in ours.  No torch, no model."""
 
-from __future__ import annotations
-
 import shlex
 
 import pytest

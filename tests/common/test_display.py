@@ -1,7 +1,5 @@
 """Numbers and measures as people read them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

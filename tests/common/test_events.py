@@ -1,7 +1,5 @@
 """Every line that a command prints with `--json` is one of the events of the JSON schema that docs/build.py writes; none is left out."""
 
-from __future__ import annotations
-
 import functools
 import json
 import runpy

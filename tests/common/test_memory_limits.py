@@ -1,7 +1,5 @@
 """The memory that a process may use: the least of the machine's and of the limits that are set on it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

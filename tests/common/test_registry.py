@@ -1,7 +1,5 @@
 """What other packages register: found, suggested, and left out with the reason where it cannot be used."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 from importlib.metadata import EntryPoint

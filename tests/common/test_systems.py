@@ -1,7 +1,5 @@
 """What differs between systems: locks and memory, and whole commands without what Windows lacks (a stand-in, on Linux)."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """Hessians: their sums and factors, what a compressed model really feeds its layers, and drifts from the dense model's inputs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A compressed model beside the dense one, in `compress` and its files, and as `eval` sees it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

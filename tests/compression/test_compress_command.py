@@ -1,7 +1,5 @@
 """`fleetune compress` as a user meets it: a model, a run, Ctrl-C and resume, and every kind of bad input."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

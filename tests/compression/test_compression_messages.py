@@ -1,7 +1,5 @@
 """What is refused: settings, requests and models, by the type of the error and one word of it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

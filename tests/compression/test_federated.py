@@ -1,7 +1,5 @@
 """Calibration on the devices: the central result from sums alone, and what becomes of devices that fail."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`fleetune runs` and `compress --resume` among runs and what was made from them: names, what needs what, and locks."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

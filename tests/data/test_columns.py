@@ -1,7 +1,5 @@
 """Columns: as they are mapped, in any spelling of the mapping, else found by their names and by their texts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

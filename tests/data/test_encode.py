@@ -1,7 +1,5 @@
 """Tokens and masks against apply_chat_template itself, cuts, dropped rows, batches fixed by their key."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """The forms in which people have their rows, and columns that are renamed into one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Readers: the four forms from the four file types, and an error that names file, line and field."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """Tables as spreadsheets write them: separators, encodings, empty cells and rows, Excel files."""
 
-from __future__ import annotations
-
 import csv
 import io
 import sys

@@ -1,7 +1,5 @@
 """Tiny models on grids, as master artefacts on the disk."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Callable, Mapping

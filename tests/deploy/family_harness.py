@@ -1,7 +1,5 @@
 """Tiny random models of every family that has a place in GGUF, and their logits in llama.cpp beside transformers'."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

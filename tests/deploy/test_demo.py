@@ -1,7 +1,5 @@
 """`fleetune demo` from its first line to its last, with a tiny model in the place of the one that it fetches."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

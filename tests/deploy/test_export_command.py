@@ -1,7 +1,5 @@
 """tune -> compress -> export -> eval as a user types it; the last link reads the GGUF file back as a model."""
 
-from __future__ import annotations
-
 import os
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Kept gain, bits, speed by a clock of ours, and the process that measures, against numbers worked out by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path

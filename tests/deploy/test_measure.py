@@ -1,7 +1,5 @@
 """`fleetune measure` as a user types it: a compressed run with its kept gain, other subjects, exports, bad input."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shlex

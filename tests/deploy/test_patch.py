@@ -1,7 +1,5 @@
 """Patches of a GGUF file's scales: what they make, what they refuse, and what a kill leaves."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """A release is a run in one folder that nobody but its signer can have changed, and that tells nothing of the machine."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

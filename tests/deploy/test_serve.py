@@ -1,7 +1,5 @@
 """`fleetune serve` and `fleetune chat` as a user meets them: an engine is started, asked, and ended with the command."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """The GGUF file in which a compressed model is tuned: it is the exported one, written once, and nothing else is taken for it."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whole models are proven from the base on; one flipped bit anywhere is found, and its place is named."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A tiny base, a run of each kind, a compression, exported files and a release, once a session; and a flipped bit."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

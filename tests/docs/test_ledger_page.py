@@ -1,7 +1,5 @@
 """The replay on docs/ledger.md rebuilds what `fleetune verify` rebuilds, without Fleetune."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

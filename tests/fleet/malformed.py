@@ -3,8 +3,6 @@
 They are made for any method: `Honest.payload` is its reply.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pickle

@@ -1,7 +1,5 @@
 """The door over HTTP: who comes in, whose order and answer it is, and what no request can do."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -3,8 +3,6 @@
 `make faults` runs it; FLEETUNE_KILLS says how often (default 12).
 """
 
-from __future__ import annotations
-
 import random
 import time
 from pathlib import Path

@@ -3,8 +3,6 @@
 The slow ones run on the loopback with threads for devices: `make faults`.  Kills are in test_fleet_kills.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import datetime

@@ -1,7 +1,5 @@
 """Torn files and full disks, of the server and of the devices: mended, or refused by name; nothing is half done."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno

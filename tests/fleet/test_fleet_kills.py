@@ -3,8 +3,6 @@
 `make faults` runs it; FLEETUNE_KILLS says how often (default 12), FLEETUNE_MINUTES for how long at most.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import random

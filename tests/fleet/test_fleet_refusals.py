@@ -1,7 +1,5 @@
 """What a server or a device cannot be told is refused before any work, with the reason."""
 
-from __future__ import annotations
-
 import importlib.util
 import socket
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A server that lies: it writes, reads and removes nothing on a device, fills no memory, and reads no row."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -3,8 +3,6 @@
 The devices are threads; `make faults` has the same with processes that are killed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

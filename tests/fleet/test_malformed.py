@@ -3,8 +3,6 @@
 The devices are in memory; what they send goes the way of a real run: `RemoteFleet`, the checks of a round, the method's sum.
 """
 
-from __future__ import annotations
-
 import random
 import time
 import zlib

@@ -1,7 +1,5 @@
 """How long a round waits: more devices than needed, replies that come late, devices that decline; and who does what."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import random

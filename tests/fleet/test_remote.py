@@ -1,7 +1,5 @@
 """The server's side of a real fleet, over a link in memory whose devices die, come back, lie and answer twice."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 import time

@@ -1,7 +1,5 @@
 """A device: it answers as a simulated client would, once for each order, and runs nothing that a server sends."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

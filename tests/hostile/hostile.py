@@ -3,8 +3,6 @@
 Nothing is stored: every hostile file is made from an honest one by a rule, so the corpus is the same everywhere.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import random

@@ -1,7 +1,5 @@
 """Hostile data files: JSON lines, JSON, CSV and Parquet, damaged in every way, and those that an attack found."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -1,7 +1,5 @@
 """Hostile GGUF files: damaged in every way, and with claims that nothing in the file stands for."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from functools import partial

@@ -3,8 +3,6 @@
 Loading one is either refused by an error of ours within the time, or gives a model.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

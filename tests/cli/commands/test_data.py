@@ -1,7 +1,5 @@
 """`fleetune data check`, and `tune` on rows as people have them: columns, texts, folders, standard input."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

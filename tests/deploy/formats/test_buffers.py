@@ -1,7 +1,5 @@
 """Buffers that stand in a checkpoint, such as a router's bias: in artefacts and every export, or nothing is written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Compressed-tensors, GPTQ and plain directories: golden words, round trips, configurations, refusals, damage."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Gemma's decoders as .gguf: norms, caps, windows and rotary bases there and back, tokens of pieces, refusals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

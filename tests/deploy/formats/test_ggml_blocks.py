@@ -1,7 +1,5 @@
 """ggml's blocks: golden bytes, agreement with the gguf package's own decoder, and what does not fit."""
 
-from __future__ import annotations
-
 import gguf
 import numpy as np
 import pytest

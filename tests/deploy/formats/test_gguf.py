@@ -1,7 +1,5 @@
 """Whole models as .gguf: read back by the importer, refused when they have no place, and never half right."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Our own GGUF files as models again: tokens of any text, logits and configuration are what they were."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Pruned llamas, whose blocks differ in width: written as deci."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import gguf as package

@@ -1,7 +1,5 @@
 """Every family of the table as .gguf: llama.cpp's next tokens are transformers', and what it does not hold is refused."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

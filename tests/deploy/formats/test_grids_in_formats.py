@@ -1,7 +1,5 @@
 """Every grid in every format that takes it: what was solved is what is in the file, odd groups included."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import gguf

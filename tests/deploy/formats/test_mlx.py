@@ -1,7 +1,5 @@
 """Directories for MLX: golden words, what config.json says, layers of experts, refusals, damage; mlx-lm itself where it is installed."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping

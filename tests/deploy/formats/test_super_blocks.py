@@ -1,7 +1,5 @@
 """GGUF's super-blocks: their bytes, the artefact that holds them, files in llama.cpp, and what other targets say."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import gguf

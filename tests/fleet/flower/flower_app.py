@@ -1,7 +1,5 @@
 """A recipe, and a grid whose nodes are contexts in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
