@@ -85,8 +85,8 @@ def test_a_tuned_run_is_compressed_from_its_ledger(tiny: str, at: Path, capsys: 
 
 @pytest.mark.parametrize("change", ["", "text", "weights", "settings"])
 def test_a_stopped_one_is_taken_up_again_and_does_not_go_on_with_something_else(
-    change: str, tiny: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    change, tiny, at, capsys, monkeypatch
+):
     shutil.copytree(tiny, at / "mine")
     text = ["--text", "text.txt"] if change else []  # else the model writes its own
     work = ["compress", "mine", *SMALL, *text, "--seed", "7"]
@@ -208,9 +208,7 @@ def other_tokens(at: Path) -> str:
     return str(at / "other")
 
 
-def test_a_reference_with_other_tokens_is_refused_before_a_model_is_loaded(
-    tiny: str, at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reference_with_other_tokens_is_refused_before_a_model_is_loaded(tiny, at, capsys, monkeypatch):
     def no_model(*args: object, **kwargs: object) -> None:
         raise AssertionError("a model was loaded")
 
@@ -324,9 +322,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("line", "word"), REQUESTS)
-def test_requests_that_make_no_sense_are_refused_before_a_folder_is_made(
-    line: str, word: str, saved: Path, at: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_requests_that_make_no_sense_are_refused_before_a_folder_is_made(line, word, saved, at, capsys):
     for name in ("short.txt", "short.bin"):
         (at / name).write_text("A.")
     for name in ("m", "bert"):

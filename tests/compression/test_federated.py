@@ -326,9 +326,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
     assert len({e["client"] for e in events if e["event"] == "client"}) == 2
 
 
-def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(
-    tuned_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(tuned_run, capsys, monkeypatch):
     args = ["latest", *SMALL, "--calibrate", "clients", "--out", str(tuned_run)]
     answered, answer = list[int](), ClientHessians.answer  # in block 1
 

@@ -43,9 +43,7 @@ def signed(run: Run, place: Path, **given: Any) -> Path:
     return Path(fleetune.release(run, to=place, **given).folder)
 
 
-def test_a_release_is_a_run_that_another_machine_verifies(
-    run: Run, tiny: str, tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_release_is_a_run_that_another_machine_verifies(run, tiny, tmp_path, config, monkeypatch):
     done = fleetune.release(run, to=tmp_path / "here" / "mine")
     (tmp_path / "there").mkdir()
     shutil.move(tmp_path / "here" / "mine", tmp_path / "there" / "mine")

@@ -168,9 +168,7 @@ def test_a_file_of_another_name_is_told_by_its_head(made: Path, tmp_path: Path) 
     assert "as gptq" in proven(str(other), "3")["elsewhere"]
 
 
-def test_consistent_forgeries_end_at_what_they_stand_on(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_consistent_forgeries_end_at_what_they_stand_on(made, tmp_path, monkeypatch):
     """Lists and fingerprints are written anew, so only what is rebuilt tells."""
     shutil.copytree(made, tmp_path / "forged", symlinks=True)
     monkeypatch.chdir(tmp_path / "forged")

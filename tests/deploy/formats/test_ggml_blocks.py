@@ -103,9 +103,7 @@ def test_q5_bytes() -> None:
 )
 @given(data=st.data())
 @settings(max_examples=50)
-def test_blocks_decode_to_the_same_weights(
-    kind: str, bits: int, zeros: tuple[int, int], significant: int, codebook: str, data: st.DataObject
-) -> None:
+def test_blocks_decode_to_the_same_weights(kind, bits, zeros, significant, codebook, data):
     q = data.draw(matrices(bits, *zeros))
     exact = q.scale.view(torch.int16) & ~((1 << (11 - significant)) - 1)
     q = changed(q, scale=exact.view(torch.float16), codebook=codebook)

@@ -52,9 +52,7 @@ def fields(path: Path) -> dict[str, Any]:
         ("qwen2", "gguf:f32", 4, 16, {}, "F32"),
     ],
 )
-def test_the_importer_gets_the_weights_back(
-    tmp_path: Path, kind: str, to: str, bits: int, group: int, grid: dict[str, Any], types: str
-) -> None:
+def test_the_importer_gets_the_weights_back(tmp_path, kind, to, bits, group, grid, types):
     model = tiny(kind)
     compressed(model, tmp_path / "master", bits, group, **grid)
     report = export(tmp_path / "master", to, tmp_path / "model.gguf")
@@ -271,9 +269,7 @@ def test_it_says_what_the_package_reads(file: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["memory", "mapped"])
-def test_a_split_file_is_told_before_hashing(
-    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_split_file_is_told_before_hashing(tmp_path, base, monkeypatch):
     monkeypatch.setattr(cache.sums, "sha256", lambda path: pytest.fail("hashed"))
     path = little_file(tmp_path / "m-00002-of-00003.gguf", no=1, count=3)
     with pytest.raises(ModelError, match=r"is a part of a split model"):

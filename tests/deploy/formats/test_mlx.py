@@ -92,9 +92,7 @@ def test_three_bits_are_eight_codes_in_three_bytes() -> None:
         ("llama", 4, 32, {"zero": 5}, {"F16": 6, "F32": 28, "U32": 14}),  # 11 bits times 5 are 13
     ],
 )
-def test_codes_scales_and_biases_are_the_masters(
-    tmp_path: Path, kind: str, bits: int, group: int, grid: dict[str, int], types: dict[str, int]
-) -> None:
+def test_codes_scales_and_biases_are_the_masters(tmp_path, kind, bits, group, grid, types):
     model = tiny(kind)
     quantised = coded(model, tmp_path / "m", bits, group, **grid)
     report = export(tmp_path / "m", "mlx", tmp_path / "out")
