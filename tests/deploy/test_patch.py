@@ -228,19 +228,9 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
         "onebyte": {"directions": 6, "batch_size": 4},
     }[method]
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
-    run = fleetune.tune(
-        str(file),
-        rows,
-        method=method,
-        train="scales",
-        clients=2,
-        rounds=2,
-        settings={"lr": 0.05, "eps": 0.01, **settings},
-        out=tmp_path / "runs",
-        samples=0,
-        client_rows=0,
-        held_out=4,
-    )
+    few: Any = {"clients": 2, "rounds": 2, "samples": 0, "client_rows": 0, "held_out": 4}
+    few |= {"train": "scales", "settings": {"lr": 0.05, "eps": 0.01, **settings}}
+    run = fleetune.tune(str(file), rows, method=method, out=tmp_path / "runs", **few)
     assert run.done.digest != models.load(str(file), device="cpu").digest
     out = fleetune.export(run, path=tmp_path / "new" / "tuned.gguf").path
     tuned = models.load(str(out), device="cpu")

@@ -22,15 +22,9 @@ ROWS = [{"instruction": f"say {i}", "response": f"{i} it is", "who": WHO[i % 2]}
 def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     file = tmp_path_factory.mktemp("objectives") / "mine.py"
     file.write_text("from fleetune.evaluation.losses import batch_loss as mine\n")
-    return fleetune.tune(
-        tiny,
-        ROWS,
-        method="fedkseed",
-        settings={"K": 16, "tau": 2, "lr": 1e-3, "objective": f"{file}:mine"},
-        partition="column:who",
-        out=tmp_path_factory.mktemp("runs"),
-        **FEW | {"clients": 0},
-    )
+    settings = {"K": 16, "tau": 2, "lr": 1e-3, "objective": f"{file}:mine"}
+    more = {"partition": "column:who", "out": tmp_path_factory.mktemp("runs"), "clients": 0}
+    return fleetune.tune(tiny, ROWS, method="fedkseed", settings=settings, **FEW | more)
 
 
 @pytest.fixture

@@ -212,14 +212,8 @@ def many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.faults
 def test_kills_of_server_and_devices_change_no_code(many_blocks):
-    want = fleetune.compress(
-        Path("runs/latest"),
-        calibrate="clients",
-        settings={"group": 8},
-        windows=64,
-        length=128,
-        out="simulated",
-    )
+    few = {"settings": {"group": 8}, "windows": 64, "length": 128}
+    want = fleetune.compress(Path("runs/latest"), calibrate="clients", out="simulated", **few)
     port = free_port()
     begin = Process("server", f"compress latest --calibrate fleet {ASKED} --wait 2 --port {port}")
     again = Process("server", f"compress --resume 2 --port {port}")

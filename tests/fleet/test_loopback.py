@@ -474,9 +474,8 @@ def test_a_device_reads_its_rows_before_it_looks_for_a_server(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert "no file rows.jsonl" in refused(capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl")
     Path("rows.jsonl").write_text('{"ask": "Why?", "say": "So."}\n')
-    assert "rows.jsonl has the columns of no form" in refused(
-        capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl"
-    )
+    said = refused(capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl")
+    assert "rows.jsonl has the columns of no form" in said
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "uvicorn"])

@@ -27,13 +27,9 @@ def matrices(draw: st.DrawFn, bits: int, low: int, high: int) -> Quantised:
     R, groups, per = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     C = groups * per * 32
     scale = torch.from_numpy(rng.standard_normal((R, groups)).astype(np.float16))
-    return Quantised(
-        torch.from_numpy(rng.integers(0, 1 << bits, (R, C), dtype=np.uint8)),
-        scale,
-        torch.from_numpy(rng.integers(low, high + 1, (R, groups), dtype=np.uint8)),
-        bits,
-        per * 32,
-    )
+    codes = torch.from_numpy(rng.integers(0, 1 << bits, (R, C), dtype=np.uint8))
+    zeros = torch.from_numpy(rng.integers(low, high + 1, (R, groups), dtype=np.uint8))
+    return Quantised(codes, scale, zeros, bits, per * 32)
 
 
 def read(raw: np.ndarray, kind: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from deploy_harness import LLAMA3, piece_tokenizer, split, tiny, tokenizer
+from deploy_harness import LLAMA3, MARKS, piece_tokenizer, split, tiny, tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
@@ -26,13 +26,8 @@ def without_unknown(pre: Any, **model: Any) -> PreTrainedTokenizerBase:
     with_it = tokenizer(pre)
     rules = json.loads(with_it.backend_tokenizer.to_str())
     rules["model"] |= model
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        chat_template=with_it.chat_template,
-        model_max_length=1024,
-    )
+    backend = Tokenizer.from_str(json.dumps(rules))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **MARKS, chat_template=with_it.chat_template)
 
 
 def llama3() -> PreTrainedTokenizerBase:

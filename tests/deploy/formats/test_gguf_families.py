@@ -226,9 +226,8 @@ def narrowed() -> Model:
     def some(all_of: int, count: int) -> list[int]:
         return sorted(rng.choice(all_of, count, replace=False).tolist())
 
-    widths.cut(
-        model.net, [KeptUnits(some(2, heads), some(128, count)) for heads, count in ((2, 128), (1, 96))]
-    )
+    kept = [KeptUnits(some(2, heads), some(128, count)) for heads, count in ((2, 128), (1, 96))]
+    widths.cut(model.net, kept)
     return model
 
 

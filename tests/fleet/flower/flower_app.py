@@ -33,16 +33,8 @@ K = 16
 tau = 2
 lr = 1e-2
 """
-CONFIG: dict[str, Any] = {
-    "recipe": "recipe.toml",
-    "resume": "",
-    "out": "real",
-    "simulate": False,
-    "offline": True,
-    "wait": 0,
-    "grace": 20.0,
-    "round-deadline": 0.0,
-}
+CONFIG: dict[str, Any] = {"recipe": "recipe.toml", "resume": "", "out": "real", "simulate": False}
+CONFIG |= {"offline": True, "wait": 0, "grace": 20.0, "round-deadline": 0.0}
 
 
 class GridHere:
