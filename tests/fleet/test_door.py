@@ -30,8 +30,6 @@ from fleetune.fleet.link import Mail
 from fleetune.fleet.server import Place, Served
 
 Head = Mapping[str, str]
-
-
 Answer = httpx.Response
 
 

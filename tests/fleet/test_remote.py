@@ -170,10 +170,8 @@ def test_the_grace_is_twice_the_last_rounds_median_time_but_not_where_devices_st
     monkeypatch.setattr("fleetune.fleet.remote.time.monotonic", lambda: now[0])
     assert made.grace == 60  # before the first round
     for round, (seconds, grace) in enumerate([(3.0, 18), (0.1, 10), (99.0, 60), (4.0, 24)], 1):
-        each[0], now[0] = (
-            seconds,
-            clock(),
-        )  # all answers are taken when the three have worked one after another
+        # all answers are taken when the three have worked one after another
+        each[0], now[0] = seconds, clock()
         list(made.ask(round, [0, 1, 2], b"x"))
         assert made.grace == pytest.approx(grace, abs=1)
     list(made.exchange(4, "keys", {0: b"", 1: b""}))  # a step of a secure sum is no work
