@@ -401,9 +401,7 @@ def test_a_run_is_recorded_by_its_own_name(made: Path, at: Path, capsys: Capture
         assert told[-1]["folder"].endswith("-rtn-fedkseed-tiny")
 
 
-def test_plain_results_alone_are_compressed_further(
-    three: str, made: Path, at: Path, capsys: Capture
-) -> None:
+def test_plain_results_alone_are_compressed_further(three, made, at, capsys):
     a_run(made)
     assert call(capsys, "compress", "1", *RTN)[0] == 0
     assert call(capsys, "compress", three, *GKD)[0] == 0

@@ -32,11 +32,8 @@ def make(folder: Path) -> None:
 
 
 DIRECTORIES = ("gptq", "compressed-tensors", "mlx", "ollama")
-FILES = {
-    "gguf": f"{CODES}.gguf",
-    **{to: to for to in DIRECTORIES},
-    "hf:bf16": "hf-bf16",
-}  # of the compression
+# of the compression
+FILES = {"gguf": f"{CODES}.gguf", **{to: to for to in DIRECTORIES}, "hf:bf16": "hf-bf16"}
 
 
 def proven(*words: str, **given: object) -> dict[str, str]:

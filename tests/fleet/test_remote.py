@@ -97,10 +97,8 @@ def test_every_client_answers_once_and_knows_its_number_key_and_memory(tmp_path)
     assert list(made.present()) == [0, 1, 2]
     for round in (1, 2):
         answers = {a.client: a for a in made.ask(round, [0, 2], {0: b"a", 2: b"bcd"})}
-        assert {c: (a.data, a.status, a.sent) for c, a in answers.items()} == {
-            0: (b"k0 did a", "ok", 1),
-            2: (b"k2 did bcd", "ok", 3),
-        }
+        told = {0: (b"k0 did a", "ok", 1), 2: (b"k2 did bcd", "ok", 3)}
+        assert {c: (a.data, a.status, a.sent) for c, a in answers.items()} == told
     work = [o for o in memory.seen if o.what == "work"]
     assert {o.kept for o in work if o.round == 1} == {NOTHING_KEPT}
     assert {o.kept for o in work if o.round == 2} == {(1, 5)}
@@ -309,10 +307,8 @@ def test_waiting_goes_on_while_a_device_could_come(tmp_path, key):
         made.wait_for(1 if key == "k1" else 2)
     assert notes[-1].endswith("1 cannot take part: waiting for others, or for these to come in anew")
     memory.away.add("k0")  # its process has ended
-    assert [does for *_, does in made.doing()] == [
-        "refused: it has not the run's model in this revision; its console says more",
-        "has not joined",
-    ][: len(devices)]
+    refused = "refused: it has not the run's model in this revision; its console says more"
+    assert [does for *_, does in made.doing()] == [refused, "has not joined"][: len(devices)]
 
 
 def test_a_run_ends_when_all_its_devices_come_back_with_other_rows(tmp_path):

@@ -18,6 +18,7 @@ from fleetune.errors import FleetuneError, MessageError
 SECONDS = 10  # of processor time that a hostile file may cost; six times that by the clock
 DEEP = 100_000  # brackets; a parser that recurses fails at a few thousand
 GONE = None
+Damaged = Iterable[tuple[str, Callable[[], object]]]
 OTHER_JSON: Mapping[str, bytes] = {
     **{text: text.encode() for text in ("[]", "null", "5", '"x"', "{}", "NaN")},
     "deep list": b"[" * DEEP,
@@ -126,12 +127,7 @@ def refusal(work: Callable[[], object], seconds: float = SECONDS) -> str | None:
     return error.message
 
 
-def survived(
-    kind: str,
-    damaged: Iterable[tuple[str, Callable[[], object]]],
-    use: Callable[[], object],
-    injected: Injected,
-) -> dict[str, int]:
+def survived(kind: str, damaged: Damaged, use: Callable[[], object], injected: Injected) -> dict[str, int]:
     """Make each damaged file and use it: refused and accepted are counted; any other error, or no end, is a fault."""
     counts, faults = {"refused": 0, "accepted": 0}, []
     for what, make in damaged:
