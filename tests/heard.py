@@ -27,7 +27,6 @@ class Heard(Silent):
         return self.stop(self)
 
     def of(self, name: str) -> list[Any]:
-        """The events of a name."""
         return [e for e in self.events if e.event == name]
 
 

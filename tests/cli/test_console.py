@@ -52,7 +52,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Ui, Termina
 
 
 def everything(ui: Ui) -> None:
-    """A whole run on the console."""
     ui.header("fleetune tune", [("model", "smollm2-135m @ 9f2c"), ("run", "runs/0007 · seed 42")])
     ui.round_line(0, 2.914, rounds=2)
     with ui.bar("rounds") as bar:

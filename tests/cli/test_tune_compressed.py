@@ -45,7 +45,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as the working directory."""
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(shutil.copytree(made, tmp_path / "at"))
     return Path.cwd()

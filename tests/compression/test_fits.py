@@ -54,7 +54,6 @@ def llama_cpp(x: np.ndarray, kind: str, importance: np.ndarray | None = None) ->
 
 
 def grid_of(kind: str) -> Grid:
-    """The grid of a super-block type."""
     return Grid(kind, SUPER_TYPES[kind].bits)
 
 

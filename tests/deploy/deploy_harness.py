@@ -117,7 +117,6 @@ def write_codes(model: Model, folder: Path, quantised: Mapping[str, Quantised]) 
 
 
 def matrices(model: Model) -> dict[str, Tensor]:
-    """The matrices of the layers."""
     return {n: t for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")}
 
 
@@ -156,5 +155,4 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 
 def changed(q: Quantised, **fields: Any) -> Quantised:
-    """A copy with other fields."""
     return dataclasses.replace(q, **fields)

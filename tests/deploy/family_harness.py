@@ -88,7 +88,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config_of(case: str, **changes: Any) -> Any:
-    """The configuration of a case."""
     family, sizes = CASES[case]
     config = AutoConfig.for_model(family, **({"vocab_size": 264} | ENDS | sizes | changes))
     if "rope_parameters" not in sizes | changes:

@@ -64,7 +64,6 @@ class Process:
         self.running.start()
 
     def kill(self) -> None:
-        """Kill it as a power cut would."""
         if self.running is not None:
             self.running.kill()
             self.running.join()

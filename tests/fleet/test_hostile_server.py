@@ -76,12 +76,10 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @functools.cache
 def base_digest(dtype: str = "fp32") -> str:
-    """The digest of `made`'s model."""
     return models.load("model", device="cpu", dtype=dtype).digest
 
 
 def encoded(client: int = 0) -> list[Encoded]:
-    """The rows of a client."""
     return encode_rows(models.load("model", device="cpu"), data.read(f"rows-{client}.jsonl"), 48)[0]
 
 
@@ -113,7 +111,6 @@ def ready(task: str = "tune", **changes: Any) -> Worker:
 
 
 def body(scalars: Mapping[str, Any], arrays: Mapping[str, Any] | None = None, round: int = 0) -> bytes:
-    """An order's body with these parts."""
     return encode(Message(round, bytes(8), Payload(dict(arrays or {}), dict(scalars))))
 
 
@@ -124,7 +121,6 @@ def sent_by(name: str, settings: dict[str, Any], round: int = 1) -> bytes:
 
 
 def files(**scalars: bytes) -> bytes:
-    """An order's body that brings files."""
     return body({result.FILE + n: b for n, b in scalars.items()})
 
 

@@ -92,7 +92,6 @@ def served(port: int, pace: Pace = QUICK, folder: str = "keys") -> Served:
 
 
 def serve(recipe: dict[str, Any], fleets: Served, heard: fleetune.Listener = fleetune.Silent()) -> TuneResult:  # noqa: B008
-    """Run a recipe on a fleet."""
     return running.start(recipes.make(recipe), Path("real"), heard, offline=True, fleets=fleets)
 
 

@@ -47,7 +47,6 @@ class Honest:
 
     @property
     def first(self) -> str:
-        """The name of an array."""
         return next(iter(self.payload.arrays))
 
     def body(self, payload: Payload | None = None, **changes: Any) -> bytes:

@@ -84,12 +84,10 @@ def message(place: Path, job: Job, round: int) -> bytes:
 
 
 def trained(worker: Worker, place: Path, job: Job, round: int, key: int = 7) -> Reply:
-    """What a device answers to that."""
     return Reply.decode(worker.answer(Order("work", round, 0, key, message(place, job, round)).encode()))
 
 
 def loaded(place: Path) -> tuple[models.Model, list[Encoded]]:
-    """The device's model and rows."""
     model = models.load(str(place / "model"), device="cpu")
     return model, encode_rows(model, data.read(str(place / "rows.jsonl")), 48)[0]
 
