@@ -27,6 +27,7 @@ SPECS: dict[str, Any] = {
 IDS = torch.arange(48).reshape(3, 16) * 5 % 250
 MASK = (torch.arange(16) < torch.tensor([[16], [11], [4]])).long()
 LEAVES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 each = pytest.mark.parametrize(("net", "name"), [(n, s) for n in ("llama", "bert") for s in SPECS])
 
 
@@ -51,6 +52,11 @@ def move(model: Model, seed: int = 1, size: float = 0.1) -> None:
     """Other numbers everywhere, as after training."""
     random, arrays = np.random.default_rng(seed), adapters.export(model)
     adapters.load_(model, {n: a + random.normal(0, size, a.shape).astype("f4") for n, a in arrays.items()})
+
+
+def logits(net: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return net(IDS).logits
 
 
 def stored(model: Model) -> str:

@@ -57,14 +57,12 @@ def npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "entry_points", entry_points)
 
 
-def matrices(model: models.Model, bits: int = 4, group: int = 32, **grid: int) -> dict[str, Quantised]:
-    tensors = models.named_tensors(model.net)
-    return {n: on_grid(t, bits, group, **grid) for n, t in tensors if n.endswith("proj.weight")}
+def projections(model: models.Model, make: Callable[[Any], Quantised]) -> dict[str, Quantised]:
+    return {n: make(t) for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")}
 
 
-def on_positive_scales(model: models.Model) -> dict[str, Quantised]:
-    tensors = models.named_tensors(model.net)
-    return {n: rounded(t, Grid("symmetric", 4), 32) for n, t in tensors if n.endswith("proj.weight")}
+def matrices(model: models.Model, bits: int = 4, group: int = 32) -> dict[str, Quantised]:
+    return projections(model, lambda t: on_grid(t, bits, group))
 
 
 def with_zeros(model: models.Model) -> dict[str, Quantised]:
@@ -81,18 +79,9 @@ def with_embedding(model: models.Model) -> dict[str, Quantised]:
     return {**matrices(model), "model.embed_tokens.weight": embedding}
 
 
-def with_codebook(model: models.Model) -> dict[str, Quantised]:
-    tensors = models.named_tensors(model.net)
-    return {n: on_codebook(t, 4, 32) for n, t in tensors if n.endswith("proj.weight")}
-
-
 def in_super_blocks(kind: str) -> tuple[models.Model, dict[str, Quantised]]:
-    model, grid = (
-        tiny(hidden_size=256, intermediate_size=256, head_dim=64),
-        Grid(kind, SUPER_TYPES[kind].bits),
-    )
-    tensors = models.named_tensors(model.net)
-    return model, {n: rounded(t, grid, 32) for n, t in tensors if n.endswith("proj.weight")}
+    model = tiny(hidden_size=256, intermediate_size=256, head_dim=64)
+    return model, projections(model, lambda t: rounded(t, Grid(kind, SUPER_TYPES[kind].bits), 32))
 
 
 def narrowed(kind: str) -> models.Model:
@@ -105,10 +94,13 @@ def narrowed(kind: str) -> models.Model:
 ODD: dict[str, Callable[[], tuple[models.Model, dict[str, Quantised]]]] = {
     "plain": lambda: (tiny(), {}),
     "4 bits": lambda: ((m := tiny()), matrices(m)),
-    "positive scales": lambda: ((m := tiny()), on_positive_scales(m)),
+    "positive scales": lambda: (
+        (m := tiny()),
+        projections(m, lambda t: rounded(t, Grid("symmetric", 4), 32)),
+    ),
     "5 bits": lambda: ((m := tiny()), matrices(m, 5, 64)),
     "zeros of 0": lambda: ((m := tiny()), with_zeros(m)),
-    "a codebook": lambda: ((m := tiny()), with_codebook(m)),
+    "a codebook": lambda: ((m := tiny()), projections(m, lambda t: on_codebook(t, 4, 32))),
     **{f"super-blocks of {kind}": partial(in_super_blocks, kind) for kind in SUPER_TYPES},
     "two kinds of grids": lambda: ((m := tiny()), mixed(m)),
     "a quantised embedding": lambda: ((m := tiny("qwen2")), with_embedding(m)),

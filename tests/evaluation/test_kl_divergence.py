@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command_line import Patch
 from fleetune.data.encode import Encoded
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence, losses
@@ -92,9 +93,7 @@ def test_pieces_of_any_size_give_the_same_bits(writes: tuple, reads: tuple, tmp_
     assert compare(tmp_path / "p", cut(Q, *reads)) == summary(*of_tokens(P, Q))
 
 
-def test_only_the_first_tokens_are_kept_and_no_more_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_first_tokens_are_kept_and_no_more_made(tmp_path: Path, monkeypatch: Patch) -> None:
     P, Q = drawn(0), drawn(1)
 
     def until(logits: np.ndarray) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses_harness import CHUNK_BYTES, VOCAB, by_hand, odd_batch, rows_of, same_losses
+from losses_harness import CHUNK_BYTES, TEXT, VOCAB, by_hand, odd_batch, rows_of, same_losses
 from peft import PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -149,9 +149,6 @@ def test_a_soft_prompt_moves_the_positions(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
         assert batch_loss(model, batch) == pytest.approx(float(expected), abs=1e-5)
     assert abs(plain - float(expected)) > 1e-3
-
-
-TEXT = "the river runs past the old stone mill, and the wind turns its wheel at night"
 
 
 @pytest.mark.parametrize(("window", "stride"), [(16, 8), (16, 5), (9, 1), (20, 19), (500, 3)])

@@ -13,8 +13,6 @@ from fleetune.models.cache import download
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own, and no way to the network."""
-
     def no_hub(*args: Any, **kwargs: Any) -> Any:
         raise download.Unreachable("no hub in tests")
 

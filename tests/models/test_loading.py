@@ -212,13 +212,14 @@ def test_save_replaces_a_model_and_nothing_else(tmp_path: Path, saved: Path) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "tiny"]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    ],
-)
+FULL = "No space left on device"
+FULLS = [
+    OSError(errno.ENOSPC, FULL),
+    SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULLS)
 def test_a_full_disk_leaves_the_old_model(
     saved: Path, tmp_path: Path, monkeypatch: Patch, error: Any
 ) -> None:

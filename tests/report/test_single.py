@@ -70,14 +70,9 @@ def test_page_shows_no_folder_of_this_machine(tmp_path):
     text = single.write(run).read_text()
     assert not [part for part in ("/home/someone", "/srv", str(tmp_path.parent)) if part in text]
     assert (pairs_of(text)["model"], pairs_of(text)["data"]) == ("small-hf", "rows.jsonl")
-    names = {
-        "/a/b/model": "model",
-        r"C:\data\rows.jsonl": "rows.jsonl",
-        "org/name": "org/name",
-        "/": "/",
-        "": "",
-    }
+    names = {"/a/b/model": "model", r"C:\data\rows.jsonl": "rows.jsonl", "org/name": "org/name", "/": "/"}
     assert {name: parts.short_name(name) for name in names} == names
+    assert parts.short_name("") == ""
 
 
 def test_page_with_samples_says_so_before_it_is_shared(tmp_path):

@@ -81,7 +81,6 @@ tables_of = st.dictionaries(
 )
 @settings(max_examples=15)
 def test_any_piece_is_the_formula_in_whole_numbers(dtype, tables, still, chunk, given_out):
-    """Wherever it begins and ends; of tensors that nothing moves, too."""
     for table in tables.values():
         for name in still:
             table[slice(*ROWS[name])] = [0] * (ROWS[name][1] - ROWS[name][0])

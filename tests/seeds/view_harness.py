@@ -10,14 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 
 import law_definition
 from fleetune.models import DTYPES, named_tensors, uniform
@@ -46,8 +40,6 @@ NETS: dict[str, Callable[[], Any]] = {
         Qwen2Config(**SMALL, intermediate_size=40, num_hidden_layers=1, tie_word_embeddings=True)
     ),
 }
-
-
 Named = Iterable[tuple[str, Tensor]]
 
 

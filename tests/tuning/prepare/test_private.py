@@ -32,8 +32,7 @@ from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 
 LEVELS: dict[str, dict[str, Any]] = {
-    "fedkseed": {"K": 16, "tau": 2, "lr": 1e-3},
-    "mezo": {"K": 16, "tau": 2, "lr": 1e-3},
+    **{name: {"K": 16, "tau": 2, "lr": 1e-3} for name in ("fedkseed", "mezo")},
     "onebyte": {"K": 16, "directions": 2, "lr": 1e-3},
     "signlora": {"lr": 1e-2, "steps": 1, "batch_size": 2},
     "fedit": {"r": 2, "lr": 1e-2, "steps": 1, "batch_size": 2},
@@ -203,9 +202,6 @@ def test_the_time_of_a_private_run_counts_no_rows_of_clients(tiny):
         assert ("rows of clients" in found.text) is not bool(private)
 
 
-# Local steps that hide rows --------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def rows() -> tuple[Model, Any]:
     model = models.tiny_llama()
@@ -295,9 +291,6 @@ def test_rows_are_drawn_each_by_itself(rows):
     sizes = [b.drawn.rows for b in Batches(encoded, 0, 1, private=Privacy(1.0, 1.0, 0.2, 5)).steps(400, 1)]
     assert {0, 1, 2} <= set(sizes)
     assert np.mean(sizes) == pytest.approx(1.0, abs=5 * math.sqrt(5 * 0.16 / 400))
-
-
-# Secure sums --------------------------------------------------------------------------------------------
 
 
 def test_a_run_under_secure_sums_adds_up_what_nobody_sees(tiny):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -208,15 +207,6 @@ def test_where_the_published_rate_moves_nothing_it_is_searched_for_in_any_run(na
 
 
 FEW: dict[str, Any] = command_line.FEW | {"rounds": 2, "settings": {"K": 16, "tau": 4, "batch_size": 2}}
-
-
-@pytest.fixture
-def place(tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
-    rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return tmp_path
 
 
 def test_a_run_records_what_was_found_and_repeats_it(place):

@@ -177,15 +177,10 @@ def test_neither_few_replies_that_are_not_finite_nor_noise_withdraw_a_round(clie
 
 def tuned(out: Path, rounds_: int, **more: Any) -> TuneResult:
     """A whole run of three clients on the tiny llama."""
-    return fleetune.tune(
-        tiny_llama(),
-        [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)],
-        out=out,
-        method="fedit",
-        settings={"r": 2, "steps": 1, "lr": 1e-2},
-        offline=True,
-        **FEW | {"clients": 3, "rounds": rounds_, "held_out": 3} | more,
-    )
+    rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
+    few = FEW | {"clients": 3, "rounds": rounds_, "held_out": 3, "out": out, "offline": True} | more
+    settings = {"r": 2, "steps": 1, "lr": 1e-2}
+    return fleetune.tune(tiny_llama(), rows, method="fedit", settings=settings, **few)
 
 
 def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(tmp_path, monkeypatch):

@@ -97,11 +97,10 @@ def _of_weights(head: LedgerHead) -> LedgerHead:
 
 
 def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file, tmp_path):
-    options: Any = {
-        **FEW,
+    options: Any = FEW | {
         "method": "fedkseed",
-        "settings": {"lr": 0.05, "tau": 3, "K": 64},
         "train": "scales",
+        "settings": {"lr": 0.05, "tau": 3, "K": 64},
     }
     whole = fleetune.tune(str(file), ROWS, out=tmp_path / "a", **options)
     half = fleetune.tune(str(file), ROWS, out=tmp_path / "b", **{**options, "rounds": 1})
