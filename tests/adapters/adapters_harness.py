@@ -49,7 +49,6 @@ def on(net: str, spec: Any, seed: int = 1, *, tuned: bool = True) -> Model:
 
 
 def move(model: Model, seed: int = 1, size: float = 0.1) -> None:
-    """Other numbers everywhere, as after training."""
     random, arrays = np.random.default_rng(seed), adapters.export(model)
     adapters.load_(model, {n: a + random.normal(0, size, a.shape).astype("f4") for n, a in arrays.items()})
 
@@ -76,7 +75,6 @@ def attached(seed: int = 1, *, dtype: torch.dtype = torch.float32, **options: An
 
 
 def tuned(seed: int = 1, **options: Any) -> Model:
-    """With numbers in B too, as after training."""
     model = attached(seed, **options)
     random, arrays = np.random.default_rng(seed), adapters.export(model)
     adapters.load_(model, {n: random.normal(0, 0.1, a.shape).astype("f4") for n, a in arrays.items()})

@@ -45,7 +45,6 @@ def few_candidates(monkeypatch):
 
 
 def begun(name: str) -> tuple[models.Model, Method, Any]:
-    """A model, the method of a case, and its first state."""
     model, chosen = models.tiny_llama(), short(name)
     return model, chosen, chosen.init(model, key())
 

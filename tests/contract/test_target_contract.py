@@ -65,18 +65,9 @@ def matrices(model: models.Model, bits: int = 4, group: int = 32) -> dict[str, Q
     return projections(model, lambda t: on_grid(t, bits, group))
 
 
-def with_zeros(model: models.Model) -> dict[str, Quantised]:
-    return {n: changed(q, zero=q.zero * 0) for n, q in matrices(model).items()}
-
-
 def mixed(model: models.Model) -> dict[str, Quantised]:
     name = "model.layers.1.mlp.down_proj.weight"
     return {**matrices(model), name: on_grid(dict(models.named_tensors(model.net))[name], 8, 32)}
-
-
-def with_embedding(model: models.Model) -> dict[str, Quantised]:
-    embedding = on_grid(model.net.model.embed_tokens.weight, 4, 32)
-    return {**matrices(model), "model.embed_tokens.weight": embedding}
 
 
 def in_super_blocks(kind: str) -> tuple[models.Model, dict[str, Quantised]]:
@@ -99,11 +90,14 @@ ODD: dict[str, Callable[[], tuple[models.Model, dict[str, Quantised]]]] = {
         projections(m, lambda t: rounded(t, Grid("symmetric", 4), 32)),
     ),
     "5 bits": lambda: ((m := tiny()), matrices(m, 5, 64)),
-    "zeros of 0": lambda: ((m := tiny()), with_zeros(m)),
+    "zeros of 0": lambda: ((m := tiny()), {n: changed(q, zero=q.zero * 0) for n, q in matrices(m).items()}),
     "a codebook": lambda: ((m := tiny()), projections(m, lambda t: on_codebook(t, 4, 32))),
     **{f"super-blocks of {kind}": partial(in_super_blocks, kind) for kind in SUPER_TYPES},
     "two kinds of grids": lambda: ((m := tiny()), mixed(m)),
-    "a quantised embedding": lambda: ((m := tiny("qwen2")), with_embedding(m)),
+    "a quantised embedding": lambda: (
+        (m := tiny("qwen2")),
+        matrices(m) | {"model.embed_tokens.weight": on_grid(m.net.model.embed_tokens.weight, 4, 32)},
+    ),
     "a plain model of different widths": lambda: (narrowed("qwen3"), {}),
     "codes of different widths": lambda: ((m := narrowed("llama")), matrices(m)),
     "an activation": lambda: ((m := tiny(hidden_act="gelu")), matrices(m)),
@@ -148,7 +142,6 @@ def exported(to: str, out: Path, sources: dict[str, Path], made: dict[str, str] 
 
 @pytest.fixture(scope="module")
 def written(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report]:
-    """What a target writes, made once."""
     root = tmp_path_factory.mktemp("written")
     return cache(lambda to: exported(to, place(to, root / to), sources, made=MADE))
 

@@ -116,7 +116,6 @@ def test_a_full_disk_is_said() -> None:
 
 
 def rows() -> list[Encoded]:
-    """Rows scored from their first token, from the middle, not at all, and of a single token."""
     draw = np.random.default_rng(0)
     sizes = ((9, 0), (12, 5), (4, 4), (1, 0), (30, 29))
     return [Encoded(draw.integers(0, 250, n).astype(np.int32), k) for n, k in sizes]

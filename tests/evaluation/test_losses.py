@@ -63,7 +63,10 @@ def test_row_order_survives_sorting_by_length(tiny: Model) -> None:
 
 def test_the_head_sees_scored_positions_few_at_a_time(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * 4)
-    head, seen = tiny.net.lm_head, _head_calls(tiny)
+    head, seen = tiny.net.lm_head, list[int]()
+    watch = head.register_forward_hook(lambda module, args, out: seen.append(out[..., 0].numel()))
+    batch_loss(tiny, odd_batch())
+    watch.remove()
     assert seen == [0, 4, 4, 4, 2]  # at first none, to see whether the model changes its logits afterwards
     assert not head._forward_hooks
     assert not head._forward_pre_hooks
@@ -110,17 +113,6 @@ def test_a_model_that_scales_its_logits_is_read_in_parts(kind: str, monkeypatch:
     with eval_mode(net):
         token_losses(net, odd_batch())
     assert max(handed) <= 4, "no array of all tokens"
-
-
-def _head_calls(model: Model) -> list[int]:
-    """The tokens that the head of a model is handed, call by call, while the odd batch is measured."""
-    seen: list[int] = []
-    watch = model.net.lm_head.register_forward_hook(lambda m, args, out: seen.append(out[..., 0].numel()))
-    try:
-        batch_loss(model, odd_batch())
-    finally:
-        watch.remove()
-    return seen
 
 
 def test_a_head_that_is_no_module(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,13 +189,6 @@ def test_a_beginning_token_is_context_and_not_scored() -> None:
     assert perplexity(model, ["t"]) > 1  # one token, scored after the beginning
 
 
-def _viewed(model: Model) -> View:
-    """The model as seen from a point that is not its base."""
-    view = View(named_tensors(model.net), model.net, run_key=9, law="hashed", grid=1e-5)
-    view.place(passes("hashed", 16, np.arange(16, dtype=np.uint64), np.arange(1, 17) * 50))
-    return view
-
-
 # blocks that divide the vocabulary, do not, hold it all
 @pytest.mark.parametrize("block", [1, 5, 70, 1000])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])  # tokens at a time
@@ -212,7 +197,8 @@ def test_a_streamed_head_has_the_same_losses(chunk: int, block: int, monkeypatch
     base = by_hand(model.net, batch)
     monkeypatch.setattr("fleetune.seeds.weights.CHUNK", block * model.net.config.hidden_size)
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
-    view = _viewed(model)
+    view = View(named_tensors(model.net), model.net, run_key=9, law="hashed", grid=1e-5)
+    view.place(passes("hashed", 16, np.arange(16, dtype=np.uint64), np.arange(1, 17) * 50))
     expected = by_hand(model.net, batch)
     assert max(abs(a - b) for (_, a), (_, b) in zip(base, expected, strict=True)) > 1e-3
     same_losses(model.net, batch)

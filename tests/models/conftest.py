@@ -26,5 +26,4 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A tiny model as a directory."""
     return models.tiny_llama().save(tmp_path / "tiny")

@@ -85,7 +85,6 @@ def test_a_cached_built_in_needs_no_network(origin: cache.Origin, monkeypatch: P
 
 
 def the_hub_has(saved: Path, patch: Patch) -> None:
-    """Let the hub answer with this folder."""
 
     def snapshot(hub: str, *, commit: str, folder: Path) -> Path:
         shutil.copytree(saved, folder, dirs_exist_ok=True)

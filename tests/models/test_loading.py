@@ -67,12 +67,9 @@ def test_a_tokenizer_of_another_model_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./missing", "no file or directory"),
-        ("missing.gguf", "no file or directory"),
-        ("a/b/c", "no file or directory"),
+        *((name, "no file or directory") for name in ("./missing", "missing.gguf", "a/b/c")),
         ("SmolLM2", "Did you mean 'smollm2-135m'"),
-        ("two words", "not a model's name"),
-        ("org/no..dots", "not a model's name"),
+        *((name, "not a model's name") for name in ("two words", "org/no..dots")),
         ("", "no model was named"),
     ],
 )

@@ -435,7 +435,6 @@ def test_the_printed_command_makes_tune_use_what_was_planned(large, tmp_path, ca
     assert told["command"] in out
     size = f"{told['batch_size']} x {told['max_length']} tokens a step in {wanted.dtype}"
     assert f"fedit with {size}, base mapped: about " in out
-
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"a {i}", "response": "b"}) + "\n" for i in range(6)))
     words = [str(rows) if word == "DATA" else word for word in shlex.split(told["command"])[1:]]

@@ -34,7 +34,6 @@ def fake_run(
     status: str = "done",
     categories: Sequence[str] = CATEGORIES,
 ) -> Path:
-    """A run folder with drop-outs, late and refused replies."""
     r, run, method = random.Random(3), parent / name, name.split("-")[1]
     (run / "adapter").mkdir(parents=True)
     counts = {c: [1 + round(12 * r.gammavariate(0.5, 1.0)) for _ in range(clients)] for c in categories}
@@ -163,7 +162,6 @@ class Page(HTMLParser):
         return "".join(self.words)
 
     def table(self, *head: str) -> list[list[str]]:
-        """The rows of the one table whose head begins with these names."""
         (found,) = [t for t in self.tables if tuple(t[0][: len(head)]) == head]
         return found[1:]
 
@@ -184,7 +182,6 @@ def write_lines(run: Path, lines: Sequence[Mapping[str, object]]) -> Path:
 
 
 def restated(run: Path, of: str = "start", **more: object) -> Path:
-    """Let the events of one kind of a run state more."""
     return write_lines(run, [line | more if line["event"] == of else line for line in lines_of(run)])
 
 

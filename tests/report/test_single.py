@@ -6,7 +6,6 @@ import json
 import os
 import re
 import stat
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -21,10 +20,6 @@ from fleetune.report import runlog, single, svg
 
 def pairs_of(text: str) -> dict[str, str]:
     return dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
-
-
-def costs_of(run: Path) -> dict[str, str]:
-    return {row[0]: row[1] for t in page_of(run).tables for row in t if len(row) == 2}
 
 
 def test_page_is_whole_and_needs_nothing_else(run24):
@@ -54,7 +49,7 @@ def test_result_is_that_of_the_metrics(run24):
     figures = [f"{base['loss']:.3f}", f"{tuned['loss']:.3f}", f"−{-fell:.1f} %, better"]
     assert loss == ["validation loss", *figures]
     assert rouge[1:] == ["11.8", f"{tuned['rouge_l']:.1f}", f"+{tuned['rouge_l'] - 11.82:.1f}, better"]
-    took = costs_of(run24)
+    took = {row[0]: row[1] for t in page_of(run24).tables for row in t if len(row) == 2}
     assert took["bytes over the fleet"] == human_bytes(done["bytes_up"] + done["bytes_down"])  # type: ignore[operator]
     assert took["wall time"] == human_time(done["wall"])  # type: ignore[arg-type]
     assert took["peak memory"] == human_bytes(done["peak_rss"])  # type: ignore[arg-type]

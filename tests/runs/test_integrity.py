@@ -56,7 +56,6 @@ class Folder:
 
     @property
     def files(self) -> list[str]:
-        """Every file of it, by name."""
         found = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
         return sorted(f for f in found if not f.endswith(".lock"))
 
@@ -130,7 +129,6 @@ def stopped_after_two_rounds(folder: Path) -> Iterator[None]:
 
 
 def lay_out(place: Path) -> None:
-    """Put the model, the rows and the texts that all jobs use into the folder `place`."""
     models.tiny_llama(layers=3).save(place / "model")
     counts = {i: " ".join(map(str, range(1 + i % 8))) for i in range(1, 31)}
     rows = [{"instruction": f"count to {i}", "response": text} for i, text in counts.items()]
@@ -163,7 +161,6 @@ def digest_of(path: Path) -> str:
 
 
 def metrics_of(path: Path) -> list[Any]:
-    """The events of a run without times and places."""
     found = [e for p in sorted(path.rglob("metrics.jsonl")) for e in _lines(p.parent)]
     return [{k: v for k, v in e.items() if k not in CHANGES} for e in found]
 

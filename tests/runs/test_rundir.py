@@ -26,7 +26,6 @@ from fleetune.tuning.rounds import checkpoint
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[RunDir]:
-    """An open run folder with a recipe."""
     with create(tmp_path / "runs", "fedkseed", "tiny") as opened:
         opened.write("run.toml", "model = 'tiny'\n")
         yield opened

@@ -56,7 +56,6 @@ def view_of(model: Model, law: str = "hashed", grid: float = GRID) -> View:
 
 
 def z_of(view: View, id: int) -> dict[str, np.ndarray]:
-    """The direction, by tensor, from its definition."""
     return {
         s.name: direction(view.law, id, s.start, s.tensor.numel(), K, KEY).reshape(s.tensor.shape)
         for s in view.slots

@@ -71,7 +71,6 @@ def formula(ledger: Ledger) -> dict[str, torch.Tensor]:
 
 
 def rebuild(ledger: Ledger, backend: str = "numba", threads: int = 1) -> str:
-    """The digest of what the kernels make of a ledger."""
     found, h = [], ledger.head
     for slot in layout(base().items()):
         out = slot.tensor.reshape(-1).clone()
@@ -210,25 +209,19 @@ BAD_HEADS = {
     "a negative key": changed(run_key="-000000000000001"),
     "no base": json.dumps({"K": 16}),
     "an unknown field": changed(extra=1),
-    "K is a float": changed(K=16.0),
-    "K is 12": changed(K=12),
-    "K is 0": changed(K=0),
-    "K is true": changed(K=True),
-    "K is beyond the tables": changed(K=2**25),
-    "grid is 0": changed(grid=0.0),
-    "grid is 1e30": changed(grid=1e30),
-    "another law": changed(law="cauchy"),
-    "grid is nan": changed(grid=float("nan")),
-    "grid is null": changed(grid=None),
+    **{f"K is {K}": changed(K=K) for K in (16.0, 12, 0, True, 2**25)},  # beyond the tables
+    **{f"grid is {grid}": changed(grid=grid) for grid in (0.0, 1e30, float("nan"), None)},
     "grid is a huge number": changed(grid=10**400),
-    "base is a number": changed(base=1),
-    "eps is text": changed(eps="1"),
+    "another law": changed(law="cauchy"),
+    **{
+        f"{n} is {value!r}": changed(**{n: value})
+        for n, value in {"base": 1, "eps": "1", "tensors": 1}.items()
+    },
     "hyper is a list": changed(hyper=[]),
     "a check of round 02": changed(checks={"02": ""}),
     "a check of 5,000 digits": changed(checks={"1" * 5000: ""}),
     "a check beyond 32 bits": changed(checks={"4294967296": ""}),
     "a check of a number": changed(checks={"1": 1}),
-    "tensors is a number": changed(tensors=1),
     "a tensor of two parts": changed(tensors=[["a", [1]]]),
     "trains is none of three": changed(hyper={"train": "codes\n"}),
     "a name that is a number": changed(tensors=[[1, [2], "x"]]),
@@ -562,7 +555,6 @@ def outer(entries: Signed, **changes: Any) -> Ledger:
 
 
 def signed(ledger: Ledger) -> Signed:
-    """The entries, each with its bytes of signs."""
     found, at = [], 0
     for id, c, round in rows(ledger):
         p, place = divmod(id, 1 << 32)

@@ -73,7 +73,6 @@ def test_fwht_and_columns_equal_the_dense_matrix(K):
 
 
 def total(law: str, passes: noise.Passes, run_key: int, start: int, count: int) -> np.ndarray:
-    """acc of the passes, by their definition."""
     acc = np.zeros(count, np.int64)
     for id, table in zip(passes.ids.tolist(), passes.tables, strict=True):
         acc += noise.signs(run_key, id, start, count) * table[slow_places(len(table), start, count)]

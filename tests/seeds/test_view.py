@@ -189,7 +189,6 @@ def test_tensors_that_a_parent_reads_are_at_the_point():
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """What is read of the base: (name, first element, last)."""
     reads: list[tuple[str, int, int]] = []
 
     def read(slot: WeightSlot, first: int, last: int) -> Tensor:
@@ -209,7 +208,6 @@ def test_only_the_embedding_rows_in_use_are_read(asked):
 
 
 def rows(count: int = 3) -> Batch:
-    """Rows of different lengths, so that some are padded."""
     return collate([Encoded(np.arange(5 + i, 17 + 2 * i, dtype=np.int32), 4) for i in range(count)], 0, "cpu")
 
 
@@ -391,7 +389,6 @@ def by_tape(net: nn.Module, view: View, batch: Batch) -> tuple[dict[str, Tensor]
 
 
 def plain(net: nn.Module, view: View, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-    """The same by torch alone, of a copy that holds the moved weights."""
     moved = dict(view.tensors())
     view.remove()
     twin = written(copy.deepcopy(net), moved.items()).requires_grad_(True)

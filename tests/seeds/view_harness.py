@@ -68,7 +68,6 @@ def view_of(net: Any, law: str = "hashed") -> View:
 
 
 def placed(view: View, eps: float = 0.0) -> View:
-    """The view at the point of ENTRIES, probed by eps along DIRECTION."""
     view.place(passes(view.law, K, IDS, COEFFICIENTS))
     if eps:
         view.probe(probe(view.law, K, DIRECTION), eps)
@@ -96,7 +95,6 @@ def reference(named: Named, law: str, entries: Iterable[tuple[int, int]], eps: f
 
 
 def written(net: Any, tensors: Named) -> Any:
-    """The net with these tensors as its stored weights."""
     known = dict(named_tensors(net))
     for name, tensor in tensors:
         known[name].copy_(tensor)

@@ -52,7 +52,6 @@ def rank(model, batch):
 
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The values that `ranks_of_tokens:rank` returned, in order."""
     (tmp_path / "ranks_of_tokens.py").write_text(RANKS)
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("ranks_of_tokens", None)
@@ -69,14 +68,12 @@ def rows() -> list[Encoded]:
 
 
 def one_round(method: Any, model: Model, rows: list[Encoded]) -> tuple[Any, Payload]:
-    """(the state after a round of one device, the device's reply)."""
     state = method.init(model, 5)
     reply = method.local(model, method.broadcast(state), Batches(rows, 257, 9), 9, {})
     return method.aggregate(state, [Reply(0, 9, reply)]), reply
 
 
 def slopes(method: Any, reply: Payload) -> np.ndarray:
-    """What a reply says of the slopes."""
     ((name, sent),) = reply.arrays.items()
     if name == "g":
         return sent.astype(np.float64)

@@ -50,7 +50,6 @@ def start(seed: int = 11, **changes: Any) -> State:
 
 
 def replies(state: State, method: Method, g: np.ndarray, rows: Any = 8, round: int = 0) -> list[Reply]:
-    """Devices that report the scalars g [devices, P]."""
     rows = np.broadcast_to(rows, len(g)).tolist()
     return [
         Reply(c, 1000 * round + c, Payload({"g": row.astype(np.float32)}, {"n": n, "loss": 1.0}))

@@ -187,7 +187,6 @@ class Machine:
         return Reply(self.number, key, decode(encode(Message(round, bytes(8), payload))).payload)
 
     def stands_at(self, chosen: Method, message: bytes) -> str:
-        """SHA-256 of all weights after the last message."""
         grid = {"law": chosen.law, "K": chosen.K, "lr": chosen.grid_lr}
         view, position = open_view(self.model, decode(message).payload, **grid)
         position.place(view)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ import torch
 from contract_harness import base_of, fleet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from methods_harness import Folder
 
 from fleetune.data import Encoded
 from fleetune.data.encode import Batches, collate
@@ -197,7 +197,7 @@ def test_a_round_without_replies_is_one_whose_directions_are_passed_over():
 def told(chosen: Method, fleet: LocalFleet, state: State, number: int, present: Any, folder: Path) -> Any:
     """(what the clients of a round answer, what each was sent: the news since what it remembers)."""
     asked = Round(number, base_of(fleet.model), fleet.rows, state)
-    with Replies(chosen, asked, Folder(folder), lambda event: None) as replies:
+    with Replies(chosen, asked, SimpleNamespace(path=folder), lambda event: None) as replies:
         messages = _messages(chosen, fleet, replies, present)
     return list(fleet.ask(number, present, messages)), messages
 
@@ -270,18 +270,6 @@ def test_devices_of_unlike_uplinks_send_unlike_shares_of_their_rows(rows, tmp_pa
         tiny(share="900,1000").init(model, 3)
 
 
-def wrong(change: str, sent: Payload) -> None:
-    arrays = sent.arrays
-    if change == "known":
-        sent.scalars["known"] = 2
-    elif change == "rows":
-        arrays["rows"] = arrays["rows"][::-1].copy()
-    elif change in ("direction", "matrix"):
-        arrays[change] = np.full_like(arrays[change], 8)
-    else:
-        arrays[change] = arrays[change][:-1]
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -296,7 +284,14 @@ def test_a_message_that_is_not_of_the_run_is_refused(change, said, rows):
     ones = [np.ones(rows) for rows in chosen.rows(state)]
     state = chosen.written(state, ones)
     sent, memory = chosen.broadcast(state), dict[str, Any]()
-    wrong(change, sent)
+    arrays = sent.arrays
+    if change == "known":
+        sent.scalars["known"] = 2
+    elif change == "rows":
+        arrays["rows"] = arrays["rows"][::-1].copy()
+    else:
+        wrong = np.full_like(arrays[change], 8) if change in ("direction", "matrix") else arrays[change][:-1]
+        arrays[change] = wrong
     with pytest.raises(MessageError, match=said):
         answer(model, chosen, sent, rows, memory)
     assert not memory

@@ -48,7 +48,6 @@ def tuned(tiny: str, method: str = "fedkseed", **more: Any) -> Any:
 
 
 def spent_in(run: Any) -> list[float]:
-    """The epsilon after each round, as its event says."""
     return [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
 
 
@@ -192,7 +191,6 @@ def test_what_cannot_be_promised_is_refused_before_work(tiny, options, word):
 
 
 def test_the_time_of_a_private_run_counts_no_rows_of_clients(tiny):
-    """They are not measured."""
     given = PLAIN | {"model": tiny, "data": "demo", "method": "fedkseed", "set": LEVELS["fedkseed"]}
     for private in ({}, {"privacy": "client", "epsilon": 8.0, "clip_norm": 1.0}):
         recipe = recipes.make({**given, **private})

@@ -181,7 +181,6 @@ def test_a_rate_is_held_until_the_model_has_moved_so_often(name, moves, model):
 
 
 def searches(recipe: Recipe, rows: int = 400, *, clients: int = 8, asked: int = 8) -> list[Search]:
-    """The searches that may be made for a recipe's rates."""
     names, method = rates.wanted(recipe), methods.make(recipe.method, recipe.set)
     return rates.searches(recipe, method, names, [n for n in names if n in recipe.set], rows, clients, asked)
 
@@ -243,7 +242,6 @@ def test_a_run_that_back_propagates_finds_its_rate_or_says_that_it_does_not(plac
 
 
 def of_two(values: dict[str, Any], **more: Any) -> Any:
-    """A recipe of FedKSeed for two clients."""
     given = {"model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "clients": 2, "held_out": 4}
     return recipes.make({**given, "set": {"K": 16, "batch_size": 2, **values}, **more})
 

@@ -122,7 +122,6 @@ OPTIONS: dict[str, Any] = FEW | {"max_length": 48}
 
 @pytest.fixture(scope="module")
 def runs(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, data, and a run of either kind."""
     folder = tmp_path_factory.mktemp("provenance")
     (folder / "tiny").symlink_to(tiny)
     rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]

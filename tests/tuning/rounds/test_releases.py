@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import BASE, Averaging, Devices, State, told
+from toy import BASE, Averaging, Devices, Killed, State, told
 
 from fleetune.common.events import Recorded, RoundDone, as_dict
 from fleetune.errors import StorageError
@@ -26,10 +26,6 @@ from fleetune.tuning.rounds.rounds import Hooks, RoundPlan
 
 RULE = Rule(PRIVATE, privacy=Privacy(1.0, 1.0, 1.0, 3))
 LOSSES = (9.0, 7.0, 8.0, 6.0, 6.5, 7.0)
-
-
-class Killed(BaseException):
-    pass
 
 
 @dataclass

@@ -35,7 +35,6 @@ def model() -> Model:
 
 
 def asked(model: Model, method: Method, state: Any, sealed: Sealed | None) -> tuple[LocalFleet, list[Answer]]:
-    """Return a fleet of 4 that has done a round's work, and what it answered."""
     made = fleet(model, method, 4)
     made.sealed = sealed
     sent = encode(Message(1, base_of(model), kind_of(method, state)[0]))

@@ -26,6 +26,10 @@ ROWS = 10
 SIZE = 50
 
 
+class Killed(BaseException):
+    pass
+
+
 class State(NamedTuple):
     tensors: dict[str, np.ndarray]
     scale: float = 1.0
@@ -97,7 +101,6 @@ class Played(NamedTuple):
     events: list[Recorded]
 
     def refused(self) -> dict[int, str]:
-        """The reason by client, of all rounds."""
         last = {(e.round, e.client): e for e in self.events if isinstance(e, ClientReply)}
         return {c: e.reason for (_, c), e in last.items() if e.status == "refused"}
 
@@ -105,7 +108,6 @@ class Played(NamedTuple):
 def play(
     place: Path | RunDir, fleet: Devices, method: Any = None, *, evaluate: Any = lambda state: {}, **plan: Any
 ) -> Played:
-    """Rounds of a plan, in a run or in a new one in a folder."""
     seen, spent = list[Recorded](), plan.pop("spent", None)
     with place if isinstance(place, RunDir) else create(place, "averaging", "toy") as opened:
 
@@ -121,6 +123,5 @@ def play(
 
 
 def mean_without(*left_out: int, clients: int = 8) -> np.ndarray:
-    """What the clients but these make of the first round."""
     w = start().tensors["w"]
     return mean_of((ROWS, honest(1, c, w).arrays) for c in range(clients) if c not in left_out)["w"]

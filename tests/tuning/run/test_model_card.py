@@ -32,7 +32,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TuneResult]:
-    """A run of an adapter and one of a ledger, on a model whose own card states a licence."""
     folder = tmp_path_factory.mktemp("cards")
     model = models.tiny_llama()
     models.save(model.net, model.tokenizer, folder / "tiny", card="---\nlicense: mit\n---\n\n# tiny\n")
@@ -44,7 +43,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TuneResult]:
 
 @pytest.fixture(params=["adapter", "fedit", "mezo"])
 def written(request: pytest.FixtureRequest, runs: Any, tmp_path: Path) -> tuple[TuneResult, Path]:
-    """A run, and a folder with a card of it."""
     if request.param == "adapter":
         return runs["fedit"], runs["fedit"].path
     folder = tmp_path / "hf"

@@ -33,7 +33,6 @@ DEAF = "def same(model, batch):\n    return 1.5\n\ndef size(model, batch):\n    
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a causal model, two encoders, labelled rows and a file of objectives."""
     at = tmp_path_factory.mktemp("figures")
     for name, model in (("llama", tiny_llama()), ("bert", tiny_bert(labels=("no", "yes")))):
         models.save(model.net, model.tokenizer, at / name)
@@ -50,7 +49,6 @@ def tune(places: Path, out: Path, method: str = "fedkseed", model: str = "llama"
 
 @pytest.fixture(scope="module")
 def untouched(places: Path) -> float:
-    """The held-out loss of the model as `models.load` gives it, with nothing else done to it."""
     given = {"model": str(places / "llama"), "data": str(places / "rows.jsonl"), "method": "fedkseed"}
     job = prepare.prepare(recipe.make({**RECIPE, **given, "set": {"lr": 1e-3}}), offline=True)
     return response_loss(models.load(given["model"], offline=True), job.held)
