@@ -3,8 +3,6 @@
 It is built here and installed without its dependencies into a folder of its own, which comes before all else on the path.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

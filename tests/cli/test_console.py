@@ -1,7 +1,5 @@
 """The console: results on stdout, talk on stderr, no escape codes off a terminal, strict JSON on request."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json
@@ -23,15 +21,11 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
     def isatty(self) -> bool:
         return True
 
 
 class Clock:
-    """Time that moves only when told."""
-
     def __init__(self) -> None:
         self.now = 100.0
 
@@ -261,8 +255,6 @@ def test_a_closed_pipe_ends_the_output_not_the_work(json_mode):
 
 
 class Full(io.StringIO):
-    """A stream on a disk that takes no more."""
-
     def write(self, text: str) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 

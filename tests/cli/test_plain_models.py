@@ -1,7 +1,5 @@
 """A run, an adapter or a compressed model given as MODEL is refused at once, with the command that makes a plain model of it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

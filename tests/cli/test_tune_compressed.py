@@ -1,7 +1,5 @@
 """A compressed model given as MODEL where its scales are trained: its file is written once, and the run is one of that file."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Grids of GGUF's super-blocks: what is fitted, that every code is the nearest, and OPTQ on them."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 from functools import cache

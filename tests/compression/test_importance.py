@@ -1,7 +1,5 @@
 """What the loss would rise by without a group, against autograd in float64, and which groups stay."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from gkd_harness import rows

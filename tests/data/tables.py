@@ -1,7 +1,5 @@
 """Rows, written as a file of each type that is read."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

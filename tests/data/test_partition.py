@@ -1,7 +1,5 @@
 """Partitions and held-out rows: exact covers, exact counts, fixed by the seed, skewed as alpha says."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

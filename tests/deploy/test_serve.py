@@ -1,7 +1,5 @@
 """`fleetune serve` and `fleetune chat` as a user meets them: an engine is started, asked, and ended with the command."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import io
@@ -243,12 +241,8 @@ def test_chat_answers_once_to_a_prompt_or_a_pipe(at: Path, capsys: Capture, monk
     args = ["--system", "s", "--temperature", "1.5", "--seed", "7", "--max-tokens", "9", "--prompt", "hello"]
     assert call(capsys, *CHAT, *args)[:2] == (0, "2:hello\n")
     body = json.loads((at / "bin" / "body").read_text())
-    assert {key: body[key] for key in ("temperature", "seed", "max_tokens", "model")} == {
-        "temperature": 1.5,
-        "seed": 7,
-        "max_tokens": 9,
-        "model": "tiny.gguf",
-    }
+    wanted = {"temperature": 1.5, "seed": 7, "max_tokens": 9, "model": "tiny.gguf"}
+    assert {key: body[key] for key in wanted} == wanted
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines"))
     assert call(capsys, *CHAT)[:2] == (0, "1:two\nlines\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))

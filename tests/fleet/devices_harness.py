@@ -1,7 +1,5 @@
 """What tests of a finished run on real devices share: a run of a tiny model, and devices in threads on this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

@@ -1,7 +1,5 @@
 """Devices calibrate a compression: the artefact is that of the simulated clients, and nobody who lies or leaves stops it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

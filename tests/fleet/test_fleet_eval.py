@@ -1,7 +1,5 @@
 """A result is measured on the devices' own held-out rows, which they never train on; a device bounds nothing but itself."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

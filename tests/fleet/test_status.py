@@ -1,7 +1,5 @@
 """How a fleet's run stands: from the folder of one that is served, finished, killed or damaged; and how one is stopped."""
 
-from __future__ import annotations
-
 import json
 import runpy
 from pathlib import Path

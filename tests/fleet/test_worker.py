@@ -1,7 +1,5 @@
 """A device: it answers as a simulated client would, once for each order, and runs nothing that a server sends."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -352,7 +350,6 @@ def test_a_built_in_objective_may_have_its_argument(worker, job):
 
 
 # Secure sums --------------------------------------------------------------------------------------------
-
 SUM = Secure(4, 3, 1e3, 0.0)
 
 
@@ -444,7 +441,6 @@ def test_a_secure_sum_that_hides_nothing_is_no_job(odd):
 
 
 # Rows that the device hides ------------------------------------------------------------------------------
-
 HIDDEN = Hidden(4.0, 1e-3, 1.0)
 STEPS = 2  # of a round
 

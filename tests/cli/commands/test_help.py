@@ -1,7 +1,5 @@
 """`fleetune help`: every page, every section that a message names, and what leads nowhere."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

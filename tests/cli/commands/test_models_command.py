@@ -1,7 +1,5 @@
 """`fleetune models` with a cache: what is here, and what is removed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

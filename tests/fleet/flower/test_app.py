@@ -4,8 +4,6 @@ Most of it runs in this process, on a grid that calls the ClientApp itself, anew
 `make slow` has the same with Flower's own programs.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import logging

@@ -1,7 +1,5 @@
 """Flower's own programs, started for real: its simulation engine, and a SuperLink with SuperNodes, one of which is killed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
