@@ -1,7 +1,5 @@
 """Every trainable module on a tiny decoder and two tiny encoders, for the tests of `adapters`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Every trainable module on decoders and encoders: start, training, leaving."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

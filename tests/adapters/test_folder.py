@@ -1,7 +1,5 @@
 """Adapters as folders: PEFT's layout, our own, and folders that cannot be used."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

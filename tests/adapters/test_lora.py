@@ -1,7 +1,5 @@
 """LoRA: start, numbers in and out, training, merging into 16 bits, and dropout that is torch's and keeps less."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Where LoRA starts: the formulas in float64, what leaves the base, what is saved, and what a device is told."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The scales of a quantised base as a module that is trained by back-propagation, against plain references."""
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
 from pathlib import Path

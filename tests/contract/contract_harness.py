@@ -1,7 +1,5 @@
 """What the contract suite runs every method on: a tiny random llama and thirty rows of one small language."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Small cases of every method, honest replies of a usual size, and a round that adds them up."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

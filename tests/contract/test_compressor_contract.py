@@ -1,7 +1,5 @@
 """The contract of compressors: every method x every property, those of other packages included."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json

@@ -1,7 +1,5 @@
 """The contract, every method x every property, in order of value (design: "Contract tests")."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

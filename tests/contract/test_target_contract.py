@@ -1,7 +1,5 @@
 """The contract, every export target x every property; the target of docs/export.md is one of them, from another package."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from contextlib import suppress

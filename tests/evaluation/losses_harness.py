@@ -1,7 +1,5 @@
 """Rows, and their losses a token at a time in float64."""
 
-from __future__ import annotations
-
 import math
 import random
 

@@ -1,7 +1,5 @@
 """Greedy answers against an argmax loop, scores and label words by hand."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """KL divergence and same top token against the formulas, in float64 and a token at a time; the file between the two models."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Losses and perplexity against references computed by hand: float64 softmax, one-shot perplexity."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Measures by name: what the parts give."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Objectives: the built-in ones against the same number reached another way, and functions by import path."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A cache of its own for every test of models, and no way to the network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

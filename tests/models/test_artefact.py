@@ -1,7 +1,5 @@
 """The master artefact: golden bytes, exact weights, damage."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

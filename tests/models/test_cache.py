@@ -1,7 +1,5 @@
 """Built-in models: where they come from, and what is left in the cache."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import shutil

@@ -1,7 +1,5 @@
 """Directories, sizes and weights that cannot be used."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Encoders: whose head a directory gets, accuracy by head and by label words, and a whole run of one."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

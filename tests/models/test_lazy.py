@@ -1,7 +1,5 @@
 """A model whose weights stay in their file is the one in memory: values, products, gradients, digests."""
 
-from __future__ import annotations
-
 import copy
 import math
 from concurrent.futures import ThreadPoolExecutor

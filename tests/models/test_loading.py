@@ -1,7 +1,5 @@
 """A model from a name: what is loaded, what a name may be, and the hub."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """The digest of a model and of a tokenizer, drawn values, and the tiny models."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import threading

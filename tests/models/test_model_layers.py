@@ -1,7 +1,5 @@
 """Layers by their structure, and their activations computed again."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

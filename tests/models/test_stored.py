@@ -1,7 +1,5 @@
 """Numbers of tensors in mapped files: blocks, runs of numbers, files that change or are damaged."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """The plan: counts, bytes and memory against real models, messages and rounds; what is given up so that a method fits."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shlex

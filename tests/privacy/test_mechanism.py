@@ -1,7 +1,5 @@
 """Client-level differential privacy: the bound on a client, the noise, and the known numbers of accountants."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Secure sums: every pattern of drop-outs gives the exact sum or an honest refusal, and no member lays another open."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection
 

@@ -1,7 +1,5 @@
 """A run folder as a real run leaves it, and a reader of its page."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

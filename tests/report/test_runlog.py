@@ -1,7 +1,5 @@
 """A run folder read as far as it can be read: its summary, torn and doubled records, and which runs compare."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The page of a run: one file that needs nothing else, shows no folder of this machine, and that no damage stops."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Axes with few round ticks, marks where their values are, labels and legends that fit."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -1,7 +1,5 @@
 """What a run stands on is named in its checkpoints, and its files are private, swept, and said as they are."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -18,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 import pytest
@@ -112,7 +110,7 @@ def stopped_after_two_rounds(folder: Path) -> Iterator[None]:
         def __init__(self, ui: object) -> None:
             pass
 
-        def __enter__(self) -> Pressed:
+        def __enter__(self) -> Self:
             return self
 
         def __exit__(self, *_: object) -> None:

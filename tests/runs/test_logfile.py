@@ -1,7 +1,5 @@
 """The log of a folder: lines with times, rotated by size, and nothing that stops a run."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """Run folders: numbers, the lock, metrics that survive kills, checkpoints that survive damage, full disks."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """Trackers get the figures of a run, and cannot disturb it.  Each is read back with its own library."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

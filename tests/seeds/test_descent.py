@@ -1,7 +1,5 @@
 """Slopes against back-propagation, both descents step by step, and the draws both sides make."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """The ledger: its file to the byte, damage, and what every operation does to the weights it rebuilds."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Directions against published vectors, a slow reference written from the format, and frozen digests."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

@@ -1,7 +1,5 @@
 """The view of outer products: every piece of every tensor by its definition in whole numbers, on any number of threads."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import cache
 from typing import Any

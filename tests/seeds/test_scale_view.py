@@ -1,7 +1,5 @@
 """The scales of a quantised base as what is trained: points, slopes and gradients against plain references."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from pathlib import Path

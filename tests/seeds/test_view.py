@@ -1,7 +1,5 @@
 """The view: what a net computes, forward and back, is what it would compute with the weights written, and nothing is."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import logging

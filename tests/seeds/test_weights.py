@@ -1,7 +1,5 @@
 """Weights at a point, a piece at a time: those of the definition, whatever kernels, threads and pieces make them."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np

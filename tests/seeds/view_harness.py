@@ -1,7 +1,5 @@
 """Small nets, a point and a probe, and the weights there by the definition."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable
 from functools import cache, partial

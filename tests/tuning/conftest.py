@@ -1,7 +1,5 @@
 """The working folder, with the tiny model and rows; encoded rows that the methods' tests share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A sweep: which runs it is, what it refuses before any work, what a kill leaves, and what its page says."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

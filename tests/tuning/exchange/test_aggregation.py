@@ -1,7 +1,5 @@
 """Means against float64, products against the dense SVD, rules against numpy and the papers; in methods, runs, ledgers."""
 
-from __future__ import annotations
-
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The codec: exact bytes, every damage noticed, hostile bodies harmless; the door; the one-byte code."""
 
-from __future__ import annotations
-
 import hashlib
 import zlib
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The code of signs: its planes by their definition, number by number, and tensors as one vector and back."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st

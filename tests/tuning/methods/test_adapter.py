@@ -4,8 +4,6 @@ The formulas' devices train a toy: two tensors in double precision whose loss is
 every step can be written down by hand.  The code under test is all but that loss.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

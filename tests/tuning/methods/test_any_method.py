@@ -1,7 +1,5 @@
 """What holds of every method: any objective, the largest integers of a reply, and checkpoints that change no bit."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from pathlib import Path

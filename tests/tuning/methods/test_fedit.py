@@ -1,7 +1,5 @@
 """fedit (and fedpetuning's LoRA) beyond the contract: devices of unlike ranks, starts that the server owns."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,11 +1,9 @@
 """FedKSeed: a device's walk and the server's step in float64, Pro's weights, mixed fleets."""
 
-from __future__ import annotations
-
 import math
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import contract_harness as harness
 import numpy as np
@@ -64,7 +62,7 @@ class Reference:
             for slot in layout(models.named_tensors(models.tiny_llama().net))
         }
 
-    def at(self, x: np.ndarray) -> Reference:
+    def at(self, x: np.ndarray) -> Self:
         with torch.no_grad():
             for name, tensor in models.named_tensors(self.net):
                 moved = torch.from_numpy(self.z[name] @ x).view_as(tensor)

@@ -1,7 +1,5 @@
 """FedPepTAO: measurements and the choice of layers, the server's steps against the formulas in float64, and personal prompts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

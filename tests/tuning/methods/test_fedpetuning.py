@@ -1,7 +1,5 @@
 """fedpetuning on a decoder with grouped queries and on an encoder with a head: what travels, averages, paper's numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """FwdLLM: scalars, forward gradient, gate and ranking against the published vector arithmetic in float64."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One byte: the code table, the step against the formula in float64, votes, and machines that come and go."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Signlora: a device's signs against the dense gradient, what the server writes and keeps, and what a device is told."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path

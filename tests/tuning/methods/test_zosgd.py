@@ -1,7 +1,5 @@
 """ZO-SGD: MeZO's numbers bit for bit, from a direction that lies in memory while the losses are taken."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

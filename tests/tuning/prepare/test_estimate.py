@@ -1,7 +1,5 @@
 """The time of a run before it begins, and a run that is made to fit into a stated time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Runs with differential privacy: what they promise, what they refuse, and that local steps hide rows as the papers say."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

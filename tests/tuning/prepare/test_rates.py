@@ -1,7 +1,5 @@
 """The learning rate that is found before round 1: formulas against float64 references, trials, whole runs."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A method that a caller wrote is taken as an object: tuned in this process, and its result used in any."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Recipes: there and back through TOML, every problem at once, suggestions, bounds."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The YAML of axolotl, LLaMA-Factory and mlx-lm as a recipe."""
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 from pathlib import Path

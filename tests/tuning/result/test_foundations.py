@@ -1,7 +1,5 @@
 """What a run was made of: it is said in its folder, repeated from that, and not gone on with where data or base changed."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import hashlib

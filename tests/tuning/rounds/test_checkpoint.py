@@ -1,7 +1,5 @@
 """A state comes back from a checkpoint bit by bit; the course of a run through JSON."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a private run has released is counted, whatever is lost of it; and no client ends such a run."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Replies at the door: rows, the bound on how far one goes, whoever comes first, and what a method fails on."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The round loop: quorum, kinds, rounds that ruin the model, early stop and the best round, kills."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace

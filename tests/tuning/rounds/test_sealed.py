@@ -1,7 +1,5 @@
 """A round under a secure sum: bit for bit the sum without masks, whoever drops out or is restarted, and nothing else."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path

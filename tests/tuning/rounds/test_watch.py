@@ -1,7 +1,5 @@
 """A run that diverges says so at once, once, with what to change; and says at the end what its change is worth."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A method of one tensor, a fleet whose replies a function makes, and the round loop over both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

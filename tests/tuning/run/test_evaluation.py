@@ -1,7 +1,5 @@
 """Every client's loss before and after: on its own rows, held out where there are enough, few enough to cost little."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections import Counter

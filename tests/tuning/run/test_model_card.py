@@ -1,7 +1,5 @@
 """Model cards say what a run recorded, are valid for the Hub, and tell nothing of rows, clients or this machine."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from functools import partial

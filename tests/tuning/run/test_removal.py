@@ -1,7 +1,5 @@
 """A client is left out of a ledger exactly; replies that were changed, cut or left over are found; what cannot be is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import stat

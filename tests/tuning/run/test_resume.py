@@ -1,7 +1,5 @@
 """A run that is given more rounds ends in the bits of one that had them from the start; a resumed run says how far it is."""
 
-from __future__ import annotations
-
 import json
 import re
 import types

@@ -1,7 +1,5 @@
 """The figures of a run: the base is the untouched model, a run that moved nothing says so; what it keeps of people's rows."""
 
-from __future__ import annotations
-
 import json
 import re
 import stat

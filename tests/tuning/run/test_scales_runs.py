@@ -1,7 +1,5 @@
 """Runs that train the scales of a quantised base: what is refused, what a device is told, and what a ledger says of it."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
