@@ -218,6 +218,7 @@ def test_codes_that_gguf_has_no_blocks_for_are_served_in_fp32(at: Path, capsys: 
     compressed(tiny(), at / "four", group=4)
     code, out, err = call(capsys, "chat", str(at / "four"), "--prompt", "hello")
     assert (code, out) == (0, "1:hello\n"), err
+    assert err.startswith(f"loading {at / 'four'}\n")
     assert "--to gguf:f32" in err
 
 

@@ -49,6 +49,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Talk; with `--prompt`, or what a pipe holds, answer once and end."""
+    ui.note(f"loading {args.subject}")
     model = fleetune.open(args.subject, out=args.out)  # before a pipe is read
     prompt = args.prompt if args.prompt is not None or sys.stdin.isatty() else sys.stdin.read()
     if prompt is not None and not prompt.strip():

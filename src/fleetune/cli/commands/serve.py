@@ -51,6 +51,7 @@ def engine_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Serve until Ctrl-C, SIGTERM or SIGHUP, which end the engine too.  FleetuneError when it ends by itself."""
+    ui.note(f"loading {args.subject}")
     with (
         ended_by_signals(),
         console_listener(ui, resumes=False, begins="") as listener,
