@@ -228,6 +228,7 @@ def test_a_finished_run_is_served_and_its_adapter_is_no_model(at: Path, plain: P
     assert start["magic"] == "GGUF"
     assert start["--alias"].startswith("0001-fedit")
     fleetune.export("1", to="gguf:lora")
+    assert fleetune.export("1", path="elsewhere.gguf").done.to == "gguf"  # as its name says
     assert list(Path("runs").glob("0001-*/*.gguf"))
     assert served("1")["--alias"] == start["--alias"]
 

@@ -73,13 +73,14 @@ def export(
     *,
     offline: bool,
 ) -> ExportResult:
-    """Write `subject` as target `to` (default: gguf; of a run of weights hf) to `path` (default: beside it), and read it back.
+    """Write `subject` as target `to` (default: gguf; of a run of weights hf, unless the path says) to `path` (default: beside it), and read it back.
 
     With a `text` file its perplexity is measured by the source and by what was written, in its runtime.  `targets.check` comes
     before; errors as of `write`.
     """
     if isinstance(subject, Run):
-        own = DEFAULT_TARGET if subject.recipe.train == SCALES else DEFAULT_TARGET_OF_A_RUN
+        is_gguf = subject.recipe.train == SCALES or (path and path.suffix.lower() == GGUF)
+        own = DEFAULT_TARGET if is_gguf else DEFAULT_TARGET_OF_A_RUN
         return _of_run(subject, find(to or own), path, text, listener, offline=offline)
     target = find(to or DEFAULT_TARGET)
     if isinstance(subject, Compressed):

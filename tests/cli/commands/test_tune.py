@@ -40,6 +40,11 @@ def test_a_lack_of_memory_is_told_as_what_does_not_fit(capsys, monkeypatch, erro
         main(["methods"])
 
 
+def test_a_method_by_the_name_of_other_tools_is_shown(capsys):
+    code, told, _ = call(capsys, "methods", "lora")
+    assert (code, told) == (0, call(capsys, "methods", "fedit")[1])
+
+
 def test_every_recipe_field_is_a_flag(capsys):
     from fleetune.tuning.recipe import recipe
 

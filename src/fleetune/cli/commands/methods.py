@@ -4,6 +4,7 @@ import argparse
 
 from fleetune.cli.console import Ui
 from fleetune.common.events import MethodListed, SettingListed
+from fleetune.common.words import VALUES
 from fleetune.tuning import methods
 
 HELP = "list the tuning methods, or one with its settings"
@@ -22,7 +23,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """List the methods, or the settings of one."""
     if args.name:
-        _settings(args.name, ui)
+        _settings(VALUES["method"].get(args.name, args.name), ui)
         return
     found = methods.entries().values()
     for e in found:
