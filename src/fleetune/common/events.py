@@ -476,6 +476,7 @@ class CompressStart(Event, event="start"):
     clients: int  # number of clients that calibrate; 0 for all
     bytes: int  # of the GGUF file at most; 0 for no limit
     bpw: float  # bits a weight of the GGUF file's matrices at most; 0 for no limit
+    bits: int  # as large as a file of one grid of so many bits at most; 0 for no limit
     train_scales: int  # steps in which the scales are trained after solving; 0 for none
     folder: str  # path of the compression's folder
     before: Mapping[str, float]  # measures before compression, by name

@@ -22,11 +22,12 @@ from fleetune.common.events import BudgetMeasured, BudgetSpent
 from fleetune.common.files import write_atomic
 from fleetune.compression.jobs.progress import stop_if_asked
 from fleetune.compression.layerwise import costs, sensitivity
+from fleetune.compression.layerwise.costs import CANDIDATES
 from fleetune.compression.layerwise.driver import End, Plan, experts_in, linears_of
 from fleetune.compression.training import head_of, metadata
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models.net.model import Model
-from fleetune.runs.compression_folder import CompressRequest
+from fleetune.runs.compression_folder import LIMITS, CompressRequest
 from fleetune.runs.listener import Listener
 
 FILE: Final = "budget.safetensors"
@@ -36,11 +37,13 @@ CHOSEN: Final = ("bits", "grid")  # settings of a solver that the budget chooses
 
 def check(request: CompressRequest, solver: compression.Solver) -> None:
     """Raise UsageError when a budget is asked for that the method or the other options have no place for."""
-    if not asked(request):
+    if not request.limited:
         return
     flag = flag_of(request)
-    if request.bytes and request.bpw:
-        raise UsageError("--bytes and --bpw both say how large the file may be", hint="give one of them")
+    if len(given := [f"--{name}" for name in LIMITS if getattr(request, name)]) > 1:
+        raise UsageError(
+            f"{given[0]} and {given[1]} both say how large the file may be", hint="give one of them"
+        )
     own = {field.name for field in fields(cast(Any, solver))}
     if not solver.data or not own.issuperset((*CHOSEN, "group")):
         raise UsageError(
@@ -56,14 +59,16 @@ def check(request: CompressRequest, solver: compression.Solver) -> None:
         )
 
 
-def asked(request: CompressRequest) -> bool:
-    """Tell whether a request has a budget."""
-    return bool(request.bytes or request.bpw)
-
-
 def flag_of(request: CompressRequest) -> str:
     """Return the option that the budget was given with."""
-    return "--bytes" if request.bytes else "--bpw"
+    return next((f"--{name}" for name in LIMITS if getattr(request, name)), "--bytes")
+
+
+def limit_of(request: CompressRequest) -> str:
+    """Say the limit of a request that has one."""
+    if request.bytes:
+        return human_bytes(request.bytes)
+    return f"{request.bpw:g} bits a weight" if request.bpw else f"the size of {request.bits} bits"
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,10 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
     matrices = costs.matrices(model)
     others, weights = beside(list(matrices)), sum(W.numel() for W in matrices.values())
     limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
+    if request.bits:
+        limit = costs.size_of(
+            model, next(c for c in CANDIDATES if (c.grid, c.bits) == ("ggml", request.bits))
+        )
     reach = costs.reach(model)
     if limit >= reach.least:
         return Room(limit, others, reach)
@@ -203,7 +212,7 @@ def make_budget(measured: costs.Costs, room: Room) -> Budget:
         if not all(math.isfinite(option.cost) for option in options):
             raise FleetuneError(
                 f"what rounding costs {name} is not a finite number: the text's activations overflow",
-                hint="compress with one grid: leave out --bytes and --bpw",
+                hint="compress with one grid: --fast",
             )
     best = solve_budget(measured.options, room.matrices)
     kinds = Counter(option.candidate.kind for option in best.values())
