@@ -62,8 +62,8 @@ def compress(
 
     `method` is a name (`fleetune.compressors()`) or a method's own dataclass (`optq.Solver(bits=3)`); without one it is
     `qronos`, or `optq` where devices calibrate.  `settings` are the method's, by name.  A solver calibrates on `windows`
-    windows of `length` tokens, of `data` (rows) or `text` (a file), of the run's held-out rows with text that
-    comes with Fleetune, or of such text alone; with `calibrate="clients"` the run's clients calibrate on their training rows, with
+    windows of `length` tokens, of `data` (rows) or `text` (a file), of the run's held-out rows with text that comes with
+    Fleetune, or of such text alone; with `calibrate="clients"` the run's clients calibrate on their training rows, with
     `calibrate="fleet"` the real devices that join at the door `served` (`fleetune.fleet.server.Served`, in its `with`
     block).  `low_memory` loads one block at a time from disk.  `bytes` (a number, or text such as
     "91.7MB") limits the GGUF file, or `bpw` the bits of a weight in it, or `bits` (4, 5 or 8: as large as Q4_0, Q5_0 or
