@@ -1,7 +1,5 @@
 """The command line as tests call it, and a run that is short."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any
@@ -11,15 +9,8 @@ import pytest
 from fleetune.cli.main import main
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
-FEW: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 1,
-    "held_out": 4,
-    "eval_rows": 4,
-    "samples": 0,
-    "threads": 1,
-    "device": "cpu",
-}
+FEW: dict[str, Any] = {"clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4}
+FEW |= {"samples": 0, "threads": 1, "device": "cpu"}
 
 
 def call(capsys: Capture, *args: object) -> tuple[int, str, str]:

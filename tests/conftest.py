@@ -4,8 +4,6 @@
 runs them with new ones, in which a failure is a fault to mend and an example to add.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

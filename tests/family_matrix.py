@@ -14,8 +14,6 @@ and in each the model must have moved.  A solver or pruner must end.  A cell is 
 (what such a model cannot have), or a fault: anything else.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ A test takes the fixture `injected` and states what it did: injected("kind", how
 replaces what the file had of it; the others stay, so that a part can be run again.  docs/build.py makes a page of it.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

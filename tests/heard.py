@@ -1,7 +1,5 @@
 """A listener that writes down what it is told."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +9,7 @@ from fleetune.runs.listener import Silent
 class Heard(Silent):
     """Keeps events, notes and counts; `stop` is asked, with this listener, whether a stop is requested."""
 
-    def __init__(self, stop: Callable[[Heard], bool] = lambda heard: False) -> None:
+    def __init__(self, stop: Callable[["Heard"], bool] = lambda heard: False) -> None:
         self.events, self.notes = list[Any](), list[str]()
         self.counts, self.stop = list[tuple[str, int, int, str]](), stop
 
@@ -29,10 +27,9 @@ class Heard(Silent):
         return self.stop(self)
 
     def of(self, name: str) -> list[Any]:
-        """The events of a name."""
         return [e for e in self.events if e.event == name]
 
 
-def counting(what: str) -> Callable[[Heard], bool]:
+def counting(what: str) -> Callable[["Heard"], bool]:
     """A `stop`: when something of this name is counted."""
     return lambda heard: bool(heard.counts and heard.counts[-1][0] == what)

@@ -1,7 +1,5 @@
 """Directions as docs/ledger.md defines them: their signs and places are made one Python integer at a time."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np

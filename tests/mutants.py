@@ -9,8 +9,6 @@ never in place, and the tests that are named beside it run against the copy.  A 
 is not caught, or an expression that is no longer there, makes the exit status 1.  `test_mutants.py` sees that all are there.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import os
@@ -79,8 +77,7 @@ MUTANTS: tuple[Mutant, ...] = (
            '"base digest": head.base != base,', '"base digest": False,', 'seeds/test_ledger.py'),
     Mutant('deploy/verify.py', '_files_of_run',
            'stated != (now := sums.sha256(listed))', '(now := "") != stated == ""', 'deploy/test_verify.py -k forgeries'),
-    Mutant('deploy/verify.py', '_merged',
-           'finished.require_digest(model.digest, run.ledger().final_check(), run.result)', 'pass',
+    Mutant('deploy/verify.py', '_merged', 'finished.require_digest(model.digest, run.ledger().final_check(), run.result)', 'pass',
            'deploy/test_verify.py -k forgeries'),
     Mutant('deploy/verify.py', '_solved_again', 'return True', 'return False', 'deploy/test_verify.py -k proven_from'),
     Mutant('deploy/export.py', '_write_tuned',
@@ -89,8 +86,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('deploy/again.py', '_of_bytes', 'if a != b:', 'if len(a) != len(b):', 'deploy/test_verify.py -k difference'),
     Mutant('deploy/release.py', 'check',
            'key.verify(signature, _agreed((folder / sums.FILE).read_bytes()))', 'pass', 'deploy/test_release.py'),
-    Mutant('deploy/release.py', 'check',
-           'if odd := sums.unlisted(folder):', 'if odd := []:', 'deploy/test_release.py'),
+    Mutant('deploy/release.py', 'check', 'if odd := sums.unlisted(folder):', 'if odd := []:', 'deploy/test_release.py'),
     Mutant('deploy/release.py', '_environment', 'if run.recipe.privacy != private.NONE:', 'if False:', 'deploy/test_release.py'),
     Mutant('tuning/exchange/messages.py', '_read',
            'if zlib.crc32(body) != crc:', 'if False:', 'tuning/exchange/test_messages.py'),
@@ -114,8 +110,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'return int(min(claimed, most))', 'return claimed', 'tuning/rounds/test_replies.py -k times_the_median'),
     Mutant('tuning/rounds/replies.py', 'Replies._compare',
            'lighter(self.kept) if self.rule.times < math.inf else ()', '()', 'tuning/rounds/test_replies.py -k no_weight'),
-    Mutant('tuning/rounds/replies.py', 'Replies._checked',
-           'reach = distance_with(asked.usual)', 'reach = distance_with(n)',
+    Mutant('tuning/rounds/replies.py', 'Replies._checked', 'reach = distance_with(asked.usual)', 'reach = distance_with(n)',
            'tuning/rounds/test_replies.py -k make_no_reply_short'),
     Mutant('tuning/recipe/defaults.py', 'for_devices',
            'if rule == aggregation.MEAN else rule', 'if False else rule', 'tuning/recipe/test_defaults.py'),
@@ -133,14 +128,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('tuning/methods/mezo.py', 'Method.aggregate',
            'combined.add(float(reply.payload.int("n")), self.moved(sent, reply))', 'combined.add(1.0, self.moved(sent, reply))',
            'contract/test_contract.py -k mezo'),
-    Mutant('tuning/methods/signlora.py', 'Method.news',
-           'ledger = ledger.since(known)', 'ledger = ledger.since(known + 1)',
+    Mutant('tuning/methods/signlora.py', 'Method.news', 'ledger = ledger.since(known)', 'ledger = ledger.since(known + 1)',
            'tuning/methods/test_signlora.py -k told'),
-    Mutant('tuning/methods/signlora.py', 'Method.written',
-           'left[place] = rest', 'left[place] = 0',
+    Mutant('tuning/methods/signlora.py', 'Method.written', 'left[place] = rest', 'left[place] = 0',
            'tuning/methods/test_signlora.py -k left'),
-    Mutant('seeds/outer_view.py', 'OuterView._moved',
-           'begin + top : begin + bottom', 'begin : begin + bottom - top',
+    Mutant('seeds/outer_view.py', 'OuterView._moved', 'begin + top : begin + bottom', 'begin : begin + bottom - top',
            'seeds/test_outer_view.py'),
     Mutant('tuning/rounds/checkpoint.py', 'StandsOn.differences',
            'if now.recipe.get(name) != value', 'if False', 'runs/test_integrity.py'),
@@ -184,11 +176,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('fleet/orders.py', '', '"^[0-9a-f]{32}$"', '"^.*$"', 'fleet/test_hostile_server.py -k leads'),
     Mutant('fleet/worker.py', 'Worker._work',
            'if order.what not in orders.TASKS[loaded.job.task]:', 'if False:', 'fleet/test_hostile_server.py -k joined_for'),
-    Mutant('fleet/worker.py', 'check_work',
-           'if asked > (most := PASSES * max(rows, FEW)):', 'if (most := PASSES) and False:',
+    Mutant('fleet/worker.py', 'check_work', 'if asked > (most := PASSES * max(rows, FEW)):', 'if (most := PASSES) and False:',
            'fleet/test_worker.py -k cannot_do'),
-    Mutant('fleet/worker.py', 'Worker._stand_on',
-           'if others := memories.kept().keys() - {order.client}:', 'if others := []:',
+    Mutant('fleet/worker.py', 'Worker._stand_on', 'if others := memories.kept().keys() - {order.client}:', 'if others := []:',
            'fleet/test_hostile_server.py -k remembers'),
     Mutant('tuning/methods/fedit.py', 'Method.local',
            'next((k for k in self.each_rank if came == {(k,)}), None)', 'next((k for (k,) in came), None)',

@@ -5,8 +5,6 @@ through all of them: `release_memory` asks for one several times a run. What is 
 imports add, is set aside (`gc.freeze`); what the tests themselves make is collected as ever.
 """
 
-from __future__ import annotations
-
 import gc
 import sys
 from collections.abc import Iterator

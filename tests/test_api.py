@@ -1,7 +1,5 @@
 """The Python library: its public names, its functions on names and on objects, and what they give back."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json
@@ -45,8 +43,6 @@ def tune(model: object = "tiny", data: Any = "rows.jsonl", **given: Any) -> flee
 
 
 # The surface ------------------------------------------------------------------------------------------
-
-
 def test_the_public_names_are_these():
     functions = (
         "chat compress compressors evaluate export generate list_runs load_ledger measure methods open plan "
@@ -82,8 +78,6 @@ def test_options_of_compress_are_those_of_a_request():
 
 
 # Results ----------------------------------------------------------------------------------------------
-
-
 def test_a_run_gives_its_model_its_ledger_and_its_history(at):
     log = Heard()
     run = tune(rounds=2, listener=log)
@@ -145,8 +139,6 @@ def test_a_recipe_says_everything():
 
 
 # Objects ----------------------------------------------------------------------------------------------
-
-
 def test_models_and_rows_in_memory_give_what_their_files_give(at):
     net, tokenizer = (lambda m: (m.net, m.tokenizer))(models.load("tiny", device="cpu"))
     from_files, from_objects = tune(), tune(net, ROWS, tokenizer=tokenizer)
@@ -210,8 +202,6 @@ def test_wrong_objects_are_clear_errors(model, data, want, at):
 
 
 # The rest of the pipeline -------------------------------------------------------------------------------
-
-
 def test_the_pipeline_goes_from_a_run_to_a_file(at, monkeypatch):
     monkeypatch.setattr(harness, "measured", harness.carry_out)  # here, and not in a process for each figure
     run, log = tune(), Heard()
@@ -248,8 +238,6 @@ def test_a_plan_has_every_method_and_its_best():
 
 
 # Names ------------------------------------------------------------------------------------------------
-
-
 def test_a_name_means_the_same_everywhere(at):
     run = tune()
     small = fleetune.compress(run, method="rtn", settings={"group": 8})
@@ -283,8 +271,6 @@ def test_importing_it_and_looking_a_name_up_load_nothing_heavy(at):
 
 
 # What a careless caller does ------------------------------------------------------------------------------
-
-
 class Table:
     """What a pandas DataFrame offers, as far as it is used."""
 

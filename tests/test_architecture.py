@@ -1,7 +1,5 @@
 """The layers of `docs/architecture.toml` hold: arrows go down only, without circles, lazy and type-only imports included."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import tomllib

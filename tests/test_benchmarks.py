@@ -1,7 +1,5 @@
 """Every benchmark that is run as a program says with --help what it does, and does nothing of it; leaks are measured right."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import runpy

@@ -9,8 +9,6 @@ processor has (`ANYWHERE`), so that most processors give the same last bits.  An
 on, or "any" where integers alone decide; on a processor without a value of its own, a difference skips the test.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import hashlib

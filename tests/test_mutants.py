@@ -1,7 +1,5 @@
 """The expressions that `mutants.py` breaks are there; whether tests notice is seen by `make faults`."""
 
-from __future__ import annotations
-
 import ast
 
 import pytest

@@ -1,7 +1,5 @@
 """The library in a notebook: lines while it works, sweeps, lists of runs, and answers."""
 
-from __future__ import annotations
-
 import io
 import sys
 from pathlib import Path

@@ -7,8 +7,6 @@ A recipe that needs only what comes built in begins with a line such as
 which `make slow` runs and compares.  Recipes that need other data or models say nothing they would be held to.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -3,8 +3,6 @@
 It is built here and installed without its dependencies into a folder of its own, which comes before all else on the path.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -36,7 +34,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, installed."""
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
     subprocess.run([*command, "--disable-pip-version-check", "--target", target, wheel], check=True)

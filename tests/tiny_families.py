@@ -4,8 +4,6 @@ Every model is 32 wide with two layers and our tokenizer of 256 bytes.  Biases, 
 their start (0 or 1), so that one which is used where another should be shows in the outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -20,13 +18,8 @@ from fleetune.models.tiny import tiny_pair_tokenizer
 
 VOCAB: Final = 264
 TOKENS: Final = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
-_PLAIN: Final = {
-    "hidden_size": 32,
-    "intermediate_size": 72,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
+_WIDTHS: Final = {"hidden_size": 32, "intermediate_size": 72, "max_position_embeddings": 256}
+_PLAIN: Final = _WIDTHS | {"num_hidden_layers": 2, "num_attention_heads": 4}
 _UNNAMED: Final = {k: v for k, v in _PLAIN.items() if k != "intermediate_size"}
 _GROUPED: Final = _PLAIN | {"num_key_value_heads": 2}
 _OLD: Final = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -34,6 +27,7 @@ _GEMMA: Final = _GROUPED | {"head_dim": 8}
 _RANK: Final = {"time_step_rank": 8, "intermediate_size": 64}
 _WINDOW: Final = {"sliding_window": 16, "query_pre_attn_scalar": 8}
 _EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_PLAIN_ROTARY: Final = {"rope_type": "default", "rope_theta": 1e4}
 _LOCAL: Final = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 DECODERS: Final[dict[str, dict[str, Any]]] = {
@@ -76,13 +70,7 @@ DECODERS: Final[dict[str, dict[str, Any]]] = {
     "glm4": _GROUPED | {"head_dim": 8},
     "ernie4_5": _GROUPED | {"head_dim": 8},
     "nemotron": _GROUPED | {"head_dim": 8},
-    "gpt_oss": _GROUPED
-    | {
-        "head_dim": 8,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    },
+    "gpt_oss": _GROUPED | _LOCAL | {"head_dim": 8, "rope_parameters": _PLAIN_ROTARY},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4} | _RANK,
 }
 _ENCODER: Final = _PLAIN | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -91,27 +79,14 @@ ENCODERS: Final[dict[str, dict[str, Any]]] = {
     "albert": _ENCODER | {"embedding_size": 16},
     "modernbert": _PLAIN | {"local_attention": 16, "cls_token_id": 256, "sep_token_id": 257},
     "deberta-v2": _ENCODER
-    | {
-        "relative_attention": True,
-        "position_buckets": 16,
-        "pos_att_type": ["p2c", "c2p"],
-        "type_vocab_size": 0,
-        "share_att_key": True,
-        "norm_rel_ebd": "layer_norm",
-    },
+    | {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]}
+    | {"type_vocab_size": 0, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
     "roberta": _ENCODER | {"max_position_embeddings": 520, "type_vocab_size": 1},
-    "distilbert": {
-        "dim": 32,
-        "hidden_dim": 72,
-        "n_layers": 2,
-        "n_heads": 4,
-        "max_position_embeddings": 256,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-        "seq_classif_dropout": 0.0,
-    },
+    "distilbert": {"dim": 32, "hidden_dim": 72, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 256}
+    | dict.fromkeys(("dropout", "attention_dropout", "seq_classif_dropout"), 0.0),
     "electra": _ENCODER | {"embedding_size": 16},
 }
+Ones = Callable[[torch.Tensor], bool]
 LABELS: Final = ("no", "yes")
 
 
@@ -145,15 +120,7 @@ def model_of(net: PreTrainedModel, words: Any, name: str) -> models.Model:
     return models.Model(net, words, name, Path(name), *digests, "fp32", "cpu")
 
 
-def drawn(
-    config: Any,
-    words: Any,
-    name: str,
-    seed: int,
-    scale: float,
-    one: Callable[[torch.Tensor], bool],
-    **how: Any,
-) -> models.Model:
+def drawn(config: Any, words: Any, name: str, seed: int, scale: float, one: Ones, **how: Any) -> models.Model:
     """Return a model whose numbers are drawn about 0, or about 1 in the tensors that `one` names."""
     with torch.random.fork_rng(devices=[]):
         net = AutoModelForCausalLM.from_config(config, **how)

@@ -1,7 +1,5 @@
 """Every trainable module on a tiny decoder and two tiny encoders, for the tests of `adapters`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ SPECS: dict[str, Any] = {
 IDS = torch.arange(48).reshape(3, 16) * 5 % 250
 MASK = (torch.arange(16) < torch.tensor([[16], [11], [4]])).long()
 LEAVES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 each = pytest.mark.parametrize(("net", "name"), [(n, s) for n in ("llama", "bert") for s in SPECS])
 
 
@@ -48,9 +47,13 @@ def on(net: str, spec: Any, seed: int = 1, *, tuned: bool = True) -> Model:
 
 
 def move(model: Model, seed: int = 1, size: float = 0.1) -> None:
-    """Other numbers everywhere, as after training."""
     random, arrays = np.random.default_rng(seed), adapters.export(model)
     adapters.load_(model, {n: a + random.normal(0, size, a.shape).astype("f4") for n, a in arrays.items()})
+
+
+def logits(net: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return net(IDS).logits
 
 
 def stored(model: Model) -> str:
@@ -70,7 +73,6 @@ def attached(seed: int = 1, *, dtype: torch.dtype = torch.float32, **options: An
 
 
 def tuned(seed: int = 1, **options: Any) -> Model:
-    """With numbers in B too, as after training."""
     model = attached(seed, **options)
     random, arrays = np.random.default_rng(seed), adapters.export(model)
     adapters.load_(model, {n: random.normal(0, 0.1, a.shape).astype("f4") for n, a in arrays.items()})

@@ -1,14 +1,12 @@
 """Every trainable module on decoders and encoders: start, training, leaving."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from adapters_harness import IDS, MASK, NETS, SPECS, each, on, out, stored
+from adapters_harness import IDS, MASK, NETS, SPECS, each, on, out, stored, tiny
 from torch import nn
 
 from fleetune import adapters, models
@@ -106,9 +104,7 @@ def test_gradient_checkpointing_changes_no_gradient(net: str, name: str) -> None
 
 @pytest.mark.parametrize("name", SPECS)
 def test_on_16_bits_the_numbers_stay_fp32_and_the_start_is_the_base(name: str) -> None:
-    base, model = models.tiny_llama(), models.tiny_llama()
-    base.net.to(torch.bfloat16)
-    model.net.to(torch.bfloat16)
+    base, model = tiny(torch.bfloat16), tiny(torch.bfloat16)
     before = stored(model)
     adapters.attach(model, SPECS[name], seed=1)
     assert {p.dtype for p in adapters.trainable(model).values()} == {torch.float32}

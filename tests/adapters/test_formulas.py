@@ -1,7 +1,5 @@
 """What prefixes, bottleneck adapters and prompts compute, against the papers' formulas in numpy float64."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,14 +1,11 @@
 """LoRA: start, numbers in and out, training, merging into 16 bits, and dropout that is torch's and keeps less."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from adapters_harness import attached, tiny, tuned
+from adapters_harness import IDS, attached, logits, tiny, tuned
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -18,13 +15,6 @@ from fleetune.adapters import lora
 from fleetune.adapters.lora import DroppedLinear
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
-
-IDS = torch.tensor([[3, 14, 15, 92, 65, 35]])
-
-
-def logits(net: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        return net(IDS).logits
 
 
 def test_export_and_load_are_inverse_and_export_is_a_copy() -> None:

@@ -1,7 +1,5 @@
 """Where LoRA starts: the formulas in float64, what leaves the base, what is saved, and what a device is told."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters_harness import LEAVES, move
+from adapters_harness import LEAVES, PEFT_WARNS, move
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -20,7 +18,6 @@ from fleetune.data import Batch
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
 
-PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.arange(24).reshape(2, 12) * 7 % 250
 MASK = (torch.arange(12) < torch.tensor([[12], [5]])).long()
 R, ALPHA = 4, 12

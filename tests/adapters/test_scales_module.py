@@ -1,8 +1,7 @@
 """The scales of a quantised base as a module that is trained by back-propagation, against plain references."""
 
-from __future__ import annotations
-
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ import fleetune
 from fleetune import adapters, models
 from fleetune.adapters import Scales
 from fleetune.common.ggml import BLOCK, BYTES, HALVES
+from fleetune.data import Batch
 from fleetune.errors import ModelError, RecipeError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
 from fleetune.models.lazy import weights_of
+from fleetune.models.net.layers import by_layer
 from fleetune.models.shapes import shape_of
 from fleetune.models.stored import Stored, dequantise
 from fleetune.planning import choose
@@ -104,11 +105,6 @@ def test_matrices_are_those_of_the_moved_scales(file: Path) -> None:
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_pass_over_the_rounding_as_the_formula_says(file: Path, checkpointed: bool) -> None:
-    from contextlib import nullcontext
-
-    from fleetune.data import Batch
-    from fleetune.models.net.layers import by_layer
-
     model, plain = mapped(file), mapped(file)
     delta, stored = moves(model), {n: w.stored for n, w in weights_of(model.net).items()}
     for each in (model, plain):
@@ -195,11 +191,10 @@ def test_a_base_in_memory_has_no_scales(one: Path) -> None:
         adapters.moved_scales(model)
 
 
-def recipe(**given: Any) -> recipes.Recipe:
-    return recipes.make({"model": "m.gguf", "data": "demo", "method": "fedpetuning", **given})
-
-
 def test_the_option_and_the_module_mean_one_another() -> None:
+    def recipe(**given: Any) -> recipes.Recipe:
+        return recipes.make({"model": "m.gguf", "data": "demo", "method": "fedpetuning", **given})
+
     assert recipe(train="scales").set["module"] == "scales"
     assert recipe(set={"module": "scales"}).train == "scales"
     assert recipe(set={"module": "bitfit"}).train == "weights"

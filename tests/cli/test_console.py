@@ -1,7 +1,5 @@
 """The console: results on stdout, talk on stderr, no escape codes off a terminal, strict JSON on request."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json
@@ -23,15 +21,11 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
     def isatty(self) -> bool:
         return True
 
 
 class Clock:
-    """Time that moves only when told."""
-
     def __init__(self) -> None:
         self.now = 100.0
 
@@ -58,7 +52,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Ui, Termina
 
 
 def everything(ui: Ui) -> None:
-    """A whole run on the console."""
     ui.header("fleetune tune", [("model", "smollm2-135m @ 9f2c"), ("run", "runs/0007 · seed 42")])
     ui.round_line(0, 2.914, rounds=2)
     with ui.bar("rounds") as bar:
@@ -261,8 +254,6 @@ def test_a_closed_pipe_ends_the_output_not_the_work(json_mode):
 
 
 class Full(io.StringIO):
-    """A stream on a disk that takes no more."""
-
     def write(self, text: str) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,7 +1,5 @@
 """What people type first, and what they are told: command line -> exit code, exact words.  No torch, no model."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -18,24 +16,12 @@ import pytest
 
 import fleetune
 from fleetune.cli import main
-from fleetune.cli import main as cli
 from fleetune.cli.console import Ui
 from fleetune.common import __version__
 from fleetune.errors import UsageError
 
-COMMANDS = sorted(cli.COMMANDS.members())
-LIGHT = [
-    "",
-    "--help",
-    "--version",
-    "methods",
-    "models",
-    "recipes",
-    "plan --help",
-    "tune --help",
-    "runs",
-    "tun",
-]
+COMMANDS = sorted(main.COMMANDS.members())
+LIGHT = ["", *shlex.split("--help --version methods models recipes runs tun"), "plan --help", "tune --help"]
 LIGHT += ["data check rows.jsonl", "export 3 --to nonsense", "export 3 --to gguf --path rows.jsonl"]
 
 
@@ -52,7 +38,7 @@ def call(*words: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = cli.main(list(words))
+            code = main.main(list(words))
         except SystemExit as end:  # --help, --version
             code = int(str(end.code or 0))
     return code, out.getvalue(), err.getvalue()
@@ -89,7 +75,7 @@ def test_what_is_typed_is_answered(line):
 
 def test_a_traceback_drives_no_terminal():
     shown = logging.StreamHandler(written := io.StringIO())
-    shown.setFormatter(cli._Formatter("%(levelname)s: %(message)s"))
+    shown.setFormatter(main._Formatter("%(levelname)s: %(message)s"))
     log = logging.Logger("a server's words")
     log.addHandler(shown)
     try:
@@ -187,12 +173,7 @@ def test_off_a_terminal_a_line_comes_soon_and_then_every_half_minute():
             now[0] = step * 1.0
             bar.update(step, 200)
     lines = err.getvalue().splitlines()
-    assert [line.partition(" · ")[0] for line in lines] == [
-        "rows 5/200",
-        "rows 35/200",
-        "rows 65/200",
-        "rows 95/200",
-    ]
+    assert [line.partition(" · ")[0] for line in lines] == [f"rows {n}/200" for n in (5, 35, 65, 95)]
     assert lines[1].endswith(" · 3 min left")
 
 
@@ -233,15 +214,10 @@ def test_an_error_names_the_run_and_not_the_folder_on_the_way():
 def completed(line: str, at: Path) -> list[str]:
     """What a Tab after `line` offers, from the process that the shell would start."""
     found = at / "found"
-    set_by_the_shell = {
-        "COMP_LINE": line,
-        "COMP_POINT": str(len(line)),
-        "COMP_TYPE": "9",
-        "_ARGCOMPLETE": "1",
-    }
-    set_by_the_shell |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(found), "_ARGCOMPLETE_IFS": "\n"}
+    shell = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE": "1"}
+    shell |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(found), "_ARGCOMPLETE_IFS": "\n"}
     script = "import sys; from fleetune.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
-    env = {**os.environ, **set_by_the_shell}
+    env = {**os.environ, **shell}
     subprocess.run([sys.executable, "-c", script], env=env, check=True, timeout=60)
     return [word.strip() for word in found.read_text().split("\n") if word.strip()]
 

@@ -1,7 +1,5 @@
 """A run, an adapter or a compressed model given as MODEL is refused at once, with the command that makes a plain model of it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -75,14 +73,9 @@ def test_the_command_that_is_named_makes_the_model_that_is_named(model, what):
 def test_every_command_that_tunes_says_it(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text(f'model = "{RUN}"\ndata = "demo"\nmethod = "fedit"\n')
-    for words in (
-        ["tune", "-c", str(recipe)],
-        ["tune", "-c", str(recipe), "--dry-run"],
-        ["sweep", str(recipe), "--vary", "r=2,4"],
-        ["fleet", "serve", "-c", str(recipe)],
-        ["plan", RUN],
-    ):
-        assert f"fleetune export {RUN} --to hf" in refused(*words), words
+    lines = [f"tune -c {recipe}", f"tune -c {recipe} --dry-run", f"sweep {recipe} --vary r=2,4"]
+    for line in (*lines, f"fleet serve -c {recipe}", f"plan {RUN}"):
+        assert f"fleetune export {RUN} --to hf" in refused(*line.split()), line
     recipe.write_text(f'model = "{CODES}"\ndata = "demo"\nmethod = "mezo"\n')
     assert "is a compressed model: codes" in refused("fleet", "serve", "-c", str(recipe), "--port", "0")
 

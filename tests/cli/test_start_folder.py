@@ -1,7 +1,5 @@
 """A run that was started with relative paths is resumed, measured and repeated from any folder."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

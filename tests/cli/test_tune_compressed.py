@@ -1,7 +1,5 @@
 """A compressed model given as MODEL where its scales are trained: its file is written once, and the run is one of that file."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -47,7 +45,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as the working directory."""
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(shutil.copytree(made, tmp_path / "at"))
     return Path.cwd()

@@ -1,7 +1,5 @@
 """Lines in the words of other tools, and what they are in ours.  No torch, no model."""
 
-from __future__ import annotations
-
 import shlex
 
 import pytest
@@ -84,11 +82,8 @@ def test_a_line_in_our_words_stays_as_it_is(data):
     said = []
     for flag in data.draw(st.lists(st.sampled_from(sorted(flags)))):
         value = data.draw(st.sampled_from(flags[flag].choices) if flags[flag].choices else text)
-        said += data.draw(
-            st.sampled_from(
-                [[flag, str(value)], [f"{flag}={value}"] if flag[:2] == "--" else [flag, str(value)]]
-            )
-        )
+        ways = [[flag, str(value)], [f"{flag}={value}"]] if flag[:2] == "--" else [[flag, str(value)]]
+        said += data.draw(st.sampled_from(ways))
     said += data.draw(st.lists(text))
     assert understood.Options(name, FLAGS[name].sub).read(said) == said
 
@@ -116,18 +111,14 @@ def test_every_word_of_the_tables_means_something_of_ours():
 
 
 def test_a_recipe_has_the_same_words():
-    made = recipe.make(
-        {"model": "m", "data": "d", "method": "lora", "lr": 1e-4, "lora_r": 8, "epochs": 3, "cutoff_len": 64}
-    )
+    both = {"model": "m", "data": "d"}
+    made = recipe.make(both | {"method": "lora", "lr": 1e-4, "lora_r": 8, "epochs": 3, "cutoff_len": 64})
     assert (made.method, made.rounds, made.max_length) == ("fedit", 3, 64)
     assert made.set == {"lr": 1e-4, "r": 8}
-    assert recipe.make({"model": "m", "data": "d", "K": 64, "set": {"learning_rate": 1e-6}}).set == {
-        "K": 64,
-        "lr": 1e-6,
-    }
-    assert recipe.make({"model": "m", "data": "d", "load_in_4bit": False}).base == "auto"
+    assert recipe.make(both | {"K": 64, "set": {"learning_rate": 1e-6}}).set == {"K": 64, "lr": 1e-6}
+    assert recipe.make(both | {"load_in_4bit": False}).base == "auto"
     with pytest.raises(RecipeError):
-        recipe.make({"model": "m", "data": "d", "learning": 1})
+        recipe.make(both | {"learning": 1})
 
 
 def test_a_target_is_found_in_any_case_and_by_the_names_of_llama_cpp():

@@ -1,7 +1,5 @@
 """A file that is not as it was written is refused by name where a result, an artefact or a cached model is used."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

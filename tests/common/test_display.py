@@ -1,53 +1,39 @@
 """Numbers and measures as people read them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 
-from fleetune.common.display import (
-    change,
-    human_bytes,
-    human_count,
-    human_time,
-    improved,
-    message_text,
-    metric,
-    one_line,
-    show,
-    single_spaced,
-)
+from fleetune.common import display
+from fleetune.common.display import change, improved, message_text, metric, one_line, show, single_spaced
 
 
 @pytest.mark.parametrize(
-    ("shown", "number", "text"),
+    ("kind", "number", "text"),
     [
-        (human_bytes, 0, "0 B"),
-        (human_bytes, 999, "999 B"),
-        (human_bytes, 999.6, "1.0 kB"),
-        (human_bytes, 99_960, "100 kB"),
-        (human_bytes, 999_500, "1.0 MB"),
-        (human_bytes, 1.19e9, "1.19 GB"),
-        (human_bytes, 5e18, "5000 PB"),
-        (human_bytes, None, "-"),
-        (human_time, 0.04, "0.0 s"),
-        (human_time, 9.96, "10 s"),
-        (human_time, 59.6, "1m00s"),
-        (human_time, 124, "2m04s"),
-        (human_time, 3599.6, "1h00m"),
-        (human_time, 86_399, "1d00h"),
-        (human_time, None, "-"),
-        (human_count, 4096, "4,096"),
-        (human_count, 150_000, "150 k"),
-        (human_count, 134_515_008, "135 M"),
-        (human_count, 1.235e9, "1.24 B"),
-        (human_count, 999_600, "1.00 M"),
-        (human_count, None, "-"),
+        ("bytes", 0, "0 B"),
+        ("bytes", 999, "999 B"),
+        ("bytes", 999.6, "1.0 kB"),
+        ("bytes", 99_960, "100 kB"),
+        ("bytes", 999_500, "1.0 MB"),
+        ("bytes", 1.19e9, "1.19 GB"),
+        ("bytes", 5e18, "5000 PB"),
+        ("bytes", None, "-"),
+        ("time", 0.04, "0.0 s"),
+        ("time", 9.96, "10 s"),
+        ("time", 59.6, "1m00s"),
+        ("time", 124, "2m04s"),
+        ("time", 3599.6, "1h00m"),
+        ("time", 86_399, "1d00h"),
+        ("time", None, "-"),
+        ("count", 4096, "4,096"),
+        ("count", 150_000, "150 k"),
+        ("count", 134_515_008, "135 M"),
+        ("count", 1.235e9, "1.24 B"),
+        ("count", 999_600, "1.00 M"),
+        ("count", None, "-"),
     ],
 )
-def test_numbers_for_people(shown: Callable[[float | None], str], number: float | None, text: str) -> None:
-    assert shown(number) == text
+def test_numbers_for_people(kind: str, number: float | None, text: str) -> None:
+    assert getattr(display, f"human_{kind}")(number) == text
 
 
 def test_change_is_in_percent_for_losses_and_in_points_else() -> None:

@@ -1,7 +1,5 @@
 """Atomic files: whatever goes wrong, and whenever, a file is the old one or the new one."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

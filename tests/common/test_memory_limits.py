@@ -1,7 +1,5 @@
 """The memory that a process may use: the least of the machine's and of the limits that are set on it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -50,9 +48,7 @@ OLD = "9:name=systemd:/x\n4:memory:/docker/3f\n3:cpu,cpuacct:/docker/3f\n0::/\n"
         ("", {"memory.max": MB}, None),
     ],
 )
-def test_the_least_limit_of_a_process_group_and_of_those_above_it_counts(
-    lines: str, limits: Mapping[str, object], least: int | None, tmp_path: Path
-) -> None:
+def test_the_least_limit_of_a_process_group_and_of_those_above_it_counts(lines, limits, least, tmp_path):
     assert usable(tmp_path, lines, limits) == (memory.total_memory() if least is None else least)
 
 

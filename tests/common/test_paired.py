@@ -1,7 +1,5 @@
 """Standard errors of losses and of their paired differences, against closed forms and the bootstrap."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

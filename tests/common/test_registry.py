@@ -1,7 +1,5 @@
 """What other packages register: found, suggested, and left out with the reason where it cannot be used."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 from importlib.metadata import EntryPoint
@@ -50,9 +48,7 @@ def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("why", ["ends the process", "does not import"])
-def test_a_broken_module_stops_nothing_but_itself(
-    why: str, register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_module_stops_nothing_but_itself(why, register, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     models.tiny_llama().save(tmp_path / "tiny")
     register("odd", BROKEN[why])

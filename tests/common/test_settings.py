@@ -1,7 +1,5 @@
 """Settings say when they have an effect, and words, sizes of memory and speeds of a line are read as people write them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

@@ -1,7 +1,5 @@
 """Commands in hints: a shell reads back the words that were meant, and none of them drives a terminal."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

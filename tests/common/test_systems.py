@@ -1,7 +1,5 @@
 """What differs between systems: locks and memory, and whole commands without what Windows lacks (a stand-in, on Linux)."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource
@@ -46,13 +44,9 @@ COMMANDS = [
 def stand_in(script: str, at: Path, *args: str) -> str:
     """What a script says in the stand-in, in the folder `at`, to a console of Western Europe."""
     (at / "script.py").write_text(script)
-    done = subprocess.run(
-        [sys.executable, windows_stand_in.__file__, "script.py", *args],
-        cwd=at,
-        capture_output=True,
-        encoding="cp1252",
-        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
-    )
+    line = [sys.executable, windows_stand_in.__file__, "script.py", *args]
+    env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(line, cwd=at, capture_output=True, encoding="cp1252", env=env)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout

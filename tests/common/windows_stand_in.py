@@ -6,8 +6,6 @@ It is no Windows: paths, open files, signals and all below Python are Linux's, a
 `sys.platform`.
 """
 
-from __future__ import annotations
-
 import builtins
 import ctypes
 import errno

@@ -1,7 +1,5 @@
 """What the tests of `fleetune compress` share: a call of the command line, a quick run, and an interrupt after so many looks."""
 
-from __future__ import annotations
-
 import shlex
 
 import pytest
@@ -26,7 +24,7 @@ def pulled_after(count: int) -> type:
         def __init__(self, ui: object) -> None:
             pass
 
-        def __enter__(self) -> Pulled:
+        def __enter__(self) -> "Pulled":
             return self
 
         def __exit__(self, *_: object) -> None:

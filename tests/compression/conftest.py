@@ -1,7 +1,5 @@
 """A folder to work in, with a text and rows."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the tests of GKD share: rows, two models, settings, and the divergence as the paper writes it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

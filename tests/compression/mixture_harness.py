@@ -1,7 +1,5 @@
 """What the tests of mixtures share: random ones, and what their experts read and compute, written out."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

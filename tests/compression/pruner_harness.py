@@ -1,7 +1,5 @@
 """What the tests of pruning share: tiny models of each family, rows, settings, the importance as the paper writes it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

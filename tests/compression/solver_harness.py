@@ -1,7 +1,5 @@
 """What the tests of solvers share: matrices with Hessians, and optimal-brain updates with explicit inverses in float64."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

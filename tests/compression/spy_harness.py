@@ -1,7 +1,5 @@
 """A solver that keeps what it is given, windows of random tokens, and what the layers of a compressed model read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

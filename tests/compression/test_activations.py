@@ -1,7 +1,5 @@
 """Hessians: their sums and factors, what a compressed model really feeds its layers, and drifts from the dense model's inputs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -252,13 +250,7 @@ def test_ctrl_c_ends_it_between_windows(method: str, tmp_path: Path, monkeypatch
     ran, forward = list[int](), HiddenStates.forward
     monkeypatch.setattr(HiddenStates, "forward", lambda *args: (ran.append(1), forward(*args))[1])
     with pytest.raises(Interrupted, match="stopped in a block; finished blocks are kept"):
-        fleetune.compress(
-            "little",
-            text="text.txt",
-            method=method,
-            settings={"group": 8},
-            windows=12,
-            length=16,
-            listener=Heard(lambda heard: len(ran) == 3),
-        )
+        few = {"settings": {"group": 8}, "windows": 12, "length": 16}
+        stop = Heard(lambda heard: len(ran) == 3)
+        fleetune.compress("little", text="text.txt", method=method, listener=stop, **few)
     assert len(ran) == 3

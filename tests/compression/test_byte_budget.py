@@ -1,7 +1,5 @@
 """`fleetune compress --bytes` and `--bpw`: the file has the size that was said, and what cannot be is refused up front."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a grid costs each matrix, and the choice that costs least within a budget."""
 
-from __future__ import annotations
-
 from itertools import pairwise, product
 from typing import Any
 

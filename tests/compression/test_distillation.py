@@ -1,7 +1,5 @@
 """GKD's divergence: the formula in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from gkd_harness import END, direct, formula, pair, rows, whole

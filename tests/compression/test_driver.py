@@ -1,7 +1,5 @@
 """The driver: resume, errors, what fits no matrix, and windows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Experts: each matrix is solved with the tokens that its expert saw; few are said; runs resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Calibration on the devices: the central result from sums alone, and what becomes of devices that fail."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ def text(count: int, length: int = 16, seed: int = 3) -> Tensor:
     return torch.randint(0, 250, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
+Change = Callable[[ClientHessians], None]
 SHARES = {0: text(3, seed=1), 2: text(1, seed=2), 5: text(4, seed=3)}
 SOLVER: Any = compression.make("optq", {"group": 8})
 
@@ -63,9 +62,8 @@ def test_where_tokens_are_claimed_none_counts_more_than_the_median(tmp_path: Pat
     name, C = "model.layers.0.self_attn.q_proj", 32
     linears = {name: linears[name]}
     tokens = {0: 100, 1: 100, 2: 5000}
-    sent = {
-        c: federated.message_of({name: 2.0 * n * torch.eye(C)}, n, 0, bytes(8)) for c, n in tokens.items()
-    }
+    H = 2.0 * torch.eye(C)
+    sent = {c: federated.message_of({name: n * H}, n, 0, bytes(8)) for c, n in tokens.items()}
 
     def total(claimed: bool) -> float:
         added = federated.HessianSums(bytes(8), tokens, lambda reply: None, tmp_path, claimed=claimed)
@@ -148,9 +146,7 @@ WRONG = {
 }
 
 
-def another(
-    spoil: Callable[[bytes, Any], bytes], client_and_block: tuple[int, int] = (2, 1)
-) -> Callable[[ClientHessians], None]:
+def another(spoil: Callable[[bytes, Any], bytes], client_and_block: tuple[int, int] = (2, 1)) -> Change:
     """Let the answer of a client in a block be another."""
 
     def change(clients: ClientHessians) -> None:
@@ -210,7 +206,7 @@ def lie(kind: str, a: np.ndarray, C: int) -> np.ndarray:
     return lower_triangle(H).float().numpy()
 
 
-def lying(kind: str) -> Callable[[ClientHessians], None]:
+def lying(kind: str) -> Change:
     """Let client 0 lie about every input of block 0."""
 
     def spoil(data: bytes, linears: Any) -> bytes:
@@ -328,9 +324,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
     assert len({e["client"] for e in events if e["event"] == "client"}) == 2
 
 
-def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(
-    tuned_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(tuned_run, capsys, monkeypatch):
     args = ["latest", *SMALL, "--calibrate", "clients", "--out", str(tuned_run)]
     answered, answer = list[int](), ClientHessians.answer  # in block 1
 

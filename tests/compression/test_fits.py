@@ -1,7 +1,5 @@
 """Grids of GGUF's super-blocks: what is fitted, that every code is the nearest, and OPTQ on them."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 from functools import cache
@@ -56,7 +54,6 @@ def llama_cpp(x: np.ndarray, kind: str, importance: np.ndarray | None = None) ->
 
 
 def grid_of(kind: str) -> Grid:
-    """The grid of a super-block type."""
     return Grid(kind, SUPER_TYPES[kind].bits)
 
 

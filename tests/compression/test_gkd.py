@@ -1,7 +1,5 @@
 """GKD: who answers which batch, training, what does not fit, students of some blocks."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Grids: what they promise of every group, and the nearest code."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the loss would rise by without a group, against autograd in float64, and which groups stay."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from gkd_harness import rows
@@ -108,12 +106,8 @@ def test_local_and_global_choices() -> None:
 
 def test_aggregates() -> None:
     shares = torch.tensor([[1.0, 2.0, 0.5], [4.0, 2.0, 1.0]]).double()
-    assert {name: f(shares).tolist() for name, f in AGGREGATES.items()} == {
-        "sum": [5, 4, 1.5],
-        "mean": [2.5, 2, 0.75],
-        "max": [4, 2, 1],
-        "prod": [4, 4, 0.5],
-    }
+    want = {"sum": [5, 4, 1.5], "mean": [2.5, 2, 0.75], "max": [4, 2, 1], "prod": [4, 4, 0.5]}
+    assert {name: f(shares).tolist() for name, f in AGGREGATES.items()} == want
     model = tiny()
     blocks, flat = model.net.model.layers, torch.arange(40).double()
     heads = torch.tensor([[6.0, 4, 5], [0, 4, 0.1], [0, 4, 0], [0, 4, 0]]).double()

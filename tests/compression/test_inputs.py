@@ -1,7 +1,5 @@
 """A run is calibrated on its rows and on text that its model writes, and measured on more of that text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

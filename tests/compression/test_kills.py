@@ -1,7 +1,5 @@
 """A compression that is stopped or killed: what is left is finished, or gone on with; Ctrl-C stops what is measured."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

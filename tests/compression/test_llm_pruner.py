@@ -1,7 +1,5 @@
 """LLM-Pruner: what stays, that the rest computes what it should, recovery."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """One block in memory at a time: the same bytes, a peak that blocks do not add to, and what the plan says of it."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import weakref

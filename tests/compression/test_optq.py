@@ -1,7 +1,5 @@
 """OPTQ and SparseGPT on one matrix, against optimal-brain updates with explicit inverses in float64; what solvers do with odd ones."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Qronos against the paper's algorithm written with a least-squares problem for every column, and what the driver gives it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

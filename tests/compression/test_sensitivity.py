@@ -1,7 +1,5 @@
 """How sensitive predictions are to errors of outputs: against the divergence that errors cause, and autograd."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Scales that are trained to follow the dense model: exact gradients, a result on its grid, a training that resumes."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Training in steps that resume bit for bit, and what is refused to resume from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

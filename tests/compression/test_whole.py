@@ -1,7 +1,5 @@
 """`compress` with gkd and llm-pruner as a user meets them: results, runs, Ctrl-C and resume, a kill, a full disk."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import signal

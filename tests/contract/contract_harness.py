@@ -1,7 +1,5 @@
 """What the contract suite runs every method on: a tiny random llama and thirty rows of one small language."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -105,13 +103,11 @@ def key() -> int:
 
 
 def kind_of(method: Method, state: Any, client: int = 0) -> tuple[Payload, ReplySpec]:
-    """What a client is sent, and what it must answer."""
     kinds = method.kinds(state)
     return kinds[method.kind_of(client)]
 
 
 def reply(fleet: LocalFleet, method: Method, state: Any, client: int = 0, round: int = 1) -> Reply:
-    """One client's real reply, through bytes both ways."""
     payload, _ = kind_of(method, state, client)
     message = encode(Message(round, base_of(fleet.model), payload))
     (answer,) = fleet.ask(round, [client], message)

@@ -1,11 +1,10 @@
 """Small cases of every method, honest replies of a usual size, and a round that adds them up."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -36,15 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Folder(NamedTuple):
-    """A run of which the folder alone is used."""
-
-    path: Path
-
-
 @functools.cache
 def begun(case: str) -> tuple[Any, Any]:
-    """A case's method and its first state."""
     method = methods.make(case.split()[0], CASES[case])
     return method, method.init(tiny_llama(), 7)
 
@@ -79,7 +71,7 @@ def gathered(
     """The replies of a round of these, which come in an order; not closed."""
     kinds = len(method.kind_names)
     asked = Round(1, BASE, [max(ROWS)] * len(payloads), state, lambda client: client % kinds)
-    taken = Replies(method, asked, Folder(folder), lambda event: None, rule)  # type: ignore[arg-type]
+    taken = Replies(method, asked, SimpleNamespace(path=folder), lambda event: None, rule)  # type: ignore[arg-type]
     taken.gather(
         Answer(c, c, encode(Message(1, BASE, payloads[c])), "ok", "", 0.0, 0)
         for c in order or range(len(payloads))
@@ -88,7 +80,6 @@ def gathered(
 
 
 def mean_of(weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]]) -> dict[str, np.ndarray]:
-    """The mean of (weight, tensors), rounded once to float32."""
     mean = Mean()
     for n, tensors in weighted:
         mean.add(n, tensors)

@@ -1,7 +1,5 @@
 """The contract of compressors: every method x every property, those of other packages included."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json
@@ -11,32 +9,108 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from compressor_harness import (
-    VARIANTS,
-    bits,
-    distilled,
-    loss,
-    matrix,
-    pruned,
-    pruner,
-    rows,
-    solved,
-    solver,
-    stop_at,
-    trainer,
-    values,
-    whole,
-)
+from torch import Tensor
 
 from fleetune import compression, models
 from fleetune.cli import main
-from fleetune.cli import main as cli
 from fleetune.common import registry, settings
+from fleetune.compression import Solved, Solver
+from fleetune.compression.layerwise import hessian
+from fleetune.data import Encoded
 from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.models import Model
 from fleetune.models.artefact import Master, dense
+
+STEPS = {"steps": 4, "batch_size": 3, "save_every": 3}
+# Settings with which a method runs on the tiny model in a second.  A method that is not named here runs with its defaults.
+QUICK: dict[str, dict[str, Any]] = {
+    "gkd": {"teacher": "another", "max_new_tokens": 6} | STEPS,
+    "llm-pruner": {"first": 0, "last": 0, "round_to": 4, "ratio": 0.4} | STEPS,
+}
+# Options that change what is computed keep the contract too.
+VARIANTS = [
+    *("optq:grid=asymmetric,bits=3", "optq:group=0", "rtn:grid=universal"),
+    *(f"sparsegpt:{more}" for more in ("n=2", "bits=4", "sparsity=0")),
+    *("gkd:lmbda=1", "gkd:lmbda=0,seq_kd=true,beta=0", "llm-pruner:importance=mixed,scope=global"),
+]
+
+
+def values(case: str) -> dict[str, Any]:
+    """The settings of a case such as `optq` or `optq:group=0,bits=3`."""
+    name, _, changes = case.partition(":")
+    return QUICK.get(name, {}) | dict(pair.split("=") for pair in changes.split(",") if pair)
+
+
+def method(case: str) -> Any:
+    return compression.make(case.partition(":")[0], values(case))
+
+
+def matrix(R: int, C: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(W float32 [R, C], H float32 [C, C] of inputs whose variances fall as those of language models do)."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * C, C, generator=g) * torch.arange(1, C + 1) ** -0.7
+    H = torch.zeros(C, C)
+    hessian.accumulate(H, x)
+    return torch.randn(R, C, generator=g), hessian.mirrored(H)
+
+
+def solved(solver: Solver, W: Tensor, H: Tensor) -> tuple[Tensor, Solved]:
+    answer = solver.solve(W.clone(), H.clone())
+    return dense(answer.weight), answer
+
+
+def loss(W: Tensor, Q: Tensor, H: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T) in float64."""
+    D = W.double() - Q.double()
+    return float(torch.trace(D @ H.double() @ D.T))
+
+
+def rows(count: int = 12, seed: int = 0) -> list[Encoded]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        prompt, answer = rng.integers(60, 70, rng.integers(2, 8)), rng.integers(60, 70, rng.integers(1, 16))
+        made.append(Encoded(np.array([256, *prompt, *answer, 257], np.int32), 1 + len(prompt)))
+    return made
+
+
+def whole() -> Model:
+    return models.tiny_llama(0, layers=4)
+
+
+def bits(model: Model) -> str:
+    return models.digest(models.named_tensors(model.net))
+
+
+def stop_at(last: int, seen: list[int]) -> Callable[..., None]:
+    """A callback that notes every step or row, and raises Interrupted in `last`."""
+
+    def on(done: int, total: int, *_: object) -> None:
+        seen.append(done)
+        if done == last:
+            raise Interrupted("stopped")
+
+    return on
+
+
+def distilled(case: str, folder: Path, on_step: Callable[..., None]) -> tuple[Model, Model]:
+    """(student, teacher) after the training of a case."""
+    chosen, teacher = method(case), models.tiny_llama(1, layers=4)
+    student = chosen.student(whole())
+    chosen.train(student, teacher, rows(), 7, folder, on_step)
+    return student, teacher
+
+
+def pruned(case: str, folder: Path, on_row: Callable[..., None], on_step: Callable[..., None]) -> Model:
+    chosen, model = method(case), whole()
+    small = chosen.prune(model, rows(), on_row)
+    return chosen.train(small, rows(), 7, folder, on_step)
+
 
 ROOT = Path(__file__).parent.parent.parent
 Check = Callable[[str, Path], None]
@@ -96,20 +170,20 @@ def a_solver_is_deterministic_and_changes_nothing(case: str, tmp: Path) -> None:
     W, H = matrix(6, 64)
     H[:, 5] = H[5] = 0
     before = W.clone(), H.clone()
-    first = dense(solver(case).solve(W, H).weight)
+    first = dense(method(case).solve(W, H).weight)
     assert torch.equal(W, before[0])
     assert torch.equal(H, before[1])
     torch.rand(1)
-    assert torch.equal(dense(solver(case).solve(W, H).weight), first)
+    assert torch.equal(dense(method(case).solve(W, H).weight), first)
 
 
 def what_is_compressed_already_costs_nothing(case: str, tmp: Path) -> None:
     W, H = matrix(6, 64)
-    zero, answer = solved(solver(case), torch.zeros(6, 64), H)
+    zero, answer = solved(method(case), torch.zeros(6, 64), H)
     assert not zero.any()
     assert not answer.loss
     for _ in range(10):
-        Q, answer = solved(solver(case), W, H)
+        Q, answer = solved(method(case), W, H)
         if torch.equal(Q, W):
             break
         W = Q
@@ -120,28 +194,25 @@ def what_is_compressed_already_costs_nothing(case: str, tmp: Path) -> None:
 def the_stated_loss_is_that_of_the_matrix(case: str, tmp: Path) -> None:
     for C in (64, 320):
         W, H = matrix(6, C)
-        Q, answer = solved(solver(case), W, H)
+        Q, answer = solved(method(case), W, H)
         if answer.loss is not None:
             assert answer.loss == pytest.approx(loss(W, Q, H), rel=1e-4, abs=1e-6)
 
 
 def a_matrix_that_passes_the_check_is_solved(case: str, tmp: Path) -> None:
     """And with default settings no other."""
-    chosen = solver(case)
+    chosen = method(case)
     for R, C in ((1, 1), (4, 31), (4, 32), (1, 64), (3, 100), (4, 128), (4, 130), (2, 160)):
         problem = chosen.check("layer.weight", R, C)
         W, H = matrix(R, C)
         try:
-            works = all(usable(solved(chosen, W, h)[0], W) for h in (H, torch.zeros(C, C)))
+            found = [solved(chosen, W, h)[0] for h in (H, torch.zeros(C, C))]
+            works = all(Q.shape == W.shape and bool(torch.isfinite(Q).all()) for Q in found)
         except RuntimeError:
             works = False
         assert works or problem
         assert not problem or "layer.weight" in problem
         assert ":" in case or works == (problem == "")
-
-
-def usable(Q: torch.Tensor, W: torch.Tensor) -> bool:
-    return Q.shape == W.shape and bool(torch.isfinite(Q).all())
 
 
 def a_trainer_calls_back_after_each_step_and_leaves_its_teacher(case: str, tmp: Path) -> None:
@@ -151,7 +222,7 @@ def a_trainer_calls_back_after_each_step_and_leaves_its_teacher(case: str, tmp: 
     assert {n for _, n, _ in seen} == {len(seen)}
     assert bits(teacher) == bits(models.tiny_llama(1, layers=4))
     before = bits(student)
-    assert trainer(case).distance(student, teacher, rows()) >= 0
+    assert method(case).distance(student, teacher, rows()) >= 0
     assert bits(student) == before != bits(whole())
 
 
@@ -169,7 +240,7 @@ def a_trainer_resumes_bit_for_bit(case: str, tmp: Path) -> None:
 
 
 def a_trainer_states_what_it_takes(case: str, tmp: Path) -> None:
-    chosen, teacher = trainer(case), models.tiny_llama(1, layers=4)
+    chosen, teacher = method(case), models.tiny_llama(1, layers=4)
     chosen.check(whole(), teacher, 32)
     assert chosen.memory(whole(), teacher, 32) > 0
     assert chosen.disk(whole()) > 0
@@ -178,7 +249,7 @@ def a_trainer_states_what_it_takes(case: str, tmp: Path) -> None:
 
 
 def a_pruner_makes_a_smaller_model_the_same_each_time(case: str, tmp: Path) -> None:
-    chosen = pruner(case)
+    chosen = method(case)
     chosen.check(whole())
     assert chosen.disk(whole()) > 0
     small = pruned(case, tmp / "a", ignore, ignore)
@@ -187,7 +258,7 @@ def a_pruner_makes_a_smaller_model_the_same_each_time(case: str, tmp: Path) -> N
 
 
 def a_pruner_resumes_its_recovery_bit_for_bit(case: str, tmp: Path) -> None:
-    if pruner(case).recover == "none":
+    if method(case).recover == "none":
         return
     steps: list[int] = []
     want = bits(pruned(case, tmp / "whole", ignore, stop_at(0, steps)))
@@ -288,21 +359,21 @@ def test_a_compressor_of_another_package_is_listed_and_compresses(other, tmp_pat
     monkeypatch.setenv("COLUMNS", "120")  # the help breaks lines at hyphens
     assert other in main.command_parsers()["compress"].format_help()
     for spelling in ("row-sign", "row_sign"):
-        assert cli.main(["compress", "--list", spelling]) == 0
+        assert main.main(["compress", "--list", spelling]) == 0
         out = capsys.readouterr().out
         assert "Rastegari" in out
         assert "factor of the mean magnitude" in out
-    assert cli.main(["compress", "--list"]) == 0
+    assert main.main(["compress", "--list"]) == 0
     assert other in capsys.readouterr().out
     models.tiny_llama().save(tmp_path / "tiny")
     args = ["compress", "./tiny", "--method", other, "--set", "scale=0.5", "--json"]
-    assert cli.main(args) == 0
+    assert main.main(args) == 0
     done = json.loads(capsys.readouterr().out.splitlines()[-1])
     master = Master(Path(done["folder"]) / "model")
     assert (master.head.method, master.head.settings) == (other, {"scale": 0.5})
     assert master.digest() == done["digest"]
     assert all(len(row.unique()) <= 3 for row in master.weight("model.layers.0.mlp.down_proj.weight"))
-    assert cli.main([*args[:-2], "scale=0", "--json"]) == 2
+    assert main.main([*args[:-2], "scale=0", "--json"]) == 2
     assert "scale = 0.0 must be positive" in capsys.readouterr().out
 
 

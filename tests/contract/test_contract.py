@@ -1,7 +1,5 @@
 """The contract, every method x every property, in order of value (design: "Contract tests")."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect
@@ -45,7 +43,6 @@ def few_candidates(monkeypatch):
 
 
 def begun(name: str) -> tuple[models.Model, Method, Any]:
-    """A model, the method of a case, and its first state."""
     model, chosen = models.tiny_llama(), short(name)
     return model, chosen, chosen.init(model, key())
 

@@ -1,7 +1,5 @@
 """The contract, every export target x every property; the target of docs/export.md is one of them, from another package."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,18 +55,12 @@ def npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "entry_points", entry_points)
 
 
-def matrices(model: models.Model, bits: int = 4, group: int = 32, **grid: int) -> dict[str, Quantised]:
-    tensors = models.named_tensors(model.net)
-    return {n: on_grid(t, bits, group, **grid) for n, t in tensors if n.endswith("proj.weight")}
+def projections(model: models.Model, make: Callable[[Any], Quantised]) -> dict[str, Quantised]:
+    return {n: make(t) for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")}
 
 
-def on_positive_scales(model: models.Model) -> dict[str, Quantised]:
-    tensors = models.named_tensors(model.net)
-    return {n: rounded(t, Grid("symmetric", 4), 32) for n, t in tensors if n.endswith("proj.weight")}
-
-
-def with_zeros(model: models.Model) -> dict[str, Quantised]:
-    return {n: changed(q, zero=q.zero * 0) for n, q in matrices(model).items()}
+def matrices(model: models.Model, bits: int = 4, group: int = 32) -> dict[str, Quantised]:
+    return projections(model, lambda t: on_grid(t, bits, group))
 
 
 def mixed(model: models.Model) -> dict[str, Quantised]:
@@ -76,23 +68,9 @@ def mixed(model: models.Model) -> dict[str, Quantised]:
     return {**matrices(model), name: on_grid(dict(models.named_tensors(model.net))[name], 8, 32)}
 
 
-def with_embedding(model: models.Model) -> dict[str, Quantised]:
-    embedding = on_grid(model.net.model.embed_tokens.weight, 4, 32)
-    return {**matrices(model), "model.embed_tokens.weight": embedding}
-
-
-def with_codebook(model: models.Model) -> dict[str, Quantised]:
-    tensors = models.named_tensors(model.net)
-    return {n: on_codebook(t, 4, 32) for n, t in tensors if n.endswith("proj.weight")}
-
-
 def in_super_blocks(kind: str) -> tuple[models.Model, dict[str, Quantised]]:
-    model, grid = (
-        tiny(hidden_size=256, intermediate_size=256, head_dim=64),
-        Grid(kind, SUPER_TYPES[kind].bits),
-    )
-    tensors = models.named_tensors(model.net)
-    return model, {n: rounded(t, grid, 32) for n, t in tensors if n.endswith("proj.weight")}
+    model = tiny(hidden_size=256, intermediate_size=256, head_dim=64)
+    return model, projections(model, lambda t: rounded(t, Grid(kind, SUPER_TYPES[kind].bits), 32))
 
 
 def narrowed(kind: str) -> models.Model:
@@ -105,13 +83,19 @@ def narrowed(kind: str) -> models.Model:
 ODD: dict[str, Callable[[], tuple[models.Model, dict[str, Quantised]]]] = {
     "plain": lambda: (tiny(), {}),
     "4 bits": lambda: ((m := tiny()), matrices(m)),
-    "positive scales": lambda: ((m := tiny()), on_positive_scales(m)),
+    "positive scales": lambda: (
+        (m := tiny()),
+        projections(m, lambda t: rounded(t, Grid("symmetric", 4), 32)),
+    ),
     "5 bits": lambda: ((m := tiny()), matrices(m, 5, 64)),
-    "zeros of 0": lambda: ((m := tiny()), with_zeros(m)),
-    "a codebook": lambda: ((m := tiny()), with_codebook(m)),
+    "zeros of 0": lambda: ((m := tiny()), {n: changed(q, zero=q.zero * 0) for n, q in matrices(m).items()}),
+    "a codebook": lambda: ((m := tiny()), projections(m, lambda t: on_codebook(t, 4, 32))),
     **{f"super-blocks of {kind}": partial(in_super_blocks, kind) for kind in SUPER_TYPES},
     "two kinds of grids": lambda: ((m := tiny()), mixed(m)),
-    "a quantised embedding": lambda: ((m := tiny("qwen2")), with_embedding(m)),
+    "a quantised embedding": lambda: (
+        (m := tiny("qwen2")),
+        matrices(m) | {"model.embed_tokens.weight": on_grid(m.net.model.embed_tokens.weight, 4, 32)},
+    ),
     "a plain model of different widths": lambda: (narrowed("qwen3"), {}),
     "codes of different widths": lambda: ((m := narrowed("llama")), matrices(m)),
     "an activation": lambda: ((m := tiny(hidden_act="gelu")), matrices(m)),
@@ -156,7 +140,6 @@ def exported(to: str, out: Path, sources: dict[str, Path], made: dict[str, str] 
 
 @pytest.fixture(scope="module")
 def written(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report]:
-    """What a target writes, made once."""
     root = tmp_path_factory.mktemp("written")
     return cache(lambda to: exported(to, place(to, root / to), sources, made=MADE))
 

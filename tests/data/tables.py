@@ -1,7 +1,5 @@
 """Rows, written as a file of each type that is read."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
@@ -17,13 +15,11 @@ def jsonl(*rows: object) -> bytes:
 
 
 def write_rows(path: Path, *rows: object) -> str:
-    """The rows as lines of JSON."""
     path.write_bytes(jsonl(*rows))
     return str(path)
 
 
 def write(path: Path, rows: list[dict]) -> str:
-    """The rows in the file type of the suffix."""
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".csv":

@@ -1,7 +1,5 @@
 """Tokens and masks against apply_chat_template itself, cuts, dropped rows, batches fixed by their key."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 
@@ -412,9 +410,10 @@ def test_what_is_cut_is_counted(model: Model) -> None:
     assert (found.longer, found.prompts, found.answers) == (2, 1, 1)
     whole, _ = encode_all(cut, model.tokenizer, 999)
     assert found.longest == max(len(row.ids) for row in whole)
-    assert found.told(80).startswith(
+    said = (
         f"2 of {len(rows)} rows are longer than max_length=80 and are cut: the prompt of 1, the answer of 1;"
     )
+    assert found.told(80).startswith(said)
     assert count_cut(whole).told(999) == ""
 
 

@@ -1,7 +1,5 @@
 """The forms in which people have their rows, and columns that are renamed into one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -25,16 +23,21 @@ def labelled(text: str, label: str) -> Example:
     return Example((("user", f"{text}\nHow is this text labelled?"),), label, {"label": label}, (text,))
 
 
+def answered(question: str, answer: str, **meta: str) -> Example:
+    return Example((("user", question),), answer, meta)
+
+
 ASKED = (("user", "q"),)
+PLAIN = answered("q", "a")
 FORMS: dict[str, tuple[Row, Example]] = {
-    "prompt and completion": ({"prompt": "q", "completion": "a"}, Example(ASKED, "a")),
+    "prompt and completion": ({"prompt": "q", "completion": "a"}, PLAIN),
     "prompt and response": (
         {"prompt": "q", "response": "a", "system": "be kind", "context": "c", "n": 1},
         Example((("system", "be kind"), ("user", "q\nc")), "a", {"n": "1"}),
     ),
-    "question and answer": ({"question": "q", "answer": "a\n#### 5"}, Example(ASKED, "a\n#### 5")),
-    "E2E": ({"mr": "name[X]", "ref": "X it is."}, Example((("user", "name[X]"),), "X it is.")),
-    "E2E of the hub": ({"meaning_representation": "q", "human_reference": "a"}, Example(ASKED, "a")),
+    "question and answer": ({"question": "q", "answer": "a\n#### 5"}, answered("q", "a\n#### 5")),
+    "E2E": ({"mr": "name[X]", "ref": "X it is."}, answered("name[X]", "X it is.")),
+    "E2E of the hub": ({"meaning_representation": "q", "human_reference": "a"}, PLAIN),
     "turns of TRL": (
         {"prompt": turns(("system", "s"), ("user", "q")), "completion": turns(("assistant", "a"))},
         Example((("system", "s"), *ASKED), "a"),
@@ -43,12 +46,12 @@ FORMS: dict[str, tuple[Row, Example]] = {
     "text with a label": ({"text": "t", "label": "good"}, labelled("t", "good")),
     "Alpaca with a text": (
         {"instruction": "q", "input": "", "output": "a", "text": "q a"},
-        Example(ASKED, "a", {"text": "q a"}),
+        answered("q", "a", text="q a"),
     ),
     "a system": ({"instruction": "q", "response": "a", "system": "s"}, Example(ASKED, "a", {"system": "s"})),
     "text in parts": (
         {"messages": turns(("user", [{"type": "text", "text": "q"}]), ("assistant", "a"))},
-        Example(ASKED, "a"),
+        PLAIN,
     ),
     "developer": (
         {"messages": turns(("developer", "s"), ("user", "q"), ("assistant", "a"))},
@@ -82,30 +85,29 @@ def test_a_row_without_a_label_among_labelled_ones_is_not_a_text(tmp_path: Path)
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
 GAVE = {"role": "tool", "content": "5"}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+TWO = turns(("user", "q"), ("assistant", "a"), ("user", "and?"))
+ASK = TWO[0]
+TOOLS = "1 turns of tools, 1 turns that call tools"
 CHATS: dict[str, tuple[list[Row], Example | None, str]] = {
     "a call and its reply": (
-        [*turns(("user", "q")), CALL, GAVE, *turns(("assistant", "it is 5"))],
-        Example(ASKED, "it is 5"),
-        "1 turns of tools, 1 turns that call tools",
+        [ASK, CALL, GAVE, *turns(("assistant", "it is 5"))],
+        answered("q", "it is 5"),
+        TOOLS,
     ),
     "a call with words": (
-        [*turns(("user", "q")), CALL | {"content": "I look."}, GAVE, *turns(("assistant", "5"))],
-        Example(ASKED, "I look.\n5"),
-        "1 turns of tools, 1 turns that call tools",
+        [ASK, CALL | {"content": "I look."}, GAVE, *turns(("assistant", "5"))],
+        answered("q", "I look.\n5"),
+        TOOLS,
     ),
-    "a call at the end": (
-        [*turns(("user", "q"), ("assistant", "a"), ("user", "and?")), CALL, GAVE],
-        Example(ASKED, "a"),
-        "1 turns of tools, 1 turns that call tools",
-    ),
+    "a call at the end": ([*TWO, CALL, GAVE], PLAIN, TOOLS),
     "a call for the second question": (
-        [*turns(("user", "q"), ("assistant", "a"), ("user", "and?")), CALL, GAVE, *turns(("assistant", "b"))],
+        [*TWO, CALL, GAVE, *turns(("assistant", "b"))],
         Example((*ASKED, ("assistant", "a"), ("user", "and?")), "b"),
-        "1 turns of tools, 1 turns that call tools",
+        TOOLS,
     ),
     "an image beside the question": (
         turns(("user", [{"type": "text", "text": "q"}, IMAGE]), ("assistant", "a")),
-        Example(ASKED, "a"),
+        PLAIN,
         "1 parts that are not text",
     ),
     "an image for a question": (
@@ -114,7 +116,7 @@ CHATS: dict[str, tuple[list[Row], Example | None, str]] = {
         "1 parts that are not text, 1 rows without a question and an answer in text",
     ),
     "calls alone": (
-        [*turns(("user", "q")), CALL, GAVE],
+        [ASK, CALL, GAVE],
         None,
         "1 rows without a question and an answer in text, 1 turns of tools, 1 turns that call tools",
     ),
@@ -134,33 +136,29 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize(
     ("row", "columns", "wanted"),
     [
-        ({"q": "Q", "a": "A", "id": 3}, "prompt=q, response=a", Example((("user", "Q"),), "A", {"id": "3"})),
+        ({"q": "Q", "a": "A", "id": 3}, "prompt=q, response=a", answered("Q", "A", id="3")),
         (
             {"q": "Q", "a": "A", "who": "x"},
             "prompt=q,response=a,client=who",
-            Example((("user", "Q"),), "A", {"who": "x", "client": "x"}),
+            answered("Q", "A", who="x", client="x"),
         ),
         ({"body": "B", "text": "old"}, "text=body", Example((), "B")),
         ({"body": "B", "stars": 4}, "text=body,label=stars", labelled("B", "4")),
-        ({"talk": turns(("user", "q"), ("assistant", "a"))}, "messages=talk", Example(ASKED, "a")),
-        (
-            {"talk": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-            "messages=talk",
-            Example(ASKED, "a"),
-        ),
+        ({"talk": turns(("user", "q"), ("assistant", "a"))}, "messages=talk", PLAIN),
+        ({"talk": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "messages=talk", PLAIN),
         (
             {"instruction": "q", "response": "a", "mine": "m"},
             "prompt=mine",
-            Example((("user", "m"),), "a", {"instruction": "q"}),
+            answered("m", "a", instruction="q"),
         ),
         (
             {"instruction": "q", "response": "a", "s": "S"},
             "system=s",
             Example((("system", "S"), *ASKED), "a"),
         ),
-        ({"question": "q", "answer": "a", "said": "p"}, "context=said", Example((("user", "q\np"),), "a")),
-        ({"instruction": "q", "response": "bad", "good": "a"}, "response=good", Example(ASKED, "a")),
-        ({"a, b": "q", "answer": "a"}, "prompt=a\\, b,response=answer", Example(ASKED, "a")),
+        ({"question": "q", "answer": "a", "said": "p"}, "context=said", answered("q\np", "a")),
+        ({"instruction": "q", "response": "bad", "good": "a"}, "response=good", PLAIN),
+        ({"a, b": "q", "answer": "a"}, "prompt=a\\, b,response=answer", PLAIN),
     ],
 )
 def test_columns_are_read_under_other_names(tmp_path: Path, row: Row, columns: str, wanted: Example) -> None:
@@ -185,7 +183,7 @@ def test_a_mapping_that_is_none_is_refused(tmp_path: Path, columns: str, says: s
 
 def test_names_of_a_tables_columns_have_no_space_around_them(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("question , answer\nq,a\n")
-    assert read(tmp_path / "a.csv", columns="prompt=question,response=answer") == [Example(ASKED, "a")]
+    assert read(tmp_path / "a.csv", columns="prompt=question,response=answer") == [PLAIN]
 
 
 def test_bad_rows_are_counted_and_the_first_are_shown(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Labelled rows: their forms are told by their fields, and an encoder reads the texts as its tokenizer joins them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

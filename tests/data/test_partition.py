@@ -1,7 +1,5 @@
 """Partitions and held-out rows: exact covers, exact counts, fixed by the seed, skewed as alpha says."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
@@ -321,9 +319,7 @@ def test_all_answers_of_a_conversation_are_trained_on_where_asked(tmp_path):
     for few, many in zip(last.clients, every.clients, strict=True):
         got = [every.examples[i] for i in many.tolist()]
         assert [e.response for e in got[: len(few)]] == [last.examples[i].response for i in few.tolist()]
-        assert {e.where for e in got} == {e.where for e in got[: len(few)]}, (
-            "of the client's own conversations"
-        )
+        assert {e.where for e in got} == {e.where for e in got[: len(few)]}, "of its own conversations"
         for n in (last.examples[i].response[-1] for i in few.tolist()):
             mine = sorted((len(e.messages), e.response, e.messages[-1]) for e in got if e.response[-1] == n)
             assert mine == [(2 * i + 2, f"assistant{i} {n}", ("user", f"user{i} {n}")) for i in range(3)]

@@ -1,7 +1,5 @@
 """Readers: the four forms from the four file types, and an error that names file, line and field."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys
@@ -32,20 +30,15 @@ def test_dolly_and_alpaca_read_the_same_from_every_file_type(tmp_path, suffix):
     ]
     names = {"context": "input", "response": "output"}
     alpaca = [{names.get(key, key): value for key, value in row.items()} for row in rows]
-    assert read(write(tmp_path / f"alpaca{suffix}", alpaca))[0] == Example(
-        (("user", 'Sum up\n\n### Input:\na, "b"\nc'),), "été\n", {"category": "sum"}
-    )
+    asked = 'Sum up\n\n### Input:\na, "b"\nc'
+    first = Example((("user", asked),), "été\n", {"category": "sum"})
+    assert read(write(tmp_path / f"alpaca{suffix}", alpaca))[0] == first
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_conversations_read_the_same_from_every_file_type(tmp_path, suffix):
-    said = [
-        ("system", "Kind"),
-        ("user", "Hi"),
-        ("assistant", "Hello"),
-        ("user", "Bye"),
-        ("assistant", "Ciao"),
-    ]
+    roles = ("system", "user", "assistant", "user", "assistant")
+    said = list(zip(roles, ("Kind", "Hi", "Hello", "Bye", "Ciao"), strict=True))
     expected = [Example(tuple(said[:-1]), "Ciao", {"id": "7"})]
     chat = {"messages": [{"role": role, "content": text} for role, text in said], "id": 7}
     assert read(write(tmp_path / f"chat{suffix}", [chat])) == expected
@@ -288,7 +281,7 @@ def test_plain_text(tmp_path):
             read_text(tmp_path / "b.jsonl")
 
 
-# The hub, without a network: its three calls are replaced.
+SPOKEN = [{"role": role, "content": "s"} for role in ("system", "user", "assistant")]
 
 
 @pytest.mark.parametrize(
@@ -296,10 +289,7 @@ def test_plain_text(tmp_path):
     [
         {"instruction": "a", "context": "b", "response": "c", "category": "d"},
         {"instruction": "a", "input": "b", "output": "c"},
-        {
-            "messages": [{"role": role, "content": "s"} for role in ("system", "user", "assistant")],
-            "site": "x",
-        },
+        {"messages": SPOKEN, "site": "x"},
         {"question": "q", "sentence": "s", "label": "entailment"},
         {"sentence1": "a", "sentence2": "b", "label": 2, "site": 7},
         {"text": "a", "label": True},

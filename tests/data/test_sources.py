@@ -1,7 +1,5 @@
 """A limit of rows is shared by the clients of a folder, and few rows have few clients."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

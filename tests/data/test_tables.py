@@ -1,7 +1,5 @@
 """Tables as spreadsheets write them: separators, encodings, empty cells and rows, Excel files."""
 
-from __future__ import annotations
-
 import csv
 import io
 import sys
@@ -72,9 +70,7 @@ CELL = st.text(st.sampled_from('ab ;,|\t"\n'), max_size=8).filter(lambda cell: c
         lambda n: st.lists(st.lists(CELL, min_size=n, max_size=n), min_size=2, max_size=9)
     )
 )
-def test_quoted_tables_read_back_under_any_separator(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]
-) -> None:
+def test_quoted_tables_read_back_under_any_separator(tmp_path_factory, rows):
     names = [f"c{i}" for i in range(len(rows[0]))]
     for mark in tables.SEPARATORS:
         text = io.StringIO(newline="")

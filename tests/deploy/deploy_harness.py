@@ -1,7 +1,5 @@
 """Tiny models on grids, as master artefacts on the disk."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Callable, Mapping
@@ -27,14 +25,9 @@ QWEN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QUICK = shlex.split("--limit 60 --held-out 8 --max-length 160 --samples 0 --rounds 1 --clients 2")
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LLAMA3 |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MARKS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "model_max_length": 1024}
 
 
 def tokenizer(pre: Any = None) -> PreTrainedTokenizerBase:
@@ -43,21 +36,13 @@ def tokenizer(pre: Any = None) -> PreTrainedTokenizerBase:
     merges = [("h", "e"), ("l", "l"), ("he", "ll")]
     vocab = {text: i for i, text in enumerate([*letters, *("".join(m) for m in merges)])}
     backend = Tokenizer(BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre or pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    rules = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = pre or pre_tokenizers.Sequence(rules)
     backend.decoder = decoders.ByteLevel()
     marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     backend.add_special_tokens([AddedToken(mark, normalized=False) for mark in marks])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        chat_template=TEMPLATE,
-        model_max_length=1024,
-    )
+    others = {"pad_token": "<|im_end|>", "unk_token": "<|endoftext|>", "chat_template": TEMPLATE}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **MARKS, **others)
 
 
 def split(pattern: str = QWEN, behavior: str = "isolated", *, invert: bool = False) -> Any:
@@ -74,14 +59,12 @@ def piece_tokenizer() -> PreTrainedTokenizerBase:
         vocab.setdefault(text, len(vocab))
     backend = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>")])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=1024
-    )
+    own = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 1024}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **own)
 
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}  # for super-blocks
@@ -123,9 +106,8 @@ def on_codebook(W: Tensor, bits: int, group: int, name: str = "iq4_nl") -> Quant
 def matrix(codes: list, scale: list, zero: list, bits: int) -> Quantised:
     """Rows of codes, with the scales and zeros of their groups."""
     whole = (torch.tensor(part, dtype=torch.uint8) for part in (codes, zero))
-    return Quantised(
-        next(whole), torch.tensor(scale).half(), next(whole), bits, len(codes[0]) // len(scale[0])
-    )
+    group = len(codes[0]) // len(scale[0])
+    return Quantised(next(whole), torch.tensor(scale).half(), next(whole), bits, group)
 
 
 def write_codes(model: Model, folder: Path, quantised: Mapping[str, Quantised]) -> Path:
@@ -135,7 +117,6 @@ def write_codes(model: Model, folder: Path, quantised: Mapping[str, Quantised]) 
 
 
 def matrices(model: Model) -> dict[str, Tensor]:
-    """The matrices of the layers."""
     return {n: t for n, t in models.named_tensors(model.net) if n.endswith("proj.weight")}
 
 
@@ -174,5 +155,4 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 
 def changed(q: Quantised, **fields: Any) -> Quantised:
-    """A copy with other fields."""
     return dataclasses.replace(q, **fields)

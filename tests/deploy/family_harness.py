@@ -1,7 +1,5 @@
 """Tiny random models of every family that has a place in GGUF, and their logits in llama.cpp beside transformers'."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,64 +15,27 @@ from fleetune.models.families import experts
 
 TEXT = [int(token) for token in np.random.default_rng(5).integers(0, 259, 48)]
 # no two of the widths are alike, and blocks of 32 divide them all
-PLAIN: dict[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 128,
-}
+PLAIN: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4}
+PLAIN |= {"num_attention_heads": 6, "max_position_embeddings": 128}
 GROUPED = PLAIN | {"num_key_value_heads": 2}
 WIDE = GROUPED | {"head_dim": 32}  # heads that are wider together than the model
 OLD: dict[str, Any] = {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128}
 WINDOW = {"sliding_window": 64}  # longer than the text
 SHORT, LONG = [1.0 + i / 8 for i in range(8)], [2.0 + i / 4 for i in range(8)]
-LONGROPE: dict[str, Any] = {
-    "max_position_embeddings": 1024,
-    "original_max_position_embeddings": 256,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": SHORT,
-        "long_factor": LONG,
-        "original_max_position_embeddings": 256,
-    },
-}
-PARTLY = LONGROPE | {
-    "rope_parameters": LONGROPE["rope_parameters"]
-    | {"partial_rotary_factor": 0.5, "short_factor": SHORT[:4], "long_factor": LONG[:4]}
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-SCALES = {
-    "attention_multiplier": 0.2,
-    "residual_multiplier": 0.6,
-    "embedding_multiplier": 3.0,
-    "logits_scaling": 0.7,
-}
-YARN = {
-    "max_position_embeddings": 4096,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 3000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 1024,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": True,
-    },
-}
-LFM2 = GROUPED | {
-    "intermediate_size": 230,
-    "block_multiple_of": 32,
-    "layer_types": ["conv", "full_attention", "conv", "conv"],
-}
+ORIGINAL = {"original_max_position_embeddings": 256}
+ROTARY = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG} | ORIGINAL
+LONGROPE: dict[str, Any] = {"max_position_embeddings": 1024, **ORIGINAL, "rope_parameters": ROTARY}
+HALF = {"partial_rotary_factor": 0.5, "short_factor": SHORT[:4], "long_factor": LONG[:4]}
+PARTLY = LONGROPE | {"rope_parameters": ROTARY | HALF}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+LLAMA3 |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALES = {"attention_multiplier": 0.2, "residual_multiplier": 0.6}
+SCALES |= {"embedding_multiplier": 3.0, "logits_scaling": 0.7}
+LONGER = {"rope_type": "yarn", "rope_theta": 3000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+LONGER |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+YARN = {"max_position_embeddings": 4096, "rope_parameters": LONGER}
+LFM2 = GROUPED | {"intermediate_size": 230, "block_multiple_of": 32}
+LFM2 |= {"layer_types": ["conv", "full_attention", "conv", "conv"]}
 # of another width than the block's
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
 LOCAL = {"num_local_experts": 5, "num_experts_per_tok": 3}
@@ -127,7 +88,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config_of(case: str, **changes: Any) -> Any:
-    """The configuration of a case."""
     family, sizes = CASES[case]
     config = AutoConfig.for_model(family, **({"vocab_size": 264} | ENDS | sizes | changes))
     if "rope_parameters" not in sizes | changes:

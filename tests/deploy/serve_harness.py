@@ -1,7 +1,5 @@
 """A stand-in for llama-server: an executable that answers in OpenAI's form, fails and breaks off as told."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

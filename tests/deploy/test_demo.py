@@ -1,7 +1,5 @@
 """`fleetune demo` from its first line to its last, with a tiny model in the place of the one that it fetches."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,7 @@ from fleetune.evaluation import answers, measures
 from fleetune.tuning.result.finished import held_out
 
 
-def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny().save(tmp_path / "little")
     monkeypatch.setattr(demo, "MODEL", "./little")

@@ -1,7 +1,5 @@
 """tune -> compress -> export -> eval as a user types it; the last link reads the GGUF file back as a model."""
 
-from __future__ import annotations
-
 import os
 import threading
 from pathlib import Path
@@ -10,7 +8,7 @@ import pytest
 import torch
 from deploy_harness import QUICK, compressed, tiny
 
-from command_line import Capture, Patch, ok
+from command_line import Capture, ok
 from command_line import call_json as call
 from fleetune import models
 from fleetune.cli.main import main
@@ -113,9 +111,7 @@ def test_damaged_weights_are_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("to", "links"), [("gguf", True), ("gguf", False), ("hf", True)])
-def test_of_two_exports_into_one_place_one_is_refused(
-    to: str, links: bool, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_of_two_exports_into_one_place_one_is_refused(to, links, tmp_path, monkeypatch):
     out, both = tmp_path / ("x" if to == "hf" else "x.gguf"), threading.Barrier(2, timeout=60)
     module = hf if to == "hf" else gguf
     write, done = module.write, dict[str, object]()

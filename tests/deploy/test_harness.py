@@ -1,7 +1,5 @@
 """Kept gain, bits, speed by a clock of ours, and the process that measures, against numbers worked out by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -158,10 +156,8 @@ def test_a_process_measures_what_the_model_gives_and_its_own_memory(artefact: Pa
     rows = [(rng.integers(0, 260, n).tolist(), k) for n, k in ((9, 4), (17, 0), (6, 5))]
     windows = [(rng.integers(0, 260, 24).tolist(), 1) for _ in range(3)]
     ours = np.ones(100_000_000)  # 800 MB here are none of the child's
-    job = MeasureJob(
-        "artefact", str(artefact), 1, prompt=8, generate=2, repeats=1, rows=rows, windows=windows
-    )
-    found = harness.measured(job)
+    asked = {"prompt": 8, "generate": 2, "repeats": 1, "rows": rows, "windows": windows}
+    found = harness.measured(MeasureJob("artefact", str(artefact), 1, **asked))
     assert 100e6 < found.peak_rss < peak_rss() - 400e6
     assert found.values["loss"] == pytest.approx(reference(artefact, rows), rel=1e-5)
     assert found.values["perplexity"] == pytest.approx(math.exp(reference(artefact, windows)), rel=1e-5)

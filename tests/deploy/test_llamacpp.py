@@ -1,7 +1,5 @@
 """Our files in llama.cpp itself, where it is installed: the same losses and the same continuation as in torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A GGUF file as a mapped base: digests, replies of every method, runs and exports are those of its conversion in memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`fleetune measure` as a user types it: a compressed run with its kept gain, other subjects, exports, bad input."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shlex
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from deploy_harness import tiny
+from deploy_harness import QUICK, tiny
 
 from command_line import Capture, Patch, ok
 from command_line import call_json as call
@@ -32,9 +30,7 @@ from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed
 from fleetune.tuning.result import finished
 
-RUN = shlex.split(
-    "--method fedit --set r=2 --set lr=1e-2 --limit 60 --held-out 8 --max-length 160 --samples 0 --rounds 1 --clients 2"
-)
+RUN = [*shlex.split("--method fedit --set r=2 --set lr=1e-2"), *QUICK]
 TEXT = ["--text", "text.txt", "--length", "64"]
 FAST = ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--offline"]
 

@@ -1,7 +1,5 @@
 """Patches of a GGUF file's scales: what they make, what they refuse, and what a kill leaves."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -22,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import fleetune
-from command_line import Capture, Patch, ok
+from command_line import Patch, ok
 from fleetune import models
 from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
@@ -122,18 +120,14 @@ def test_rows_in_pieces_make_the_same_file(file: Path, made: Any, tmp_path: Path
         patch.apply(file, made, tmp_path / f"{piece}.gguf")  # its SHA-256 is the stated one
 
 
-def test_a_patch_that_would_make_another_model_is_not_made(
-    file: Path, ledger: Any, monkeypatch: Patch
-) -> None:
+def test_a_patch_that_would_make_another_model_is_not_made(file, ledger, monkeypatch):
     summed = noise.summed
     monkeypatch.setattr(noise, "summed", lambda *given: summed(*given) + 300)
     with pytest.raises(ModelError, match="would not make the scales of the run"):
         patch_make.of_ledger(file, ledger)
 
 
-def test_the_command_prints_json_for_a_script(
-    file: Path, ledger: Any, tmp_path: Path, capsys: Capture
-) -> None:
+def test_the_command_prints_json_for_a_script(file, ledger, tmp_path, capsys):
     ledger.save(tmp_path / "ledger.safetensors")
     first = ok(capsys, "patch", "make", file, tmp_path / "ledger.safetensors", "--to", tmp_path / "p")
     lines = [first[-1], ok(capsys, "patch", "apply", file, tmp_path / "p")[-1]]
@@ -234,19 +228,9 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
         "onebyte": {"directions": 6, "batch_size": 4},
     }[method]
     rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
-    run = fleetune.tune(
-        str(file),
-        rows,
-        method=method,
-        train="scales",
-        clients=2,
-        rounds=2,
-        settings={"lr": 0.05, "eps": 0.01, **settings},
-        out=tmp_path / "runs",
-        samples=0,
-        client_rows=0,
-        held_out=4,
-    )
+    few: Any = {"clients": 2, "rounds": 2, "samples": 0, "client_rows": 0, "held_out": 4}
+    few |= {"train": "scales", "settings": {"lr": 0.05, "eps": 0.01, **settings}}
+    run = fleetune.tune(str(file), rows, method=method, out=tmp_path / "runs", **few)
     assert run.done.digest != models.load(str(file), device="cpu").digest
     out = fleetune.export(run, path=tmp_path / "new" / "tuned.gguf").path
     tuned = models.load(str(out), device="cpu")
@@ -319,8 +303,8 @@ def test_a_patch_that_states_what_cannot_be_is_refused(what: dict, made: patch.P
     ],
 )
 def test_a_patch_that_asks_for_more_than_a_run_makes_is_refused_before_any_work(
-    law: str, K: int, passes: int, most: int, said: str, made: patch.Patch, tmp_path: Path
-) -> None:
+    law, K, passes, most, said, made, tmp_path
+):
     (tmp_path / "p").write_bytes(made.file)
 
     def asking(count: int) -> Path:

@@ -1,7 +1,5 @@
 """A release is a run in one folder that nobody but its signer can have changed, and that tells nothing of the machine."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,15 +22,9 @@ ROWS = [{"instruction": f"say {i}", "response": f"{i} it is", "who": WHO[i % 2]}
 def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     file = tmp_path_factory.mktemp("objectives") / "mine.py"
     file.write_text("from fleetune.evaluation.losses import batch_loss as mine\n")
-    return fleetune.tune(
-        tiny,
-        ROWS,
-        method="fedkseed",
-        settings={"K": 16, "tau": 2, "lr": 1e-3, "objective": f"{file}:mine"},
-        partition="column:who",
-        out=tmp_path_factory.mktemp("runs"),
-        **FEW | {"clients": 0},
-    )
+    settings = {"K": 16, "tau": 2, "lr": 1e-3, "objective": f"{file}:mine"}
+    more = {"partition": "column:who", "out": tmp_path_factory.mktemp("runs"), "clients": 0}
+    return fleetune.tune(tiny, ROWS, method="fedkseed", settings=settings, **FEW | more)
 
 
 @pytest.fixture
@@ -45,9 +37,7 @@ def signed(run: Run, place: Path, **given: Any) -> Path:
     return Path(fleetune.release(run, to=place, **given).folder)
 
 
-def test_a_release_is_a_run_that_another_machine_verifies(
-    run: Run, tiny: str, tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_release_is_a_run_that_another_machine_verifies(run, tiny, tmp_path, config, monkeypatch):
     done = fleetune.release(run, to=tmp_path / "here" / "mine")
     (tmp_path / "there").mkdir()
     shutil.move(tmp_path / "here" / "mine", tmp_path / "there" / "mine")

@@ -1,7 +1,5 @@
 """The GGUF file in which a compressed model is tuned: it is the exported one, written once, and nothing else is taken for it."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -105,8 +103,8 @@ def plain(tmp_path: Path) -> Path:
     ],
 )
 def test_codes_whose_file_could_not_be_tuned_are_refused_before_it_is_written(
-    method: str, settings: dict[str, Any], words: str, plain: Path, tmp_path: Path
-) -> None:
+    method, settings, words, plain, tmp_path
+):
     found = compression(tmp_path, plain, method, **settings)
     with pytest.raises(UsageError, match=words) as refused:
         tunable_file.of(found, lambda _: None)

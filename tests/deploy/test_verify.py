@@ -1,7 +1,5 @@
 """Whole models are proven from the base on; one flipped bit anywhere is found, and its place is named."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator
@@ -80,6 +78,7 @@ PARTS = {  # what is flipped -> (name that is verified, files)
     "release of an adapter": (f"runs/{ADAPTER}/release", [f"runs/{ADAPTER}/release/**/*"]),
 }
 RELEASED = "README.md"  # people write in it, unless it is signed
+WRITTEN = ("gguf", "gguf of the run", "lora", "gptq", "compressed-tensors", "mlx", "hf")
 QUICK = [part for part in PARTS if part not in SLOW]
 
 
@@ -103,10 +102,7 @@ def test_one_flipped_bit_is_found_and_named(part: str, places: int, made: Path, 
             fleetune.verify(name, *sources, offline=True)
         known = {file.name, sums.FILE, "base digest", "tokenizer digest", "tiny"}
         assert any(word in caught.value.message for word in known), (str(file), at, caught.value.message)
-        if (
-            part in ("gguf", "gguf of the run", "lora", "gptq", "compressed-tensors", "mlx", "hf")
-            and file.suffix
-        ):
+        if part in WRITTEN and file.suffix:
             assert f"byte {at:,}, in" in caught.value.message
     injected("one bit of what a model was made from", places)
 
@@ -170,9 +166,7 @@ def test_a_file_of_another_name_is_told_by_its_head(made: Path, tmp_path: Path) 
     assert "as gptq" in proven(str(other), "3")["elsewhere"]
 
 
-def test_consistent_forgeries_end_at_what_they_stand_on(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_consistent_forgeries_end_at_what_they_stand_on(made, tmp_path, monkeypatch):
     """Lists and fingerprints are written anew, so only what is rebuilt tells."""
     shutil.copytree(made, tmp_path / "forged", symlinks=True)
     monkeypatch.chdir(tmp_path / "forged")
@@ -209,9 +203,7 @@ def test_consistent_forgeries_end_at_what_they_stand_on(
 
 @pytest.mark.parametrize("folder", [f"runs/{CODES}/model", f"runs/{RUN}/hf", f"runs/{ADAPTER}/adapter"])
 def test_a_file_that_nobody_wrote_is_named(folder: str, made: Path, tmp_path: Path) -> None:
-    subject = {"model": str(Path(folder).parent), "adapter": str(Path(folder).parent)}.get(
-        Path(folder).name, folder
-    )
+    subject = folder.removesuffix("/model").removesuffix("/adapter")
     odd, readme = Path(folder, "chat_template.jinja.evil"), Path(folder, "README.md")
     odd.touch()
     with pytest.raises(errors.ModelError, match=odd.name):
@@ -230,10 +222,8 @@ def test_a_file_that_nobody_wrote_is_named(folder: str, made: Path, tmp_path: Pa
 def test_a_head_whose_length_is_wrong_differs_in_its_bytes(made: Path) -> None:
     file = Path(f"runs/{RUN}/hf/model.safetensors")
     for at, bit in ((4, 3), (6, 6), (7, 7)):
-        with (
-            flipped(file, at, bit),
-            pytest.raises(errors.ModelError, match=rf"differs in byte {at}, in its head"),
-        ):
+        wrong = pytest.raises(errors.ModelError, match=rf"differs in byte {at}, in its head")
+        with flipped(file, at, bit), wrong:
             proven(f"runs/{RUN}/hf")
 
 
@@ -262,8 +252,6 @@ def test_a_model_in_the_cache_is_compared_with_its_list(made: Path, own_cache: N
     cache._write_source(target, "index", sha256={})
     (target / "fleetune_loaded.json").touch()  # added later
     assert f"files of {target.name}" in proven("smollm2-135m")
-    with (
-        flipped(target / "config.json", 20, 0),
-        pytest.raises(errors.ModelError, match=r"config\.json is not what"),
-    ):
+    wrong = pytest.raises(errors.ModelError, match=r"config\.json is not what")
+    with flipped(target / "config.json", 20, 0), wrong:
         proven("smollm2-135m")

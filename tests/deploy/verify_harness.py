@@ -1,7 +1,5 @@
 """A tiny base, a run of each kind, a compression, exported files and a release, once a session; and a flipped bit."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
@@ -33,14 +31,9 @@ def make(folder: Path) -> None:
     fleetune.release("2")
 
 
-FILES = {  # of the compression
-    "gguf": f"{CODES}.gguf",
-    "gptq": "gptq",
-    "compressed-tensors": "compressed-tensors",
-    "mlx": "mlx",
-    "ollama": "ollama",
-    "hf:bf16": "hf-bf16",
-}
+DIRECTORIES = ("gptq", "compressed-tensors", "mlx", "ollama")
+# of the compression
+FILES = {"gguf": f"{CODES}.gguf", **{to: to for to in DIRECTORIES}, "hf:bf16": "hf-bf16"}
 
 
 def proven(*words: str, **given: object) -> dict[str, str]:

@@ -5,8 +5,6 @@ that lies in the cache in the built-in model's place, and clients take few local
 block takes seconds.  A page that talks to a server finds one at the address that it names.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import sys

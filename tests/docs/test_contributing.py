@@ -1,7 +1,5 @@
 """CONTRIBUTING.md's worked example, registered by another package, is a method like any other: everywhere."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import sys

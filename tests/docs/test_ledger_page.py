@@ -1,7 +1,5 @@
 """The replay on docs/ledger.md rebuilds what `fleetune verify` rebuilds, without Fleetune."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -48,9 +46,7 @@ def on(model: Model, law: str, K: int, entries: list[tuple[int, int]]) -> Ledger
     ("method", "values"),
     [("fedkseed", ["K=64", "tau=3", "lr=1e-3"]), ("signlora", ["steps=2", "pool=3", "r=2", "lr=0.05"])],
 )
-def test_it_rebuilds_a_tuned_model(
-    method: str, values: list, tiny: Path, tmp_path: Path, monkeypatch, capsys
-):
+def test_it_rebuilds_a_tuned_model(method, values, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--method", method, *(word for value in values for word in ("--set", value)), "--clients", "2"]
     sizes = ["--rounds", "2", "--limit", "20", "--max-length", "48", "--samples", "0"]

@@ -1,7 +1,5 @@
 """The docs are those of this code: generated parts are up to date, links and commands exist."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib

@@ -1,7 +1,5 @@
 """A model that the tests of a module share."""
 
-from __future__ import annotations
-
 import pytest
 
 from fleetune.models import Model, tiny_llama

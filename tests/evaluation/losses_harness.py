@@ -1,7 +1,5 @@
 """Rows, and their losses a token at a time in float64."""
 
-from __future__ import annotations
-
 import math
 import random
 
@@ -16,6 +14,7 @@ from fleetune.models import Model
 
 CHUNK_BYTES = "fleetune.evaluation.head_loss.CHUNK_BYTES"
 VOCAB = 264
+TEXT = "the river runs past the old stone mill, and the wind turns its wheel at night"
 
 
 def examples_of(count: int) -> list[Example]:
@@ -26,6 +25,10 @@ def examples_of(count: int) -> list[Example]:
         ask, say = draw.choices(words, k=1 + 3 * i % 7), draw.choices(words, k=1 + 2 * i % 5)
         made.append(Example((("user", " ".join(ask)),), " ".join(say), {"client": f"site {i}"}))
     return made
+
+
+def labelled(*labels: str) -> list[Example]:
+    return [Example((("user", "why " * (i + 1)),), label, {}) for i, label in enumerate(labels)]
 
 
 def rows_of(model: Model, count: int = 7) -> list[Encoded]:

@@ -1,14 +1,12 @@
 """Greedy answers against an argmax loop, scores and label words by hand."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from losses_harness import CHUNK_BYTES, VOCAB, by_hand, examples_of, odd_batch, same_losses, says
+from losses_harness import CHUNK_BYTES, VOCAB, by_hand, examples_of, labelled, odd_batch, same_losses, says
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -97,20 +95,10 @@ def test_own_sampling_takes_no_part(tiny: Model, caplog: Any, monkeypatch: pytes
     expected = generate(tiny, examples_of(2), max_new_tokens=10)
     model = tiny_llama(seed=3)
     own = model.net.generation_config
-    for name, value in {
-        "do_sample": True,
-        "temperature": 0.6,
-        "top_p": 0.5,
-        "top_k": 7,
-        "min_p": 0.05,
-        "num_beams": 3,
-        "repetition_penalty": 5.0,
-        "no_repeat_ngram_size": 1,
-        "penalty_alpha": 0.5,
-        "max_length": 3,
-        "suppress_tokens": list(range(32, 127)),
-        "min_new_tokens": 2,
-    }.items():
+    odd: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_p": 0.5, "top_k": 7, "min_p": 0.05}
+    odd |= {"num_beams": 3, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "penalty_alpha": 0.5}
+    odd |= {"max_length": 3, "suppress_tokens": list(range(32, 127)), "min_new_tokens": 2}
+    for name, value in odd.items():
         setattr(own, name, value)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.WARNING):
@@ -163,20 +151,16 @@ def test_f1_and_exact_match_by_hand(answer: str, reference: str, f1: float, em: 
     assert answers_module.exact_match([answer], [reference]) == pytest.approx(em)
 
 
-def _labelled(*labels: str) -> list[Example]:
-    return [Example((("user", f"question {i}"),), label, {}) for i, label in enumerate(labels)]
-
-
 def test_label_accuracy_of_a_rigged_model() -> None:
     model = tiny_llama()
     says(model, {"y": 0.4, "e": 0.2, "s": 0.2, "n": 0.1, "o": 0.1})
-    examples = _labelled("yes", "no", "no", "yes", "yes")
+    examples = labelled("yes", "no", "no", "yes", "yes")
     assert label_accuracy(model, examples, ["no", "yes"]) == pytest.approx(60.0)
     assert label_accuracy(model, examples, batch_size=3) == pytest.approx(60.0)
 
 
 def test_label_scores_are_conditional_on_the_prompt(tiny: Model) -> None:
-    examples = _labelled("yes", "no", "maybe")
+    examples = labelled("yes", "no", "maybe")
     tokens = [answers_module.answer_ids(tiny, word) for word in ("yes", "no", "maybe")]
     prompts = [prompt_ids(example, tiny.tokenizer, 200) for example in examples]
     got = answers_module.answer_scores(tiny, prompts, tokens, batch_size=4)
@@ -190,10 +174,10 @@ def test_label_scores_are_conditional_on_the_prompt(tiny: Model) -> None:
 def test_the_mean_decides_and_rows_that_do_not_fit_are_refused(tiny: Model) -> None:
     model = tiny_llama()
     says(model, {"a": 0.5, "b": 0.4})
-    assert label_accuracy(model, _labelled("aaaa", "b"), ["b", "aaaa"]) == pytest.approx(50.0)
+    assert label_accuracy(model, labelled("aaaa", "b"), ["b", "aaaa"]) == pytest.approx(50.0)
     for rows, words in ((("yes", "maybe"), ["yes", "no"]), ([f"word {i}" for i in range(65)], []), ((), [])):
         with pytest.raises(DataError, match="label"):
-            label_accuracy(tiny, _labelled(*rows), words)
+            label_accuracy(tiny, labelled(*rows), words)
 
 
 def test_a_long_prompt_leaves_room_for_the_answer(tiny: Model) -> None:

@@ -1,7 +1,5 @@
 """The loss of an output head in pieces: values and gradients of the plain formula, for each kind of head."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

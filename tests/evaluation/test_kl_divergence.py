@@ -1,7 +1,5 @@
 """KL divergence and same top token against the formulas, in float64 and a token at a time; the file between the two models."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command_line import Patch
 from fleetune.data.encode import Encoded
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence, losses
@@ -92,9 +91,7 @@ def test_pieces_of_any_size_give_the_same_bits(writes: tuple, reads: tuple, tmp_
     assert compare(tmp_path / "p", cut(Q, *reads)) == summary(*of_tokens(P, Q))
 
 
-def test_only_the_first_tokens_are_kept_and_no_more_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_first_tokens_are_kept_and_no_more_made(tmp_path: Path, monkeypatch: Patch) -> None:
     P, Q = drawn(0), drawn(1)
 
     def until(logits: np.ndarray) -> Iterator[np.ndarray]:
@@ -117,7 +114,6 @@ def test_a_full_disk_is_said() -> None:
 
 
 def rows() -> list[Encoded]:
-    """Rows scored from their first token, from the middle, not at all, and of a single token."""
     draw = np.random.default_rng(0)
     sizes = ((9, 0), (12, 5), (4, 4), (1, 0), (30, 29))
     return [Encoded(draw.integers(0, 250, n).astype(np.int32), k) for n, k in sizes]

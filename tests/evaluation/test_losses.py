@@ -1,7 +1,5 @@
 """Losses and perplexity against references computed by hand: float64 softmax, one-shot perplexity."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses_harness import CHUNK_BYTES, VOCAB, by_hand, odd_batch, rows_of, same_losses
+from losses_harness import CHUNK_BYTES, TEXT, VOCAB, by_hand, odd_batch, rows_of, same_losses
 from peft import PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -63,7 +61,10 @@ def test_row_order_survives_sorting_by_length(tiny: Model) -> None:
 
 def test_the_head_sees_scored_positions_few_at_a_time(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * 4)
-    head, seen = tiny.net.lm_head, _head_calls(tiny)
+    head, seen = tiny.net.lm_head, list[int]()
+    watch = head.register_forward_hook(lambda module, args, out: seen.append(out[..., 0].numel()))
+    batch_loss(tiny, odd_batch())
+    watch.remove()
     assert seen == [0, 4, 4, 4, 2]  # at first none, to see whether the model changes its logits afterwards
     assert not head._forward_hooks
     assert not head._forward_pre_hooks
@@ -112,17 +113,6 @@ def test_a_model_that_scales_its_logits_is_read_in_parts(kind: str, monkeypatch:
     assert max(handed) <= 4, "no array of all tokens"
 
 
-def _head_calls(model: Model) -> list[int]:
-    """The tokens that the head of a model is handed, call by call, while the odd batch is measured."""
-    seen: list[int] = []
-    watch = model.net.lm_head.register_forward_hook(lambda m, args, out: seen.append(out[..., 0].numel()))
-    try:
-        batch_loss(model, odd_batch())
-    finally:
-        watch.remove()
-    return seen
-
-
 def test_a_head_that_is_no_module(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * 3)
     monkeypatch.setattr(tiny.net, "get_output_embeddings", lambda: None)
@@ -149,9 +139,6 @@ def test_a_soft_prompt_moves_the_positions(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
         assert batch_loss(model, batch) == pytest.approx(float(expected), abs=1e-5)
     assert abs(plain - float(expected)) > 1e-3
-
-
-TEXT = "the river runs past the old stone mill, and the wind turns its wheel at night"
 
 
 @pytest.mark.parametrize(("window", "stride"), [(16, 8), (16, 5), (9, 1), (20, 19), (500, 3)])
@@ -200,13 +187,6 @@ def test_a_beginning_token_is_context_and_not_scored() -> None:
     assert perplexity(model, ["t"]) > 1  # one token, scored after the beginning
 
 
-def _viewed(model: Model) -> View:
-    """The model as seen from a point that is not its base."""
-    view = View(named_tensors(model.net), model.net, run_key=9, law="hashed", grid=1e-5)
-    view.place(passes("hashed", 16, np.arange(16, dtype=np.uint64), np.arange(1, 17) * 50))
-    return view
-
-
 # blocks that divide the vocabulary, do not, hold it all
 @pytest.mark.parametrize("block", [1, 5, 70, 1000])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])  # tokens at a time
@@ -215,7 +195,8 @@ def test_a_streamed_head_has_the_same_losses(chunk: int, block: int, monkeypatch
     base = by_hand(model.net, batch)
     monkeypatch.setattr("fleetune.seeds.weights.CHUNK", block * model.net.config.hidden_size)
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
-    view = _viewed(model)
+    view = View(named_tensors(model.net), model.net, run_key=9, law="hashed", grid=1e-5)
+    view.place(passes("hashed", 16, np.arange(16, dtype=np.uint64), np.arange(1, 17) * 50))
     expected = by_hand(model.net, batch)
     assert max(abs(a - b) for (_, a), (_, b) in zip(base, expected, strict=True)) > 1e-3
     same_losses(model.net, batch)

@@ -1,13 +1,11 @@
 """Measures by name: what the parts give."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np
 import pytest
 import torch
-from losses_harness import examples_of
+from losses_harness import TEXT, examples_of
 
 from fleetune.data.encode import encode_all
 from fleetune.data.read_rows import Example
@@ -16,8 +14,6 @@ from fleetune.evaluation.answers import generate, rouge_l, token_f1
 from fleetune.evaluation.losses import eval_mode, perplexity, response_loss
 from fleetune.evaluation.measures import TASKS, check_tasks, evaluate
 from fleetune.models import Model, tiny_llama
-
-TEXT = "the river runs past the old stone mill, and the wind turns its wheel at night"
 
 
 def test_the_model_is_left_as_it_was(tiny: Model) -> None:

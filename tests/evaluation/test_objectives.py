@@ -1,13 +1,11 @@
 """Objectives: the built-in ones against the same number reached another way, and functions by import path."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from losses_harness import says
+from losses_harness import labelled, says
 
 from fleetune.data.encode import Batch, collate, encode_all, prompt_ids
 from fleetune.data.read_rows import Example
@@ -18,16 +16,12 @@ from fleetune.evaluation.objectives import BUILT_IN, get, loss_tensor, split
 from fleetune.models import Model, tiny_llama
 
 
-def _examples(*labels: str) -> list[Example]:
-    return [Example((("user", "why " * (i + 1)),), label, {}) for i, label in enumerate(labels)]
-
-
 def _batch(model: Model, examples: list[Example]) -> Batch:
     return collate(encode_all(examples, model.tokenizer, 256)[0], 257)
 
 
 def test_a_batch_splits_into_prompts_and_references(tiny: Model) -> None:
-    examples = _examples("yes", "no, never", "maybe")
+    examples = labelled("yes", "no, never", "maybe")
     prompts, references = split(_batch(tiny, examples))
     for example, prompt, reference in zip(examples, prompts, references, strict=True):
         assert prompt.tolist() == prompt_ids(example, tiny.tokenizer, 256).tolist()
@@ -37,7 +31,7 @@ def test_a_batch_splits_into_prompts_and_references(tiny: Model) -> None:
 def test_loss_tensor_has_the_models_own_gradient() -> None:
     model = tiny_llama(seed=1)
     model.net.requires_grad_(True)
-    batch = _batch(model, _examples("yes", "no, never"))
+    batch = _batch(model, labelled("yes", "no, never"))
     model.net(**batch._asdict()).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.net.named_parameters()}
     model.net.zero_grad()
@@ -51,15 +45,15 @@ def test_loss_tensor_has_the_models_own_gradient() -> None:
 def test_accuracy_of_a_rigged_model() -> None:
     model = tiny_llama()
     says(model, {"y": 0.4, "e": 0.2, "s": 0.2, "n": 0.1, "o": 0.1})
-    batch = _batch(model, _examples("yes", "no", "no", "yes", "yes"))
+    batch = _batch(model, labelled("yes", "no", "no", "yes", "yes"))
     assert get("accuracy")(model, batch) == pytest.approx(-0.6)
     assert get("accuracy:no,yes")(model, batch) == pytest.approx(-0.6)
-    assert get("accuracy:no, yes, sey")(model, _batch(model, _examples("yes"))) == -1.0
-    assert get("accuracy:no,yes")(model, _batch(model, _examples("no"))) == 0.0
+    assert get("accuracy:no, yes, sey")(model, _batch(model, labelled("yes"))) == -1.0
+    assert get("accuracy:no,yes")(model, _batch(model, labelled("no"))) == 0.0
 
 
 def test_accuracy_is_evaluates_accuracy(tiny: Model) -> None:
-    examples = _examples("yes", "no", "maybe", "no", "yes", "maybe")
+    examples = labelled("yes", "no", "maybe", "no", "yes", "maybe")
     percent = label_accuracy(tiny, examples, ["maybe", "no", "yes"])
     assert get("accuracy:maybe,no,yes")(tiny, _batch(tiny, examples)) == pytest.approx(-percent / 100)
     assert 0 < percent < 100
@@ -80,7 +74,7 @@ def test_scores_of_greedy_answers(name: str, score: objectives.Score) -> None:
         return made
 
     model.net.lm_head.register_forward_hook(hook)
-    examples = _examples("a b", "b", "x", "a b c")
+    examples = labelled("a b", "b", "x", "a b c")
     answers = generate(model, examples, max_new_tokens=9)
     assert answers == ["a b"] * 4
     expected = score(answers, [example.response for example in examples]) / 100
@@ -90,7 +84,7 @@ def test_scores_of_greedy_answers(name: str, score: objectives.Score) -> None:
 
 def test_values_repeat_and_the_model_is_left_as_it_was() -> None:
     model = tiny_llama(seed=3)
-    batch = _batch(model, _examples("yes", "no", "no"))
+    batch = _batch(model, labelled("yes", "no", "no"))
     before = [p.clone() for p in model.net.parameters()]
     model.net.train()
     state = torch.get_rng_state()
@@ -103,7 +97,7 @@ def test_values_repeat_and_the_model_is_left_as_it_was() -> None:
 
 OWN = """
 import torch
-from losses_harness import says
+from losses_harness import labelled, says
 from dataclasses import dataclass
 
 CONSTANT = 3
@@ -168,7 +162,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_a_function_in_a_file(tiny: Model, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = _batch(tiny, _examples("yes", "no"))
+    batch = _batch(tiny, labelled("yes", "no"))
     objective = get(f"{own}:mine")
     assert objective(tiny, batch) == 2.0 * (4 + 3)
     monkeypatch.chdir(own.parent)
@@ -185,7 +179,7 @@ def test_a_function_in_a_package(tiny: Model, tmp_path: Path, monkeypatch: pytes
     (package / "__init__.py").write_text("")
     (package / "text.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    batch = _batch(tiny, _examples("yes"))
+    batch = _batch(tiny, labelled("yes"))
     assert get("some_objectives.text:mine")(tiny, batch) == 8.0
     assert vars(sys.modules["some_objectives.text"])["calls"] == [(True, False)]
     value = get("some_objectives.text:numpy_number")(tiny, batch)
@@ -208,31 +202,25 @@ def test_objectives_that_cannot_be_are_refused_when_they_are_chosen(own: Path, t
     assert not [name for name in sys.modules if vars(sys.modules[name]).get("__file__") == str(ends)]
 
 
-@pytest.mark.parametrize(
-    ("function", "says"),
-    [
-        ("tensor", "Tensor"),
-        ("flag", "bool"),
-        ("nan", "nan"),
-        ("infinite", "-inf"),
-        ("fails", r"ZeroDivisionError: .*my objectives.py:\d+\)$"),
-        ("ends", "SystemExit"),
-    ],
-)
+SAID = {"tensor": "Tensor", "flag": "bool", "nan": "nan", "infinite": "-inf", "ends": "SystemExit"}
+SAID |= {"fails": r"ZeroDivisionError: .*my objectives.py:\d+\)$"}
+
+
+@pytest.mark.parametrize(("function", "says"), SAID.items())
 def test_bad_results_are_recipe_errors(tiny: Model, own: Path, function: str, says: str) -> None:
     objective = get(f"{own}:{function}")
     with pytest.raises(RecipeError, match=says) as caught:
-        objective(tiny, _batch(tiny, _examples("yes")))
+        objective(tiny, _batch(tiny, labelled("yes")))
     assert caught.value.hint
     with pytest.raises(DataError, match="not these rows"):  # our own pass through
-        get(f"{own}:refuses")(tiny, _batch(tiny, _examples("yes")))
+        get(f"{own}:refuses")(tiny, _batch(tiny, labelled("yes")))
 
 
 def test_accuracy_refuses_answers_that_no_word_covers(tiny: Model) -> None:
     for name, labels in (("accuracy:yes,no", ("yes", "maybe")), ("accuracy", ("yes",))):
         with pytest.raises(RecipeError, match="cover"):
-            get(name)(tiny, _batch(tiny, _examples(*labels)))
-    assert get("accuracy")(tiny, _batch(tiny, _examples("yes", "yes"))) == -1.0
+            get(name)(tiny, _batch(tiny, labelled(*labels)))
+    assert get("accuracy")(tiny, _batch(tiny, labelled("yes", "yes"))) == -1.0
 
 
 ROWS = {"loss": 8, "accuracy": 64, "accuracy:yes,no": 16, "rouge_l": 136, "f1:64": 72, "f1:4": 8}
@@ -245,6 +233,6 @@ def test_an_objective_is_counted_in_rows(name: str, rows: int) -> None:
 
 def test_the_mean_over_rows_is_weighted_by_rows(tiny: Model, tmp_path: Path) -> None:
     (tmp_path / "rows.py").write_text("def length(model, batch): return float(len(batch.labels))")
-    rows, _ = encode_all(_examples("yes", "no", "no", "yes", "no"), tiny.tokenizer, 64)
+    rows, _ = encode_all(labelled("yes", "no", "no", "yes", "no"), tiny.tokenizer, 64)
     # batches of 2, 2 and 1 rows, each of which says its own length
     assert objectives.mean_value(tiny, rows, f"{tmp_path}/rows.py:length", batch_size=2) == 9 / 5

@@ -1,7 +1,5 @@
 """What tests of a finished run on real devices share: a run of a tiny model, and devices in threads on this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket
@@ -36,7 +34,6 @@ RECIPES = {
 
 
 def write_rows(path: str, first: int, last: int) -> None:
-    """Write rows with numbers of their own."""
     counts = {i: " ".join(map(str, range(1 + i % 8))) for i in range(first, last)}
     rows = [{"instruction": f"count to {i}", "response": said} for i, said in counts.items()]
     Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -64,7 +61,6 @@ def simulated(kind: str, layers: int = 2, rows: int = 20, **more: Any) -> Path:
 
 
 def free_port() -> int:
-    """A port that nobody has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -76,7 +72,6 @@ def door(port: int, wait: int = 2, pace: Pace = QUICK) -> Served:
 
 
 def brings_of(number: int, **brings: Any) -> Brings:
-    """What the device of a client brings."""
     rows = {"data": f"rows/client-{number:03d}.jsonl", "calibrate": True} | brings
     return Brings(model="model", device="cpu", threads=1, offline=True, **rows)
 
@@ -112,13 +107,11 @@ def numbered(folder: Path, count: int = 2) -> None:
 
 
 def run_in(out: str) -> Path:
-    """The one run in a folder."""
     (run,) = (p for p in Path(out).iterdir() if not p.is_symlink())
     return run
 
 
 def fates(run: Path) -> list[dict[str, Any]]:
-    """What became of each reply of a run."""
     return [e for e in rundir.events(run) if e["event"] == "client"]
 
 

@@ -1,7 +1,5 @@
 """The folder of a real fleet's run as its server leaves it, without a server."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping, Sequence

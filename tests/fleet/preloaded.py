@@ -3,8 +3,6 @@
 So many kills hit the work, and not the import of torch.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import sys

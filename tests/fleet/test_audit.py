@@ -1,7 +1,5 @@
 """The log of a fleet: any change of a byte, a line or the order is found, and a kill costs at most the last line."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """When a device declines: on its battery, or while other programs keep it busy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

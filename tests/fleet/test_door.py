@@ -1,7 +1,5 @@
 """The door over HTTP: who comes in, whose order and answer it is, and what no request can do."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -32,8 +30,6 @@ from fleetune.fleet.link import Mail
 from fleetune.fleet.server import Place, Served
 
 Head = Mapping[str, str]
-
-
 Answer = httpx.Response
 
 
@@ -154,8 +150,6 @@ def house(opened: House, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
 
 
 # Who comes in ------------------------------------------------------------------------------------------
-
-
 def forgeries(house: House) -> dict[str, Callable[[], httpx.Response]]:
     """What somebody without the key of device one may send to be taken for it, and what a revoked device may."""
     one, address = house.one, f"127.0.0.1:{house.port}"
@@ -343,8 +337,6 @@ def test_where_any_key_comes_in_their_number_is_bounded(tmp_path, monkeypatch):
 
 
 # Orders and answers ------------------------------------------------------------------------------------
-
-
 def test_an_order_is_given_until_it_is_answered_and_its_answer_taken_once(house):
     number = house.push(house.one, b"head tail", 4)
     for _ in range(2):
@@ -476,8 +468,6 @@ def test_orders_that_end_alike_share_their_end():
 
 
 # What no request can do --------------------------------------------------------------------------------
-
-
 def test_what_is_too_large_is_refused(house):
     number = house.push(house.one, room=10)  # of all pieces together
     assert house.exchange(house.one).content == b"work"

@@ -1,7 +1,5 @@
 """Devices calibrate a compression: the artefact is that of the simulated clients, and nobody who lies or leaves stops it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -40,7 +38,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Heard]:
 
 @pytest.fixture
 def place(made: tuple[Path, Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of its own with that run."""
     for path in made[0].iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "runs").unlink()
@@ -55,13 +52,11 @@ def want(made: tuple[Path, Heard]) -> Heard:
 
 
 def compressed(link: Direct, heard: Heard, **more: Any) -> Any:
-    """Compress the run by the devices of a link."""
     served: Any = Door(link)
     return fleetune.compress("latest", calibrate="fleet", served=served, listener=heard, **OPTIONS | more)
 
 
 def resumed(link: Direct, heard: Heard) -> Any:
-    """Go on with the newest compression."""
     served: Any = Door(link)
     return fleetune.resume_compression("latest", served=served, listener=heard)
 

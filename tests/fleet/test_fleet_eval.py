@@ -1,7 +1,5 @@
 """A result is measured on the devices' own held-out rows, which they never train on; a device bounds nothing but itself."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -49,7 +47,6 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """That run, in a folder of its own."""
     shutil.copytree(made, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return Path("runs/latest").resolve()

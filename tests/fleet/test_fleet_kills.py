@@ -3,8 +3,6 @@
 `make faults` runs it; FLEETUNE_KILLS says how often (default 12), FLEETUNE_MINUTES for how long at most.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import random
@@ -16,12 +14,13 @@ from pathlib import Path
 
 import preloaded
 import pytest
-from devices_harness import digest_of, fates, free_port, lay_out, run_in
+from devices_harness import digest_of, fates, free_port, lay_out, numbered, run_in, simulated
 
+import fleetune
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.fleet.audit import FILE, verify
-from fleetune.runs import rundir
+from fleetune.runs import compression_folder, rundir
 
 KILLS = int(os.environ.get("FLEETUNE_KILLS", "12"))
 ALONE = int(os.environ.get("FLEETUNE_KILLS", "1"))  # of the server alone
@@ -65,7 +64,6 @@ class Process:
         self.running.start()
 
     def kill(self) -> None:
-        """Kill it as a power cut would."""
         if self.running is not None:
             self.running.kill()
             self.running.join()
@@ -197,3 +195,55 @@ def wait_until(met: Callable[[], bool], process: Process | None, seconds: float 
         assert process is None or process.ended is None, said(process.name)[-2000:]
         assert time.monotonic() < until, said("server")[-2000:]
         time.sleep(0.1)
+
+
+PATIENCE_OF_BLOCKS = 400.0  # seconds for the work without a kill
+ASKED = "--set group=8 --windows 64 --length 128"
+
+
+@pytest.fixture
+def many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of a model with many blocks, so that there is time for kills."""
+    monkeypatch.chdir(tmp_path)
+    numbered(simulated("ledger", layers=2 * KILLS, rows=400))
+    return tmp_path
+
+
+@pytest.mark.faults
+def test_kills_of_server_and_devices_change_no_code(many_blocks):
+    few = {"settings": {"group": 8}, "windows": 64, "length": 128}
+    want = fleetune.compress(Path("runs/latest"), calibrate="clients", out="simulated", **few)
+    port = free_port()
+    begin = Process("server", f"compress latest --calibrate fleet {ASKED} --wait 2 --port {port}")
+    again = Process("server", f"compress --resume 2 --port {port}")
+    devices = [
+        Process(
+            f"device-{c}",
+            f"fleet join 127.0.0.1:{port} --data rows/client-{c:03d}.jsonl --calibrate --model model --state state-{c} "
+            "--device cpu --threads 1",
+        )
+        for c in range(2)
+    ]
+    for process in (begin, *devices):
+        process.start()
+    try:
+        wait_until(lambda: "block 1/" in said("server"), begin, seconds=PATIENCE_OF_BLOCKS)
+        server, rng, killed = begin, random.Random(3), 0
+        while server.ended is None and killed < KILLS:
+            time.sleep(rng.uniform(0.1, 4.0))
+            for victim in rng.choice([[server], [rng.choice(devices)], [server, *devices]]):
+                if victim.ended is None:
+                    victim.kill()
+                    killed += 1
+                    server = again if victim is server else server
+                    (again if victim is begin else victim).start()
+        print(f"{killed} kills")
+        wait_until(lambda: server.ended is not None, None, seconds=PATIENCE_OF_BLOCKS)
+        assert server.ended == 0, said("server")[-2000:]
+    finally:
+        for process in (begin, again, *devices):
+            process.kill()
+    folder = compression_folder.get("2", Path("runs"))
+    assert compression_folder.record(folder)["result"]["digest"] == want.done.digest
+    assert verify(folder / FILE).bad == 0
+    assert "left out" not in said("server")

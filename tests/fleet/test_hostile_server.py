@@ -1,7 +1,5 @@
 """A server that lies: it writes, reads and removes nothing on a device, fills no memory, and reads no row."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -78,12 +76,10 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @functools.cache
 def base_digest(dtype: str = "fp32") -> str:
-    """The digest of `made`'s model."""
     return models.load("model", device="cpu", dtype=dtype).digest
 
 
 def encoded(client: int = 0) -> list[Encoded]:
-    """The rows of a client."""
     return encode_rows(models.load("model", device="cpu"), data.read(f"rows-{client}.jsonl"), 48)[0]
 
 
@@ -115,7 +111,6 @@ def ready(task: str = "tune", **changes: Any) -> Worker:
 
 
 def body(scalars: Mapping[str, Any], arrays: Mapping[str, Any] | None = None, round: int = 0) -> bytes:
-    """An order's body with these parts."""
     return encode(Message(round, bytes(8), Payload(dict(arrays or {}), dict(scalars))))
 
 
@@ -126,7 +121,6 @@ def sent_by(name: str, settings: dict[str, Any], round: int = 1) -> bytes:
 
 
 def files(**scalars: bytes) -> bytes:
-    """An order's body that brings files."""
     return body({result.FILE + n: b for n, b in scalars.items()})
 
 
@@ -144,8 +138,6 @@ def brought(**more: Any) -> bytes:
 
 
 # Files ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("run", ["x/../../victim", "../victim", "/victim", "x\0", "", f"{RUN}/..", "D" * 32])
 def test_the_name_of_a_run_leads_nowhere(place, run):
     victim = place / "victim" / "result"
@@ -207,8 +199,6 @@ def test_what_was_noted_and_is_damaged_allows_nothing_and_is_named(tmp_path, tex
 
 
 # Memory -----------------------------------------------------------------------------------------------
-
-
 def lora(rank: int, columns: int = 1) -> bytes:
     arrays = {
         f"model.layers.0.self_attn.q_proj.lora_{which}.weight": np.zeros((rank, columns), np.float32)
@@ -289,8 +279,6 @@ def test_a_device_remembers_few_rounds_and_one_client(place, monkeypatch):
 
 
 # What a device has agreed to --------------------------------------------------------------------------
-
-
 def test_a_device_does_the_orders_of_the_task_that_it_joined_for(place):
     device = worker()
     assert take(device, task="eval", result="e" * 64).code == "no-evaluation"
@@ -307,8 +295,6 @@ def test_a_device_does_the_orders_of_the_task_that_it_joined_for(place):
 
 
 # Rows -------------------------------------------------------------------------------------------------
-
-
 def sums_of(device: Worker, windows: int, length: int) -> np.ndarray | str:
     """What a server gets of block 0's first input when it asks for so many windows; or the code of the refusal."""
     begun = ask(device, "begin", brought(windows=windows, length=length))
@@ -467,8 +453,6 @@ def test_no_byte_that_leaves_a_device_is_of_its_rows(place, monkeypatch):
 
 
 # What an attacker has found since -----------------------------------------------------------------------
-
-
 def test_a_calibration_that_was_begun_in_one_job_is_checked_again_in_another(place):
     """The rows are cut by the job's max_length, so the windows of the same order may be others."""
     saved()

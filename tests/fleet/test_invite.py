@@ -1,7 +1,5 @@
 """All that a device needs in one file; and a device's settings in a file."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

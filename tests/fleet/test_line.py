@@ -1,7 +1,5 @@
 """What a server sends is read by a device up to a limit, never decompressed, and by no proxy on the machine itself."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """A door with very many devices that answer at once: `pytest -m slow -s tests/fleet/test_load.py` prints the table of docs/fleet.md."""
 
-from __future__ import annotations
-
 import asyncio
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """What a server orders and a device answers: it comes back as it was, and nothing else gets through."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

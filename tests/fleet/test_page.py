@@ -1,7 +1,5 @@
 """The live page over HTTP: who may read it, what it says, that nothing of a device's words becomes markup; and the metrics."""
 
-from __future__ import annotations
-
 import re
 import ssl
 import time

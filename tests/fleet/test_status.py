@@ -1,7 +1,5 @@
 """How a fleet's run stands: from the folder of one that is served, finished, killed or damaged; and how one is stopped."""
 
-from __future__ import annotations
-
 import json
 import runpy
 from pathlib import Path
@@ -98,14 +96,8 @@ def test_the_command_says_the_same_with_and_without_json(run, capsys):
     assert main(["fleet", "status", "1", *out]) == 0
     said = capsys.readouterr()
     assert "now: last heard 4" in said.err
-    for text in (
-        "interrupted",
-        "round     3 of 8",
-        "4 ok · 1 refused · 1 dropped",
-        "dialysis-ward",
-        "it goes 9 times",
-        f"fleetune fleet serve --resume {run}",
-    ):
+    told = ["interrupted", "round     3 of 8", "4 ok · 1 refused · 1 dropped", "dialysis-ward"]
+    for text in (*told, "it goes 9 times", f"fleetune fleet serve --resume {run}"):
         assert text in said.out
 
 

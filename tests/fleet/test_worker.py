@@ -1,7 +1,5 @@
 """A device: it answers as a simulated client would, once for each order, and runs nothing that a server sends."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -86,12 +84,10 @@ def message(place: Path, job: Job, round: int) -> bytes:
 
 
 def trained(worker: Worker, place: Path, job: Job, round: int, key: int = 7) -> Reply:
-    """What a device answers to that."""
     return Reply.decode(worker.answer(Order("work", round, 0, key, message(place, job, round)).encode()))
 
 
 def loaded(place: Path) -> tuple[models.Model, list[Encoded]]:
-    """The device's model and rows."""
     model = models.load(str(place / "model"), device="cpu")
     return model, encode_rows(model, data.read(str(place / "rows.jsonl")), 48)[0]
 
@@ -352,7 +348,6 @@ def test_a_built_in_objective_may_have_its_argument(worker, job):
 
 
 # Secure sums --------------------------------------------------------------------------------------------
-
 SUM = Secure(4, 3, 1e3, 0.0)
 
 
@@ -444,7 +439,6 @@ def test_a_secure_sum_that_hides_nothing_is_no_job(odd):
 
 
 # Rows that the device hides ------------------------------------------------------------------------------
-
 HIDDEN = Hidden(4.0, 1e-3, 1.0)
 STEPS = 2  # of a round
 

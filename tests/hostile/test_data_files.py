@@ -1,7 +1,5 @@
 """Hostile data files: JSON lines, JSON, CSV and Parquet, damaged in every way, and those that an attack found."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -128,20 +126,11 @@ def sweep(file: Path, model: Model, damaged: Iterable[tuple[str, bytes | None]],
     hostile.survived("damaged data files", each, lambda: use(file, model), injected)
 
 
-def every(honest: Path, form: str, step: int) -> list[tuple[str, bytes | None]]:
-    """One in `step` of the damaged contents of a form."""
-    return list(cases((honest / f"x.{form}").read_bytes(), form).items())[::step]
-
-
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.faults)], ids=["a sample", "all"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_sample_of_damaged_files(honest, tmp_path, model, injected, form):
-    sweep(tmp_path / f"x.{form}", model, every(honest, form, 7), injected)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("form", FORMS)
-def test_all_damaged_files(honest, tmp_path, model, injected, form):
-    sweep(tmp_path / f"x.{form}", model, every(honest, form, 1), injected)
+def test_damaged_files(honest, tmp_path, model, injected, form, step):
+    damaged = list(cases((honest / f"x.{form}").read_bytes(), form).items())[::step]
+    sweep(tmp_path / f"x.{form}", model, damaged, injected)
 
 
 @pytest.mark.faults

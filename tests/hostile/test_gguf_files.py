@@ -1,7 +1,5 @@
 """Hostile GGUF files: damaged in every way, and with claims that nothing in the file stands for."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -152,10 +150,8 @@ def sweep(honest: Path, work: Path, flips: int, every: int, injected: Injected) 
     hostile.survived("damaged GGUF files", each, lambda: use(work / "x.gguf", work), injected)
 
 
-def test_a_sample_of_damaged_files(honest, tmp_path, injected):
-    sweep(honest, tmp_path, 24, 5, injected)
-
-
-@pytest.mark.faults
-def test_all_damaged_files(honest, tmp_path, injected):
-    sweep(honest, tmp_path, 300, 1, injected)
+@pytest.mark.parametrize(
+    ("count", "every"), [(24, 5), pytest.param(300, 1, marks=pytest.mark.faults)], ids=["a sample", "all"]
+)
+def test_damaged_files(honest, tmp_path, injected, count, every):
+    sweep(honest, tmp_path, count, every, injected)

@@ -1,7 +1,5 @@
 """Hostile messages: what costs the server time or memory, and what would go into its records."""
 
-from __future__ import annotations
-
 import random
 import time
 import tracemalloc

@@ -3,8 +3,6 @@
 Loading one is either refused by an error of ours within the time, or gives a model.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -96,6 +94,7 @@ def index(value: Any) -> Change:
     return write(INDEX, value if isinstance(value, bytes) else json.dumps(value))
 
 
+QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 MUST_REFUSE: dict[str, Change] = {
     "config.json deep": write("config.json", b"[" * hostile.DEEP),
@@ -108,9 +107,7 @@ MUST_REFUSE: dict[str, Change] = {
     "a template that is deep": template("{{ " + "(" * 50_000 + " }}"),
     "generation_config.json = []": write("generation_config.json", b"[]"),
     "2^31 layers": config(num_hidden_layers=2**31 - 1),
-    "2^31 layers of another family": config(
-        model_type="qwen3", architectures=["Qwen3ForCausalLM"], num_hidden_layers=2**31 - 1
-    ),
+    "2^31 layers of another family": config(**QWEN3, num_hidden_layers=2**31 - 1),
     "10^9 labels": config(num_labels=10**9),
     "no heads": config(num_attention_heads=0),
     "vocabulary of 2^40": config(vocab_size=2**40),
@@ -127,17 +124,10 @@ MUST_REFUSE_SHARDS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("case", list(MUST_REFUSE))
+@pytest.mark.parametrize("case", [*MUST_REFUSE, *MUST_REFUSE_SHARDS])
 def test_a_folder_that_an_attack_found_is_refused(honest, tmp_path, case):
-    shutil.copytree(honest / "one", tmp_path / "x")
-    MUST_REFUSE[case](tmp_path / "x")
-    assert refusal(lambda: use(tmp_path / "x")), f"{case}: accepted"
-
-
-@pytest.mark.parametrize("case", list(MUST_REFUSE_SHARDS))
-def test_an_index_that_an_attack_found_is_refused(honest, tmp_path, case):
-    shutil.copytree(honest / "shards", tmp_path / "x")
-    MUST_REFUSE_SHARDS[case](tmp_path / "x")
+    shutil.copytree(honest / ("one" if case in MUST_REFUSE else "shards"), tmp_path / "x")
+    (MUST_REFUSE | MUST_REFUSE_SHARDS)[case](tmp_path / "x")
     assert refusal(lambda: use(tmp_path / "x")), f"{case}: accepted"
 
 
@@ -171,13 +161,7 @@ def sweep(folder: Path, work: Path, every: int, injected: Injected) -> dict[str,
     return hostile.survived("damaged model folders", each, lambda: use(work), injected)
 
 
+@pytest.mark.parametrize("every", [41, pytest.param(1, marks=pytest.mark.faults)], ids=["a sample", "all"])
 @pytest.mark.parametrize("form", ["one", "shards"])
-def test_a_sample_of_damaged_folders(honest, tmp_path, injected, form):
-    counts = sweep(honest / form, tmp_path / "x", 41, injected)
-    assert counts["refused"] >= 5
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("form", ["one", "shards"])
-def test_all_damaged_folders(honest, tmp_path, injected, form):
-    sweep(honest / form, tmp_path / "x", 1, injected)
+def test_damaged_folders(honest, tmp_path, injected, form, every):
+    assert sweep(honest / form, tmp_path / "x", every, injected)["refused"] >= 5

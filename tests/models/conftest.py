@@ -1,7 +1,5 @@
 """A cache of its own for every test of models, and no way to the network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ from fleetune.models.cache import download
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own, and no way to the network."""
-
     def no_hub(*args: Any, **kwargs: Any) -> Any:
         raise download.Unreachable("no hub in tests")
 
@@ -28,5 +24,4 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A tiny model as a directory."""
     return models.tiny_llama().save(tmp_path / "tiny")

@@ -1,7 +1,5 @@
 """Tiny nets as GGUF files, as llama.cpp's converter writes them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +72,12 @@ def write_gguf(
     writer.close()
 
 
-def random_(net: Any) -> Any:
-    net.requires_grad_(False)
+def qwen(config: Any, kind: Any) -> Any:
+    small = sizes(32, 64, 2, 4, 2, head_dim=8, max_position_embeddings=256)
+    net = kind(config(**small, tie_word_embeddings=config is Qwen2Config)).requires_grad_(False)
     for name, tensor in models.named_tensors(net):
         tensor.copy_(torch.from_numpy(models.uniform(name, tuple(tensor.shape), 0.3)))
     return net
-
-
-def qwen(config: Any, kind: Any) -> Any:
-    small = sizes(32, 64, 2, 4, 2, head_dim=8, max_position_embeddings=256)
-    return random_(kind(config(**small, tie_word_embeddings=config is Qwen2Config)))
 
 
 NETS = {

@@ -1,7 +1,5 @@
 """The master artefact: golden bytes, exact weights, damage."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -40,12 +38,7 @@ def test_codes_are_packed_from_the_lowest_bit_on() -> None:
     assert pack(codes, 8).tolist() == codes.tolist()
 
 
-@given(
-    bits=st.sampled_from([2, 3, 4, 5, 8]),
-    R=st.integers(1, 5),
-    C=st.integers(1, 40),
-    seed=st.integers(0, 1 << 30),
-)
+@given(st.sampled_from([2, 3, 4, 5, 8]), st.integers(1, 5), st.integers(1, 40), st.integers(0, 1 << 30))
 def test_packing_and_back(bits: int, R: int, C: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (R, C), generator=g, dtype=torch.uint8)
@@ -82,27 +75,24 @@ def test_damage_is_said(tmp_path: Path) -> None:
         meta = {"format": "pt", "master": json.dumps({**head, **into})}
         save_file(tensors | more, path, metadata=meta)
 
+    def refused(said: str, error: type[Exception] = ModelError) -> None:
+        with pytest.raises(error, match=said):
+            Master(path.parent).quantised(name)
+
     (path.parent / sums.FILE).unlink()
     name = next(iter(master.head.grids))
     changed({f"{name}.scale": torch.zeros(1, 1, dtype=torch.float16)})
-    with pytest.raises(ModelError, match=f"the parts of {name} do not fit"):
-        Master(path.parent).quantised(name)
+    refused(f"the parts of {name} do not fit")
     changed({}, version=2)
-    with pytest.raises(VersionError, match="the artefact was written by another version of Fleetune"):
-        Master(path.parent)
-    changed({}, grids=[1])
-    with pytest.raises(ModelError, match="head is damaged"):
-        Master(path.parent)
-    changed({}, surprise=1)
-    with pytest.raises(ModelError, match="head is damaged"):
-        Master(path.parent)
+    refused("the artefact was written by another version of Fleetune", VersionError)
+    for more in ({"grids": [1]}, {"surprise": 1}):
+        changed({}, **more)
+        refused("head is damaged")
     del tensors[f"{name}.zero"]
     changed({})
-    with pytest.raises(ModelError, match=f"lacks parts of {name}"):
-        Master(path.parent).quantised(name)
+    refused(f"lacks parts of {name}")
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ModelError, match="is damaged"):
-        Master(path.parent)
+    refused("is damaged")
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"

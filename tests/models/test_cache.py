@@ -1,7 +1,5 @@
 """Built-in models: where they come from, and what is left in the cache."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import shutil
@@ -85,7 +83,6 @@ def test_a_cached_built_in_needs_no_network(origin: cache.Origin, monkeypatch: P
 
 
 def the_hub_has(saved: Path, patch: Patch) -> None:
-    """Let the hub answer with this folder."""
 
     def snapshot(hub: str, *, commit: str, folder: Path) -> Path:
         shutil.copytree(saved, folder, dirs_exist_ok=True)

@@ -1,7 +1,5 @@
 """GGUF files as Hugging Face directories: the same numbers, the same tokens."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Encoders: whose head a directory gets, accuracy by head and by label words, and a whole run of one."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -189,15 +187,9 @@ def data(path: Path) -> str:
 
 def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
     path = folder(tmp_path / "bare", hf.BertModel(BERT))
-    found = fleetune.tune(
-        path,
-        data(tmp_path / "qnli.jsonl"),
-        out=tmp_path / "runs",
-        method="fedpetuning",
-        settings={"module": "bitfit", "batch_size": 4},
-        max_length=32,
-        **FEW | {"rounds": 2, "samples": 2},
-    )
+    few: dict[str, Any] = FEW | {"rounds": 2, "samples": 2, "out": tmp_path / "runs", "max_length": 32}
+    few |= {"method": "fedpetuning", "settings": {"module": "bitfit", "batch_size": 4}}
+    found = fleetune.tune(path, data(tmp_path / "qnli.jsonl"), **few)
     assert set(found.done.base) == set(found.done.tuned) == {"loss", "accuracy"}
     run = found.folder
     assert 'labels = "no,yes"' in (run / "run.toml").read_text()  # written out, so that a resume has them

@@ -3,8 +3,6 @@
 The cells that run here are those of what a family is the only one to have; `-m slow` runs them all.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

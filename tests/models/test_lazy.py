@@ -1,7 +1,5 @@
 """A model whose weights stay in their file is the one in memory: values, products, gradients, digests."""
 
-from __future__ import annotations
-
 import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made
 
 @pytest.fixture(params=["Q4_1", "BF16", "F32"])
 def weight(request: pytest.FixtureRequest, tmp_path: Path) -> LazyWeight:
-    """A matrix [6, 64] that lies in a file."""
     return LazyWeight.make("w", stored(tmp_path, request.param, 6, 64), torch.float32, Memory())
 
 

@@ -1,7 +1,5 @@
 """A model from a name: what is loaded, what a name may be, and the hub."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
@@ -67,12 +65,9 @@ def test_a_tokenizer_of_another_model_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./missing", "no file or directory"),
-        ("missing.gguf", "no file or directory"),
-        ("a/b/c", "no file or directory"),
+        *((name, "no file or directory") for name in ("./missing", "missing.gguf", "a/b/c")),
         ("SmolLM2", "Did you mean 'smollm2-135m'"),
-        ("two words", "not a model's name"),
-        ("org/no..dots", "not a model's name"),
+        *((name, "not a model's name") for name in ("two words", "org/no..dots")),
         ("", "no model was named"),
     ],
 )
@@ -212,13 +207,14 @@ def test_save_replaces_a_model_and_nothing_else(tmp_path: Path, saved: Path) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "tiny"]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    ],
-)
+FULL = "No space left on device"
+FULLS = [
+    OSError(errno.ENOSPC, FULL),
+    SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULLS)
 def test_a_full_disk_leaves_the_old_model(
     saved: Path, tmp_path: Path, monkeypatch: Patch, error: Any
 ) -> None:

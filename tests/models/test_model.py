@@ -1,7 +1,5 @@
 """The digest of a model and of a tokenizer, drawn values, and the tiny models."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import threading
@@ -42,15 +40,9 @@ def test_digest_feels_name_dtype_shape_and_every_bit() -> None:
     x = torch.arange(6, dtype=torch.float32)
     flipped = x.clone()
     flipped.view(torch.int32)[5] ^= 1
-    seen = {
-        models.digest([("a", x)]),
-        models.digest([("b", x)]),
-        models.digest([("a", x.view(torch.int32))]),
-        models.digest([("a", x.view(2, 3))]),
-        models.digest([("a", x.view(3, 2))]),
-        models.digest([("a", flipped)]),
-        models.digest([("a", x[:3]), ("b", x[3:])]),
-    }
+    others = (x, x.view(torch.int32), x.view(2, 3), x.view(3, 2), flipped)
+    seen = {models.digest([("a", tensor)]) for tensor in others}
+    seen |= {models.digest([("b", x)]), models.digest([("a", x[:3]), ("b", x[3:])])}
     assert len(seen) == 7
 
 

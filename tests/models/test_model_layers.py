@@ -1,7 +1,5 @@
 """Layers by their structure, and their activations computed again."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +15,7 @@ from fleetune.models.net.layers import HEAP, body_of, by_layer, layers_of
 from tiny_families import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+QUERY_VALUE = "attention.self.query_proj attention.self.value_proj"
 # family: what makes queries and values, what writes to the residual stream (within the second layer), heads of keys
 PLACES = {
     "llama": ("self_attn.q_proj self_attn.v_proj", "self_attn.o_proj mlp.down_proj", 2),
@@ -32,11 +31,7 @@ PLACES = {
     "mamba": (" ", "mixer", 0),
     "bert": ("attention.self.query attention.self.value", "attention.output.dense output.dense", 4),
     "modernbert": ("attn.Wqkv attn.Wqkv", "attn.Wo mlp.Wo", 4),
-    "deberta-v2": (
-        "attention.self.query_proj attention.self.value_proj",
-        "attention.output.dense output.dense",
-        4,
-    ),
+    "deberta-v2": (QUERY_VALUE, "attention.output.dense output.dense", 4),
     "distilbert": ("attention.q_lin attention.v_lin", "attention.out_lin ffn.lin2", 4),
     "albert": ("attention.query attention.value", "attention.dense ffn_output", 4),
 }

@@ -1,7 +1,5 @@
 """Numbers of tensors in mapped files: blocks, runs of numbers, files that change or are damaged."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile
@@ -59,7 +57,6 @@ def test_every_code_and_sign_of_scale_is_right() -> None:
 
 
 def stored(folder: Path, kind: str, rows: int, width: int, *, before: int = 0, **more: Any) -> Stored:
-    """A tensor in a file, after so many other bytes."""
     if kind in gguf.GGMLQuantizationType.__members__ and kind not in ("F32", "F16", "BF16"):
         raw = blocks(kind, rows, width).tobytes()
     else:
@@ -112,12 +109,9 @@ def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
     size = int.from_bytes(raw[:8], "little")
     head = json.loads(raw[8 : 8 + size])
     name = sorted(n for n in head if n != "__metadata__")[0]
-    if damage == "offsets":
-        head[name]["data_offsets"] = [n + 10**9 for n in head[name]["data_offsets"]]
-    elif damage == "overlap":
-        head[name]["data_offsets"] = [n - 4 for n in head[name]["data_offsets"]]
-    elif damage == "floats":
-        head[name]["data_offsets"] = [float(n) for n in head[name]["data_offsets"]]
+    ends = {"offsets": lambda n: n + 10**9, "overlap": lambda n: n - 4, "floats": float}
+    if damage in ends:
+        head[name]["data_offsets"] = [ends[damage](n) for n in head[name]["data_offsets"]]
     elif damage == "shape":
         head[name]["shape"] = [10**6, 10**6]
     new = json.dumps(head).encode() if damage != "header" else b"{" * size

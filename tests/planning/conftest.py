@@ -1,7 +1,5 @@
 """A small and a large model as directories, saved once."""
 
-from __future__ import annotations
-
 import pytest
 
 from fleetune import models

@@ -1,7 +1,5 @@
 """The method of a recipe that names none."""
 
-from __future__ import annotations
-
 import pytest
 
 from fleetune import models

@@ -1,7 +1,5 @@
 """Client-level differential privacy: the bound on a client, the noise, and the known numbers of accountants."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -96,9 +94,6 @@ def test_noise_for_a_tiny_budget_keeps_it_as_well(budget, q, n, delta):
     assert 0 < max(accountant.epsilon(z, q, releases, delta) for releases in (1, n // 2, n)) <= budget
 
 
-# One client's bound ---------------------------------------------------------------------------------------
-
-
 @given(
     st.lists(st.lists(NUMBERS, min_size=3, max_size=3), min_size=0, max_size=4),
     st.lists(NUMBERS, min_size=3, max_size=3),
@@ -135,9 +130,6 @@ def test_the_grid_lengthens_no_vector_of_many_numbers():
     y = units_of({"w": np.full(d, 1e3)}, P.clip, P.grid)["w"]
     assert y[0] == int(most / math.sqrt(d))
     assert sum(int(v) ** 2 for v in y.tolist()) <= (Fraction(P.clip) / Fraction(P.grid)) ** 2
-
-
-# The noise ------------------------------------------------------------------------------------------------
 
 
 def test_noise_is_the_discrete_gaussian():
@@ -194,9 +186,6 @@ def test_clients_are_sampled_with_the_stated_probability(monkeypatch):
     each = np.bincount(np.concatenate([np.array(d, int) for d in draws]), minlength=50) / 2000
     assert np.abs(each - 0.3).max() < 5 * math.sqrt(0.21 / 2000)
     assert mechanism.sample(range(5), 1.0) == [0, 1, 2, 3, 4]
-
-
-# An audit -------------------------------------------------------------------------------------------------
 
 
 def lower_bound(right: int, guesses: int, delta: float, canaries: int, confidence: float = 0.95) -> float:

@@ -1,7 +1,5 @@
 """A run of 24 clients, made once for a module."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A run folder as a real run leaves it, and a reader of its page."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -16,7 +14,6 @@ CATEGORIES = (
     *("information_extraction", "open_qa", "summarization"),
 )
 PARAMS = 134_515_008
-
 REASONS = {
     "refused": "array 'lora_A.3' is not finite",
     "dropped": "client dropped out (simulated)",
@@ -35,15 +32,14 @@ def fake_run(
     status: str = "done",
     categories: Sequence[str] = CATEGORIES,
 ) -> Path:
-    """A run folder with drop-outs, late and refused replies."""
     r, run, method = random.Random(3), parent / name, name.split("-")[1]
     (run / "adapter").mkdir(parents=True)
     counts = {c: [1 + round(12 * r.gammavariate(0.5, 1.0)) for _ in range(clients)] for c in categories}
     rows = [sum(each) for each in zip(*counts.values(), strict=True)]
     start = {"event": "start", "method": method, "model": "smollm2-135m", "digest": "9f2c" * 16}
-    start |= {"params": PARAMS}
-    start |= {"trained": 4_884_480, "clients": clients, "rounds": rounds, "rows_per_client": rows}
-    start |= {"partition": "dirichlet:0.5:category", "column": "category", "counts": counts}
+    start |= {"params": PARAMS, "trained": 4_884_480, "clients": clients, "rounds": rounds}
+    start |= {"partition": "dirichlet:0.5:category", "column": "category"}
+    start |= {"rows_per_client": rows, "counts": counts}
     base, tuned = {"loss": 2.3914, "rouge_l": 11.82}, {"loss": 2.3914, "rouge_l": 11.82}
     events: list[dict[str, object]] = [start, {"event": "eval", "round": 0, **base}]
     up = down = peak = 0
@@ -69,15 +65,10 @@ def fake_run(
         tuned = {"loss": round(loss, 4), "rouge_l": round(rouge, 2)}
         events.append({"event": "eval", "round": n, **tuned})
     if status == "done":
-        done = {
-            "event": "done",
-            "base": base,
-            "tuned": tuned,
-            "bytes_up": up,
-            "bytes_down": down,
-            "wall": 731.5,
-        }
-        events.append(done | {"peak_rss": peak + 12_000_000, "rows": 240, "digest": "51ab" * 16})
+        done = {"event": "done", "base": base, "tuned": tuned, "bytes_up": up, "bytes_down": down}
+        events.append(
+            done | {"wall": 731.5, "peak_rss": peak + 12_000_000, "rows": 240, "digest": "51ab" * 16}
+        )
         final = {"base": base, "tuned": tuned, "rows": 240, "samples": SAMPLES}
         (run / "eval.json").write_text(json.dumps(final))
     write_lines(run, [{"v": 1, "t": 1_760_000_000.0 + i, **event} for i, event in enumerate(events)])
@@ -115,13 +106,7 @@ exact = false
 """
 
 SAMPLES = [
-    {
-        "prompt": "Sort: drill, glue.",
-        "reference": "drill",
-        "base": "Sure!",
-        "tuned": "Tools: x.",
-        "client": 5,
-    },
+    {"prompt": "Sort: glue.", "reference": "drill", "base": "Sure!", "tuned": "Tools: x.", "client": 5},
     {"prompt": "It reads 9 °C.", "reference": "a", "base": "It is\na room", "tuned": "c", "client": 6},
     {"prompt": "One line.", "reference": "North gate", "base": "The north", "tuned": "Closed", "client": 7},
 ]
@@ -175,7 +160,6 @@ class Page(HTMLParser):
         return "".join(self.words)
 
     def table(self, *head: str) -> list[list[str]]:
-        """The rows of the one table whose head begins with these names."""
         (found,) = [t for t in self.tables if tuple(t[0][: len(head)]) == head]
         return found[1:]
 
@@ -196,7 +180,6 @@ def write_lines(run: Path, lines: Sequence[Mapping[str, object]]) -> Path:
 
 
 def restated(run: Path, of: str = "start", **more: object) -> Path:
-    """Let the events of one kind of a run state more."""
     return write_lines(run, [line | more if line["event"] == of else line for line in lines_of(run)])
 
 

@@ -1,7 +1,5 @@
 """The rounds and the clients on the page: every number is that of the metrics."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run folder read as far as it can be read: its summary, torn and doubled records, and which runs compare."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -19,25 +17,21 @@ from fleetune.runs import metrics, rundir
 
 def test_summary_of_a_run(run24):
     done = lines_of(run24)[-1]
-    assert runlog.summary(run24) == {
+    expected = {
         "name": "0007-fedit-smollm2-135m",
         "path": str(run24),
         "method": "fedit",
         "model": "smollm2-135m",
-        "status": "done",
-        "rounds": 10,
-        "rounds_planned": 10,
-        "clients": 24,
-        "base_loss": 2.3914,
-        "tuned_loss": done["tuned"]["loss"],  # type: ignore[index]
+    }
+    expected |= {"status": "done", "rounds": 10, "rounds_planned": 10, "clients": 24, "base_loss": 2.3914}
+    expected |= {
+        "tuned_loss": done["tuned"]["loss"],
         "change_error": None,
-        "bytes_up": done["bytes_up"],
-        "bytes_down": done["bytes_down"],
-        "bytes": done["bytes_up"] + done["bytes_down"],  # type: ignore[operator]
         "seconds": done["wall"],
-        "peak_rss": done["peak_rss"],
         "intact": True,
     }
+    expected |= {name: done[name] for name in ("bytes_up", "bytes_down", "peak_rss")}
+    assert runlog.summary(run24) == expected | {"bytes": done["bytes_up"] + done["bytes_down"]}
 
 
 def test_summary_before_the_end_is_reckoned_from_the_rounds(tmp_path):

@@ -1,12 +1,9 @@
 """The page of a run: one file that needs nothing else, shows no folder of this machine, and that no damage stops."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import stat
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -21,10 +18,6 @@ from fleetune.report import runlog, single, svg
 
 def pairs_of(text: str) -> dict[str, str]:
     return dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
-
-
-def costs_of(run: Path) -> dict[str, str]:
-    return {row[0]: row[1] for t in page_of(run).tables for row in t if len(row) == 2}
 
 
 def test_page_is_whole_and_needs_nothing_else(run24):
@@ -54,7 +47,7 @@ def test_result_is_that_of_the_metrics(run24):
     figures = [f"{base['loss']:.3f}", f"{tuned['loss']:.3f}", f"−{-fell:.1f} %, better"]
     assert loss == ["validation loss", *figures]
     assert rouge[1:] == ["11.8", f"{tuned['rouge_l']:.1f}", f"+{tuned['rouge_l'] - 11.82:.1f}, better"]
-    took = costs_of(run24)
+    took = {row[0]: row[1] for t in page_of(run24).tables for row in t if len(row) == 2}
     assert took["bytes over the fleet"] == human_bytes(done["bytes_up"] + done["bytes_down"])  # type: ignore[operator]
     assert took["wall time"] == human_time(done["wall"])  # type: ignore[arg-type]
     assert took["peak memory"] == human_bytes(done["peak_rss"])  # type: ignore[arg-type]
@@ -70,14 +63,9 @@ def test_page_shows_no_folder_of_this_machine(tmp_path):
     text = single.write(run).read_text()
     assert not [part for part in ("/home/someone", "/srv", str(tmp_path.parent)) if part in text]
     assert (pairs_of(text)["model"], pairs_of(text)["data"]) == ("small-hf", "rows.jsonl")
-    names = {
-        "/a/b/model": "model",
-        r"C:\data\rows.jsonl": "rows.jsonl",
-        "org/name": "org/name",
-        "/": "/",
-        "": "",
-    }
+    names = {"/a/b/model": "model", r"C:\data\rows.jsonl": "rows.jsonl", "org/name": "org/name", "/": "/"}
     assert {name: parts.short_name(name) for name in names} == names
+    assert parts.short_name("") == ""
 
 
 def test_page_with_samples_says_so_before_it_is_shared(tmp_path):

@@ -1,29 +1,180 @@
 """What a run stands on is named in its checkpoints, and its files are private, swept, and said as they are."""
 
-from __future__ import annotations
-
+import contextlib
+import io
 import json
+import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Self
+from unittest import mock
 
 import pytest
-import torn_harness
-from torn_harness import Folder, Said, call, resume
 
+from fleetune import models
 from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.main import main
 from fleetune.common.folders import SUFFIX, staged, sweep
 from fleetune.runs import metrics, rundir
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.rounds import checkpoint
+
+SECONDS = 10  # that a command may take on a tiny folder
+SMALL = shlex.split(
+    "--clients 3 --rounds 3 --limit 24 --held-out 6 --eval-rows 4 --samples 2 --answer-tokens 4 "
+    "--max-length 48 --device cpu --threads 1"
+)
+TUNE = {
+    "fedkseed": ["--method", "fedkseed", "--set", "K=16", "--set", "tau=2", "--set", "lr=1e-3"],
+    "scaffold": ["--method", "fedit", "--set", "r=2", "--set", "steps=2", "--set", "scaffold=true"],
+}
+CHANGES = {"t", "seconds", "wall", "rss", "peak_rss", "run", "path", "report", "result", "folder", "planned"}
+
+
+@dataclass
+class Folder:
+    """A folder of a job, and what its uninterrupted twin ended with."""
+
+    kind: str
+    state: str  # stopped | done
+    path: Path
+    digest: str
+    metrics: list[Any] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[str]:
+        found = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
+        return sorted(f for f in found if not f.endswith(".lock"))
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command returned and printed."""
+
+    code: int
+    events: list[dict[str, Any]]
+    text: str  # on stderr and stdout
+
+
+class Endless(BaseException):
+    """A command took longer than SECONDS; no client's failure, so that nobody catches it."""
+
+
+def call(*words: str, seconds: int = SECONDS * 3) -> Said:
+    """Run a command in this process; any exception that `main` does not turn into an exit code is raised."""
+
+    def too_long(*_: object) -> None:
+        raise Endless
+
+    out, err = io.StringIO(), io.StringIO()
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)  # of wall time: the processors may be shared
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _logged(err):
+            code = main([*words, "--json", "--offline"])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    lines = [json.loads(line) for line in out.getvalue().splitlines() if line.startswith("{")]
+    return Said(code, lines, err.getvalue() + out.getvalue())
+
+
+@contextlib.contextmanager
+def _logged(stream: io.StringIO) -> Iterator[None]:
+    """The log of the package into `stream`, as the console shows it."""
+    handler = logging.StreamHandler(stream)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("fleetune").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("fleetune").removeHandler(handler)
+
+
+@contextlib.contextmanager
+def stopped_after_two_rounds(folder: Path) -> Iterator[None]:
+    """Ctrl-C is pressed when a run in `folder` has done two rounds."""
+
+    class Pressed:
+        def __init__(self, ui: object) -> None:
+            pass
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        @property
+        def requested(self) -> bool:
+            return any(folder.glob("*/checkpoints/round-000002.ckpt"))
+
+    with contextlib.ExitStack() as stack:
+        for place in ("cli.commands.tune", "cli.listener"):
+            stack.enter_context(mock.patch(f"fleetune.{place}.InterruptHandler", Pressed))
+        yield
+
+
+def lay_out(place: Path) -> None:
+    models.tiny_llama(layers=3).save(place / "model")
+    counts = {i: " ".join(map(str, range(1 + i % 8))) for i in range(1, 31)}
+    rows = [{"instruction": f"count to {i}", "response": text} for i, text in counts.items()]
+    (place / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def begin(kind: str, out: str) -> Said:
+    """Begin a job of this kind, in the folder laid out; its folder is the only one under `out`."""
+    return call("tune", "model", "data.jsonl", *SMALL, *TUNE[kind], "--out", out, seconds=600)
+
+
+def resume(path: Path) -> Said:
+    return call("tune", "--resume", str(path))
+
+
+def whole_and_stopped(kind: str) -> list[Folder]:
+    """A finished job's folder and a stopped one's; the working folder is laid out."""
+    assert (said := begin(kind, f"{kind}-done")).code == 0, said.text
+    (done,) = Path(f"{kind}-done").glob("0001-*")
+    ended = Folder(kind, "done", done, digest_of(done), metrics_of(done))
+    with stopped_after_two_rounds(Path(f"{kind}-stopped")):
+        assert (said := begin(kind, f"{kind}-stopped")).code == 130, said.text
+    (part,) = Path(f"{kind}-stopped").glob("0001-*")
+    return [ended, Folder(kind, "stopped", part, ended.digest, ended.metrics)]
+
+
+def digest_of(path: Path) -> str:
+    done = [e for e in _lines(path) if e["event"] == "done"]
+    return str(done[-1]["digest"]) if done else ""
+
+
+def metrics_of(path: Path) -> list[Any]:
+    found = [e for p in sorted(path.rglob("metrics.jsonl")) for e in _lines(p.parent)]
+    return [{k: v for k, v in e.items() if k not in CHANGES} for e in found]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    text = (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    return [e for line in text.splitlines() if (e := _event(line))]
+
+
+def _event(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and "event" in found else {}
+
 
 PRIVATE = 0o600
 
@@ -33,10 +184,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, s
     """A finished and a stopped run of two kinds, in a folder with model and data, which is the working folder."""
     place, before = tmp_path_factory.mktemp("made"), Path.cwd()
     os.chdir(place)
-    torn_harness.lay_out(place)
+    lay_out(place)
     mask = os.umask(0)  # as open as can be: what is private is so by itself
     try:
-        folders = [f for kind in ("scaffold", "fedkseed") for f in torn_harness.whole_and_stopped(kind)]
+        folders = [f for kind in ("scaffold", "fedkseed") for f in whole_and_stopped(kind)]
         yield {(f.kind, f.state): f for f in folders}
     finally:
         os.umask(mask)
@@ -99,8 +250,8 @@ def test_with_a_lost_memory_the_checkpoint_before_is_taken(copy):
     said = resume(path)
     assert said.code == 0, said.text
     assert f"{newest.name}, is gone" in said.text
-    assert torn_harness.digest_of(path) == folder.digest
-    assert torn_harness.metrics_of(path) == folder.metrics
+    assert digest_of(path) == folder.digest
+    assert metrics_of(path) == folder.metrics
 
 
 def test_a_recipe_that_lost_a_line_is_refused_with_the_option(copy):
@@ -114,8 +265,6 @@ def test_a_recipe_that_lost_a_line_is_refused_with_the_option(copy):
 
 
 def test_other_data_and_another_model_are_refused(copy, made, tmp_path):
-    from fleetune import models
-
     _, path = copy("fedkseed", "stopped")
     recipe = (path / "run.toml").read_text()
     rows = Path("data.jsonl").read_text()
@@ -170,8 +319,8 @@ def test_a_torn_file_is_made_again_or_named(kind, state, file, outcome, copy):
         assert re.search(outcome, said.text), said.text
     if file != "run.toml":
         assert said.code == 0, said.text
-        assert torn_harness.digest_of(path) == folder.digest
-        assert outcome != "same" or torn_harness.metrics_of(path) == folder.metrics
+        assert digest_of(path) == folder.digest
+        assert outcome != "same" or metrics_of(path) == folder.metrics
 
 
 def test_lost_lines_are_told(tmp_path):

@@ -1,7 +1,5 @@
 """The log of a folder: lines with times, rotated by size, and nothing that stops a run."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -9,6 +7,7 @@ import re
 import pytest
 
 import fleetune
+from command_line import FEW
 from fleetune.common.events import ClientReply, RoundEvaluated
 from fleetune.runs import logfile
 from fleetune.runs.logfile import LogFile, Logged
@@ -52,9 +51,8 @@ def test_a_full_one_is_rotated_and_old_ones_go(log, tmp_path, monkeypatch):
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == ["log.txt", "log.txt.1", "log.txt.2", "log.txt.3"]
     assert "line 59" in lines(tmp_path)[-1]
-    assert all(
-        path.stat().st_size <= 200 and path.stat().st_mode & 0o777 == 0o600 for path in tmp_path.iterdir()
-    )
+    found = [path.stat() for path in tmp_path.iterdir()]
+    assert all(each.st_size <= 200 and each.st_mode & 0o777 == 0o600 for each in found)
 
 
 def test_warnings_of_the_package_are_in_it_while_it_takes_them(log, tmp_path, caplog):
@@ -73,17 +71,11 @@ def test_a_log_that_cannot_be_written_stops_nothing(log, tmp_path):
 
 
 def test_a_run_keeps_one(tmp_path):
-    from command_line import FEW
-
-    recipe = {
-        "model": str(tmp_path / "m"),
-        "data": str(tmp_path / "rows.jsonl"),
-        "max_length": 48,
-        "method": "fedit",
-    }
+    recipe = {"model": str(tmp_path / "m"), "data": str(tmp_path / "rows.jsonl"), "method": "fedit"}
     fleetune.models.tiny_llama().save(tmp_path / "m")
     (tmp_path / "rows.jsonl").write_text('{"instruction": "count", "response": "1 2 3"}\n' * 20)
-    done = fleetune.tune(**recipe, **FEW, out=tmp_path / "runs", settings={"r": 2, "steps": 1, "lr": 1e-2})
+    few = FEW | {"max_length": 48, "settings": {"r": 2, "steps": 1, "lr": 1e-2}}
+    done = fleetune.tune(**recipe, **few, out=tmp_path / "runs")
     said = [line[20:] for line in lines(done.folder)]
     assert said[-1] == f"done, digest {done.digest}"
     assert any(line.startswith("round 1: val loss ") for line in said)

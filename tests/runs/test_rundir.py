@@ -1,7 +1,5 @@
 """Run folders: numbers, the lock, metrics that survive kills, checkpoints that survive damage, full disks."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource
@@ -26,7 +24,6 @@ from fleetune.tuning.rounds import checkpoint
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[RunDir]:
-    """An open run folder with a recipe."""
     with create(tmp_path / "runs", "fedkseed", "tiny") as opened:
         opened.write("run.toml", "model = 'tiny'\n")
         yield opened

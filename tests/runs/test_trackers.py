@@ -1,7 +1,5 @@
 """Trackers get the figures of a run, and cannot disturb it.  Each is read back with its own library."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ SECRET = "the otter's passphrase"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and rows of three clients."""
     folder = tmp_path_factory.mktemp("trackers")
     models.tiny_llama().save(folder / "tiny")
     row = '{{"instruction": "Say {0}", "response": "{1} {0}.", "client": "ward-{2}"}}\n'
@@ -44,7 +41,6 @@ def tune(at: Path, tracker: str | list[str], listener: Silent | None = None, **m
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The scalars of a run in TensorBoard's files, by name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder / "trackers" / "tensorboard"))

@@ -1,7 +1,5 @@
 """Slopes against back-propagation, both descents step by step, and the draws both sides make."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math
@@ -56,7 +54,6 @@ def view_of(model: Model, law: str = "hashed", grid: float = GRID) -> View:
 
 
 def z_of(view: View, id: int) -> dict[str, np.ndarray]:
-    """The direction, by tensor, from its definition."""
     return {
         s.name: direction(view.law, id, s.start, s.tensor.numel(), K, KEY).reshape(s.tensor.shape)
         for s in view.slots

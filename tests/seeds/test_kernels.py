@@ -1,7 +1,5 @@
 """The two kernel modules against the definition in numpy float32, bit for bit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Directions against published vectors, a slow reference written from the format, and frozen digests."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re
@@ -17,8 +15,6 @@ from law_definition import direction, hadamard, slow_philox, slow_places, slow_s
 
 TOP = 2**64 - 1
 U64 = st.integers(0, TOP)
-
-
 PI = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0]
 # Random123's kat_vectors for philox4x32 with 10 rounds.
 KNOWN = [
@@ -26,7 +22,6 @@ KNOWN = [
     ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     (PI[:4], PI[4:], "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
-
 # (run key, id, start, count, SHA-256 of the signs as int8), made once by the slow reference.
 GOLDEN = [
     (0, 0, 0, 4096, "ad6c7dd7142705b22a186b81c61c3d90919415ec6d65d0729560d724b947a812"),
@@ -76,7 +71,6 @@ def test_fwht_and_columns_equal_the_dense_matrix(K):
 
 
 def total(law: str, passes: noise.Passes, run_key: int, start: int, count: int) -> np.ndarray:
-    """acc of the passes, by their definition."""
     acc = np.zeros(count, np.int64)
     for id, table in zip(passes.ids.tolist(), passes.tables, strict=True):
         acc += noise.signs(run_key, id, start, count) * table[slow_places(len(table), start, count)]
@@ -211,8 +205,6 @@ def test_normals_of_extreme_words_are_finite():
         want = np.sqrt(-2 * np.log(u).clip(max=0))
         assert np.allclose(r, want, rtol=1e-4, atol=4e-4)
 
-
-# --- outer products -----------------------------------------------------------------------------------------
 
 SHAPES = [(5, 3), (4,), (2, 3, 7), (16, 2)]  # 5, 0, 6 and 16 rows
 STARTS = [0, 5, 5, 11]

@@ -1,7 +1,5 @@
 """The view of outer products: every piece of every tensor by its definition in whole numbers, on any number of threads."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import cache
 from typing import Any
@@ -81,7 +79,6 @@ tables_of = st.dictionaries(
 )
 @settings(max_examples=15)
 def test_any_piece_is_the_formula_in_whole_numbers(dtype, tables, still, chunk, given_out):
-    """Wherever it begins and ends; of tensors that nothing moves, too."""
     for table in tables.values():
         for name in still:
             table[slice(*ROWS[name])] = [0] * (ROWS[name][1] - ROWS[name][0])

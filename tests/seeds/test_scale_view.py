@@ -1,7 +1,5 @@
 """The scales of a quantised base as what is trained: points, slopes and gradients against plain references."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from pathlib import Path
@@ -35,7 +33,6 @@ KEY, GRID = 11, 1e-5
 
 @pytest.fixture(scope="module", params=["Q4_0", "Q5_1", "Q8_0", "IQ4_NL"])
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama as a GGUF file of blocks of a scale, or of a scale and an offset."""
     assert request.param in BLOCKS
     return gguf_of(tmp_path_factory.mktemp("gguf"), request.param)
 

@@ -1,7 +1,5 @@
 """The view: what a net computes, forward and back, is what it would compute with the weights written, and nothing is."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import logging
@@ -43,9 +41,6 @@ from fleetune.seeds.weights import WeightSlot, read_stored
 from tiny_families import DECODERS, ENCODERS, build, model_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
-
-
-# --- logits ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -92,15 +87,11 @@ def test_other_laws(law):
     assert float((logits(net) - logits(make("tied llama"))).abs().max()) > 0.05
 
 
-# --- nothing is written ---------------------------------------------------------------------------------------
-
-
-class Boom(Exception):
-    """An error of a test's own."""
-
-
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_the_stored_weights_never_change_not_even_when_a_layer_fails(monkeypatch, name):
+    class Boom(Exception):
+        """An error of the test's own."""
+
     net, failing = make(name, "bf16"), list[Any]()
     stored, ids = digest(named_tensors(net)), [id(p) for p in net.parameters()]
     norm = type([m for m in net.modules() if "Norm" in type(m).__name__][-1])
@@ -196,7 +187,6 @@ def test_tensors_that_a_parent_reads_are_at_the_point():
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """What is read of the base: (name, first element, last)."""
     reads: list[tuple[str, int, int]] = []
 
     def read(slot: WeightSlot, first: int, last: int) -> Tensor:
@@ -215,11 +205,7 @@ def test_only_the_embedding_rows_in_use_are_read(asked):
     assert rows == [(r * 32, (r + 1) * 32) for r in (0, 7, 263)]
 
 
-# --- both signs in one forward --------------------------------------------------------------------------------
-
-
 def rows(count: int = 3) -> Batch:
-    """Rows of different lengths, so that some are padded."""
     return collate([Encoded(np.arange(5 + i, 17 + 2 * i, dtype=np.int32), 4) for i in range(count)], 0, "cpu")
 
 
@@ -229,7 +215,6 @@ def square() -> Batch:
 
 
 def moved_view(model: Model, law: str = "hashed", many: int = 1) -> View:
-    """A view of a model somewhere, `many` passes away from its base."""
     view = View(named_tensors(model.net), model.net, run_key=KEY, law=law, grid=1e-5)
     ids = np.arange(many, dtype=np.uint64) << np.uint64(32)
     view.place(passes(law, 16 if law == "hashed" else 1, ids, np.arange(1, many + 1, dtype=np.int64)))
@@ -237,7 +222,6 @@ def moved_view(model: Model, law: str = "hashed", many: int = 1) -> View:
 
 
 def both_ways(model: Model, view: View, batch: Batch) -> tuple[Any, Any]:
-    """(losses of one forward or None, losses of two)."""
     direction = probe(view.law, 16 if view.law == "hashed" else 1, 7)
     one = descent._in_one_forward(model, view, direction, batch, EPS)
     return one, two_point(view, direction, EPS, functools.partial(batch_loss, model, batch))
@@ -373,9 +357,6 @@ def test_ids_of_other_rows_than_the_batchs_are_refused(shape):
         _embedding(view, slot, torch.zeros(shape, dtype=torch.int64))
 
 
-# --- back-propagation -----------------------------------------------------------------------------------------
-
-
 def batch_for(net: nn.Module) -> Batch:
     """Two rows with padding, whose token also stands where it counts, as one that ends a turn does."""
     pad = int(net.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
@@ -406,7 +387,6 @@ def by_tape(net: nn.Module, view: View, batch: Batch) -> tuple[dict[str, Tensor]
 
 
 def plain(net: nn.Module, view: View, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-    """The same by torch alone, of a copy that holds the moved weights."""
     moved = dict(view.tensors())
     view.remove()
     twin = written(copy.deepcopy(net), moved.items()).requires_grad_(True)
@@ -449,9 +429,6 @@ def test_a_tape_leaves_no_trace_even_after_an_error():
     assert all(after[n] is p and torch.equal(p, old) for n, (p, old) in before.items())
     assert not token_losses(model.net, rows())[0].requires_grad
     assert batch_loss(model, rows()) == loss
-
-
-# --- drift ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "law"), [("fp16", "hashed"), ("bf16", "rademacher")])

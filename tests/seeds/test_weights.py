@@ -1,7 +1,5 @@
 """Weights at a point, a piece at a time: those of the definition, whatever kernels, threads and pieces make them."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np
@@ -139,16 +137,15 @@ def test_a_stored_direction_is_that_of_the_law():
         assert digest(view.tensors()) == digest(reference(named_tensors(net), "hashed", ENTRIES, EPS))
 
 
-def moved_far(law: str) -> tuple[MovedWeights, int]:
-    """Weights at five passes from their base, and the number of passes."""
+def moved_far(law: str, count: int) -> MovedWeights:
     view = view_of(tiny_llama().net, law)
-    view.place(passes(law, 1, np.arange(5, dtype=np.uint64), np.arange(1, 6)))
-    return view, 5
+    view.place(passes(law, 1, np.arange(count, dtype=np.uint64), np.arange(1, count + 1)))
+    return view
 
 
 @pytest.mark.parametrize("law", ["gaussian", "rademacher"])
 def test_many_passes_are_made_in_pieces_that_hear_a_stop(monkeypatch, law):
-    (view, count), heard = moved_far(law), list[int]()
+    view, count, heard = moved_far(law, 5), 5, list[int]()
     slot = max(view.slots, key=lambda slot: slot.tensor.numel())
     size = slot.tensor.numel()
     pieces = -(-size // 4096)
@@ -168,8 +165,8 @@ def test_many_passes_are_made_in_pieces_that_hear_a_stop(monkeypatch, law):
 
 
 def test_a_limit_is_of_passes_over_all_weights():
-    view, count = moved_far("gaussian")
-    view.limit(2 * count)
+    view = moved_far("gaussian", 5)
+    view.limit(2 * 5)
     for _ in range(2):
         digest(view.tensors())
     with pytest.raises(UsageError, match="more passes over the weights"):

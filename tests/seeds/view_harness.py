@@ -1,7 +1,5 @@
 """Small nets, a point and a probe, and the weights there by the definition."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -10,14 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 
 import law_definition
 from fleetune.models import DTYPES, named_tensors, uniform
@@ -46,8 +38,6 @@ NETS: dict[str, Callable[[], Any]] = {
         Qwen2Config(**SMALL, intermediate_size=40, num_hidden_layers=1, tie_word_embeddings=True)
     ),
 }
-
-
 Named = Iterable[tuple[str, Tensor]]
 
 
@@ -76,7 +66,6 @@ def view_of(net: Any, law: str = "hashed") -> View:
 
 
 def placed(view: View, eps: float = 0.0) -> View:
-    """The view at the point of ENTRIES, probed by eps along DIRECTION."""
     view.place(passes(view.law, K, IDS, COEFFICIENTS))
     if eps:
         view.probe(probe(view.law, K, DIRECTION), eps)
@@ -104,7 +93,6 @@ def reference(named: Named, law: str, entries: Iterable[tuple[int, int]], eps: f
 
 
 def written(net: Any, tensors: Named) -> Any:
-    """The net with these tensors as its stored weights."""
     known = dict(named_tensors(net))
     for name, tensor in tensors:
         known[name].copy_(tensor)

@@ -1,10 +1,9 @@
 """A sweep: which runs it is, what it refuses before any work, what a kill leaves, and what its page says."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -49,7 +48,6 @@ BASE: dict[str, Any] = tomllib.loads(RECIPE.format(rounds=2))
 
 @pytest.fixture
 def at(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the tiny model and a recipe in it, as the working folder."""
     (tmp_path / "tiny").symlink_to(tiny)
     (tmp_path / "recipe.toml").write_text(RECIPE.format(rounds=2))
     monkeypatch.chdir(tmp_path)
@@ -57,7 +55,6 @@ def at(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Run folder -> digest of the tuned weights, from the record of each run."""
     done = {run.name: list(rundir.events(run))[-1] for run in rundir.listing(folder)}
     return {name: event["digest"] for name, event in done.items()}
 
@@ -157,27 +154,14 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
     assert done["event"] == "done"
     folder = Path(done["path"])
     assert (folder / "status").read_text() == "done\n"
-
-    again = [
-        "tune",
-        "-c",
-        "recipe.toml",
-        "--partition",
-        "dirichlet:2:client",
-        "--seed",
-        "6",
-        "--out",
-        "alone",
-    ]
+    again = shlex.split("tune -c recipe.toml --partition dirichlet:2:client --seed 6 --out alone")
     assert digests(folder)["0004-alpha-2-seed-6"] == ok(capsys, *again)[-1]["digest"]
     assert len(set(digests(folder).values())) == 4
-
     for cell in done["cells"]:  # mean and spread against the runs' own records
         losses = [e["tuned"]["loss"] for e in runs if e["values"] == list(cell["values"].values())]
         assert cell["tuned"]["loss"]["mean"] == pytest.approx(np.mean(losses), rel=1e-12)
         assert cell["tuned"]["loss"]["spread"] == pytest.approx(np.std(losses, ddof=1), rel=1e-9)
         assert cell["runs"] == 2
-
     page = (folder / "sweep.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|<script|<link|src=", page)
     assert page.count("<svg ") == 1
@@ -185,7 +169,6 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
     assert [(float(r["alpha"]), int(r["seed"])) for r in rows] == [(0.5, 5), (2, 5), (0.5, 6), (2, 6)]
     assert [float(r["tuned_loss"]) for r in rows] == [e["tuned"]["loss"] for e in runs]
     assert {r["status"] for r in rows} == {"done"}
-
     assert f"fleetune runs --out {folder}" in call(capsys, "runs")[2]
     assert [e["name"] for e in ok(capsys, "runs", "--out", folder)] == [Path(e["run"]).name for e in runs]
 

@@ -1,9 +1,8 @@
 """`fleetune data check`, and `tune` on rows as people have them: columns, texts, folders, standard input."""
 
-from __future__ import annotations
-
 import io
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -22,23 +21,8 @@ from fleetune.tuning.prepare import data_check
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished
 
-RUN = [
-    "--method",
-    "fedit",
-    "--set",
-    "r=2",
-    "--set",
-    "steps=1",
-    "--clients",
-    "2",
-    "--rounds",
-    "1",
-    "--held-out",
-    "4",
-    "--samples",
-    "1",
-]
-RUN += ["--answer-tokens", "2", "--device", "cpu"]
+RUN = shlex.split("--method fedit --set r=2 --set steps=1 --clients 2 --rounds 1 --held-out 4 --samples 1")
+RUN += shlex.split("--answer-tokens 2 --device cpu")
 
 
 @pytest.fixture
@@ -198,7 +182,8 @@ def test_a_table_of_a_spreadsheet_is_tuned_on_at_the_first_try(at, capsys):
     rows[5] = "T-5;Wie groß ist 5?;;Verkauf"
     head = "Ticket-Nr.;Kundenfrage (Text);Antwort, Support;Abteilung"
     (at / "faq.csv").write_bytes("\r\n".join([head, *rows]).encode("cp1252"))
-    assumed = "columns assumed: --columns 'prompt=Kundenfrage (Text),response=Antwort\\, Support'"
+    columns = "prompt=Kundenfrage (Text),response=Antwort\\, Support"
+    assumed = f"columns assumed: --columns '{columns}'"
     said = checked(capsys, "faq.csv")["remarks"]
     assert said[1] == assumed
     assert said[2].startswith("1 of 24 rows is left out: column 'Antwort, Support' is empty (faq.csv:7)")
@@ -206,24 +191,19 @@ def test_a_table_of_a_spreadsheet_is_tuned_on_at_the_first_try(at, capsys):
     shown = "".join(capsys.readouterr())
     assert shown.count(assumed) == 1
     run = rundir.listing(at / "runs")[-1]
-    assert (
-        recipes.read(run / "run.toml")["columns"] == "prompt=Kundenfrage (Text),response=Antwort\\, Support"
-    )
+    assert recipes.read(run / "run.toml")["columns"] == columns
     table = '[columns]\nprompt = "Kundenfrage (Text)"\nresponse = "Antwort, Support"\n'
     (at / "recipe.toml").write_text(f'model = "tiny"\ndata = "faq.csv"\n{table}')
-    assert recipes.make(recipes.read(at / "recipe.toml")).columns == recipes.read(run / "run.toml")["columns"]
-    assert "faq.csv:7: column 'Antwort, Support' is empty" in refused(
-        capsys, "data", "check", "faq.csv", "--strict"
-    )
+    assert recipes.make(recipes.read(at / "recipe.toml")).columns == columns
+    strict = refused(capsys, "data", "check", "faq.csv", "--strict")
+    assert "faq.csv:7: column 'Antwort, Support' is empty" in strict
 
 
 def test_a_folder_of_splits_is_trained_on_its_first_and_never_on_its_test(at, capsys):
     (at / "data").mkdir()
     for name, count in (("train", 12), ("valid", 3), ("test", 5)):
-        write(
-            at / "data" / f"{name}.jsonl",
-            [{"prompt": f"{name} {i}", "completion": "a"} for i in range(count)],
-        )
+        rows = [{"prompt": f"{name} {i}", "completion": "a"} for i in range(count)]
+        write(at / "data" / f"{name}.jsonl", rows)
     found = checked(capsys, "data")
     assert (found["training"], found["held_out"], found["partition"]) == (12, 3, "iid")
     assert main(["tune", "tiny", "data", *RUN]) == 0
@@ -241,10 +221,8 @@ def test_columns_are_refused_before_a_model_is_read(at, capsys):
 def test_a_folder_is_a_fleet(at, capsys):
     (at / "devices").mkdir()
     for name, count in (("oslo", 6), ("bonn", 9)):
-        write(
-            at / "devices" / f"{name}.jsonl",
-            [{"prompt": f"{name} {i}", "completion": "a"} for i in range(count)],
-        )
+        rows = [{"prompt": f"{name} {i}", "completion": "a"} for i in range(count)]
+        write(at / "devices" / f"{name}.jsonl", rows)
     start = ok(capsys, "tune", "tiny", "devices", *RUN, "--clients", "0")[0]
     assert (start["clients"], start["partition"], sum(start["rows_per_client"])) == (2, "column:client", 11)
     assert recipes.read(rundir.listing(at / "runs")[-1] / "run.toml")["partition"] == "column:client"

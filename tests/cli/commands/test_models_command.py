@@ -1,7 +1,5 @@
 """`fleetune models` with a cache: what is here, and what is removed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -35,10 +33,8 @@ def test_models_shows_sizes_sources_and_the_cache(capsys, at):
     assert f"cache     {at / 'cache'} (2.1 kB)" in out
     _, out, _ = call(capsys, "models", "--json")
     events = [json.loads(line) for line in out.splitlines()]
-    assert [e["event"] for e in events] == [
-        *["model"] * len([*cache.ORIGINS, *names.SHORT_NAMES]),
-        "cached_model",
-    ]
+    listed = len([*cache.ORIGINS, *names.SHORT_NAMES])
+    assert [e["event"] for e in events] == ["model"] * listed + ["cached_model"]
     assert events[-1]["name"] == "mine.gguf"
 
 

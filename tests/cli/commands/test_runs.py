@@ -1,7 +1,5 @@
 """`models` with a cache, `runs`, and completion in the shell: what is here, and what can be typed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

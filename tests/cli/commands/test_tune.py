@@ -1,7 +1,5 @@
 """The command as a user meets it: help, lists, a whole run, resume, and every kind of bad input."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json

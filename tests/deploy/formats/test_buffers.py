@@ -1,7 +1,5 @@
 """Buffers that stand in a checkpoint, such as a router's bias: in artefacts and every export, or nothing is written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +20,13 @@ from tiny_families import sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
 SIZES = sizes(64, 96, 2, 4, 4, max_position_embeddings=128) | ENDS
+WIDTHS = ["moe_intermediate_size", "q_lora_rank", "kv_lora_rank", "v_head_dim"]
+WIDTHS += ["qk_rope_head_dim", "qk_nope_head_dim"]
 KINDS: dict[str, dict[str, Any]] = {
     "apertus": {},
-    "deepseek_v3": {
-        "moe_intermediate_size": 32,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 2,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 32,
-        "v_head_dim": 32,
-        "qk_nope_head_dim": 32,
-        "n_shared_experts": 1,
-    },
+    "deepseek_v3": dict.fromkeys(WIDTHS, 32)
+    | {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 2}
+    | {"first_k_dense_replace": 1, "n_shared_experts": 1},
 }
 
 

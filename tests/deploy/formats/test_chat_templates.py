@@ -1,7 +1,5 @@
 """A model without a chat template is asked by every runtime as it was tuned: each turn a line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import gguf as package

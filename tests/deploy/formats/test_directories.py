@@ -1,24 +1,26 @@
 """Compressed-tensors, GPTQ and plain directories: golden words, round trips, configurations, refusals, damage."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from deploy_harness import changed, compressed, matrices, matrix, on_grid, tiny
 from deploy_harness import write_codes as write
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fleetune import models
+from fleetune.compression.layerwise.column_loop import nearest
+from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid, quantise
 from fleetune.deploy.export import write as export
-from fleetune.deploy.formats import compressed_tensors, gptq, hf
+from fleetune.deploy.formats import _ggml_blocks, compressed_tensors, gptq, hf, mlx
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model
 from fleetune.models.artefact import Quantised
@@ -98,7 +100,7 @@ def test_the_codes_are_in_the_file(tmp_path: Path, to: str, bits: int, group: in
     assert names >= {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 
 
-def settings(folder: Path) -> dict[str, Any]:
+def quantization_of(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "float16"
     return config["quantization_config"]
@@ -107,23 +109,13 @@ def settings(folder: Path) -> dict[str, Any]:
 def test_the_configuration_of_compressed_tensors(tmp_path: Path) -> None:
     compressed(tiny(), tmp_path / "m", 4, 32)
     export(tmp_path / "m", "compressed-tensors", tmp_path / "a")
-    found = settings(tmp_path / "a")
-    assert {k: found[k] for k in ("quant_method", "format", "quantization_status", "ignore")} == {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-    }
+    found = quantization_of(tmp_path / "a")
+    assert (found["quant_method"], found["format"]) == ("compressed-tensors", "pack-quantized")
+    assert (found["quantization_status"], found["ignore"]) == ("compressed", ["lm_head"])
     group = found["config_groups"]["group_0"]
     assert (group["targets"], group["input_activations"]) == (["Linear"], None)
-    assert group["weights"] == {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": True,
-        "dynamic": False,
-        "strategy": "group",
-        "group_size": 32,
-    }
+    plain = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
+    assert group["weights"] == plain | {"strategy": "group", "group_size": 32}
 
 
 def test_whole_rows_are_channels_and_layers_left_out_are_ignored(tmp_path: Path) -> None:
@@ -132,7 +124,7 @@ def test_whole_rows_are_channels_and_layers_left_out_are_ignored(tmp_path: Path)
     left = "model.layers.1.mlp.up_proj"
     grids.pop(f"{left}.weight")
     export(write(model, tmp_path / "m", grids), "compressed-tensors", tmp_path / "a")
-    found = settings(tmp_path / "a")
+    found = quantization_of(tmp_path / "a")
     weights = found["config_groups"]["group_0"]["weights"]
     assert (weights["strategy"], weights["group_size"]) == ("channel", None)
     assert found["ignore"] == ["lm_head", left]
@@ -226,3 +218,76 @@ def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(FleetuneError, match="q_proj does not decode to its weights"):
         export(tmp_path / "m", to, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+GROUP, ROWS, GROUPS = 32, 16, 2
+SHAPES = {
+    "normal": lambda x: x,
+    "positive": lambda x: x.abs(),
+    "negative": lambda x: -x.abs(),
+    "nearly positive": lambda x: x.abs().index_fill(1, torch.tensor([3]), -1e-3),
+    "constant": lambda x: x[:, :1].expand_as(x),
+    "zero": lambda x: x * 0,
+    "one above zero": lambda x: torch.eye(*x.shape) * x.abs(),
+    "far from zero": lambda x: x * 0.01 + 3,
+}
+
+
+@st.composite
+def solved(draw: st.DrawFn) -> tuple[str, Quantised]:
+    """A grid, and a matrix [16, 64] rounded to it, whose groups are of the shapes above and of any size."""
+    kind, bits = draw(st.sampled_from(KINDS)), draw(st.sampled_from(BITS))
+    assume((kind != "universal" or bits <= 5) and (kind in UNIFORM or bits == 4))
+    seed = draw(st.integers(0, 2**31))
+    x = torch.randn(ROWS, GROUP * GROUPS, generator=torch.Generator().manual_seed(seed))
+    groups = []
+    for part in x.split(GROUP, 1):
+        shape = SHAPES[draw(st.sampled_from(sorted(SHAPES)))]
+        groups.append(shape(part) * 2.0 ** draw(st.integers(-20, 12)))
+    grid = Grid(kind, bits)
+    weight = quantise(torch.cat(groups, 1), grid, GROUP, nearest).solved(grid, GROUP).weight
+    assert isinstance(weight, Quantised)
+    return kind, weight
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layer") / "a.safetensors"
+
+
+@given(case=solved())
+@settings(max_examples=60)
+def test_directories_hold_what_was_solved(file: Path, case: tuple[str, Quantised]) -> None:
+    kind, q = case
+    assume(kind in UNIFORM)
+    middle = compressed_tensors.symmetric({"a": q})
+    assert middle or kind in ("asymmetric", "universal")
+    written = {}
+    if q.bits in gptq.BITS:
+        written["gptq"] = (gptq.parts("a.weight", q), gptq._decode)
+    if q.bits in compressed_tensors.BITS:
+        written["ct"] = (compressed_tensors.parts("a.weight", q, middle), compressed_tensors._decode)
+    dtype = torch.float32 if kind == "asymmetric" else torch.float16
+    written["mlx"] = (mlx.parts("a.weight", q, dtype), mlx._decode)
+    for to, (parts, decode) in written.items():
+        tensors = dict(parts)
+        save_file(tensors, file)
+        with safe_open(file, "pt") as opened:
+            assert torch.equal(decode(opened, "a", q), q.dense()), to
+        if to == "gptq":  # a reader that adds 1 without cutting the sum to the bits sees the zero, too
+            zero = gptq.hf.unwords(tensors["a.qzeros"], q.bits, ROWS).int() + 1
+            assert int(zero.max()) < 1 << q.bits
+
+
+@given(case=solved())
+@settings(max_examples=60)
+def test_ggml_blocks_hold_what_was_solved(case: tuple[str, Quantised]) -> None:
+    kind, q = case
+    others = {"asymmetric": (), "universal": ("Q4_1", "Q5_1"), "iq4_nl": ("IQ4_NL", "Q8_0")}
+    pairs = others.get(kind, ("Q4_0", "Q5_0"))
+    types = [name for name, bits in zip(pairs, (4, 5), strict=False) if q.bits <= bits]
+    types += [] if kind in ("asymmetric", "universal") else ["Q8_0"]
+    for name in types:
+        assert _ggml_blocks.misfit(q, name) is None, name
+        raw = gguf.quants.dequantize(_ggml_blocks.PACKERS[name](q), gguf.GGMLQuantizationType[name])
+        assert torch.equal(torch.from_numpy(raw), q.dense()), name

@@ -1,7 +1,5 @@
 """Whole models as .gguf: read back by the importer, refused when they have no place, and never half right."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -54,9 +52,7 @@ def fields(path: Path) -> dict[str, Any]:
         ("qwen2", "gguf:f32", 4, 16, {}, "F32"),
     ],
 )
-def test_the_importer_gets_the_weights_back(
-    tmp_path: Path, kind: str, to: str, bits: int, group: int, grid: dict[str, Any], types: str
-) -> None:
+def test_the_importer_gets_the_weights_back(tmp_path, kind, to, bits, group, grid, types):
     model = tiny(kind)
     compressed(model, tmp_path / "master", bits, group, **grid)
     report = export(tmp_path / "master", to, tmp_path / "model.gguf")
@@ -119,27 +115,14 @@ def test_what_the_metadata_say(tmp_path: Path) -> None:
     model = tiny(head_dim=32)
     compressed(model, tmp_path / "m")
     found = fields(export(tmp_path / "m", "gguf", tmp_path / "little.gguf").path)
-    want = {
-        "general.architecture": "llama",
-        "general.name": "little",
-        "general.file_type": 2,
-        "general.quantization_version": 2,
-        "llama.context_length": 1024,
-        "llama.embedding_length": 64,
-        "llama.block_count": 2,
-        "llama.feed_forward_length": 128,
-        "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2,
-        "llama.attention.key_length": 32,
-        "llama.attention.value_length": 32,
-        "llama.rope.dimension_count": 32,
-        "llama.vocab_size": 264,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.bos_token_id": 260,
-        "tokenizer.ggml.eos_token_id": 261,
-        "tokenizer.ggml.add_bos_token": False,
-    }
+    want = {f"general.{k}": v for k, v in (("architecture", "llama"), ("name", "little"), ("file_type", 2))}
+    sizes = {"context_length": 1024, "embedding_length": 64, "block_count": 2, "feed_forward_length": 128}
+    sizes |= {"attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 32}
+    sizes |= {"attention.value_length": 32, "rope.dimension_count": 32, "vocab_size": 264}
+    words = {"model": "gpt2", "pre": "smollm", "bos_token_id": 260, "eos_token_id": 261}
+    words["add_bos_token"] = False
+    want |= {f"llama.{k}": v for k, v in sizes.items()} | {f"tokenizer.ggml.{k}": v for k, v in words.items()}
+    want["general.quantization_version"] = 2
     assert {key: found[key] for key in want} == want
     assert found["llama.rope.freq_base"] == 10000.0
     assert math.isclose(found["llama.attention.layer_norm_rms_epsilon"], 1e-5, rel_tol=1e-6)
@@ -231,13 +214,9 @@ def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
     base = artefact.Master(tmp_path / "m").head.base
     found = fields(export(tmp_path / "m", "gguf", tmp_path / "x.gguf", made={"general.license": "mit"}).path)
     digest = hashlib.sha256((tmp_path / "m" / "master.safetensors").read_bytes()).hexdigest()
-    assert {k: v for k, v in found.items() if k.startswith("fleetune.") or k == "general.license"} == {
-        "fleetune.method": "rtn",
-        "fleetune.settings": "{}",
-        "fleetune.base_digest": base,
-        "fleetune.artefact_digest": digest,
-        "general.license": "mit",
-    }
+    made = {"method": "rtn", "settings": "{}", "base_digest": base, "artefact_digest": digest}
+    stated = {k: v for k, v in found.items() if k.startswith("fleetune.") or k == "general.license"}
+    assert stated == {"general.license": "mit"} | {f"fleetune.{k}": v for k, v in made.items()}
     models.save(model.net, model.tokenizer, tmp_path / "plain")
     found = fields(export(tmp_path / "plain", "gguf", tmp_path / "y.gguf").path)
     assert not [key for key in found if key.startswith("fleetune.") or key == "general.license"]
@@ -273,9 +252,7 @@ def test_it_says_what_the_package_reads(file: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["memory", "mapped"])
-def test_a_split_file_is_told_before_hashing(
-    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_split_file_is_told_before_hashing(tmp_path, base, monkeypatch):
     monkeypatch.setattr(cache.sums, "sha256", lambda path: pytest.fail("hashed"))
     path = little_file(tmp_path / "m-00002-of-00003.gguf", no=1, count=3)
     with pytest.raises(ModelError, match=r"is a part of a split model"):

@@ -1,6 +1,4 @@
-"""Our own GGUF files as models again: tokens of any text, logits and configuration are what they were."""
-
-from __future__ import annotations
+"""Our own GGUF files as models again: tokens of any text, logits and configuration are what they were; Gemma as well."""
 
 import json
 from pathlib import Path
@@ -8,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from deploy_harness import LLAMA3, piece_tokenizer, split, tiny, tokenizer
+from deploy_harness import LLAMA3, MARKS, piece_tokenizer, split, tiny, tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fleetune import models
 from fleetune.deploy.export import write as export
+from fleetune.models import Model
 from fleetune.models.gguf import tokenizer as gguf_tokens
+from tiny_families import drawn, sizes
 
 IDS = torch.tensor([[0, 12, 200, 7, 256, 258, 31, 90, 3, *range(40, 80)]])
 
@@ -26,13 +26,8 @@ def without_unknown(pre: Any, **model: Any) -> PreTrainedTokenizerBase:
     with_it = tokenizer(pre)
     rules = json.loads(with_it.backend_tokenizer.to_str())
     rules["model"] |= model
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        chat_template=with_it.chat_template,
-        model_max_length=1024,
-    )
+    backend = Tokenizer.from_str(json.dumps(rules))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **MARKS, chat_template=with_it.chat_template)
 
 
 def llama3() -> PreTrainedTokenizerBase:
@@ -124,3 +119,52 @@ def test_rescaled_frequencies_come_back(tmp_path: Path, own_cache: None, changes
     assert dict(back.net.config.rope_parameters) == rescaled
     assert torch.equal(back.net(IDS).logits, own.net(IDS).logits)
     assert models.load_config(str(path)).rope_parameters == rescaled
+
+
+BEYOND_WINDOWS = torch.tensor([[1, *range(262, 287), *range(40, 70)]])  # longer than the windows
+LOCAL = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+
+
+def gemma(kind: str, **changes: Any) -> Model:
+    """With pieces as Gemma has them: no space in front of a text, runs of spaces and lines among the added words."""
+    words = piece_tokenizer()
+    words.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    words.add_tokens([AddedToken(t, normalized=False) for t in ("\n\n", "<unused0>")])
+    layers = 7 if kind == "gemma3_text" else 2  # the sixth looks at everything
+    given = sizes(64, 128, layers, 4, 2, vocab_size=288, head_dim=32, max_position_embeddings=1024)
+    given |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    if kind != "gemma":
+        given |= {"query_pre_attn_scalar": 32, "sliding_window": 8}
+    config = AutoConfig.for_model(kind, **given | changes)
+    return drawn(config, words, kind, 0, 0.2, lambda tensor: False, attn_implementation="eager")
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("gemma", {}),
+    ("gemma", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("gemma2", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
+    ("gemma3_text", {}),
+    ("gemma3_text", {"rope_parameters": LOCAL}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES)
+def test_a_gemma_loads_back_to_the_same_logits_and_tokens(tmp_path, own_cache, kind, changes):
+    model = gemma(kind, **changes)
+    models.save(model.net, model.tokenizer, tmp_path / "m")
+    report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
+    assert (report.exact, report.types, report.notes) == (report.tensors, {"F32": report.tensors}, ())
+    back = models.load(str(report.path))
+    back.net.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert torch.equal(back.net(BEYOND_WINDOWS).logits, model.net(BEYOND_WINDOWS).logits)
+    want, found = model.net.config.to_dict(), back.net.config.to_dict()
+    for key in want.keys() - {"transformers_version", "dtype", "_name_or_path", "architectures"}:
+        assert found[key] == want[key], key
+    for text in ("hello hell", "  hel lo\n\n\nx", "<unused0>hello\n\n", "é 🚀 xhello", "", " "):
+        assert back.tokenizer(text).input_ids == model.tokenizer(text).input_ids, text
+        texts = [m.tokenizer.decode(m.tokenizer(text).input_ids) for m in (back, model)]
+        assert texts[0] == texts[1]

@@ -1,7 +1,5 @@
 """Every family of the table as .gguf: llama.cpp's next tokens are transformers', and what it does not hold is refused."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
+from deploy_harness import compressed, tiny
 from family_harness import CASES, TEXT, YARN, build, config_of, divergence, save
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -22,7 +21,9 @@ from fleetune.deploy import llamacpp
 from fleetune.deploy.export import write as export
 from fleetune.deploy.export import write_adapter as export_adapter
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.families import table
+from fleetune.models import Model
+from fleetune.models.families import table, widths
+from fleetune.models.families.widths import KeptUnits
 
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
 # of transformers, about made-up sizes
@@ -216,3 +217,41 @@ def test_a_body_s_names_without_their_front(tmp_path: Path) -> None:
     save_file(bare | {"h.0.attn.other": np.ones(3, np.float32)}, file, {"format": "pt"})
     with pytest.raises(ModelError, match=r"holds h.0.attn.other, which the configuration does not have"):
         export(tmp_path / "m", "gguf:f32", tmp_path / "y.gguf")
+
+
+def narrowed() -> Model:
+    """A llama whose second block has a key head and 32 MLP channels less, taken from all over."""
+    model, rng = tiny(), np.random.default_rng(2)
+
+    def some(all_of: int, count: int) -> list[int]:
+        return sorted(rng.choice(all_of, count, replace=False).tolist())
+
+    kept = [KeptUnits(some(2, heads), some(128, count)) for heads, count in ((2, 128), (1, 96))]
+    widths.cut(model.net, kept)
+    return model
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_llama_of_different_widths_is_a_deci(quantised: bool, tmp_path: Path) -> None:
+    model = narrowed()
+    if quantised:
+        compressed(model, tmp_path / "m")
+    else:
+        models.save(model.net, model.tokenizer, tmp_path / "m")
+    report = export(tmp_path / "m", "gguf" if quantised else "gguf:f32", tmp_path / "m.gguf")
+    assert report.exact == report.tensors or quantised
+    with pytest.raises(ModelError, match="architecture 'deci'"):
+        models.load_config(str(tmp_path / "m.gguf"))
+    reader = package.GGUFReader(tmp_path / "m.gguf")
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["general.architecture"] == "deci"
+    assert fields["deci.attention.head_count"] == [4, 2]
+    assert fields["deci.attention.head_count_kv"] == [2, 1]
+    assert fields["deci.feed_forward_length"] == [128, 96]
+    assert fields["deci.attention.key_length"] == fields["deci.attention.value_length"] == 16
+    assert fields["deci.rope.dimension_count"] == 16
+    assert fields["deci.block_count"] == 2
+    found = {t.name: t for t in reader.tensors}
+    want = {"0.attn_q": (64, 64), "1.attn_q": (64, 32), "1.attn_k": (64, 16), "1.attn_output": (32, 64)}
+    want["1.ffn_down"] = (96, 64)
+    assert {name: tuple(map(int, found[f"blk.{name}.weight"].shape)) for name in want} == want

@@ -1,7 +1,5 @@
 """LoRA adapters as .gguf: their numbers bit for bit, in the base's order of rows, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tokenizers as GGUF metadata."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

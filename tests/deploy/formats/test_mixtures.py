@@ -1,7 +1,5 @@
 """Mixtures of experts in directories and in GGUF: parts joined, codes in every export, budgets of bytes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A folder for Ollama: the GGUF file, and a Modelfile with the tokens that end an answer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

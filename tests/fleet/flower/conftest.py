@@ -1,7 +1,5 @@
 """A place with a tiny model, the rows of clients that have unlike numbers of them, and a recipe."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

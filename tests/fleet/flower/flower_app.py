@@ -1,7 +1,5 @@
 """A recipe, and a grid whose nodes are contexts in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,16 +33,8 @@ K = 16
 tau = 2
 lr = 1e-2
 """
-CONFIG: dict[str, Any] = {
-    "recipe": "recipe.toml",
-    "resume": "",
-    "out": "real",
-    "simulate": False,
-    "offline": True,
-    "wait": 0,
-    "grace": 20.0,
-    "round-deadline": 0.0,
-}
+CONFIG: dict[str, Any] = {"recipe": "recipe.toml", "resume": "", "out": "real", "simulate": False}
+CONFIG |= {"offline": True, "wait": 0, "grace": 20.0, "round-deadline": 0.0}
 
 
 class GridHere:

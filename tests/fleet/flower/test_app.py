@@ -4,8 +4,6 @@ Most of it runs in this process, on a grid that calls the ClientApp itself, anew
 `make slow` has the same with Flower's own programs.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import logging
@@ -112,13 +110,8 @@ def test_a_supernode_has_a_budget_and_a_smallest_sum_of_its_own(place: Path) -> 
     assert (brings.least, brings.epsilon, brings.delta) == (4, 8, 1e-6)
     with pytest.raises(UsageError, match="needs a folder that keeps the account"):
         client_app.brought({"data": "rows", "epsilon": 8}, 5)
-    for name, value in (
-        ("smallest-sum", -1),
-        ("smallest-sum", 2.5),
-        ("epsilon", "much"),
-        ("epsilon", float("inf")),
-        ("delta", 0),
-    ):
+    odd = {"smallest-sum": (-1, 2.5), "epsilon": ("much", float("inf")), "delta": (0,)}
+    for name, value in ((name, value) for name, values in odd.items() for value in values):
         with pytest.raises(UsageError, match="a device's budget is such as --epsilon 8 --delta 1e-5"):
             client_app.brought(own | {name: value}, 5)
 

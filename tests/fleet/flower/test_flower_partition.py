@@ -1,7 +1,5 @@
 """A node of a simulation is the client of its partition's number: the same rows, and a run with the same digest."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Flower's own programs, started for real: its simulation engine, and a SuperLink with SuperNodes, one of which is killed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -62,13 +60,8 @@ class Programs:
     def __init__(self, place: Path) -> None:
         self.place, self.port = place, free_port()
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.env = {
-            **os.environ,
-            "FLWR_HOME": str(place / "flwr"),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        }
+        home = {"FLWR_HOME": str(place / "flwr"), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        self.env = os.environ | home | {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
         (place / "flwr").mkdir()
         (place / "flwr" / "config.toml").write_text(
             f'[superlink.own]\naddress = "localhost:{self.port}"\nroot-certificates = "{place}/certs/ca.pem"\n'

@@ -1,7 +1,5 @@
 """Server rules against the papers' updates written once more, number by number, in Python floats."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

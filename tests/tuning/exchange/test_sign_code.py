@@ -1,7 +1,5 @@
 """The code of signs: its planes by their definition, number by number, and tensors as one vector and back."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,14 +10,10 @@ from fleetune.tuning.exchange.sign_code import Layout, Signs, add, encode
 shapes = st.lists(array_shapes(max_dims=4, max_side=6), min_size=1, max_size=4)
 
 
-def tensors_of(sides: list[tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {f"t{9 - i}": rng.normal(size=side).astype(np.float32) for i, side in enumerate(sides)}
-
-
 @given(shapes, st.integers(0, 99))
 def test_tensors_go_into_one_vector_and_back(sides, seed):
-    tensors = tensors_of(sides, seed)
+    rng = np.random.default_rng(seed)
+    tensors = {f"t{9 - i}": rng.normal(size=side).astype(np.float32) for i, side in enumerate(sides)}
     layout = Layout.of(tensors)
     vector = layout.flat(tensors)
     back = layout.tensors(vector)

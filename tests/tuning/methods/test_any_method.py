@@ -1,7 +1,5 @@
 """What holds of every method: any objective, the largest integers of a reply, and checkpoints that change no bit."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from pathlib import Path
@@ -31,10 +29,8 @@ from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 # Few steps, on all six rows at once; perturbations so large that a step function is no constant; rates that descend with
 # any key (at three times the rate, one key in four does not).
-SETTINGS: dict[str, dict[str, Any]] = {
-    "mezo": {"K": 64, "tau": 40, "lr": 3e-4, "eps": 0.02, "batch_size": 6},
-    "zosgd": {"K": 64, "tau": 40, "lr": 3e-4, "eps": 0.02, "batch_size": 6},
-    "fedkseed": {"K": 64, "tau": 40, "lr": 3e-4, "eps": 0.02, "batch_size": 6},
+WALK = {"K": 64, "tau": 40, "lr": 3e-4, "eps": 0.02, "batch_size": 6}
+SETTINGS: dict[str, dict[str, Any]] = dict.fromkeys(("mezo", "zosgd", "fedkseed"), WALK) | {
     "onebyte": {"K": 64, "directions": 40, "lr": 2e-3, "eps": 0.02, "batch_size": 6},
     "fwdllm": {"targets": "all-linear", "P": 40, "lr": 5e-3, "decay": 0, "h": 0.02, "batch_size": 6}
     | {"patience": 1, "discriminative": False},
@@ -54,7 +50,6 @@ def rank(model, batch):
 
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The values that `ranks_of_tokens:rank` returned, in order."""
     (tmp_path / "ranks_of_tokens.py").write_text(RANKS)
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("ranks_of_tokens", None)
@@ -71,14 +66,12 @@ def rows() -> list[Encoded]:
 
 
 def one_round(method: Any, model: Model, rows: list[Encoded]) -> tuple[Any, Payload]:
-    """(the state after a round of one device, the device's reply)."""
     state = method.init(model, 5)
     reply = method.local(model, method.broadcast(state), Batches(rows, 257, 9), 9, {})
     return method.aggregate(state, [Reply(0, 9, reply)]), reply
 
 
 def slopes(method: Any, reply: Payload) -> np.ndarray:
-    """What a reply says of the slopes."""
     ((name, sent),) = reply.arrays.items()
     if name == "g":
         return sent.astype(np.float64)
@@ -201,9 +194,7 @@ def test_a_fault_of_an_objective_is_one_line_unless_more_is_wanted(verbose, rows
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("mezo", {"tau": 3, "K": 16}),
-    ("zosgd", {"tau": 3, "K": 16}),
-    ("fedkseed", {"tau": 3, "K": 16}),
+    *((name, {"tau": 3, "K": 16}) for name in ("mezo", "zosgd", "fedkseed")),
     ("fedkseed", {"tau": 3, "K": 16, "server_lr": 64.0}),
     ("onebyte", {"directions": 3, "K": 16}),
     ("onebyte", {"directions": 3, "K": 16, "wire": "sign"}),
@@ -218,9 +209,7 @@ def test_the_largest_integers_that_pass_the_door_are_taken(name, settings, end):
     for _ in range(3):
         spec = method.expects(state)
         arrays = {
-            n: np.full(
-                [3 if side is None else abs(side) for side in shape], getattr(np.iinfo(kind), end), kind
-            )
+            n: np.full([abs(side) for side in shape], getattr(np.iinfo(kind), end), kind)
             for n, (kind, shape) in spec.arrays.items()
         }
         scalars = {n: 3 if kind is int else 1.0 for n, (kind, _, _) in spec.scalars.items()}

@@ -1,7 +1,5 @@
 """fedit (and fedpetuning's LoRA) beyond the contract: devices of unlike ranks, starts that the server owns."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from fleetune.tuning.methods import Reply
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 BASE = b"12345678"
+SIZES = (6, 9, 3)
 IDS = torch.arange(40).reshape(2, 20)
 FAST: dict[str, Any] = {"lr": 1e-2, "batch_size": 3, "dropout": 0.0}
 
@@ -31,21 +30,19 @@ def rows(count: int, seed: int, labels: int = 0) -> list[Encoded]:
     return made
 
 
-def fleet_of(model: Model, method: Any, sizes: tuple[int, ...] = (6, 9, 3)) -> LocalFleet:
-    parts = [rows(n, seed, len(model.labels)) for seed, n in enumerate(sizes)]
+def fleet_of(model: Model, method: Any) -> LocalFleet:
+    parts = [rows(n, seed, len(model.labels)) for seed, n in enumerate(SIZES)]
     return LocalFleet(model, method, parts, 7, 0)
 
 
 def batches_of(client: int) -> Any:
-    return Batches(rows((6, 9, 3)[client], client), 0, 99, "cpu", client)
+    return Batches(rows(SIZES[client], client), 0, 99, "cpu", client)
 
 
-def round_of(model: Model, method: Any, state: Any, r: int = 1) -> tuple[list[Reply], list[int], list[int]]:
+def round_of(fleet: LocalFleet, state: Any, r: int = 1) -> tuple[list[Reply], list[int], list[int]]:
     """(replies, bytes down, bytes up) of everybody in a round, each through the door."""
-    fleet = fleet_of(model, method)
-    found = method.kinds(state)
-    clients = range(len(fleet.rows))
-    kinds = [found[method.kind_of(c)] for c in clients]
+    found, clients = fleet.method.kinds(state), range(len(fleet.rows))
+    kinds = [found[fleet.method.kind_of(c)] for c in clients]
     sent = {c: encode(Message(r, BASE, kinds[c][0])) for c in clients}
     replies, up = [], []
     for answer in fleet.ask(r, clients, sent):
@@ -126,7 +123,7 @@ def test_devices_of_unlike_ranks_are_sent_and_send_their_own():
     model = models.tiny_llama()
     method = methods.make("fedit", FAST | {"r": 4, "alpha": 8, "average": "product", "ranks": "1,4"})
     state = method.init(model, 5)
-    replies, down, up = round_of(model, method, state)
+    replies, down, up = round_of(fleet_of(model, method), state)
     for reply in replies:
         rank = (1, 4)[reply.client % 2]
         for b, a in adapters.pairs(reply.payload.arrays).values():
@@ -163,7 +160,7 @@ def test_the_tuned_weights_are_the_exact_mean_over_unlike_ranks(ranks):
     state = method.init(model, 5)
     base = weights(models.tiny_llama())
     for r in (1, 2):
-        replies, _, _ = round_of(model, method, state, r)
+        replies, _, _ = round_of(fleet_of(model, method), state, r)
         total = sum(reply.payload.int("n") for reply in replies)
         before, state = state.tensors, method.aggregate(state, iter(replies))
         server = models.tiny_llama()
@@ -189,7 +186,7 @@ def test_what_does_not_fit_the_global_rank_is_told():
     model = models.tiny_llama()
     method = methods.make("fedit", FAST | {"r": 2, "alpha": 4, "average": "product", "ranks": "2,1"})
     state = method.init(model, 5)
-    replies, _, _ = round_of(model, method, state)
+    replies, _, _ = round_of(fleet_of(model, method), state)
     assert method.aggregate(state, iter(replies)).cut > 1e-4
     assert method.aggregate(state, iter(replies[:1])).cut < 1e-9
 
@@ -207,7 +204,7 @@ def test_server_and_devices_agree_on_what_was_taken_out(name, sizes, start):
     method.apply(model, state)
     base = models.tiny_llama()
     torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=2e-5)
-    replies, _, _ = round_of(model, method, state)
+    replies, _, _ = round_of(fleet_of(model, method), state)
     one = method.aggregate(state, iter(replies[:1]))
     device, server = models.tiny_llama(), models.tiny_llama()
     method.local(device, method.broadcast(state), batches_of(0), replies[0].key, {})
@@ -231,11 +228,11 @@ def test_server_and_devices_agree_on_what_was_taken_out(name, sizes, start):
 def test_what_a_start_takes_out_goes_down_with_every_broadcast_and_never_up(name, sizes):
     model = models.tiny_llama()
     plain = methods.make(name, {"lr": 1e-2, "batch_size": 3} | sizes)
-    usual = round_of(models.tiny_llama(), plain, plain.init(models.tiny_llama(), 5))
+    usual = round_of(fleet_of(models.tiny_llama(), plain), plain.init(models.tiny_llama(), 5))
     method = methods.make(name, {"lr": 1e-2, "batch_size": 3, "start": "pissa"} | sizes)
     state = method.init(model, 5)
     for r in (1, 2):
-        replies, down, up = round_of(model, method, state, r)
+        replies, down, up = round_of(fleet_of(model, method), state, r)
         state = method.aggregate(state, iter(replies))
         assert 1.9 * usual[1][0] < down[0] < 2.1 * usual[1][0]
         assert up == usual[2]

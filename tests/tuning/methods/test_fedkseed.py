@@ -1,11 +1,9 @@
 """FedKSeed: a device's walk and the server's step in float64, Pro's weights, mixed fleets."""
 
-from __future__ import annotations
-
 import math
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import contract_harness as harness
 import numpy as np
@@ -64,7 +62,7 @@ class Reference:
             for slot in layout(models.named_tensors(models.tiny_llama().net))
         }
 
-    def at(self, x: np.ndarray) -> Reference:
+    def at(self, x: np.ndarray) -> Self:
         with torch.no_grad():
             for name, tensor in models.named_tensors(self.net):
                 moved = torch.from_numpy(self.z[name] @ x).view_as(tensor)
@@ -76,7 +74,6 @@ class Reference:
         return F.cross_entropy(out[:, :-1].flatten(0, 1), b.labels[:, 1:].flatten(), ignore_index=-100)
 
     def slopes(self, x: np.ndarray, b: Batch) -> np.ndarray:
-        """p_k = z_k . g for all k, g from backward."""
         self.at(x)
         for _, tensor in models.named_tensors(self.net):
             tensor.grad = None
@@ -97,7 +94,6 @@ def directions(run_key: int, epoch: int, start: int, count: int) -> np.ndarray:
 
 
 def batches(model: models.Model, count: int, size: int, key: int, client: int) -> list[Batch]:
-    """The batches that a client of the harness's fleet meets."""
     fleet = harness.fleet(model, tiny())
     return list(Batches(fleet.clients[client], fleet.pad_id, key, client=client).steps(count, size))
 
@@ -244,12 +240,11 @@ def test_a_device_refuses_what_is_no_probability_of_each_direction(p):
     model, state = begun(method)
     sent, fleet = method.broadcast(state), harness.fleet(model, method)
     payload = Payload({**sent.arrays, "p": p.astype(np.float32)}, sent.scalars)
+    mine = Batches(fleet.clients[0], fleet.pad_id, 1, client=0)
     with pytest.raises(MessageError, match="probabilities are not of 64 directions"):
-        method.local(model, payload, Batches(fleet.clients[0], fleet.pad_id, 1, client=0), 1, {})
+        method.local(model, payload, mine, 1, {})
     with pytest.raises(MessageError, match="'p' is missing"):
-        method.local(
-            model, tiny().broadcast(state), Batches(fleet.clients[0], fleet.pad_id, 1, client=0), 1, {}
-        )
+        method.local(model, tiny().broadcast(state), mine, 1, {})
 
 
 def test_the_share_that_back_propagates_is_spread_over_the_clients():

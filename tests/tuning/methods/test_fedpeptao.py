@@ -1,7 +1,5 @@
 """FedPepTAO: measurements and the choice of layers, the server's steps against the formulas in float64, and personal prompts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +20,7 @@ from fleetune.models.net.layers import layers_of
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.messages import Payload
 from fleetune.tuning.methods import Reply, fedpeptao
-from fleetune.tuning.methods.fedpeptao import Method, Spectrum, State
+from fleetune.tuning.methods.fedpeptao import Method, Spectrum
 
 PAD = 257
 
@@ -33,15 +31,9 @@ def tiny(**changes: Any) -> Method:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Encoded]:
-    examples = [
-        Example((("user", f"say {'so ' * n}{n}"),), "yes" if n % 2 else "a number", {}) for n in range(8)
-    ]
+    asked = [(("user", f"say {'so ' * n}{n}"),) for n in range(8)]
+    examples = [Example(user, "yes" if n % 2 else "a number", {}) for n, user in enumerate(asked)]
     return encode_all(examples, tiny_llama().tokenizer, 64)[0]
-
-
-def warm_reply(state: State, client: int, n: int, scores: list[float], kept: float, rng: Any) -> Reply:
-    w = {name: rng.normal(size=t.shape).astype(np.float32) for name, t in state.tensors.items()}
-    return Reply(client, 0, Payload(w | {"scores": np.array(scores)}, {"n": n, "loss": 1.0, "kept": kept}))
 
 
 def test_the_warm_up_is_fedavg_and_its_means_choose_the_layers():
@@ -53,7 +45,11 @@ def test_the_warm_up_is_fedavg_and_its_means_choose_the_layers():
     ]
     for number, taking in enumerate(told):
         assert chosen.broadcast(state).int("warmup") == 2 - number
-        replies = [warm_reply(state, k, *what, rng) for k, what in enumerate(taking)]
+        replies = []
+        for k, (n, scores, kept) in enumerate(taking):
+            w = {name: rng.normal(size=t.shape).astype(np.float32) for name, t in state.tensors.items()}
+            sent = Payload(w | {"scores": np.array(scores)}, {"n": n, "loss": 1.0, "kept": kept})
+            replies.append(Reply(k, 0, sent))
         n = [what[0] for what in taking]
         name = "model.layers.2.self_attn.prefix.key"
         want = np.average([r.payload.array(name) for r in replies], axis=0, weights=n)
@@ -287,15 +283,10 @@ def explicit_hessian(model: Model, batch: Batch) -> np.ndarray:
     return np.stack([torch.cat([x.flatten() for x in row]).double().numpy() for row in rows])
 
 
-def with_prompts(seed: int) -> Model:
-    model = tiny_llama()
-    adapters.attach(model, adapters.Prefix(tokens=1), seed=seed)
-    return model
-
-
 def test_the_models_spectrum_and_change_are_the_explicit_hessians(batch):
     """All R = 64 prompt numbers of a tiny llama: eigenvalues, and the norm of H's change on the way from P to P + D."""
-    model, rng = with_prompts(3), np.random.default_rng(1)
+    model, rng = tiny_llama(), np.random.default_rng(1)
+    adapters.attach(model, adapters.Prefix(tokens=1), seed=3)
     before = adapters.export(model)
     came = {n: rng.normal(size=a.shape).astype(np.float32) for n, a in before.items()}
     found, L = fedpeptao.spectrum_and_change(model, batch, came, lanczos=64, key=1)

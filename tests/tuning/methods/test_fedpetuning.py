@@ -1,48 +1,20 @@
 """fedpetuning on a decoder with grouped queries and on an encoder with a head: what travels, averages, paper's numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from test_fedit import SIZES, fleet_of, round_of
 
 from fleetune import adapters, models
-from fleetune.data import Encoded
 from fleetune.models import Model
 from fleetune.tuning import methods
-from fleetune.tuning.exchange.messages import Message, check, decode, encode
-from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods.fedpetuning import MODULES
-from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 NETS: dict[str, Callable[[], Model]] = {"llama": models.tiny_llama, "bert": models.tiny_bert}
-BASE = b"12345678"
-SIZES = (6, 9, 3)
 # adapters/test_scales_module
 each = pytest.mark.parametrize(("net", "module"), [(n, m) for n in NETS for m in MODULES if m != "scales"])
-
-
-def rows(model: Model, count: int, seed: int) -> list[Encoded]:
-    random = np.random.default_rng(seed)
-    ids = random.integers(0, 250, (count, 12)).astype(np.int32)
-    if model.labels:
-        return [Encoded(row, 12, None, int(row[0] > 125)) for row in ids]
-    return [Encoded(row, 4) for row in ids]
-
-
-def round_of(model: Model, method: Any, state: Any) -> tuple[list[Reply], int, int]:
-    """(everybody's replies, bytes down to one, bytes up from one)."""
-    fleet = LocalFleet(model, method, [rows(model, n, c) for c, n in enumerate(SIZES)], 7, 0)
-    message = encode(Message(1, BASE, method.broadcast(state)))
-    replies, up = [], 0
-    for answer in fleet.ask(1, range(len(SIZES)), message):
-        assert answer.data is not None, answer.reason
-        payload = check(decode(answer.data), method.expects(state), round=1, base=BASE)
-        replies.append(Reply(answer.client, answer.key, payload))
-        up = len(answer.data)
-    return replies, len(message), up
 
 
 def made(module: str) -> Any:
@@ -54,7 +26,7 @@ def made(module: str) -> Any:
 def test_only_the_modules_numbers_travel(net, module):
     model, method = NETS[net](), made(module)
     state = method.init(model, 5)
-    replies, down, up = round_of(model, method, state)
+    replies, (down, *_), (up, *_) = round_of(fleet_of(model, method), state)
     names = set(adapters.trainable(model))
     for payload in (method.broadcast(state), replies[0].payload):
         assert set(payload.arrays) == names
@@ -88,7 +60,7 @@ def test_traffic_is_in_the_published_order():
 def test_the_server_takes_the_mean_by_rows_and_the_model_follows(net, module):
     model, method = NETS[net](), made(module)
     state = method.init(model, 5)
-    replies, _, _ = round_of(model, method, state)
+    replies, _, _ = round_of(fleet_of(model, method), state)
     after = method.aggregate(state, iter(replies))
     p = np.array(SIZES, np.float64) / sum(SIZES)
     for name, tensor in after.tensors.items():

@@ -1,7 +1,5 @@
 """FwdLLM: scalars, forward gradient, gate and ranking against the published vector arithmetic in float64."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -50,7 +48,6 @@ def start(seed: int = 11, **changes: Any) -> State:
 
 
 def replies(state: State, method: Method, g: np.ndarray, rows: Any = 8, round: int = 0) -> list[Reply]:
-    """Devices that report the scalars g [devices, P]."""
     rows = np.broadcast_to(rows, len(g)).tolist()
     return [
         Reply(c, 1000 * round + c, Payload({"g": row.astype(np.float32)}, {"n": n, "loss": 1.0}))
@@ -208,17 +205,11 @@ def test_devices_draw_different_seeds_of_the_offer_and_the_server_knows_which():
 SIZELESS = {"targets": "query-value", "r": 8, "alpha": 16}  # the defaults, which are all that bitfit takes
 
 
-@pytest.mark.parametrize(
-    "seeds",
-    [
-        np.zeros((1 << 26, 0), np.uint64),
-        np.zeros(4, np.int64),
-        np.full(4, np.nan),
-        np.zeros((2, 2), np.uint64),
-        np.zeros((1 << 20) + 1, np.uint64),
-    ],
-    ids=lambda seeds: f"{seeds.dtype}{list(seeds.shape)}",
-)
+BAD_SEEDS = [np.zeros(shape, np.uint64) for shape in ((1 << 26, 0), (2, 2), (1 << 20) + 1)]
+BAD_SEEDS += [np.zeros(4, np.int64), np.full(4, np.nan)]
+
+
+@pytest.mark.parametrize("seeds", BAD_SEEDS, ids=lambda seeds: f"{seeds.dtype}{list(seeds.shape)}")
 def test_seeds_of_another_form_are_refused(seeds):
     model, method = models.tiny_llama(), quick()
     sent = method.broadcast(method.init(model, 5))

@@ -1,7 +1,5 @@
 """One byte: the code table, the step against the formula in float64, votes, and machines that come and go."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Sequence
@@ -21,17 +19,11 @@ from fleetune.seeds.view import View
 from fleetune.seeds.weights import kernels, layout
 from fleetune.tuning.exchange.messages import LogCode, Message, Payload, decode, encode
 from fleetune.tuning.methods import Reply
-from fleetune.tuning.methods._zeroth import UNITS
+from fleetune.tuning.methods._zeroth import UNITS, open_view
 from fleetune.tuning.methods.onebyte import FINER, Method, State
 from law_definition import direction
 
 K = 64
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[Encoded]:
-    examples = [Example((("user", f"say {n}"),), "yes" if n % 2 else "a number", {}) for n in range(12)]
-    return encode_all(examples, tiny_llama().tokenizer, 48)[0]
 
 
 def tiny(**changes: Any) -> Method:
@@ -51,7 +43,6 @@ def test_a_direction_is_one_byte_or_one_bit_of_the_message(wire, size, rows):
 
 
 def answer(model: Model, chosen: Method, state: State, rows: Sequence[Encoded], key: int) -> Reply:
-    """A machine's reply, from bytes to bytes."""
     down = decode(encode(Message(1, bytes(8), chosen.broadcast(state)))).payload
     up = chosen.local(model, down, Batches(rows, 257, key), key, {})
     return Reply(0, key, decode(encode(Message(1, bytes(8), up))).payload)
@@ -189,18 +180,13 @@ class Machine:
 
     def reply(self, chosen: Method, message: bytes, round: int) -> Reply:
         key = derive(9, "local", round, self.number)
-        payload = chosen.local(
-            self.model, decode(message).payload, Batches(self.rows[self.number % 4 :: 4], 257, key), key, {}
-        )
+        mine = Batches(self.rows[self.number % 4 :: 4], 257, key)
+        payload = chosen.local(self.model, decode(message).payload, mine, key, {})
         return Reply(self.number, key, decode(encode(Message(round, bytes(8), payload))).payload)
 
     def stands_at(self, chosen: Method, message: bytes) -> str:
-        """SHA-256 of all weights after the last message."""
-        from fleetune.tuning.methods._zeroth import open_view
-
-        view, position = open_view(
-            self.model, decode(message).payload, law=chosen.law, K=chosen.K, lr=chosen.grid_lr
-        )
+        grid = {"law": chosen.law, "K": chosen.K, "lr": chosen.grid_lr}
+        view, position = open_view(self.model, decode(message).payload, **grid)
         position.place(view)
         return weights(view)
 
@@ -243,8 +229,5 @@ def test_machines_join_and_leave_at_random_and_all_stand_at_the_servers_replay(c
     server = weights(base.attachment)
     assert met > 10
     assert [m.stands_at(chosen, message) for m in present] == [server] * len(present)
-    untouched = tiny_llama(layers=1)
-    assert all(
-        torch.equal(a.to(dtype), b)
-        for a, b in zip(untouched.net.parameters(), present[0].model.net.parameters(), strict=True)
-    )
+    pairs = zip(tiny_llama(layers=1).net.parameters(), present[0].model.net.parameters(), strict=True)
+    assert all(torch.equal(a.to(dtype), b) for a, b in pairs)  # untouched

@@ -1,10 +1,9 @@
 """Signlora: a device's signs against the dense gradient, what the server writes and keeps, and what a device is told."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,9 @@ import torch
 from contract_harness import base_of, fleet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from methods_harness import Folder
 
-from fleetune.data import Encoded, Example
-from fleetune.data.encode import Batches, collate, encode_all
+from fleetune.data import Encoded
+from fleetune.data.encode import Batches, collate
 from fleetune.errors import MessageError, ModelError, UsageError
 from fleetune.models import Model, named_tensors, tiny_bert, tiny_llama
 from fleetune.seeds import noise
@@ -39,17 +37,7 @@ def tiny(**changes: Any) -> Method:
     return Method(**({"lr": ETA, "batch_size": 3, "steps": 1, "stay": 1} | changes))
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[Encoded]:
-    examples = [Example((("user", f"say {n}"),), "yes" if n % 2 else "a number", {}) for n in range(6)]
-    return encode_all(examples, tiny_llama().tokenizer, 48)[0]
-
-
-# --- a device -----------------------------------------------------------------------------------------------
-
-
 def answer(model: Model, chosen: Method, payload: Payload, rows: Any, memory: dict[str, Any]) -> Payload:
-    """A device's reply, from bytes to bytes."""
     down = decode(encode(Message(1, bytes(8), payload))).payload
     up = chosen.local(model, down, Batches(rows, 257, KEY), KEY, memory)
     return decode(encode(Message(1, bytes(8), up))).payload
@@ -103,14 +91,11 @@ def test_a_step_sends_the_sign_of_minus_the_dense_gradient_along_each_direction(
     assert seen > 0.99 * total
 
 
-# --- the server ---------------------------------------------------------------------------------------------
-
 SHAPES = {"a.weight": (130, 5), "b.weight": (64, 3), "norm": (7,), "z.weight": (30, 9)}
 MATRICES, ROWS = [0, 1, 3], [130, 64, 30]  # rows that fill no byte, too
 
 
 def begun(chosen: Method) -> State:
-    """A first state, of no model."""
     tensors = tuple((name, shape, "float32") for name, shape in SHAPES.items())
     head = LedgerHead("ab" * 32, "", tensors, 7, "outer", 1, 2.0**-12)
     return State(Ledger(head), 0, np.array(MATRICES), np.zeros((chosen.pool, sum(ROWS)), np.float32))
@@ -207,13 +192,10 @@ def test_a_round_without_replies_is_one_whose_directions_are_passed_over():
     assert np.flatnonzero(state.left.any(axis=1)).tolist() == [2]
 
 
-# --- what a device is told ----------------------------------------------------------------------------------
-
-
 def told(chosen: Method, fleet: LocalFleet, state: State, number: int, present: Any, folder: Path) -> Any:
     """(what the clients of a round answer, what each was sent: the news since what it remembers)."""
     asked = Round(number, base_of(fleet.model), fleet.rows, state)
-    with Replies(chosen, asked, Folder(folder), lambda event: None) as replies:
+    with Replies(chosen, asked, SimpleNamespace(path=folder), lambda event: None) as replies:
         messages = _messages(chosen, fleet, replies, present)
     return list(fleet.ask(number, present, messages)), messages
 
@@ -286,30 +268,11 @@ def test_devices_of_unlike_uplinks_send_unlike_shares_of_their_rows(rows, tmp_pa
         tiny(share="900,1000").init(model, 3)
 
 
-# --- what cannot be -----------------------------------------------------------------------------------------
-
-
-def wrong(change: str, sent: Payload) -> None:
-    """Change what is sent so that it cannot be of this run."""
-    arrays = sent.arrays
-    if change == "known":
-        sent.scalars["known"] = 2
-    elif change == "rows":
-        arrays["rows"] = arrays["rows"][::-1].copy()
-    elif change in ("direction", "matrix"):
-        arrays[change] = np.full_like(arrays[change], 8)
-    else:
-        arrays[change] = arrays[change][:-1]
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ("rows", "the matrices that the run trains are not those of this model"),
-        *(
-            (n, "not of this run's matrices and directions")
-            for n in ("direction", "matrix", "signs", "scale")
-        ),
+        *((n, "not of this run's matrices and dir") for n in ("direction", "matrix", "signs", "scale")),
         ("known", "this device does not remember the rounds before those that came"),
     ],
 )
@@ -319,14 +282,20 @@ def test_a_message_that_is_not_of_the_run_is_refused(change, said, rows):
     ones = [np.ones(rows) for rows in chosen.rows(state)]
     state = chosen.written(state, ones)
     sent, memory = chosen.broadcast(state), dict[str, Any]()
-    wrong(change, sent)
+    arrays = sent.arrays
+    if change == "known":
+        sent.scalars["known"] = 2
+    elif change == "rows":
+        arrays["rows"] = arrays["rows"][::-1].copy()
+    else:
+        wrong = np.full_like(arrays[change], 8) if change in ("direction", "matrix") else arrays[change][:-1]
+        arrays[change] = wrong
     with pytest.raises(MessageError, match=said):
         answer(model, chosen, sent, rows, memory)
     assert not memory
 
 
 def test_a_model_in_another_methods_hands_is_given_the_own_directions():
-    """As where a device does the work of two runs."""
     model = tiny_llama(layers=1)
     tiny(targets="q_proj").attached(model)
     assert len(tiny(r=2).init(model, 3).places) == 7

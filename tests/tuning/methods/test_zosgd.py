@@ -1,15 +1,12 @@
 """ZO-SGD: MeZO's numbers bit for bit, from a direction that lies in memory while the losses are taken."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fleetune.data import Encoded, Example
-from fleetune.data.encode import Batches, encode_all
+from fleetune.data.encode import Batches
 from fleetune.evaluation import objectives
 from fleetune.models import Model, named_tensors, tiny_llama
 from fleetune.seeds import noise
@@ -18,12 +15,6 @@ from fleetune.tuning.methods import Reply, mezo, zosgd
 from law_definition import direction
 
 SETTINGS: dict[str, Any] = {"K": 32, "tau": 7, "lr": 2e-3, "batch_size": 3}
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[Encoded]:
-    examples = [Example((("user", f"say {n}"),), "yes" if n % 2 else "a number", {}) for n in range(8)]
-    return encode_all(examples, tiny_llama().tokenizer, 48)[0]
 
 
 def in_type(dtype: torch.dtype) -> Model:
@@ -40,16 +31,10 @@ def trained(method: Any, model: Model, rows: Any, rounds: int) -> Any:
     return state
 
 
-@pytest.mark.parametrize(
-    ("dtype", "law"),
-    [
-        (torch.float32, "hashed"),
-        (torch.float32, "rademacher"),
-        (torch.float32, "gaussian"),
-        (torch.bfloat16, "hashed"),
-        (torch.float16, "rademacher"),
-    ],
-)
+NARROW = [(torch.bfloat16, "hashed"), (torch.float16, "rademacher")]
+
+
+@pytest.mark.parametrize(("dtype", "law"), [*((torch.float32, law) for law in noise.LAWS), *NARROW])
 def test_it_is_mezo_bit_for_bit(dtype, law, rows):
     """Three rounds: from the base, from few passes, and from 14 where directions are independent."""
     settings = SETTINGS | {"law": law}

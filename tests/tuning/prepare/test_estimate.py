@@ -1,8 +1,5 @@
 """The time of a run before it begins, and a run that is made to fit into a stated time."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +69,9 @@ def test_what_fits_stays_as_it_is():
 
 def test_steps_after_each_other_stay_longest():
     found = Estimate(10, 8, 100, 0.5, 11, 0.1, 20)
-    for within, rounds, clients, steps, batch in (
-        (300.0, 10, 8, 5, 8),
-        (200.0, 9, 8, 4, 8),
-        (100.0, 4, 8, 4, 8),
-        (40.0, 3, 5, 4, 8),
-        (10.0, 3, 1, 4, 8),
-        (4.0, 3, 1, 5, 2),
-        (2.0, 1, 1, 7, 2),
-    ):
+    long = [(300.0, 10, 8, 5, 8), (200.0, 9, 8, 4, 8), (100.0, 4, 8, 4, 8), (40.0, 3, 5, 4, 8)]
+    short = [(10.0, 3, 1, 4, 8), (4.0, 3, 1, 5, 2), (2.0, 1, 1, 7, 2)]
+    for within, rounds, clients, steps, batch in long + short:
         chosen, smaller = fit("fedit", found, within)
         shape = chosen.rounds, smaller.clients, chosen.set["steps"], chosen.set["batch_size"]
         assert shape == (rounds, clients, steps, batch), within
@@ -92,12 +83,8 @@ def test_steps_after_each_other_stay_longest():
 
 def test_replies_that_are_compared_with_each_other_stay_two():
     found, method = Estimate(10, 8, 100, 0.5, 11, 0.1, 20), methods.make("fedit", {})
-    for given, least in (
-        ({}, 1),
-        ({"aggregation": "median"}, 2),
-        ({"quorum": 3}, 3),
-        ({"privacy": "client"}, 2),
-    ):
+    more = [({"aggregation": "median"}, 2), ({"quorum": 3}, 3), ({"privacy": "client"}, 2)]
+    for given, least in [({}, 1), *more]:
         assert fitted(recipe("fedit", **given), method, found, 4.0, 8)[2].clients == least, given
 
 
@@ -131,15 +118,6 @@ def test_measuring_leaves_the_model_as_it_was():
     assert found.steps == harness.method("fedit").local_steps(12)
     assert model.attachment is None
     assert torch.equal(harness.logits(model), before)
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    models.tiny_llama().save(tmp_path / "tiny")
-    rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return tmp_path
 
 
 def test_clients_that_back_propagate_are_timed_by_their_own_steps():

@@ -1,7 +1,5 @@
 """Runs with differential privacy: what they promise, what they refuse, and that local steps hide rows as the papers say."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -32,8 +30,7 @@ from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 
 LEVELS: dict[str, dict[str, Any]] = {
-    "fedkseed": {"K": 16, "tau": 2, "lr": 1e-3},
-    "mezo": {"K": 16, "tau": 2, "lr": 1e-3},
+    **{name: {"K": 16, "tau": 2, "lr": 1e-3} for name in ("fedkseed", "mezo")},
     "onebyte": {"K": 16, "directions": 2, "lr": 1e-3},
     "signlora": {"lr": 1e-2, "steps": 1, "batch_size": 2},
     "fedit": {"r": 2, "lr": 1e-2, "steps": 1, "batch_size": 2},
@@ -49,7 +46,6 @@ def tuned(tiny: str, method: str = "fedkseed", **more: Any) -> Any:
 
 
 def spent_in(run: Any) -> list[float]:
-    """The epsilon after each round, as its event says."""
     return [e["report"]["epsilon"] for e in rundir.events(run.folder) if e["event"] == "round"]
 
 
@@ -193,7 +189,6 @@ def test_what_cannot_be_promised_is_refused_before_work(tiny, options, word):
 
 
 def test_the_time_of_a_private_run_counts_no_rows_of_clients(tiny):
-    """They are not measured."""
     given = PLAIN | {"model": tiny, "data": "demo", "method": "fedkseed", "set": LEVELS["fedkseed"]}
     for private in ({}, {"privacy": "client", "epsilon": 8.0, "clip_norm": 1.0}):
         recipe = recipes.make({**given, **private})
@@ -201,9 +196,6 @@ def test_the_time_of_a_private_run_counts_no_rows_of_clients(tiny):
         assert found is not None
         assert (found.client_rows == 0) is bool(private)
         assert ("rows of clients" in found.text) is not bool(private)
-
-
-# Local steps that hide rows --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -295,9 +287,6 @@ def test_rows_are_drawn_each_by_itself(rows):
     sizes = [b.drawn.rows for b in Batches(encoded, 0, 1, private=Privacy(1.0, 1.0, 0.2, 5)).steps(400, 1)]
     assert {0, 1, 2} <= set(sizes)
     assert np.mean(sizes) == pytest.approx(1.0, abs=5 * math.sqrt(5 * 0.16 / 400))
-
-
-# Secure sums --------------------------------------------------------------------------------------------
 
 
 def test_a_run_under_secure_sums_adds_up_what_nobody_sees(tiny):

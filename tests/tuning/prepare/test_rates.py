@@ -1,9 +1,6 @@
 """The learning rate that is found before round 1: formulas against float64 references, trials, whole runs."""
 
-from __future__ import annotations
-
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -182,7 +179,6 @@ def test_a_rate_is_held_until_the_model_has_moved_so_often(name, moves, model):
 
 
 def searches(recipe: Recipe, rows: int = 400, *, clients: int = 8, asked: int = 8) -> list[Search]:
-    """The searches that may be made for a recipe's rates."""
     names, method = rates.wanted(recipe), methods.make(recipe.method, recipe.set)
     return rates.searches(recipe, method, names, [n for n in names if n in recipe.set], rows, clients, asked)
 
@@ -208,15 +204,6 @@ def test_where_the_published_rate_moves_nothing_it_is_searched_for_in_any_run(na
 
 
 FEW: dict[str, Any] = command_line.FEW | {"rounds": 2, "settings": {"K": 16, "tau": 4, "batch_size": 2}}
-
-
-@pytest.fixture
-def place(tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    models.save(model.net, model.tokenizer, tmp_path / "tiny")
-    rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return tmp_path
 
 
 def test_a_run_records_what_was_found_and_repeats_it(place):
@@ -253,7 +240,6 @@ def test_a_run_that_back_propagates_finds_its_rate_or_says_that_it_does_not(plac
 
 
 def of_two(values: dict[str, Any], **more: Any) -> Any:
-    """A recipe of FedKSeed for two clients."""
     given = {"model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "clients": 2, "held_out": 4}
     return recipes.make({**given, "set": {"K": 16, "batch_size": 2, **values}, **more})
 

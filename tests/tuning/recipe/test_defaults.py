@@ -1,7 +1,5 @@
 """Which rule combines the replies of real devices, and what is said of it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

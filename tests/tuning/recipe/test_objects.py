@@ -1,7 +1,5 @@
 """A method that a caller wrote is taken as an object: tuned in this process, and its result used in any."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ import pytest
 
 import command_line
 import fleetune
-from fleetune import models
 from fleetune.common.settings import setting
 from fleetune.errors import Interrupted, UsageError
 from fleetune.seeds import VARIABLE
@@ -21,6 +18,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.methods import fedit, mezo
 from heard import Heard
 
+pytestmark = pytest.mark.usefixtures("place")
 FEW: dict[str, Any] = command_line.FEW | {"limit": 24, "max_length": 64}
 
 
@@ -45,10 +43,8 @@ class Method(mezo.Method):
 
 
 @pytest.fixture(autouse=True)
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def none_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods.REGISTRY, "_given", {})
-    models.tiny_llama().save("tiny")
 
 
 def test_it_is_tuned_with_its_own_functions_and_settings():

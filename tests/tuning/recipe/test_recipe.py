@@ -1,7 +1,5 @@
 """Recipes: there and back through TOML, every problem at once, suggestions, bounds."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -61,11 +59,9 @@ def test_any_recipe_comes_back_from_its_toml(tmp_path_factory, given_values):
 
 
 def test_all_problems_are_told_at_once():
+    wrong = {"modle": "x", "data": "d", "rounds": 0, "dtype": "int8"}
     with pytest.raises(RecipeError) as caught:
-        make(
-            {"modle": "x", "data": "d", "rounds": 0, "dtype": "int8"}
-            | {"participation": 2, "zzz": 1, "seed": "a"}
-        )
+        make(wrong | {"participation": 2, "zzz": 1, "seed": "a"})
     problems = caught.value.problems
     assert len(problems) == 7
     assert "unknown option 'modle'. Did you mean 'model'?" in problems

@@ -1,7 +1,5 @@
 """The YAML of axolotl, LLaMA-Factory and mlx-lm as a recipe."""
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -80,23 +78,10 @@ SAME = {"method": "fedit", "clients": 1}
 CASES = {
     "axolotl": (
         AXOLOTL,
-        {
-            "model": "NousResearch/Llama-3.2-1B",
-            "data": "rows.jsonl",
-            "base": "mapped",
-            "rounds": 3,
-            "max_length": 2048,
-        }
-        | {"held_out": 0.05, "seed": 7},
-        {
-            "r": 8,
-            "alpha": 32,
-            "dropout": 0.05,
-            "targets": "all-linear",
-            "batch_size": 8,
-            "lr": 2e-4,
-            "checkpointing": "true",
-        },
+        {"model": "NousResearch/Llama-3.2-1B", "data": "rows.jsonl", "base": "mapped", "rounds": 3}
+        | {"max_length": 2048, "held_out": 0.05, "seed": 7},
+        {"r": 8, "alpha": 32, "dropout": 0.05, "targets": "all-linear"}
+        | {"batch_size": 8, "lr": 2e-4, "checkpointing": "true"},
         "has no place here: output_dir = ./out, optimizer = adamw_8bit, lr_scheduler = cosine, special_tokens",
     ),
     "LLaMA-Factory": (
@@ -108,22 +93,10 @@ CASES = {
     ),
     "mlx-lm": (
         MLX,
-        {
-            "model": "mlx-community/Llama-3.2-1B-Instruct",
-            "data": "data/",
-            "seed": 0,
-            "rounds": 10,
-            "max_length": 512,
-        },
-        {
-            "r": 8,
-            "alpha": 160,
-            "dropout": 0.0,
-            "targets": "q_proj,v_proj",
-            "batch_size": 4,
-            "lr": "1e-5",
-            "steps": 100,
-        },
+        {"model": "mlx-community/Llama-3.2-1B-Instruct", "data": "data/", "seed": 0}
+        | {"rounds": 10, "max_length": 512},
+        {"r": 8, "alpha": 160, "dropout": 0.0, "targets": "q_proj,v_proj"}
+        | {"batch_size": 4, "lr": "1e-5", "steps": 100},
         "has no place here: num_layers = 16",
     ),
 }
@@ -151,24 +124,14 @@ def test_what_changes_the_training_is_never_left_out_silently(tmp_path):
     )
     told: list[str] = []
     assert recipe.read(path, told.append) == {**SAME, "model": "m", "data": "d", "set": {}}
-    assert (
-        told[1] == "has no place here: fine_tune_type = full, stage = dpo, train_on_inputs = True, datasets"
-    )
+    left = "has no place here: fine_tune_type = full, stage = dpo, train_on_inputs = True, datasets"
+    assert told[1] == left
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a: [",
-        "- x",
-        "5",
-        "",
-        "!!python/object/apply:os.system ['touch gone']",
-        "a: &a [*a",
-        "\x00",
-        "[" * 9999,
-    ],
-)
+CALLS = "!!python/object/apply:os.system ['touch gone']"
+
+
+@pytest.mark.parametrize("text", ["a: [", "- x", "5", "", CALLS, "a: &a [*a", "\x00", "[" * 9999])
 def test_what_is_no_such_file_is_refused(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (path := tmp_path / "x.yml").write_text(text)

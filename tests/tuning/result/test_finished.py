@@ -1,7 +1,5 @@
 """Replays of a ledger: what is said of the work ahead, and how much of it a file may ask for."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

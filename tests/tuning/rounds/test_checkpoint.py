@@ -1,7 +1,5 @@
 """A state comes back from a checkpoint bit by bit; the course of a run through JSON."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,6 @@ def made(name: str, i: int) -> Method:
 
 
 def answer(spec: ReplySpec, seed: int) -> Payload:
-    """Some payload that the spec allows."""
     rng = np.random.default_rng(seed)
     arrays = {}
     for name, (kind, shape) in spec.arrays.items():
@@ -45,7 +42,6 @@ def answer(spec: ReplySpec, seed: int) -> Payload:
 
 
 def after(method: Method, state: Any, rounds: range) -> Any:
-    """The state after these rounds of two clients."""
     for r in rounds:
         replies = (Reply(c, 100 * r + c, answer(method.expects(state), 100 * r + c)) for c in range(2))
         state = method.aggregate(state, replies)
@@ -53,7 +49,6 @@ def after(method: Method, state: Any, rounds: range) -> Any:
 
 
 def assert_same(left: Any, right: Any) -> None:
-    """Equal states, type by type and bit by bit."""
     assert type(left) is type(right)
     if isinstance(left, Ledger):
         assert left.fingerprint() == right.fingerprint()
@@ -71,17 +66,14 @@ def assert_same(left: Any, right: Any) -> None:
         assert left == right
 
 
-def through_bytes(payload: Payload) -> Payload:
-    return decode(encode(Message(3, b"", payload))).payload
-
-
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_every_methods_state_comes_back_and_goes_on_alike(name, i):
     method = made(name, i)
     first = method.init(tiny_llama(), 2**64 - 5)
     for rounds in (0, 3):
         state = after(method, first, range(rounds))
-        back, totals = unpack(through_bytes(pack(state, Totals(7, 8, 0.25))), first)
+        stored = encode(Message(3, b"", pack(state, Totals(7, 8, 0.25))))
+        back, totals = unpack(decode(stored).payload, first)
         assert_same(back, state)
         assert totals == Totals(7, 8, 0.25)
         sent = [encode(Message(1, b"", method.broadcast(s))) for s in (state, back)]

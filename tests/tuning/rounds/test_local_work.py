@@ -1,7 +1,5 @@
 """What methods keep on simulated clients: it comes back, a kill loses nothing that counts, and memory stays flat."""
 
-from __future__ import annotations
-
 import tracemalloc
 from collections.abc import Iterator
 from typing import Any

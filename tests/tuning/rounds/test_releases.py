@@ -1,7 +1,5 @@
 """What a private run has released is counted, whatever is lost of it; and no client ends such a run."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import BASE, Averaging, Devices, State, told
+from toy import BASE, Averaging, Devices, Killed, State, told
 
 from fleetune.common.events import Recorded, RoundDone, as_dict
 from fleetune.errors import StorageError
@@ -26,10 +24,6 @@ from fleetune.tuning.rounds.rounds import Hooks, RoundPlan
 
 RULE = Rule(PRIVATE, privacy=Privacy(1.0, 1.0, 1.0, 3))
 LOSSES = (9.0, 7.0, 8.0, 6.0, 6.5, 7.0)
-
-
-class Killed(BaseException):
-    pass
 
 
 @dataclass

@@ -1,9 +1,7 @@
 """Replies at the door: rows, the bound on how far one goes, whoever comes first, and what a method fails on."""
 
-from __future__ import annotations
-
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,7 +195,6 @@ def extreme(honest: Payload, sent: Payload, size: float, direction: str) -> Payl
 
 
 def moved(before: Any, after: Any) -> float:
-    """How far a state went: in its tensors, or in its ledger's sums."""
     if hasattr(after, "ledger"):
         last = after.ledger.rounds == after.round
         return methods.norm([after.ledger.coefficients[last]])
@@ -237,12 +234,6 @@ def test_whatever_one_client_says_the_model_moves_no_further(case, size, directi
     assert moved(state, new) <= 1.01 * most
 
 
-def heard(method: Any, state: Any, payloads: Sequence[Payload], folder: Path) -> list[int]:
-    """The clients whose replies count in a round of these."""
-    with harness.gathered(method, state, payloads, folder) as taken:
-        return [kept.answer.client for kept in taken.kept]
-
-
 def concentrated(honest: Payload, times: float, codes: int) -> Payload:
     """The lie of so many codes, of which the first alone is not zero: so many times the length of the honest move."""
     lie = np.zeros(codes)
@@ -257,7 +248,9 @@ def test_who_sends_fewer_numbers_may_not_go_further(case, codes, times, tmp_path
     method, state = begun(case)
     payloads = [harness.usual(method, state, c) for c in range(CLIENTS)]
     payloads[0] = concentrated(payloads[0], times, codes)
-    assert heard(method, state, payloads, tmp_path) == [c for c in range(CLIENTS) if c or times < 5]
+    with harness.gathered(method, state, payloads, tmp_path) as taken:
+        counted = [kept.answer.client for kept in taken.kept]
+    assert counted == [c for c in range(CLIENTS) if c or times < 5]
 
 
 @pytest.mark.parametrize(("shapes", "numbers"), [([(3, 4), (5,)], 17), ([(-20,)], 20), ([()], 1)])
@@ -267,7 +260,6 @@ def test_the_slack_is_by_the_numbers_that_were_agreed(shapes, numbers):
 
 
 def of_kind(kind: str, *distances: float) -> list[replies.Kept]:
-    """Replies of many numbers that go so far."""
     answer, kinds = Answer(0, 0, None, "ok", "", 0.0, 0), frozenset([kind])
     return [
         replies.Kept(answer._replace(client=c), 0, 0, kinds, 4.0, d, ROWS, d) for c, d in enumerate(distances)

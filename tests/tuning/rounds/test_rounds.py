@@ -1,7 +1,5 @@
 """The round loop: quorum, kinds, rounds that ruin the model, early stop and the best round, kills."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy import BASE, Averaging, Devices, State, honest, play, start, told, with_liars
+from toy import BASE, Averaging, Devices, Killed, State, honest, play, start, told, with_liars
 
 import fleetune
 from command_line import FEW
@@ -71,9 +69,7 @@ def test_where_rows_are_claimed_a_round_orders_no_lone_kind(times, ordered, tmp_
         plan = RoundPlan(1, 1.0, 1, 7, 1, BASE, rule=Rule(times=times))
         hooks = Hooks(lambda: None, lambda state: {}, lambda event: None)
         with pytest.raises(FleetError):
-            rounds.run(
-                method, Fleet(with_liars(honest), clients=2), method.init(tiny_llama(), 7), run, plan, hooks
-            )
+            rounds.run(method, Fleet(honest, clients=2), method.init(tiny_llama(), 7), run, plan, hooks)
     payloads = [decode(asked[0][c]).payload for c in (0, 1)]
     assert [int(p.scalars.get("backprop") is True) for p in payloads] == ordered
 
@@ -110,7 +106,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_model_before(tmp_path):
 
 
 def newest(run: RunDir) -> np.ndarray:
-    """The tensor in the newest checkpoint."""
     kept, _ = courses.unpack(courses.decode(checkpoints(run.path)[-1][1].read_bytes()), start())
     return kept.tensors["w"]
 
@@ -176,16 +171,10 @@ def test_neither_few_replies_that_are_not_finite_nor_noise_withdraw_a_round(clie
 
 
 def tuned(out: Path, rounds_: int, **more: Any) -> TuneResult:
-    """A whole run of three clients on the tiny llama."""
-    return fleetune.tune(
-        tiny_llama(),
-        [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)],
-        out=out,
-        method="fedit",
-        settings={"r": 2, "steps": 1, "lr": 1e-2},
-        offline=True,
-        **FEW | {"clients": 3, "rounds": rounds_, "held_out": 3} | more,
-    )
+    rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
+    few = FEW | {"clients": 3, "rounds": rounds_, "held_out": 3, "out": out, "offline": True} | more
+    settings = {"r": 2, "steps": 1, "lr": 1e-2}
+    return fleetune.tune(tiny_llama(), rows, method="fedit", settings=settings, **few)
 
 
 def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(tmp_path, monkeypatch):
@@ -214,10 +203,6 @@ def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(tmp_p
 
 
 FELL_THEN_ROSE = (9.0, 7.0, 5.0, 6.0, 4.0, 4.5, 4.0, 8.0, 9.0, 3.0, 2.0)  # by round; 4 is the best until 9
-
-
-class Killed(BaseException):
-    pass
 
 
 def counted(

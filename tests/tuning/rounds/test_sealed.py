@@ -1,7 +1,5 @@
 """A round under a secure sum: bit for bit the sum without masks, whoever drops out or is restarted, and nothing else."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,7 +33,6 @@ def model() -> Model:
 
 
 def asked(model: Model, method: Method, state: Any, sealed: Sealed | None) -> tuple[LocalFleet, list[Answer]]:
-    """Return a fleet of 4 that has done a round's work, and what it answered."""
     made = fleet(model, method, 4)
     made.sealed = sealed
     sent = encode(Message(1, base_of(model), kind_of(method, state)[0]))

@@ -1,8 +1,5 @@
 """A run that diverges says so at once, once, with what to change; and says at the end what its change is worth."""
 
-from __future__ import annotations
-
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,6 @@ import pytest
 
 import fleetune
 from command_line import FEW
-from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.events import ClientReply, Diverging, RoundDone, RoundEvaluated, as_dict
@@ -106,19 +102,10 @@ def test_after_a_resume_it_knows_what_it_heard():
     assert Watch(Some(), "loss", said).heard(evaluated(3, 9.0)) is None
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("watch")
-    models.tiny_llama().save(folder / "tiny")
-    rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
-
-
 def tune(place: Path, out: Path, listener: Heard | None = None, **more: Any) -> fleetune.TuneResult:
     options = FEW | {"method": "fedit", "settings": {"r": 2, "steps": 1, "lr": 30.0}, "rounds": 2}
     options |= {"held_out": 6, "eval_rows": 6, "max_length": 48, "listener": listener, "out": out} | more
-    return fleetune.tune(str(place / "tiny"), str(place / "data.jsonl"), **options)
+    return fleetune.tune(str(place / "tiny"), str(place / "rows.jsonl"), **options)
 
 
 def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place, tmp_path):
@@ -140,8 +127,7 @@ def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place, tmp_path):
     assert f" ± {100 * error / run.done.base['loss']:.1f} %, worse" in page  # type: ignore[operator]
 
 
-def test_a_change_within_noise_is_called_so(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_change_within_noise_is_called_so(place, capsys):
     run = tune(place, Path("runs"), method="mezo", settings={"tau": 1, "lr": 1e-3}, rounds=1, seed=5)
     assert any("within noise" in text for text in run.done.remarks)
     assert "which is within noise" in run.report.read_text()

@@ -1,7 +1,5 @@
 """A method of one tensor, a fleet whose replies a function makes, and the round loop over both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,10 @@ from fleetune.tuning.rounds.rounds import Hooks, RoundPlan
 BASE = bytes(8)
 ROWS = 10
 SIZE = 50
+
+
+class Killed(BaseException):
+    pass
 
 
 class State(NamedTuple):
@@ -97,7 +99,6 @@ class Played(NamedTuple):
     events: list[Recorded]
 
     def refused(self) -> dict[int, str]:
-        """The reason by client, of all rounds."""
         last = {(e.round, e.client): e for e in self.events if isinstance(e, ClientReply)}
         return {c: e.reason for (_, c), e in last.items() if e.status == "refused"}
 
@@ -105,7 +106,6 @@ class Played(NamedTuple):
 def play(
     place: Path | RunDir, fleet: Devices, method: Any = None, *, evaluate: Any = lambda state: {}, **plan: Any
 ) -> Played:
-    """Rounds of a plan, in a run or in a new one in a folder."""
     seen, spent = list[Recorded](), plan.pop("spent", None)
     with place if isinstance(place, RunDir) else create(place, "averaging", "toy") as opened:
 
@@ -121,6 +121,5 @@ def play(
 
 
 def mean_without(*left_out: int, clients: int = 8) -> np.ndarray:
-    """What the clients but these make of the first round."""
     w = start().tensors["w"]
     return mean_of((ROWS, honest(1, c, w).arrays) for c in range(clients) if c not in left_out)["w"]

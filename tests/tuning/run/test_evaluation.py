@@ -1,7 +1,5 @@
 """Every client's loss before and after: on its own rows, held out where there are enough, few enough to cost little."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections import Counter
@@ -11,16 +9,18 @@ from typing import Any
 import pytest
 
 import fleetune
-from fleetune import models
+from fleetune.cli.main import main
 from fleetune.common import files
+from fleetune.data.encode import encode_all
 from fleetune.evaluation.losses import response_loss
-from fleetune.models import tiny_bert, tiny_llama
+from fleetune.models import tiny_llama
 from fleetune.runs import rundir
 from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import estimate, prepare
 from fleetune.tuning.recipe import recipe
 from fleetune.tuning.recipe.defaults import given, settled
+from fleetune.tuning.result import finished
 from fleetune.tuning.run import evaluation
 from heard import Heard
 
@@ -31,32 +31,21 @@ SITES = ("north", "south", "west")
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     at = tmp_path_factory.mktemp("clients")
-    for name, model in (("llama", tiny_llama()), ("bert", tiny_bert(labels=("no", "yes")))):
-        models.save(model.net, model.tokenizer, at / name)
-    rows = [
-        {"instruction": f"is {n} odd?", "output": "yes" if n % 2 else "no", "site": SITES[n % 3]}
-        for n in range(36)
-    ]
+    tiny_llama().save(at / "llama")
+    answers = (("no", "yes")[n % 2] for n in range(36))
+    rows = [{"instruction": f"is {n} odd?", "output": a, "site": SITES[n % 3]} for n, a in enumerate(answers)]
     (at / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return at
 
 
-def tune(places: Path, out: Path, method: str = "fedit", model: str = "llama", **more: Any) -> Any:
-    return fleetune.tune(
-        str(places / model), str(places / "rows.jsonl"), method=method, out=out, **(FAST | more)
-    )
+def tune(places: Path, out: Path, method: str = "fedit", **more: Any) -> Any:
+    given = FAST | {"method": method, "out": out} | more
+    return fleetune.tune(str(places / "llama"), str(places / "rows.jsonl"), **given)
 
 
-def job_of(places: Path, model: str = "llama", **more: Any) -> prepare.TuneJob:
-    values = {
-        "method": "fedit",
-        "model": str(places / model),
-        "data": str(places / "rows.jsonl"),
-        "max_length": 64,
-        "set": {"lr": 0.01},
-        **more,
-    }
-    return prepare.prepare(recipe.make(values), offline=True)
+def job_of(places: Path, **more: Any) -> prepare.TuneJob:
+    values = {"model": str(places / "llama"), "data": str(places / "rows.jsonl"), "set": {"lr": 0.01}}
+    return prepare.prepare(recipe.make({**values, "method": "fedit", "max_length": 64, **more}), offline=True)
 
 
 def test_losses_before_and_after_are_those_of_the_clients_own_rows(places, tmp_path):
@@ -130,7 +119,21 @@ def test_a_setting_that_is_written_at_its_default_is_not_changed(places):
     defaults = {s.name: s.default for s in methods.settings("fedkseed")}
     same = recipe.make({"model": "m", "data": "d", "method": "fedkseed", "set": defaults})
     assert not [name for name in given(same) if name.startswith("set.")]
-    texts = recipe.make(
-        {"model": "m", "data": "d", "method": "fedkseed", "set": {"lr": str(defaults["lr"]), "tau": "7"}}
-    )
+    other = {"lr": str(defaults["lr"]), "tau": "7"}
+    texts = recipe.make({"model": "m", "data": "d", "method": "fedkseed", "set": other})
     assert [name for name in given(settled(texts)) if name.startswith("set.")] == ["set.tau"]
+
+
+def test_eval_of_a_run_gives_the_loss_that_the_run_ended_with(place, capsys):
+    rows = [{"instruction": "say", "response": "word " * (40 if i < 9 else 2)} for i in range(20)]
+    Path("data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = {"r": 2, "steps": 1, "lr": 3e-4}
+    few: dict[str, Any] = FAST | {"max_length": 32, "held_out": 6, "clients": 2, "device": "cpu"}
+    done = fleetune.tune("tiny", "data.jsonl", method="fedit", settings=settings, **few)
+    assert main(["eval", "1", "--tasks", "loss", "--device", "cpu", "--json"]) == 0
+    event = json.loads(capsys.readouterr().out)
+    assert event["loss"] == pytest.approx(done.done.tuned["loss"], abs=1e-6)
+    assert (event["rows"], event["of"], event["max_length"]) == (6, 6, 32)
+    model = finished.load(done.folder, device="cpu")
+    long = response_loss(model, encode_all(finished.held_out(done.folder), model.tokenizer, 512)[0])
+    assert abs(long - event["loss"]) > 1e-3  # rows that are cut otherwise have another loss

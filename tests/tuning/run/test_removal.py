@@ -1,7 +1,5 @@
 """A client is left out of a ledger exactly; replies that were changed, cut or left over are found; what cannot be is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import stat
@@ -78,9 +76,7 @@ def test_the_ledger_is_what_the_method_makes_of_the_others(case, tiny, tmp_path,
         with closing(Spool(tmp_path)) as spool:
             by = dataclasses.replace(rule, spool=spool)
             hand = aggregate(method, state._replace(**own), others if len(others) >= quorum else [], by)
-
-    to = tmp_path / "without.safetensors"
-    folder = str(done.folder)
+    to, folder = tmp_path / "without.safetensors", str(done.folder)
     assert main(["ledger", "drop", folder, "--client", str(client), "--to", str(to), "-q", "--offline"]) == 0
     made = ledgers.load(to)
     assert entries(made) == entries(hand.ledger)

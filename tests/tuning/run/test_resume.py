@@ -1,7 +1,5 @@
 """A run that is given more rounds ends in the bits of one that had them from the start; a resumed run says how far it is."""
 
-from __future__ import annotations
-
 import json
 import re
 import types
@@ -12,28 +10,22 @@ import pytest
 
 import command_line
 import fleetune
-from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import sums
-from fleetune.common.events import Event, RoundEvaluated
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.rounds import releases
 from fleetune.tuning.run import describe, resume
+from heard import Heard
 
+pytestmark = pytest.mark.usefixtures("place")
 FEW: dict[str, Any] = command_line.FEW | {"clients": 3, "participation": 0.67, "limit": 60, "max_length": 64}
 FEW |= {"samples": 2, "answer_tokens": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "fedit": {"r": 2, "batch_size": 2, "lr": 1e-2, "steps": 3, "server": "adam", "scaffold": True},
     "fedkseed": {"K": 16, "tau": 3, "lr": 1e-3, "batch_size": 2},
 }
-
-
-@pytest.fixture(autouse=True)
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    models.tiny_llama().save("tiny")
 
 
 def tuned(rounds: int, method: str = "fedit", out: str = "runs") -> Any:
@@ -96,24 +88,24 @@ def test_from_python_too_what_is_no_number_of_rounds_is_refused(rounds):
 
 
 def test_what_cannot_be_longer_says_why_and_stays_as_it_is():
+    def refused(said: str, rounds: int = 3) -> Any:
+        with pytest.raises(UsageError, match=said) as caught:
+            fleetune.resume_run(short, rounds=rounds)
+        return caught.value
+
     short = tuned(2)
     digest = short.digest
-    with pytest.raises(UsageError, match="has 2 rounds, and 1 are fewer"):
-        fleetune.resume_run(short, rounds=1)
+    refused("has 2 rounds, and 1 are fewer", 1)
     assert fleetune.resume_run(short, rounds=2).digest == digest
     (short.folder / "fleet.json").write_text("{}")
-    with pytest.raises(UsageError, match="of real devices") as refused:
-        fleetune.resume_run(short, rounds=3)
-    assert "fleetune export" in str(refused.value.hint)
+    assert "fleetune export" in str(refused("of real devices").hint)
     (short.folder / "fleet.json").unlink()
     Path("runs/sweep.toml").write_text("")
-    with pytest.raises(UsageError, match="a run of a sweep"):
-        fleetune.resume_run(short, rounds=3)
+    refused("a run of a sweep")
     Path("runs/sweep.toml").unlink()
     for _, file in rundir.checkpoints(short.folder):
         file.unlink()
-    with pytest.raises(UsageError, match="no checkpoint left"):
-        fleetune.resume_run(short, rounds=3)
+    refused("no checkpoint left")
     assert rundir.status_of(short.folder) == "done"
     assert fleetune.resume_run(short).digest == digest
 
@@ -130,23 +122,13 @@ SHORT: dict[str, Any] = command_line.FEW | {"method": "fedit", "limit": 30, "max
 SHORT |= {"settings": {"r": 2, "batch_size": 2, "lr": 1e-2, "steps": 3}}
 
 
-class After(fleetune.Silent):
-    """Stop when a round has been measured; the run goes on after the one before it, whose checkpoint is written."""
-
-    def __init__(self, round: int) -> None:
-        self.round = round
-
-    def event(self, event: Event) -> None:
-        if isinstance(event, RoundEvaluated) and event.round == self.round:
-            raise Interrupted("enough")
-
-
 def test_a_run_without_a_round_is_timed_anew(capsys):
     """To the same bits; later the rounds that are done tell the time."""
     whole = fleetune.tune("tiny", "demo", out="whole", **SHORT)
     for after in (0, 1):
+        stop = Heard(lambda heard, after=after: len(heard.of("eval")) > after)  # in the next round
         with pytest.raises(Interrupted):
-            fleetune.tune("tiny", "demo", listener=After(after + 1), **SHORT)
+            fleetune.tune("tiny", "demo", listener=stop, **SHORT)
         capsys.readouterr()
         assert main(["tune", "--resume", "latest"]) == 0
         told = capsys.readouterr().err
@@ -156,10 +138,8 @@ def test_a_run_without_a_round_is_timed_anew(capsys):
 
 
 def test_a_run_whose_privacy_budget_is_spent_announces_no_round(tmp_path):
-    lines = [
-        json.dumps({"v": 1, "t": 1.0, "event": "round", "round": r, "seconds": 3.0}) + "\n" for r in (1, 2)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    lines = ({"v": 1, "t": 1.0, "event": "round", "round": r, "seconds": 3.0} for r in (1, 2))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / releases.FILE).write_text(releases._text(2))
     left = [0]
     account: Any = types.SimpleNamespace(rounds_within=lambda rounds, released: left[0])

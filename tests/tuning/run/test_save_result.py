@@ -1,9 +1,9 @@
-"""The figures of a run: the base row is the untouched model, objectives are measured, and a run that moved nothing says so."""
-
-from __future__ import annotations
+"""The figures of a run: the base is the untouched model, a run that moved nothing says so; what it keeps of people's rows."""
 
 import json
 import re
+import stat
+import sys
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import pytest
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.common.events import Event, RoundEvaluated
 from fleetune.errors import DataError, Interrupted, RecipeError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model, tiny_bert, tiny_llama
@@ -23,6 +22,7 @@ from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
+from heard import Heard
 
 RECIPE: dict[str, Any] = {"clients": 2, "rounds": 1, "held_out": 6, "samples": 0, "max_length": 64}
 FAST: dict[str, Any] = RECIPE | {"offline": True, "listener": Silent()}
@@ -31,7 +31,6 @@ DEAF = "def same(model, batch):\n    return 1.5\n\ndef size(model, batch):\n    
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a causal model, two encoders, labelled rows and a file of objectives."""
     at = tmp_path_factory.mktemp("figures")
     for name, model in (("llama", tiny_llama()), ("bert", tiny_bert(labels=("no", "yes")))):
         models.save(model.net, model.tokenizer, at / name)
@@ -42,25 +41,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(places: Path, out: Path, method: str = "fedkseed", model: str = "llama", **more: Any) -> Any:
-    options = FAST | more
-    return fleetune.tune(str(places / model), str(places / "rows.jsonl"), method=method, out=out, **options)
-
-
-class UntilBase(Silent):
-    """Stop when the base has been measured."""
-
-    loss: float | None = None
-
-    def event(self, event: Event) -> None:
-        """Keep the base's loss."""
-        if isinstance(event, RoundEvaluated):
-            self.loss = event.loss
-            raise Interrupted("enough")
+    given = FAST | {"method": method, "out": out} | more
+    return fleetune.tune(str(places / model), str(places / "rows.jsonl"), **given)
 
 
 @pytest.fixture(scope="module")
 def untouched(places: Path) -> float:
-    """The held-out loss of the model as `models.load` gives it, with nothing else done to it."""
     given = {"model": str(places / "llama"), "data": str(places / "rows.jsonl"), "method": "fedkseed"}
     job = prepare.prepare(recipe.make({**RECIPE, **given, "set": {"lr": 1e-3}}), offline=True)
     return response_loss(models.load(given["model"], offline=True), job.held)
@@ -83,10 +69,10 @@ def test_the_base_row_is_the_untouched_model_bit_for_bit(name, places, untouched
     settings = contract_harness.QUICK.get(method, {}) | dict(pairs)
     if "ranks" in settings:
         settings["ranks"] = "2,4"
-    watching = UntilBase()
+    watching = Heard(lambda heard: bool(heard.of("eval")))
     with pytest.raises(Interrupted):
         tune(places, tmp_path, method, settings=settings, listener=watching)
-    assert watching.loss == untouched
+    assert watching.of("eval")[0].loss == untouched
 
 
 @pytest.mark.parametrize(
@@ -190,14 +176,53 @@ def test_a_fleet_that_gave_too_few_replies_says_so(places, tmp_path):
 def test_a_resumed_run_keeps_its_base_and_start(places, tmp_path):
     settings = {"module": "prefix", "size": 4, "steps": 1}
     whole = tune(places, tmp_path / "a", "fedpetuning", settings=settings, rounds=2).done
-
-    class Stop(Silent):
-        def event(self, event: Event) -> None:
-            if isinstance(event, RoundEvaluated) and event.round == 2:
-                raise Interrupted("here")
-
+    stop = Heard(lambda heard: len(heard.of("eval")) == 2)
     with pytest.raises(Interrupted):
-        tune(places, tmp_path / "b", "fedpetuning", settings=settings, rounds=2, listener=Stop())
+        tune(places, tmp_path / "b", "fedpetuning", settings=settings, rounds=2, listener=stop)
     done = fleetune.resume_run(rundir.find("latest", tmp_path / "b"), out=tmp_path / "b", offline=True).done
     same = attrgetter("base", "start", "tuned", "digest", "remarks")
     assert same(done) == same(whole)
+
+
+MARK = "zanzibar"  # in every prompt and every answer
+
+
+def holding(folder: Path) -> set[str]:
+    """The files with the mark in them, as text or in any other bytes."""
+    files = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+    return {str(p.relative_to(folder)) for p in files if MARK.encode() in p.read_bytes()}
+
+
+def short(places: Path, out: Path, *more: str) -> int:
+    rows = [{"instruction": f"what is {MARK} {n}?", "output": f"{MARK} is {n}"} for n in range(12)]
+    (places / "marked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "--method fedit --clients 2 --rounds 1 --held-out 3 --max-length 64 --offline --out"
+    given = [str(places / "llama"), str(places / "marked.jsonl"), *words.split(), str(out), *more]
+    return main(["tune", *given])
+
+
+def test_no_samples_keeps_no_text_anywhere(places, tmp_path, capsys):
+    words = ("--no-samples", "--rouge-rows", "2", "--answer-tokens", "4", "--set", "r=1")
+    assert short(places, tmp_path, *words) == 0
+    (run,) = tmp_path.glob("0001-*")
+    assert holding(tmp_path) == set()
+    assert not (run / "samples.md").exists()
+    told = "".join(capsys.readouterr())
+    assert "samples.md" not in told
+    assert "the report shows the text" not in told
+    assert "samples = 0" in (run / "run.toml").read_text()
+    assert "This page shows the text" not in (run / "report.html").read_text()
+
+
+def test_text_that_is_kept_is_the_owners_alone_and_is_told(places, tmp_path, capsys):
+    assert short(places, tmp_path, "--samples", "2", "--answer-tokens", "4") == 0
+    (run,) = tmp_path.glob("0001-*")
+    kept = holding(run)
+    assert kept == {"eval.json", "samples.md", "report.html"}
+    if sys.platform != "win32":
+        assert {stat.S_IMODE((run / name).stat().st_mode) for name in kept} == {0o600}
+    told = "the report shows the text of 2 held-out rows"
+    assert told in "".join(capsys.readouterr())
+    assert main(["runs", "show", "1", "--out", str(tmp_path)]) == 0
+    assert told in "".join(capsys.readouterr())
+    assert "This page shows the text of 2 held-out rows" in (run / "report.html").read_text()

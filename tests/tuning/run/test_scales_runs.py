@@ -1,7 +1,5 @@
 """Runs that train the scales of a quantised base: what is refused, what a device is told, and what a ledger says of it."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -97,11 +95,10 @@ def _of_weights(head: LedgerHead) -> LedgerHead:
 
 
 def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file, tmp_path):
-    options: Any = {
-        **FEW,
+    options: Any = FEW | {
         "method": "fedkseed",
-        "settings": {"lr": 0.05, "tau": 3, "K": 64},
         "train": "scales",
+        "settings": {"lr": 0.05, "tau": 3, "K": 64},
     }
     whole = fleetune.tune(str(file), ROWS, out=tmp_path / "a", **options)
     half = fleetune.tune(str(file), ROWS, out=tmp_path / "b", **{**options, "rounds": 1})

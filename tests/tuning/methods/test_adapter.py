@@ -1,29 +1,36 @@
-"""FedProx, SCAFFOLD and the server rules inside the adapter methods, against the papers' formulas in numpy float64.
+"""The adapter methods: FedProx, SCAFFOLD and server rules by the formulas in float64; steps in backward; signs.
 
-The devices here train a toy: two tensors in double precision whose loss is a quadratic of the rows, so that
+The formulas' devices train a toy: two tensors in double precision whose loss is a quadratic of the rows, so that
 every step can be written down by hand.  The code under test is all but that loss.
 """
 
-from __future__ import annotations
-
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fleetune import adapters, models
 from fleetune.adapters.attachment import Attachment
 from fleetune.data import Encoded
 from fleetune.data.encode import Batch, Batches
+from fleetune.errors import MessageError
+from fleetune.evaluation.losses import pad_id
+from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models.net.layers import by_layer
 from fleetune.tuning import methods
 from fleetune.tuning.exchange import server_rules
-from fleetune.tuning.exchange.messages import Message, Payload, check
+from fleetune.tuning.exchange.messages import Message, Payload, check, decode, encode
 from fleetune.tuning.methods import Reply, _adapter, fedit, fedpetuning
 from fleetune.tuning.methods._adapter import State
+from fleetune.tuning.rounds.local_work import Memories, work
 
 Tensors = dict[str, Any]
 SIZES = {"a": (2, 2), "b": (3,)}
@@ -241,3 +248,198 @@ def test_a_methods_server_takes_the_rules_steps(name, rule, lr):
         for n in SIZES:
             np.testing.assert_allclose(state.tensors[n], want[n], rtol=0, atol=2e-6)
             assert state.tensors[n].dtype == np.float32
+
+
+ROWS = [Encoded(np.arange(5 + i, 25 + 2 * i, dtype=np.int32), 1) for i in range(6)]
+
+
+def with_lora() -> models.Model:
+    model = models.tiny_llama(layers=3)
+    adapters.attach(model, adapters.Lora(r=4, alpha=8, dropout=0.1), seed=3)
+    return model
+
+
+def after_backward(model: models.Model, key: int, how: fedit.Method, correction: dict[str, Any]) -> None:
+    """The reference: one AdamW over all parameters, a step when all gradients are there."""
+    parameters = adapters.trainable(model)
+    origin = {n: p.detach().clone() for n, p in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=how.weight_decay)
+    batches = Batches(ROWS, pad_id(model), key).epochs(how.epochs, how.batch_size)
+    with adapters.training(model, key), by_layer(model.net, small=0):
+        for batch, rate in zip(batches, how.rates(len(ROWS)), strict=True):
+            loss_tensor(model, batch).backward()  # type: ignore[no-untyped-call]
+            for name, parameter in parameters.items():
+                parameter.grad.add_(parameter.detach() - origin[name], alpha=how.mu)
+            if how.clip:
+                nn.utils.clip_grad_norm_(parameters.values(), how.clip)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for name, away in correction.items():
+                    parameters[name].sub_(torch.from_numpy(away), alpha=rate)
+
+
+DECAYED = {"weight_decay": 0.3, "warmup": 1, "decay": True}
+
+
+@pytest.mark.parametrize("more", [{}, {"mu": 0.5}, DECAYED, {"clip": 0.1, "mu": 0.5}, {"scaffold": True}])
+def test_they_are_the_steps_after_backward(more, monkeypatch):
+    monkeypatch.setattr(_adapter, "by_layer", lambda net, room: by_layer(net, small=0, room=room))
+    how = fedit.Method(**({"lr": 0.01, "epochs": 3, "batch_size": 2} | more))
+    one, other = with_lora(), with_lora()
+    rng = np.random.default_rng(5)
+    correction = {n: rng.normal(size=p.shape).astype(np.float32) for n, p in adapters.trainable(one).items()}
+    correction = correction if how.scaffold else {}
+    before = adapters.export(one)
+    how.train(one, Batches(ROWS, pad_id(one), 9), 9, correction)
+    after_backward(other, 9, how, correction)
+    ours, theirs = adapters.export(one), adapters.export(other)
+    assert all(np.array_equal(ours[n], theirs[n]) for n in before)
+    assert not any(np.array_equal(ours[n], before[n]) for n in before)
+    assert not any(p._post_accumulate_grad_hooks for p in adapters.trainable(one).values())
+
+
+def steps_of(parameters: list[nn.Parameter], loss: Tensor, how: fedit.Method) -> None:
+    steps = _adapter.Steps(parameters, how, "cpu")
+    with steps.in_backward():
+        loss.backward()  # type: ignore[no-untyped-call]
+        steps.after_backward()
+
+
+def test_a_parameter_that_is_used_twice_takes_one_step_of_its_whole_gradient():
+    torch.manual_seed(0)
+    one = nn.Linear(6, 6)
+    other, x = copy.deepcopy(one), torch.randn(4, 6)
+    steps_of(list(one.parameters()), one(one(x).sin()).square().sum(), fedit.Method(lr=0.1))
+    optimizer = torch.optim.AdamW(other.parameters(), 0.1, weight_decay=0.0)
+    other(other(x).sin()).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(one.weight, other.weight)
+    assert torch.equal(one.bias, other.bias)
+
+
+@pytest.mark.parametrize(("clip", "most"), [(0.0, 1), (1.0, 8)])
+def test_without_a_clip_one_gradient_exists_at_a_time(clip, most):
+    layers = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(8)))
+    parameters, alive = list(layers.parameters()), []
+    for parameter in parameters:  # before the steps' own
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in parameters))
+        )
+    steps_of(parameters, layers(torch.randn(4, 6)).square().sum(), fedit.Method(lr=0.1, clip=clip))
+    assert max(alive) == most
+    assert all(p.grad is None for p in parameters)
+
+
+BASE = b"12345678"
+FAST: dict[str, Any] = {"lr": 1e-2, "batch_size": 3, "dropout": 0.0, "r": 2, "targets": "query-value"}
+CASES = [
+    ("fedit", FAST),
+    ("fedit", FAST | {"start": "orthogonal"}),  # drawn by a math library: the server sends it
+    ("fedit", FAST | {"server": "adam"}),
+    ("fedpetuning", {"module": "bitfit", "batch_size": 3}),  # starts at the base's weights
+]
+
+
+def rows(seed: int) -> list[Encoded]:
+    random = np.random.default_rng(seed)
+    return [Encoded(random.integers(0, 250, 12).astype(np.int32), 4) for _ in range(3)]
+
+
+class Devices:
+    def __init__(self, method: Any, folder: Path) -> None:
+        self.method, self.memories = method, Memories(folder)
+        self.had: dict[int, dict[str, np.ndarray]] = {}  # client -> the module that it trained last
+
+    def reply(self, state: Any, r: int, client: int, payload: Payload) -> Reply:
+        model = models.tiny_llama()
+        sent, own = decode(encode(Message(r, BASE, payload))), Batches(rows(client), 0, client, "cpu", client)
+        raw = work(self.method, model, own, client, sent, self.memories, lambda client, step: None)
+        sent = self.method.broadcast(state)
+        reply = Reply(client, client, check(decode(raw), self.method.expects(state), round=r, base=BASE))
+        (change,) = self.method.moved(sent, reply).values()
+        trained = adapters.export(model)  # the model is what was sent
+        layout = methods._adapter.Layout.of(trained)
+        self.had[client] = layout.tensors(layout.flat(trained) - change)
+        return reply
+
+
+def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.allclose(a[n], b[n], rtol=0, atol=1e-6) for n in a)
+
+
+@pytest.mark.parametrize(("name", "values"), CASES)
+def test_whatever_a_device_missed_it_has_the_servers_module(name, values, tmp_path):
+    method = methods.make(name, values | {"wire": "sign"})
+    state = method.init(models.tiny_llama(), 7)
+    devices = Devices(method, tmp_path)
+    asked: Sequence[Sequence[int]] = [(0, 1), (0,), (0, 1, 2), ()]
+    for r, clients in enumerate(asked, 1):
+        replies, kept = [], devices.memories.kept()
+        whole = state.tensors if values.get("start") == "orthogonal" else {}
+        for client in clients:
+            known = kept.get(client, (0, 0))[0]
+            payload = method.news(state, known, 0)
+            missed = r - 1 if not known else r - known
+            assert payload.arrays.keys() == (whole.keys() if whole and not known else {"bits", "scales"})
+            if "bits" in payload.arrays:
+                assert len(payload.array("scales")) == methods._adapter.PLANES * missed
+            replies.append(devices.reply(state, r, client, payload))
+            layout = methods._adapter.Layout.of(state.tensors)
+            memory = devices.memories.of(client)["module"]
+            np.testing.assert_array_equal(memory, layout.flat(state.tensors))  # to the bit
+            assert equal(devices.had[client], state.tensors)
+        new = method.aggregate(state, replies)
+        assert new.round == r
+        if not clients:
+            assert all(np.array_equal(new.tensors[n], t) for n, t in state.tensors.items())
+        elif values.get("server") is None:  # what was not sent is not lost
+            moves = [
+                (x.payload.int("n"), *method.moved(method.broadcast(state), x).values()) for x in replies
+            ]
+            mean = sum(n * m.astype(np.float64) for n, m in moves) / sum(n for n, _ in moves)
+            was = layout.flat(state.tensors) + state.left
+            np.testing.assert_allclose(layout.flat(new.tensors) + new.left, was + mean, atol=1e-6)
+        state = new
+
+
+def test_what_is_longer_than_the_module_is_sent_as_the_module():
+    method = methods.make("fedit", FAST | {"wire": "sign"})
+    state = method.init(models.tiny_llama(), 7)
+    size = sum(t.nbytes for t in state.tensors.values())
+    for _ in range(40):
+        state = method.aggregate(state, ())
+        sent = method.broadcast(state)
+        assert sum(a.nbytes for a in sent.arrays.values()) <= size
+        assert len(method.news(state, state.round, 0).arrays["scales"]) == methods._adapter.PLANES
+    assert sent.arrays.keys() == state.tensors.keys()
+    assert method.news(state, 1, 0).scalars["known"] == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e12])
+def test_a_scale_that_is_no_number_is_refused(bad):
+    method = methods.make("fedit", FAST | {"wire": "sign"})
+    state = method.init(models.tiny_llama(), 7)
+    spec = method.expects(state)
+    arrays = {n: np.zeros(shape, kind) for n, (kind, shape) in spec.arrays.items()}
+    payload = Payload(arrays, {"n": 3, "loss": 1.0})
+    check(Message(1, BASE, payload), spec, round=1, base=BASE)
+    arrays["scales"][0, 1] = bad
+    with pytest.raises(MessageError, match=r"'scales' holds"):
+        check(Message(1, BASE, payload), spec, round=1, base=BASE)
+
+
+def test_changes_of_another_module_are_refused():
+    other = methods.make("fedit", FAST | {"wire": "sign", "r": 4})
+    sent = other.broadcast(other.init(models.tiny_llama(), 7))
+    batches = Batches(rows(0), 0, 1, "cpu", 0)
+    with pytest.raises(MessageError, match="not of this model's module"):
+        methods.make("fedit", FAST | {"wire": "sign"}).local(models.tiny_llama(), sent, batches, 1, {})
+
+
+def test_a_device_that_forgot_the_module_says_so():
+    method, model = methods.make("fedit", FAST | {"wire": "sign"}), models.tiny_llama()
+    news = method.news(method.aggregate(method.init(model, 1), iter(())), 1, 0)
+    with pytest.raises(MessageError, match="does not remember"):
+        method.local(model, news, Batches(rows(0), 0, 0, "cpu", 0), 0, {})
