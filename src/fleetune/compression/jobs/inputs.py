@@ -216,11 +216,12 @@ def of_package(model: Model, length: int, count: int) -> tuple[Tensor, list[Enco
         if len(found) > 1 and len(measured) < MEASURED:
             measured.append(Encoded(ids=found[-1].numpy(), n_prompt=1))
             found = found[:-1]
-        taken = min(len(found), math.ceil(count * share / whole))
-        places = [round(k * len(found) / taken) for k in range(taken)]
+        wanted = min(len(found), math.ceil(count * share / whole))
+        places = [k * len(found) // wanted for k in range(wanted)]
         ordered += [((k + 0.5) / share, found[place]) for k, place in enumerate(places)]
     ordered.sort(key=lambda each: each[0])
-    return torch.stack([window for _, window in ordered[:count]]), measured
+    taken = [window[None] for _, window in ordered[:count]]
+    return torch.cat([torch.zeros((0, length), dtype=torch.int64), *taken]), measured
 
 
 def _cut(rows: Sequence[Encoded], length: int, count: int) -> Tensor:
