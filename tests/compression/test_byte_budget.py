@@ -1,4 +1,4 @@
-"""`fleetune compress --bytes` and `--bpw`: the file has the size that was said, and what cannot be is refused up front."""
+"""`fleetune compress --bytes` and `--bits`: the file has the size that was said, and what cannot be is refused up front."""
 
 import dataclasses
 from pathlib import Path
@@ -69,16 +69,10 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(model: str, at: Pa
     assert not list(at.glob("runs/*")), "refused before a folder is made"
     least = err.split("--bytes ")[1].split()[0]
     assert call(capsys, "compress", model, *SMALL, "--bytes", least, "--dry-run")[0] == 0
-    err = refused(capsys, "compress", model, *SMALL, "--bpw", "3")
-    assert "3 bits a weight are too few" in err
-    bits = float(err.split("--bpw ")[1].split()[0])
-    events = ok(capsys, "compress", model, *SMALL, "--bpw", str(bits))
-    matrices = [t for t in gguf.GGUFReader(exported(capsys, at)).tensors if len(t.shape) == 2]
-    assert 8 * sum(t.n_bytes for t in matrices) / sum(t.n_elements for t in matrices) <= bits
+    events = ok(capsys, "compress", model, *SMALL, "--bits", "5")
     head = Master(Path(events[-1]["folder"]) / "model").head
-    assert head.settings["bpw"] == bits
-    assert not {"bits", "grid"} & set(head.settings)
-    refused(capsys, "compress", model, *SMALL, "--bpw", str(bits - 0.01))
+    assert head.settings["bits"] == 5
+    assert "grid" not in head.settings
 
 
 def test_without_a_size_and_a_grid_the_file_is_as_large_as_q4_0(

@@ -46,7 +46,6 @@ def compress(
     clients: int = 0,
     low_memory: bool = False,
     bytes: float | str = 0,
-    bpw: float = 0.0,
     bits: int = 0,
     fast: bool = False,
     train_scales: int = 0,
@@ -65,12 +64,11 @@ def compress(
     windows of `length` tokens, of `data` (rows) or `text` (a file), of the run's held-out rows with text that comes with
     Fleetune, or of such text alone; with `calibrate="clients"` the run's clients calibrate on their training rows, with
     `calibrate="fleet"` the real devices that join at the door `served` (`fleetune.fleet.server.Served`, in its `with`
-    block).  `low_memory` loads one block at a time from disk.  `bytes` (a number, or text such as
-    "91.7MB") limits the GGUF file, or `bpw` the bits of a weight in it, or `bits` (4, 5 or 8: as large as Q4_0, Q5_0 or
-    Q8_0): the grid of each matrix, embedding and head included, is chosen so that the model changes least.  Without a
-    method, a grid and a size `bits` is 4; `fast` takes one grid for all matrices, which takes less time.  `train_scales` are
-    steps in which the scales are trained, after solving, to follow the dense model.  The perplexity of the text file
-    `eval_text` is measured before and after.
+    block).  `low_memory` loads one block at a time from disk.  `bytes` (a number, or text such as "91.7MB") limits the
+    GGUF file, or `bits` (4, 5 or 8: as large as Q4_0, Q5_0 or Q8_0): the grid of each matrix, embedding and head included, is
+    chosen so that the model changes least.  Without a method, a grid and a size `bits` is 4; `fast` takes one grid for all
+    matrices, which takes less time.  `train_scales` are steps in which the scales are trained, after solving, to follow the
+    dense model.  The perplexity of the text file `eval_text` is measured before and after.
     """
     if isinstance(model, str | Path):
         subjects.open_weights(model, out)  # refused before torch is imported
@@ -86,7 +84,6 @@ def compress(
         "clients": clients,
         "low_memory": low_memory,
         "bytes": _size(bytes),
-        "bpw": bpw,
         "bits": bits,
         "fast": fast,
         "train_scales": train_scales,

@@ -26,7 +26,6 @@ PARTS: Final = "parts"
 LOGITS: Final = ".reference.npy"  # while it runs: logits of the reference model
 CLIENTS: Final = "clients"  # who calibrates: the simulated clients of a run
 FLEET: Final = "fleet"  # real devices
-LIMITS: Final = ("bytes", "bpw", "bits")  # what says how large the file may be
 NAMED: Final = (4, 5, 8)  # bits of a weight, whose file's size has a name: Q4_0, Q5_0, Q8_0
 USUAL: Final = 4  # where neither a size nor a grid is given
 PLACES: Final = ("model", "data", "text", "eval_text")  # may name files
@@ -53,14 +52,13 @@ class CompressRequest:
     calibrate: str = "server"  # who does it: server, clients (those of the run) or fleet (devices that join)
     clients: int = 0  # how many of them, 0 for all
     bytes: int = 0  # of the GGUF file at most: grids are chosen for each matrix; 0 for no limit
-    bpw: float = 0.0  # the same, in bits a weight of its matrices
     bits: int = 0  # the same, as large as a file of one grid of so many bits (`NAMED`)
     train_scales: int = 0  # steps in which the scales are trained after solving; 0 for none
 
     @property
     def limited(self) -> bool:
         """Whether it says how large the file may be, so that grids are chosen for each matrix."""
-        return any(getattr(self, name) for name in LIMITS)
+        return bool(self.bytes or self.bits)
 
     @property
     def uses_held_out(self) -> bool:

@@ -146,7 +146,7 @@ def test_the_file_has_the_size_that_was_said_and_runs(family: str, tmp_path: Pat
     text, heard = tmp_path / "t.txt", Heard()
     text.write_text("the quick brown fox jumps over the lazy dog, and a few more words. " * 60)
     given: dict[str, Any] = {"text": str(text), "windows": 4, "length": 32, "out": tmp_path / "runs"}
-    done = fleetune.compress(tmp_path / "m", method="optq", bpw=5.2, listener=heard, **given)
+    done = fleetune.compress(tmp_path / "m", method="optq", bits=4, listener=heard, **given)
     model, name = done.folder / "model", done.folder.name.partition("-")[2]
     report = export(model, "gguf", tmp_path / f"0000-{name}.gguf")  # with the name that its header holds
     (spent,) = heard.of("budget")

@@ -105,9 +105,6 @@ def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
         "model changes least",
     )
     sub.add_argument(
-        "--bpw", type=float, metavar="BITS", help="the same, for so many bits a weight (such as 4.5)"
-    )
-    sub.add_argument(
         "--bits",
         type=int,
         choices=compression_folder.NAMED,

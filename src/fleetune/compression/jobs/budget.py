@@ -22,12 +22,11 @@ from fleetune.common.events import BudgetMeasured, BudgetSpent
 from fleetune.common.files import write_atomic
 from fleetune.compression.jobs.progress import stop_if_asked
 from fleetune.compression.layerwise import costs, sensitivity
-from fleetune.compression.layerwise.costs import CANDIDATES
 from fleetune.compression.layerwise.driver import End, Plan, experts_in, linears_of
 from fleetune.compression.training import head_of, metadata
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models.net.model import Model
-from fleetune.runs.compression_folder import LIMITS, CompressRequest
+from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.listener import Listener
 
 FILE: Final = "budget.safetensors"
@@ -40,10 +39,8 @@ def check(request: CompressRequest, solver: compression.Solver) -> None:
     if not request.limited:
         return
     flag = flag_of(request)
-    if len(given := [f"--{name}" for name in LIMITS if getattr(request, name)]) > 1:
-        raise UsageError(
-            f"{given[0]} and {given[1]} both say how large the file may be", hint="give one of them"
-        )
+    if request.bytes and request.bits:
+        raise UsageError("--bytes and --bits both say how large the file may be", hint="give one of them")
     own = {field.name for field in fields(cast(Any, solver))}
     if not solver.data or not own.issuperset((*CHOSEN, "group")):
         raise UsageError(
@@ -61,14 +58,12 @@ def check(request: CompressRequest, solver: compression.Solver) -> None:
 
 def flag_of(request: CompressRequest) -> str:
     """Return the option that the budget was given with."""
-    return next((f"--{name}" for name in LIMITS if getattr(request, name)), "--bytes")
+    return "--bits" if request.bits else "--bytes"
 
 
 def limit_of(request: CompressRequest) -> str:
     """Say the limit of a request that has one."""
-    if request.bytes:
-        return human_bytes(request.bytes)
-    return f"{request.bpw:g} bits a weight" if request.bpw else f"the size of {request.bits} bits"
+    return human_bytes(request.bytes) if request.bytes else f"the size of {request.bits} bits"
 
 
 @dataclass(frozen=True)
@@ -119,27 +114,17 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
     UsageError, with the least that can be met, for a budget that is too small.
     """
     matrices = costs.matrices(model)
-    others, weights = beside(list(matrices)), sum(W.numel() for W in matrices.values())
-    limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
-    if request.bits:
-        limit = costs.size_of(
-            model, next(c for c in CANDIDATES if (c.grid, c.bits) == ("ggml", request.bits))
-        )
-    reach = costs.reach(model)
+    others, reach = beside(list(matrices)), costs.reach(model)
+    of_bits = [c for c in costs.CANDIDATES if (c.grid, c.bits) == ("ggml", request.bits)]
+    limit = costs.size_of(model, of_bits[0]) if of_bits else request.bytes - others
     if limit >= reach.least:
         return Room(limit, others, reach)
-    if request.bytes:
-        size = reach.least + others
-        need = f"{math.ceil(size / 1e3)}kB" if size < 1e6 else f"{math.ceil(size / 1e5) / 10:g}MB"
-        raise UsageError(
-            f"no file of {human_bytes(request.bytes)} can hold this model: the smallest that llama.cpp's types allow here has "
-            f"{human_bytes(size)}",
-            hint=f"--bytes {need}   or remove parts of it first: --method llm-pruner",
-        )
+    size = reach.least + others
+    need = f"{math.ceil(size / 1e3)}kB" if size < 1e6 else f"{math.ceil(size / 1e5) / 10:g}MB"
     raise UsageError(
-        f"{request.bpw:g} bits a weight are too few: the smallest types that fit this model take "
-        f"{8 * reach.least / weights:.3f}",
-        hint=f"--bpw {math.ceil(800 * reach.least / weights) / 100:g}",
+        f"no file of {human_bytes(limit + others)} can hold this model: the smallest that llama.cpp's types allow here has "
+        f"{human_bytes(size)}",
+        hint=f"--bytes {need}   or remove parts of it first: --method llm-pruner",
     )
 
 

@@ -21,7 +21,7 @@ from fleetune.data import readers
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.report.page import framed_table
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.compression_folder import CLIENTS, FLEET, LIMITS, NAMED, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, NAMED, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning.recipe import objects
 
@@ -102,7 +102,10 @@ def request_for(
     `model` means no plain weights.
     """
     fast, options = bool(options.get("fast")), {n: v for n, v in options.items() if n != "fast"}
-    limited, devices = any(options.get(n) for n in LIMITS), options.get("calibrate") in (CLIENTS, FLEET)
+    limited, devices = (
+        options.get("bytes") or options.get("bits"),
+        options.get("calibrate") in (CLIENTS, FLEET),
+    )
     if fast and (limited or "grid" in chosen):
         raise UsageError(
             "--fast takes one grid, and a size or a grid is given as well", hint="leave out --fast"
@@ -255,8 +258,6 @@ def check(request: CompressRequest) -> None:
     integers = ("windows", "length", "clients", "seed", "bytes", "bits", "train_scales")
     numbers: dict[str, object] = {n: getattr(request, n) for n in integers}
     problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if type(v) is not int]
-    if type(request.bpw) not in (int, float):
-        problems.append(f"bpw = {request.bpw!r} is not a number")
     if problems:
         raise RecipeError(problems, hint="fleetune compress --help")
     least = {"windows": 1, "length": 1, "clients": 0, "bytes": 0, "train_scales": 0}
@@ -279,10 +280,8 @@ def check(request: CompressRequest) -> None:
         (devices and rows, "the clients calibrate on rows of their own: no data, no text"),
         (
             request.bits not in (0, *NAMED),
-            f"bits = {request.bits} is none of {', '.join(map(str, NAMED))}: bytes and bpw say other sizes, and "
-            "--set bits=3 is one grid",
+            f"bits = {request.bits} is none of {', '.join(map(str, NAMED))}: bytes says another size, --set bits=3 is one grid",
         ),
-        (not 0 <= request.bpw < 33, f"bpw = {request.bpw} is not a number of bits a weight, below 33"),
         (request.run and request.dtype != "fp32", "a run has a dtype of its own"),
         (
             request.run and request.low_memory,

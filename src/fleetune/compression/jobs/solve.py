@@ -200,7 +200,7 @@ def settings_of(request: CompressRequest, solver: Solver) -> dict[str, Any]:
     """Return the settings that an artefact states; a budget takes the place of those that it chooses."""
     stated: dict[str, Any] = asdict(solver)  # type: ignore[call-overload]
     if request.limited:
-        limit = {n: value for n in compression_folder.LIMITS if (value := getattr(request, n))}
+        limit = {"bytes": request.bytes} if request.bytes else {"bits": request.bits}
         stated = {name: value for name, value in stated.items() if name not in budget.CHOSEN} | limit
     return stated | ({"train_scales": request.train_scales} if request.train_scales else {})
 
