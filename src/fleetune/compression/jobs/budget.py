@@ -103,8 +103,8 @@ class Room(NamedTuple):
         """Say what the room can buy, for the header."""
         least, most = (human_bytes(size + self.others) for size in (self.reach.least, self.reach.most))
         return (
-            f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · by sensitivities that "
-            "the run measures first (about twice one grid's time in all)"
+            f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · what each matrix bears is "
+            "measured first (in all about 1.6 times one grid's time: --fast)"
         )
 
 

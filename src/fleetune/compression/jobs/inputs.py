@@ -48,14 +48,7 @@ class Inputs:
     texts: Sequence[str]  # for the perplexity before and after
     source: str  # where the rows or the text are from, for the header
     clients: Mapping[int, Sequence[Encoded]] = field(default_factory=dict)  # client -> its training rows
-    other: Sequence[
-        Encoded
-    ] = ()  # windows of the text that comes with Fleetune, for the perplexity on other text
-
-    @property
-    def measured(self) -> bool:
-        """Whether there are rows or texts to measure on."""
-        return bool(self.held_out or self.texts or self.other)
+    other: Sequence[Encoded] = ()  # windows of the text that comes with Fleetune, to measure on
 
     @property
     def longest(self) -> int:

@@ -109,7 +109,7 @@ class SolveJob:
         return size._replace(
             size=WEIGHTS[self.inputs.model.dtype].size,
             low_memory=self.request.low_memory,
-            measured=self.inputs.measured,
+            measured=True,
             clients=len(self.shares),
             # attention scores are stored, unless attention is fused
             heads=int(getattr(config, "num_attention_heads", 0))
@@ -464,8 +464,6 @@ def _after(
     reference: Reference | None,
 ) -> dict[str, float]:
     """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""
-    if not loaded.measured:
-        return {}
     net = loaded.model.net
     if lazy := memory_of(net):
         lazy.changed = lambda name: artefact.dense(weights[name]) if name in weights else None
