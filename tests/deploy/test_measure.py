@@ -44,7 +44,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(at)
         tiny().save(at / "little")
         assert main(["tune", "little", "demo", *RUN, "--offline", "-qq"]) == 0
-        assert main(["compress", "latest", "--windows", "4", "--length", "32", "-qq"]) == 0
+        assert (
+            main(["compress", "latest", "--windows", "4", "--length", "32", "--set", "grid=ggml", "-qq"]) == 0
+        )
         assert main(["export", "latest", "-qq"]) == 0
         yield at
 

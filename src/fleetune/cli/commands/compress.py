@@ -107,8 +107,7 @@ def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--bits",
         type=int,
-        choices=compression_folder.NAMED,
-        help="the same, as large as Q4_0, Q5_0 or Q8_0 (default 4, where neither --method nor a grid is given)",
+        help="4, 5 or 8: the same, as large as Q4_0, Q5_0 or Q8_0 (default 4, where no --method and no grid is given)",
     )
     sub.add_argument(
         "--fast",

@@ -102,6 +102,8 @@ def request_for(
     `model` means no plain weights.
     """
     fast, options = bool(options.get("fast")), {n: v for n, v in options.items() if n != "fast"}
+    if options.get("bits") and GRID & chosen.keys():  # those of this grid
+        chosen = {"bits": options.pop("bits"), **chosen}
     limited, devices = (
         options.get("bytes") or options.get("bits"),
         options.get("calibrate") in (CLIENTS, FLEET),
