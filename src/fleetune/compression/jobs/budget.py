@@ -61,11 +61,6 @@ def flag_of(request: CompressRequest) -> str:
     return "--bits" if request.bits else "--bytes"
 
 
-def limit_of(request: CompressRequest) -> str:
-    """Say the limit of a request that has one."""
-    return human_bytes(request.bytes) if request.bytes else f"the size of {request.bits} bits"
-
-
 @dataclass(frozen=True)
 class Budget:
     """The bytes of a file, and what they were spent on."""

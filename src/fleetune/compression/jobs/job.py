@@ -227,10 +227,8 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
     # a grid may say bits and group
     fields |= {name: getattr(job.method, name) for name in ("bits", "group") if name in fields}
     if job.request.limited:
-        from fleetune.compression.jobs import budget
-
-        own = {n: v for n, v in fields.items() if n not in budget.CHOSEN}
-        fields = own | {"within": budget.limit_of(job.request)}
+        limit = human_bytes(request.bytes) if request.bytes else f"the size of {request.bits} bits"
+        fields = {n: v for n, v in fields.items() if n not in ("bits", "grid")} | {"within": limit}
     model = job.inputs.model
     listener.header(
         "fleetune compress",
