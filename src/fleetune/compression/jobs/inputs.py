@@ -34,8 +34,7 @@ from fleetune.tuning.result import finished
 from fleetune.tuning.rounds import rounds
 
 OWN: Final = "text that comes with Fleetune"
-BESIDE: Final = 8  # windows of it beside a run's rows
-MEASURED: Final = 4  # others, that are measured on
+MEASURED: Final = 4  # windows of it that are measured on
 
 
 @dataclass(frozen=True)
@@ -173,23 +172,20 @@ def windows(request: CompressRequest, inputs: Inputs) -> Tensor:
 def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tuple[Tensor, Inputs]:
     """Return int64 [N, length], windows of a run's rows and of the text that comes with Fleetune, and the inputs that say so.
 
-    At most half of the request's windows are of that text; all are where the rows do not fill one, and that is noted.
+    At least half of the request's windows are of that text; all are where the rows do not fill one, and that is noted.
     """
     check_length(request, inputs)
     tokens = sum(len(row.ids) for row in inputs.rows)
     filled = tokens >= request.length
-    beside = min(BESIDE, request.windows // 2 if filled else request.windows)
-    rows = [_cut(inputs.rows, request.length, request.windows - beside)] if filled else []
+    rows = [_cut(inputs.rows, request.length, (request.windows + 1) // 2)] if filled else []
     if not filled:
         listener.note(
             f"{inputs.source} has {counted(tokens, 'token')}, and a window needs {request.length}: the model is calibrated on "
             f"{OWN} alone; a smaller --length takes the rows in, --data FILE or --text FILE gives more"
         )
-    source = OWN
-    if filled:
-        source = f"{inputs.source}: {counted(len(rows[0]), 'window')}, and {beside} of {OWN}"
-    of_all = of_package(inputs.model, request.length, beside)[0]
-    return torch.cat([*rows, of_all]), replace(inputs, source=source)
+    beside = of_package(inputs.model, request.length, request.windows - sum(map(len, rows)))[0]
+    of_rows = [f"{inputs.source}: {counted(len(each), 'window')}, and {len(beside)} of " for each in rows]
+    return torch.cat([*rows, beside]), replace(inputs, source="".join([*of_rows, OWN]))
 
 
 def with_other(request: CompressRequest, inputs: Inputs) -> Inputs:
