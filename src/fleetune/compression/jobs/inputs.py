@@ -190,7 +190,7 @@ def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tupl
 
 def with_other(request: CompressRequest, inputs: Inputs) -> Inputs:
     """Return the inputs with windows of other text to measure on."""
-    length = min(request.length, losses.context_length(inputs.model))
+    length = min(request.length, losses.context_length(inputs.model), 512)
     return replace(inputs, other=of_package(inputs.model, length, 1)[1])
 
 
