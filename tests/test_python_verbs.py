@@ -9,6 +9,7 @@ import pytest
 
 import command_line
 import fleetune
+from fleetune.api.hints import in_python
 from fleetune.cli.main import main
 from fleetune.common.events import ClientReply, SweepDone, SweepRun
 from fleetune.models.net.model import Model
@@ -120,3 +121,29 @@ def test_a_notebook_gets_a_bar_for_each_count_until_it_is_full():
     assert bars._bars["finding lr"].total is None
     bars.progress("finding lr", 3, 3)
     assert set(bars._bars) == {"clients"}
+
+
+HINTS = {
+    "finish it: fleetune tune --resume 'my runs/0001-a'": "finish it: fleetune.resume_run('my runs/0001-a')",
+    "free space, then: fleetune compress --resume runs/2   (nothing is lost)": "free space, then: fleetune.resume_compression('runs/2')   (nothing is lost)",
+    "fleetune eval RUN rows.jsonl, or --text FILE": "fleetune.evaluate(RUN, 'rows.jsonl'), or text=FILE",
+    "(fleetune export runs/1 --to gguf:f32)": "(fleetune.export('runs/1', to='gguf:f32'))",
+    "--set lr=1e-4, fewer --eval-rows or --labels yes,no": "settings={'lr': 1e-4}, fewer eval_rows or labels='yes,no'",
+    "leave out --set; fleetune runs   lists them": "leave out settings; fleetune.list_runs()   lists them",
+}
+AS_THEY_ARE = (
+    *("fleetune tune -c runs/1/run.toml", "fleetune models pull tiny --base mapped", "name it: --from MODEL"),
+    *(
+        "llama-gguf-split --merge A.gguf B.gguf",
+        "fleetune compress --list gkd",
+        "fleetune fleet keys NAME --to DIR",
+    ),
+)
+
+
+def test_hints_are_python_where_python_has_a_counterpart(tiny, tmp_path):
+    assert {hint: in_python(hint) for hint in HINTS} == HINTS
+    assert [in_python(hint) for hint in AS_THEY_ARE] == [*AS_THEY_ARE]
+    with pytest.raises(fleetune.errors.UsageError) as raised:
+        fleetune.release(tiny, out=tmp_path)
+    assert (raised.value.hint, raised.value.__notes__) == ("fleetune runs", ["try: fleetune.list_runs()"])

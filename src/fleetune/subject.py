@@ -391,7 +391,7 @@ def check_same_tokens(subject: Subject, reference: Subject, *, offline: bool = F
     if not (own <= other or other <= own):
         raise UsageError(
             f"{subject.argument} and {reference.argument} have different tokens, so what they predict cannot be compared",
-            hint="give as --reference the model that it was made from, or another with the same tokenizer",
+            hint="--reference MODEL: the model that it was made from, or another with the same tokenizer",
         )
 
 

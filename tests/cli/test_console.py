@@ -221,8 +221,22 @@ def test_tables_put_numbers_right_and_keep_rows_whole():
 def test_a_terminal_without_unicode_is_not_an_error():
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii")
-    Ui(0, False, out, io.StringIO()).paths([("next", "a · b — 温")])
-    assert raw.getvalue() == b" next      a | b ? ?\n"
+    Ui(0, False, out, io.StringIO()).paths([("next", "a · b — 温 ┊ ┃")])
+    assert raw.getvalue() == b" next      a | b ? ? : |\n"
+
+
+def test_a_narrow_terminal_drops_spare_columns_and_breaks_no_word(terminal, monkeypatch):
+    columns, row = (
+        ["model", "about", "licence", "source"],
+        ["smollm2-135m", "small " * 9, "apache-2.0", "o/" * 11],
+    )
+    for width, left in ((86, []), (60, ["source"]), (40, ["licence", "source"]), (30, ["licence", "source"])):
+        monkeypatch.setenv("COLUMNS", str(width))
+        ui, out, _ = terminal()
+        ui.table(columns, [row], spare=2)
+        shown = out.getvalue()
+        assert (f"a wider terminal shows: {', '.join(left)}" in shown) == bool(left)
+        assert [word in shown for word in row[2:]] == [name not in left for name in columns[2:]]
 
 
 SCRIPT = """

@@ -32,16 +32,18 @@ def locking(handle: int, mode: int, count: int) -> None:
         raise PermissionError(errno.EACCES, "Permission denied") from None
 
 
-def memory_info(self: psutil.Process) -> Any:
-    """What psutil tells of a process on Windows."""
-    return types.SimpleNamespace(rss=NOW, peak_wset=PEAK)
+class Process:
+    """A process as psutil tells of it on Windows; Linux' own reads /proc as soon as it is made."""
+
+    def memory_info(self) -> Any:
+        return types.SimpleNamespace(rss=NOW, peak_wset=PEAK)
 
 
 def main() -> None:
     sys.modules["msvcrt"] = types.ModuleType("msvcrt")
     vars(sys.modules["msvcrt"]).update(locking=locking, LK_NBLCK=2)
     vars(ctypes)["WinDLL"] = lambda name: None  # who finds msvcrt may ask for it
-    psutil.Process.memory_info = memory_info
+    vars(psutil)["Process"] = Process
     for name in ("fork", "killpg", "pread", "sched_getaffinity", "setsid"):
         delattr(os, name)
     real, found = builtins.open, builtins.__import__

@@ -47,7 +47,8 @@ def test_result_is_that_of_the_metrics(run24):
     figures = [f"{base['loss']:.3f}", f"{tuned['loss']:.3f}", f"−{-fell:.1f} %, better"]
     assert loss == ["validation loss", *figures]
     assert rouge[1:] == ["11.8", f"{tuned['rouge_l']:.1f}", f"+{tuned['rouge_l'] - 11.82:.1f}, better"]
-    took = {row[0]: row[1] for t in page_of(run24).tables for row in t if len(row) == 2}
+    took = pairs_of((run24 / "report.html").read_text())
+    assert "held-out rows; loss in nats per token" in page_of(run24).text
     assert took["bytes over the fleet"] == human_bytes(done["bytes_up"] + done["bytes_down"])  # type: ignore[operator]
     assert took["wall time"] == human_time(done["wall"])  # type: ignore[arg-type]
     assert took["peak memory"] == human_bytes(done["peak_rss"])  # type: ignore[arg-type]
@@ -74,6 +75,25 @@ def test_page_with_samples_says_so_before_it_is_shared(tmp_path):
     final = json.loads((run / "eval.json").read_text())
     (run / "eval.json").write_text(json.dumps(final | {"samples": []}))
     assert "This page shows" not in page_of(run).text
+
+
+def test_markdown_of_samples_is_shown_and_tags_stay_balanced(tmp_path):
+    run = fake_run(tmp_path, rounds=1)
+    text = "# Do `a` **now**\n- 2 ** 3, `x ** y` and **`b`\n** open ** <b>**c**</b>"
+    (run / "eval.json").write_text(json.dumps({"samples": [{"prompt": text, "tuned": text}]}))
+    shown = "<strong>Do <code>a</code> <strong>now</strong></strong>\n- 2 ** 3, <code>x ** y</code> and **<code>b</code>\n"
+    page_of(run)
+    html = (run / "report.html").read_text()
+    assert html.count(shown) == 2
+    assert "** open ** &lt;b&gt;<strong>c</strong>&lt;/b&gt;" in html
+
+
+def test_what_few_look_for_is_folded(tmp_path):
+    run = restated(fake_run(tmp_path, rounds=2), changed=["model"])
+    page_of(run)
+    folded = re.findall(r"<details><summary>([^<]*)<", (run / "report.html").read_text())
+    assert [folded[i] for i in (0, -1)] == ["Every round in numbers", "versions, machine and digests"]
+    assert folded[-2].endswith(" left at the default")
 
 
 def test_hostile_text_stays_text(tmp_path):

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 SOON, SILENCE = 5.0, 30.0  # seconds without a word off a terminal: before something new is named, and after
 BEAT: Final = 2.0  # seconds between two looks whether it is time for a word
-_PLAIN: Final = str.maketrans({"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-"})
+_PLAIN: Final = str.maketrans(
+    {"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-", "┊": ":", "┃": "|"}
+)
 
 
 class Stream:
@@ -423,10 +425,13 @@ class Ui:
         else:
             self._draw(self._out, drawn)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = "") -> None:
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = "", spare: int = 0
+    ) -> None:
         """Show a list on stdout.  `align` has an l or r for each column; without it columns of numbers go right.
 
-        On a terminal long cells fold within their column; off it every row is one line.
+        On a terminal long cells fold within their column, and the last `spare` columns are left out where they would not fit with
+        whole words (of 24 letters) and three lines per cell; off it every row is one line.
         """
         if not self._results:
             return
@@ -438,13 +443,22 @@ class Ui:
             from rich.text import Text
 
             table = Table(box=box.SIMPLE_HEAD, header_style="dim", show_edge=False, pad_edge=True)
-            for name, side in zip(columns, sides, strict=True):
+            room, shown = self._console(self._out).width, len(columns)
+            least = [
+                max(max(len(cell) // 3, *(min(len(word), 24) for word in cell.split()), 0) for cell in column)
+                for column in zip(columns, *cells, strict=True)
+            ]
+            while shown > len(columns) - spare and sum(least[:shown]) + 3 * shown > room:
+                shown -= 1
+            for name, side in zip(columns[:shown], sides, strict=False):
                 table.add_column(
                     Text(clean(name)), justify="left" if side == "l" else "right", overflow="fold"
                 )
             for filled in cells:
-                table.add_row(*map(Text, filled))
+                table.add_row(*map(Text, filled[:shown]))
             self._draw(self._out, table, whole=False)
+            if shown < len(columns):
+                self._say(self._out, f" a wider terminal shows: {', '.join(columns[shown:])}", "dim")
             return
         wide = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
         marks = ["<" if side == "l" else ">" for side in sides]

@@ -237,7 +237,7 @@ class Served:
             )
         if job.recipe.train_turns == "all":
             listener.note(
-                "train_turns = all is not for real devices: they train on the last answer of a conversation"
+                "train_turns = all: a device says so of its rows, fleet join --train-turns all; those of fleet split are so"
             )
         devices = Devices(run.path)
         terms = terms_of(job.recipe, private.sealed_of(job))

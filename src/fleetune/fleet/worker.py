@@ -81,6 +81,9 @@ class Brings:
     )
     epsilon: float = 0.0  # its own privacy budget, over all runs; 0: none
     delta: float = 1e-5  # of that budget
+    every_turn: bool = (
+        False  # earlier answers of a conversation are trained on, too, each as a row of its own
+    )
 
     def __post_init__(self) -> None:
         numbers = type(self.least) is int and {type(self.epsilon), type(self.delta)} <= {int, float}
@@ -108,9 +111,10 @@ class Brings:
 
     def divided(self, note: Callable[[str], None] = log.info) -> tuple[Sequence[Example], Sequence[Example]]:
         """Return (training rows, held-out rows); DataError as in `eval_device.divided`."""
-        return eval_device.divided(
+        rows, held = eval_device.divided(
             self.data, self.held_out, self.eval_data, columns=self.columns, note=note, offline=self.offline
         )
+        return [*rows, *(turn for row in rows for turn in row.earlier() if self.every_turn)], held
 
 
 @dataclass(frozen=True)

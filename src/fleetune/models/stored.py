@@ -177,8 +177,7 @@ def check_scales(kinds: Mapping[str, str]) -> None:
         why = ", and super-blocks are not trained" if has_super_blocks(found.values()) else ""
         raise ModelError(
             f"this base has no scales that could be trained{has}{why}",
-            hint=f"train=scales is for a GGUF file of {', '.join(HALVES)}, with base=mapped, or for a model that "
-            "fleetune compress has written",
+            hint=f"train=scales is for a GGUF file of {', '.join(HALVES)}, with base=mapped, or for a compressed model",
         )
 
 

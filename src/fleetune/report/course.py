@@ -13,6 +13,7 @@ from fleetune.report.runlog import Event, Number, RunLog, Step, list_of, map_of,
 EQUAL = 0.02  # bytes of rounds that differ by less than this share are told in a sentence
 MOST = 64  # clients that are drawn
 LISTED = 1000  # clients in a table
+UNIT = "nats per token"
 NAMED = 3  # clients that the words name
 
 
@@ -28,7 +29,7 @@ def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
         words.insert(0, f"In every round the clients sent and received {each} together.")
     body = f'<div class="figures">{figures}</div>' if figures else ""
     told = f"<p>{page.esc(' '.join(words))}</p>" if words else ""
-    return body + told + (_every_round(steps) if run.rounds else "")
+    return body + told + (_every_round(steps, shut=bool(figures)) if run.rounds else "")
 
 
 def losses(measured: Sequence[Step]) -> str:
@@ -40,7 +41,7 @@ def losses(measured: Sequence[Step]) -> str:
     title, x, y = (
         "Validation loss by round",
         svg.integers(rounds, "round"),
-        svg.numbers(losses, "validation loss"),
+        svg.numbers(losses, f"validation loss, {UNIT}"),
     )
     plot = svg.Plot("loss-round", title, desc, x, y, right=50.0)
     plot.end((rounds[-1], losses[-1]), f"{losses[-1]:.3f}", 0)
@@ -50,7 +51,7 @@ def losses(measured: Sequence[Step]) -> str:
     return plot.svg()
 
 
-def _every_round(steps: Sequence[Step]) -> str:
+def _every_round(steps: Sequence[Step], *, shut: bool) -> str:
     names = list(dict.fromkeys(name for s in steps for name in s.losses))
     own_names = list(dict.fromkeys(name for s in steps for name in s.own))
     labels = [metric(n).label for n in (*names, *own_names)]
@@ -66,8 +67,7 @@ def _every_round(steps: Sequence[Step]) -> str:
         row += [TableCell(used), *(TableCell(human_bytes(v)) for v in (s.up, s.down, s.total))]
         rows.append([*row, TableCell(human_time(s.seconds)), TableCell(human_bytes(s.rss))])
     table = page.table("Every round: bytes are sums over its clients", head, rows)
-    shut = len(rows) > 31
-    return f"<details{'' if shut else ' open'}><summary>Every round in numbers</summary>{table}</details>"
+    return page.folded("Every round in numbers", table, shut=shut)
 
 
 def _figure(value: Number | None) -> str:
@@ -158,7 +158,7 @@ def partition_words(run: RunLog) -> str:
     if kind == "dirichlet" and len(rest) == 2:
         return f"Dirichlet α {rest[0]} over {rest[1]}"
     if kind == "column" and len(rest) == 1:
-        return "the clients that the data names" if rest[0] == "client" else f"one client per {rest[0]}"
+        return f"one per `{rest[0]}`"
     return spec
 
 
@@ -236,7 +236,7 @@ def client_losses(run: RunLog) -> str:
     ]
     title, words = "Loss of each client before and after", _words(ordered, names, kind)
     pairs, changes = [(c.before, c.after) for c in shown], [c.better for c in shown]
-    label = f"loss on {kind} rows (hollow: before)"
+    label = f"loss on {kind} rows, {UNIT} (hollow: before)"
     drawing = svg.dumbbells("per-client", title, words, names[:MOST], pairs, tips, changes, label=label)
     return page.figure(drawing, title, words, data=_table(ordered, names))
 

@@ -74,9 +74,16 @@ def fact_list(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
 
 def figure(drawing: str, title: str, words: str, data: str = "") -> str:
     """Return a drawing with its caption, and `data`, its numbers as a table, folded away below it."""
-    more = f"<details><summary>the numbers</summary>{data}</details>" if data else ""
+    more = folded("the numbers", data)
     caption = f"<figcaption><strong>{esc(title)}</strong> <span>{esc(words)}</span></figcaption>"
     return f"<figure>{caption}{drawing}{more}</figure>"
+
+
+def folded(summary: str, body: str, *, shut: bool = True) -> str:
+    """Return a part of the page that opens at a click, `shut` at first; nothing when it is empty."""
+    return (
+        f"<details{'' if shut else ' open'}><summary>{esc(summary)}</summary>{body}</details>" if body else ""
+    )
 
 
 def section(ident: str, title: str, body: str) -> str:

@@ -172,11 +172,12 @@ def _letters(run: RunLog) -> str:
 
 def versions(run: RunLog) -> str:
     """Return what env.json says: versions, the machine, digests."""
-    return page.fact_list(flat({k: v for k, v in run.env.items() if k != rundir.STARTED_IN}), "config")
+    told = page.fact_list(flat({k: v for k, v in run.env.items() if k != rundir.STARTED_IN}), "config")
+    return page.folded("versions, machine and digests", told)
 
 
 def result(run: RunLog, facts: Mapping[str, object]) -> str:
-    """Return the measures before and after beside the run's cost."""
+    """Return the measures before and after, then the run's cost."""
     base, tuned = measures(run)
     rows: list[list[str | TableCell]] = []
     for name in dict.fromkeys([*base, *tuned]):
@@ -190,21 +191,19 @@ def result(run: RunLog, facts: Mapping[str, object]) -> str:
         )
     row_count = num_of(run.final, "rows") or num_of(run.done, "rows")
     caption = f"Measured on {row_count:,} held-out rows" if row_count else "Measured on held-out rows"
+    caption += f"; loss in {course.UNIT}" if "loss" in base or "loss" in tuned else ""
     measured = page.table(caption, ["", "base", "tuned", "change"], rows, "result") if rows else ""
     up, down = number(facts["bytes_up"]), number(facts["bytes_down"])
     asked, accepted = sum_of(run.rounds, "clients"), sum_of(run.rounds, "accepted")
     each = [display.human_bytes(_each(run, *pair)) for pair in (("bytes_up", up), ("bytes_down", down))]
-    spent: list[list[str | TableCell]] = [
-        ["bytes over the fleet", TableCell(display.human_bytes(number(facts["bytes"])))],
-        ["sent by a client, per round", TableCell(each[0])],
-        ["received by a client, per round", TableCell(each[1])],
+    spent = [
+        ("bytes over the fleet", display.human_bytes(number(facts["bytes"]))),
+        ("sent by a client, per round", each[0]),
+        ("received by a client, per round", each[1]),
         *_speed(run),
-        ["wall time", TableCell(display.human_time(number(facts["seconds"])))],
-        ["peak memory", TableCell(display.human_bytes(number(facts["peak_rss"])))],
-        [
-            "replies accepted",
-            TableCell(f"{accepted:,} of {asked:,}" if accepted is not None and asked else "-"),
-        ],
+        ("wall time", display.human_time(number(facts["seconds"]))),
+        ("peak memory", display.human_bytes(number(facts["peak_rss"]))),
+        ("replies accepted", f"{accepted:,} of {asked:,}" if accepted is not None and asked else "-"),
     ]
     if not rows and not run.rounds:
         return "<p>Nothing has been measured yet.</p>"
@@ -212,21 +211,18 @@ def result(run: RunLog, facts: Mapping[str, object]) -> str:
     digest = text_of("digest", run.done)
     files += f"<li>digest (SHA-256 of the tuned tensors) <code>{esc(digest)}</code></li>" if digest else ""
     told = "".join(f'<p class="alert">{esc(text)}</p>' for text in list_of(run.done, "remarks"))
-    left = measured + told + (f'<ul class="files">{files}</ul>' if files else "")
-    costs = page.table("Cost", ["", ""], spent, "result plainhead")
-    return f'<div class="pair"><div>{left}</div>{costs}</div>'
+    measured += told + (f'<ul class="files">{files}</ul>' if files else "")
+    return f"{measured}<h3>Cost</h3>{page.fact_list(spent, 'config')}"
 
 
-def _speed(run: RunLog) -> list[list[str | TableCell]]:
+def _speed(run: RunLog) -> list[tuple[str, str]]:
     """Return steps and tokens per second of the clients' local work, where the run states them."""
     work = [e for e in run.clients if num_of(e, "steps") is not None and (num_of(e, "seconds") or 0) > 0]
     spent = sum(num_of(e, "seconds") or 0 for e in work)
-    found: list[list[str | TableCell]] = []
+    found = []
     for key, label in (("steps", "local steps per second"), ("tokens", "tokens trained on per second")):
         if spent and (total := sum_of(work, key)):
-            found.append(
-                [label, TableCell(f"{total / spent:,.0f}" if total > 20 * spent else f"{total / spent:.2g}")]
-            )
+            found.append((label, f"{total / spent:,.0f}" if total > 20 * spent else f"{total / spent:.2g}"))
     return found
 
 
@@ -277,14 +273,24 @@ def _sample(sample: Mapping[str, object], number: int) -> str:
     owner = sample.get("client")
     title = f"Prompt {number}" + (f" · client {owner}" if owner not in (None, "") else "")
     parts = [
-        f"<div><h4>{esc(label)}</h4><p>{esc(sample.get(key) or '(nothing)')}</p></div>"
+        f"<div><h4>{esc(label)}</h4><p>{_marked(sample.get(key) or '(nothing)')}</p></div>"
         for key, label in (("base", "before"), ("tuned", "after"), ("reference", "reference"))
         if sample.get(key) is not None
     ]
-    prompt = esc(sample.get("prompt") or "")
+    prompt = _marked(sample.get("prompt") or "")
     return (
         f'<article class="sample"><h3>{esc(title)}</h3><p class="prompt">{prompt}</p>'
         f'<div class="answers">{"".join(parts)}</div></article>'
+    )
+
+
+def _marked(text: object) -> str:
+    """Return a text with the bold, code and headings of its Markdown; lists read well as they are."""
+    text = re.sub(r"(?m)^#{1,6} (.+)$", r"<strong>\1</strong>", esc(text))
+    return re.sub(
+        r"`([^`\n]+)`|\*\*(?=\S)(.+?)(?<=\S)\*\*",
+        lambda m: f"<code>{m[1]}</code>" if m[1] else f"<strong>{m[2]}</strong>",
+        text,
     )
 
 
@@ -306,5 +312,5 @@ def configuration(run: RunLog) -> str:
     rest = [(k, v) for k, v in found if k not in changed]
     return (
         f"<h3>Chosen for this run</h3>{page.fact_list(first, 'config chosen')}"
-        f"<h3>Left at the default</h3>{page.fact_list(rest, 'config')}"
+        f"{page.folded(f'{len(rest)} left at the default', page.fact_list(rest, 'config'))}"
     )

@@ -294,6 +294,13 @@ def test_a_device_reads_the_same_forms(at, capsys, monkeypatch):
     assert main(["fleet", "join", "h:1", "--data", "-", "--columns", "prompt=ask,response=say"]) == 0
     assert len(joined[1].divided()[0]) == 24
     assert Path(joined[1].data).parent == Path("fleetune-device")
+    talk = [{"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")]
+    write(at / "talks.jsonl", [{"messages": talk[:2]}, {"messages": talk}])
+    assert main(["fleet", "join", "h:1", "--data", "talks.jsonl", "--train-turns", "all"]) == 0
+    said = [row.response for row in joined[2].divided()[0]]
+    assert said == ["assistant 0", "assistant 2", "assistant 0", "assistant 1"]
+    words = ("fleet", "join", "h:1", "--data", "talks.jsonl", "--train-turns", "some")
+    assert "--train-turns some is none of last, all" in refused(capsys, *words)
     words = ("fleet", "join", "h:1", "--data", "own.jsonl", "--columns", "promt=ask")
     assert "Did you mean 'prompt'?" in refused(capsys, *words)
 

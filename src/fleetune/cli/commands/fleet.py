@@ -61,7 +61,7 @@ audit RUN                             check the log of all that was taken or ref
 app DIR                               write the app for a Flower of your own: flwr run DIR
 """
 STATE = "fleetune-device"
-OWN = "model device threads held_out eval_data columns base ram epsilon delta"  # options of a recipe that a device gives
+OWN = "model device threads held_out eval_data columns train_turns base ram epsilon delta"  # a recipe's options, of a device
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -84,7 +84,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     flags.add_door(serve, "the first round (default: the recipe's clients)")
     _join_arguments(
         sub.add_argument_group(
-            "join (with --data, --columns, --held-out or --eval-data, --model, --base, --ram, --device, --threads of this device)"
+            "join (with --data, --columns, --train-turns, --held-out or --eval-data, --model, --base, --ram, --device, --threads)"
         )
     )
     sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
@@ -277,11 +277,13 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     if other := [*given, *args.set]:
         raise UsageError(
             f"{other[0]} is the server's to say",
-            hint="a device gives --data, --columns, --held-out or --eval-data, --model, --base, --ram, --device, --threads, "
-            "--epsilon",
+            hint="a device gives --data, --columns, --train-turns, --held-out or --eval-data, --model, --base, --ram, --device, "
+            "--threads, --epsilon",
         )
     if not own["threads"].isdigit() and own["threads"]:
         raise UsageError(f"--threads {own['threads']} is no number")
+    if own["train_turns"] not in ("", "last", "all"):
+        raise UsageError(f"--train-turns {own['train_turns']} is none of last, all")
     check_columns(own["columns"])
     memory, held_out = parse_bytes(own["ram"] or None) or 0, _held_out(own)
     state = Path(args.state or STATE)
@@ -315,6 +317,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         args.smallest_sum or (secagg.FEWEST if args.peers else 0),
         _number(own["epsilon"] or "0"),
         _number(own["delta"] or "1e-5"),
+        own["train_turns"] == "all",
     )
     home = Home(state, key, ca, peers=args.peers and Path(args.peers))
     with InterruptHandler(ui) as interrupt:
@@ -444,7 +447,7 @@ def _no_words(args: argparse.Namespace) -> None:
 def _word(args: argparse.Namespace, such: str) -> str:
     """Return the one word that an action takes, such as `such`."""
     if len(args.words) != 1:
-        raise UsageError(f"{args.action} takes one RUN", hint=f"fleetune fleet {args.action} {such}")
+        raise UsageError(f"{args.action} takes one word", hint=f"fleetune fleet {args.action} {such}")
     return str(args.words[0])
 
 

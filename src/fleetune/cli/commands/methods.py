@@ -27,7 +27,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     found = methods.entries().values()
     for e in found:
         ui.event(MethodListed(name=e.name, kind=e.kind, paper=e.paper, sends=e.sends))
-    ui.table(["method", "leaves", "sends", "paper"], [[e.name, e.kind, e.sends, e.paper] for e in found])
+    ui.table(
+        ["method", "leaves", "sends", "paper"], [[e.name, e.kind, e.sends, e.paper] for e in found], spare=1
+    )
     ui.paths([("next", "fleetune methods NAME")])
 
 

@@ -69,9 +69,9 @@ def _list(ui: Ui) -> None:
         download = cache.ORIGINS[m.name].wheel_bytes
         here = {"cached": str(m.cached) if m.cached else None, "bytes": sizes.get(m.cached)}
         ui.event(ModelListed(**dataclasses.asdict(m) | here, download=download))
-        where = ["yes" if m.cached else "no", human_bytes(sizes[m.cached] if m.cached else download)]
+        here_now, size = "yes" if m.cached else "no", human_bytes(sizes[m.cached] if m.cached else download)
         source = (m.source or m.hub) + (folders.get(m.cached, "") if m.cached else "")
-        rows.append([m.name, human_count(m.params), m.licence, *where, source])
+        rows.append([m.name, here_now, human_count(m.params), size, m.licence, source])
     for s in SHORT_NAMES.values():
         about = "from the hub, gated" if s.gated else "from the hub"
         ui.event(
@@ -85,12 +85,12 @@ def _list(ui: Ui) -> None:
                 about=about,
             )
         )
-        rows.append([s.name, human_count(s.params), s.licence, about, "", s.hub])
+        rows.append([s.name, about, human_count(s.params), "", s.licence, s.hub])
     for other in [model for model in cached if model.path not in [m.cached for m in builtin]]:
         ui.event(ModelCached(**dataclasses.asdict(other) | {"path": str(other.path)}))
         size, source = human_bytes(other.bytes), other.source + folders.get(other.path, "")
-        rows.append([other.name, "", other.licence, "yes", size, source])
-    ui.table(["model", "parameters", "licence", "here", "size", "source"], rows, align="lrllrl")
+        rows.append([other.name, "yes", "", size, other.licence, source])
+    ui.table(["model", "here", "parameters", "size", "licence", "source"], rows, align="llrrll", spare=2)
     files = [model.bytes for model in cached if model.source.startswith(cache.OF_FILE)]
     copied = f"{counted(len(files), 'copy', 'copies')} made of GGUF files that were read ({human_bytes(sum(files))})"
     kept = f"{copied}, until: fleetune models rm NAME   (of several with one name: rm FOLDER)"

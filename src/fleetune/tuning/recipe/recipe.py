@@ -180,7 +180,7 @@ class Recipe:
     train_turns: str = Field(
         default="last",
         pattern="^(last|all)$",
-        description="answers of a conversation that are trained on; all: each as a row of its own (rows here, not a fleet's)",
+        description="answers of a conversation that are trained on; all: each as a row (of a device's rows: fleet join)",
     )
     partition: str = Field(
         default="auto",
