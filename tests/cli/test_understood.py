@@ -34,7 +34,7 @@ LINES = {
     "generate --model m --prompt 'a b' --temp 0.5": "chat m --prompt 'a b' --temperature 0.5",
     "eval latest --data rows.jsonl": "eval latest rows.jsonl",
     "measure --model=m latest": "measure m latest",
-    "quantize m --bits 4 --group-size 64": "compress m --set bits=4 --set group=64",
+    "quantize m --wbits 4 --group-size 64": "compress m --bits 4 --set group=64",
     "compress m --method gptq": "compress m --method optq",
     "convert m --outfile a.gguf --outtype q8_0": "export m --path a.gguf --to gguf:q8_0",
     "export 3 -o a.gguf": "export 3 --path a.gguf",

@@ -21,6 +21,7 @@ from fleetune.cli.main import main
 from fleetune.common import sums
 from fleetune.compression.jobs import solve
 from fleetune.deploy import serve
+from fleetune.deploy.export import size_beside
 from fleetune.models import loading
 from fleetune.models.cache import cache
 from fleetune.runs.listener import Silent
@@ -177,8 +178,8 @@ def test_a_model_in_the_cache_is_compared_by_pull_and_export(file, at):
 
 
 def test_another_model_in_the_place_of_the_compressed_base(at):
-    base = solve.compressed_base(Silent(), found("4"), offline=True)
-    assert solve.compressed_base(Silent(), found("4"), offline=True) == base
+    base = solve.compressed_base(Silent(), found("4"), size_beside, offline=True)
+    assert solve.compressed_base(Silent(), found("4"), size_beside, offline=True) == base
     shutil.rmtree(base)
     shutil.copytree(found("4") / "model", base)
-    refused(lambda: solve.compressed_base(Silent(), found("4"), offline=True), str(base))
+    refused(lambda: solve.compressed_base(Silent(), found("4"), size_beside, offline=True), str(base))

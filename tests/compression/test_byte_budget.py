@@ -1,4 +1,4 @@
-"""`fleetune compress --bytes` and `--bpw`: the file has the size that was said, and what cannot be is refused up front."""
+"""`fleetune compress --bytes` and `--bits`: the file has the size that was said, and what cannot be is refused up front."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,6 @@ from fleetune import compression
 from fleetune.cli.listener import InterruptHandler
 from fleetune.common.display import human_bytes
 from fleetune.compression.jobs import budget
-from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.driver import End
 from fleetune.models.artefact import Master
 
@@ -70,42 +69,39 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(model: str, at: Pa
     assert not list(at.glob("runs/*")), "refused before a folder is made"
     least = err.split("--bytes ")[1].split()[0]
     assert call(capsys, "compress", model, *SMALL, "--bytes", least, "--dry-run")[0] == 0
-    err = refused(capsys, "compress", model, *SMALL, "--bpw", "3")
-    assert "3 bits a weight are too few" in err
-    bits = float(err.split("--bpw ")[1].split()[0])
-    events = ok(capsys, "compress", model, *SMALL, "--bpw", str(bits))
-    matrices = [t for t in gguf.GGUFReader(exported(capsys, at)).tensors if len(t.shape) == 2]
-    assert 8 * sum(t.n_bytes for t in matrices) / sum(t.n_elements for t in matrices) <= bits
+    events = ok(capsys, "compress", model, *SMALL, "--bits", "5")
     head = Master(Path(events[-1]["folder"]) / "model").head
-    assert head.settings["bpw"] == bits
-    assert not {"bits", "grid"} & set(head.settings)
-    refused(capsys, "compress", model, *SMALL, "--bpw", str(bits - 0.01))
+    assert head.settings["bits"] == 5
+    assert "grid" not in head.settings
 
 
-@pytest.fixture
-def asked(monkeypatch: Patch) -> list[int]:
-    """How many windows of text a model was asked to write, each time."""
-    counts: list[int] = []
-
-    def written(model: Any, length: int, count: int, seed: int, *, batch: int = 8) -> torch.Tensor:
-        counts.append(count)
-        return torch.arange(count * length).view(count, length) % 64
-
-    monkeypatch.setattr(driver, "sampled_windows", written)
-    return counts
-
-
-def test_a_dry_run_writes_no_text_and_says_the_same(model: str, capsys: Capture, asked: list[int]) -> None:
+def test_without_a_size_and_a_grid_the_file_is_as_large_as_q4_0(
+    model: str, at: Path, capsys: Capture
+) -> None:
     flags = ("--length", "16", "--windows", "6")
     code, (checked,), err = call(capsys, "compress", model, *flags, "--dry-run")
     assert code == 0, err
-    assert asked == []
-    assert "no calibration text is given: the model would write 6 windows itself" in err
-    assert checked["text"] == "text of its own · 6 windows of 16 tokens"
+    assert checked["text"] == "text that comes with Fleetune · 6 windows of 16 tokens"
     events = ok(capsys, "compress", model, *flags)
-    assert asked == [6]
     planned = human_bytes(next(event["planned"] for event in events if event["event"] == "start"))
     assert checked["memory"] == f"about {planned}"
+    mixed = exported(capsys, at)
+    ok(capsys, "compress", model, *flags, "--set", "grid=ggml")
+    plain = exported(capsys, at)
+    assert {t.tensor_type.name for t in gguf.GGUFReader(plain).tensors if len(t.shape) == 2} == {
+        "Q4_0",
+        "Q8_0",
+    }
+    tensors = [sum(int(t.n_bytes) for t in gguf.GGUFReader(file).tensors) for file in (mixed, plain)]
+    assert 0.97 * tensors[1] < tensors[0] <= tensors[1]
+    assert events[-1]["after"]["kl_divergence"] > 0, "it is measured on other text"
+
+
+def test_fast_is_one_grid_and_nothing_that_says_a_size(model: str, at: Path, capsys: Capture) -> None:
+    events = ok(capsys, "compress", model, *SMALL, "--fast")
+    assert "choosing" not in [event["event"] for event in events]
+    assert set(Master(Path(events[-1]["folder"]) / "model").head.codebooks.values()) == {"iq4_nl"}
+    assert "leave out --fast" in refused(capsys, "compress", model, *SMALL, "--fast", "--bits", "4")
 
 
 def test_a_resumed_one_has_its_grids(model: str, at: Path, capsys: Capture, monkeypatch: Patch) -> None:

@@ -1,5 +1,6 @@
-"""A run is calibrated on its rows and on text that its model writes, and measured on more of that text."""
+"""A run is calibrated on its rows and on text that comes with Fleetune, and measured on more of that text."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from fleetune.common.display import counted
 from fleetune.compression.jobs import inputs
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.layerwise import driver
+from fleetune.data import calibration
 from fleetune.data.encode import Encoded
 from fleetune.errors import DataError
 from fleetune.evaluation.losses import row_perplexity
+from fleetune.models.net.model import Model
 from fleetune.runs.compression_folder import CompressRequest
 from fleetune.runs.listener import Silent
 from heard import Heard
@@ -33,40 +36,52 @@ def asked(count: int, **more: Any) -> CompressRequest:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "count", "whole", "own"), [(60, 128, 3, 8), (200, 6, 3, 3), (60, 1, 1, 0)]
+    ("tokens", "count", "whole", "beside"), [(60, 12, 3, 9), (200, 7, 4, 3), (60, 1, 1, 0)]
 )
-def test_rows_come_first_and_at_most_half_is_written(tokens: int, count: int, whole: int, own: int) -> None:
+def test_rows_come_first_and_at_least_half_is_other_text(
+    tokens: int, count: int, whole: int, beside: int
+) -> None:
     found, loaded = inputs.of_run(asked(count), inputs_of(tokens), Silent())
-    assert found.shape == (whole + own, LENGTH)
+    assert found.shape == (whole + beside, LENGTH)
     assert torch.equal(found[:whole].flatten(), torch.arange(whole * LENGTH))
-    assert loaded.source == f"rows: {counted(whole, 'window')}, and {own} that its model wrote"
-    assert len(loaded.own_text) == inputs.MEASURED
+    assert torch.equal(found[whole:], inputs.of_package(loaded.model, LENGTH, beside)[0])
+    assert loaded.source == f"rows: {counted(whole, 'window')}, and {beside} of {inputs.OWN}"
 
 
-def test_what_is_measured_on_is_not_calibrated_on_and_follows_from_the_seed() -> None:
-    found, loaded = inputs.of_run(asked(128), inputs_of(60), Silent())
-    again, same = inputs.of_run(asked(128), inputs_of(60), Silent())
-    other, _ = inputs.of_run(asked(128, seed=7), inputs_of(60), Silent())
-    assert torch.equal(found, again)
-    assert not torch.equal(found, other)
-    assert torch.equal(found[:3], other[:3])  # the rows
-    texts = [tuple(row.ids) for row in loaded.own_text]
-    assert texts == [tuple(row.ids) for row in same.own_text]
+def windows_of(kind: str, model: Model) -> list[list[int]]:
+    texts = [model.tokenizer(text)["input_ids"] for text in calibration.documents(kind)]
+    return driver.windows([np.asarray(ids) for ids in texts], LENGTH, 1 << 20).tolist()
+
+
+def test_any_first_part_of_the_text_that_comes_along_is_a_mix_by_the_shares() -> None:
+    model = models.tiny_llama()
+    kinds = {tuple(w): kind for kind in calibration.SHARES for w in windows_of(kind, model)}
+    found, _ = inputs.of_package(model, LENGTH, 32)
+    for count, times in ((16, 1), (32, 2)):
+        assert Counter(kinds[tuple(w)] for w in found[:count].tolist()) == {
+            kind: times * share for kind, share in calibration.SHARES.items()
+        }
+    whole = inputs.of_package(model, LENGTH, 1 << 20)[0]
+    assert len(whole) == sum(len(windows_of(kind, model)) for kind in calibration.SHARES) - inputs.MEASURED
+
+
+def test_what_is_measured_on_is_not_calibrated_on() -> None:
+    loaded = inputs.with_other(asked(128), inputs_of(60))
+    found = inputs.of_package(loaded.model, LENGTH, 1 << 20)[0]
+    texts = [tuple(row.ids) for row in loaded.other]
     assert len(set(texts)) == inputs.MEASURED
     assert not set(texts) & {tuple(window.tolist()) for window in found}
     measured = loaded.measure(loaded.model, Silent(), Path())
-    assert measured == {"own_perplexity": row_perplexity(loaded.model, loaded.own_text)}
-    assert 1 < measured["own_perplexity"] < 1000
+    assert measured == {"other_perplexity": row_perplexity(loaded.model, loaded.other)}
+    assert 1 < measured["other_perplexity"] < 1000
 
 
-@pytest.mark.parametrize(("tokens", "count", "own"), [(15, 128, 8), (12, 3, 3), (12, 1, 1), (0, 128, 8)])
-def test_where_the_rows_fill_no_window_all_are_written(tokens: int, count: int, own: int) -> None:
+@pytest.mark.parametrize(("tokens", "count"), [(15, 8), (12, 3), (12, 1), (0, 8)])
+def test_where_the_rows_fill_no_window_all_are_other_text(tokens: int, count: int) -> None:
     notes = Heard()
     found, loaded = inputs.of_run(asked(count), inputs_of(tokens), notes)
-    expected = driver.sampled_windows(loaded.model, LENGTH, own + inputs.MEASURED, 42, batch=99)
-    assert torch.equal(found, expected[:own])
-    assert [tuple(row.ids) for row in loaded.own_text] == [tuple(w.tolist()) for w in expected[own:]]
-    assert loaded.source == f"{counted(own, 'window')} that the run's model wrote"
+    assert torch.equal(found, inputs.of_package(loaded.model, LENGTH, count)[0])
+    assert loaded.source == inputs.OWN
     assert f"rows has {tokens} tokens, and a window needs {LENGTH}" in notes.notes[0]
     notes.notes.clear()
     filled, _ = inputs.of_run(asked(count), inputs_of(LENGTH), notes)

@@ -17,6 +17,7 @@ from command_line import call_json as call
 from fleetune import models
 from fleetune.compression.jobs import solve
 from fleetune.compression.methods import optq, rtn
+from fleetune.deploy.export import size_beside
 from fleetune.errors import Interrupted
 from fleetune.models import artefact
 from fleetune.runs import compression_folder
@@ -131,11 +132,11 @@ def test_a_kill_while_the_base_is_compressed(point: str, model: str, at: Path, c
         else:
             while_parts_are_removed(patch)
         with pytest.raises(Killed):
-            solve.compressed_base(Silent(), folder, offline=True)
+            solve.compressed_base(Silent(), folder, size_beside, offline=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rtn.Solver, "solve", die)
-        made = solve.compressed_base(Silent(), folder, offline=True)
-        assert solve.compressed_base(Silent(), folder, offline=True) == made
+        made = solve.compressed_base(Silent(), folder, size_beside, offline=True)
+        assert solve.compressed_base(Silent(), folder, size_beside, offline=True) == made
     assert [p.name for p in (folder / "base").iterdir()] == ["model"]
     artefact.Master(made).digest()
 

@@ -141,8 +141,8 @@ def test_what_it_takes_is_said_before_it_begins(at: Path, capsys: Capture, monke
     args = [name, "--set", "group=8", "--text", "text.txt", "--windows", "4", "--length", "16"]
     code, events, err = call(capsys, "compress", *args, "--dry-run")
     assert code == 0
-    assert events[0]["memory"].startswith("about 49")  # MB, tens
-    assert "memory: about 49" in err
+    assert events[0]["memory"].startswith("about 56")  # MB, tens
+    assert "memory: about 56" in err
     code, events, err = call(capsys, "compress", *args)
     assert events[-1]["planned"] == events[0]["planned"] > 4e8
     assert "of memory are free" not in err

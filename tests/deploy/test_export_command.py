@@ -32,7 +32,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_from_a_tuned_run_to_a_file_that_is_read(method: str, llama: str, at: Path, capsys: Capture) -> None:
     tuned = ok(capsys, "tune", llama, "demo", *METHODS[method], *QUICK)
-    done = ok(capsys, "compress", "latest", "--windows", "4", "--length", "32")
+    done = ok(capsys, "compress", "latest", "--windows", "4", "--length", "32", "--set", "grid=ggml")
     folder = Path(done[-1]["folder"])
     exported = ok(capsys, "export", "latest")  # the newer of the two: the compressed one
     assert exported[-1]["to"] == "gguf"

@@ -18,11 +18,11 @@ from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.common.shell import pip_install
-from fleetune.compression.jobs import solve
-from fleetune.compression.jobs.inputs import MEASURED
+from fleetune.compression.jobs import inputs, solve
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
 from fleetune.deploy import harness, llamacpp
+from fleetune.deploy.export import size_beside
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.artefact import Master
 from fleetune.runs import compression_folder, rundir
@@ -44,7 +44,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(at)
         tiny().save(at / "little")
         assert main(["tune", "little", "demo", *RUN, "--offline", "-qq"]) == 0
-        assert main(["compress", "latest", "--windows", "4", "--length", "32", "-qq"]) == 0
+        assert (
+            main(["compress", "latest", "--windows", "4", "--length", "32", "--set", "grid=ggml", "-qq"]) == 0
+        )
         assert main(["export", "latest", "-qq"]) == 0
         yield at
 
@@ -99,15 +101,13 @@ def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: Capture) -> None:
 
 
 def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
-    """By hand: the run's rows as tokens, and text of the tuned model; the solver on the base, with these windows."""
+    """By hand: the run's rows as tokens, and the text that comes along; the solver on the base, with these windows."""
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
-    path = solve.compressed_base(Silent(), folder, offline=True)
+    path = solve.compressed_base(Silent(), folder, size_beside, offline=True)
     own, base = Master(folder / "model").head, models.load("little")
     rows = encode_all(_calibrated_on(folder), base.tokenizer, 160)[0]
-    tuned = finished.load(Path(compression_folder.request_of(folder).model), offline=True)
-    finished.merge_weights(tuned)
-    text = driver.sampled_windows(tuned, 32, 2 + MEASURED, 42, batch=2 + MEASURED)[:2]
+    text = inputs.of_package(base, 32, 2)[0]
     windows = torch.cat([driver.windows([row.ids for row in rows], 32, 2), text])
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     told = {"windows": len(windows), "length": 32, "sha256": digest}
@@ -119,7 +119,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
         assert torch.equal(found.scale, weight.scale)
     assert not (folder / "base" / "parts").exists()
     before = (path / "master.safetensors").stat().st_mtime_ns
-    assert solve.compressed_base(Silent(), folder, offline=True) == path
+    assert solve.compressed_base(Silent(), folder, size_beside, offline=True) == path
     assert (path / "master.safetensors").stat().st_mtime_ns == before  # made once
 
 

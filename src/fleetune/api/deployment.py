@@ -40,13 +40,14 @@ def compress(
     data: Rows | None = None,
     text: str | Path = "",
     eval_text: str | Path = "",
-    windows: int = 128,
+    windows: int = 32,
     length: int = 512,
     calibrate: Literal["server", "clients", "fleet"] = "server",
     clients: int = 0,
     low_memory: bool = False,
     bytes: float | str = 0,
-    bpw: float = 0.0,
+    bits: int = 0,
+    fast: bool = False,
     train_scales: int = 0,
     seed: int = 42,
     dtype: Dtype = "fp32",
@@ -60,13 +61,14 @@ def compress(
 
     `method` is a name (`fleetune.compressors()`) or a method's own dataclass (`optq.Solver(bits=3)`); without one it is
     `qronos`, or `optq` where devices calibrate.  `settings` are the method's, by name.  A solver calibrates on `windows`
-    windows of `length` tokens, of `data` (rows) or `text` (a file), of the run's held-out rows with text that its model
-    writes, or of such text alone; with `calibrate="clients"` the run's clients calibrate on their training rows, with
+    windows of `length` tokens, of `data` (rows) or `text` (a file), of the run's held-out rows with text that comes with
+    Fleetune, or of such text alone; with `calibrate="clients"` the run's clients calibrate on their training rows, with
     `calibrate="fleet"` the real devices that join at the door `served` (`fleetune.fleet.server.Served`, in its `with`
-    block).  `low_memory` loads one block at a time from disk.  `bytes` (a number, or text such as
-    "91.7MB") limits the GGUF file, or `bpw` the bits of a weight in it: the grid of each matrix, embedding and head included,
-    is chosen so that the model changes least.  `train_scales` are steps in which the scales are trained, after solving, to
-    follow the dense model.  The perplexity of the text file `eval_text` is measured before and after.
+    block).  `low_memory` loads one block at a time from disk.  `bytes` (a number, or text such as "91.7MB") limits the
+    GGUF file, or `bits` (4, 5 or 8: as large as Q4_0, Q5_0 or Q8_0): the grid of each matrix, embedding and head included, is
+    chosen so that the model changes least.  Without a method, a grid and a size `bits` is 4; `fast` takes one grid for all
+    matrices, which takes less time.  `train_scales` are steps in which the scales are trained, after solving, to follow the
+    dense model.  The perplexity of the text file `eval_text` is measured before and after.
     """
     if isinstance(model, str | Path):
         subjects.open_weights(model, out)  # refused before torch is imported
@@ -82,7 +84,8 @@ def compress(
         "clients": clients,
         "low_memory": low_memory,
         "bytes": _size(bytes),
-        "bpw": bpw,
+        "bits": bits,
+        "fast": fast,
         "train_scales": train_scales,
         "seed": seed,
         "dtype": dtype,

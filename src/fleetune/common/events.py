@@ -475,7 +475,7 @@ class CompressStart(Event, event="start"):
     calibrate: str  # who calibrates: server, clients or fleet
     clients: int  # number of clients that calibrate; 0 for all
     bytes: int  # of the GGUF file at most; 0 for no limit
-    bpw: float  # bits a weight of the GGUF file's matrices at most; 0 for no limit
+    bits: int  # as large as a file of one grid of so many bits at most; 0 for no limit
     train_scales: int  # steps in which the scales are trained after solving; 0 for none
     folder: str  # path of the compression's folder
     before: Mapping[str, float]  # measures before compression, by name
@@ -502,7 +502,7 @@ class BlockSolved(Event, event="block"):
 
 
 class BudgetMeasured(Event, event="choosing"):
-    """A part of what `--bytes` or `--bpw` chooses by begins to be measured."""
+    """A part of what `--bytes` or `--bits` chooses by begins to be measured."""
 
     phase: str  # sensitivity (of the outputs of each matrix, a window at a time) or grids (of a block, a block at a time)
     done: int  # windows, or blocks, that are measured; the last block is embedding and head
@@ -510,7 +510,7 @@ class BudgetMeasured(Event, event="choosing"):
 
 
 class BudgetSpent(Event, event="budget"):
-    """The grid of each matrix is chosen for `--bytes` or `--bpw`."""
+    """The grid of each matrix is chosen for `--bytes` or `--bits`."""
 
     kinds: Mapping[str, int]  # type of llama.cpp -> number of matrices
     bytes: int  # size of the GGUF file to come

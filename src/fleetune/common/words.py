@@ -43,7 +43,7 @@ RECIPE: Final = _table("""
 """)
 OPTIONS: Final = {  # of the other commands
     "compress": _table("""
-        out: o output output_dir | set.bits: bits wbits q_bits | set.group: group group_size q_group_size
+        out: o output output_dir | bits: wbits q_bits | set.group: group group_size q_group_size
         set.grid: grid | set.damping: damping | set.sparsity: sparsity | set.ratio: ratio
         set.teacher: teacher | set.steps: steps | set.lr: lr
     """),

@@ -476,5 +476,5 @@ def size_beside(model: Model, quantised: Collection[str], head: ArtefactHead, na
             told = error.message.replace(place, model.name)
             raise UsageError(
                 f"grids are chosen among those of GGUF files, and none can be made of this model: {told}",
-                hint="leave out --bytes and --bpw, and choose one grid: --set grid=.. --set bits=..",
+                hint="choose one grid for all: --set grid=.. --set bits=..",
             ) from error

@@ -35,7 +35,7 @@ from fleetune.common.shell import quoted
 from fleetune.compression.jobs import solve
 from fleetune.data import Example, readers
 from fleetune.data.encode import encode_all
-from fleetune.deploy import harness, llamacpp, patch_make
+from fleetune.deploy import export, harness, llamacpp, patch_make
 from fleetune.deploy.harness import FILE, KeptGain, MeasureJob, Measurement, Row
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.evaluation import kl_divergence
@@ -129,7 +129,7 @@ def measure(
     _header(options, measurables, examples, windows, listener)
     table = chosen(measurables, listener)
     if options.kept_gain and measurables[0].folder:
-        path = solve.compressed_base(listener, measurables[0].folder, offline=offline)
+        path = solve.compressed_base(listener, measurables[0].folder, export.size_beside, offline=offline)
         table.append((measurables[0], line_of(COMPRESSED_BASE, "artefact", path, path)))
     done: list[Measured] = []
     losses: dict[str, list[tuple[float, int]]] = {}
@@ -401,11 +401,6 @@ def check_kept(subjects: Sequence[Subject]) -> None:
         raise UsageError(
             f"{compressed.folder} was calibrated by devices, so the base would have to be calibrated by them as well",
             hint="leave out --kept-gain; or compress with --calibrate clients, which simulates the devices",
-        )
-    if request.bytes or request.bpw:
-        raise UsageError(
-            f"the grids of {compressed.folder} were chosen for its weights within a size, and the base's would be others",
-            hint="leave out --kept-gain; or compress with one grid: --set grid=iq4_nl",
         )
     compression_folder.model_in(compressed.folder)
     solve.solver_of(request)

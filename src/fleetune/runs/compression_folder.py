@@ -26,6 +26,8 @@ PARTS: Final = "parts"
 LOGITS: Final = ".reference.npy"  # while it runs: logits of the reference model
 CLIENTS: Final = "clients"  # who calibrates: the simulated clients of a run
 FLEET: Final = "fleet"  # real devices
+NAMED: Final = (4, 5, 8)  # bits of a weight, whose file's size has a name: Q4_0, Q5_0, Q8_0
+USUAL: Final = 4  # where neither a size nor a grid is given
 PLACES: Final = ("model", "data", "text", "eval_text")  # may name files
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class CompressRequest:
     set: dict[str, str] = field(default_factory=dict)
     data: str = ""
     text: str = ""
-    windows: int = 128
+    windows: int = 32
     length: int = 512
     eval_text: str = ""
     seed: int = 42
@@ -50,8 +52,13 @@ class CompressRequest:
     calibrate: str = "server"  # who does it: server, clients (those of the run) or fleet (devices that join)
     clients: int = 0  # how many of them, 0 for all
     bytes: int = 0  # of the GGUF file at most: grids are chosen for each matrix; 0 for no limit
-    bpw: float = 0.0  # the same, in bits a weight of its matrices
+    bits: int = 0  # the same, as large as a file of one grid of so many bits (`NAMED`)
     train_scales: int = 0  # steps in which the scales are trained after solving; 0 for none
+
+    @property
+    def limited(self) -> bool:
+        """Whether it says how large the file may be, so that grids are chosen for each matrix."""
+        return bool(self.bytes or self.bits)
 
     @property
     def uses_held_out(self) -> bool:

@@ -146,7 +146,7 @@ def test_the_file_has_the_size_that_was_said_and_runs(family: str, tmp_path: Pat
     text, heard = tmp_path / "t.txt", Heard()
     text.write_text("the quick brown fox jumps over the lazy dog, and a few more words. " * 60)
     given: dict[str, Any] = {"text": str(text), "windows": 4, "length": 32, "out": tmp_path / "runs"}
-    done = fleetune.compress(tmp_path / "m", method="optq", bpw=5.2, listener=heard, **given)
+    done = fleetune.compress(tmp_path / "m", method="optq", bits=5, listener=heard, **given)
     model, name = done.folder / "model", done.folder.name.partition("-")[2]
     report = export(model, "gguf", tmp_path / f"0000-{name}.gguf")  # with the name that its header holds
     (spent,) = heard.of("budget")
@@ -160,8 +160,9 @@ def test_the_file_has_the_size_that_was_said_and_runs(family: str, tmp_path: Pat
     weights = Counter[str]()
     for tensor in package.GGUFReader(report.path).tensors:
         if tensor.tensor_type.name in kinds:
-            weights.update({"bits": 8 * tensor.n_bytes, "weights": tensor.n_elements})
-    assert 5.0 < weights["bits"] / weights["weights"] <= 5.2
+            ends = 3 * tensor.n_elements * (tensor.name in ("token_embd.weight", "output.weight"))
+            weights.update({"bits": 8 * tensor.n_bytes, "of Q5_0": 5.5 * tensor.n_elements + ends})
+    assert 0.96 < weights["bits"] / weights["of Q5_0"] <= 1
     net = AutoModelForCausalLM.from_pretrained(export(model, "hf", tmp_path / "hf").path)
     whole = export(model, "gguf:f32", tmp_path / "x.gguf")
     assert whole.exact == whole.tensors

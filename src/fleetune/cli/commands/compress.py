@@ -54,7 +54,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="plain text file: its perplexity before and after, and the KL divergence from the dense model on it",
     )
     sub.add_argument(
-        "--seed", type=int, help="seed of what a model writes, and of the order of rows (default 42)"
+        "--seed", type=int, help="seed of the order of rows, and of what is sampled (default 42)"
     )
     sub.add_argument(
         "--dtype", choices=["fp32", "bf16", "fp16"], help="type a model is loaded in (default fp32)"
@@ -74,10 +74,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--data",
-        help="calibrate or train on these rows (a run: every second held-out row of its own, and text that it writes)",
+        help="calibrate or train on these rows (a run: every second held-out row of its own, and text that comes with Fleetune)",
     )
-    sub.add_argument("--text", help="calibrate on a plain text file (a model without either writes its own)")
-    sub.add_argument("--windows", type=int, help="calibration windows at most (default 128)")
+    sub.add_argument(
+        "--text",
+        help="calibrate on a plain text file (without either: text of several kinds that comes with Fleetune)",
+    )
+    sub.add_argument("--windows", type=int, help="calibration windows at most (default 32)")
     sub.add_argument("--length", type=int, help="tokens per window, or per row at most (default 512)")
     sub.add_argument(
         "--calibrate",
@@ -102,7 +105,15 @@ def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
         "model changes least",
     )
     sub.add_argument(
-        "--bpw", type=float, metavar="BITS", help="the same, for so many bits a weight (such as 4.5)"
+        "--bits",
+        type=int,
+        help="4, 5 or 8: the same, as large as Q4_0, Q5_0 or Q8_0 (default 4, where no --method and no grid is given)",
+    )
+    sub.add_argument(
+        "--fast",
+        action="store_true",
+        default=None,
+        help=f"one grid for all matrices ({job.FAST}): nothing is measured first",
     )
     sub.add_argument(
         "--train-scales",
@@ -173,7 +184,7 @@ def _next_target(model: Path) -> str:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    names = [n for n in compression_folder.CompressRequest.__dataclass_fields__ if n != "run"]
+    names = [n for n in (*compression_folder.FIELDS, "fast") if n != "run"]
     given = {n: v for n in names if (v := getattr(args, n)) is not None}
     if "bytes" in given:
         given["bytes"] = settings.parse_bytes(given["bytes"], "--bytes", least=1)
@@ -181,7 +192,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {n: v for n, v in _given(args).items() if n in compression_folder.OPTIONS}
+    return {n: v for n, v in _given(args).items() if n in (*compression_folder.OPTIONS, "fast")}
 
 
 def _check_resume(args: argparse.Namespace, folder: Path) -> None:

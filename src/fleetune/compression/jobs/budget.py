@@ -36,11 +36,11 @@ CHOSEN: Final = ("bits", "grid")  # settings of a solver that the budget chooses
 
 def check(request: CompressRequest, solver: compression.Solver) -> None:
     """Raise UsageError when a budget is asked for that the method or the other options have no place for."""
-    if not asked(request):
+    if not request.limited:
         return
     flag = flag_of(request)
-    if request.bytes and request.bpw:
-        raise UsageError("--bytes and --bpw both say how large the file may be", hint="give one of them")
+    if request.bytes and request.bits:
+        raise UsageError("--bytes and --bits both say how large the file may be", hint="give one of them")
     own = {field.name for field in fields(cast(Any, solver))}
     if not solver.data or not own.issuperset((*CHOSEN, "group")):
         raise UsageError(
@@ -56,14 +56,9 @@ def check(request: CompressRequest, solver: compression.Solver) -> None:
         )
 
 
-def asked(request: CompressRequest) -> bool:
-    """Tell whether a request has a budget."""
-    return bool(request.bytes or request.bpw)
-
-
 def flag_of(request: CompressRequest) -> str:
     """Return the option that the budget was given with."""
-    return "--bytes" if request.bytes else "--bpw"
+    return "--bits" if request.bits else "--bytes"
 
 
 @dataclass(frozen=True)
@@ -103,8 +98,8 @@ class Room(NamedTuple):
         """Say what the room can buy, for the header."""
         least, most = (human_bytes(size + self.others) for size in (self.reach.least, self.reach.most))
         return (
-            f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · by sensitivities that "
-            "the run measures first (about twice one grid's time in all)"
+            f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · what each matrix bears is "
+            "measured first (in all about 1.6 times one grid's time: --fast)"
         )
 
 
@@ -114,23 +109,17 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
     UsageError, with the least that can be met, for a budget that is too small.
     """
     matrices = costs.matrices(model)
-    others, weights = beside(list(matrices)), sum(W.numel() for W in matrices.values())
-    limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
-    reach = costs.reach(model)
+    others, reach = beside(list(matrices)), costs.reach(model)
+    of_bits = [c for c in costs.CANDIDATES if (c.grid, c.bits) == ("ggml", request.bits)]
+    limit = costs.size_of(model, of_bits[0]) if of_bits else request.bytes - others
     if limit >= reach.least:
         return Room(limit, others, reach)
-    if request.bytes:
-        size = reach.least + others
-        need = f"{math.ceil(size / 1e3)}kB" if size < 1e6 else f"{math.ceil(size / 1e5) / 10:g}MB"
-        raise UsageError(
-            f"no file of {human_bytes(request.bytes)} can hold this model: the smallest that llama.cpp's types allow here has "
-            f"{human_bytes(size)}",
-            hint=f"--bytes {need}   or remove parts of it first: --method llm-pruner",
-        )
+    size = reach.least + others
+    need = f"{math.ceil(size / 1e3)}kB" if size < 1e6 else f"{math.ceil(size / 1e5) / 10:g}MB"
     raise UsageError(
-        f"{request.bpw:g} bits a weight are too few: the smallest types that fit this model take "
-        f"{8 * reach.least / weights:.3f}",
-        hint=f"--bpw {math.ceil(800 * reach.least / weights) / 100:g}",
+        f"no file of {human_bytes(limit + others)} can hold this model: the smallest that llama.cpp's types allow here has "
+        f"{human_bytes(size)}",
+        hint=f"--bytes {need}   or remove parts of it first: --method llm-pruner",
     )
 
 
@@ -203,7 +192,7 @@ def make_budget(measured: costs.Costs, room: Room) -> Budget:
         if not all(math.isfinite(option.cost) for option in options):
             raise FleetuneError(
                 f"what rounding costs {name} is not a finite number: the text's activations overflow",
-                hint="compress with one grid: leave out --bytes and --bpw",
+                hint="compress with one grid: --fast",
             )
     best = solve_budget(measured.options, room.matrices)
     kinds = Counter(option.candidate.kind for option in best.values())

@@ -1,9 +1,11 @@
 """Load what a compression works on: the model, rows or windows to calibrate or train on, rows and text to measure on.
 
 A run's held-out rows are few and all of one kind.  A model calibrated on them alone becomes worse at everything else, which its
-loss on these rows does not show.  So a run is calibrated and measured on its rows and on text that its model writes.
+loss on these rows does not show.  So a run is calibrated on its rows and on the text that comes with Fleetune
+(`data/calibration`), and every model is measured on other windows of that text, too.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,7 @@ from fleetune import data, models
 from fleetune.common.display import counted, human_bytes
 from fleetune.compression.jobs.progress import row_reporter
 from fleetune.compression.layerwise import driver
-from fleetune.data import Encoded, Example
+from fleetune.data import Encoded, Example, calibration
 from fleetune.data.encode import encode_all
 from fleetune.errors import DataError, UsageError
 from fleetune.evaluation import kl_divergence, losses
@@ -31,8 +33,8 @@ from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.result import finished
 from fleetune.tuning.rounds import rounds
 
-OWN: Final = 8  # windows that the model of a run writes to be calibrated on
-MEASURED: Final = 4  # and to be measured on
+OWN: Final = "text that comes with Fleetune"
+MEASURED: Final = 4  # windows of it that are measured on
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,7 @@ class Inputs:
     texts: Sequence[str]  # for the perplexity before and after
     source: str  # where the rows or the text are from, for the header
     clients: Mapping[int, Sequence[Encoded]] = field(default_factory=dict)  # client -> its training rows
-    own_text: Sequence[Encoded] = ()  # windows that the model wrote, for the perplexity on text of its own
-
-    @property
-    def measured(self) -> bool:
-        """Whether there are rows or texts to measure on."""
-        return bool(self.held_out or self.texts or self.own_text)
+    other: Sequence[Encoded] = ()  # windows of the text that comes with Fleetune, to measure on
 
     @property
     def longest(self) -> int:
@@ -58,8 +55,8 @@ class Inputs:
         return max(len(row.ids) for row in self.rows)
 
     def compared_rows(self, model: Model) -> Sequence[Encoded]:
-        """Return what a model is compared with its reference on: the text, else the held-out rows, else its own text."""
-        return (losses.text_rows(model, self.texts) if self.texts else self.held_out) or self.own_text
+        """Return what a model is compared with its reference on: the text, else the held-out rows, else other text."""
+        return (losses.text_rows(model, self.texts) if self.texts else self.held_out) or self.other
 
     def logits_size(self, model: Model) -> int:
         """Return the bytes that the logits of a reference model take on the disk."""
@@ -87,7 +84,7 @@ class Inputs:
     def measure(
         self, model: Model, listener: Listener, folder: Path, reference: losses.Reference | None = None
     ) -> dict[str, float]:
-        """Measure a model: loss on the held-out rows, perplexity of its own text and of the text, where there are any.
+        """Measure a model: loss on the held-out rows, perplexity of the text and of other text, where there are any.
 
         With a `reference` also how far its next-token distributions are from that model's.  Interrupted on Ctrl-C; `folder`
         is the job's, for the command that resumes it.
@@ -96,12 +93,12 @@ class Inputs:
         if self.held_out:
             on_rows = row_reporter(listener, folder, "rows")
             measures["loss"] = losses.response_loss(model, self.held_out, on_rows=on_rows)
-        if self.own_text:
-            on_rows = row_reporter(listener, folder, "rows of its own text")
-            measures["own_perplexity"] = losses.row_perplexity(model, self.own_text, on_rows=on_rows)
         if self.texts:
             on_rows = row_reporter(listener, folder, "rows of the text")
             measures["perplexity"] = losses.perplexity(model, self.texts, on_rows=on_rows)
+        if self.other:
+            on_rows = row_reporter(listener, folder, "rows of other text")
+            measures["other_perplexity"] = losses.row_perplexity(model, self.other, on_rows=on_rows)
         if reference:
             measures |= reference.compare(model, row_reporter(listener, folder, "rows compared")).values()
         return measures
@@ -134,7 +131,7 @@ def load(request: CompressRequest, *, offline: bool) -> Inputs:
         rows = encoded(data.read(request.data, offline=offline), request.length)
         return Inputs(model, rows, measured, texts, request.data)
     if request.text or recipe is None:
-        return Inputs(model, [], measured, texts, request.text or "text of its own")
+        return Inputs(model, [], measured, texts, request.text or OWN)
     if request.calibrate == CLIENTS:
         own = _of_clients(request, recipe, offline=offline)
         clients = {client: encoded(rows, recipe.max_length) for client, rows in own.items()}
@@ -160,67 +157,68 @@ def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> d
 # Windows --------------------------------------------------------------------------------------------
 
 
-def windows(request: CompressRequest, inputs: Inputs, listener: Listener, *, dry: bool = False) -> Tensor:
-    """Return int64 [N, length]: windows of the request's rows or text; without both, of text that the model writes.
-
-    Where a run is `dry` the model writes nothing, and zeros stand for its text: their number is all that is needed.
-    """
-    model = inputs.model
+def windows(request: CompressRequest, inputs: Inputs) -> Tensor:
+    """Return int64 [N, length]: windows of the request's rows or text; without both, of the text that comes with Fleetune."""
     check_length(request, inputs)
     if inputs.rows:
         return _cut(inputs.rows, request.length, request.windows)
     if request.text:
-        encode = model.tokenizer
-        ids = [np.asarray(encode(text, verbose=False)["input_ids"]) for text in data.read_text(request.text)]
-        return driver.windows(ids, request.length, request.windows)
-    if request.low_memory:
-        raise UsageError(
-            "with --low-memory the model cannot write its own text: each token would read all of it anew",
-            hint="give some: --text FILE or --data FILE",
+        return driver.windows(
+            _ids(inputs.model, data.read_text(request.text)), request.length, request.windows
         )
-    write = "would write" if dry else "writes"
-    listener.note(
-        f"no calibration text is given: the model {write} {counted(request.windows, 'window')} itself"
-    )
-    return _written(model, request, request.windows, dry)
+    return of_package(inputs.model, request.length, request.windows)[0]
 
 
-def of_run(
-    request: CompressRequest, inputs: Inputs, listener: Listener, *, dry: bool = False
-) -> tuple[Tensor, Inputs]:
-    """Return int64 [N, length], windows of a run's rows and of its model's text, and the inputs with more of that text.
+def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tuple[Tensor, Inputs]:
+    """Return int64 [N, length], windows of a run's rows and of the text that comes with Fleetune, and the inputs that say so.
 
-    At most half of the request's windows are the model's; all are where the rows do not fill one, and that is noted.
-    `dry` as in `windows`.
+    At least half of the request's windows are of that text; all are where the rows do not fill one, and that is noted.
     """
     check_length(request, inputs)
     tokens = sum(len(row.ids) for row in inputs.rows)
     filled = tokens >= request.length
-    own = min(OWN, request.windows // 2 if filled else request.windows)
-    rows = [_cut(inputs.rows, request.length, request.windows - own)] if filled else []
+    rows = [_cut(inputs.rows, request.length, (request.windows + 1) // 2)] if filled else []
     if not filled:
         listener.note(
             f"{inputs.source} has {counted(tokens, 'token')}, and a window needs {request.length}: the model is calibrated on "
-            "text alone that it writes itself; a smaller --length takes the rows in, --data FILE or --text FILE gives more"
+            f"{OWN} alone; a smaller --length takes the rows in, --data FILE or --text FILE gives more"
         )
-    count, write, wrote = own + MEASURED, *(("would write",) * 2 if dry else ("writes", "wrote"))
-    listener.note(f"the model {write} {count} windows of text: {MEASURED} of them are measured on")
-    written = _written(inputs.model, request, count, dry, batch=count)
-    source = f"{counted(own, 'window')} that the run's model {wrote}"
-    if filled:
-        source = f"{inputs.source}: {counted(len(rows[0]), 'window')}, and {own} that its model {wrote}"
-    text = [Encoded(ids=window, n_prompt=1) for window in written[own:].numpy()]
-    return torch.cat([*rows, written[:own]]), replace(inputs, own_text=text, source=source)
+    beside = of_package(inputs.model, request.length, request.windows - sum(map(len, rows)))[0]
+    of_rows = [f"{inputs.source}: {counted(len(each), 'window')}, and {len(beside)} of " for each in rows]
+    return torch.cat([*rows, beside]), replace(inputs, source="".join([*of_rows, OWN]))
+
+
+def with_other(request: CompressRequest, inputs: Inputs) -> Inputs:
+    """Return the inputs with windows of other text to measure on."""
+    length = min(request.length, losses.context_length(inputs.model), 512)
+    return replace(inputs, other=of_package(inputs.model, length, 1)[1])
+
+
+def of_package(model: Model, length: int, count: int) -> tuple[Tensor, list[Encoded]]:
+    """Return windows of the text that comes with Fleetune, int64 [`count` or fewer, length], and others to measure on.
+
+    Kinds of text follow one another by their shares, so that any first part of the windows is a mix as well.
+    """
+    whole, ordered, measured = sum(calibration.SHARES.values()), list[tuple[float, Tensor]](), list[Encoded]()
+    for kind, share in calibration.SHARES.items():
+        found = driver.windows(_ids(model, calibration.documents(kind)), length, 1 << 20)
+        if len(found) > 1 and len(measured) < MEASURED:
+            measured.append(Encoded(ids=found[-1].numpy(), n_prompt=1))
+            found = found[:-1]
+        wanted = min(len(found), math.ceil(count * share / whole))
+        places = [k * len(found) // wanted for k in range(wanted)]
+        ordered += [((k + 0.5) / share, found[place]) for k, place in enumerate(places)]
+    ordered.sort(key=lambda each: each[0])
+    taken = [window[None] for _, window in ordered[:count]]
+    return torch.cat([torch.zeros((0, length), dtype=torch.int64), *taken]), measured
 
 
 def _cut(rows: Sequence[Encoded], length: int, count: int) -> Tensor:
     return driver.windows([np.asarray(row.ids) for row in rows], length, count)
 
 
-def _written(model: Model, request: CompressRequest, count: int, dry: bool, *, batch: int = 8) -> Tensor:
-    if dry:
-        return torch.zeros(count, request.length, dtype=torch.int64)
-    return driver.sampled_windows(model, request.length, count, request.seed, batch=batch)
+def _ids(model: Model, texts: Sequence[str]) -> list[np.ndarray]:
+    return [np.asarray(model.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
 
 
 def of_clients(request: CompressRequest, inputs: Inputs, listener: Listener) -> dict[int, Tensor]:

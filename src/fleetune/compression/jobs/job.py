@@ -21,7 +21,7 @@ from fleetune.data import readers
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.report.page import framed_table
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, NAMED, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning.recipe import objects
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     Job: TypeAlias = SolveJob | DistilJob | PruneJob
 
+FAST = "iq4_nl"  # the grid of --fast
+GRID = {"grid", "bits", "group"}  # settings of one grid for all matrices
 BESIDE = {*(f"{name}_error" for name in COMPARED), "kl_tokens"}  # these have no line of their own
 
 
@@ -95,11 +97,26 @@ def request_for(
 ) -> CompressRequest:
     """Return the request to compress a model (a name, a result, an object) with a method and its settings.
 
-    `method` None is the default method.  `options` are fields of the request that are not the defaults.  UsageError when
+    `method` None is the default method.  `options` are fields of the request that are not the defaults, and `fast`: one grid
+    for all matrices.  Where nothing says a method, a grid or a size, the file has that of `USUAL` bits.  UsageError when
     `model` means no plain weights.
     """
+    fast, options = bool(options.get("fast")), {n: v for n, v in options.items() if n != "fast"}
+    if options.get("bits") and GRID & chosen.keys():  # those of this grid
+        chosen = {"bits": options.pop("bits"), **chosen}
+    limited, devices = (
+        options.get("bytes") or options.get("bits"),
+        options.get("calibrate") in (CLIENTS, FLEET),
+    )
+    if fast and (limited or "grid" in chosen):
+        raise UsageError(
+            "--fast takes one grid, and a size or a grid is given as well", hint="leave out --fast"
+        )
+    if fast:
+        chosen = {**chosen, "grid": FAST}
+    elif method is None and not (limited or devices or options.get("low_memory") or GRID & chosen.keys()):
+        options["bits"] = compression_folder.USUAL
     if method is None:
-        devices = options.get("calibrate") in (CLIENTS, FLEET)
         method = compression.DEFAULT_OF_DEVICES if devices else compression.DEFAULT
     modules = {name: member.module for name, member in compression.REGISTRY.members().items()}
     name, own = settings.named(method, modules)
@@ -132,8 +149,8 @@ def prepare(
 ) -> Job:
     """Check a request, and load its model and data.
 
-    `devices` are those of --calibrate fleet; `beside` is needed for a budget in bytes.  Where a run is `dry` the job is not to
-    be carried out: no text is written for it.
+    `devices` are those of --calibrate fleet; `beside` is needed for a budget in bytes.  A `dry` job is
+    not to be carried out.
     """
     if not dry:
         _check_devices(request, devices)
@@ -153,10 +170,10 @@ def prepare(
     if isinstance(method, compression.Trainer):
         return whole.prepare_distillation(request, method, out, offline=offline)
     if isinstance(method, compression.Pruner):
-        return whole.prepare_pruning(request, method, listener, offline=offline, dry=dry)
+        return whole.prepare_pruning(request, method, offline=offline)
     solve.check(request, method)
     loaded = inputs.load(request, offline=offline)
-    return solve.prepare(request, method, loaded, listener, devices, beside, dry=dry)
+    return solve.prepare(request, method, loaded, listener, devices, beside)
 
 
 Prepare: TypeAlias = "Callable[[CompressRequest], Job]"  # `prepare`, with all else given
@@ -209,8 +226,8 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
     } | request.set
     # a grid may say bits and group
     fields |= {name: getattr(job.method, name) for name in ("bits", "group") if name in fields}
-    if request.bytes or request.bpw:
-        limit = human_bytes(request.bytes) if request.bytes else f"{request.bpw:g} bits a weight"
+    if job.request.limited:
+        limit = human_bytes(request.bytes) if request.bytes else f"the size of {request.bits} bits"
         fields = {n: v for n, v in fields.items() if n not in ("bits", "grid")} | {"within": limit}
     model = job.inputs.model
     listener.header(
@@ -238,11 +255,9 @@ def check(request: CompressRequest) -> None:
     """Raise RecipeError with every contradiction in a request, before anything is loaded."""
     if request.run and not (Path(request.model) / "run.toml").is_file():
         raise UsageError(f"the run {request.model} is gone", hint="fleetune runs   lists what there is")
-    integers = ("windows", "length", "clients", "seed", "bytes", "train_scales")
+    integers = ("windows", "length", "clients", "seed", "bytes", "bits", "train_scales")
     numbers: dict[str, object] = {n: getattr(request, n) for n in integers}
     problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if type(v) is not int]
-    if type(request.bpw) not in (int, float):
-        problems.append(f"bpw = {request.bpw!r} is not a number")
     if problems:
         raise RecipeError(problems, hint="fleetune compress --help")
     least = {"windows": 1, "length": 1, "clients": 0, "bytes": 0, "train_scales": 0}
@@ -263,7 +278,10 @@ def check(request: CompressRequest) -> None:
         ),
         (devices and not request.run, "only a run has clients to calibrate on"),
         (devices and rows, "the clients calibrate on rows of their own: no data, no text"),
-        (not 0 <= request.bpw < 33, f"bpw = {request.bpw} is not a number of bits a weight, below 33"),
+        (
+            request.bits not in (0, *NAMED),
+            f"bits = {request.bits} is none of {', '.join(map(str, NAMED))}: bytes says another size, --set bits=3 is one grid",
+        ),
         (request.run and request.dtype != "fp32", "a run has a dtype of its own"),
         (
             request.run and request.low_memory,
@@ -325,7 +343,7 @@ def _check_devices(request: CompressRequest, devices: Devices | None) -> None:
 
 def _check_whole(request: CompressRequest) -> None:
     """Raise RecipeError for options that only the layer-by-layer methods have."""
-    limited = bool(request.bytes or request.bpw)
+    limited = request.limited
     problems = [
         f"{request.method} {why}"
         for wrong, why in (

@@ -105,11 +105,11 @@ class SolveJob:
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
         if self.request.calibrate == FLEET:  # the windows are on the devices, the Hessians here
             count, length = 1, self.request.length
-        size, limited = size_of(self.method, count, length), budget.asked(self.request)
+        size, limited = size_of(self.method, count, length), self.request.limited
         return size._replace(
             size=WEIGHTS[self.inputs.model.dtype].size,
             low_memory=self.request.low_memory,
-            measured=self.inputs.measured,
+            measured=True,
             clients=len(self.shares),
             # attention scores are stored, unless attention is fused
             heads=int(getattr(config, "num_attention_heads", 0))
@@ -199,8 +199,8 @@ def size_of(solver: Solver, windows: int, length: int) -> compression_cost.Compr
 def settings_of(request: CompressRequest, solver: Solver) -> dict[str, Any]:
     """Return the settings that an artefact states; a budget takes the place of those that it chooses."""
     stated: dict[str, Any] = asdict(solver)  # type: ignore[call-overload]
-    if budget.asked(request):
-        limit = {"bytes": request.bytes} if request.bytes else {"bpw": request.bpw}
+    if request.limited:
+        limit = {"bytes": request.bytes} if request.bytes else {"bits": request.bits}
         stated = {name: value for name, value in stated.items() if name not in budget.CHOSEN} | limit
     return stated | ({"train_scales": request.train_scales} if request.train_scales else {})
 
@@ -224,7 +224,7 @@ def check(request: CompressRequest, solver: Solver) -> None:
     flag, methods = budget.flag_of(request), f"--method {DEFAULT_OF_DEVICES}"
     for needs_text, what, hint in (
         (isinstance(solver, Corrector), f"{request.method} compares with the dense model, which", methods),
-        (budget.asked(request), flag, f"leave out {flag}"),
+        (request.limited, flag, f"leave out {flag}"),
         (request.train_scales, scales.FLAG, f"leave out {scales.FLAG}"),
     ):
         if needs_text:
@@ -241,19 +241,18 @@ def prepare(
     listener: Listener,
     devices: Devices | None = None,
     beside: FileSize | None = None,
-    *,
-    dry: bool = False,
 ) -> SolveJob:
-    """Check the solver on every matrix and cut the calibration windows; `dry` as in `inputs.windows`.
+    """Check the solver on every matrix and cut the calibration windows.
 
     UsageError when a matrix cannot be compressed, a budget cannot be met, the text is too short for a window, or a window is
     longer than the model's context.
     """
+    loaded = inputs.with_other(request, loaded)
     job = SolveJob(request, solver, loaded, devices=devices)
     try:
         driver.check(loaded.model, solver, experts=job.takes_experts)
     except RecipeError as error:
-        if budget.asked(request):
+        if request.limited and not request.bits:
             error.hint = f"leave out {budget.flag_of(request)}; then {error.hint}"
         raise
     if (why := table.misfit(loaded.model.net.config)) is not None:
@@ -267,12 +266,23 @@ def prepare(
         shares = inputs.of_clients(request, loaded, listener)
         agreed = {client: len(own) for client, own in shares.items()}
         return replace(job, calibration=torch.cat(list(shares.values())), shares=shares, agreed=agreed)
-    if budget.asked(request):  # before any text is written, which takes minutes
-        job = replace(job, room=_room(job, beside))
+    if request.limited:
+        job = _limited(job, beside, listener)
     if request.uses_held_out:
-        calibration, loaded = inputs.of_run(request, loaded, listener, dry=dry)
+        calibration, loaded = inputs.of_run(request, loaded, listener)
         return replace(job, calibration=calibration, inputs=loaded)
-    return replace(job, calibration=inputs.windows(request, loaded, listener, dry=dry))
+    return replace(job, calibration=inputs.windows(request, loaded))
+
+
+def _limited(job: SolveJob, beside: FileSize | None, listener: Listener) -> SolveJob:
+    """Return the job with the room for its matrices; with one grid where no GGUF file has the size of so many bits."""
+    try:
+        return replace(job, room=_room(job, beside))
+    except UsageError as error:
+        if not job.request.bits:
+            raise
+        listener.note(f"{error.message}: all matrices get the same grid")
+        return replace(job, request=replace(job.request, bits=0))
 
 
 def _room(job: SolveJob, beside: FileSize | None) -> budget.Room:
@@ -454,8 +464,6 @@ def _after(
     reference: Reference | None,
 ) -> dict[str, float]:
     """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""
-    if not loaded.measured:
-        return {}
     net = loaded.model.net
     if lazy := memory_of(net):
         lazy.changed = lambda name: artefact.dense(weights[name]) if name in weights else None
@@ -470,9 +478,10 @@ def _after(
 # The base of a tuned model --------------------------------------------------------------------------
 
 
-def compressed_base(listener: Listener, folder: Path, *, offline: bool) -> Path:
+def compressed_base(listener: Listener, folder: Path, beside: FileSize, *, offline: bool) -> Path:
     """Return the artefact of the compressed base; it is made now if it is missing, and resumed if it was stopped.
 
+    Where a size was asked for, grids are chosen for the base's own weights, within that size (`beside` as in `prepare`).
     UsageError when the calibration text has changed since the folder was made, ModelError when the artefact that is there
     is not the base's, or not what was written.
     """
@@ -481,7 +490,7 @@ def compressed_base(listener: Listener, folder: Path, *, offline: bool) -> Path:
     if is_master(model) and _alike(_head_of(folder, model), own):
         compression_folder.drop_parts(place / PARTS)  # a kill may have left them
         return model
-    job = _base_job(folder, offline, listener)
+    job = _base_job(folder, beside, offline, listener)
     head = job.head
     if not _alike(head, own):
         raise UsageError(
@@ -527,10 +536,12 @@ def _alike(a: artefact.ArtefactHead, b: artefact.ArtefactHead) -> bool:
     return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
-def _base_job(folder: Path, offline: bool, listener: Listener) -> SolveJob:
+def _base_job(folder: Path, beside: FileSize, offline: bool, listener: Listener) -> SolveJob:
     request = compression_folder.request_of(folder)
     loaded, recipe = inputs.load(request, offline=offline), finished.recipe_of(Path(request.model))
-    job = prepare(request, solver_of(request), loaded, listener)  # the tuned model writes its text again
+    job = prepare(
+        request, solver_of(request), loaded, listener, beside=beside
+    )  # the tuned model writes its text again
     loaded.model.net.to("meta")  # its weights go before the base's come
     base = models.load(recipe.model, dtype=recipe.dtype, device="cpu", offline=offline)
     return replace(job, inputs=replace(job.inputs, model=base))

@@ -216,20 +216,15 @@ class PruneJob:
         )
 
 
-def prepare_pruning(
-    request: CompressRequest, pruner: Pruner, listener: Listener, *, offline: bool, dry: bool = False
-) -> PruneJob:
-    """Load the model and its rows, and check the pruner on them; UsageError when it cannot use them.
-
-    `dry` as in `inputs.windows`.
-    """
+def prepare_pruning(request: CompressRequest, pruner: Pruner, *, offline: bool) -> PruneJob:
+    """Load the model and its rows, and check the pruner on them; UsageError when it cannot use them."""
     loaded = inputs.load(request, offline=offline)
     if request.data and not loaded.rows:
         raise UsageError("there are no rows to prune with", hint="give some with --data")
     pruner.check(loaded.model)
     rows = loaded.rows
     if not rows:  # windows of text as rows: the loss of every token but the first counts
-        windows = inputs.windows(request, loaded, listener, dry=dry)
+        windows = inputs.windows(request, loaded)
         rows = [Encoded(ids.numpy().astype(np.int32), 1) for ids in windows]
     return PruneJob(request, pruner, loaded, rows)
 

@@ -64,6 +64,8 @@ CANDIDATES: Final = (
     *(Candidate(grid, of.bits, grid.upper()) for grid, of in SUPER_TYPES.items()),
 )
 
+OF_ENDS: Final = CANDIDATES[3]  # of the embedding and the head, in a file of one grid
+
 
 class Option(NamedTuple):
     """What a candidate costs a matrix."""
@@ -215,6 +217,15 @@ def reach(model: Model) -> Reach:
         sizes = [_bytes(each, name, weight.shape) for each in _possible(weight)]
         least, most = least + min(sizes), most + max(sizes)
     return Reach(least, most)
+
+
+def size_of(model: Model, candidate: Candidate) -> int:
+    """Return the bytes of the matrices in a file of one candidate, whose embedding and head are in Q8_0."""
+    ends = end_names(model)
+    return sum(
+        _bytes(OF_ENDS if name in ends else candidate, name, weight.shape)
+        for name, weight in matrices(model).items()
+    )
 
 
 def _possible(weight: Tensor) -> list[Candidate]:

@@ -134,34 +134,6 @@ def windows(ids: Sequence[np.ndarray], length: int, count: int) -> Tensor:
     return torch.from_numpy(joined[: whole * length].astype(np.int64)).view(whole, length)
 
 
-@torch.inference_mode()
-def sampled_windows(model: Model, length: int, count: int, seed: int, *, batch: int = 8) -> Tensor:
-    """Sample calibration windows from the model itself, int64 [count, length], so that no text is needed.
-
-    Sampling starts at the token that begins a text and continues after every end of a text.  `batch` windows are
-    written at a time.
-    """
-    start = next(t for t in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id, 0) if t is not None)
-    rows = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for first in range(0, count, batch):
-            begin = torch.full((min(batch, count - first), 1), start, device=model.device)
-            out = model.net.generate(
-                begin,
-                attention_mask=torch.ones_like(begin),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
-                pad_token_id=start,
-            )
-            rows.append(out.cpu())
-    return torch.cat(rows)
-
-
 class Plan(NamedTuple):
     """Solvers for single matrices, and the embedding and the head, which are not compressed without a plan."""
 

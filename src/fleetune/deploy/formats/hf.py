@@ -249,7 +249,7 @@ def matrices(model: Checkpoint, to: str, *, experts: bool = False) -> dict[str, 
         if name not in model.linears and not q.experts:
             raise Misfit(
                 f"{to} holds quantised linear layers; {name} is none",
-                remedy="compress again without --bytes and --bpw",
+                remedy="compress again with one grid: --set grid=asymmetric",
             )
         if q.blocks is not None or q.codebook:
             what = f"{to} holds evenly spaced values; those of {name} are of the grid {q.codebook}"
