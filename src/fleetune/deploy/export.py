@@ -73,10 +73,10 @@ def export(
     *,
     offline: bool,
 ) -> ExportResult:
-    """Write `subject` as target `to` (default: gguf; of a run of weights hf, unless the path says) to `path` (default: beside it), and read it back.
+    """Write `subject` as target `to` (default: gguf; of a run of weights hf, unless `path` ends in .gguf) and read it back.
 
-    With a `text` file its perplexity is measured by the source and by what was written, in its runtime.  `targets.check` comes
-    before; errors as of `write`.
+    Without `path` it is beside the subject.  With a `text` file its perplexity is measured by the source and by what was written,
+    in its runtime.  `targets.check` comes before; errors as of `write`.
     """
     if isinstance(subject, Run):
         is_gguf = subject.recipe.train == SCALES or (path and path.suffix.lower() == GGUF)
