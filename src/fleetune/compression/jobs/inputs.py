@@ -35,6 +35,7 @@ from fleetune.tuning.rounds import rounds
 
 OWN: Final = "text that comes with Fleetune"
 MEASURED: Final = 4  # windows of it that are measured on
+LEAST: Final = 8  # windows of it beside the rows of a run
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def windows(request: CompressRequest, inputs: Inputs) -> Tensor:
 def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tuple[Tensor, Inputs]:
     """Return int64 [N, length], windows of a run's rows and of the text that comes with Fleetune, and the inputs that say so.
 
-    At least half of the request's windows are of that text; all are where the rows do not fill one, and that is noted.
+    There are as many of that text as of rows, and `LEAST`; all are where the rows do not fill one, and that is noted.
     """
     check_length(request, inputs)
     tokens = sum(len(row.ids) for row in inputs.rows)
@@ -183,7 +184,8 @@ def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tupl
             f"{inputs.source} has {counted(tokens, 'token')}, and a window needs {request.length}: the model is calibrated on "
             f"{OWN} alone; a smaller --length takes the rows in, --data FILE or --text FILE gives more"
         )
-    beside = of_package(inputs.model, request.length, request.windows - sum(map(len, rows)))[0]
+    left, wanted = request.windows - sum(map(len, rows)), max(LEAST, sum(map(len, rows)))
+    beside = of_package(inputs.model, request.length, min(left, wanted) if filled else left)[0]
     of_rows = [f"{inputs.source}: {counted(len(each), 'window')}, and {len(beside)} of " for each in rows]
     return torch.cat([*rows, beside]), replace(inputs, source="".join([*of_rows, OWN]))
 
