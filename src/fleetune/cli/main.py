@@ -38,7 +38,7 @@ examples:
   fleetune verify latest                                       prove what a model was made from
   fleetune compress latest                                     4 bits a weight, solved block by block
   fleetune export latest --to gguf                             one file for llama.cpp, read back bit for bit
-  fleetune measure latest --kept-gain                          size, speed, and what of the tuning is kept
+  fleetune measure latest --kept-gain                          size, speed, and how much of the tuning gain survives
   fleetune serve latest                                        an OpenAI-compatible endpoint and a chat page
 """
 

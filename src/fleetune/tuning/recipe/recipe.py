@@ -155,7 +155,7 @@ class Recipe:
         default=0,
         ge=0,
         le=1_000_000,
-        description="clients of the fleet (0: what the method states, usually 8; by column: all there are)",
+        description="number of clients (0: the method's own, usually 8; with column:, one per value)",
     )
     rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
     within: str = Field(
@@ -166,7 +166,7 @@ class Recipe:
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
     columns: str = Field(
         default="",
-        description="which columns of the data are which: prompt=question,response=answer; names: prompt, response, system, "
+        description="map your columns: prompt=question,response=answer; names: prompt, response, system, "
         "context, text, label, messages, client, or any field of a form (fleetune help data); default: by their names, else "
         "the two with the longest texts, and a note says which",
     )
@@ -210,7 +210,7 @@ class Recipe:
     max_length: int = Field(
         default=512,
         ge=8,
-        description="tokens a row at most; the prompt is cut first, to a quarter of them, then the end of the answer",
+        description="most tokens per row; the prompt is shortened first (to no less than a quarter), then the end of the answer",
     )
     seed: int = Field(default=42, ge=0, lt=1 << 63, description="seed of everything random in the run")
     dtype: str = Field(
@@ -237,7 +237,7 @@ class Recipe:
     kinds: str = Field(
         default="",
         description="kinds of the clients in turn, as 0,1,1, where the method has several (default: by the method's "
-        "share); a real device is of another where its memory does not suffice",
+        "share); a real device falls back to another kind if its memory is short",
     )
     drop: float = Field(
         default=0.0, ge=0, lt=1, description="simulate: chance that a client drops out of a round"
