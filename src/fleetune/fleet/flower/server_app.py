@@ -45,7 +45,7 @@ log = logging.getLogger("flwr")  # what it says is in `flwr log`
 
 POLL: Final = 0.5  # seconds between two looks at the SuperLink
 SIMULATED_POLL: Final = 0.2  # or at the clients of a simulation, which answer through this process
-PATIENCE: Final = 60.0  # seconds in which they all say who they are, and one more for each
+PATIENCE: Final = 300.0  # seconds in which they all say who they are, and one more for each
 # Codes of Flower's errors (`flwr.app.Error.code`) after which an order is given again: message, reply or node is unavailable,
 # or the process of the app has died
 LOST: Final = (3, 4, 5, 8)
