@@ -216,10 +216,7 @@ def of_package(model: Model, length: int, count: int) -> tuple[Tensor, list[Enco
         places = [k * len(found) // wanted for k in range(wanted)]
         ordered += [((k + 0.5) / share, found[place]) for k, place in enumerate(places)]
     if count and not ordered:
-        raise DataError(
-            f"{OWN} fills no window of {length} tokens",
-            hint="--text FILE or --data FILE, or a smaller --length",
-        )
+        raise DataError(f"{OWN} fills no window of {length} tokens", hint="give a smaller --length")
     ordered.sort(key=lambda each: each[0])
     taken = [window[None] for _, window in ordered[:count]]
     return torch.cat([torch.zeros((0, length), dtype=torch.int64), *taken]), measured
