@@ -59,10 +59,9 @@ def compress_page(name: str) -> str:
     """A compression method's page."""
     cls = compression.method_class(name)
     text = inspect.getdoc(inspect.getmodule(cls)) or ""
-    needs = {
-        "Trainer": "Needs rows and a teacher.",
-        "Pruner": "Needs rows or text; a model without either writes its own.",
-    }.get(cls.__name__, "Needs calibration text." if getattr(cls, "data", False) else "Needs no data.")
+    needs = {"Trainer": "Needs rows and a teacher.", "Pruner": "Takes rows or text."}.get(
+        cls.__name__, "Needs calibration text." if getattr(cls, "data", False) else "Needs no data."
+    )
     how = f"`fleetune compress RUN|MODEL --method {name}`. {needs}"
     return "\n".join([MADE, f"# {name}\n", how + "\n", text + "\n", *_settings(settings.of(cls))])
 

@@ -17,6 +17,8 @@ from fleetune.cli.listener import InterruptHandler
 from fleetune.common.display import human_bytes
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise.driver import End
+from fleetune.deploy import export
+from fleetune.errors import UsageError
 from fleetune.models.artefact import Master
 
 SMALL = ("--text", "text.txt", "--windows", "4", "--length", "16")
@@ -102,6 +104,18 @@ def test_fast_is_one_grid_and_nothing_that_says_a_size(model: str, at: Path, cap
     assert "choosing" not in [event["event"] for event in events]
     assert set(Master(Path(events[-1]["folder"]) / "model").head.codebooks.values()) == {"iq4_nl"}
     assert "leave out --fast" in refused(capsys, "compress", model, *SMALL, "--fast", "--bits", "4")
+
+
+def test_where_no_gguf_file_can_be_made_one_grid_has_the_bits(
+    model: str, at: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise UsageError("no place")
+
+    monkeypatch.setattr(export, "size_beside", refuse)
+    events = ok(capsys, "compress", model, *SMALL, "--bits", "8")
+    grids = Master(Path(events[-1]["folder"]) / "model").head.grids
+    assert {bits for bits, _ in grids.values()} == {8}
 
 
 def test_a_resumed_one_has_its_grids(model: str, at: Path, capsys: Capture, monkeypatch: Patch) -> None:

@@ -76,6 +76,16 @@ def test_what_is_measured_on_is_not_calibrated_on() -> None:
     assert 1 < measured["other_perplexity"] < 1000
 
 
+def test_texts_that_fill_no_window_are_left_out() -> None:
+    model = models.tiny_llama()
+    longest = max(len(windows_of(kind, model)) for kind in calibration.SHARES) * LENGTH
+    found, measured = inputs.of_package(model, longest, 8)
+    assert (found.shape, measured) == ((1, longest), [])
+    with pytest.raises(DataError, match="fills no window"):
+        inputs.of_package(model, longest + LENGTH, 1)
+    assert not inputs.of_package(model, 1, 4)[1], "in windows of one token nothing is predicted"
+
+
 @pytest.mark.parametrize(("tokens", "count"), [(15, 8), (12, 3), (12, 1), (0, 8)])
 def test_where_the_rows_fill_no_window_all_are_other_text(tokens: int, count: int) -> None:
     notes = Heard()

@@ -45,6 +45,7 @@ def _value(word: str) -> str:
     return word if re.fullmatch(r"[\d.]+(e-?\d+)?|[A-Z]+", word) else repr(word.strip("'"))
 
 
+@functools.cache  # one object, which can be pickled by its name
 def hinted(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function as one whose errors carry a note of what to try, which a traceback shows."""
 
@@ -57,4 +58,5 @@ def hinted(function: Callable[..., Any]) -> Callable[..., Any]:
                 error.add_note(f"try: {in_python(error.hint)}")
             raise
 
+    called.__module__ = "fleetune"
     return called

@@ -549,7 +549,7 @@ class CompressDone(Event, event="done"):
     """A compression is finished."""
 
     folder: str  # path of the compression's folder
-    before: Mapping[str, float]  # before compression: loss, own_perplexity (of text it wrote), perplexity
+    before: Mapping[str, float]  # before compression: loss, perplexity, other_perplexity
     after: Mapping[
         str, float
     ]  # measures of the result, by name; kl_divergence and same_top from the dense model or teacher

@@ -45,7 +45,7 @@ def check(request: CompressRequest, solver: compression.Solver) -> None:
     if not solver.data or not own.issuperset((*CHOSEN, "group")):
         raise UsageError(
             f"{flag} chooses the grid of each matrix by the loss, for a method that solves for it: {request.method} does not",
-            hint=f"--method {compression.DEFAULT}",
+            hint=f"--set bits={request.bits}" if request.bits else f"--method {compression.DEFAULT}",
         )
     if given := [name for name in (*CHOSEN, "group") if name in request.set]:
         raise UsageError(f"{flag} chooses {given[0]} for each matrix", hint=f"leave out --set {given[0]}=..")

@@ -35,6 +35,7 @@ from fleetune.tuning.rounds import rounds
 
 OWN: Final = "text that comes with Fleetune"
 MEASURED: Final = 4  # windows of it that are measured on
+LONGEST: Final = 512  # tokens of these
 LEAST: Final = 8  # windows of it beside the rows of a run
 
 
@@ -192,24 +193,30 @@ def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tupl
 
 def with_other(request: CompressRequest, inputs: Inputs) -> Inputs:
     """Return the inputs with windows of other text to measure on."""
-    length = min(request.length, losses.context_length(inputs.model), 512)
-    return replace(inputs, other=of_package(inputs.model, length, 1)[1])
+    length = min(request.length, losses.context_length(inputs.model))
+    return replace(inputs, other=of_package(inputs.model, length, 0)[1])
 
 
 def of_package(model: Model, length: int, count: int) -> tuple[Tensor, list[Encoded]]:
     """Return windows of the text that comes with Fleetune, int64 [`count` or fewer, length], and others to measure on.
 
-    Kinds of text follow one another by their shares, so that any first part of the windows is a mix as well.
+    Kinds of text follow one another by their shares, so that any first part of the windows is a mix as well; one that fills no
+    window is left out.  DataError where all are.
     """
     whole, ordered, measured = sum(calibration.SHARES.values()), list[tuple[float, Tensor]](), list[Encoded]()
     for kind, share in calibration.SHARES.items():
-        found = driver.windows(_ids(model, calibration.documents(kind)), length, 1 << 20)
-        if len(found) > 1 and len(measured) < MEASURED:
-            measured.append(Encoded(ids=found[-1].numpy(), n_prompt=1))
+        ids = _ids(model, calibration.documents(kind))
+        if sum(map(len, ids)) < length:
+            continue
+        found = driver.windows(ids, length, 1 << 20)
+        if length > 1 and len(found) > 1 and len(measured) < MEASURED:
+            measured.append(Encoded(ids=found[-1, :LONGEST].numpy(), n_prompt=1))
             found = found[:-1]
         wanted = min(len(found), math.ceil(count * share / whole))
         places = [k * len(found) // wanted for k in range(wanted)]
         ordered += [((k + 0.5) / share, found[place]) for k, place in enumerate(places)]
+    if count and not ordered:
+        raise DataError(f"{OWN} fills no window of {length} tokens", hint="give a smaller --length")
     ordered.sort(key=lambda each: each[0])
     taken = [window[None] for _, window in ordered[:count]]
     return torch.cat([torch.zeros((0, length), dtype=torch.int64), *taken]), measured

@@ -102,16 +102,12 @@ def request_for(
     `model` means no plain weights.
     """
     fast, options = bool(options.get("fast")), {n: v for n, v in options.items() if n != "fast"}
-    if options.get("bits") and GRID & chosen.keys():  # those of this grid
+    if options.get("bits") and "bits" not in chosen and GRID & chosen.keys():  # those of this grid
         chosen = {"bits": options.pop("bits"), **chosen}
-    limited, devices = (
-        options.get("bytes") or options.get("bits"),
-        options.get("calibrate") in (CLIENTS, FLEET),
-    )
-    if fast and (limited or "grid" in chosen):
-        raise UsageError(
-            "--fast takes one grid, and a size or a grid is given as well", hint="leave out --fast"
-        )
+    limited = options.get("bytes") or options.get("bits")
+    devices = options.get("calibrate") in (CLIENTS, FLEET)
+    if fast and (limited or GRID & chosen.keys()):
+        raise UsageError("--fast takes one grid, and a size or a grid is given too", hint="leave out --fast")
     if fast:
         chosen = {**chosen, "grid": FAST}
     elif method is None and not (limited or devices or options.get("low_memory") or GRID & chosen.keys()):
@@ -149,8 +145,7 @@ def prepare(
 ) -> Job:
     """Check a request, and load its model and data.
 
-    `devices` are those of --calibrate fleet; `beside` is needed for a budget in bytes.  A `dry` job is
-    not to be carried out.
+    `devices` are those of --calibrate fleet; `beside` is needed for a budget in bytes.  A `dry` job is not to be carried out.
     """
     if not dry:
         _check_devices(request, devices)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -282,7 +282,8 @@ def _limited(job: SolveJob, beside: FileSize | None, listener: Listener) -> Solv
         if not job.request.bits:
             raise
         listener.note(f"{error.message}: all matrices get the same grid")
-        return replace(job, request=replace(job.request, bits=0))
+        solver = replace(cast(Any, job.method), bits=job.request.bits)
+        return replace(job, request=replace(job.request, bits=0), method=solver)
 
 
 def _room(job: SolveJob, beside: FileSize | None) -> budget.Room:
@@ -539,9 +540,7 @@ def _alike(a: artefact.ArtefactHead, b: artefact.ArtefactHead) -> bool:
 def _base_job(folder: Path, beside: FileSize, offline: bool, listener: Listener) -> SolveJob:
     request = compression_folder.request_of(folder)
     loaded, recipe = inputs.load(request, offline=offline), finished.recipe_of(Path(request.model))
-    job = prepare(
-        request, solver_of(request), loaded, listener, beside=beside
-    )  # the tuned model writes its text again
+    job = prepare(request, solver_of(request), loaded, listener, beside=beside)
     loaded.model.net.to("meta")  # its weights go before the base's come
     base = models.load(recipe.model, dtype=recipe.dtype, device="cpu", offline=offline)
     return replace(job, inputs=replace(job.inputs, model=base))
