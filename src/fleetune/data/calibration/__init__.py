@@ -1,4 +1,4 @@
-"""Text of several kinds to calibrate on where none is given, written for Fleetune (80 thousand tokens).
+"""Text of several kinds to calibrate on where none is given, written for Fleetune (68 thousand tokens).
 
 A line `%%` parts the documents of a file.
 """
