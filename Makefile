@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check fuzz bench slow faults docs house format clean help
 
 help:
-	@echo "make demo    tune a real language model over 24 simulated clients, with a report (about 6 minutes)"
+	@echo "make demo    tune a real language model over 24 simulated clients, with a report (about 8 minutes)"
 	@echo "make test    the test suite"
 	@echo "make check   lint, format and types"
 	@echo "make fuzz    the property tests, with new random examples"
