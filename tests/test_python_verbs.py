@@ -1,6 +1,7 @@
 """The library in a notebook: lines while it works, sweeps, lists of runs, and answers."""
 
 import io
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,8 @@ HINTS = {
     "fleetune eval RUN rows.jsonl, or --text FILE": "fleetune.evaluate(RUN, 'rows.jsonl'), or text=FILE",
     "(fleetune export runs/1 --to gguf:f32)": "(fleetune.export('runs/1', to='gguf:f32'))",
     "--set lr=1e-4, fewer --eval-rows or --labels yes,no": "settings={'lr': 1e-4}, fewer eval_rows or labels='yes,no'",
+    "fleetune measure latest --kept-gain": "fleetune.measure('latest', kept_gain=True)",
+    "--reference MODEL: or leave out --fast": "reference=MODEL: or leave out fast",
     "leave out --set; fleetune runs   lists them": "leave out settings; fleetune.list_runs()   lists them",
 }
 AS_THEY_ARE = (
@@ -147,3 +150,4 @@ def test_hints_are_python_where_python_has_a_counterpart(tiny, tmp_path):
     with pytest.raises(fleetune.errors.UsageError) as raised:
         fleetune.release(tiny, out=tmp_path)
     assert (raised.value.hint, raised.value.__notes__) == ("fleetune runs", ["try: fleetune.list_runs()"])
+    assert pickle.loads(pickle.dumps(fleetune.tune)) is fleetune.tune, "for a pool of processes"

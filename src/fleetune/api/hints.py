@@ -10,7 +10,7 @@ from fleetune.errors import FleetuneError
 NAMES = {n: n for n in ("plan", "tune", "sweep", "compress", "export", "measure")}
 NAMES |= {"eval": "evaluate", "runs": "list_runs"}
 RESUMED = {"tune": "resume_run", "sweep": "resume_sweep", "compress": "resume_compression"}
-_WORD = r"(?:'[^']*'|[^\s'();,]+(?:,[^\s'();,]+)*)"
+_WORD = r"(?:'[^']*'|[^\s'();,]+(?:,[^\s'();,]+)*(?<!:))"
 _OPTION = (
     rf"--set ([\w.]+)=({_WORD})|--(?!from\b)([a-z][a-z-]+)(?: (?!--|(?:or|and|is|out|cuts)\b)({_WORD}))?"
 )
@@ -33,11 +33,12 @@ def _call(found: re.Match[str]) -> str:
     return f"fleetune.{name}({', '.join(_argument(*p.groups()) for p in parts)})"
 
 
-def _argument(setting: str, of: str, option: str, value: str, word: str = "") -> str:
+def _argument(setting: str, of: str, option: str, value: str, word: str | None = "") -> str:
+    """Return an option as an argument, or a word; `word` is None for an option of a call, which is true without a value."""
     if setting:
         return f"settings={{{setting!r}: {_value(of)}}}"
     name = "settings" if option == "set" else (option or "").replace("-", "_")
-    return _value(word) if word else f"{name}={_value(value)}" if value else name
+    return _value(word) if word else f"{name}={_value(value)}" if value else name + "=True" * (word is None)
 
 
 def _value(word: str) -> str:
