@@ -36,7 +36,8 @@ def asked(count: int, **more: Any) -> CompressRequest:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "count", "whole", "beside"), [(60, 32, 3, 8), (200, 32, 12, 12), (200, 7, 4, 3), (60, 1, 1, 0)]
+    ("tokens", "count", "whole", "beside"),
+    [(60, 32, 3, 8), (200, 32, 12, 12), (1600, 128, 64, 32), (200, 7, 4, 3), (60, 1, 1, 0)],
 )
 def test_rows_come_first_and_there_is_as_much_other_text(
     tokens: int, count: int, whole: int, beside: int

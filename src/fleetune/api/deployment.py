@@ -40,7 +40,7 @@ def compress(
     data: Rows | None = None,
     text: str | Path = "",
     eval_text: str | Path = "",
-    windows: int = 32,
+    windows: int = 128,
     length: int = 512,
     calibrate: Literal["server", "clients", "fleet"] = "server",
     clients: int = 0,

@@ -43,7 +43,7 @@ class CompressRequest:
     set: dict[str, str] = field(default_factory=dict)
     data: str = ""
     text: str = ""
-    windows: int = 32
+    windows: int = 128
     length: int = 512
     eval_text: str = ""
     seed: int = 42

@@ -37,6 +37,7 @@ OWN: Final = "text that comes with Fleetune"
 MEASURED: Final = 4  # windows of it that are measured on
 LONGEST: Final = 512  # tokens of these
 LEAST: Final = 8  # windows of it beside the rows of a run
+MOST: Final = 32  # windows of it: more cost time, and hardly help
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def windows(request: CompressRequest, inputs: Inputs) -> Tensor:
         return driver.windows(
             _ids(inputs.model, data.read_text(request.text)), request.length, request.windows
         )
-    return of_package(inputs.model, request.length, request.windows)[0]
+    return of_package(inputs.model, request.length, min(request.windows, MOST))[0]
 
 
 def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tuple[Tensor, Inputs]:
@@ -185,7 +186,7 @@ def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tupl
             f"{inputs.source} has {counted(tokens, 'token')}, and a window needs {request.length}: the model is calibrated on "
             f"{OWN} alone; a smaller --length takes the rows in, --data FILE or --text FILE gives more"
         )
-    left, wanted = request.windows - sum(map(len, rows)), max(LEAST, sum(map(len, rows)))
+    left, wanted = min(MOST, request.windows - sum(map(len, rows))), max(LEAST, sum(map(len, rows)))
     beside = of_package(inputs.model, request.length, min(left, wanted) if filled else left)[0]
     of_rows = [f"{inputs.source}: {counted(len(each), 'window')}, and {len(beside)} of " for each in rows]
     return torch.cat([*rows, beside]), replace(inputs, source="".join([*of_rows, OWN]))
