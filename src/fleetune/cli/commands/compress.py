@@ -80,11 +80,7 @@ def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
         "--text",
         help="calibrate on a plain text file (without either: text of several kinds that comes with Fleetune)",
     )
-    sub.add_argument(
-        "--windows",
-        type=int,
-        help="calibration windows at most (default 128; 32 of the text that comes along)",
-    )
+    sub.add_argument("--windows", type=int, help="windows at most (default 128; 32 where no text is given)")
     sub.add_argument("--length", type=int, help="tokens per window, or per row at most (default 512)")
     sub.add_argument(
         "--calibrate",
