@@ -125,6 +125,7 @@ def test_a_notebook_gets_a_bar_for_each_count_until_it_is_full():
 
 
 HINTS = {
+    "fleetune compress RUN --set grid=ggml --set bits=4": "fleetune.compress(RUN, settings={'grid': 'ggml', 'bits': 4})",
     "finish it: fleetune tune --resume 'my runs/0001-a'": "finish it: fleetune.resume_run('my runs/0001-a')",
     "free space, then: fleetune compress --resume runs/2   (nothing is lost)": "free space, then: fleetune.resume_compression('runs/2')   (nothing is lost)",
     "fleetune eval RUN rows.jsonl, or --text FILE": "fleetune.evaluate(RUN, 'rows.jsonl'), or text=FILE",

@@ -19,7 +19,7 @@ _TOLD = re.compile(rf"(?:fleetune|llama-[a-z-]+|pip) ([a-z-]+)((?: {_WORD})*)|{_
 
 def in_python(hint: str) -> str:
     """Return a hint with calls in place of commands and arguments in place of options, where Python has them."""
-    return _TOLD.sub(_call, hint)
+    return re.sub(r"\},? settings=\{", ", ", _TOLD.sub(_call, hint))  # settings together
 
 
 def _call(found: re.Match[str]) -> str:

@@ -81,9 +81,7 @@ class Brings:
     )
     epsilon: float = 0.0  # its own privacy budget, over all runs; 0: none
     delta: float = 1e-5  # of that budget
-    every_turn: bool = (
-        False  # earlier answers of a conversation are trained on, too, each as a row of its own
-    )
+    every_turn: bool = False  # earlier answers of a conversation are trained on, too, each as a row
 
     def __post_init__(self) -> None:
         numbers = type(self.least) is int and {type(self.epsilon), type(self.delta)} <= {int, float}

@@ -69,9 +69,9 @@ def _list(ui: Ui) -> None:
         download = cache.ORIGINS[m.name].wheel_bytes
         here = {"cached": str(m.cached) if m.cached else None, "bytes": sizes.get(m.cached)}
         ui.event(ModelListed(**dataclasses.asdict(m) | here, download=download))
-        here_now, size = "yes" if m.cached else "no", human_bytes(sizes[m.cached] if m.cached else download)
+        there, size = "yes" if m.cached else "no", human_bytes(sizes[m.cached] if m.cached else download)
         source = (m.source or m.hub) + (folders.get(m.cached, "") if m.cached else "")
-        rows.append([m.name, here_now, human_count(m.params), size, m.licence, source])
+        rows.append([m.name, there, human_count(m.params), size, m.licence, source])
     for s in SHORT_NAMES.values():
         about = "from the hub, gated" if s.gated else "from the hub"
         ui.event(
