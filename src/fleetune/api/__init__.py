@@ -5,8 +5,6 @@ and `sweep` start from a plain model.  With `offline` the network is never used;
 
 A function that takes long prints lines where a person reads them (a terminal or a notebook); `progress=True` prints in a pipe
 too.  A `listener` gets events, remarks and progress instead (`runs/listener.py`).  Other remarks go to the log `fleetune`.
-
-An error carries its hint in Python: `fleetune tune --resume RUN` is `fleetune.resume_run(RUN)`.
 """
 
 import functools
