@@ -18,9 +18,8 @@ from fleetune.cli import flags
 from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import InterruptHandler, console_listener
-from fleetune.common.display import counted, human_bytes, human_time
+from fleetune.common.display import check_installed, counted, human_bytes, human_time, quoted
 from fleetune.common.settings import parse_bytes
-from fleetune.common.shell import check_installed, quoted
 from fleetune.data import check_columns, sources
 from fleetune.data.partition import held_out_problem
 from fleetune.data.read_rows import row_of
