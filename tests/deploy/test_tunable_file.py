@@ -151,21 +151,21 @@ def test_only_layers_count() -> None:
 KILLED = """
 import os, signal, sys, time
 from fleetune import subject
-from fleetune.deploy import tunable_file
+from fleetune.deploy.export import tunable_file
 found = subject.open(sys.argv[1])
-place = tunable_file.of(found, lambda _: None)
+place = tunable_file(found, lambda _: None)
 whole = place.read_bytes()
 for delay in (0.02, 0.05, 0.1, 0.2, 0.35):
     child = os.fork()
     while not child:
         place.unlink(missing_ok=True)
-        tunable_file.of(found, lambda _: None)
+        tunable_file(found, lambda _: None)
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert not place.exists() or place.read_bytes() == whole, delay
 place.unlink(missing_ok=True)
-tunable_file.of(found, lambda _: None)
+tunable_file(found, lambda _: None)
 assert place.read_bytes() == whole
 """
 

@@ -23,6 +23,8 @@ from typing import Any, Final
 
 from fleetune.errors import FleetuneError, StorageError, UsageError
 
+log = logging.getLogger(__name__)
+
 WRITABLE: Final = "choose a place that you can write to"
 FULL: Final = "free some space, then repeat the command"
 PRIVATE: Final = 0o600  # the mode of a file that holds rows of people, or what was learned from them
@@ -220,8 +222,6 @@ def _lock_byte(handle: int, wait: bool) -> bool:
         else:
             return True
 
-
-log = logging.getLogger(__name__)
 
 # how a file is opened to be flushed: Windows wants it open for writing
 FLUSH: Final = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
