@@ -58,7 +58,7 @@ def test_partition_of_many_clients_draws_the_largest_and_groups_small_categories
 
 def test_replies_that_did_not_count_are_listed_with_their_reasons(run24):
     lost = [e for e in lines_of(run24) if e["event"] == "client" and e["status"] != "ok"]
-    rows = page_of(run24).table("what", "why", "times")
+    rows = page_of(run24).table("reply", "why", "times")
     assert len(lost) > 5
     assert sum(int(row[2]) for row in rows) == len(lost)
     for what, why, times, clients, rounds in rows:

@@ -182,7 +182,7 @@ def replies(run: RunLog) -> str:
         for (status, reason), events in sorted(reasons.items(), key=lambda item: -len(item[1]))[:100]
     ]
     caption = f"{len(lost)} of {len(run.clients)} replies did not count"
-    return page.table(caption, ["what", "why", "times", "clients", "rounds"], rows)
+    return page.table(caption, ["reply", "why", "times", "clients", "rounds"], rows)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -77,7 +77,7 @@ def _rerun_section(run: RunLog) -> str:
     lines = [
         (f"fleetune tune -c {shlex.quote(run.shown_path + '/run.toml')}", "the same run, in a new folder")
     ]
-    if kind_of(run.status) != "done":
+    if kind_of(run.status) not in {"done", "running"}:
         lines.insert(0, (run.resume, "go on where it stopped"))
     if (run.path / "ledger.safetensors").is_file():
         ledger = shlex.quote(run.shown_path + "/ledger.safetensors")
