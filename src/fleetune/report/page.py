@@ -113,8 +113,9 @@ def framed_table(
 ) -> str:
     """Return names with values, and a table, as a notebook shows them; the first column names the rows."""
     cells: list[list[str | TableCell]] = [[row[0], *map(TableCell, row[1:])] for row in rows]
-    body = f"<header>{fact_list(facts)}</header>" + table(title, head, cells)
-    return framed(document(title, body), 160 + 34 * len(rows))
+    about = fact_list(facts)
+    height = 190 + 27 * about.count("<dt>") + 31 * len(rows)
+    return framed(document(title, about + table(title, head, cells)), height)
 
 
 class Drawing(str):
