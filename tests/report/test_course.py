@@ -77,11 +77,11 @@ def test_client_name_is_that_of_the_data(tmp_path):
     bars = drawing(text, "partition")
     for part in (">bakery-lyon</", ">ferry &amp; co</", ">a-name-much-longer-th…</", f"client {names[2]}: "):
         assert part in bars
-    assert "one per `client`" in text
+    assert "one per &#x27;client&#x27;" in text
     text = single.write(restated(run, names=["a", 7, None], partition="column:site")).read_text()
     assert ">a</text>" in drawing(text, "partition")
     assert ">2</text>" in drawing(text, "partition")
-    assert "one per `site`" in text
+    assert "one per &#x27;site&#x27;" in text
 
 
 def test_values_that_are_not_finite_are_not_drawn(tmp_path):

@@ -158,7 +158,7 @@ def partition_words(run: RunLog) -> str:
     if kind == "dirichlet" and len(rest) == 2:
         return f"Dirichlet α {rest[0]} over {rest[1]}"
     if kind == "column" and len(rest) == 1:
-        return f"one per `{rest[0]}`"
+        return f"one per '{rest[0]}'"
     return spec
 
 
