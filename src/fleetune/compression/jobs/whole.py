@@ -82,9 +82,9 @@ class DistilJob:
         need = self.method.disk(self.inputs.model) + self.inputs.logits_size(self.teacher)
         progress.check_disk(folder, need, KEPT)
         began, teacher = time.monotonic(), self.teacher
-        of_teacher = self.inputs.measure(teacher, listener, folder)
         student = self.method.student(self.inputs.model)
         with self.inputs.reference(teacher, folder, listener) as reference:
+            of_teacher = self.inputs.measure(teacher, listener, folder, known=reference and reference.loss)
             before = self._measure(listener, folder, student, reference)
             listener.event(
                 CompressStart(
@@ -181,8 +181,6 @@ class PruneJob:
         progress.check_disk(folder, self.method.disk(whole) + loaded.logits_size(whole), KEPT)
         began, parameters = time.monotonic(), whole.n_params
         sizes = {"before": progress.weight_bytes(whole)}
-        before = loaded.measure(whole, listener, folder)
-        listener.event(CompressStart(**asdict(self.request), folder=str(folder), before=before))
 
         def on_row(row: int, rows: int) -> None:
             listener.progress("rows", row, rows, "importance")
@@ -191,6 +189,8 @@ class PruneJob:
             )
 
         with loaded.reference(whole, folder, listener) as reference:
+            before = loaded.measure(whole, listener, folder, known=reference and reference.loss)
+            listener.event(CompressStart(**asdict(self.request), folder=str(folder), before=before))
             pruned = self.method.prune(whole, self.rows, on_row)
             _report(listener, parameters, pruned)
             after = cut = loaded.measure(pruned, listener, folder, reference)
