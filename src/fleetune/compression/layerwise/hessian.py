@@ -6,6 +6,8 @@ factor U of H^-1 = U^T U: with F the columns that are still to come, [H_F^-1]_ii
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -69,7 +71,30 @@ class Factor(NamedTuple):
         return None if self.U is None else self.U.diagonal().pow(-2).masked_fill(self.dead, 0.0)
 
 
+_KEPT: ContextVar[list[tuple[Tensor, float, Factor]] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def factor_kept() -> Iterator[None]:
+    """Keep the last factor while the block runs: layers that read the same tensor share it.  Their H must not change."""
+    before = _KEPT.set([])
+    try:
+        yield
+    finally:
+        _KEPT.reset(before)
+
+
 def inverse_cholesky(H: Tensor, damping: float) -> Factor:
+    """Return the factor of H [C, C], see `_factor`; in `factor_kept` the last one is not made again."""
+    if (kept := _KEPT.get()) is None:
+        return _factor(H, damping)
+    if not (kept and kept[0][0] is H and kept[0][1] == damping):
+        kept[:] = ()
+        kept[:] = [(H, damping, _factor(H, damping))]
+    return kept[0][2]
+
+
+def _factor(H: Tensor, damping: float) -> Factor:
     """Factor H [C, C] with `damping` times the mean of its diagonal added to the diagonal.
 
     Inputs that are always zero get H_ii = 1.  Where there is no factor, damping grows tenfold, up to 1; if there is
