@@ -40,6 +40,9 @@ LINES = {
     "export 3 -o a.gguf": "export 3 --path a.gguf",
     "export 3 --out a.gguf": "export 3 --path a.gguf",
     "data demo": "data check demo",
+    "data rows.csv": "data check rows.csv",
+    "models smollm2": "models list smollm2",
+    "runs 3": "runs show 3",
     "pull m": "models pull m",
     "rm m": "models rm m",
     "list": "models",
@@ -64,7 +67,7 @@ def test_what_is_not_quite_the_same_is_said():
 
 
 @pytest.mark.parametrize(
-    "line", ["tunes m d", "tune m d --round 2", "tune m d --iters many", "models smollm2"]
+    "line", ["tunes m d", "tune m d --round 2", "tune m d --iters many", "models pul", "data chek rows.csv"]
 )
 def test_what_is_no_word_of_anybody_is_refused(line):
     with pytest.raises(UsageError):

@@ -24,6 +24,7 @@ ACTIONS: Final[Mapping[str, Mapping[str, str]]] = {
     "models": {"ls": "list", "get": "pull", "download": "pull", "remove": "rm", "delete": "rm"},
     "runs": {"ls": "list", "info": "show", "diff": "compare", "remove": "rm", "delete": "rm"},
 }
+USUAL_ACTION: Final = {"data": "check", "models": "list", "runs": "show"}  # where a name takes its place
 # of commands with a recipe's options, and of the recipe itself; `epochs` and `steps`: see `meaning`
 RECIPE: Final = _table("""
     set.lr: lr learning_rate | set.batch_size: batch_size micro_batch_size per_device_train_batch_size

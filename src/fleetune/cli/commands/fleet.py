@@ -18,6 +18,7 @@ from fleetune.cli import flags
 from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import InterruptHandler, console_listener
+from fleetune.cli.parser import Group, Parser
 from fleetune.common.display import counted, human_bytes, human_time
 from fleetune.common.settings import parse_bytes
 from fleetune.common.shell import check_installed, quoted
@@ -64,7 +65,7 @@ STATE = "fleetune-device"
 OWN = "model device threads held_out eval_data columns train_turns base ram epsilon delta"  # a recipe's options, of a device
 
 
-def arguments(sub: argparse.ArgumentParser) -> None:
+def arguments(sub: Parser) -> None:
     """Add the command's arguments."""
     sub.usage = "fleetune fleet ACTION [WORD ...] [options]"
     sub.description = f"{sub.description}\n\n{textwrap.indent(VERBS, '    ')}"
@@ -76,14 +77,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         default=[],
         help="HOST:PORT or NAME.invite (join), NAME (invite), what to make (keys), RUN (others), DIR (app)",
     )
-    serve = sub.add_argument_group("serve (eval takes those of the door, from --host to --round-deadline)")
+    serve = sub.group("serve (eval takes those of the door, from --host to --round-deadline)")
     of = "a TOML recipe, or a device's settings (join); flags override it"
     serve.add_argument("-c", "--config", metavar="FILE", help=of)
     serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
     serve.add_argument("--dry-run", action="store_true", help="check recipe, rows, model and door, then stop")
     flags.add_door(serve, "the first round (default: the recipe's clients)")
     _join_arguments(
-        sub.add_argument_group(
+        sub.group(
             "join (with --data, --columns, --train-turns, --held-out or --eval-data, --model, --base, --ram, --device, --threads)"
         )
     )
@@ -91,7 +92,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     flags.add(sub)
 
 
-def _join_arguments(join: argparse._ArgumentGroup) -> None:
+def _join_arguments(join: Group) -> None:
     join.add_argument(
         "--state",
         metavar="DIR",

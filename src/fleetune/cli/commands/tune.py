@@ -14,6 +14,7 @@ from fleetune.api import tuning
 from fleetune.cli import flags
 from fleetune.cli.console import Bar, Ui
 from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.parser import Parser
 from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
 from fleetune.common.shell import quoted
@@ -37,7 +38,7 @@ fleetune tune --resume latest --rounds 40                  give it more rounds: 
 """
 
 
-def arguments(sub: argparse.ArgumentParser) -> None:
+def arguments(sub: Parser) -> None:
     """Add the command's arguments."""
     sub.add_argument(
         "model",
