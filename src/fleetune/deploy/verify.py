@@ -8,6 +8,7 @@ weights that they were solved from; that they are this method's is declared.  Th
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,9 +338,14 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
 
 
 def _made(head: artefact.ArtefactHead) -> str:
-    settings = ", ".join(f"{n} {v}" for n, v in head.settings.items())
+    each = "grid" not in head.settings  # has its own, within a size
+    settings = [f"{n} {v}" for n, v in head.settings.items() if not (each and n in ("bits", "group"))]
+    if each:
+        named = {**head.codebooks, **head.superblocks}
+        kinds = Counter(named.get(name, f"{bits} bits") for name, (bits, _) in head.grids.items())
+        settings += [f"{count} of {kind}" for kind, count in kinds.most_common()]
     text = ", ".join(f"{n} {v}" for n, v in head.calibration.items())
-    made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({settings})"
+    made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({', '.join(settings)})"
     return f"{made}; calibrated on {text}" if text else made
 
 
