@@ -43,6 +43,8 @@ TargetName: TypeAlias = Literal[
 Dtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
 Trains: TypeAlias = Literal["weights", "scales"]
 Base: TypeAlias = Literal["auto", "memory", "mapped"]
+Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
+Engine: TypeAlias = Literal["auto", "llama-server", "xllamacpp"]
 
 
 def words(given: str | Sequence[str]) -> list[str]:

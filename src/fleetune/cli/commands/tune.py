@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fleetune
 from fleetune.api import tuning
@@ -77,18 +77,15 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
         from fleetune.tuning.run import resume
 
-        given = flags.given(args)
-        rounds, base = (
-            resume.rounds_number(given["rounds"]) if "rounds" in given else 0,
-            given.get("base", ""),
-        )
+        given: dict[str, Any] = flags.given(args)
+        rounds = resume.rounds_number(given["rounds"]) if "rounds" in given else 0
         if args.dry_run:
             raise UsageError("--dry-run is for a new run", hint=f"fleetune tune --resume {quoted(path)}")
         with screen(ui, path) as shown:
             result = fleetune.resume_run(
                 path,
                 rounds=rounds,
-                base=base,
+                base=given.get("base"),
                 out=args.out,
                 offline=args.offline,
                 listener=shown,
