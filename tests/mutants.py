@@ -132,7 +132,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'tuning/methods/test_signlora.py -k told'),
     Mutant('tuning/methods/signlora.py', 'Method.written', 'left[place] = rest', 'left[place] = 0',
            'tuning/methods/test_signlora.py -k left'),
-    Mutant('seeds/outer_view.py', 'OuterView._moved', 'begin + top : begin + bottom', 'begin : begin + bottom - top',
+    Mutant('seeds/scale_view.py', 'OuterView._moved', 'begin + top : begin + bottom', 'begin : begin + bottom - top',
            'seeds/test_outer_view.py'),
     Mutant('tuning/rounds/checkpoint.py', 'StandsOn.differences',
            'if now.recipe.get(name) != value', 'if False', 'runs/test_integrity.py'),

@@ -10,7 +10,7 @@ import pytest
 
 import command_line
 import fleetune
-from fleetune.api.hints import in_python
+from fleetune.api import in_python
 from fleetune.cli.main import main
 from fleetune.common.events import ClientReply, SweepDone, SweepRun
 from fleetune.models.net.model import Model

@@ -90,7 +90,7 @@ if not TYPE_CHECKING:  # or a checker would take every name for one that there i
         found = getattr(loaded, attribute) if attribute else loaded
         if not module.startswith("fleetune.api."):
             return found
-        return importlib.import_module("fleetune.api.hints").hinted(found)
+        return importlib.import_module("fleetune.api").hinted(found)
 
 
 def __dir__() -> list[str]:

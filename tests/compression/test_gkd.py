@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gkd_harness import END, direct, pair, rows, trainer
+from gkd_harness import END, direct, formula, pair, rows, trainer, whole
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
 from fleetune import models
 from fleetune.compression.methods import gkd
-from fleetune.data.encode import MASKED, Encoded, collate
+from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import FleetuneError, RecipeError
 from fleetune.evaluation import answers
-from fleetune.evaluation.losses import pad_id
-from fleetune.models import digest, named_tensors
+from fleetune.evaluation.losses import pad_id, predictors
+from fleetune.models import Model, digest, named_tensors
 from tiny_families import TOKENS, sizes
 
 
@@ -115,12 +115,12 @@ def test_kept_blocks_are_evenly_spaced_with_both_ends() -> None:
     assert gkd.evenly_spaced(30, 15) == [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27, 29]
     assert gkd.evenly_spaced(5, 3) == [0, 2, 4]
     assert gkd.evenly_spaced(7, 2) == [0, 6]
-    for whole in range(2, 40):
-        for keep in range(2, whole + 1):
-            kept = gkd.evenly_spaced(whole, keep)
+    for blocks in range(2, 40):
+        for keep in range(2, blocks + 1):
+            kept = gkd.evenly_spaced(blocks, keep)
             assert len(set(kept)) == keep
             assert kept == sorted(kept)
-            assert (kept[0], kept[-1]) == (0, whole - 1)
+            assert (kept[0], kept[-1]) == (0, blocks - 1)
 
 
 def test_a_student_of_some_blocks_saves_loads_and_runs(tmp_path: Path) -> None:
@@ -168,3 +168,88 @@ def test_what_a_configuration_says_of_each_block_is_cut_too(tmp_path: Path) -> N
     assert torch.equal(back.net(input_ids=ids).logits, cut(input_ids=ids).logits)
     here, there = ([getattr(b, "attention_type", None) for b in n.model.layers] for n in (back.net, cut))
     assert here == there
+
+
+BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def between(student: Model, teacher: Model, batch: Batch, beta: float, *, chunk: int = 0) -> Tensor:
+    made = predictors(student.net, batch)
+    return gkd.divergences(made, teacher.net, batch, beta, chunk=chunk)
+
+
+def logits(seed: int, n: int = 7, V: int = 50) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(n, V, generator=g), 3 * torch.randn(n, V, generator=g)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_divergence_is_the_formula(beta: float) -> None:
+    Q, P = logits(0)
+    found = gkd.divergence(Q, P, beta)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), formula(Q, P, beta), rtol=1e-5, atol=1e-6)
+    assert gkd.divergence(P, P, beta).abs().max() < 1e-6
+    half = gkd.divergence(Q.bfloat16(), P.bfloat16(), beta)  # in fp32 whatever the models are in
+    torch.testing.assert_close(half.double(), formula(Q.bfloat16(), P.bfloat16(), beta), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_far_apart_and_sure_distributions_are_finite(beta: float) -> None:
+    Q, P = torch.zeros(1, 5), torch.zeros(1, 5)
+    Q[0, 0], P[0, 1] = 200.0, 200.0
+    Q.requires_grad_(True)
+    found = gkd.divergence(Q, P, beta)
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert Q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradients_by_finite_differences(beta: float) -> None:
+    Q, P = (x.double() for x in logits(2, 3, 9))
+    assert torch.autograd.gradcheck(lambda x: gkd.divergence(x, P, beta), (Q.requires_grad_(True),))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_only_the_answers_tokens_count_whatever_the_chunk(beta: float) -> None:
+    """Values, and gradients of every weight, against whole arrays; the teacher gets none."""
+    student, teacher = pair()
+    batch = collate(rows(0, 4), END)
+    for model in (student, teacher):
+        model.net.requires_grad_(True)
+
+    def slopes(found: Tensor) -> dict[str, Tensor]:
+        teacher.net.zero_grad()
+        student.net.zero_grad()
+        found.mean().backward()
+        return {n: p.grad.clone() for n, p in student.net.named_parameters() if p.grad is not None}
+
+    want = direct(student, teacher, batch, beta)
+    assert len(want) == sum(len(r.ids) - r.n_prompt for r in rows(0, 4))
+    grads = slopes(want)
+    for chunk in (0, 1, 5, 1000):
+        found = between(student, teacher, batch, beta, chunk=chunk)
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
+        other = slopes(found)
+        assert all(p.grad is None for p in teacher.net.parameters())
+        assert other.keys() == grads.keys()
+        for name, grad in other.items():
+            torch.testing.assert_close(grad, grads[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_that_caps_its_logits_and_a_head_with_more_rows() -> None:
+    """What a model does after its head counts; rows of padding in one head do not."""
+    teacher = models.tiny_llama(1, vocab=300)
+    small = sizes(32, 40, 2, 4, 2, head_dim=8, final_logit_softcapping=0.5, sliding_window=8)
+    config = Gemma2Config(**small | TOKENS)
+    torch.manual_seed(0)
+    student = models.tiny_llama()
+    student.net = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    batch = collate(rows(1, 3), END)
+    Q, P = whole(student, batch), whole(teacher, batch)
+    assert Q.abs().max() <= 0.5
+    scored = batch.labels[:, 1:] != MASKED
+    want = formula(Q[:, :-1][scored], P[:, :-1][scored][:, :264], 0.5)
+    found = between(student, teacher, batch, 0.5, chunk=4)
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)

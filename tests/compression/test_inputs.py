@@ -13,7 +13,6 @@ from fleetune.common.display import counted
 from fleetune.compression.jobs import inputs
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.layerwise import driver
-from fleetune.data import calibration
 from fleetune.data.encode import Encoded
 from fleetune.errors import DataError
 from fleetune.evaluation.losses import row_perplexity
@@ -50,20 +49,20 @@ def test_rows_come_first_and_there_is_as_much_other_text(
 
 
 def windows_of(kind: str, model: Model) -> list[list[int]]:
-    texts = [model.tokenizer(text)["input_ids"] for text in calibration.documents(kind)]
+    texts = [model.tokenizer(text)["input_ids"] for text in inputs.documents(kind)]
     return driver.windows([np.asarray(ids) for ids in texts], LENGTH, 1 << 20).tolist()
 
 
 def test_any_first_part_of_the_text_that_comes_along_is_a_mix_by_the_shares() -> None:
     model = models.tiny_llama()
-    kinds = {tuple(w): kind for kind in calibration.SHARES for w in windows_of(kind, model)}
+    kinds = {tuple(w): kind for kind in inputs.SHARES for w in windows_of(kind, model)}
     found, _ = inputs.of_package(model, LENGTH, 32)
     for count, times in ((16, 1), (32, 2)):
         assert Counter(kinds[tuple(w)] for w in found[:count].tolist()) == {
-            kind: times * share for kind, share in calibration.SHARES.items()
+            kind: times * share for kind, share in inputs.SHARES.items()
         }
     whole = inputs.of_package(model, LENGTH, 1 << 20)[0]
-    assert len(whole) == sum(len(windows_of(kind, model)) for kind in calibration.SHARES) - inputs.MEASURED
+    assert len(whole) == sum(len(windows_of(kind, model)) for kind in inputs.SHARES) - inputs.MEASURED
 
 
 def test_what_is_measured_on_is_not_calibrated_on() -> None:
@@ -79,7 +78,7 @@ def test_what_is_measured_on_is_not_calibrated_on() -> None:
 
 def test_texts_that_fill_no_window_are_left_out() -> None:
     model = models.tiny_llama()
-    longest = max(len(windows_of(kind, model)) for kind in calibration.SHARES) * LENGTH
+    longest = max(len(windows_of(kind, model)) for kind in inputs.SHARES) * LENGTH
     found, measured = inputs.of_package(model, longest, 8)
     assert (found.shape, measured) == ((1, longest), [])
     with pytest.raises(DataError, match="fills no window"):

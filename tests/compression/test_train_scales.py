@@ -13,10 +13,10 @@ from command_line import Capture, Patch, ok
 from command_line import call_json as call
 from fleetune import compression, models
 from fleetune.cli.listener import InterruptHandler
-from fleetune.compression import distillation
 from fleetune.compression.jobs import scales
 from fleetune.compression.jobs.scales import Scales
 from fleetune.compression.layerwise.grids import Grid, rounded
+from fleetune.compression.methods import gkd
 from fleetune.data.encode import Encoded, collate
 from fleetune.deploy.formats import _ggml_blocks
 from fleetune.evaluation.losses import pad_id
@@ -110,7 +110,7 @@ def test_the_gradient_of_a_step_is_that_of_the_divergence(tied: bool) -> None:
         p.grad = None
     with student.on(), torch.enable_grad():
         Q = model.net(input_ids=windows).logits[:, :-1].flatten(0, 1)
-        whole = distillation.divergence(Q, P, 0.0).mean()
+        whole = gkd.divergence(Q, P, 0.0).mean()
         torch.autograd.backward(whole)
     assert float(loss) == pytest.approx(float(whole.detach()), rel=1e-4)
     assert float(loss) > 0

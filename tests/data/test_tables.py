@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.common.shell import pip_install
-from fleetune.data import read, tables
-from fleetune.data.rows import FileRow
+from fleetune.data import read, readers
+from fleetune.data.readers import FileRow
 from fleetune.errors import DataError
 
 HEAD = ["Ticket-Nr.", "Kundenfrage (Text)", "Antwort, Support", "Abteilung"]
@@ -72,23 +72,23 @@ CELL = st.text(st.sampled_from('ab ;,|\t"\n'), max_size=8).filter(lambda cell: c
 )
 def test_quoted_tables_read_back_under_any_separator(tmp_path_factory, rows):
     names = [f"c{i}" for i in range(len(rows[0]))]
-    for mark in tables.SEPARATORS:
+    for mark in readers.SEPARATORS:
         text = io.StringIO(newline="")
         csv.writer(text, delimiter=mark, quoting=csv.QUOTE_ALL).writerows([names, *rows])
         file = tmp_path_factory.getbasetemp() / "quoted.csv"
         file.write_bytes(text.getvalue().encode())
-        found = list(tables.delimited(file, "f", lambda _: None))
+        found = list(readers.delimited(file, "f", lambda _: None))
         assert [row.fields for row in found if isinstance(row, FileRow)] == [
             dict(zip(names, row, strict=True)) for row in rows
         ]
 
 
 def test_a_header_alone_does_not_choose_the_separator() -> None:
-    assert tables.separator("a, b;c\n1;2\n3;4\n") == ";"
-    assert tables.separator("a;b, c\n1,2\n3,4\n") == ","
-    assert tables.separator("a, b, c;d\n1;2\n3;4\n") == ";"
-    assert tables.separator("sentence\none; two\nthree, four, five\nsix\n") in "\t|", "one column"
-    assert tables.separator("") == ","
+    assert readers.separator("a, b;c\n1;2\n3;4\n") == ";"
+    assert readers.separator("a;b, c\n1,2\n3,4\n") == ","
+    assert readers.separator("a, b, c;d\n1;2\n3;4\n") == ";"
+    assert readers.separator("sentence\none; two\nthree, four, five\nsix\n") in "\t|", "one column"
+    assert readers.separator("") == ","
 
 
 def test_lines_of_excel_and_cells_that_it_leaves_out(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_an_excel_file_is_read_as_its_csv(tmp_path: Path) -> None:
 
 def test_of_an_excel_file_one_sheet_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(tables, "_cell", lambda value: seen.append(value) or str(value or ""))
+    monkeypatch.setattr(readers, "_cell", lambda value: seen.append(value) or str(value or ""))
     read(workbook(tmp_path / "a.xlsx", Empty=[[]], S=[["question", "answer"], ["q", "a"]], Z=[["z"]] * 99))
     assert seen.count("z") == 1  # of the sheet that only the note names
 

@@ -12,7 +12,7 @@ from command_line import refused
 from fleetune.cli.commands import fleet as command
 from fleetune.cli.main import build_parser, main
 from fleetune.errors import RecipeError, UsageError
-from fleetune.fleet import device, invite, keys
+from fleetune.fleet import device, keys
 
 NAMES = ["localhost", "fleet.example.org"]
 
@@ -33,7 +33,7 @@ def test_an_invite_registers_a_key_and_is_all_that_its_device_needs(place, capsy
     file = Path("press-3.invite")
     assert file.stat().st_mode & 0o777 == 0o600
     assert "private key" in capsys.readouterr().out
-    address, ca = invite.accept(file, Path("state"))
+    address, ca = keys.accept_invite(file, Path("state"))
     assert address == "fleet.example.org:8470"
     assert ca is not None
     assert ca.read_bytes() == Path("certs/ca.pem").read_bytes()
@@ -41,9 +41,9 @@ def test_an_invite_registers_a_key_and_is_all_that_its_device_needs(place, capsy
     (known,) = keys.registered(Path("keys"))
     assert (known.name, known.pem) == ("press-3", own.public.pem)
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in Path("state").iterdir())
-    assert invite.accept(file, Path("state")) == (address, ca)  # at the next start
+    assert keys.accept_invite(file, Path("state")) == (address, ca)  # at the next start
     assert invited("press-4", "--host", "localhost", "--port", "7") == 0
-    assert invite.accept(Path("press-4.invite"), Path("other"))[0] == "localhost:7"
+    assert keys.accept_invite(Path("press-4.invite"), Path("other"))[0] == "localhost:7"
 
 
 def test_nothing_is_replaced(place):
@@ -57,7 +57,7 @@ def test_nothing_is_replaced(place):
     keys.make(Path("state/key"))
     mine = Path("state/key").read_bytes()
     with pytest.raises(UsageError, match="is not replaced"):
-        invite.accept(Path("press-3.invite"), Path("state"))
+        keys.accept_invite(Path("press-3.invite"), Path("state"))
     assert Path("state/key").read_bytes() == mine
     assert not Path("state/ca.pem").exists()
 
@@ -71,7 +71,7 @@ def test_what_is_no_invite_writes_nothing(place, change):
     found = json.loads(Path("press-3.invite").read_text()) | change
     Path("odd.invite").write_text(json.dumps(found))
     with pytest.raises(UsageError, match="no invite"):
-        invite.accept(Path("odd.invite"), Path("state"))
+        keys.accept_invite(Path("odd.invite"), Path("state"))
     assert not Path("state").exists()
 
 
@@ -134,9 +134,9 @@ def test_settings_that_are_none_are_errors(tmp_path, text, what):
 
 
 def test_a_qr_code_is_drawn_two_rows_a_line(monkeypatch):
-    assert invite.drawn([[1, 0], [0, 1], [1, 1]]) == "▄▀\n▄▄\n"
+    assert keys.drawn([[1, 0], [0, 1], [1, 1]]) == "▄▀\n▄▄\n"
     monkeypatch.setitem(sys.modules, "segno", None)
-    assert invite.code_of("x") == ""
+    assert keys.qr_code("x") == ""
     made = types.SimpleNamespace(matrix_iter=lambda border: iter([b"\1\0", b"\1\0"]))
     monkeypatch.setitem(sys.modules, "segno", types.SimpleNamespace(make=lambda *_, **__: made))
-    assert invite.code_of("x") == " █\n"
+    assert keys.qr_code("x") == " █\n"

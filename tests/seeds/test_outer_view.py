@@ -14,7 +14,7 @@ from torch import nn
 from fleetune.models.net.model import named_tensors
 from fleetune.seeds import noise
 from fleetune.seeds.noise import Passes
-from fleetune.seeds.outer_view import OuterView
+from fleetune.seeds.scale_view import OuterView
 from law_definition import slow_sign
 
 KEY, GRID = 0xFEEDFACE12345678, float(np.float32(3e-6))

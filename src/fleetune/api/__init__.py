@@ -6,3 +6,65 @@ and `sweep` start from a plain model.  With `offline` the network is never used;
 A function that takes long prints lines where a person reads them (a terminal or a notebook); `progress=True` prints in a pipe
 too.  A `listener` gets events, remarks and progress instead (`runs/listener.py`).  Other remarks go to the log `fleetune`.
 """
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from fleetune.errors import FleetuneError
+
+NAMES = {n: n for n in ("plan", "tune", "sweep", "compress", "export", "measure")}
+NAMES |= {"eval": "evaluate", "runs": "list_runs"}
+RESUMED = {"tune": "resume_run", "sweep": "resume_sweep", "compress": "resume_compression"}
+_WORD = r"(?:'[^']*'|[^\s'();,]+(?:,[^\s'();,]+)*(?<!:))"
+_OPTION = (
+    rf"--set ([\w.]+)=({_WORD})|--(?!from\b)([a-z][a-z-]+)(?: (?!--|(?:or|and|is|out|cuts)\b)({_WORD}))?"
+)
+_TOLD = re.compile(rf"(?:fleetune|llama-[a-z-]+|pip) ([a-z-]+)((?: {_WORD})*)|{_OPTION}")
+
+
+def in_python(hint: str) -> str:
+    """Return a hint with calls in place of commands and arguments in place of options, where Python has them."""
+    return re.sub(r"\},? settings=\{", ", ", _TOLD.sub(_call, hint))  # settings together
+
+
+def _call(found: re.Match[str]) -> str:
+    verb, words, *option = found.groups()
+    if words is None:
+        return _argument(*option)
+    name = (RESUMED if words.startswith(" --resume ") else NAMES).get(verb)
+    if name is None or re.search(r" (--help|--list|-c|list|rm)\b", words):
+        return found[0]
+    parts = re.finditer(f"{_OPTION}|({_WORD})", words.removeprefix(" --resume"))
+    return f"fleetune.{name}({', '.join(_argument(*p.groups()) for p in parts)})"
+
+
+def _argument(setting: str, of: str, option: str, value: str, word: str | None = "") -> str:
+    """Return an option as an argument, or a word; `word` is None for an option of a call, which is true without a value."""
+    if setting:
+        return f"settings={{{setting!r}: {_value(of)}}}"
+    name = "settings" if option == "set" else (option or "").replace("-", "_")
+    return _value(word) if word else f"{name}={_value(value)}" if value else name + "=True" * (word is None)
+
+
+def _value(word: str) -> str:
+    """Return a shell's word as Python has it; numbers, and what stands for a value (FILE, ..), as they are."""
+    return word if re.fullmatch(r"[\d.]+(e-?\d+)?|[A-Z]+", word) else repr(word.strip("'"))
+
+
+@functools.cache  # one object, which can be pickled by its name
+def hinted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function as one whose errors carry a note of what to try, which a traceback shows."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except FleetuneError as error:
+            if error.hint and not hasattr(error, "__notes__"):
+                error.add_note(f"try: {in_python(error.hint)}")
+            raise
+
+    called.__module__ = "fleetune"
+    return called

@@ -8,12 +8,12 @@ import re
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune.errors import StorageError
+from fleetune.errors import FleetuneError, StorageError, UsageError
 
 WRITABLE: Final = "choose a place that you can write to"
 FULL: Final = "free some space, then repeat the command"
@@ -69,6 +69,26 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise StorageError(f"{path} is damaged (it holds a {type(found).__name__}, not a table)", hint=hint)
     return found
+
+
+def read_openssh_key(
+    path: Path,
+    load: Callable[[bytes], Any],
+    kind: type[Any],
+    of: str,
+    hint: str,
+    error: type[FleetuneError] = UsageError,
+) -> Any:
+    """Return a key that `load` makes of the file, of this kind (`of`: in words); the error, with a hint, where it has none."""
+    try:
+        key = load(path.read_bytes())
+    except OSError as fault:
+        raise error(f"cannot read the key {path}: {fault.strerror}", hint=hint) from fault
+    except Exception as fault:
+        raise error(f"{path} is not an OpenSSH key {of} without a password ({fault})", hint=hint) from fault
+    if not isinstance(key, kind):
+        raise error(f"{path} is not an OpenSSH key {of}", hint=hint)
+    return key
 
 
 def json_text(content: Mapping[str, Any]) -> str:

@@ -23,8 +23,19 @@ from fleetune.data import forms, sources
 from fleetune.data.forms import BadRow
 from fleetune.data.forms import Example as Example
 from fleetune.data.forms import row_of as row_of
-from fleetune.data.readers import READERS, TEXT, names_in, names_of, no_file, rows_of, unreadable
-from fleetune.data.rows import FileRow, Note, Problem, decode
+from fleetune.data.readers import (
+    READERS,
+    TEXT,
+    FileRow,
+    Note,
+    Problem,
+    decode,
+    names_in,
+    names_of,
+    no_file,
+    rows_of,
+    unreadable,
+)
 from fleetune.errors import DataError, closest
 
 log = logging.getLogger(__name__)

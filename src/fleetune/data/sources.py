@@ -15,8 +15,17 @@ from typing import Final
 from fleetune.common.display import counted
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.data.forms import CLIENT
-from fleetune.data.readers import READERS, TEXT, names_in, rows_of, suggest_files, whole
-from fleetune.data.rows import FileRow, Note, Problem
+from fleetune.data.readers import (
+    READERS,
+    TEXT,
+    FileRow,
+    Note,
+    Problem,
+    names_in,
+    rows_of,
+    suggest_files,
+    whole,
+)
 from fleetune.errors import DataError, FleetuneError
 
 log = logging.getLogger(__name__)

@@ -19,9 +19,8 @@ from typing import Any, Final, cast
 
 from fleetune.common import sums
 from fleetune.common.events import Released
-from fleetune.common.files import PRIVATE, json_text, storage_error, write_atomic
+from fleetune.common.files import PRIVATE, json_text, read_openssh_key, storage_error, write_atomic
 from fleetune.common.folders import staged
-from fleetune.common.openssh import read_key
 from fleetune.common.shell import check_installed, quoted
 from fleetune.errors import ModelError, UsageError
 from fleetune.runs import compression_folder, metrics, rundir
@@ -66,7 +65,7 @@ def write(run: Run, out: Path | None = None, key: Path | None = None) -> Release
         "make one: ssh-keygen -t ed25519 -N '' -f FILE",
         partial(forms.load_ssh_private_key, password=None),
     )
-    secret = read_key(file, load, Ed25519PrivateKey, OF, hint)
+    secret = read_openssh_key(file, load, Ed25519PrivateKey, OF, hint)
     with staged(place) as folder:
         (folder / model_card.CARD).write_text(model_card.of_release(run.folder), encoding="utf-8")
         public: dict[str, Any] = {n: describe.public(getattr(run.recipe, n)) for n in describe.NAMED}
@@ -169,7 +168,9 @@ def fingerprint(key: Ed25519PublicKey) -> str:
 
 def _public(path: Path) -> Ed25519PublicKey:
     load = forms.load_ssh_public_key
-    return cast(Ed25519PublicKey, read_key(path, load, Ed25519PublicKey, OF, "get it again", ModelError))
+    return cast(
+        Ed25519PublicKey, read_openssh_key(path, load, Ed25519PublicKey, OF, "get it again", ModelError)
+    )
 
 
 def _openssh(key: Ed25519PublicKey) -> str:

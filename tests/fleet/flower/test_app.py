@@ -166,30 +166,27 @@ def test_of_flower_only_what_it_documents_is_used():
     assert {name for name in used if name.partition(".")[0] in ("flwr", "ray")} == PUBLIC
 
 
-records = pytest.importorskip("fleetune.fleet.flower.records")
-
-
 @settings(max_examples=30)
 @given(st.integers(0, 3 * 1000), st.integers(0, 3 * 1000), st.integers(1, 1000))
 def test_bytes_come_back_whatever_their_length(head, common, piece):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "PIECE", piece)
+        patch.setattr(client_app, "PIECE", piece)
         data = secrets.token_bytes(head + common)
-        packed = records.pack(data, common)
-        assert records.unpack(packed) == data
+        packed = client_app.pack(data, common)
+        assert client_app.unpack(packed) == data
         assert all(len(record["data"]) <= piece for record in packed.values())
 
 
 def test_records_of_another_kind_are_refused():
     for name, odd in (("x", {"data": b""}), ("0", {"data": "text"}), ("0", {"n": 1})):
         with pytest.raises(MessageError):
-            records.unpack(RecordDict({name: ConfigRecord(odd)}))
+            client_app.unpack(RecordDict({name: ConfigRecord(odd)}))
 
 
 def test_what_the_orders_of_a_round_end_with_is_one_object_for_all_devices():
     """Flower stores equal objects once."""
     body = secrets.token_bytes(3 << 20)
     orders = [Order("work", 1, 10**c, c, body) for c in range(8)]  # heads of unlike lengths
-    packs = [records.pack(o.encode(), o.common).values() for o in orders]
+    packs = [client_app.pack(o.encode(), o.common).values() for o in orders]
     stored = {record.object_id: len(record["data"]) for packed in packs for record in packed}
     assert len(body) < sum(stored.values()) < 1.1 * len(body)

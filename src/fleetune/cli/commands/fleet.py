@@ -26,7 +26,7 @@ from fleetune.data import check_columns, sources
 from fleetune.data.partition import held_out_problem
 from fleetune.data.read_rows import row_of
 from fleetune.errors import RecipeError, StorageError, UsageError, suggest
-from fleetune.fleet import PORT, flower, invite, keys
+from fleetune.fleet import PORT, flower, keys
 from fleetune.fleet import audit as log
 from fleetune.fleet import status as standing
 from fleetune.fleet.table import LATE, Devices
@@ -289,12 +289,12 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     memory, held_out = parse_bytes(own["ram"] or None) or 0, _held_out(own)
     state = Path(args.state or STATE)
     key, ca = args.key and Path(args.key), args.ca and Path(args.ca)
-    if server.endswith(invite.SUFFIX):
+    if server.endswith(keys.INVITE):
         if key or ca:
             raise UsageError("an invite has a key and a ca.pem of its own", hint="leave out --key and --ca")
         keys.check_installed()
         file = Path(server)
-        server, ca = invite.accept(file, state)
+        server, ca = keys.accept_invite(file, state)
         if os.name == "posix" and file.stat().st_mode & 0o077:
             ui.note(f"others on this machine can read the private key in {file}: chmod 600 {quoted(file)}")
     ui.log()
@@ -431,9 +431,9 @@ def _invite(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError(f"a device on another machine than {host} needs TLS", hint="--certificate DIR")
     if certificate and host not in (*EVERY, *names) and not any("*" in name for name in names):
         raise UsageError(f"the certificate in {certificate} is not for {host}", hint=f"--host {names[0]}")
-    file = Path(name).with_name(Path(name).name.removesuffix(invite.SUFFIX) + invite.SUFFIX)
-    text = invite.make(file, Path(args.keys), place.address(), certificate and certificate / "ca.pem")
-    ui.code(invite.code_of(text))
+    file = Path(name).with_name(Path(name).name.removesuffix(keys.INVITE) + keys.INVITE)
+    text = keys.make_invite(file, Path(args.keys), place.address(), certificate and certificate / "ca.pem")
+    ui.code(keys.qr_code(text))
     ui.paths(
         [("invite", f"{file}   (holds the device's private key: bring it there safely, then delete it here)")]
     )

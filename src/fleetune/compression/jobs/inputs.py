@@ -20,7 +20,7 @@ from fleetune import data, models
 from fleetune.common.display import counted, human_bytes
 from fleetune.compression.jobs.progress import row_reporter
 from fleetune.compression.layerwise import driver
-from fleetune.data import Encoded, Example, calibration
+from fleetune.data import Encoded, Example
 from fleetune.data.encode import encode_all
 from fleetune.errors import DataError, UsageError
 from fleetune.evaluation import kl_divergence, losses
@@ -34,6 +34,8 @@ from fleetune.tuning.result import finished
 from fleetune.tuning.rounds import rounds
 
 OWN: Final = "text that comes with Fleetune"
+# how many of 16 windows of it are of each file
+SHARES: Final = {"prose": 4, "knowledge": 4, "chats": 3, "code": 3, "german": 1, "spanish": 1}
 MEASURED: Final = 4  # windows of it that are measured on
 LONGEST: Final = 512  # tokens of these
 LEAST: Final = 8  # windows of it beside the rows of a run
@@ -192,6 +194,12 @@ def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tupl
     return torch.cat([*rows, beside]), replace(inputs, source="".join([*of_rows, OWN]))
 
 
+def documents(kind: str) -> list[str]:
+    """Return the documents of a file of the text that comes with Fleetune; lines `%%` part them."""
+    file = Path(data.__file__).parent / "calibration" / f"{kind}.txt"
+    return file.read_text(encoding="utf-8").split("\n%%\n")
+
+
 def with_other(request: CompressRequest, inputs: Inputs) -> Inputs:
     """Return the inputs with windows of other text to measure on."""
     length = min(request.length, losses.context_length(inputs.model))
@@ -204,9 +212,9 @@ def of_package(model: Model, length: int, count: int) -> tuple[Tensor, list[Enco
     Kinds of text follow one another by their shares, so that any first part of the windows is a mix as well; one that fills no
     window is left out.  DataError where all are.
     """
-    whole, ordered, measured = sum(calibration.SHARES.values()), list[tuple[float, Tensor]](), list[Encoded]()
-    for kind, share in calibration.SHARES.items():
-        ids = _ids(model, calibration.documents(kind))
+    whole, ordered, measured = sum(SHARES.values()), list[tuple[float, Tensor]](), list[Encoded]()
+    for kind, share in SHARES.items():
+        ids = _ids(model, documents(kind))
         if sum(map(len, ids)) < length:
             continue
         found = driver.windows(ids, length, 1 << 20)

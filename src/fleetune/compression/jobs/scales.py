@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fleetune import compression
-from fleetune.compression.distillation import divergence
 from fleetune.compression.jobs import progress
 from fleetune.compression.layerwise.blocks import FinishedBlocks
 from fleetune.compression.layerwise.fits import to_half
 from fleetune.compression.layerwise.grids import HALF_BITS, SIGNIFICANT, significant
+from fleetune.compression.methods.gkd import divergence
 from fleetune.compression.training import Checkpoints, clipped_step, fingerprint, learning_rate
 from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.errors import UsageError

@@ -23,6 +23,7 @@ Self-Generated Mistakes", ICLR 2024, arXiv 2306.13649 (algorithm 1; section 3.1 
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -33,16 +34,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fleetune.common.settings import setting
-from fleetune.compression.distillation import divergences
 from fleetune.compression.training import Checkpoints, all_trainable, clipped_step, fingerprint, learning_rate
 from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch, collate
 from fleetune.errors import RecipeError
 from fleetune.evaluation.answers import sample_from_ids, stop_ids, until_end
+from fleetune.evaluation.head_loss import CHUNK_BYTES
 from fleetune.evaluation.losses import context_length, eval_mode, pad_id, predictors
 from fleetune.evaluation.objectives import split
 from fleetune.models.families.number_types import WEIGHTS
@@ -53,6 +55,7 @@ from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import compression_cost
 
 PAPER = "Agarwal et al., ICLR 2024, arXiv 2306.13649"
+Predictors = tuple[Tensor, Callable[[Tensor], Tensor]]  # the result of `losses.predictors`
 
 
 @dataclass(frozen=True)
@@ -278,3 +281,45 @@ def _cut_config(config: Any, whole: int, kept: list[int]) -> None:
         table = getattr(config, KEY)
         setattr(config, KEY, {name: [found[i] for i in kept] for name, found in table.items()})
     config.num_hidden_layers = len(kept)
+
+
+def divergence(Q: Tensor, P: Tensor, beta: float) -> Tensor:
+    """Return D of each row, in nats, from logits [n, V] of student Q and teacher P: float32 [n] (float64 stays)."""
+    q, p = (logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1) for logits in (Q, P))
+    if beta == 0:
+        return _kl(p, q)
+    if beta == 1:
+        return _kl(q, p)
+    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    return (a.exp() * (a - b)).sum(-1)
+
+
+def divergences(
+    student: Predictors, teacher: nn.Module, batch: Batch, beta: float, *, chunk: int = 0
+) -> Tensor:
+    """Return D of each of the batch's N scored tokens, float32 [N], `chunk` tokens at a time (0: by memory).
+
+    With gradients enabled the result can be back-propagated to the student; the teacher gets no gradient.
+    """
+    head = student[1]
+    with torch.no_grad():
+        hidden, teacher_head = predictors(teacher, batch)
+
+    def compare(rows: Tensor, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            P = teacher_head(hidden)
+        Q = head(rows)
+        V = min(P.shape[-1], Q.shape[-1])
+        return divergence(Q[:, :V], P[:, :V], beta)
+
+    # The backward pass of a chunk has some 20 arrays [chunk, V] alive, so a chunk is a quarter of a plain loss's.
+    rows, size = student[0], chunk or max(1, CHUNK_BYTES // (16 * head(student[0][:0]).shape[-1]))
+    pieces = [(rows[a : a + size], hidden[a : a + size]) for a in range(0, max(1, len(rows)), size)]
+    if torch.is_grad_enabled():  # each is computed again for the gradient, not stored
+        again = functools.partial(checkpoint, compare, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([cast(Tensor, again(*piece)) for piece in pieces])
+    return torch.cat([compare(*piece) for piece in pieces])

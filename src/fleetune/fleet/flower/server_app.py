@@ -20,9 +20,7 @@ from fleetune.common.display import counted, show
 from fleetune.common.events import Event, RoundEvaluated, TuneDone
 from fleetune.errors import MessageError, RecipeError, UsageError
 from fleetune.fleet.audit import Audit
-from fleetune.fleet.flower import partition
-from fleetune.fleet.flower.client_app import RUN
-from fleetune.fleet.flower.records import pack, unpack
+from fleetune.fleet.flower.client_app import RUN, check_recipe, pack, unpack
 from fleetune.fleet.keys import fingerprint
 from fleetune.fleet.orders import job_of, terms_of
 from fleetune.fleet.remote import Pace, RemoteFleet
@@ -166,9 +164,9 @@ class Simulation(SuperNodes):
     simulated = True
 
     def settled(self, values: Mapping[str, Any]) -> recipes.Recipe:
-        """Return the recipe of these keys as it stands, since no client of a simulation lies; UsageError as `partition.check`."""
+        """Return the recipe of these keys as it stands, since no client of a simulation lies; UsageError as `check_recipe`."""
         recipe = recipes.make(values)
-        partition.check(recipe)
+        check_recipe(recipe)
         if recipe.privacy == "example":
             raise UsageError("Flower's simulation does not hide rows", hint="fleetune tune --privacy example")
         return recipe

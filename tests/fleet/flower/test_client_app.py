@@ -8,7 +8,7 @@ from flwr.app import Context, Message, RecordDict
 
 import fleetune
 from fleetune.errors import UsageError
-from fleetune.fleet.flower import client_app, partition
+from fleetune.fleet.flower import client_app
 from fleetune.fleet.orders import Declined
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
@@ -26,7 +26,7 @@ def test_a_partition_has_the_rows_of_the_client_with_its_number(place, division)
     Path("run").mkdir()
     Path("run/run.toml").write_text(recipes.to_toml(recipe))
     parts = prepare.split(recipe, methods.entry("fedkseed"))
-    clients = partition.Clients(Path("run"))
+    clients = client_app.Clients(Path("run"))
     for c, part in enumerate(parts.clients):
         training, held = clients.worker(c).brings.divided()
         assert training == [parts.examples[i] for i in part.tolist()]
@@ -49,7 +49,7 @@ def test_a_simulation_stopped_and_resumed_ends_in_the_digest_of_tune(place, monk
     with pytest.raises(KeyboardInterrupt):
         run(grid, simulate=True)
     assert len(loads) == 2  # the ServerApp's model, and one for all clients of this process
-    partition.clients.cache_clear()
+    client_app.clients.cache_clear()
     run(nodes([2, 9, 1]), simulate=True, recipe="", resume="latest")
     assert digest_of("real") == simulated.done.digest
 
@@ -74,7 +74,7 @@ def test_a_simulation_that_cannot_be(place, values, partitions, error):
 def test_a_server_cannot_make_a_device_with_rows_a_client_of_its_choice(place):
     context = Context(0, 1, {"partition-id": 0, "data": "mine.jsonl"}, RecordDict(), {})
     with pytest.raises(Declined):
-        partition.number_of(context.node_config)
+        client_app.number_of(context.node_config)
     grid = GridHere([1], [context.node_config])
     (reply,) = grid.send_and_receive([Message(RecordDict(), 1, "query")], 1.0)
     assert not reply.content
