@@ -113,6 +113,13 @@ def test_every_word_of_the_tables_means_something_of_ours():
         compression.make("qronos", dict([setting.split("=")]))
 
 
+@pytest.mark.parametrize("word", words.ELSEWHERE)
+def test_what_needs_no_command_is_said(word):
+    with pytest.raises(UsageError) as caught:
+        main.parse(["fleet", word, "press-3"])
+    assert caught.value.hint == words.ELSEWHERE[word]
+
+
 def test_a_recipe_has_the_same_words():
     both = {"model": "m", "data": "d"}
     made = recipe.make(both | {"method": "lora", "lr": 1e-4, "lora_r": 8, "epochs": 3, "cutoff_len": 64})

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from fleetune.cli import understood
 from fleetune.cli.console import Ui
-from fleetune.cli.parser import Group, Parser, one_of
+from fleetune.cli.parser import Add, Parser, one_of
 from fleetune.common import __version__, shell
 from fleetune.common.display import message_text, one_line, single_spaced
 from fleetune.common.memory import is_out_of_memory
@@ -100,12 +100,12 @@ def build_parser(command: str | None = None) -> Parser:
     return parser
 
 
-def _everywhere(group: Group) -> None:
-    group.add_argument("--json", action="store_true", help="one JSON object per event on stdout")
-    group.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default ./runs)")
-    group.add_argument("--offline", action="store_true", help="never use the network")
-    group.add_argument("-q", "--quiet", action="count", default=0, help="say less (-qq: errors alone)")
-    group.add_argument("-v", "--verbose", action="count", default=0, help="say more (-vv: everything)")
+def _everywhere(add: Add) -> None:
+    add("--json", action="store_true", help="one JSON object per event on stdout")
+    add("--out", default="runs", metavar="DIR", help="folder of the runs (default ./runs)")
+    add("--offline", action="store_true", help="never use the network")
+    add("-q", "--quiet", action="count", default=0, help="say less (-qq: errors alone)")
+    add("-v", "--verbose", action="count", default=0, help="say more (-vv: everything)")
 
 
 def command_parsers() -> dict[str, Parser]:

@@ -3,24 +3,11 @@
 import argparse
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from fleetune.errors import UsageError, suggest
 
-
-class Group:
-    """Arguments under a heading of a parser's help."""
-
-    def __init__(self, add: Callable[..., argparse.Action], parser: "Parser") -> None:
-        self._add, self._parser = add, parser
-
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """Add an argument, as argparse does; a value that is none of its `choices` is told in our words."""
-        if choices := options.get("choices"):
-            name = "/".join(names) if names[0].startswith("-") else options.get("metavar", names[0])
-            options["type"] = partial(one_of, choices, name, f"{self._parser.prog} --help")
-        self._parser.known.append(action := self._add(*names, **options))
-        return action
+Add: TypeAlias = Callable[..., argparse.Action]  # adds an argument
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,17 +16,26 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         self.known: list[argparse.Action] = []
         self.commands: dict[str, Parser] = {}
-        options.setdefault("allow_abbrev", False)
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, **options)
+        plain: dict[str, Any] = {
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+        }
+        super().__init__(*args, **{**plain, **options})
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """Add an argument, as in `Group`."""
-        return Group(super().add_argument, self).add_argument(*names, **options)
+        """Add an argument, as argparse does; a value that is none of its `choices` is told in our words."""
+        return self._keep(super().add_argument, *names, **options)
 
-    def group(self, title: str) -> Group:
-        """Return a group of arguments with this heading."""
-        return Group(self.add_argument_group(title).add_argument, self)
+    def group(self, title: str) -> Add:
+        """Return what adds an argument to a new group with this heading."""
+        return partial(self._keep, self.add_argument_group(title).add_argument)
+
+    def _keep(self, add: Add, *names: str, **options: Any) -> argparse.Action:
+        if choices := options.get("choices"):
+            name = "/".join(names) if names[0].startswith("-") else options.get("metavar", names[0])
+            options["type"] = partial(one_of, choices, name, f"{self.prog} --help")
+        self.known.append(action := add(*names, **options))
+        return action
 
     @property
     def flags(self) -> dict[str, argparse.Action]:

@@ -28,6 +28,8 @@ def action(words: Sequence[str], sub: Parser) -> list[str]:
         return list(words)
     if meant := tables.ACTIONS.get(words[0], {}).get(words[1]):
         return [words[0], meant, *words[2:]]
+    if words[0] == "fleet" and words[1] in tables.ELSEWHERE:
+        raise UsageError(f"fleet has no {words[1]}", hint=tables.ELSEWHERE[words[1]])
     usual, name = tables.USUAL_ACTION.get(words[0], ""), words[1]
     if usual and not name.startswith("-") and (os.path.exists(name) or not closest(name, first.choices)):
         return [words[0], usual, *words[1:]]

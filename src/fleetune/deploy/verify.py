@@ -323,9 +323,7 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
         source = parents.base or (request.model if request else None)
     if not found.holds_codes:
         made = (
-            f"{request.method} of {describe.public(request.model)}"
-            if request
-            else "what made it is not known"
+            f"{request.method} of {describe.public(request.model)}" if request else "its origin is not known"
         )
         yield _declared("weights", f"{made}; nothing repeats that exactly")
         return
@@ -367,10 +365,8 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
         ("tokenizer", head.tokenizer, model.tokenizer_digest),
     ):
         if stated != now:
-            raise ModelError(
-                f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}..",
-                hint=FROM,
-            )
+            why = f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}.."
+            raise ModelError(why, hint=FROM)
     yield _proven("compressed from", f"{name}: {head.base}")
     own = dict(stored_tensors(model.net))
     left = [n for n in master.names if n not in head.grids]
@@ -401,9 +397,8 @@ def _solved_again(master: artefact.Master, own: Mapping[str, Tensor]) -> bool:
         found, weights = master.quantised(name), own[name]
         if weights.dim() != 2 or found is None:
             return False
-        weight = solver.solve(
-            weights.detach().float(), torch.zeros(weights.shape[1], weights.shape[1])
-        ).weight
+        nothing = torch.zeros(weights.shape[1], weights.shape[1])
+        weight = solver.solve(weights.detach().float(), nothing).weight
         if not isinstance(weight, artefact.Quantised):
             return False
         again, there = (artefact.stored(name, each) for each in (weight, found))

@@ -83,13 +83,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             raise UsageError("--dry-run is for a new run", hint=f"fleetune tune --resume {quoted(path)}")
         with screen(ui, path) as shown:
             result = fleetune.resume_run(
-                path,
-                rounds=rounds,
-                base=given.get("base"),
-                out=args.out,
-                offline=args.offline,
-                listener=shown,
-                tracker=args.tracker,
+                path, rounds=rounds, base=given.get("base"), listener=shown, **flags.options(args, "tracker")
             )
             finish(ui, result, resumed=True)
         return
@@ -113,18 +107,11 @@ def run_recipe(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui) -> Tune
 def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
     """Print the final table, and where things are; of a `resumed` run what its time counts."""
     done, run = result.done, result.done.run
-    costs = [
-        (
-            "bytes over the fleet",
-            human_bytes(done.bytes_up + done.bytes_down),
-            f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}",
-        ),
-        (
-            "wall time · peak memory",
-            f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}",
-            "of all sittings, without the time between; the peak is of the last" if resumed else "",
-        ),
-    ]
+    both = human_bytes(done.bytes_up + done.bytes_down)
+    each = f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"
+    took = f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}"
+    counts = "of all sittings, without the time between; the peak is of the last" if resumed else ""
+    costs = [("bytes over the fleet", both, each), ("wall time · peak memory", took, counts)]
     ui.final_table(
         done.base,
         done.tuned,
