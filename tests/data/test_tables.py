@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetune.common.shell import pip_install
+from fleetune.common.display import pip_install
 from fleetune.data import read, readers
 from fleetune.data.readers import FileRow
 from fleetune.errors import DataError

@@ -24,7 +24,7 @@ import pytest
 from fleetune import models
 from fleetune.cli.listener import InterruptHandler
 from fleetune.cli.main import main
-from fleetune.common.folders import SUFFIX, staged, sweep
+from fleetune.common.files import HIDDEN, staged, sweep
 from fleetune.runs import metrics, rundir
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.rundir import RunDir
@@ -398,7 +398,7 @@ def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made):
                 assert stat.S_IMODE((folder.path / name).stat().st_mode) == 0o700, name
 
 
-HOLD = "import sys, time\nfrom pathlib import Path\nfrom fleetune.common.folders import scratch\nwith scratch(Path(sys.argv[1]), 'gguf') as f:\n    (f / 'half').write_text('x'); print('held', flush=True); sys.stdin.read()"
+HOLD = "import sys, time\nfrom pathlib import Path\nfrom fleetune.common.files import scratch\nwith scratch(Path(sys.argv[1]), 'gguf') as f:\n    (f / 'half').write_text('x'); print('held', flush=True); sys.stdin.read()"
 
 
 def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path):
@@ -407,7 +407,7 @@ def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path)
     words = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        (left,) = tmp_path.glob(f"*{SUFFIX}")
+        (left,) = tmp_path.glob(f"*{HIDDEN}")
         sweep(tmp_path)
         assert (left / "half").is_file()
         holder.kill()

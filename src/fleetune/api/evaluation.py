@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fleetune import subject as subjects
 from fleetune.api.names import Base, Device, Dtype, Rows, words
-from fleetune.common.display import counted
+from fleetune.common.display import command, counted
 from fleetune.common.events import evaluated
-from fleetune.common.shell import command
 from fleetune.data import Example, read, read_text, readers
 from fleetune.deploy.serve import Sampling
 from fleetune.errors import DataError, RecipeError, UsageError

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from fleetune import models
 from fleetune import subject as subjects
 from fleetune.api.names import Base, Device, Dtype, MethodName, Rows, Setting, Trains, words
+from fleetune.common.display import quoted
 from fleetune.common.settings import Value, parse_bytes, parse_rate
-from fleetune.common.shell import quoted
 from fleetune.deploy import targets
 from fleetune.errors import RecipeError, UsageError
 from fleetune.models.cache import cache
@@ -82,11 +82,11 @@ def with_file(recipe: recipes.Recipe, out: Path, note: Callable[[str], None]) ->
     """
     if (found := compressed_of(recipe.model, recipes.trained(recipe), out)) is None:
         return recipe
-    from fleetune.deploy import tunable_file
+    from fleetune.deploy import export
     from fleetune.planning import choose
 
     choose.able_methods(recipe)
-    return dataclasses.replace(recipe, model=str(tunable_file.of(found, note)))
+    return dataclasses.replace(recipe, model=str(export.tunable_file(found, note)))
 
 
 def _written_out(what: str, found: subjects.Run | subjects.Compressed, home: Path) -> UsageError:
@@ -143,9 +143,9 @@ def plan(
     speed = parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink)
     check_plain(name, Path(out), train)
     if (found := compressed_of(name, train, Path(out))) is not None:
-        from fleetune.deploy import tunable_file
+        from fleetune.deploy import export
 
-        kinds = tunable_file.kinds_of(found)
+        kinds = export.kinds_of(found)
         config = models.load_config(str(found.model), offline=offline)
     else:
         from fleetune.planning import choose

@@ -25,7 +25,7 @@ from fleetune.common.display import clean, counted, improved, is_noise, message_
 from fleetune.common.events import VERSION, Event, Failed, Stopped, as_dict
 from fleetune.common.files import finite
 from fleetune.errors import FleetuneError, Interrupted
-from fleetune.runs.logfile import TIME
+from fleetune.runs.listener import TIME
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fleetune import recipes as named
 from fleetune.cli.parser import Add, Parser
 from fleetune.common import settings
-from fleetune.common.shell import quoted
+from fleetune.common.display import quoted
 from fleetune.errors import UsageError
 from fleetune.fleet import PORT
 from fleetune.runs import rundir

@@ -17,7 +17,7 @@ from typing import Any, Final
 from fleetune.cli import understood
 from fleetune.cli.console import Ui
 from fleetune.cli.parser import Add, Parser, one_of
-from fleetune.common import __version__, shell
+from fleetune.common import __version__, display
 from fleetune.common.display import message_text, one_line, single_spaced
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.registry import Registry
@@ -59,7 +59,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         ours = [command, *options.read(ours[1:])]
         if ours != list(words):
             told = "   ".join(
-                [f"understood as: {shell.command(*ours)}", *(f"({r})" for r in options.remarks)]
+                [f"understood as: {display.command(*ours)}", *(f"({r})" for r in options.remarks)]
             )
     args, unknown = parser.parse_known_args(ours)
     if unknown:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from fleetune.common.shell import pip_install
+from fleetune.common.display import pip_install
 from fleetune.errors import DataError, FleetuneError, UsageError
 from fleetune.models.families.foreign import short_error
 

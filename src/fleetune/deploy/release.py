@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from fleetune.common import sums
+from fleetune.common.display import check_installed, quoted
 from fleetune.common.events import Released
-from fleetune.common.files import PRIVATE, json_text, read_openssh_key, storage_error, write_atomic
-from fleetune.common.folders import staged
-from fleetune.common.shell import check_installed, quoted
+from fleetune.common.files import PRIVATE, json_text, read_openssh_key, staged, storage_error, write_atomic
 from fleetune.errors import ModelError, UsageError
 from fleetune.runs import compression_folder, metrics, rundir
 from fleetune.subject import Run

@@ -20,10 +20,9 @@ from torch import Tensor
 from fleetune import compression, models
 from fleetune import subject as subjects
 from fleetune.common import sums
-from fleetune.common.display import counted, show
+from fleetune.common.display import counted, quoted, show
 from fleetune.common.events import LinkVerified, Verified
 from fleetune.common.ggml import SCALES
-from fleetune.common.shell import quoted
 from fleetune.deploy import export, release
 from fleetune.deploy.rewrite import written_again
 from fleetune.errors import LedgerError, ModelError, UsageError

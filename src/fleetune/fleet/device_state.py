@@ -4,7 +4,7 @@ secret                       32 random bytes, for the owner alone
 calibrated.json              which result on which windows of which rows this device has calibrated, and by which blocks
 measured.json                what it has measured, and at which length and with which labels of which rows
 privacy.json                 what has been spent of its privacy budget
-log.txt                      what happened when (runs/logfile.py)
+log.txt                      what happened when (runs/listener.py)
 answer                       the last answer: given again when its order comes again
 run-3f2a../                  a run's memories, result/, calibration/, sum.ckpt; removed only where it has `MARK`
 """

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune.common.display import human_bytes, human_time, show
+from fleetune.common.display import human_bytes, human_time, quoted, show
 from fleetune.common.events import DeviceShown, FleetShown
 from fleetune.common.files import PRIVATE, read_json, read_text, write_atomic
-from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
 from fleetune.fleet.table import LATE
 from fleetune.runs import compression_folder, metrics, rundir

@@ -21,12 +21,11 @@ import torch
 
 from fleetune import errors, models
 from fleetune.common import __version__
-from fleetune.common.display import counted, human_bytes, human_time, show, single_spaced
+from fleetune.common.display import counted, human_bytes, human_time, quoted, show, single_spaced
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.common.hearing import hearing
 from fleetune.common.memory import at_most, rss, usable_memory
-from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded, Example
 from fleetune.data.encode import digest, encode_rows
 from fleetune.evaluation import objectives

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fleetune.common import sums
-from fleetune.common.folders import staged
+from fleetune.common.files import staged
 from fleetune.errors import ModelError, VersionError
 from fleetune.models.cache.names import MASTER, is_master
 from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES, SUPER_WIDTH, SuperType

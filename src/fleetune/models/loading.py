@@ -19,8 +19,8 @@ import transformers
 from safetensors import safe_open
 
 from fleetune.common import sums
+from fleetune.common.display import quoted
 from fleetune.common.memory import give_back, is_out_of_memory, return_large_pieces, usable_memory
-from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError, called
 from fleetune.models import checks, encoders
 from fleetune.models.artefact import Master

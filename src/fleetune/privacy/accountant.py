@@ -9,7 +9,7 @@ import logging
 import math
 from typing import Any, Final
 
-from fleetune.common.shell import check_installed
+from fleetune.common.display import check_installed
 
 ORDERS: Final = (*(1.5 + x / 10 for x in range(95)), *range(11, 64), 128, 256, 512)  # of Renyi divergences
 FINE: Final = 7  # halvings of the interval between the two accountants' noise

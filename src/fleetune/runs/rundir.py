@@ -2,7 +2,7 @@
 
     runs/0007-fedkseed-smollm2-135m/
       run.toml        every value resolved; re-runs it       env.json   versions, device, digests
-      metrics.jsonl   append-only, one object a line         log.txt (logfile.py)   status
+      metrics.jsonl   append-only, one object a line         log.txt (listener.py)   status
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
                       replies-000003: what the round counted (`keep_replies`)
       releases        how often a run with privacy has released a round (`tuning/rounds/releases.py`)
@@ -31,10 +31,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
-from fleetune.common import __version__, files, folders
-from fleetune.common.shell import quoted
+from fleetune.common import __version__, files
+from fleetune.common.display import quoted
 from fleetune.errors import MessageError, StorageError, UsageError
-from fleetune.runs.logfile import LogFile
+from fleetune.runs.listener import LogFile
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.metrics import events as events
 
@@ -234,7 +234,7 @@ class RunDir:
         left += [p for p in self.path.glob("checkpoints/replies-*") if int(p.name[len("replies-") :]) > round]
         for path in (*left, *(p for r, p in checkpoints(self.path) if r > round)):
             path.unlink(missing_ok=True)
-        folders.sweep(self.path)
+        files.sweep(self.path)
         for text in lost:
             self.log(text)
         return lost

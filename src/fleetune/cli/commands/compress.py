@@ -16,9 +16,8 @@ from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.cli.parser import Parser
 from fleetune.common import settings
-from fleetune.common.display import human_bytes, human_time
+from fleetune.common.display import command, human_bytes, human_time, quoted
 from fleetune.common.events import CompressChecked, MethodListed
-from fleetune.common.shell import command, quoted
 from fleetune.compression.jobs import job
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder

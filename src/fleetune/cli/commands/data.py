@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.parser import Parser
-from fleetune.common.display import clean, one_line
+from fleetune.common.display import clean, one_line, quoted
 from fleetune.common.events import DataChecked, RowShown
-from fleetune.common.shell import quoted
 from fleetune.tuning.prepare import data_check
 from fleetune.tuning.recipe import recipe as recipes
 

@@ -15,9 +15,8 @@ from fleetune import models
 from fleetune.cli.commands import compress, export, tune
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
-from fleetune.common.display import human_bytes
+from fleetune.common.display import human_bytes, quoted
 from fleetune.common.events import Answered
-from fleetune.common.shell import quoted
 from fleetune.subject import Run
 from fleetune.tuning.recipe.recipe import make
 

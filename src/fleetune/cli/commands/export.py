@@ -11,8 +11,7 @@ from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
 from fleetune.common import words
-from fleetune.common.display import human_bytes
-from fleetune.common.shell import command
+from fleetune.common.display import command, human_bytes
 from fleetune.deploy import targets
 from fleetune.errors import UsageError
 

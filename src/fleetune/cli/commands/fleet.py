@@ -19,10 +19,9 @@ from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import InterruptHandler, console_listener
 from fleetune.cli.parser import Add, Parser
-from fleetune.common.display import counted, human_bytes, human_time
+from fleetune.common.display import check_installed, counted, human_bytes, human_time, quoted
 from fleetune.common.files import read_text
 from fleetune.common.settings import parse_bytes
-from fleetune.common.shell import check_installed, quoted
 from fleetune.data import check_columns, sources
 from fleetune.data.partition import held_out_problem
 from fleetune.data.read_rows import row_of
@@ -32,7 +31,8 @@ from fleetune.fleet import audit as log
 from fleetune.fleet import status as standing
 from fleetune.fleet.table import LATE, Devices
 from fleetune.privacy import secagg
-from fleetune.runs import compression_folder, logfile, rundir
+from fleetune.runs import compression_folder, rundir
+from fleetune.runs.listener import LOG
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import recipe as recipes
 
@@ -493,7 +493,7 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _logs(args: argparse.Namespace, ui: Ui) -> None:
-    file = _run_of(args) / logfile.FILE
+    file = _run_of(args) / LOG
     if not file.is_file():
         raise UsageError(f"there is no {file}: the run is of an earlier version, or has told nothing yet")
     ui.text(read_text(file, errors="replace"))

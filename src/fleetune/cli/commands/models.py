@@ -7,9 +7,8 @@ from pathlib import Path
 
 from fleetune import models
 from fleetune.cli.console import Ui
-from fleetune.common.display import counted, human_bytes, human_count
+from fleetune.common.display import command, counted, human_bytes, human_count
 from fleetune.common.events import Event, ModelCached, ModelListed, ModelPulled, ModelRemoved
-from fleetune.common.shell import command
 from fleetune.errors import UsageError
 from fleetune.models.cache import cache
 from fleetune.models.cache.names import SHORT_NAMES

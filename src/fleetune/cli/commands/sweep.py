@@ -9,9 +9,8 @@ from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import ConsoleListener
 from fleetune.cli.parser import Parser
-from fleetune.common.display import counted
+from fleetune.common.display import counted, quoted
 from fleetune.common.events import Event, SweepDone, SweepPlanned, SweepRun, SweepStart
-from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, UsageError
 from fleetune.report import sweep as summary
 from fleetune.runs.listener import run_words

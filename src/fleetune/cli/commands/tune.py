@@ -15,9 +15,8 @@ from fleetune.cli import flags
 from fleetune.cli.console import Bar, Ui
 from fleetune.cli.listener import InterruptHandler
 from fleetune.cli.parser import Parser
-from fleetune.common.display import counted, human_bytes, human_time, show
+from fleetune.common.display import counted, human_bytes, human_time, quoted, show
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
-from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.report import runlog
 from fleetune.runs import metrics, rundir, trackers

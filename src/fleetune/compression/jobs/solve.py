@@ -20,12 +20,11 @@ from torch import Tensor
 
 from fleetune import compression, models
 from fleetune.common import sums
-from fleetune.common.display import counted, human_bytes, human_time
+from fleetune.common.display import counted, human_bytes, human_time, quoted
 from fleetune.common.events import BlockSolved, CalibrationReply, CompressStart, MatrixSolved
 from fleetune.common.files import json_text, read_json, write_atomic
 from fleetune.common.hearing import hearing
 from fleetune.common.memory import give_back, peak_rss
-from fleetune.common.shell import quoted
 from fleetune.compression import DEFAULT_OF_DEVICES, Corrector, Solver
 from fleetune.compression.jobs import budget, inputs, progress, scales
 from fleetune.compression.jobs.inputs import Inputs

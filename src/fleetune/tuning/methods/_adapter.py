@@ -10,7 +10,7 @@ keep devices with unlike data together:
   has.  c is the mean over the devices seen so far (the paper: a device that never took part counts as zero).  A device does not
   learn whether its reply arrived, so after a lost one its c_k has moved and c has not.
 
-With `wire=sign`, changes travel as signs with scales (`exchange/sign_code.py`).  A device sends one plane of its change.  The
+With `wire=sign`, changes travel as signs with scales (`exchange/messages.py`).  A device sends one plane of its change.  The
 server writes the mean as `PLANES` planes, and adds what they leave to the next mean (error feedback: Karimireddy et al. 2019,
 arXiv 1901.09847, Algorithm 1).  A device that remembers the module is sent the planes of the rounds since; any other draws the
 start from the seed and is sent all planes, or the module where that is less.  So all have one module, the server's, to the bit.
@@ -40,11 +40,10 @@ from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.privacy.mechanism import Privacy, PrivateSum
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import server_rules, sign_code
+from fleetune.tuning.exchange import server_rules
 from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
-from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.sign_code import Layout, Signs
+from fleetune.tuning.exchange.messages import Layout, Payload, ReplySpec, Signs, add_signs, signs_of
 
 CHECKPOINTING: Final = ("auto", "true", "false")  # auto: by the device's memory
 NOBODY: Final = np.zeros(0, np.int64)
@@ -305,8 +304,8 @@ class Averaged(Trained):
         if told:
             layout = Layout.of(w)
             start = layout.flat(w)
-            signs = sign_code.encode(layout.flat(w_k).astype(np.float64) - start, layout.sizes)
-            adapters.load_(model, layout.tensors(sign_code.add(start, signs, layout.sizes)))
+            signs = signs_of(layout.flat(w_k).astype(np.float64) - start, layout.sizes)
+            adapters.load_(model, layout.tensors(add_signs(start, signs, layout.sizes)))
             return Payload(signs._asdict(), {"n": batches.n, "loss": loss})
         if self.scaffold:
             variate = server_rules.client_variate(c_k, c, w, w_k, self.walked(batches.n)[0])
@@ -331,7 +330,7 @@ class Averaged(Trained):
                 raise MessageError("this device does not remember the rounds before those that came")
             start = memory["module"] if payload.int("known") else layout.flat(module)
             signs = Signs(payload.array("bits"), payload.array("scales"))
-            module = layout.tensors(sign_code.add(start, signs, layout.sizes))
+            module = layout.tensors(add_signs(start, signs, layout.sizes))
         memory["module"] = Layout.of(module).flat(module)
         return module
 
@@ -344,7 +343,7 @@ class Averaged(Trained):
         arrays = reply.payload.arrays
         if self.wire == "sign":
             none, sizes = self.begins(sent)["change"], sizes_sent(sent)
-            return {"change": sign_code.add(none, Signs(arrays["bits"], arrays["scales"]), sizes)}
+            return {"change": add_signs(none, Signs(arrays["bits"], arrays["scales"]), sizes)}
         return dict(arrays)
 
     def distance(self, state: State, sent: Payload, reply: methods.Reply) -> float:
@@ -398,11 +397,11 @@ class Averaged(Trained):
         change = layout.flat(new.tensors).astype(np.float64) - start
         if new is not state:
             change += state.left
-        signs = sign_code.encode(change, layout.sizes, PLANES)
-        end = sign_code.add(start, signs, layout.sizes)
+        signs = signs_of(change, layout.sizes, PLANES)
+        end = add_signs(start, signs, layout.sizes)
         left = state.left
         if new is not state:
-            left = (change - sign_code.add(np.zeros(len(start)), signs, layout.sizes)).astype(np.float32)
+            left = (change - add_signs(np.zeros(len(start)), signs, layout.sizes)).astype(np.float32)
         # history, of no more bytes than the module
         most = PLANES * max(1, 4 * len(start) // (signs.bits.nbytes + signs.scales.nbytes))
         bits, scales = (

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final, Protocol
 
-from fleetune.common.display import counted
-from fleetune.common.shell import check_installed
+from fleetune.common.display import check_installed, counted
 from fleetune.data import Encoded
 from fleetune.errors import RecipeError, UsageError
 from fleetune.models.net.model import Model

@@ -20,8 +20,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 from fleetune.common import settings, words
+from fleetune.common.display import quoted
 from fleetune.common.settings import Value
-from fleetune.common.shell import quoted
 from fleetune.data import columns, sources
 from fleetune.data.partition import RowsSpec, held_out_problem
 from fleetune.data.read_rows import is_folder, looks_like_model, looks_like_rows, settled_columns

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from fleetune.common.display import counted
+from fleetune.common.display import counted, quoted
 from fleetune.common.files import read_text
-from fleetune.common.shell import quoted
 from fleetune.errors import StorageError
 from fleetune.runs import rundir
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from fleetune.common import sums
-from fleetune.common.display import counted
+from fleetune.common.display import counted, quoted
 from fleetune.common.files import PRIVATE, read_bytes, write_atomic
-from fleetune.common.shell import quoted
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener

@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from fleetune.common import sums
-from fleetune.common.display import counted, human_time
+from fleetune.common.display import counted, human_time, quoted
 from fleetune.common.events import ClientReply, Recorded, RoundEvaluated, TuneDone, as_dict, round_evaluated
 from fleetune.common.files import json_text, resumable
 from fleetune.common.paired import RowLosses, difference
-from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, fault
 from fleetune.evaluation.losses import pad_id
 from fleetune.models.net.model import Model
 from fleetune.runs import rundir, trackers
-from fleetune.runs.listener import Listener
-from fleetune.runs.logfile import Logged
+from fleetune.runs.listener import Listener, Logged
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method, entry
