@@ -83,8 +83,8 @@ def assert_same(left: Any, right: Any) -> None:
 def test_every_methods_state_comes_back_and_goes_on_alike(name, i):
     method = made(name, i)
     first = method.init(tiny_llama(), 2**64 - 5)
-    for rounds in (0, 3):
-        state = after(method, first, range(rounds))
+    for count in (0, 3):
+        state = after(method, first, range(count))
         stored = encode(Message(3, b"", pack(state, Totals(7, 8, 0.25))))
         back, totals = unpack(decode(stored).payload, first)
         assert_same(back, state)
@@ -92,7 +92,7 @@ def test_every_methods_state_comes_back_and_goes_on_alike(name, i):
         sent = [encode(Message(1, b"", method.broadcast(s))) for s in (state, back)]
         assert sent[0] == sent[1]
         assert_same(after(method, back, range(4, 6)), after(method, state, range(4, 6)))
-        if rounds:
+        if count:
             with pytest.raises(AssertionError):
                 assert_same(back, first)
 
