@@ -1,6 +1,7 @@
 """`fleetune compress --bytes` and `--bits`: the file has the size that was said, and what cannot be is refused up front."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def test_the_file_has_the_size_that_was_said(model: str, at: Path, capsys: Captu
     kinds = [t.tensor_type.name for t in gguf.GGUFReader(file).tensors if len(t.shape) == 2]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == found["kinds"]
     assert sum(found["kinds"].values()) == 15, "the tied embedding is one of them"
+    (said,) = [e["words"] for e in ok(capsys, "verify", "latest") if e.get("what") == "codes"]
+    assert sorted(re.findall(r"(\d+) of ", said)) == sorted(map(str, found["kinds"].values()))
+    assert "bits 4" not in said
 
 
 def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: Capture) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
+from fleetune.cli.parser import Parser
 from fleetune.common import words as tables
-from fleetune.errors import UsageError
+from fleetune.errors import UsageError, closest
 
 OPTION: Final = re.compile(r"--?[A-Za-z]")
 SWITCH: Final = re.compile(r"true|false|\d+", re.IGNORECASE)  # what may follow an option that needs no value
@@ -21,24 +21,27 @@ def command(words: Sequence[str], known: Collection[str]) -> list[str]:
     return [*ours.split(), *words[1:]] if ours else list(words)
 
 
-def action(words: Sequence[str], sub: argparse.ArgumentParser) -> list[str]:
-    """Return the words with the action that is meant; `check` where rows are given in its place."""
-    first = next((a for a in sub._actions if not a.option_strings), None)
+def action(words: Sequence[str], sub: Parser) -> list[str]:
+    """Return the words with the action that is meant; the usual one where its argument is given in its place."""
+    first = next((a for a in sub.known if not a.option_strings), None)
     if first is None or first.choices is None or len(words) < 2 or words[1] in first.choices:
         return list(words)
-    if list(first.choices) == ["check"] and (os.path.exists(words[1]) or words[1] == "demo"):
-        return [words[0], "check", *words[1:]]
-    return [words[0], tables.ACTIONS.get(words[0], {}).get(words[1], words[1]), *words[2:]]
+    if meant := tables.ACTIONS.get(words[0], {}).get(words[1]):
+        return [words[0], meant, *words[2:]]
+    if words[0] == "fleet" and words[1] in tables.ELSEWHERE:
+        raise UsageError(f"fleet has no {words[1]}", hint=tables.ELSEWHERE[words[1]])
+    usual, name = tables.USUAL_ACTION.get(words[0], ""), words[1]
+    if usual and not name.startswith("-") and (os.path.exists(name) or not closest(name, first.choices)):
+        return [words[0], usual, *words[1:]]
+    return list(words)
 
 
 class Options:
     """The options of one command, and what it calls those of other tools."""
 
-    def __init__(self, name: str, sub: argparse.ArgumentParser) -> None:
-        self.sub, self.flags = sub, sub._option_string_actions
-        self.places = [
-            str(a.metavar or a.dest).lower().split("|") for a in sub._actions if not a.option_strings
-        ]
+    def __init__(self, name: str, sub: Parser) -> None:
+        self.sub, self.flags = sub, sub.flags
+        self.places = [str(a.metavar or a.dest).lower().split("|") for a in sub.known if not a.option_strings]
         self.table: Mapping[str, str] = (
             tables.RECIPE if "--rounds" in self.flags else tables.OPTIONS.get(name, {})
         )

@@ -8,6 +8,7 @@ weights that they were solved from; that they are this method's is declared.  Th
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,9 +322,7 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
         source = parents.base or (request.model if request else None)
     if not found.holds_codes:
         made = (
-            f"{request.method} of {describe.public(request.model)}"
-            if request
-            else "what made it is not known"
+            f"{request.method} of {describe.public(request.model)}" if request else "its origin is not known"
         )
         yield _declared("weights", f"{made}; nothing repeats that exactly")
         return
@@ -336,9 +335,14 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
 
 
 def _made(head: artefact.ArtefactHead) -> str:
-    settings = ", ".join(f"{n} {v}" for n, v in head.settings.items())
+    each = "grid" not in head.settings  # has its own, within a size
+    settings = [f"{n} {v}" for n, v in head.settings.items() if not (each and n in ("bits", "group"))]
+    if each:
+        named = {**head.codebooks, **head.superblocks}
+        kinds = Counter(named.get(name, f"{bits} bits") for name, (bits, _) in head.grids.items())
+        settings += [f"{count} of {kind}" for kind, count in kinds.most_common()]
     text = ", ".join(f"{n} {v}" for n, v in head.calibration.items())
-    made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({settings})"
+    made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({', '.join(settings)})"
     return f"{made}; calibrated on {text}" if text else made
 
 
@@ -360,10 +364,8 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
         ("tokenizer", head.tokenizer, model.tokenizer_digest),
     ):
         if stated != now:
-            raise ModelError(
-                f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}..",
-                hint=FROM,
-            )
+            why = f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}.."
+            raise ModelError(why, hint=FROM)
     yield _proven("compressed from", f"{name}: {head.base}")
     own = dict(stored_tensors(model.net))
     left = [n for n in master.names if n not in head.grids]
@@ -394,9 +396,8 @@ def _solved_again(master: artefact.Master, own: Mapping[str, Tensor]) -> bool:
         found, weights = master.quantised(name), own[name]
         if weights.dim() != 2 or found is None:
             return False
-        weight = solver.solve(
-            weights.detach().float(), torch.zeros(weights.shape[1], weights.shape[1])
-        ).weight
+        nothing = torch.zeros(weights.shape[1], weights.shape[1])
+        weight = solver.solve(weights.detach().float(), nothing).weight
         if not isinstance(weight, artefact.Quantised):
             return False
         again, there = (artefact.stored(name, each) for each in (weight, found))

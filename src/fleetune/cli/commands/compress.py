@@ -14,6 +14,7 @@ from fleetune.api.deployment import file_size
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import console_listener
+from fleetune.cli.parser import Parser
 from fleetune.common import settings
 from fleetune.common.display import command, human_bytes, human_time, quoted
 from fleetune.common.events import CompressChecked, MethodListed
@@ -34,7 +35,7 @@ fleetune compress --list qronos                            its settings
 """
 
 
-def arguments(sub: argparse.ArgumentParser) -> None:
+def arguments(sub: Parser) -> None:
     """Add the command's arguments."""
     sub.add_argument("model", metavar="RUN|MODEL", nargs="?", help="what to make smaller")
     sub.add_argument(
@@ -65,12 +66,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
     flags.add_door(
-        sub.add_argument_group("--calibrate fleet (with --resume too)"),
-        "the first block (default: those of the run)",
+        sub.group("--calibrate fleet (with --resume too)"), "the first block (default: those of the run)"
     )
 
 
-def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
+def _add_calibration_arguments(sub: Parser) -> None:
     sub.add_argument(
         "--data",
         help="calibrate or train on these rows (a run: every second held-out row of its own, and text that comes with Fleetune)",
@@ -96,7 +96,7 @@ def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
+def _add_result_arguments(sub: Parser) -> None:
     sub.add_argument(
         "--bytes",
         metavar="SIZE",

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fleetune.compression.jobs import inputs, progress
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.data import Encoded
 from fleetune.errors import RecipeError, UsageError
+from fleetune.evaluation import losses
 from fleetune.evaluation.losses import Reference
 from fleetune.models.families import widths
 from fleetune.models.net.model import Model
@@ -152,7 +153,8 @@ def prepare_distillation(
         teacher = found.load(offline=offline)
         finished.merge_weights(teacher)
     trainer.check(loaded.model, teacher, loaded.longest)
-    return DistilJob(request, trainer, loaded, teacher)
+    short = replace(request, length=min(request.length, losses.context_length(teacher)))
+    return DistilJob(request, trainer, inputs.with_other(short, loaded), teacher)
 
 
 # Pruning --------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ class PruneJob:
 
 def prepare_pruning(request: CompressRequest, pruner: Pruner, *, offline: bool) -> PruneJob:
     """Load the model and its rows, and check the pruner on them; UsageError when it cannot use them."""
-    loaded = inputs.load(request, offline=offline)
+    loaded = inputs.with_other(request, inputs.load(request, offline=offline))
     if request.data and not loaded.rows:
         raise UsageError("there are no rows to prune with", hint="give some with --data")
     pruner.check(loaded.model)
