@@ -162,7 +162,7 @@ class SolveJob:
         need = compression_cost.disk(shape_of(model.net.config), self.cost) + self.inputs.logits_size(model)
         progress.check_disk(folder, need, "the finished blocks and the result")
         with self.inputs.reference(model, folder, listener) as reference:
-            before = self.inputs.measure(model, listener, folder, known=reference and reference.loss)
+            before = self.inputs.measure(model, listener, folder, known=reference.loss if reference else None)
             listener.event(
                 CompressStart(**asdict(self.request), folder=str(folder), before=before, planned=self.memory)
             )

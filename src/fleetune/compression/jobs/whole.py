@@ -85,7 +85,9 @@ class DistilJob:
         began, teacher = time.monotonic(), self.teacher
         student = self.method.student(self.inputs.model)
         with self.inputs.reference(teacher, folder, listener) as reference:
-            of_teacher = self.inputs.measure(teacher, listener, folder, known=reference and reference.loss)
+            of_teacher = self.inputs.measure(
+                teacher, listener, folder, known=reference.loss if reference else None
+            )
             before = self._measure(listener, folder, student, reference)
             listener.event(
                 CompressStart(
@@ -191,7 +193,7 @@ class PruneJob:
             )
 
         with loaded.reference(whole, folder, listener) as reference:
-            before = loaded.measure(whole, listener, folder, known=reference and reference.loss)
+            before = loaded.measure(whole, listener, folder, known=reference.loss if reference else None)
             listener.event(CompressStart(**asdict(self.request), folder=str(folder), before=before))
             pruned = self.method.prune(whole, self.rows, on_row)
             _report(listener, parameters, pruned)

@@ -350,7 +350,8 @@ def rounded(W: Tensor, grid: Grid, group: int, curvature: Tensor | None = None) 
     else:
         h = None if curvature is None else curvature.view(-1, group)
         parts = [_rounded(rows, grid, group, h) for rows in W.split(max(1, PART // W.shape[1]))]  # type: ignore[no-untyped-call]
-        found = Codes(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        codes, scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
+        found = Codes(codes, scale, zero)
     weight = found.solved(grid, group).weight
     assert isinstance(weight, Quantised)
     return weight
