@@ -6,7 +6,7 @@
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
                       replies-000003: what the round counted (`keep_replies`)
       releases        how often a run with privacy has released a round (`tuning/rounds/checkpoint.py`)
-      memories/       what methods keep on simulated clients, if they do (`fleets.Memories`)
+      memories/       what methods keep on simulated clients, if they do (`local_work.Memories`)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
       SHA256SUMS      of a finished run: its record and its result (common/sums.py)
       fleet.json  fleet.stop  devices.json  audit.jsonl          of a real fleet (fleet/)
