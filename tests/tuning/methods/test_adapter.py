@@ -234,7 +234,7 @@ def test_a_walk_that_ran_away_leaves_no_variate(toy):
 @pytest.mark.parametrize("rule", aggregation.ETA)
 @pytest.mark.parametrize("lr", [0.0, 0.05])
 def test_a_methods_server_takes_the_rules_steps(name, rule, lr):
-    """Those that `test_server_rules.py` holds against the papers, of the mean weighted by rows."""
+    """Those that `test_aggregation.py` holds against the papers, of the mean weighted by rows."""
     chosen, rng = methods.make(name, {"server": rule, "server_lr": lr}), np.random.default_rng(4)
     state, want, moments = State(start(), 1), {n: w.astype(np.float64) for n, w in start().items()}, {}
     eta = lr or (1.0 if rule in ("avg", "avgm") else 1e-3)
