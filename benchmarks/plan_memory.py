@@ -1,7 +1,7 @@
 """The plan against what happens: predicted and measured peak memory of every method and comparison.
 
 Each measurement is a process of its own that loads a model from disk and does one round of a few steps the
-way a device does: a message comes in, the method's own `local` works on it (`fleets.work`), a message goes
+way a device does: a message comes in, the method's own `local` works on it (`local_work`), a message goes
 out.  Full SGD and Adam, which are no methods, take the same steps through the same loss.  The peak is that of
 the whole process, interpreter and libraries with it; "inference with kernels" is inference in a process that
 has loaded the compiled kernels, which do not depend on the model, and "mezo, torch's kernels" needs none of them
@@ -176,7 +176,7 @@ def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> No
     from fleetune.evaluation.losses import pad_id
     from fleetune.tuning import methods
     from fleetune.tuning.exchange.messages import decode
-    from fleetune.tuning.rounds.fleets import Memories, work
+    from fleetune.tuning.rounds.local_work import Memories, work
 
     (counted, _), *more = SETTINGS[name].items()
     method = methods.make(name.partition(",")[0], {"batch_size": batch, counted: steps} | dict(more))

@@ -18,7 +18,7 @@ from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.methods import Method, Reply
-from fleetune.tuning.rounds.fleets import Memories
+from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.rounds.rounds import Hooks, RoundPlan, run
 from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 

@@ -37,7 +37,7 @@ from fleetune.fleet.remote import Pace
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import ANSWER
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.rounds.fleets import Memories
+from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.run import resume as resuming
 
 __all__ = ["device_place", "folder", "job", "place"]

@@ -35,7 +35,7 @@ from fleetune.privacy.secagg import Member
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
-from fleetune.tuning.rounds.fleets import Memories, work
+from fleetune.tuning.rounds.local_work import Memories, work
 from fleetune.tuning.rounds.sealed import ANNOUNCED
 
 SET = {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}

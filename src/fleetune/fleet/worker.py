@@ -47,7 +47,8 @@ from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.prepare.prepare import usual_threads
 from fleetune.tuning.prepare.private import own_of
-from fleetune.tuning.rounds.fleets import STEPS, Memories, work
+from fleetune.tuning.rounds.fleets import STEPS
+from fleetune.tuning.rounds.local_work import Memories, work
 from fleetune.tuning.rounds.sealed import ANYBODY, FILE, Identity, Participant
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from fleetune.tuning.exchange import server_rules
 from fleetune.tuning.exchange.messages import Message, Payload, check, decode, encode
 from fleetune.tuning.methods import Reply, _adapter, fedit, fedpetuning
 from fleetune.tuning.methods._adapter import State
-from fleetune.tuning.rounds.fleets import Memories, work
+from fleetune.tuning.rounds.local_work import Memories, work
 
 Tensors = dict[str, Any]
 SIZES = {"a": (2, 2), "b": (3,)}

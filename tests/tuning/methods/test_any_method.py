@@ -24,7 +24,7 @@ from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import UNITS
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
-from fleetune.tuning.rounds.fleets import Memories
+from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 # Few steps, on all six rows at once; perturbations so large that a step function is no constant; rates that descend with

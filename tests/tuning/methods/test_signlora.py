@@ -23,7 +23,8 @@ from fleetune.seeds.weights import layout
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods.signlora import Method, State
-from fleetune.tuning.rounds.fleets import Answer, Memories
+from fleetune.tuning.rounds.fleets import Answer
+from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.rounds.replies import Replies, Round
 from fleetune.tuning.rounds.rounds import _messages
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet

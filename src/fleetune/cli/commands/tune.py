@@ -19,7 +19,7 @@ from fleetune.common.display import counted, human_bytes, human_time, quoted, sh
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.report import runlog
-from fleetune.runs import metrics, rundir, trackers
+from fleetune.runs import rundir, trackers
 from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ class RunScreen:
 
     def _evaluated(self, event: RoundEvaluated) -> None:
         last = self.last if event.round else None
-        before = metrics.loss_before(self.resumed, event.round) if self.resumed else None
+        before = rundir.loss_before(self.resumed, event.round) if self.resumed else None
         self.resumed = None
         notes = [f"accuracy {show('accuracy', event.accuracy)}"] if event.accuracy is not None else []
         if last and last.report and "epsilon" in last.report:

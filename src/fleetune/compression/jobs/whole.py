@@ -83,9 +83,11 @@ class DistilJob:
         need = self.method.disk(self.inputs.model) + self.inputs.logits_size(self.teacher)
         progress.check_disk(folder, need, KEPT)
         began, teacher = time.monotonic(), self.teacher
-        of_teacher = self.inputs.measure(teacher, listener, folder)
         student = self.method.student(self.inputs.model)
         with self.inputs.reference(teacher, folder, listener) as reference:
+            of_teacher = self.inputs.measure(
+                teacher, listener, folder, known=reference.loss if reference else None
+            )
             before = self._measure(listener, folder, student, reference)
             listener.event(
                 CompressStart(
@@ -183,8 +185,6 @@ class PruneJob:
         progress.check_disk(folder, self.method.disk(whole) + loaded.logits_size(whole), KEPT)
         began, parameters = time.monotonic(), whole.n_params
         sizes = {"before": progress.weight_bytes(whole)}
-        before = loaded.measure(whole, listener, folder)
-        listener.event(CompressStart(**asdict(self.request), folder=str(folder), before=before))
 
         def on_row(row: int, rows: int) -> None:
             listener.progress("rows", row, rows, "importance")
@@ -193,6 +193,8 @@ class PruneJob:
             )
 
         with loaded.reference(whole, folder, listener) as reference:
+            before = loaded.measure(whole, listener, folder, known=reference.loss if reference else None)
+            listener.event(CompressStart(**asdict(self.request), folder=str(folder), before=before))
             pruned = self.method.prune(whole, self.rows, on_row)
             _report(listener, parameters, pruned)
             after = cut = loaded.measure(pruned, listener, folder, reference)

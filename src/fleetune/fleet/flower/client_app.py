@@ -26,7 +26,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import foundations
-from fleetune.tuning.rounds.fleets import Memories
+from fleetune.tuning.rounds.local_work import Memories
 
 log = logging.getLogger("flwr")  # what it says is in the SuperNode's output
 

@@ -21,7 +21,8 @@ from fleetune.privacy.mechanism import Privacy, Sealed
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange.messages import decode
 from fleetune.tuning.methods import Method
-from fleetune.tuning.rounds.fleets import Answer, Fleet, Memories, Step, Wanted, outrun, wanted, work
+from fleetune.tuning.rounds.fleets import Answer, Fleet, Step, Wanted, outrun, wanted
+from fleetune.tuning.rounds.local_work import Memories, work
 from fleetune.tuning.rounds.sealed import Participant
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,8 @@ from fleetune.tuning.result import foundations
 from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.rounds import rounds
 from fleetune.tuning.rounds.checkpoint import Releases, StandsOn
-from fleetune.tuning.rounds.fleets import Fleet, Memories, wanted
+from fleetune.tuning.rounds.fleets import Fleet, wanted
+from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.rounds.sealed import Summing
 from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 from fleetune.tuning.rounds.watch import Watch

@@ -16,7 +16,8 @@ from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.rounds.fleets import Assignment, Memories, Wanted, wanted
+from fleetune.tuning.rounds.fleets import Assignment, Wanted, wanted
+from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 
