@@ -14,7 +14,7 @@ from pruner_harness import SIZES, tiny
 from command_line import Capture, Patch, ok, refused
 from command_line import call_json as call
 from fleetune import compression
-from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.console import InterruptHandler
 from fleetune.common.display import human_bytes
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise.driver import End
@@ -132,7 +132,7 @@ def test_a_resumed_one_has_its_grids(model: str, at: Path, capsys: Capture, monk
         def __getattribute__(self, name: str) -> Any:
             return any(parts.glob("block-*")) if name == "requested" else super().__getattribute__(name)
 
-    monkeypatch.setattr("fleetune.cli.listener.InterruptHandler", Pulled)
+    monkeypatch.setattr("fleetune.cli.console.InterruptHandler", Pulled)
     code, events, err = call(capsys, "compress", model, *flags)
     assert code == 130, err
     assert list(parts.glob("block-*"))

@@ -22,7 +22,7 @@ from unittest import mock
 import pytest
 
 from fleetune import models
-from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.console import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.common.files import HIDDEN, staged, sweep
 from fleetune.runs import rundir
@@ -120,7 +120,7 @@ def stopped_after_two_rounds(folder: Path) -> Iterator[None]:
             return any(folder.glob("*/checkpoints/round-000002.ckpt"))
 
     with contextlib.ExitStack() as stack:
-        for place in ("cli.commands.tune", "cli.listener"):
+        for place in ("cli.commands.tune", "cli.console"):
             stack.enter_context(mock.patch(f"fleetune.{place}.InterruptHandler", Pressed))
         yield
 

@@ -14,9 +14,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, Final
 
-from fleetune.cli import understood
 from fleetune.cli.console import Ui
-from fleetune.cli.parser import Add, Parser, one_of
+from fleetune.cli.parser import Add, OptionReader, Parser, in_our_action, in_our_command, one_of
 from fleetune.common import __version__, display
 from fleetune.common.display import message_text, one_line, single_spaced
 from fleetune.common.memory import is_out_of_memory
@@ -49,13 +48,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
     `understood` is what to say of words of other tools (""): the line in ours.
     """
-    ours = understood.command(words, COMMANDS.members())
+    ours = in_our_command(words, COMMANDS.members())
     if command := command_in(ours):
         one_of(COMMANDS.members(), "COMMAND", "fleetune --help", command)
     parser, told = build_parser(command), ""
     if (sub := parser.commands.get(ours[0])) is not None:
-        ours = understood.action(ours, sub)
-        options = understood.Options(command, sub)
+        ours = in_our_action(ours, sub)
+        options = OptionReader(command, sub)
         ours = [command, *options.read(ours[1:])]
         if ours != list(words):
             told = "   ".join(

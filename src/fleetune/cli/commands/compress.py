@@ -12,8 +12,7 @@ import fleetune
 from fleetune import compression
 from fleetune.api.deployment import file_size
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.cli.parser import Parser
 from fleetune.common import settings
 from fleetune.common.display import command, human_bytes, human_time, quoted
@@ -23,7 +22,7 @@ from fleetune.errors import UsageError
 from fleetune.runs import compression_folder
 
 if TYPE_CHECKING:
-    from fleetune.cli.listener import ConsoleListener
+    from fleetune.cli.console import ConsoleListener
     from fleetune.compression.jobs.job import CompressResult
 
 HELP = "make a model or a finished run smaller"

@@ -16,8 +16,7 @@ from fleetune import subject
 from fleetune.api import tuning
 from fleetune.cli import flags
 from fleetune.cli.commands.tune import finish, screen
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import InterruptHandler, console_listener
+from fleetune.cli.console import InterruptHandler, Ui, console_listener
 from fleetune.cli.parser import Add, Parser
 from fleetune.common.display import check_installed, counted, human_bytes, human_time, quoted
 from fleetune.common.files import read_text

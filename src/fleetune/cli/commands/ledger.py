@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune import subject
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.common.display import counted, human_bytes
 from fleetune.common.events import DigestFound, LedgerDifference, LedgerShown, LedgerWritten
 from fleetune.errors import UsageError

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from fleetune.api import tuning
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import ConsoleListener
+from fleetune.cli.console import ConsoleListener, Ui
 from fleetune.cli.parser import Parser
 from fleetune.common.display import counted, quoted
 from fleetune.common.events import Event, SweepDone, SweepPlanned, SweepRun, SweepStart

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import fleetune
 from fleetune.api import tuning
 from fleetune.cli import flags
-from fleetune.cli.console import Bar, Ui
-from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.console import Bar, InterruptHandler, Ui
 from fleetune.cli.parser import Parser
 from fleetune.common.display import counted, human_bytes, human_time, quoted, show
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetune import compression
-from fleetune.cli import main, understood
+from fleetune.cli import main, parser
 from fleetune.common import words
 from fleetune.deploy import targets
 from fleetune.errors import FleetuneError, RecipeError, UsageError
@@ -74,7 +74,7 @@ def test_what_is_no_word_of_anybody_is_refused(line):
         main.parse(line.split())
 
 
-FLAGS = {n: understood.Options(n, sub) for n, sub in main.command_parsers().items()}
+FLAGS = {n: parser.OptionReader(n, sub) for n, sub in main.command_parsers().items()}
 
 
 @given(st.data())
@@ -88,7 +88,7 @@ def test_a_line_in_our_words_stays_as_it_is(data):
         ways = [[flag, str(value)], [f"{flag}={value}"]] if flag[:2] == "--" else [[flag, str(value)]]
         said += data.draw(st.sampled_from(ways))
     said += data.draw(st.lists(text))
-    assert understood.Options(name, FLAGS[name].sub).read(said) == said
+    assert parser.OptionReader(name, FLAGS[name].sub).read(said) == said
 
 
 def test_every_word_of_the_tables_means_something_of_ours():
