@@ -123,6 +123,13 @@ def test_an_excel_file_is_read_as_its_csv(tmp_path: Path) -> None:
     assert "3 of 60 rows are left out" in told[2]
 
 
+def test_of_an_excel_file_one_sheet_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(readers, "_cell", lambda value: seen.append(value) or str(value or ""))
+    read(workbook(tmp_path / "a.xlsx", Empty=[[]], S=[["question", "answer"], ["q", "a"]], Z=[["z"]] * 99))
+    assert seen.count("z") == 1  # of the sheet that only the note names
+
+
 def test_cells_of_excel_become_texts(tmp_path: Path) -> None:
     row = ["wie viel", 12.0, 2.5, True, date(2026, 11, 30), None]
     source = workbook(tmp_path / "a.xlsx", S=[["question", "answer", "b", "c", "d", "e"], row])

@@ -22,12 +22,11 @@ from unittest import mock
 import pytest
 
 from fleetune import models
-from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.console import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.common.files import HIDDEN, staged, sweep
-from fleetune.runs import metrics, rundir
-from fleetune.runs.metrics import Metrics
-from fleetune.runs.rundir import RunDir
+from fleetune.runs import rundir
+from fleetune.runs.rundir import Metrics, RunDir
 from fleetune.tuning.rounds import checkpoint
 
 SECONDS = 10  # that a command may take on a tiny folder
@@ -121,7 +120,7 @@ def stopped_after_two_rounds(folder: Path) -> Iterator[None]:
             return any(folder.glob("*/checkpoints/round-000002.ckpt"))
 
     with contextlib.ExitStack() as stack:
-        for place in ("cli.commands.tune", "cli.listener"):
+        for place in ("cli.commands.tune", "cli.console"):
             stack.enter_context(mock.patch(f"fleetune.{place}.InterruptHandler", Pressed))
         yield
 
@@ -292,7 +291,7 @@ def test_a_checkpoint_states_what_it_stands_on(made):
     assert (stated[0].recipe["rounds"], stated[0].recipe["set.scaffold"]) == (3, True)
     assert stated[0].base == rundir.made_on(path)["base"]
     data = (path / "metrics.jsonl").read_bytes()[: stated[1]]
-    assert data.count(b"\n") == len(list(metrics.events(path))) - 1
+    assert data.count(b"\n") == len(list(rundir.events(path))) - 1
     kept = checkpoint.kept_in(payload)
     assert {c: r for c, (r, _) in kept.items()} == {0: round, 1: round, 2: round}
 

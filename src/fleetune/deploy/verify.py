@@ -8,9 +8,13 @@ weights that they were solved from; that they are this method's is declared.  Th
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import torch
@@ -22,8 +26,9 @@ from fleetune.common import sums
 from fleetune.common.display import counted, quoted, show
 from fleetune.common.events import LinkVerified, Verified
 from fleetune.common.ggml import SCALES
-from fleetune.deploy import export, release
-from fleetune.deploy.rewrite import written_again
+from fleetune.deploy import export, release, targets
+from fleetune.deploy.again import Again, Difference, DiffersError, difference
+from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import artefact
 from fleetune.models.cache.names import is_adapter, is_master
@@ -321,9 +326,7 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
         source = parents.base or (request.model if request else None)
     if not found.holds_codes:
         made = (
-            f"{request.method} of {describe.public(request.model)}"
-            if request
-            else "what made it is not known"
+            f"{request.method} of {describe.public(request.model)}" if request else "its origin is not known"
         )
         yield _declared("weights", f"{made}; nothing repeats that exactly")
         return
@@ -336,9 +339,14 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
 
 
 def _made(head: artefact.ArtefactHead) -> str:
-    settings = ", ".join(f"{n} {v}" for n, v in head.settings.items())
+    each = "grid" not in head.settings  # has its own, within a size
+    settings = [f"{n} {v}" for n, v in head.settings.items() if not (each and n in ("bits", "group"))]
+    if each:
+        named = {**head.codebooks, **head.superblocks}
+        kinds = Counter(named.get(name, f"{bits} bits") for name, (bits, _) in head.grids.items())
+        settings += [f"{count} of {kind}" for kind, count in kinds.most_common()]
     text = ", ".join(f"{n} {v}" for n, v in head.calibration.items())
-    made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({settings})"
+    made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({', '.join(settings)})"
     return f"{made}; calibrated on {text}" if text else made
 
 
@@ -360,10 +368,8 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
         ("tokenizer", head.tokenizer, model.tokenizer_digest),
     ):
         if stated != now:
-            raise ModelError(
-                f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}..",
-                hint=FROM,
-            )
+            why = f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}.."
+            raise ModelError(why, hint=FROM)
     yield _proven("compressed from", f"{name}: {head.base}")
     own = dict(stored_tensors(model.net))
     left = [n for n in master.names if n not in head.grids]
@@ -394,9 +400,8 @@ def _solved_again(master: artefact.Master, own: Mapping[str, Tensor]) -> bool:
         found, weights = master.quantised(name), own[name]
         if weights.dim() != 2 or found is None:
             return False
-        weight = solver.solve(
-            weights.detach().float(), torch.zeros(weights.shape[1], weights.shape[1])
-        ).weight
+        nothing = torch.zeros(weights.shape[1], weights.shape[1])
+        weight = solver.solve(weights.detach().float(), nothing).weight
         if not isinstance(weight, artefact.Quantised):
             return False
         again, there = (artefact.stored(name, each) for each in (weight, found))
@@ -451,3 +456,85 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
         yield from _declared_by(source)
     words = f"written again as {target} from {source.argument}: every byte is equal"
     yield _proven(path.name, words)
+
+
+def written_again(path: Path, source: Subject, tuned: Model | None = None, *, offline: bool) -> str:
+    """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs.
+
+    `tuned` is a run's model with the tuning in its weights.
+    """
+    nearest = Difference(-1, "")
+    with ExitStack() as stack:
+
+        @cache
+        def opened() -> tuple[Checkpoint, Mapping[str, str]]:
+            return stack.enter_context(export.opened(source, tuned, offline=offline))
+
+        for target, name, usual in _ways(path, source):
+            with TemporaryDirectory() as place:
+                try:
+                    made, again = Path(place) / name, Again(path)
+                    if isinstance(source, Run) and (tuned is None or target.takes == "adapter"):
+                        export.export(source, target.name, made, None, Silent(), offline=offline)
+                    elif tuned is not None and target.name == export.DEFAULT_TARGET_OF_A_RUN:
+                        export.compare_tuned(tuned, again, made)
+                    else:
+                        export.compare(opened()[0], target, again, made, opened()[1])
+                    found, alike = _rest(path, made, again.seen)
+                except DiffersError as error:
+                    found, alike = error.found, not error.head
+                except UsageError as error:
+                    if isinstance(error, ModelError):
+                        raise
+                    continue  # no target of this source
+            if not found.words:
+                return target.name
+            nearest = max(nearest, found)
+            if usual and alike:
+                break  # it is of this target, and damaged
+    if not nearest.words:
+        raise UsageError(
+            f"{source.argument} is exported as nothing like {path}",
+            hint="name what it was made from: --from RUN, COMPRESSION or MODEL",
+        )
+    raise ModelError(
+        f"{nearest.words}: {source.argument} gives something else",
+        hint="export it again; a file that was renamed holds its first name: give it that",
+    )
+
+
+def _rest(path: Path, made: Path, seen: set[str]) -> tuple[Difference, bool]:
+    """Compare what was not `seen`; tell also whether `path` is what `made` is, perhaps damaged."""
+    if seen and path.is_file():
+        return Difference(path.stat().st_size, ""), True
+    return difference(path, made, seen), bool(seen) or _size(path) == _size(made)
+
+
+def _ways(path: Path, source: Subject) -> list[tuple[targets.Target, str, bool]]:
+    """Return the targets that `path` may be of, with the name that the file had, and whether that is the target's usual one."""
+    stem = ""
+    if isinstance(source, Run):
+        home = source.folder
+    elif isinstance(source, Compressed):
+        home = source.home
+    else:
+        home, stem = Path("."), rundir.of_model(source.name)
+    able = [
+        target
+        for target in targets.every().values()
+        if target.suffix == ("" if path.is_dir() else path.suffix)
+        and (target.takes != "codes" or isinstance(source, Compressed))
+        and (target.takes != "adapter" or isinstance(source, Run))
+    ]
+    usual = {target.name: target.place(home, stem).name for target in able}
+    names = [path.name]
+    if path.suffix == export.GGUF:  # which holds the name that it was written under
+        with suppress(ModelError):  # of a damaged head, whose first byte that differs is found
+            own = header.read(path).values.get("general.name")
+            names += {name for name in usual.values() if Path(name).stem == own} - {path.name}
+    ways = [(target, name, usual[target.name] == path.name) for name in names for target in able]
+    return sorted(ways, key=lambda way: not way[2])
+
+
+def _size(path: Path) -> int:
+    return compression_folder.size(path) if path.is_dir() else path.stat().st_size

@@ -20,7 +20,7 @@ from typing import Any, Final
 from fleetune.common.files import PRIVATE, read_bytes, read_json, storage_error, write_atomic
 from fleetune.errors import StorageError
 from fleetune.fleet.orders import Declined, Job
-from fleetune.privacy import accountant
+from fleetune.privacy import mechanism
 from fleetune.privacy.mechanism import Privacy
 
 MARK: Final = ".fleetune-device"
@@ -153,7 +153,7 @@ class DeviceState:
         spent[key] = max(spent.get(key, 0), releases) if whole else spent.get(key, 0) + releases
 
         def epsilon(delta: float, run: str = "") -> float:
-            return accountant.epsilon_of(
+            return mechanism.epsilon_of(
                 tuple((z, q, n) for (of, _, z, q), n in spent.items() if run in ("", of)), delta
             )
 

@@ -38,7 +38,7 @@ from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
-from fleetune.privacy import accountant, secagg
+from fleetune.privacy import mechanism, secagg
 from fleetune.privacy.mechanism import Privacy
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
@@ -89,7 +89,7 @@ class Brings:
                 "a device's budget is such as --epsilon 8 --delta 1e-5, its --smallest-sum such as 10"
             )
         if self.epsilon:
-            accountant.version()  # or what to install
+            mechanism.accounting_version()  # or what to install
 
     def part(self, held_out: int) -> str:
         """Return what a device with so many held-out rows takes part in, and in what it does not."""

@@ -27,7 +27,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -228,9 +227,11 @@ def dense(weight: Quantised | Tensor) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 [R, C] codes below 2**bits into uint8 [R, ceil(C bits / 8)], little-endian bits within a row."""
-    if 8 % bits:
-        planes = np.unpackbits(codes.numpy()[..., None], axis=-1, bitorder="little")[..., :bits]
-        return torch.from_numpy(np.packbits(planes.reshape(len(codes), -1), axis=1, bitorder="little"))
+    if 8 % bits:  # eight codes are `bits` bytes
+        eight, size = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)), -(-codes.shape[1] * bits // 8)
+        whole = _number(eight.view(len(codes), -1, 8), bits)
+        parts = torch.stack([(whole >> 8 * i).to(torch.uint8) for i in range(bits)], 2)
+        return parts.flatten(1)[:, :size].contiguous()
     each = 8 // bits  # codes of a byte
     R, C = len(codes), -(-codes.shape[1] // each)
     whole = torch.nn.functional.pad(codes, (0, C * each - codes.shape[1])).reshape(R, C, each)
@@ -243,12 +244,20 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Undo `pack`."""
     if 8 % bits:
-        flat = np.unpackbits(packed.numpy(), axis=1, bitorder="little")[:, : columns * bits]
-        planes = flat.reshape(len(packed), columns, bits)
-        return torch.from_numpy(np.packbits(planes, axis=2, bitorder="little")[..., 0])
-    each = 8 // bits
-    codes = torch.stack([packed >> bits * i & (1 << bits) - 1 for i in range(each)], 2)
-    return codes.flatten(1)[:, :columns].contiguous()
+        padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits))
+        packed, each = _number(padded.view(len(packed), -1, bits), 8), 8
+    else:
+        each = 8 // bits
+    codes = torch.stack([(packed >> bits * i).to(torch.uint8) for i in range(each)], 2)
+    return codes.flatten(1)[:, :columns].contiguous().bitwise_and_((1 << bits) - 1)
+
+
+def _number(digits: Tensor, bits: int) -> Tensor:
+    """Return the whole numbers of so many bits a digit, int64 [..]; digits are uint8 [.., n], the lowest first."""
+    whole = torch.zeros(digits.shape[:-1], dtype=torch.int64)
+    for i in range(digits.shape[-1]):
+        whole |= digits[..., i].long() << bits * i
+    return whole
 
 
 def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:

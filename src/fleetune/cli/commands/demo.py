@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import fleetune
 from fleetune import models
 from fleetune.cli.commands import compress, export, tune
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.common.display import human_bytes, quoted
 from fleetune.common.events import Answered
 from fleetune.subject import Run
@@ -71,7 +70,7 @@ def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
     from fleetune.evaluation import answers
 
     row = run.held_out(offline=offline)[0]
-    model = models.load(str(file), device="cpu", base="mapped")
+    model = models.load(str(file), device="cpu")
     (answer,) = answers.generate(model, [row], max_new_tokens=ANSWER)
     return row.messages[-1][1], answer
 

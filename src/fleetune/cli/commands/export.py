@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import fleetune
 from fleetune import subject as subjects
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.common import words
 from fleetune.common.display import command, human_bytes
 from fleetune.deploy import targets

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import fleetune
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.common.display import quoted
 from fleetune.deploy.harness import FILE
 

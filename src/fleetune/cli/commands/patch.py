@@ -6,8 +6,7 @@ from pathlib import Path
 
 from fleetune.cli import flags
 from fleetune.cli.commands.ledger import file_of
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.common.display import human_bytes
 from fleetune.common.events import PatchApplied, PatchMade
 from fleetune.common.files import write_atomic

@@ -161,11 +161,11 @@ class SolveJob:
         progress.warn_of_memory(listener, self.memory, "" if self.request.low_memory else "--low-memory")
         need = compression_cost.disk(shape_of(model.net.config), self.cost) + self.inputs.logits_size(model)
         progress.check_disk(folder, need, "the finished blocks and the result")
-        before = self.inputs.measure(model, listener, folder)
-        listener.event(
-            CompressStart(**asdict(self.request), folder=str(folder), before=before, planned=self.memory)
-        )
         with self.inputs.reference(model, folder, listener) as reference:
+            before = self.inputs.measure(model, listener, folder, known=reference.loss if reference else None)
+            listener.event(
+                CompressStart(**asdict(self.request), folder=str(folder), before=before, planned=self.memory)
+            )
             solved = solve(listener, self, folder, progress.resume_command(folder))
             written = folder / "model"
             artefact.write(written, model, solved, self.head)

@@ -40,7 +40,7 @@ from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.privacy.mechanism import Privacy, PrivateSum
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import server_rules
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import Layout, Payload, ReplySpec, Signs, add_signs, signs_of
@@ -223,7 +223,7 @@ class Averaged(Trained):
             raise ValueError(f"wire = {self.wire!r} is neither fp32 nor sign")
         if self.wire == "sign" and self.scaffold:
             raise ValueError("scaffold's variates are not sent as signs; use wire=fp32, or scaffold=false")
-        server_rules.check(self.server, lr=self.server_lr)
+        aggregation.check_server(self.server, lr=self.server_lr)
         check_targets(self.targets)
 
     @property
@@ -308,7 +308,7 @@ class Averaged(Trained):
             adapters.load_(model, layout.tensors(add_signs(start, signs, layout.sizes)))
             return Payload(signs._asdict(), {"n": batches.n, "loss": loss})
         if self.scaffold:
-            variate = server_rules.client_variate(c_k, c, w, w_k, self.walked(batches.n)[0])
+            variate = aggregation.client_variate(c_k, c, w, w_k, self.walked(batches.n)[0])
             if all(np.isfinite(v).all() for v in variate.values()):  # else the reply will be refused
                 memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
         return Payload(w_k, {"n": batches.n, "loss": loss})
@@ -368,7 +368,7 @@ class Averaged(Trained):
             combined.add(float(n), self.moved(sent, reply))
             if self.scaffold:
                 walked, _ = self.walked(reply.rows or n)
-                variate = server_rules.client_variate({}, c, w, reply.payload.arrays, walked)
+                variate = aggregation.client_variate({}, c, w, reply.payload.arrays, walked)
                 variates.add(1.0, variate)  # c_k' - c_k
                 seen.add(reply.client)
         if not combined.total:
@@ -381,7 +381,7 @@ class Averaged(Trained):
         new = state._replace(tensors=mean)
         if self.server != "avg" or self.server_lr not in (0.0, 1.0):  # else the mean itself
             delta = {n: m.astype(np.float64) - w[n].astype(np.float64) for n, m in mean.items()}
-            moved, moments = server_rules.step(self.server, w, delta, state.moments, lr=self.server_lr)
+            moved, moments = aggregation.server_step(self.server, w, delta, state.moments, lr=self.server_lr)
             new = state._replace(tensors=rounded(moved), moments=moments)
         if self.wire == "sign":
             return self.written(state, new)
@@ -417,7 +417,7 @@ class Averaged(Trained):
         adapters.load_(model, state.tensors)
 
     def written_out(self) -> Self:
-        return replace(self, server_lr=server_rules.rate(self.server, self.server_lr))
+        return replace(self, server_lr=aggregation.server_rate(self.server, self.server_lr))
 
     def sized(self, steps: int, batch_size: int) -> Self:
         """Return the method with so many steps; where a round was longer, its warmup takes half of them at most."""

@@ -20,7 +20,7 @@ from fleetune.tuning.prepare.prepare import check, prepare, timed
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished, foundations
-from fleetune.tuning.rounds import checkpoint, releases
+from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.run.run import ONE_AT_A_TIME, SIMULATED, Fleets, goes_on, tune
 
 SWEEP: Final = "sweep.toml"  # beside the runs of a sweep
@@ -51,7 +51,7 @@ def resume(
         return found
     foundations.check_files(recipe, path)
     if private.is_accounted(recipe):
-        releases.released(path)
+        checkpoint.released(path)
     with ONE_AT_A_TIME, goes_on(path, fleets), rundir.RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(

@@ -33,10 +33,9 @@ from fleetune.tuning.recipe.objects import data_name
 from fleetune.tuning.result import foundations
 from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.rounds import rounds
-from fleetune.tuning.rounds.checkpoint import StandsOn
+from fleetune.tuning.rounds.checkpoint import Releases, StandsOn
 from fleetune.tuning.rounds.fleets import Fleet, wanted
 from fleetune.tuning.rounds.local_work import Memories
-from fleetune.tuning.rounds.releases import Releases
 from fleetune.tuning.rounds.sealed import Summing
 from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 from fleetune.tuning.rounds.watch import Watch
