@@ -219,8 +219,8 @@ def _solve_ends(
         solved = [solver.solve(rows, H) for rows in pieces]
         found[end.name] = joined([s.weight for s in solved])
         loss = sum(lost(rows, s, H) for rows, s in zip(pieces, solved, strict=True))
-        given = sum(trace(rows, H) for rows in pieces)
-        matrices.append(MatrixResult(layer, share(loss, given), solved[0].notes))
+        error = share(loss, sum(trace(rows, H) for rows in pieces))
+        matrices.append(MatrixResult(layer, error, solved[0].notes))
     parts.put(BlockResult(len(parts.blocks), tuple(matrices), round(time.monotonic() - began, 3)), found)
 
 
