@@ -105,7 +105,7 @@ def document(title: str, body: str) -> str:
 
 def framed(html: str, height: int = 480) -> str:
     """Return a document as a notebook shows it: in a frame, where its style stays and no script runs."""
-    return f'<iframe title="fleetune" sandbox="" srcdoc="{esc(html)}" style="width:100%;height:{height}px;border:0"></iframe>'
+    return f'<iframe sandbox="" title="fleetune" srcdoc="{esc(html)}" style="width:100%;height:{height}px;border:0"></iframe>'
 
 
 def framed_table(
