@@ -8,7 +8,8 @@ weights that they were solved from; that they are this method's is declared.  Th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -268,15 +269,22 @@ def _files_of(run: Run, parents: Parents) -> Links:
     yield from _files_of_base(run.recipe.model, parents)
 
 
-def _merged(run: Run, parents: Parents) -> Iterator[LinkVerified | Model]:
-    """Yield the links of a run, then its model with the tuning in its stored weights: one replay for all."""
+def _merged(run: Run, parents: Parents, codes: Codes | None = None) -> Iterator[LinkVerified | Model]:
+    """Yield the links of a run, then its model with the tuning in its stored weights: one replay for all.
+
+    With `codes` a ledger's weights are not stored: `codes` sees each as it is rebuilt.
+    """
     run = parents.run(run)
     yield from _files_of(run, parents)
     model = run.load(offline=parents.offline)
+    base, view = model.digest, model.attachment
     if run.result.is_dir():
         yield from _base_of_adapter(run, model)
-    base = model.digest
-    model.merge()
+    if run.result.is_dir() or codes is None:
+        model.merge()
+    else:
+        model.digest = models.digest(codes.passing(view.tensors()))
+        view.detach(model)
     if not run.result.is_dir():
         finished.require_digest(model.digest, run.ledger().final_check(), run.result)
         yield _base(run.recipe.model, base)
@@ -345,9 +353,9 @@ def _made(head: artefact.ArtefactHead) -> str:
 
 def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Parents) -> Links:
     """Compare an artefact with the weights that it was made from: their digest, what has no codes, and codes that are exact."""
-    model: Model | None = None
+    model, codes = None, Codes(master)
     if isinstance(source, Run):
-        for each in _merged(source, parents):
+        for each in _merged(source, parents, codes):
             if isinstance(each, LinkVerified):
                 yield each
             else:
@@ -366,44 +374,51 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
                 hint=FROM,
             )
     yield _proven("compressed from", f"{name}: {head.base}")
-    own = dict(stored_tensors(model.net))
-    left = [n for n in master.names if n not in head.grids]
-    odd = [n for n in left if n not in own or not torch.equal(master.weight(n), own[n])]
+    for _ in codes.passing(stored_tensors(model.net)):
+        pass
+    odd = sorted(codes.left)
     if odd and head.grids:
         raise ModelError(
             f"{master.folder}: {odd[0]}, which holds no codes, is not that of {name}", hint=AGAIN
         )
-    yield _proven("other tensors", f"{len(left) - len(odd)} are those of the source, bit for bit")
+    same = len(master.names) - len(head.grids) - len(odd)
+    yield _proven("other tensors", f"{same} are those of the source, bit for bit")
     if odd:
         yield _declared("pruned tensors", f"{len(odd)} by {head.method}")
-        return
-    if _solved_again(master, own):
+    elif codes.solver:
         yield _proven("codes", f"{_made(head)}: solved again, every code and scale is equal")
     else:
         yield _declared("codes", _made(head))
 
 
-def _solved_again(master: artefact.Master, own: Mapping[str, Tensor]) -> bool:
-    """Whether a method that needs no text gives these codes again here; False for any other method."""
-    try:
-        solver = compression.make(master.head.method, master.head.settings)
-    except UsageError:  # settings beside the method's own: a budget, trained scales
-        return False
-    if not isinstance(solver, compression.Solver) or solver.data:
-        return False
-    for name in master.head.grids:
-        found, weights = master.quantised(name), own[name]
-        if weights.dim() != 2 or found is None:
+class Codes:
+    """What an artefact holds, compared with the weights that it was made from as they come."""
+
+    def __init__(self, master: artefact.Master) -> None:
+        self.master, self.seen = master, set[str]()
+        self.left = set(master.names) - set(master.head.grids)  # other tensors, but for those found equal
+        self.solver: compression.Solver | None = None  # of a method that needs no text, while it gives these codes
+        with suppress(UsageError):  # settings beside the method's own: a budget, trained scales
+            made = compression.make(master.head.method, master.head.settings)
+            self.solver = made if isinstance(made, compression.Solver) and not made.data else None
+
+    def passing(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors; those that came before are not looked at."""
+        for name, tensor in tensors:
+            if name not in self.seen:
+                self.seen.add(name)
+                if name in self.left and torch.equal(self.master.weight(name), tensor):
+                    self.left.remove(name)
+                elif name in self.master.head.grids and self.solver and not self._solved(name, tensor):
+                    self.solver = None
+            yield name, tensor
+
+    def _solved(self, name: str, W: Tensor) -> bool:
+        """Whether the method gives these codes again here."""
+        if self.solver is None or W.dim() != 2 or self.solver.check(name, *W.shape):
             return False
-        weight = solver.solve(
-            weights.detach().float(), torch.zeros(weights.shape[1], weights.shape[1])
-        ).weight
-        if not isinstance(weight, artefact.Quantised):
-            return False
-        again, there = (artefact.stored(name, each) for each in (weight, found))
-        if again.keys() != there.keys() or not all(torch.equal(again[n], there[n]) for n in there):
-            return False
-    return True
+        weight = self.solver.solve(W.detach().float(), torch.zeros(W.shape[1], W.shape[1])).weight
+        return isinstance(weight, artefact.Quantised) and self.master.holds(name, weight)
 
 
 # ---------------------------------------------------------------- a file from codes or weights

@@ -99,6 +99,12 @@ def times(unit: Tensor, multiples: Tensor) -> Tensor:
     return unit.float().repeat_interleave(each, 1) * multiples.float()
 
 
+def _by_group(operation: Callable[[Tensor, Tensor], Tensor], values: Tensor, of_groups: Tensor) -> Tensor:
+    """Apply an operation in place to values [R, C] and what each group has, [R, groups]."""
+    operation(values.view(*of_groups.shape, -1), of_groups[..., None])
+    return values
+
+
 @dataclass(frozen=True)
 class Quantised:
     """A matrix on a grid: w[r, c] = scale[r, c // group] * steps[r, c].
@@ -137,13 +143,13 @@ class Quantised:
         """Return how many scales each weight is away from 0, int16 [R, C]."""
         if self.codebook:
             return torch.tensor(CODEBOOKS[self.codebook], dtype=torch.int16)[self.codes.int()]
-        return self.codes.to(torch.int16) - self.zero.to(torch.int16).repeat_interleave(self.group, 1)
+        return _by_group(Tensor.sub_, self.codes.to(torch.int16), self.zero.to(torch.int16))
 
     def dense(self) -> Tensor:
         """Return the weights, float32, of `shape`."""
-        values = self.steps().float() * self.scale.float().repeat_interleave(self.group, 1)
-        offset = None if self.blocks is None else self.blocks.offset()
-        values = values if offset is None else values - offset.repeat_interleave(self.group, 1)
+        values = _by_group(Tensor.mul_, self.steps().float(), self.scale.float())
+        if self.blocks is not None and (offset := self.blocks.offset()) is not None:
+            values = _by_group(Tensor.sub_, values, offset)
         if self.transposed:
             return values.view(self.experts, -1, values.shape[1]).mT.contiguous()
         return values.view(self.shape)
@@ -262,6 +268,18 @@ def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:
     return {f"{name}.{part}": tensor for part, tensor in found.items()}
 
 
+def _fields(weight: Quantised) -> dict[str, Any]:
+    """Return what the head says of a matrix, by `_OF_MATRICES`."""
+    kind = "" if weight.blocks is None else weight.blocks.kind
+    return {
+        "grids": (weight.bits, weight.group),
+        "shapes": tuple(weight.codes.shape),
+        "superblocks": kind,
+        "codebooks": "" if kind else weight.codebook,
+        "experts": weight.experts,
+    }
+
+
 def part_names(superblocks: str) -> tuple[str, ...]:
     """Return the names of a quantised matrix's parts in the file; `superblocks` is a type, or "" for none."""
     if not superblocks:
@@ -325,14 +343,7 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     for name, weight in weights():
         table |= {n: (t.dtype, tuple(t.shape)) for n, t in stored(name, weight).items()}
         if isinstance(weight, Quantised):
-            kind = "" if weight.blocks is None else weight.blocks.kind
-            fields[name] = {
-                "grids": (weight.bits, weight.group),
-                "shapes": tuple(weight.codes.shape),
-                "superblocks": kind,
-                "codebooks": "" if kind else weight.codebook,
-                "experts": weight.experts,
-            }
+            fields[name] = _fields(weight)
             head = dataclasses.replace(head, transposed=[*head.transposed, *[name] * weight.transposed])
     of: dict[str, Any] = {key: {n: own[key] for n, own in fields.items() if own[key]} for key in _OF_MATRICES}
     head = dataclasses.replace(head, **of)
@@ -398,6 +409,17 @@ class Master:
             raise ModelError(
                 f"{file}: the parts of {name} do not fit {wanted} ({error})", hint=AGAIN
             ) from error
+
+    def holds(self, name: str, weight: Quantised) -> bool:
+        """Return whether these are the very codes and scales of a parameter."""
+        own = all(getattr(self.head, key).get(name) == (of or None) for key, of in _fields(weight).items())
+        parts = stored(name, weight)
+        return (
+            own
+            and (name in self.head.transposed) == weight.transposed
+            and parts.keys() <= self._stored
+            and all(torch.equal(self._file.get_tensor(part), values) for part, values in parts.items())
+        )
 
     def weight(self, name: str) -> Tensor:
         """Read a parameter's values: float32 for a quantised one, else in the stored dtype."""

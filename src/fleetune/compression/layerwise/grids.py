@@ -136,7 +136,7 @@ class Grid:
         if (levels := self.levels) is not None:
             middles = (levels[1:] + levels[:-1]).to(x.dtype) / 2
             return (x[..., None] / scale[:, None, None] > middles).sum(2).to(x.dtype)
-        return (torch.round(x / scale[:, None]) + zero[:, None]).clamp(0, self.top)
+        return (x / scale[:, None]).round_().add_(zero[:, None]).clamp_(0, self.top)
 
     def _fit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         half = float(1 << (self.bits - 1))
@@ -283,6 +283,12 @@ def quantise(
     """
     if grid.blocks is not None:
         return _quantise_blocks(W, grid, loop, zeros, curvature)
+    fitted = curvature is not None and grid.by_curvature
+    if loop is nearest and zeros is None and not fitted and not grid.codebook:  # no column depends on others
+        each = W.reshape(-1, group)
+        found = grid.find(each)
+        codes = grid.codes(each, *found).to(torch.uint8).view(W.shape)
+        return Codes(codes, *(values.view(len(W), -1) for values in found))
     scales, zero_points, levels = list[Tensor](), list[Tensor](), grid.levels
 
     def choose(Wt: Tensor, begin: int, last: int) -> Segment:
