@@ -397,7 +397,9 @@ class Codes:
     def __init__(self, master: artefact.Master) -> None:
         self.master, self.seen = master, set[str]()
         self.left = set(master.names) - set(master.head.grids)  # other tensors, but for those found equal
-        self.solver: compression.Solver | None = None  # of a method that needs no text, while it gives these codes
+        self.solver: compression.Solver | None = (
+            None  # of a method that needs no text, while it gives these codes
+        )
         with suppress(UsageError):  # settings beside the method's own: a budget, trained scales
             made = compression.make(master.head.method, master.head.settings)
             self.solver = made if isinstance(made, compression.Solver) and not made.data else None

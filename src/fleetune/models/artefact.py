@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -234,27 +234,34 @@ def dense(weight: Quantised | Tensor) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 [R, C] codes below 2**bits into uint8 [R, ceil(C bits / 8)], little-endian bits within a row."""
-    if 8 % bits:
-        planes = np.unpackbits(codes.numpy()[..., None], axis=-1, bitorder="little")[..., :bits]
-        return torch.from_numpy(np.packbits(planes.reshape(len(codes), -1), axis=1, bitorder="little"))
-    each = 8 // bits  # codes of a byte
-    R, C = len(codes), -(-codes.shape[1] // each)
-    whole = torch.nn.functional.pad(codes, (0, C * each - codes.shape[1])).reshape(R, C, each)
-    packed = whole[..., 0].clone()
-    for i in range(1, each):
-        packed |= whole[..., i] << bits * i
-    return packed
+    each, size = 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
+    planes = _planes(codes, each)
+    packed = planes.new_zeros(size, *planes.shape[1:])
+    for i, plane in enumerate(planes):
+        byte, shift = divmod(bits * i, 8)
+        packed[byte] |= plane << shift
+        if shift + bits > 8:
+            packed[byte + 1] |= plane >> 8 - shift
+    return torch.stack(packed.unbind(), 2).flatten(1)[:, : -(-codes.shape[1] * bits // 8)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Undo `pack`."""
-    if 8 % bits:
-        flat = np.unpackbits(packed.numpy(), axis=1, bitorder="little")[:, : columns * bits]
-        planes = flat.reshape(len(packed), columns, bits)
-        return torch.from_numpy(np.packbits(planes, axis=2, bitorder="little")[..., 0])
-    each = 8 // bits
-    codes = torch.stack([packed >> bits * i & (1 << bits) - 1 for i in range(each)], 2)
-    return codes.flatten(1)[:, :columns].contiguous()
+    each, size = 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
+    planes, codes = _planes(packed, size), list[Tensor]()
+    for i in range(each):
+        byte, shift = divmod(bits * i, 8)
+        code = planes[byte] >> shift
+        if shift + bits > 8:
+            code |= planes[byte + 1] << 8 - shift
+        codes.append(code.bitwise_and_((1 << bits) - 1))
+    return torch.stack(codes, 2).flatten(1)[:, :columns].contiguous()
+
+
+def _planes(values: Tensor, each: int) -> Tensor:
+    """Return values [R, C] as [each, R, ceil(C / each)], neighbours in different planes; 0 where there are none."""
+    whole = torch.nn.functional.pad(values, (0, -values.shape[1] % each))
+    return whole.unflatten(1, (whole.shape[1] // each, each)).movedim(2, 0).contiguous()
 
 
 def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:
