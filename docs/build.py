@@ -11,7 +11,6 @@ docs/models.md (`formats`), which takes what a family can be tuned and compresse
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -93,8 +92,8 @@ def commands_page() -> str:
         if sub.epilog:
             parts.append("```\n" + textwrap.dedent(sub.epilog.partition("\n")[2]).rstrip() + "\n```\n")
         parts.append("| argument | meaning |\n|---|---|")
-        for action in sub._actions:
-            if isinstance(action, argparse._HelpAction):
+        for action in sub.known:
+            if "--help" in action.option_strings:
                 continue
             flag = ", ".join(f"`{o}`" for o in action.option_strings) or f"`{action.metavar or action.dest}`"
             choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""

@@ -136,7 +136,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'seeds/test_outer_view.py'),
     Mutant('tuning/rounds/checkpoint.py', 'StandsOn.differences',
            'if now.recipe.get(name) != value', 'if False', 'runs/test_integrity.py'),
-    Mutant('runs/metrics.py', 'Metrics.cut', 'if size is not None and len(data) >= size:', 'if False:', 'runs/test_integrity.py'),
+    Mutant('runs/rundir.py', 'Metrics.cut', 'if size is not None and len(data) >= size:', 'if False:', 'runs/test_integrity.py'),
     Mutant('common/files.py', 'write_atomic', 'os.fsync(file.fileno())', 'pass', 'common/test_files.py'),
     Mutant('compression/layerwise/column_loop.py', '_loop',
            'later[r] -= e[r] * u', 'later[r] += e[r] * u', 'compression/test_optq.py'),

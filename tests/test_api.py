@@ -19,6 +19,7 @@ from fleetune import errors, models
 from fleetune.api import names
 from fleetune.compression.methods import qronos
 from fleetune.deploy import harness
+from fleetune.deploy.serve import ENGINES
 from fleetune.evaluation import losses
 from fleetune.runs.compression_folder import OPTIONS, CompressRequest
 from fleetune.tuning.methods import fedkseed
@@ -394,5 +395,7 @@ def test_the_names_that_an_editor_completes_are_those_that_there_are():
     assert sorted(get_args(names.MethodName)) == sorted(["auto", *fleetune.methods()])
     assert sorted(get_args(names.CompressorName)) == sorted(fleetune.compressors())
     assert sorted(get_args(names.TargetName)) == sorted(fleetune.targets())
-    assert list(get_args(names.Trains)) == choices("train")
-    assert sorted(get_args(names.Base)) == sorted(choices("base"))
+    for kind, option in ((names.Trains, "train"), (names.Base, "base"), (names.Device, "device")):
+        assert sorted(get_args(kind)) == sorted(choices(option))
+    assert list(get_args(names.Dtype)) == choices("dtype")
+    assert get_args(names.Engine) == ("auto", *ENGINES)

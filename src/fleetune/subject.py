@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from fleetune import models
 from fleetune.common import sums
-from fleetune.common.shell import quoted
+from fleetune.common.display import quoted
 from fleetune.errors import UsageError
 from fleetune.models.cache import cache, names
 from fleetune.runs import compression_folder, rundir

@@ -1,9 +1,26 @@
 """Numbers and measures as people read them."""
 
+import os
+import shlex
+import shutil
+import subprocess
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fleetune.common import display
-from fleetune.common.display import change, improved, message_text, metric, one_line, show, single_spaced
+from fleetune.common.display import (
+    change,
+    command,
+    improved,
+    message_text,
+    metric,
+    one_line,
+    quoted,
+    show,
+    single_spaced,
+)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +99,28 @@ def test_padding_of_letters_that_are_not_seen_is_one_blank_or_escaped(pad: str) 
 )
 def test_letters_of_a_word_stay(text: str) -> None:
     assert one_line(text) == message_text(text) == text
+
+
+CONTROLS = ["a\nb", "\x1b[31mred", "it's\ta\\tab\r", "\x9b2J\u2028\u202e"]
+ODD = [*CONTROLS, "-", "", "a b", "\udcff.gguf", "ü ñ", "$(x) `y`!\x07"]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("word", ODD)
+def test_bash_reads_what_was_meant(word: str) -> None:
+    line = f"printf %s {quoted(word)}"
+    told = subprocess.check_output(["bash", "-c", line], env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert told == os.fsencode(word)
+
+
+@given(st.text(max_size=20))
+def test_a_word_is_one_printable_line(word: str) -> None:
+    shown = quoted(word)
+    assert shown.isprintable()
+    if word.isprintable():
+        assert shown == shlex.quote(word)
+
+
+def test_a_command_is_its_words() -> None:
+    assert command("eval", "my run", 3) == "fleetune eval 'my run' 3"
+    assert command("eval", "a\nb") == r"fleetune eval $'a\nb'"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fleetune.common import folders, sums
+from fleetune.common import files, sums
 from fleetune.common.files import default_mode, read_bytes, read_text, regular, storage_error, write_atomic
 from fleetune.errors import FleetuneError, StorageError
 
@@ -214,7 +214,7 @@ def test_a_damaged_list_is_refused(content: bytes, tmp_path: Path) -> None:
 COUNT = """
 import sys
 from pathlib import Path
-from fleetune.common.folders import locked
+from fleetune.common.files import locked
 count = Path(sys.argv[1])
 for _ in range(150):
     with locked(count):
@@ -234,7 +234,7 @@ def test_a_lock_is_had_by_one_though_its_file_goes_each_time(tmp_path: Path) -> 
 
 def test_a_lock_that_its_holder_removed_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opened before it was removed, locked after: whoever makes the file anew would have the target as well."""
-    real, opened, file = folders.lock, list[int](), tmp_path / ".m.lock"
+    real, opened, file = files.lock, list[int](), tmp_path / ".m.lock"
 
     def lock(handle: int) -> bool:
         opened.append(handle)
@@ -242,8 +242,8 @@ def test_a_lock_that_its_holder_removed_is_nobodys(tmp_path: Path, monkeypatch: 
             file.unlink()
         return real(handle)
 
-    monkeypatch.setattr(folders, "lock", lock)
-    with folders.locked(tmp_path / "m"):
+    monkeypatch.setattr(files, "lock", lock)
+    with files.locked(tmp_path / "m"):
         assert len(opened) == 2
         assert file.is_file()
     assert not list(tmp_path.iterdir())
@@ -255,7 +255,7 @@ def test_a_file_whose_lock_is_not_had_stays(tmp_path: Path, monkeypatch: pytest.
     def lock(handle: int) -> bool:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr(folders, "lock", lock)
-    with folders.locked(tmp_path / "m"):
+    monkeypatch.setattr(files, "lock", lock)
+    with files.locked(tmp_path / "m"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == [".m.lock"]

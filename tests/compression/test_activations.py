@@ -1,5 +1,6 @@
 """Hessians: their sums and factors, what a compressed model really feeds its layers, and drifts from the dense model's inputs."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.errors import Interrupted
+from fleetune.models import artefact
 from fleetune.models.artefact import Quantised
 from heard import Heard
 
@@ -66,6 +68,22 @@ def test_layers_that_read_one_tensor_share_a_hessian() -> None:
     assert by["q_proj"] is by["k_proj"] is by["v_proj"]
     assert by["gate_proj"] is by["up_proj"]
     assert len({id(h) for h in H.values()}) == 4
+
+
+def test_layers_that_share_a_hessian_share_its_factor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Qronos corrects and solves with one factor; once without sharing, the codes are the same."""
+    model, made, factor = models.tiny_llama(), list[int](), hessian._inverse_factor
+    monkeypatch.setattr(hessian, "_inverse_factor", lambda H: made.append(len(H)) or factor(H))
+    solver = compression.make("qronos", {"group": 8})
+    blocks = len(linears_of(model))
+    shared = driver.run(model, solver, text(2, 8), tmp_path / "shared")
+    assert len(made) == 4 * blocks  # what q, k, v read; o; gate and up; down
+    monkeypatch.setattr("fleetune.compression.layerwise.activations.factor_kept", contextlib.nullcontext)
+    alone = driver.run(model, solver, text(2, 8), tmp_path / "alone")
+    assert len(made) == (4 + 2 * 7) * blocks
+    assert all(torch.equal(artefact.dense(shared[name]), artefact.dense(alone[name])) for name in shared)
 
 
 class Corrected(Spy):

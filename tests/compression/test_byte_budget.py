@@ -1,6 +1,7 @@
 """`fleetune compress --bytes` and `--bits`: the file has the size that was said, and what cannot be is refused up front."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pruner_harness import SIZES, tiny
 from command_line import Capture, Patch, ok, refused
 from command_line import call_json as call
 from fleetune import compression
-from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.console import InterruptHandler
 from fleetune.common.display import human_bytes
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise.driver import End
@@ -55,6 +56,9 @@ def test_the_file_has_the_size_that_was_said(model: str, at: Path, capsys: Captu
     kinds = [t.tensor_type.name for t in gguf.GGUFReader(file).tensors if len(t.shape) == 2]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == found["kinds"]
     assert sum(found["kinds"].values()) == 15, "the tied embedding is one of them"
+    (said,) = [e["words"] for e in ok(capsys, "verify", "latest") if e.get("what") == "codes"]
+    assert sorted(re.findall(r"(\d+) of ", said)) == sorted(map(str, found["kinds"].values()))
+    assert "bits 4" not in said
 
 
 def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: Capture) -> None:
@@ -128,7 +132,7 @@ def test_a_resumed_one_has_its_grids(model: str, at: Path, capsys: Capture, monk
         def __getattribute__(self, name: str) -> Any:
             return any(parts.glob("block-*")) if name == "requested" else super().__getattribute__(name)
 
-    monkeypatch.setattr("fleetune.cli.listener.InterruptHandler", Pulled)
+    monkeypatch.setattr("fleetune.cli.console.InterruptHandler", Pulled)
     code, events, err = call(capsys, "compress", model, *flags)
     assert code == 130, err
     assert list(parts.glob("block-*"))

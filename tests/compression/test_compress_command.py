@@ -98,7 +98,7 @@ def test_a_stopped_one_is_taken_up_again_and_does_not_go_on_with_something_else(
     text = ["--text", "text.txt"] if change else []  # else what comes along
     work = ["compress", "mine", *SMALL, *text, "--seed", "7"]
     with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(32))
+        patch.setattr("fleetune.cli.console.InterruptHandler", pulled_after(32))
         code, said, _ = call(capsys, *work)
     assert code == 130
     assert "fleetune compress --resume runs/0001-optq-mine" in json.dumps(said[-1])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from command_line import call_json, ok
 from fleetune import compression, models
-from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.console import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.compression.layerwise import driver, federated
 from fleetune.compression.layerwise.activations import HiddenStates
@@ -338,7 +338,7 @@ def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(tuned_
         return said
 
     with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.listener.InterruptHandler", Pulled)
+        patch.setattr("fleetune.cli.console.InterruptHandler", Pulled)
         patch.setattr(ClientHessians, "answer", fail)
         code, first, _ = call_json(capsys, "compress", *args)
     assert code == 130

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleetune.compression.layerwise import grids
 from fleetune.compression.layerwise.column_loop import Segment, nearest
 from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid
 from fleetune.models.artefact import Quantised
@@ -69,6 +70,21 @@ def test_nearest_is_the_nearest_code(kind: str) -> None:
     assert torch.equal(got, q.dense())
     every = dataclasses.replace(q, codes=torch.arange(16).repeat(8, 1).to(torch.uint8), group=16).dense()
     assert torch.equal((got - W).abs(), (every[:, None] - W[..., None]).abs().amin(2))  # no value is nearer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_all_groups_at_once_are_rounded_as_the_column_loop_rounds_them(
+    kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grids, "PART", 3 * 96)  # three rows at once
+    g = torch.Generator().manual_seed(4)
+    W, h = torch.randn(8, 96, generator=g), torch.rand(96, generator=g) if weighted else None
+    W[2, 32:64] = 0
+    got = grids.rounded(W, Grid(kind, 4), 32, h)
+    want = grids.quantise(W, Grid(kind, 4), 32, nearest, None, h).solved(Grid(kind, 4), 32).weight
+    assert isinstance(want, Quantised)
+    assert all(torch.equal(getattr(got, part), getattr(want, part)) for part in ("codes", "scale", "zero"))
 
 
 def errors(x: np.ndarray, h: np.ndarray, scale: np.ndarray, book: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from fleetune.common import memory
 from fleetune.compression.jobs import solve
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.layerwise import driver
+from fleetune.evaluation.losses import text_rows
 from fleetune.models import artefact
 from fleetune.models.lazy import LazyWeight
 from fleetune.models.net.saving import write_in_turn
@@ -74,7 +75,7 @@ def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tu
         patch.setattr(LazyWeight, "values", values)
         driver.check(model, solver)
         windows = torch.zeros(3, 12, dtype=torch.int64) + torch.arange(12)
-        inputs = Inputs(model, [], [], ["a text to measure on"], "a text")
+        inputs = Inputs(model, [], [], text_rows(model, ["a text to measure on"]), "a text")
         with inputs.reference(model, folder, Silent()) as reference:
             parts = driver.run(model, solver, windows, folder / "parts")
             assert "kl_divergence" in solve._after(Silent(), inputs, folder, parts, reference)

@@ -12,7 +12,7 @@ from pruner_harness import SIZES, tiny
 from command_line import Capture, Patch, ok
 from command_line import call_json as call
 from fleetune import compression, models
-from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.console import InterruptHandler
 from fleetune.compression.jobs import scales
 from fleetune.compression.jobs.scales import Scales
 from fleetune.compression.layerwise.grids import Grid, rounded
@@ -168,7 +168,7 @@ def test_it_resumes_with_the_same_bits(model: str, at: Path, capsys: Capture, mo
             return any(kept.rglob("*.*")) if name == "requested" else super().__getattribute__(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.listener.InterruptHandler", Pulled)
+        patch.setattr("fleetune.cli.console.InterruptHandler", Pulled)
         patch.setattr(scales, "EVERY", 3)
         code, events, _ = call(capsys, "compress", *flags)
     assert code == 130

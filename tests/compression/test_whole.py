@@ -61,6 +61,7 @@ def test_runs_as_student_and_as_teacher(tiny: dict[str, str], at: Path, capsys: 
     before, after, teacher = (done[-1][when] for when in ("before", "after", "teacher"))
     assert after["divergence"] < before["divergence"]
     assert "divergence" not in teacher
+    assert len({each["other_perplexity"] for each in (before, after, teacher)}) == 3
     seen = ok(capsys, "eval", "2", "--tasks", "loss")
     assert seen[-1]["loss"] == pytest.approx(after["loss"], rel=1e-5)
     assert seen[-1]["rows"] == 4
@@ -99,7 +100,8 @@ def test_a_model_is_pruned_trained_quantised_and_exported(tiny: dict, at: Path, 
     model = models.load(str(folder / "model"), device="cpu")
     assert model.digest == result["digest"]
     assert result["parameters"]["after"] == model.n_params < result["parameters"]["before"]
-    assert len({result[when]["perplexity"] for when in ("before", "pruned", "after")}) == 3
+    for name in ("perplexity", "other_perplexity"):
+        assert len({result[when][name] for when in ("before", "pruned", "after")}) == 3
     seen = ok(capsys, "eval", "1", "--text", "text.txt", "--tasks", "perplexity")
     assert seen[-1]["perplexity"] == pytest.approx(result["after"]["perplexity"], rel=1e-5)
     solve = ["--method", "optq", "--set", "group=4", "--text", "text.txt", "--length", "32"]

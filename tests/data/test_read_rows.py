@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tables import DOLLY, jsonl, write
 
-from fleetune.common.shell import pip_install
+from fleetune.common.display import pip_install
 from fleetune.data import Example, read, read_text
 from fleetune.data.read_rows import row_of
 from fleetune.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetune.common.shell import pip_install
+from fleetune.common.display import pip_install
 from fleetune.data import read, readers
 from fleetune.data.readers import FileRow
 from fleetune.errors import DataError
@@ -121,6 +121,13 @@ def test_an_excel_file_is_read_as_its_csv(tmp_path: Path) -> None:
     assert found[0].where == f"{source}:row 3"
     assert told[0] == f"the sheet 'FAQ' of {source} is read, not 'Alt'"
     assert "3 of 60 rows are left out" in told[2]
+
+
+def test_of_an_excel_file_one_sheet_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(readers, "_cell", lambda value: seen.append(value) or str(value or ""))
+    read(workbook(tmp_path / "a.xlsx", Empty=[[]], S=[["question", "answer"], ["q", "a"]], Z=[["z"]] * 99))
+    assert seen.count("z") == 1  # of the sheet that only the note names
 
 
 def test_cells_of_excel_become_texts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fleetune import models
 from fleetune.deploy import llamacpp
-from fleetune.models.families import experts
+from fleetune.models.families import table
 
 TEXT = [int(token) for token in np.random.default_rng(5).integers(0, 259, 48)]
 # no two of the widths are alike, and blocks of 32 divide them all
@@ -161,7 +161,7 @@ def divergence(
 ) -> float:
     """The mean Kullback-Leibler divergence, in nats, of llama.cpp's next tokens from transformers'."""
     own = net(input_ids=torch.tensor([list(ids)])).logits[0, :-1].double().log_softmax(-1)
-    engine = Engine(file, lora=lora, precise=experts.count(net.config) > 0)
+    engine = Engine(file, lora=lora, precise=table.count_experts(net.config) > 0)
     try:
         found = np.concatenate([piece.copy() for piece in engine.scored_logits([(list(ids), 0)])])
     finally:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from deploy_harness import compressed, tiny
 
-from fleetune.common.shell import pip_install
+from fleetune.common.display import pip_install
 from fleetune.data import Encoded
 from fleetune.deploy import export, harness, llamacpp
 from fleetune.errors import ModelError, UsageError

@@ -17,7 +17,7 @@ from command_line import call_json as call
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common import files
-from fleetune.common.shell import pip_install
+from fleetune.common.display import pip_install
 from fleetune.compression.jobs import inputs, solve
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all

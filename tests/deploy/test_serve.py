@@ -23,7 +23,7 @@ from serve_harness import little_file, lives, stand_in, starts
 import fleetune
 from command_line import FEW, Capture, Patch, call, refused
 from fleetune import models
-from fleetune.common.shell import pip_install
+from fleetune.common.display import pip_install
 from fleetune.deploy import export
 from fleetune.deploy import serve as serving_module
 from fleetune.deploy.serve import KEY, Options, Refused, Session, choose

@@ -13,7 +13,7 @@ import fleetune
 from fleetune import models, subject
 from fleetune.common import ggml
 from fleetune.compression.layerwise.grids import Grid, rounded
-from fleetune.deploy import tunable_file
+from fleetune.deploy import export
 from fleetune.errors import UsageError
 from fleetune.runs.listener import Silent
 from fleetune.seeds.scale_view import moved_tensors
@@ -37,11 +37,11 @@ def exported(found: subject.Compressed, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_it_is_what_export_writes_where_export_puts_it_and_is_written_once(kind: str, tmp_path: Path) -> None:
     found, told = codes(tmp_path / "codes", **BLOCKS[kind]), list[str]()
-    place = tunable_file.of(found, told.append)
+    place = export.tunable_file(found, told.append)
     assert place == tmp_path / "codes" / "codes.gguf"
     assert place.read_bytes() == exported(found, tmp_path).read_bytes()
     before = place.stat()
-    assert tunable_file.of(found, told.append) == place
+    assert export.tunable_file(found, told.append) == place
     assert place.stat().st_mtime_ns == before.st_mtime_ns
     assert place.stat().st_ino == before.st_ino
     assert f"{place}, now written (" in told[0]
@@ -50,7 +50,7 @@ def test_it_is_what_export_writes_where_export_puts_it_and_is_written_once(kind:
     assert len(told) == 2
     place.unlink()
     assert fleetune.export(found, to="gguf").path.read_bytes() == exported(found, tmp_path / "2").read_bytes()
-    assert tunable_file.of(found, told.append) == place, "what export wrote before is taken"
+    assert export.tunable_file(found, told.append) == place, "what export wrote before is taken"
     assert "there already" in told[2]
 
 
@@ -69,11 +69,11 @@ def _changed(raw: bytes, at: int) -> bytes:
 )
 def test_another_file_in_its_place_is_refused_and_stays(other: Any, tmp_path: Path) -> None:
     found = codes(tmp_path / "my codes")
-    place = tunable_file.of(found, lambda _: None)
+    place = export.tunable_file(found, lambda _: None)
     changed = other(place.read_bytes())
     place.write_bytes(changed)
     with pytest.raises(UsageError, match="is not what fleetune export --to gguf writes of") as refused:
-        tunable_file.of(found, lambda _: None)
+        export.tunable_file(found, lambda _: None)
     assert f"move '{place}' away" in str(refused.value.hint)
     assert place.read_bytes() == changed
 
@@ -107,7 +107,7 @@ def test_codes_whose_file_could_not_be_tuned_are_refused_before_it_is_written(
 ):
     found = compression(tmp_path, plain, method, **settings)
     with pytest.raises(UsageError, match=words) as refused:
-        tunable_file.of(found, lambda _: None)
+        export.tunable_file(found, lambda _: None)
     assert "--train scales is for blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL" in refused.value.message
     assert sorted(p.name for p in found.home.iterdir() if p.suffix == ".gguf" or p.name.startswith(".")) == []
     assert str(refused.value.hint).startswith("compress again: fleetune compress ")
@@ -119,7 +119,7 @@ def test_families_whose_files_are_not_read_are_refused_first(family: str, words:
     save(family, tmp_path / "m")
     found = compression(tmp_path, tmp_path / "m")
     with pytest.raises(UsageError, match=words) as refused:
-        tunable_file.of(found, lambda _: None)
+        export.tunable_file(found, lambda _: None)
     assert not list(found.home.glob("*.gguf"))
     assert str(refused.value.hint).endswith("--to hf")
 
@@ -131,9 +131,9 @@ def test_of_a_file_of_several_types_those_that_can_be_are_tuned(tmp_path: Path) 
         quantised[name] = rounded(tensor, Grid("q4_k", 4), 32) if wide else on_grid(tensor, 4, 32)
     found = subject.open(write_codes(model, tmp_path / "codes", quantised))
     assert isinstance(found, subject.Compressed)
-    scales = ggml.scales_in(tunable_file.kinds_of(found))
+    scales = ggml.scales_in(export.kinds_of(found))
     assert scales == {name.removesuffix(".weight"): 1 for name in quantised if ".mlp." not in name}
-    mapped = models.load(str(tunable_file.of(found, lambda _: None)), device="cpu", base="mapped")
+    mapped = models.load(str(export.tunable_file(found, lambda _: None)), device="cpu", base="mapped")
     mapped.trains = "scales"
     moved = [name.removesuffix(".weight.scales") for name, _, _ in moved_tensors(mapped)]
     assert [name for name in moved if ".layers." in name] == sorted(scales)
@@ -151,21 +151,21 @@ def test_only_layers_count() -> None:
 KILLED = """
 import os, signal, sys, time
 from fleetune import subject
-from fleetune.deploy import tunable_file
+from fleetune.deploy.export import tunable_file
 found = subject.open(sys.argv[1])
-place = tunable_file.of(found, lambda _: None)
+place = tunable_file(found, lambda _: None)
 whole = place.read_bytes()
 for delay in (0.02, 0.05, 0.1, 0.2, 0.35):
     child = os.fork()
     while not child:
         place.unlink(missing_ok=True)
-        tunable_file.of(found, lambda _: None)
+        tunable_file(found, lambda _: None)
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert not place.exists() or place.read_bytes() == whole, delay
 place.unlink(missing_ok=True)
-tunable_file.of(found, lambda _: None)
+tunable_file(found, lambda _: None)
 assert place.read_bytes() == whole
 """
 

@@ -99,7 +99,7 @@ def fault(line: str, *, whole: bool = True) -> str:
     if words[0] not in known:
         return f"there is no command {words[0]}"
     sub = known[words[0]]
-    flags = {option for action in sub._actions for option in action.option_strings}
+    flags = sub.flags
     if wrong := [w for w in words[1:] if w.startswith("--") and w.partition("=")[0] not in flags]:
         return f"{words[0]} has no {wrong[0]}"
     if not whole:

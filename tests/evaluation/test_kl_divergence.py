@@ -136,12 +136,15 @@ def test_a_model_is_compared_by_tokens(chunk: int, tmp_path: Path, monkeypatch: 
     assert max(map(len, losses.scored_logits(dense, rows()))) == min(chunk, 8)
     kept = losses.keep_logits(dense, rows(), tmp_path / "p")
     assert kept.tokens == len(expected) == 16
-    found = kept.compare(model)
+    found, loss = kept.compare(model)
+    assert (kept.loss, loss) == pytest.approx(
+        [losses.response_loss(m, rows(), batch_size=1) for m in (dense, model)], rel=1e-6
+    )
     assert found.kl_divergence == pytest.approx(statistics.fmean(expected), rel=1e-5)
     assert found.kl_divergence_error == pytest.approx(statistics.stdev(expected) / 4, rel=1e-5)
     assert found.same_top == 100 * float((P.argmax(1) == Q.argmax(1)).mean())
-    assert kept.compare(model) == found
-    itself = kept.compare(dense)
+    assert kept.compare(model) == (found, loss)
+    itself, _ = kept.compare(dense)
     assert (itself.kl_divergence, itself.same_top) == (0.0, 100.0)
 
 

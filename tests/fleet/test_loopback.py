@@ -27,7 +27,7 @@ from command_line import ok, refused
 from fleetune import models
 from fleetune.cli import flags
 from fleetune.cli.main import build_parser, main
-from fleetune.common.shell import pip_install
+from fleetune.common.display import pip_install
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys, server, worker

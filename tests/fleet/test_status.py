@@ -114,6 +114,13 @@ def test_the_command_that_goes_on_has_the_flags_by_which_devices_find_the_server
     assert status.resume(tmp_path) == f"fleetune fleet serve --resume {tmp_path}"
 
 
+def test_the_log_of_a_run_is_shown(run, capsys):
+    assert "there is no" in refused(capsys, "fleet", "logs", "latest", "--out", str(run.parent))
+    (run / "log.txt").write_text("2026-12-01 10:00:00 press-3 is here\n")
+    assert main(["fleet", "logs", "latest", "--out", str(run.parent)]) == 0
+    assert capsys.readouterr().out == (run / "log.txt").read_text()
+
+
 def test_stop_reaches_the_session_that_wrote_the_last_word_and_no_other(run):
     with pytest.raises(UsageError, match="no server has"):
         status.ask_to_stop(run)

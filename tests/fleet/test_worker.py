@@ -28,7 +28,7 @@ from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
-from fleetune.privacy import accountant, mechanism
+from fleetune.privacy import mechanism
 from fleetune.privacy.mechanism import Privacy
 from fleetune.privacy.secagg import SEALED as SHARES
 from fleetune.privacy.secagg import Member
@@ -411,7 +411,7 @@ def test_a_device_takes_part_in_the_sums_that_it_was_told_alone(place, tmp_path,
 def test_a_device_counts_its_own_budget_over_all_runs(place, tmp_path, job):
     """Two rounds of multiplier 2 are one of 2 / sqrt 2: the third would be beyond epsilon 2.3, in whichever run."""
     worker, job = make_worker(place, tmp_path, epsilon=2.3, delta=0.001), summed(job, noise=2.0)
-    spent = [accountant.epsilon(2 / math.sqrt(n), 1.0, 1, 0.001) for n in (1, 2, 3)]
+    spent = [mechanism.epsilon(2 / math.sqrt(n), 1.0, 1, 0.001) for n in (1, 2, 3)]
     assert spent[1] < 2.3 < spent[2]
     assert take(worker, job).code == "budget"  # for all of its rounds
     job = dataclasses.replace(job, rounds=2)
@@ -457,7 +457,7 @@ def test_its_noise_is_its_own_and_costs_the_epsilon_of_the_run(place, tmp_path, 
     hides = worker.loaded.hides
     assert hides is not None
     assert (hides.clip, hides.q, hides.N) == (1.0, 4 / 12, 12)
-    spent = accountant.epsilon(hides.noise, hides.q, job.rounds * STEPS, 1e-3)
+    spent = mechanism.epsilon(hides.noise, hides.q, job.rounds * STEPS, 1e-3)
     assert spent <= 4.0 < 1.02 * spent
     replies = [trained(worker, place, job, 1).body for _ in range(2)]
     assert replies[0] != replies[1]  # the server's key decides none of it

@@ -3,8 +3,7 @@
 import pytest
 
 from fleetune import models
-from fleetune.common.display import human_bytes
-from fleetune.common.shell import quoted
+from fleetune.common.display import human_bytes, quoted
 from fleetune.errors import FitError, RecipeError
 from fleetune.models.shapes import shape_of
 from fleetune.planning import choose, device_cost

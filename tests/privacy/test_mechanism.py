@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetune.privacy import accountant, mechanism
+from fleetune.privacy import mechanism
 from fleetune.privacy.mechanism import Privacy, PrivateSum, S, discrete_gaussian, units_of
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True, width=64)
@@ -42,8 +42,8 @@ def by_moments(z: float, q: float, steps: int, delta: float) -> float:
 def test_epsilon_of_published_runs(z, q, steps, delta, moments, pld):
     """The published numbers are of the moments accountant; ours are tighter, and never above the Renyi bound."""
     assert by_moments(z, q, steps, delta) == pytest.approx(moments, rel=4e-3)  # of whole orders alone
-    ours = accountant.epsilon(z, q, steps, delta)
-    assert ours < accountant.renyi_epsilon(z, q, steps, delta) < moments
+    ours = mechanism.epsilon(z, q, steps, delta)
+    assert ours < mechanism.renyi_epsilon(z, q, steps, delta) < moments
     if pld is not None:
         assert ours == pytest.approx(pld, abs=1e-3)
 
@@ -54,10 +54,10 @@ def test_epsilon_of_published_runs(z, q, steps, delta, moments, pld):
 )
 def test_epsilon_of_the_planning_table(clients, asked, rounds, z, sampled, all_take_part):
     delta = 0.1 / clients
-    assert accountant.epsilon(z, asked / clients, rounds, delta) == pytest.approx(sampled, abs=0.05)
+    assert mechanism.epsilon(z, asked / clients, rounds, delta) == pytest.approx(sampled, abs=0.05)
     if all_take_part is not None:  # the claim of sampling is most of the number
-        assert accountant.epsilon(z, 1.0, 1, delta) < sampled < all_take_part
-        assert accountant.epsilon(z, 1.0, rounds, delta) > 10 * sampled
+        assert mechanism.epsilon(z, 1.0, 1, delta) < sampled < all_take_part
+        assert mechanism.epsilon(z, 1.0, rounds, delta) > 10 * sampled
 
 
 def gaussian_delta(sigma: float, epsilon: float) -> float:
@@ -73,25 +73,25 @@ def gaussian_delta(sigma: float, epsilon: float) -> float:
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 8.0])
 def test_noise_of_one_release_is_the_least_that_suffices(epsilon):
     """Within a hundredth; at epsilon 1 and delta 1e-5 the exact multiplier is 3.7306."""
-    z = accountant.noise_for(epsilon, 1.0, 1, 1e-5)
+    z = mechanism.noise_for(epsilon, 1.0, 1, 1e-5)
     assert gaussian_delta(z, epsilon) <= 1e-5 < gaussian_delta(z * 0.99, epsilon)
     assert epsilon != 1.0 or 3.7306 <= z < 3.76
 
 
 @pytest.mark.parametrize(("q", "rounds"), [(1.0, 10), (0.1, 100)])
 def test_noise_for_a_budget_keeps_it_to_the_last_round(q, rounds):
-    z = accountant.noise_for(8.0, q, rounds, 1e-4)
-    assert 7.8 < accountant.epsilon(z, q, rounds, 1e-4) <= 8.0
-    most = accountant.releases_within(8.0, z, q, 10 * rounds, 1e-4)
+    z = mechanism.noise_for(8.0, q, rounds, 1e-4)
+    assert 7.8 < mechanism.epsilon(z, q, rounds, 1e-4) <= 8.0
+    most = mechanism.releases_within(8.0, z, q, 10 * rounds, 1e-4)
     assert rounds <= most <= rounds + rounds // 10
-    assert accountant.releases_within(8.0, z / 20, q, rounds, 1e-4) == 0
+    assert mechanism.releases_within(8.0, z / 20, q, rounds, 1e-4) == 0
 
 
 @pytest.mark.parametrize(("budget", "q", "n", "delta"), [(0.006, 0.01, 1000, 1e-4), (0.001, 0.1, 100, 1e-3)])
 def test_noise_for_a_tiny_budget_keeps_it_as_well(budget, q, n, delta):
     """Where the losses of a release are far below the interval of the PLD, which then is the looser bound."""
-    z = accountant.noise_for(budget, q, n, delta)
-    assert 0 < max(accountant.epsilon(z, q, releases, delta) for releases in (1, n // 2, n)) <= budget
+    z = mechanism.noise_for(budget, q, n, delta)
+    assert 0 < max(mechanism.epsilon(z, q, releases, delta) for releases in (1, n // 2, n)) <= budget
 
 
 @given(
@@ -224,7 +224,7 @@ def test_an_auditor_finds_less_than_the_stated_epsilon(noisy, z, monkeypatch):
     guessed_in, guessed_out = order[-40:], order[:40]
     right = int(there[guessed_in].sum() + (~there[guessed_out]).sum())
     found = lower_bound(right, 80, delta, m)
-    stated = accountant.epsilon(z, 1.0, 1, delta)
+    stated = mechanism.epsilon(z, 1.0, 1, delta)
     if noisy:
         assert found < stated
     else:

@@ -12,7 +12,7 @@ from command_line import ok
 from fleetune.cli.main import main
 from fleetune.common import sums
 from fleetune.report import runlog
-from fleetune.runs import metrics, rundir
+from fleetune.runs import rundir
 
 
 def test_summary_of_a_run(run24):
@@ -115,7 +115,7 @@ def test_changed_records_are_told_wherever_they_are_shown(run24, tmp_path, capsy
         shutil.copytree(run24, tmp_path / name)
     changed = tmp_path / "0002-fedit-b" / "metrics.jsonl"
     changed.unlink()
-    writer = metrics.Metrics(changed.parent)
+    writer = rundir.Metrics(changed.parent)
     for line in lines_of(run24):
         writer.record(line)
     writer.close()

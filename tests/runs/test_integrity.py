@@ -22,12 +22,11 @@ from unittest import mock
 import pytest
 
 from fleetune import models
-from fleetune.cli.listener import InterruptHandler
+from fleetune.cli.console import InterruptHandler
 from fleetune.cli.main import main
-from fleetune.common.folders import SUFFIX, staged, sweep
-from fleetune.runs import metrics, rundir
-from fleetune.runs.metrics import Metrics
-from fleetune.runs.rundir import RunDir
+from fleetune.common.files import HIDDEN, staged, sweep
+from fleetune.runs import rundir
+from fleetune.runs.rundir import Metrics, RunDir
 from fleetune.tuning.rounds import checkpoint
 
 SECONDS = 10  # that a command may take on a tiny folder
@@ -121,7 +120,7 @@ def stopped_after_two_rounds(folder: Path) -> Iterator[None]:
             return any(folder.glob("*/checkpoints/round-000002.ckpt"))
 
     with contextlib.ExitStack() as stack:
-        for place in ("cli.commands.tune", "cli.listener"):
+        for place in ("cli.commands.tune", "cli.console"):
             stack.enter_context(mock.patch(f"fleetune.{place}.InterruptHandler", Pressed))
         yield
 
@@ -292,7 +291,7 @@ def test_a_checkpoint_states_what_it_stands_on(made):
     assert (stated[0].recipe["rounds"], stated[0].recipe["set.scaffold"]) == (3, True)
     assert stated[0].base == rundir.made_on(path)["base"]
     data = (path / "metrics.jsonl").read_bytes()[: stated[1]]
-    assert data.count(b"\n") == len(list(metrics.events(path))) - 1
+    assert data.count(b"\n") == len(list(rundir.events(path))) - 1
     kept = checkpoint.kept_in(payload)
     assert {c: r for c, (r, _) in kept.items()} == {0: round, 1: round, 2: round}
 
@@ -398,7 +397,7 @@ def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made):
                 assert stat.S_IMODE((folder.path / name).stat().st_mode) == 0o700, name
 
 
-HOLD = "import sys, time\nfrom pathlib import Path\nfrom fleetune.common.folders import scratch\nwith scratch(Path(sys.argv[1]), 'gguf') as f:\n    (f / 'half').write_text('x'); print('held', flush=True); sys.stdin.read()"
+HOLD = "import sys, time\nfrom pathlib import Path\nfrom fleetune.common.files import scratch\nwith scratch(Path(sys.argv[1]), 'gguf') as f:\n    (f / 'half').write_text('x'); print('held', flush=True); sys.stdin.read()"
 
 
 def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path):
@@ -407,7 +406,7 @@ def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path)
     words = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        (left,) = tmp_path.glob(f"*{SUFFIX}")
+        (left,) = tmp_path.glob(f"*{HIDDEN}")
         sweep(tmp_path)
         assert (left / "half").is_file()
         holder.kill()

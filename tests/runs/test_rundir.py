@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fleetune.common.folders import SUFFIX
+from fleetune.common.files import HIDDEN
 from fleetune.errors import StorageError, UsageError
 from fleetune.runs import rundir
 from fleetune.runs.rundir import KEEP, RunDir, checkpoints, create, events, find, listing
@@ -225,7 +225,7 @@ def test_cut_removes_temporary_files_and_checkpoints_of_later_rounds(run):
     left = [run.path / ".ledger.safetensors.x1.tmp", run.path / "checkpoints" / ".round-000003.ckpt.x2.tmp"]
     for path in left:
         path.write_bytes(b"half")
-    (run.path / f".adapter.x3{SUFFIX}").mkdir()
+    (run.path / f".adapter.x3{HIDDEN}").mkdir()
     run.cut(1)
     assert not any(path.exists() for path in left)
     assert [r for r, _ in checkpoints(run.path)] == [1]

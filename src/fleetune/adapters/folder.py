@@ -28,7 +28,7 @@ from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.adapters.scales import Scales
 from fleetune.common import sums
-from fleetune.common.folders import staged
+from fleetune.common.files import staged
 from fleetune.data.encode import DATE, end_id
 from fleetune.errors import FleetuneError, ModelError, VersionError
 from fleetune.models.cache import cache, names

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fleetune import subject as subjects
-from fleetune.api.names import CompressorName, Dtype, Rows, Setting, TargetName
+from fleetune.api.names import CompressorName, Dtype, Engine, Rows, Setting, TargetName
 from fleetune.common.events import LinkVerified, Released, Serving
 from fleetune.common.settings import parse_bytes
 from fleetune.compression.jobs import job
@@ -251,7 +251,7 @@ def measure(
 def serve(
     model: object,
     *,
-    engine: str = "auto",
+    engine: Engine = "auto",
     threads: int | None = None,
     context: int = 4096,
     host: str = "127.0.0.1",
@@ -284,7 +284,7 @@ def chat(
     max_tokens: int = 512,
     temperature: float = 0.0,
     seed: int = 42,
-    engine: str = "auto",
+    engine: Engine = "auto",
     threads: int | None = None,
     context: int = 4096,
     out: str | Path = "runs",

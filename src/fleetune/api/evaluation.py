@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune import subject as subjects
-from fleetune.api.names import Rows, words
-from fleetune.common.display import counted
+from fleetune.api.names import Base, Device, Dtype, Rows, words
+from fleetune.common.display import command, counted
 from fleetune.common.events import evaluated
-from fleetune.common.shell import command
 from fleetune.data import Example, read, read_text, readers
 from fleetune.deploy.serve import Sampling
 from fleetune.errors import DataError, RecipeError, UsageError
@@ -34,9 +33,9 @@ def evaluate(
     answer_tokens: int = 96,
     text: str | Path | None = None,
     labels: Sequence[str] = (),
-    dtype: str | None = None,
-    device: str = "auto",
-    base: str | None = None,
+    dtype: Dtype | None = None,
+    device: Device = "auto",
+    base: Base | None = None,
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,

@@ -23,26 +23,14 @@ MethodName: TypeAlias = Literal[
     "auto", "fedit", "fedkseed", "fedpeptao", "fedpetuning", "fwdllm", "mezo", "onebyte", "signlora", "zosgd"
 ]
 CompressorName: TypeAlias = Literal["gkd", "llm-pruner", "optq", "qronos", "rtn", "sparsegpt"]
-TargetName: TypeAlias = Literal[
-    "gguf",
-    "gguf:q8_0",
-    "gguf:f16",
-    "gguf:bf16",
-    "gguf:f32",
-    "gguf:lora",
-    "ollama",
-    "ollama:q8_0",
-    "compressed-tensors",
-    "gptq",
-    "mlx",
-    "hf",
-    "hf:fp32",
-    "hf:bf16",
-    "hf:fp16",
-]
+_Gguf: TypeAlias = Literal["gguf", "gguf:q8_0", "gguf:f16", "gguf:bf16", "gguf:f32", "gguf:lora"]
+_Hf: TypeAlias = Literal["hf", "hf:fp32", "hf:bf16", "hf:fp16"]
+TargetName: TypeAlias = Literal[_Gguf, _Hf, "ollama", "ollama:q8_0", "compressed-tensors", "gptq", "mlx"]
 Dtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
 Trains: TypeAlias = Literal["weights", "scales"]
 Base: TypeAlias = Literal["auto", "memory", "mapped"]
+Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
+Engine: TypeAlias = Literal["auto", "llama-server", "xllamacpp"]
 
 
 def words(given: str | Sequence[str]) -> list[str]:

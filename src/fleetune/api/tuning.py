@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from fleetune import models
 from fleetune import subject as subjects
-from fleetune.api.names import Base, Dtype, MethodName, Rows, Setting, Trains, words
+from fleetune.api.names import Base, Device, Dtype, MethodName, Rows, Setting, Trains, words
+from fleetune.common.display import quoted
 from fleetune.common.settings import Value, parse_bytes, parse_rate
-from fleetune.common.shell import quoted
 from fleetune.deploy import targets
 from fleetune.errors import RecipeError, UsageError
 from fleetune.models.cache import cache
@@ -82,11 +82,11 @@ def with_file(recipe: recipes.Recipe, out: Path, note: Callable[[str], None]) ->
     """
     if (found := compressed_of(recipe.model, recipes.trained(recipe), out)) is None:
         return recipe
-    from fleetune.deploy import tunable_file
+    from fleetune.deploy import export
     from fleetune.planning import choose
 
     choose.able_methods(recipe)
-    return dataclasses.replace(recipe, model=str(tunable_file.of(found, note)))
+    return dataclasses.replace(recipe, model=str(export.tunable_file(found, note)))
 
 
 def _written_out(what: str, found: subjects.Run | subjects.Compressed, home: Path) -> UsageError:
@@ -143,9 +143,9 @@ def plan(
     speed = parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink)
     check_plain(name, Path(out), train)
     if (found := compressed_of(name, train, Path(out))) is not None:
-        from fleetune.deploy import tunable_file
+        from fleetune.deploy import export
 
-        kinds = tunable_file.kinds_of(found)
+        kinds = export.kinds_of(found)
         config = models.load_config(str(found.model), offline=offline)
     else:
         from fleetune.planning import choose
@@ -163,6 +163,10 @@ def tune(
     settings: Mapping[str, Setting] | None = None,
     tokenizer: object = None,
     tracker: str | Sequence[str] = (),
+    dtype: Dtype | None = None,
+    device: Device | None = None,
+    base: Base | None = None,
+    train: Trains | None = None,
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -172,15 +176,17 @@ def tune(
     """Tune a model over a simulated fleet in a new folder under `out`, and return the run.
 
     `model` is a name or path, a `fleetune.Model`, a transformers or PEFT model (with its `tokenizer`), or a whole
-    `Recipe`, which then holds all options; with `train="scales"` or `"codes"` also a compressed model, which is tuned in its
-    GGUF file: it is written beside the model, unless it is there.  `data` (and the option `eval_data`) is a file, a hub id,
-    `"demo"`, or rows: dicts, a `datasets.Dataset`, a DataFrame.  `method` is a name,
-    `auto` for the one that `plan` recommends, or a method's own dataclass: `fedkseed.Method(K=1024)`, or one that you wrote,
-    which is then known in this process alone.  `settings` are the method's, by name.  `options` are those of
-    `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
-    resumed.  A PEFT model's adapters are merged into the copy that is saved and tuned: they are not trained on.
+    `Recipe`, which then holds all options; with `train="scales"` also a compressed model, which is tuned in its GGUF file:
+    it is written beside the model, unless it is there.  `data` (and the option `eval_data`) is a file, a hub id, `"demo"`, or
+    rows: dicts, a `datasets.Dataset`, a DataFrame.  `method` is a name, `auto` for the one that `plan` recommends, or a
+    method's own dataclass: `fedkseed.Method(K=1024)`, or one that you wrote, which is then known in this process alone.
+    `settings` are the method's, by name.  `dtype` to `train`, and the `options`, are those of `fleetune.Recipe`.  A model or
+    rows given as Python objects are saved under `OUT/objects`, so that the run can be resumed.  A PEFT model's adapters are
+    merged into the copy that is saved and tuned: they are not trained on.
     `tracker` names trackers that get the figures as well: tensorboard, wandb.
     """
+    few = {"dtype": dtype, "device": device, "base": base, "train": train}
+    options |= {name: value for name, value in few.items() if value is not None}
     watching, named = heard_by(listener, progress), trackers.check(words(tracker))
     recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
     recipe = recipes.with_columns(recipe, watching.note, offline=offline)
@@ -198,7 +204,7 @@ def resume_run(
     run: object,
     *,
     rounds: int = 0,
-    base: str = "",
+    base: Base | None = None,
     tracker: str | Sequence[str] = (),
     out: str | Path = "runs",
     offline: bool = False,
@@ -223,7 +229,7 @@ def resume_run(
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
     with trackers.tracked(heard_by(listener, progress), words(tracker), offline=offline) as heard:
-        return resume.resume(path, heard, offline=offline, rounds=rounds, base=base)
+        return resume.resume(path, heard, offline=offline, rounds=rounds, base=base or "")
 
 
 def recipe_for(

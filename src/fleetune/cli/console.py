@@ -4,6 +4,8 @@ Results go to stdout, progress and remarks to stderr; off a terminal (a pipe, `N
 escape codes.  In JSON mode stdout carries one object a line, each with `"v": 1`, and nothing else.  Names and messages may come
 from strangers' models and data: control characters are taken out of every text, and no text is read as markup.  rich is imported
 when something is first drawn: `fleetune --help` must answer at once.
+
+A job is shown, and gets Ctrl-C: the first stops it where it can resume, the second at once.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import UnsupportedOperation
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Final, TextIO, cast
 
 from fleetune.common import display
@@ -25,13 +29,14 @@ from fleetune.common.display import clean, counted, improved, is_noise, message_
 from fleetune.common.events import VERSION, Event, Failed, Stopped, as_dict
 from fleetune.common.files import finite
 from fleetune.errors import FleetuneError, Interrupted
-from fleetune.runs.logfile import TIME
+from fleetune.runs.listener import TIME
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
 SOON, SILENCE = 5.0, 30.0  # seconds without a word off a terminal: before something new is named, and after
+STOPS = (signal.SIGINT, signal.SIGTERM)
 BEAT: Final = 2.0  # seconds between two looks whether it is time for a word
 _PLAIN: Final = str.maketrans(
     {"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-", "┊": ":", "┃": "|"}
@@ -491,3 +496,90 @@ def _side(column: Sequence[object]) -> str:
 def line_of(event: Mapping[str, object]) -> str:
     """Return an event as one line of strict JSON; "v" comes first, numbers that are not finite become null."""
     return json.dumps({"v": VERSION, **finite(event)})
+
+
+class InterruptHandler:
+    """While a `with` block runs, Ctrl-C or SIGTERM sets `requested` and says so; a second one raises KeyboardInterrupt.
+
+    So does the first one while `at_once` is set: as long as there is nothing to lose.
+    """
+
+    at_once = False
+
+    def __init__(self, ui: Ui) -> None:
+        self.ui = ui
+        self.requested = False
+
+    def __enter__(self) -> InterruptHandler:
+        self.before = {number: signal.signal(number, self._request) for number in STOPS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested or self.at_once:
+            raise KeyboardInterrupt
+        self.requested = True
+        again = "Ctrl-C" if signum == signal.SIGINT else "the signal"
+        self.ui.note(f"stopping after this step ({again} again: at once)")
+
+
+class ConsoleListener:
+    """A `runs.listener.Listener` for jobs that count one thing at a time: blocks, steps, rows.
+
+    From the first count on, Ctrl-C asks the job to stop where it can be resumed; before that, and where nothing `resumes`, it
+    ends the command.
+    """
+
+    def __init__(self, ui: Ui, stack: ExitStack, *, resumes: bool, begins: str = "loading") -> None:
+        self.resumes = resumes
+        self.ui, self.stack, self.bars = ui, stack, stack.enter_context(ExitStack())
+        self.interrupt: InterruptHandler | None = None
+        self.what = begins
+        self.bar: Bar | None = self.bars.enter_context(ui.bar(begins)) if begins else None
+        self.last: Event | None = None
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Show the panel over the job."""
+        self.ui.header(title, rows)
+
+    def event(self, event: Event) -> None:
+        """Print the event in JSON mode, and keep it as the last."""
+        self.last = event
+        self.ui.event(event)
+
+    def note(self, text: str) -> None:
+        """Show a remark."""
+        self.ui.note(text)
+
+    def step(self, client: int, step: int) -> None:
+        """Do nothing: these jobs have no rounds."""
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Move the bar of `what`; the bar of something else ends."""
+        if self.resumes and self.interrupt is None:
+            self.interrupt = self.stack.enter_context(InterruptHandler(self.ui))
+        if self.bar is None or what != self.what:
+            self.bars.close()
+            self.what = what
+            self.bar = self.bars.enter_context(self.ui.bar(what))
+        self.bar.update(done, total, text)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self.interrupt is not None and self.interrupt.requested
+
+
+@contextmanager
+def console_listener(ui: Ui, *, resumes: bool = True, begins: str = "loading") -> Iterator[ConsoleListener]:
+    """A listener on `ui` for the time of the block; `resumes`: whether the job can be resumed where it is stopped.
+
+    `begins` is what it does before something is counted, "" where a person is spoken with.
+    """
+    with ExitStack() as stack:
+        yield ConsoleListener(ui, stack, resumes=resumes, begins=begins)

@@ -11,8 +11,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune import recipes as named
+from fleetune.cli.parser import Add, Parser
 from fleetune.common import settings
-from fleetune.common.shell import quoted
+from fleetune.common.display import quoted
 from fleetune.errors import UsageError
 from fleetune.fleet import PORT
 from fleetune.runs import rundir
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 PREFIX = "recipe_"
 
 
-def add(sub: argparse.ArgumentParser) -> None:
+def add(sub: Parser) -> None:
     """Add `--set`, and a flag for every other field of a recipe."""
     sub.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
@@ -33,24 +34,22 @@ def add(sub: argparse.ArgumentParser) -> None:
     add_some(sub, [name for name in recipes.fields() if name != "set"])
 
 
-def add_some(
-    sub: argparse.ArgumentParser, names: Sequence[str], texts: Mapping[str, str] = MappingProxyType({})
-) -> None:
+def add_some(sub: Parser, names: Sequence[str], texts: Mapping[str, str] = MappingProxyType({})) -> None:
     """Add a flag for each of these fields of a recipe; `texts` say what some of them are here, by name."""
-    group = sub.add_argument_group("recipe")
+    add = sub.group("recipe")
     declared = recipes.fields()
     for name in names:
         kind, default, text = declared[name]
         shown = "" if default in (dataclasses.MISSING, "", False) else f" (default {default})"
         one: dict[str, Any] = {"action": "store_const", "const": "true"} if kind is bool else {}
-        group.add_argument(
+        add(
             f"--{name.replace('_', '-')}",
             dest=PREFIX + name,
             help=(texts.get(name, text) + shown).replace("%", "%%"),
             **one or {"metavar": kind.__name__.upper(), "choices": recipes.choices(name) or None},
         )
     if "samples" in names:
-        group.add_argument(
+        add(
             "--no-samples",
             dest=PREFIX + "samples",
             action="store_const",
@@ -103,30 +102,30 @@ def check_resume(args: argparse.Namespace, path: Path, command: str, allowed: Co
 DOOR: Final = ("host", "port", "keys", "certificate", "wait", "grace", "round_deadline", "page")
 
 
-def add_door(group: argparse._ArgumentGroup, first: str) -> None:
-    """Add the flags to a group; `first` is what waits for the devices: "the first round"."""
-    group.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine alone)")
-    group.add_argument("--port", type=int, help=f"port to listen on (default {PORT})")
-    group.add_argument(
+def add_door(add: Add, first: str) -> None:
+    """Add the flags; `first` is what waits for the devices: "the first round"."""
+    add("--host", help="address to listen on (default 127.0.0.1: this machine alone)")
+    add("--port", type=int, help=f"port to listen on (default {PORT})")
+    add(
         "--keys",
         metavar="DIR",
         help="let in the devices whose NAME.pub is in this folder, in the order of the names",
     )
-    group.add_argument("--certificate", metavar="DIR", help="folder with server.pem and server.key")
-    group.add_argument("--wait", type=int, metavar="N", help=f"devices before {first}")
-    group.add_argument(
+    add("--certificate", metavar="DIR", help="folder with server.pem and server.key")
+    add("--wait", type=int, metavar="N", help=f"devices before {first}")
+    add(
         "--grace",
         type=float,
         metavar="SECONDS",
         help="wait so long for a device that has gone (default: twice the median device's time in the last round, 10 to 60 s)",
     )
-    group.add_argument(
+    add(
         "--round-deadline",
         type=float,
         metavar="SECONDS",
         help="go on without those that have not answered by then (default: wait)",
     )
-    group.add_argument(
+    add(
         "--page",
         nargs="?",
         const="",
@@ -138,8 +137,8 @@ def add_door(group: argparse._ArgumentGroup, first: str) -> None:
 
 def again(args: argparse.Namespace, flags: str) -> list[str]:
     """Open the same door as a run's server did with these flags, where none says otherwise; return those that were taken."""
-    door, taken = argparse.ArgumentParser(add_help=False), []
-    add_door(door.add_argument_group(), "")
+    door, taken = Parser(add_help=False), []
+    add_door(door.group(""), "")
     before = vars(door.parse_known_args(shlex.split(flags))[0])
     for name in DOOR[:4]:
         if getattr(args, name) is None and before[name] is not None:

@@ -12,11 +12,11 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-from fleetune.cli import understood
 from fleetune.cli.console import Ui
-from fleetune.common import __version__, shell
+from fleetune.cli.parser import Add, OptionReader, Parser, in_our_action, in_our_command, one_of
+from fleetune.common import __version__, display
 from fleetune.common.display import message_text, one_line, single_spaced
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.registry import Registry
@@ -43,46 +43,26 @@ examples:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UsageErrors, and whose options cannot be abbreviated."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UsageError instead of printing the usage and ending the process."""
-        raise UsageError(message.removeprefix("argument "), hint=f"{self.prog} --help")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Raise UsageError for a value that is none of the choices, with the one that was meant."""
-        if action.choices is not None and value not in action.choices:
-            known = [str(choice) for choice in action.choices]
-            name = "/".join(action.option_strings) or str(action.metavar or action.dest)
-            near = suggest(str(value), known)
-            self.error(f"{name} {value} is none of {', '.join(known)}.{near}")
-
-
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Return the arguments of a command line; UsageError for what is none.  `--help` and `--version` end the process.
 
     `understood` is what to say of words of other tools (""): the line in ours.
     """
-    ours = understood.command(words, COMMANDS.members())
-    parser = build_parser(command := command_in(ours))
-    told = ""
-    if (sub := _by_name(parser).get(ours[0])) is not None:
-        ours = understood.action(ours, sub)
-        options = understood.Options(command, sub)
+    ours = in_our_command(words, COMMANDS.members())
+    if command := command_in(ours):
+        one_of(COMMANDS.members(), "COMMAND", "fleetune --help", command)
+    parser, told = build_parser(command), ""
+    if (sub := parser.commands.get(ours[0])) is not None:
+        ours = in_our_action(ours, sub)
+        options = OptionReader(command, sub)
         ours = [command, *options.read(ours[1:])]
         if ours != list(words):
             told = "   ".join(
-                [f"understood as: {shell.command(*ours)}", *(f"({r})" for r in options.remarks)]
+                [f"understood as: {display.command(*ours)}", *(f"({r})" for r in options.remarks)]
             )
     args, unknown = parser.parse_known_args(ours)
     if unknown:
-        flags = [flag for action in _by_name(parser)[args.command]._actions for flag in action.option_strings]
+        flags = parser.commands[args.command].flags
         said = [word for word in unknown if word.startswith("-")] or unknown  # a word after one is its value
         lines = [f"unknown argument '{word}'.{suggest(word.partition('=')[0], flags)}" for word in said]
         setting = "; a setting of the method: --set NAME=VALUE" if "--set" in flags else ""
@@ -96,7 +76,7 @@ def command_in(words: Sequence[str]) -> str:
     return next((word for word in words if not word.startswith("-")), "")
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+def build_parser(command: str | None = None) -> Parser:
     """Return the parser, with the arguments of one command (None: of all, for the docs)."""
     parser = Parser(
         prog="fleetune",
@@ -105,35 +85,31 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fleetune {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    common = Parser(add_help=False)
-    group = common.add_argument_group("everywhere")
-    group.add_argument("--json", action="store_true", help="one JSON object per event on stdout")
-    group.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default ./runs)")
-    group.add_argument("--offline", action="store_true", help="never use the network")
-    group.add_argument("-q", "--quiet", action="count", default=0, help="say less (-qq: errors alone)")
-    group.add_argument("-v", "--verbose", action="count", default=0, help="say more (-vv: everything)")
     for member in sorted(COMMANDS.members().values(), key=lambda m: m.order):
         text, examples = member.text("HELP"), member.text("EXAMPLES")
-        sub = subparsers.add_parser(
+        parser.commands[member.name] = sub = subparsers.add_parser(
             member.name,
-            parents=[common],
             help=text,
             description=text[0].upper() + text[1:] + ".",
             epilog=f"examples:\n{textwrap.indent(examples, '  ')}" if examples else None,
         )
         if command in (None, member.name):
+            _everywhere(sub.group("everywhere"))
             COMMANDS.load(member.name).arguments(sub)
     return parser
 
 
-def command_parsers() -> dict[str, argparse.ArgumentParser]:
+def _everywhere(add: Add) -> None:
+    add("--json", action="store_true", help="one JSON object per event on stdout")
+    add("--out", default="runs", metavar="DIR", help="folder of the runs (default ./runs)")
+    add("--offline", action="store_true", help="never use the network")
+    add("-q", "--quiet", action="count", default=0, help="say less (-qq: errors alone)")
+    add("-v", "--verbose", action="count", default=0, help="say more (-vv: everything)")
+
+
+def command_parsers() -> dict[str, Parser]:
     """Return every command's parser by name (for the docs)."""
-    return _by_name(build_parser())
-
-
-def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    (action,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    return dict(action.choices)
+    return build_parser().commands
 
 
 log = logging.getLogger(__name__)

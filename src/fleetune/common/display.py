@@ -1,11 +1,14 @@
-"""Format numbers and measures for people, and make names and messages from strangers' models and data safe to show."""
+"""Format numbers and measures for people, and make words of others and commands safe to show."""
 
+import importlib.util
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from fleetune.common.paired import within_noise
+from fleetune.errors import UsageError
 
 SAME = 1e-7  # relative: float noise of a measure, since kernels differ by less
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -195,3 +198,39 @@ def improved(name: str, base: float | None, tuned: float | None, error: float | 
 def is_noise(name: str, base: float | None, tuned: float | None, error: float | None) -> bool:
     """Return whether a difference is there, and is no more than two standard `error`s."""
     return improved(name, base, tuned) is not None and improved(name, base, tuned, error) is None
+
+
+def quoted(word: object) -> str:
+    """Return one word of a command, in quotes where a shell would split or expand it."""
+    text = str(word)
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + "".join(map(_escaped, text)) + "'"
+
+
+def _escaped(letter: str) -> str:
+    if letter.isprintable():
+        return "\\" + letter if letter in "\\'" else letter
+    code = ord(letter)
+    if letter == "\n":
+        return r"\n"
+    if code < 0x80 or 0xDC80 <= code < 0xDD00:  # ASCII, or a byte of a name that is not UTF-8
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\U{code:08x}"
+
+
+def command(*words: object) -> str:
+    """Return `fleetune WORD ..`, each word quoted where it needs to be."""
+    return " ".join(["fleetune", *map(quoted, words)])
+
+
+def pip_install(extra: str = "") -> str:
+    """Return the command that installs Fleetune with an extra (none for "")."""
+    return f"pip install {quoted(f'fleetune[{extra}]' if extra else 'fleetune')}"
+
+
+def check_installed(what: str, extra: str, *packages: str) -> None:
+    """UsageError where one of the packages, which come with an extra and are needed for `what`, is not there."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"{what} needs {name}, which is not installed", hint=pip_install(extra))

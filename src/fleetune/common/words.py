@@ -20,9 +20,14 @@ COMMANDS: Final = _table("""
     compress: quantize | export: convert | export --to hf: fuse merge
 """)
 ACTIONS: Final[Mapping[str, Mapping[str, str]]] = {
-    "fleet": {"start": "serve", "server": "serve", "client": "join", "connect": "join"},
+    "fleet": {"log": "logs", "start": "serve", "server": "serve", "client": "join", "connect": "join"},
     "models": {"ls": "list", "get": "pull", "download": "pull", "remove": "rm", "delete": "rm"},
     "runs": {"ls": "list", "info": "show", "diff": "compare", "remove": "rm", "delete": "rm"},
+}
+USUAL_ACTION: Final = {"data": "check", "models": "list", "runs": "show"}  # where a name takes its place
+ELSEWHERE: Final = {  # what is done without a command
+    "kick": "take NAME.pub out of the server's --keys folder: the device is thrown out within seconds",
+    "leave": "Ctrl-C on the device, or end its process: the round goes on without it after --grace seconds",
 }
 # of commands with a recipe's options, and of the recipe itself; `epochs` and `steps`: see `meaning`
 RECIPE: Final = _table("""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fleetune.common.folders import staged
+from fleetune.common.files import staged
 from fleetune.common.hearing import hearing
 from fleetune.data import Encoded
 from fleetune.data.encode import Batch

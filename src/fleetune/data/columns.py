@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NoReturn
 
-from fleetune.common.shell import quoted
+from fleetune.common.display import quoted
 from fleetune.data import forms
 from fleetune.data.forms import CLIENT, COLUMNS_HINT, EXAMPLE, FIELDS, MAIN, OPTIONAL
 from fleetune.data.readers import names_of

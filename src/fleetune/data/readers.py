@@ -12,9 +12,9 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from fleetune.common.shell import pip_install
+from fleetune.common.display import pip_install
 from fleetune.errors import DataError, FleetuneError, UsageError
 from fleetune.models.families.foreign import short_error
 
@@ -249,12 +249,9 @@ def excel(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of styles that it does not know
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-            sheets = {
-                sheet.title: [
-                    [_cell(value) for value in cells] for cells in sheet.iter_rows(values_only=True)
-                ]
-                for sheet in book.worksheets
-            }
+            sheets = [sheet for sheet in book.worksheets if any(map(any, _rows(sheet)))]  # to the first cell
+            rows = list(_rows(sheets[0])) if sheets else []
+            names = [repr(sheet.title) for sheet in sheets]
             book.close()
     except (MemoryError, OSError):
         raise
@@ -263,11 +260,13 @@ def excel(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
         raise DataError(
             f"{shown}: cannot be read: {what}", hint="save it again as .xlsx without a password, or as CSV"
         ) from error
-    filled = [title for title, rows in sheets.items() if any(map(any, rows))]
-    if len(filled) > 1:
-        note(f"the sheet {filled[0]!r} of {shown} is read, not {', '.join(map(repr, filled[1:]))}")
-    numbered = enumerate(sheets[filled[0]] if filled else [], 1)
-    yield from _named(((f"{shown}:row {number}", cells) for number, cells in numbered), "name the column")
+    if len(names) > 1:
+        note(f"the sheet {names[0]} of {shown} is read, not {', '.join(names[1:])}")
+    yield from _named(((f"{shown}:row {n}", cells) for n, cells in enumerate(rows, 1)), "name the column")
+
+
+def _rows(sheet: Any) -> Iterator[list[str]]:
+    return ([_cell(value) for value in cells] for cells in sheet.iter_rows(values_only=True))
 
 
 def _cell(value: object) -> str:

@@ -1,14 +1,14 @@
 """Export a run, a compressed model or a plain model, and check the file in the runtime that it is for.
 
 The whole file or folder appears, or nothing does.  A format may hold where the model comes from (docs/export.md), without time
-and path: the same work gives the same bytes.
+and path: the same work gives the same bytes.  `tunable_file` is the GGUF file of a compressed model, to tune its scales in.
 """
 
 import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,22 +20,24 @@ import torch
 from torch import Tensor
 
 from fleetune import models
+from fleetune import subject as subjects
 from fleetune.common import sums
+from fleetune.common.display import command, human_bytes, quoted
 from fleetune.common.events import ExportChecked, ExportDone
-from fleetune.common.files import default_mode, storage_error
-from fleetune.common.folders import appeared, locked, scratch, staged
-from fleetune.common.ggml import SCALES
-from fleetune.common.shell import quoted
+from fleetune.common.files import appeared, default_mode, locked, scratch, staged, storage_error
+from fleetune.common.ggml import HALVES, SCALES
 from fleetune.deploy import harness, patch_make, targets
 from fleetune.deploy.again import Again, DiffersError
 from fleetune.deploy.checkpoint import Checkpoint, InMemory, open_checkpoint
 from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, gguf, hf, ollama
 from fleetune.deploy.targets import Target, check_place, find
-from fleetune.errors import UsageError, called
+from fleetune.errors import StorageError, UsageError, called
 from fleetune.models.artefact import ArtefactHead, Master
 from fleetune.models.cache import names
+from fleetune.models.families import table
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import has_block_widths, mark_config
+from fleetune.models.gguf.convert import ARCHITECTURES
 from fleetune.models.net.model import Model, stored_tensors
 from fleetune.models.net.saving import disk_errors, head_in_turn, written
 from fleetune.runs import compression_folder, rundir
@@ -478,3 +480,72 @@ def size_beside(model: Model, quantised: Collection[str], head: ArtefactHead, na
                 f"grids are chosen among those of GGUF files, and none can be made of this model: {told}",
                 hint="choose one grid for all: --set grid=.. --set bits=..",
             ) from error
+
+
+def model_to_tune(name: str, runs: str | Path, note: Callable[[str], None]) -> str:
+    """Return the model that BASE of `fleetune patch make` means: of a compression its `tunable_file`; others as they are.
+
+    UsageError for a run.
+    """
+    if Path(name).is_file():
+        return name
+    base = subjects.open(name, runs)
+    if isinstance(base, Run):
+        hint = command("patch", "make", base.recipe.model, name, "--to", "FILE")
+        raise UsageError(f"{name} is a run: the model comes first, then the run", hint=hint)
+    return str(tunable_file(base, note)) if isinstance(base, Compressed) else name
+
+
+def tunable_file(model: Compressed, note: Callable[[str], None]) -> Path:
+    """Return the GGUF file of a compressed model; it is written unless it is there, and `note` is told so in a line.
+
+    UsageError, before anything is written, for codes that no blocks with scales hold, and where something else is in the
+    file's place.
+    """
+    kinds_of(model)
+    place, source = find(DEFAULT_TARGET).place(model.home), model.model
+    try:
+        report = write(source, DEFAULT_TARGET, place)
+    except (StorageError, UsageError):  # it is there from before, or a process was faster
+        if not place.exists():
+            raise
+        opened = open_checkpoint(source)
+        if not place.is_file() or not is_written(place, opened, find(DEFAULT_TARGET)):
+            raise UsageError(
+                f"{place} is not what fleetune export --to {DEFAULT_TARGET} writes of {model.argument}",
+                hint=f"move {quoted(place)} away; or, if it is the file to tune, give it as the model",
+            ) from None
+        note(f"the scales are tuned in a GGUF file, {place}, which is there already")
+        return place
+    written = f"now written ({human_bytes(report.bytes)})"
+    note("; ".join([f"the scales are tuned in a GGUF file, {place}, {written}", *report.notes]))
+    return place
+
+
+def kinds_of(model: Compressed) -> dict[str, str]:
+    """Return the types of the layers' matrices in a compressed model's GGUF file, by layer.
+
+    UsageError where the file would have no scales, or would not be read.
+    """
+    opened, request = open_checkpoint(model.model), model.request
+    why, experts = table.misfit(opened.config), any(".experts." in name for name in opened.names)
+    if why is None and ((family := table.architecture(opened.config)) not in ARCHITECTURES or experts):
+        what = "mixtures of experts" if experts else f"models of architecture {family}"
+        why = f"GGUF files of {what} are not read, so no scales of one are tuned"
+    if why is not None:
+        raise UsageError(
+            f"{model.argument}: {why}",
+            hint=f"export it and tune all weights: {command('export', model.argument, '--to', 'hf')}",
+        )
+    again = command("compress", "MODEL" if request is None else request.model, "--set", "grid=ggml")
+    able = f"--train scales is for blocks of {', '.join(HALVES)}"
+    try:
+        kinds = gguf.layer_types(opened)
+    except UsageError as error:
+        raise UsageError(f"{error.message}; {able}", hint=f"compress again: {again}") from error
+    if not set(kinds.values()) & set(HALVES):
+        raise UsageError(
+            f"the layers of {model.argument} are {', '.join(sorted(set(kinds.values())))} in a GGUF file; {able}",
+            hint=f"compress again: {again}",
+        )
+    return {name.removesuffix(".weight"): kind for name, kind in kinds.items()}

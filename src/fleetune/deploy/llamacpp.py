@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.common.shell import pip_install
+from fleetune.common.display import pip_install
 from fleetune.errors import ModelError, UsageError
 
 MODULE: Final = "llama_cpp_py_sync"

@@ -25,13 +25,13 @@ from fleetune.common.display import (
     human_bytes,
     is_noise,
     metric,
+    quoted,
     show,
     show_with_error,
 )
 from fleetune.common.events import Measured, MeasureDone, as_dict
 from fleetune.common.files import finite, write_atomic
 from fleetune.common.ggml import SCALES
-from fleetune.common.shell import quoted
 from fleetune.compression.jobs import solve
 from fleetune.data import Example, readers
 from fleetune.data.encode import encode_all

@@ -20,11 +20,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fleetune.common.display import counted
-from fleetune.common.files import storage_error, sync_folder
-from fleetune.common.folders import locked
+from fleetune.common.display import counted, quoted
+from fleetune.common.files import locked, storage_error, sync_folder
 from fleetune.common.ggml import BYTES, HALVES
-from fleetune.common.shell import quoted
 from fleetune.common.sums import sha256
 from fleetune.errors import Interrupted, ModelError, UsageError, VersionError
 from fleetune.runs.listener import Listener, Silent

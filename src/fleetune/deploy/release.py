@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from fleetune.common import sums
+from fleetune.common.display import check_installed, quoted
 from fleetune.common.events import Released
-from fleetune.common.files import PRIVATE, json_text, read_openssh_key, storage_error, write_atomic
-from fleetune.common.folders import staged
-from fleetune.common.shell import check_installed, quoted
+from fleetune.common.files import PRIVATE, json_text, read_openssh_key, staged, storage_error, write_atomic
 from fleetune.errors import ModelError, UsageError
-from fleetune.runs import compression_folder, metrics, rundir
+from fleetune.runs import compression_folder, rundir
 from fleetune.subject import Run
 from fleetune.tuning.prepare import private
 from fleetune.tuning.recipe import recipe as recipes
@@ -77,7 +76,7 @@ def write(run: Run, out: Path | None = None, key: Path | None = None) -> Release
         remarks = [model_card.public_text(str(remark)) for remark in done.get("remarks", ())]
         told = {"result": result.name, "remarks": remarks}
         lines = [events[0] | {"model": public["model"]}, events[1] | told]
-        (folder / metrics.FILE).write_text(
+        (folder / rundir.METRICS).write_text(
             "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
         )
         if result.is_dir():

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NoReturn
 
-from fleetune.common.shell import pip_install, quoted
+from fleetune.common.display import pip_install, quoted
 from fleetune.errors import FleetuneError, ModelError, UsageError
 from fleetune.models.cache import names as model_names
 from fleetune.models.gguf import header

@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any, Final
 
 from fleetune.common import words
+from fleetune.common.display import pip_install
 from fleetune.common.registry import Member, Registry
-from fleetune.common.shell import pip_install
 from fleetune.errors import UsageError, suggest
 
 log = logging.getLogger(__name__)

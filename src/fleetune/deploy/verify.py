@@ -8,10 +8,13 @@ weights that they were solved from; that they are this method's is declared.  Th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import torch
@@ -20,12 +23,12 @@ from torch import Tensor
 from fleetune import compression, models
 from fleetune import subject as subjects
 from fleetune.common import sums
-from fleetune.common.display import counted, show
+from fleetune.common.display import counted, quoted, show
 from fleetune.common.events import LinkVerified, Verified
 from fleetune.common.ggml import SCALES
-from fleetune.common.shell import quoted
-from fleetune.deploy import export, release
-from fleetune.deploy.rewrite import written_again
+from fleetune.deploy import export, release, targets
+from fleetune.deploy.again import Again, Difference, DiffersError, difference
+from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import artefact
 from fleetune.models.cache.names import is_adapter, is_master
@@ -330,9 +333,7 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
         source = parents.base or (request.model if request else None)
     if not found.holds_codes:
         made = (
-            f"{request.method} of {describe.public(request.model)}"
-            if request
-            else "what made it is not known"
+            f"{request.method} of {describe.public(request.model)}" if request else "its origin is not known"
         )
         yield _declared("weights", f"{made}; nothing repeats that exactly")
         return
@@ -345,9 +346,14 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
 
 
 def _made(head: artefact.ArtefactHead) -> str:
-    settings = ", ".join(f"{n} {v}" for n, v in head.settings.items())
+    each = "grid" not in head.settings  # has its own, within a size
+    settings = [f"{n} {v}" for n, v in head.settings.items() if not (each and n in ("bits", "group"))]
+    if each:
+        named = {**head.codebooks, **head.superblocks}
+        kinds = Counter(named.get(name, f"{bits} bits") for name, (bits, _) in head.grids.items())
+        settings += [f"{count} of {kind}" for kind, count in kinds.most_common()]
     text = ", ".join(f"{n} {v}" for n, v in head.calibration.items())
-    made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({settings})"
+    made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({', '.join(settings)})"
     return f"{made}; calibrated on {text}" if text else made
 
 
@@ -369,14 +375,12 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
         ("tokenizer", head.tokenizer, model.tokenizer_digest),
     ):
         if stated != now:
-            raise ModelError(
-                f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}..",
-                hint=FROM,
-            )
+            why = f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}.."
+            raise ModelError(why, hint=FROM)
     yield _proven("compressed from", f"{name}: {head.base}")
     for _ in codes.passing(stored_tensors(model.net)):
         pass
-    odd = sorted(codes.left)
+    odd = sorted(codes.left - head.grids.keys())
     if odd and head.grids:
         raise ModelError(
             f"{master.folder}: {odd[0]}, which holds no codes, is not that of {name}", hint=AGAIN
@@ -385,7 +389,7 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
     yield _proven("other tensors", f"{same} are those of the source, bit for bit")
     if odd:
         yield _declared("pruned tensors", f"{len(odd)} by {head.method}")
-    elif codes.solver:
+    elif codes.solver and not codes.left:
         yield _proven("codes", f"{_made(head)}: solved again, every code and scale is equal")
     else:
         yield _declared("codes", _made(head))
@@ -396,31 +400,34 @@ class Codes:
 
     def __init__(self, master: artefact.Master) -> None:
         self.master, self.seen = master, set[str]()
-        self.left = set(master.names) - set(master.head.grids)  # other tensors, but for those found equal
+        self.left = set(master.names)  # what has not been found to be the source's
         self.solver: compression.Solver | None = (
-            None  # of a method that needs no text, while it gives these codes
+            None  # of a method that reads no text, while it gives these codes
         )
         with suppress(UsageError):  # settings beside the method's own: a budget, trained scales
-            made = compression.make(master.head.method, master.head.settings)
+            head = master.head
+            made = None if head.calibration else compression.make(head.method, head.settings)
             self.solver = made if isinstance(made, compression.Solver) and not made.data else None
 
     def passing(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors; those that came before are not looked at."""
+        """Yield the tensors; one that came before is not looked at again."""
         for name, tensor in tensors:
-            if name not in self.seen:
-                self.seen.add(name)
-                if name in self.left and torch.equal(self.master.weight(name), tensor):
-                    self.left.remove(name)
-                elif name in self.master.head.grids and self.solver and not self._solved(name, tensor):
-                    self.solver = None
+            if name in self.left and name not in self.seen and self._is_of(name, tensor):
+                self.left.remove(name)
+            self.seen.add(name)
             yield name, tensor
 
-    def _solved(self, name: str, W: Tensor) -> bool:
-        """Whether the method gives these codes again here."""
+    def _is_of(self, name: str, W: Tensor) -> bool:
+        if name not in self.master.head.grids:
+            return torch.equal(self.master.weight(name), W)
         if self.solver is None or W.dim() != 2 or self.solver.check(name, *W.shape):
             return False
-        weight = self.solver.solve(W.detach().float(), torch.zeros(W.shape[1], W.shape[1])).weight
-        return isinstance(weight, artefact.Quantised) and self.master.holds(name, weight)
+        nothing = torch.zeros(W.shape[1], W.shape[1])
+        again, found = self.solver.solve(W.detach().float(), nothing).weight, self.master.quantised(name)
+        if isinstance(again, artefact.Quantised) and found is not None and again.equals(found):
+            return True
+        self.solver = None
+        return False
 
 
 # ---------------------------------------------------------------- a file from codes or weights
@@ -469,3 +476,85 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
         yield from _declared_by(source)
     words = f"written again as {target} from {source.argument}: every byte is equal"
     yield _proven(path.name, words)
+
+
+def written_again(path: Path, source: Subject, tuned: Model | None = None, *, offline: bool) -> str:
+    """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs.
+
+    `tuned` is a run's model with the tuning in its weights.
+    """
+    nearest = Difference(-1, "")
+    with ExitStack() as stack:
+
+        @cache
+        def opened() -> tuple[Checkpoint, Mapping[str, str]]:
+            return stack.enter_context(export.opened(source, tuned, offline=offline))
+
+        for target, name, usual in _ways(path, source):
+            with TemporaryDirectory() as place:
+                try:
+                    made, again = Path(place) / name, Again(path)
+                    if isinstance(source, Run) and (tuned is None or target.takes == "adapter"):
+                        export.export(source, target.name, made, None, Silent(), offline=offline)
+                    elif tuned is not None and target.name == export.DEFAULT_TARGET_OF_A_RUN:
+                        export.compare_tuned(tuned, again, made)
+                    else:
+                        export.compare(opened()[0], target, again, made, opened()[1])
+                    found, alike = _rest(path, made, again.seen)
+                except DiffersError as error:
+                    found, alike = error.found, not error.head
+                except UsageError as error:
+                    if isinstance(error, ModelError):
+                        raise
+                    continue  # no target of this source
+            if not found.words:
+                return target.name
+            nearest = max(nearest, found)
+            if usual and alike:
+                break  # it is of this target, and damaged
+    if not nearest.words:
+        raise UsageError(
+            f"{source.argument} is exported as nothing like {path}",
+            hint="name what it was made from: --from RUN, COMPRESSION or MODEL",
+        )
+    raise ModelError(
+        f"{nearest.words}: {source.argument} gives something else",
+        hint="export it again; a file that was renamed holds its first name: give it that",
+    )
+
+
+def _rest(path: Path, made: Path, seen: set[str]) -> tuple[Difference, bool]:
+    """Compare what was not `seen`; tell also whether `path` is what `made` is, perhaps damaged."""
+    if seen and path.is_file():
+        return Difference(path.stat().st_size, ""), True
+    return difference(path, made, seen), bool(seen) or _size(path) == _size(made)
+
+
+def _ways(path: Path, source: Subject) -> list[tuple[targets.Target, str, bool]]:
+    """Return the targets that `path` may be of, with the name that the file had, and whether that is the target's usual one."""
+    stem = ""
+    if isinstance(source, Run):
+        home = source.folder
+    elif isinstance(source, Compressed):
+        home = source.home
+    else:
+        home, stem = Path("."), rundir.of_model(source.name)
+    able = [
+        target
+        for target in targets.every().values()
+        if target.suffix == ("" if path.is_dir() else path.suffix)
+        and (target.takes != "codes" or isinstance(source, Compressed))
+        and (target.takes != "adapter" or isinstance(source, Run))
+    ]
+    usual = {target.name: target.place(home, stem).name for target in able}
+    names = [path.name]
+    if path.suffix == export.GGUF:  # which holds the name that it was written under
+        with suppress(ModelError):  # of a damaged head, whose first byte that differs is found
+            own = header.read(path).values.get("general.name")
+            names += {name for name in usual.values() if Path(name).stem == own} - {path.name}
+    ways = [(target, name, usual[target.name] == path.name) for name in names for target in able]
+    return sorted(ways, key=lambda way: not way[2])
+
+
+def _size(path: Path) -> int:
+    return compression_folder.size(path) if path.is_dir() else path.stat().st_size

@@ -26,7 +26,7 @@ from fleetune.data.encode import stop_ids as tokenizer_stop_ids
 from fleetune.data.read_rows import Example
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import losses
-from fleetune.models.encoders import MAX_LABELS
+from fleetune.models.loading import MAX_LABELS
 from fleetune.models.net.model import Model
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

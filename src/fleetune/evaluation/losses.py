@@ -295,15 +295,13 @@ def perplexity(
     the text's first token is context only.  DataError when nothing is left to score.
     """
     rows = text_rows(model, texts, window=window, stride=stride)
-    if not rows:
-        raise DataError(f"no token to score in {counted(len(texts), 'text')}", hint="give a longer text")
     return row_perplexity(model, rows, batch_size=batch_size, on_rows=on_rows)
 
 
 def text_rows(
     model: Model, texts: Sequence[str], *, window: int | None = None, stride: int | None = None
 ) -> list[Encoded]:
-    """Return the windows of plain text that `perplexity` reads, as rows whose "prompt" is the context."""
+    """Return the windows of plain text that `perplexity` reads, as rows whose "prompt" is the context.  DataError for none."""
     length = window or min(context_length(model), 1024)
     step = stride or max(1, length // 2)
     if length < 2 or not 1 <= step < length:
@@ -311,15 +309,22 @@ def text_rows(
             [f"perplexity: window {length} and stride {step} do not fit together"],
             hint="choose a window of at least 2 tokens and a stride from 1 to window - 1",
         )
-    return [row for text in texts for row in _windows(_text_ids(model, text), length, step)]
+    rows = [row for text in texts for row in _windows(_text_ids(model, text), length, step)]
+    if not rows:
+        raise DataError(f"no token to score in {counted(len(texts), 'text')}", hint="give a longer text")
+    return rows
 
 
 def row_perplexity(
     model: Model, rows: Sequence[Encoded], *, batch_size: int = 1, on_rows: OnRows = unheard
 ) -> float:
     """Return exp(mean cross-entropy per scored token) of rows; each token after a row's "prompt" is scored."""
-    mean = response_loss(model, rows, batch_size=batch_size, on_rows=on_rows)
-    return math.exp(mean) if mean < 700 else math.inf
+    return perplexity_of(response_loss(model, rows, batch_size=batch_size, on_rows=on_rows))
+
+
+def perplexity_of(loss: float) -> float:
+    """Return exp(loss), infinite where that is no float."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _windows(ids: np.ndarray, window: int, stride: int) -> Iterator[Encoded]:
@@ -353,10 +358,15 @@ class Reference:
     rows: Sequence[Encoded]
     path: Path
     tokens: int  # that are compared
+    loss: (
+        float | None
+    )  # mean cross-entropy of the rows, in nats; None where only the first tokens are compared
 
-    def compare(self, model: Model, on_rows: OnRows = unheard) -> kl_divergence.Compared:
-        """Compare a model with the reference, token by token; `on_rows` is called after each row."""
-        return kl_divergence.compare(self.path, scored_logits(model, self.rows, on_rows))
+    def compare(self, model: Model, on_rows: OnRows = unheard) -> tuple[kl_divergence.Compared, float | None]:
+        """Compare a model with the reference, token by token; also return its `loss`.  `on_rows` is called after each row."""
+        sums = list[float]()
+        compared = kl_divergence.compare(self.path, scored_logits(model, self.rows, on_rows, sums))
+        return compared, _mean(sums, self.rows, self.tokens)
 
 
 def keep_logits(
@@ -370,9 +380,13 @@ def keep_logits(
 
     StorageError, with `hint`, when the disk has no room for them.
     """
-    return Reference(
-        rows, path, kl_divergence.write(path, scored_logits(model, rows, on_rows), scored_tokens(rows), hint)
-    )
+    sums = list[float]()
+    tokens = kl_divergence.write(path, scored_logits(model, rows, on_rows, sums), scored_tokens(rows), hint)
+    return Reference(rows, path, tokens, _mean(sums, rows, tokens))
+
+
+def _mean(sums: Sequence[float], rows: Sequence[Encoded], tokens: int) -> float | None:
+    return math.fsum(sums) / tokens if tokens == scored_tokens(rows) else None
 
 
 def scored_tokens(rows: Sequence[Encoded]) -> int:
@@ -380,14 +394,23 @@ def scored_tokens(rows: Sequence[Encoded]) -> int:
     return kl_divergence.scored((row.ids, row.n_prompt) for row in rows)
 
 
-def scored_logits(model: Model, rows: Sequence[Encoded], on_rows: OnRows = unheard) -> Iterator[np.ndarray]:
-    """Yield the logits from which the scored tokens of rows are predicted, in order, a piece at a time: float32 [n, V]."""
+def scored_logits(
+    model: Model, rows: Sequence[Encoded], on_rows: OnRows = unheard, sums: list[float] | None = None
+) -> Iterator[np.ndarray]:
+    """Yield the logits from which the scored tokens of rows are predicted, in order, a piece at a time: float32 [n, V].
+
+    The cross-entropy (nats) of a piece's tokens, summed, is added to the list `sums`.
+    """
     for done, row in enumerate(rows, 1):
+        batch = collate([row], pad_id(model), model.device)
+        targets = batch.labels[:, 1:][batch.labels[:, 1:] != MASKED]
         with eval_mode(model.net):
-            inputs, head = predictors(model.net, collate([row], pad_id(model), model.device))
+            inputs, head = predictors(model.net, batch)
             size = tokens_a_piece(head(inputs[:1]).shape[-1])
         on_rows(done, len(rows))
         for first in range(0, len(inputs), size):
             with eval_mode(model.net):  # not while the caller has the piece
-                logits = head(inputs[first : first + size]).float().cpu().numpy()
-            yield logits
+                logits = head(inputs[first : first + size]).float()
+                if sums is not None:
+                    sums.append(float(nll(logits, targets[first : first + size]).double().sum()))
+            yield logits.cpu().numpy()

@@ -10,9 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from fleetune.common.display import counted
+from fleetune.common.display import counted, quoted
 from fleetune.common.files import PRIVATE, json_text, read_json, write_atomic
-from fleetune.common.shell import quoted
 from fleetune.compression.jobs.inputs import each_of
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates, SolveLayer
 from fleetune.compression.layerwise.federated import Answer, HessianReply, HessianSums, block_message, sharing

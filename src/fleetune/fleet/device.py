@@ -14,7 +14,7 @@ from fleetune.fleet import PORT
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.line import FIRST, Server, stay
 from fleetune.fleet.worker import Brings, Worker
-from fleetune.runs.logfile import LogFile
+from fleetune.runs.listener import LogFile
 
 MEMORY: Final = 1 << 33  # bytes, where the system does not tell
 SUPPLIES: Final = Path("/sys/class/power_supply")

@@ -4,7 +4,7 @@ secret                       32 random bytes, for the owner alone
 calibrated.json              which result on which windows of which rows this device has calibrated, and by which blocks
 measured.json                what it has measured, and at which length and with which labels of which rows
 privacy.json                 what has been spent of its privacy budget
-log.txt                      what happened when (runs/logfile.py)
+log.txt                      what happened when (runs/listener.py)
 answer                       the last answer: given again when its order comes again
 run-3f2a../                  a run's memories, result/, calibration/, sum.ckpt; removed only where it has `MARK`
 """
@@ -20,7 +20,7 @@ from typing import Any, Final
 from fleetune.common.files import PRIVATE, read_bytes, read_json, storage_error, write_atomic
 from fleetune.errors import StorageError
 from fleetune.fleet.orders import Declined, Job
-from fleetune.privacy import accountant
+from fleetune.privacy import mechanism
 from fleetune.privacy.mechanism import Privacy
 
 MARK: Final = ".fleetune-device"
@@ -153,7 +153,7 @@ class DeviceState:
         spent[key] = max(spent.get(key, 0), releases) if whole else spent.get(key, 0) + releases
 
         def epsilon(delta: float, run: str = "") -> float:
-            return accountant.epsilon_of(
+            return mechanism.epsilon_of(
                 tuple((z, q, n) for (of, _, z, q), n in spent.items() if run in ("", of)), delta
             )
 

@@ -17,9 +17,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
+from fleetune.common.display import quoted
 from fleetune.common.events import DeviceEvaluated, FleetEvaluated
 from fleetune.common.files import PRIVATE, finite, json_text, write_atomic
-from fleetune.common.shell import quoted
 from fleetune.errors import FleetError, MessageError, UsageError
 from fleetune.fleet import result
 from fleetune.fleet.orders import Device, Job, Order

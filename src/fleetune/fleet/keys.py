@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune.common import shell
+from fleetune.common import display
+from fleetune.common.display import quoted
 from fleetune.common.files import (
     PRIVATE,
     read_bytes,
@@ -28,7 +29,6 @@ from fleetune.common.files import (
     storage_error,
     write_atomic,
 )
-from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.tuning.rounds.sealed import Identity
 
@@ -77,7 +77,7 @@ class PrivateKey:
 
 def check_installed() -> None:
     """UsageError where the libraries of a real fleet are not there."""
-    shell.check_installed("a real fleet", "fleet", "cryptography", "httpx", "starlette", "uvicorn")
+    display.check_installed("a real fleet", "fleet", "cryptography", "httpx", "starlette", "uvicorn")
 
 
 def sign(key: PrivateKey, text: bytes) -> bytes:

@@ -28,7 +28,7 @@ from fleetune.fleet import status
 from fleetune.fleet.http_server import Address, HttpServer
 from fleetune.fleet.keys import is_loopback
 from fleetune.report import page, runlog, single
-from fleetune.runs import metrics
+from fleetune.runs import rundir
 
 PORT: Final = 8471
 FRESH: Final = 2.0  # seconds for which an answer is given again
@@ -153,7 +153,7 @@ def _gives(authorization: str, password: str) -> bool:
 def _shown(now: FleetShown) -> Response:
     """Return the page: devices, and the sections of the report."""
     run, loss = Path(now.run), "" if now.loss is None else f" · loss {now.loss:.3f}"
-    file = run / metrics.FILE
+    file = run / rundir.METRICS
     sections = {} if file.exists() and file.stat().st_size > LARGEST else single.sections(runlog.read(run))
     for private in ("samples", "sharing"):
         sections.pop(private, None)

@@ -6,8 +6,8 @@ from typing import Final
 
 from fleetune import adapters, models
 from fleetune.common import sums
+from fleetune.common.display import quoted
 from fleetune.common.files import PRIVATE, read_text, write_atomic
-from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, MessageError, UsageError
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.orders import Job, Secure, job_of

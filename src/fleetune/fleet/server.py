@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fleetune.common.display import counted
+from fleetune.common.display import counted, quoted
 from fleetune.common.files import PRIVATE, json_text, write_atomic
 from fleetune.common.memory import rss
-from fleetune.common.shell import quoted
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT, status
 from fleetune.fleet import keys as keyring

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fleetune.common.display import human_bytes, human_time, show
+from fleetune.common.display import human_bytes, human_time, quoted, show
 from fleetune.common.events import DeviceShown, FleetShown
 from fleetune.common.files import PRIVATE, read_json, read_text, write_atomic
-from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
 from fleetune.fleet.table import LATE
-from fleetune.runs import compression_folder, metrics, rundir
+from fleetune.runs import compression_folder, rundir
 from fleetune.tuning.recipe import recipe as recipes
 
 FILE: Final = rundir.FLEET
@@ -89,7 +88,7 @@ class Record:
         self.bytes_up = self.bytes_down = 0
         self.seconds: float | None = None
         self.loss: float | None = None
-        for event in metrics.events(run):
+        for event in rundir.events(run):
             self._take(event)
 
     def _take(self, event: Mapping[str, Any]) -> None:

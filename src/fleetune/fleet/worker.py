@@ -21,12 +21,11 @@ import torch
 
 from fleetune import errors, models
 from fleetune.common import __version__
-from fleetune.common.display import counted, human_bytes, human_time, show, single_spaced
+from fleetune.common.display import counted, human_bytes, human_time, quoted, show, single_spaced
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.common.hearing import hearing
 from fleetune.common.memory import at_most, rss, usable_memory
-from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded, Example
 from fleetune.data.encode import digest, encode_rows
 from fleetune.evaluation import objectives
@@ -39,7 +38,7 @@ from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
-from fleetune.privacy import accountant, secagg
+from fleetune.privacy import mechanism, secagg
 from fleetune.privacy.mechanism import Privacy
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
@@ -90,7 +89,7 @@ class Brings:
                 "a device's budget is such as --epsilon 8 --delta 1e-5, its --smallest-sum such as 10"
             )
         if self.epsilon:
-            accountant.version()  # or what to install
+            mechanism.accounting_version()  # or what to install
 
     def part(self, held_out: int) -> str:
         """Return what a device with so many held-out rows takes part in, and in what it does not."""

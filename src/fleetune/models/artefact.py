@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fleetune.common import sums
-from fleetune.common.folders import staged
+from fleetune.common.files import staged
 from fleetune.errors import ModelError, VersionError
 from fleetune.models.cache.names import MASTER, is_master
 from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES, SUPER_WIDTH, SuperType
@@ -131,6 +130,14 @@ class Quantised:
             return R, C
         rows = R // self.experts
         return (self.experts, C, rows) if self.transposed else (self.experts, rows, C)
+
+    def equals(self, other: Quantised) -> bool:
+        """Return whether another matrix is the same in all its parts."""
+        one, two = ([*vars(q).values(), *(q.blocks or ())] for q in (self, other))
+        pairs = ((a, b) for a, b in zip(one, two, strict=False) if not isinstance(a, SuperBlocks))
+        return len(one) == len(two) and all(
+            torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs
+        )
 
     @staticmethod
     def of_blocks(codes: Tensor, blocks: SuperBlocks) -> Quantised:
@@ -234,34 +241,37 @@ def dense(weight: Quantised | Tensor) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 [R, C] codes below 2**bits into uint8 [R, ceil(C bits / 8)], little-endian bits within a row."""
-    each, size = 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
-    planes = _planes(codes, each)
-    packed = planes.new_zeros(size, *planes.shape[1:])
-    for i, plane in enumerate(planes):
-        byte, shift = divmod(bits * i, 8)
-        packed[byte] |= plane << shift
-        if shift + bits > 8:
-            packed[byte + 1] |= plane >> 8 - shift
-    return torch.stack(packed.unbind(), 2).flatten(1)[:, : -(-codes.shape[1] * bits // 8)].contiguous()
+    if 8 % bits:  # eight codes are `bits` bytes
+        eight, size = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)), -(-codes.shape[1] * bits // 8)
+        whole = _number(eight.view(len(codes), -1, 8), bits)
+        parts = torch.stack([(whole >> 8 * i).to(torch.uint8) for i in range(bits)], 2)
+        return parts.flatten(1)[:, :size].contiguous()
+    each = 8 // bits  # codes of a byte
+    R, C = len(codes), -(-codes.shape[1] // each)
+    whole = torch.nn.functional.pad(codes, (0, C * each - codes.shape[1])).reshape(R, C, each)
+    packed = whole[..., 0].clone()
+    for i in range(1, each):
+        packed |= whole[..., i] << bits * i
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Undo `pack`."""
-    each, size = 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
-    planes, codes = _planes(packed, size), list[Tensor]()
-    for i in range(each):
-        byte, shift = divmod(bits * i, 8)
-        code = planes[byte] >> shift
-        if shift + bits > 8:
-            code |= planes[byte + 1] << 8 - shift
-        codes.append(code.bitwise_and_((1 << bits) - 1))
-    return torch.stack(codes, 2).flatten(1)[:, :columns].contiguous()
+    if 8 % bits:
+        padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits))
+        packed, each = _number(padded.view(len(packed), -1, bits), 8), 8
+    else:
+        each = 8 // bits
+    codes = torch.stack([(packed >> bits * i).to(torch.uint8) for i in range(each)], 2)
+    return codes.flatten(1)[:, :columns].contiguous().bitwise_and_((1 << bits) - 1)
 
 
-def _planes(values: Tensor, each: int) -> Tensor:
-    """Return values [R, C] as [each, R, ceil(C / each)], neighbours in different planes; 0 where there are none."""
-    whole = torch.nn.functional.pad(values, (0, -values.shape[1] % each))
-    return whole.unflatten(1, (whole.shape[1] // each, each)).movedim(2, 0).contiguous()
+def _number(digits: Tensor, bits: int) -> Tensor:
+    """Return the whole numbers of so many bits a digit, int64 [..]; digits are uint8 [.., n], the lowest first."""
+    whole = torch.zeros(digits.shape[:-1], dtype=torch.int64)
+    for i in range(digits.shape[-1]):
+        whole |= digits[..., i].long() << bits * i
+    return whole
 
 
 def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:
@@ -273,18 +283,6 @@ def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:
     for part in part_names(kind)[1:]:
         found[part] = getattr(weight if weight.blocks is None else weight.blocks, part).cpu().contiguous()
     return {f"{name}.{part}": tensor for part, tensor in found.items()}
-
-
-def _fields(weight: Quantised) -> dict[str, Any]:
-    """Return what the head says of a matrix, by `_OF_MATRICES`."""
-    kind = "" if weight.blocks is None else weight.blocks.kind
-    return {
-        "grids": (weight.bits, weight.group),
-        "shapes": tuple(weight.codes.shape),
-        "superblocks": kind,
-        "codebooks": "" if kind else weight.codebook,
-        "experts": weight.experts,
-    }
 
 
 def part_names(superblocks: str) -> tuple[str, ...]:
@@ -350,7 +348,14 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     for name, weight in weights():
         table |= {n: (t.dtype, tuple(t.shape)) for n, t in stored(name, weight).items()}
         if isinstance(weight, Quantised):
-            fields[name] = _fields(weight)
+            kind = "" if weight.blocks is None else weight.blocks.kind
+            fields[name] = {
+                "grids": (weight.bits, weight.group),
+                "shapes": tuple(weight.codes.shape),
+                "superblocks": kind,
+                "codebooks": "" if kind else weight.codebook,
+                "experts": weight.experts,
+            }
             head = dataclasses.replace(head, transposed=[*head.transposed, *[name] * weight.transposed])
     of: dict[str, Any] = {key: {n: own[key] for n, own in fields.items() if own[key]} for key in _OF_MATRICES}
     head = dataclasses.replace(head, **of)
@@ -416,17 +421,6 @@ class Master:
             raise ModelError(
                 f"{file}: the parts of {name} do not fit {wanted} ({error})", hint=AGAIN
             ) from error
-
-    def holds(self, name: str, weight: Quantised) -> bool:
-        """Return whether these are the very codes and scales of a parameter."""
-        own = all(getattr(self.head, key).get(name) == (of or None) for key, of in _fields(weight).items())
-        parts = stored(name, weight)
-        return (
-            own
-            and (name in self.head.transposed) == weight.transposed
-            and parts.keys() <= self._stored
-            and all(torch.equal(self._file.get_tensor(part), values) for part, values in parts.items())
-        )
 
     def weight(self, name: str) -> Tensor:
         """Read a parameter's values: float32 for a quantised one, else in the stored dtype."""

@@ -3,26 +3,33 @@
 A name is a built-in (`smollm2-135m`), a local Hugging Face directory, a `.gguf` file, or a hub id.  Safetensors files are mapped
 and converted one tensor at a time, so the peak is one copy of the weights.  In the file's own dtype the weights stay a private
 mapping of it, so the file must not be overwritten in place meanwhile.
+
+BERT-style encoders are classifiers, with a new head where the checkpoint has none for the task.  It has weights uniform with the
+standard deviation of the model's `initializer_range`, biases 0, norms 1, from Philox words keyed by the tensor's name: every
+machine makes the same, and the base digest covers it.  A saved classifier whose labels cover those of the data keeps its head
+and the order of its labels.
 """
 
 import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
 import transformers
 from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fleetune.common import sums
+from fleetune.common.display import quoted
 from fleetune.common.memory import give_back, is_out_of_memory, return_large_pieces, usable_memory
-from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError, called
-from fleetune.models import checks, encoders
+from fleetune.models import checks
 from fleetune.models.artefact import Master
 from fleetune.models.cache import cache, names
 from fleetune.models.cache.download import Progress
@@ -30,7 +37,7 @@ from fleetune.models.families.foreign import AGAIN, check_blocks, foreign_file, 
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import class_of
 from fleetune.models.lazy import NotMappable, leave_in_file, memory_of, placeholders
-from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_digest
+from fleetune.models.net.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.net.saving import quiet
 from fleetune.models.stored import Stored, has_places, of_folder, read_places, weight_files
 
@@ -323,15 +330,15 @@ def _read_net(
 
     with foreign_file(path / "config.json"):
         if checks.is_encoder(config):
-            saved = encoders.saved_labels(config)
-            words = encoders.choose_labels(config, labels, path)
+            saved = saved_labels(config)
+            words = choose_labels(config, labels, path)
         else:
             saved = words = ()
         kind = class_of(config, inspect, encoder=checks.is_encoder(config))
     with foreign_file(path, "has weights that cannot be loaded"):
         tensors = _read_tensors(path, dtype) if stored is None else placeholders(stored, dtype)
         if words != saved:
-            tensors = encoders.without_head(tensors, kind, config)
+            tensors = without_head(tensors, kind, config)
         # transformers changes classes of its own while it loads, so two threads must not load at a time; and what a file
         # lacks is drawn from torch's generator
         with _LOADING, quiet(), torch.random.fork_rng(devices=[]):
@@ -340,7 +347,7 @@ def _read_net(
             )
     missing = [str(name) for name in found["missing_keys"]]
     if words != saved:
-        missing = encoders.make_head(net, missing)
+        missing = make_head(net, missing)
     checks.check_tensors(path, kind, found, missing, head=bool(words))
     if (file := path / "generation_config.json").is_file():
         with foreign_file(file):
@@ -404,3 +411,67 @@ def load_tokenizer(name: str, *, offline: bool = False) -> transformers.PreTrain
     path = resolve(name, offline=offline)
     with quiet(), _LOADING:
         return _read_tokenizer(path)
+
+
+MAX_LABELS: Final = 64  # more different answers than this are free text, not label words
+
+
+def saved_labels(config: PretrainedConfig) -> tuple[str, ...]:
+    """Return the label words of a saved classifier in the order of its outputs; () when it has no usable head."""
+    stated = config.architectures or [""]
+    if not stated[0].endswith("ForSequenceClassification") or config.num_labels < 2:
+        return ()
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+
+
+def choose_labels(config: PretrainedConfig, labels: Sequence[str], path: Path) -> tuple[str, ...]:
+    """Return the label words that the model will have; set them in `config` when a new head is due.
+
+    ModelError when neither the checkpoint nor `labels` says what they are, or `labels` cannot be label words.
+    """
+    saved = saved_labels(config)
+    if saved and set(labels) <= set(saved):
+        return saved
+    wanted = tuple(labels)
+    if not 2 <= len(set(wanted)) == len(wanted) <= MAX_LABELS or "" in wanted:
+        raise ModelError(
+            f"{path} is an encoder ({config.model_type}), which chooses among 2 to {MAX_LABELS} label words; "
+            f"{len(wanted)} were given" + (f", such as {wanted[0][:40]!r}" if wanted else ""),
+            hint="tune it on rows whose answers are label words, or name them: --labels yes,no",
+        )
+    if saved:
+        log.warning("the labels of %s are %s, not %s: it gets a new head", path, list(saved), list(wanted))
+    config.id2label = dict(enumerate(wanted))
+    config.label2id = {word: i for i, word in enumerate(wanted)}
+    config.problem_type = "single_label_classification"
+    return wanted
+
+
+def head_names(net: PreTrainedModel) -> list[str]:
+    """Return the names of the classification head's parameters (all outside the encoder itself), sorted."""
+    return sorted(n for n, _ in net.named_parameters() if not n.startswith(net.base_model_prefix + "."))
+
+
+def without_head(tensors: dict[str, Tensor], kind: type[PreTrainedModel], config: Any) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors without those of another task's head."""
+    with torch.device("meta"):
+        head = set(head_names(kind(config)))
+    return {name: tensor for name, tensor in tensors.items() if name not in head}
+
+
+def make_head(net: PreTrainedModel, missing: Collection[str]) -> list[str]:
+    """Initialise those of the `missing` parameters that a bare encoder may lack; return the others.
+
+    A bare encoder lacks the head, and, if it comes from masked language modelling, the pooler.
+    """
+    head = {*head_names(net), *(name for name in missing if ".pooler." in name)}
+    bound = math.sqrt(3.0) * float(getattr(net.config, "initializer_range", 0.02))
+    with torch.no_grad():
+        for name in head & set(missing):
+            parameter = net.get_parameter(name)
+            if parameter.dim() > 1:
+                values = uniform(f"head/{name}", tuple(parameter.shape), bound)
+                parameter.copy_(torch.from_numpy(values))
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return sorted(set(missing) - head)

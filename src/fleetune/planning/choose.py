@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune import models
-from fleetune.common.display import human_bytes
+from fleetune.common.display import human_bytes, quoted
 from fleetune.common.ggml import SCALES, scales_in
 from fleetune.common.settings import parse_bytes
-from fleetune.common.shell import quoted
 from fleetune.errors import FitError, ModelError, RecipeError
 from fleetune.models import loading
 from fleetune.models.cache import cache, names

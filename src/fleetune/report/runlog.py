@@ -16,7 +16,7 @@ from fleetune.common.display import change, clean, human_bytes, human_time, is_n
 from fleetune.common.files import read_text
 from fleetune.errors import UsageError
 from fleetune.report.svg import usable
-from fleetune.runs import metrics, rundir
+from fleetune.runs import rundir
 
 Event = Mapping[str, object]
 Number = int | float
@@ -62,7 +62,7 @@ def read(path: Path) -> RunLog:
     """Read a run folder; missing or damaged files give empty parts.  UsageError when there is no folder."""
     if not path.is_dir():
         raise UsageError(f"no run folder at {path}", hint="fleetune runs   lists them")
-    events, skipped = _events(path / metrics.FILE)
+    events, skipped = _events(path / rundir.METRICS)
     rounds = _latest(events, "round", ("round",))
     done = next((e for e in reversed(events) if e["event"] == "done"), {})
     if done and any(e["event"] == "round" for e in events[events.index(done) :]):
@@ -81,13 +81,13 @@ def read(path: Path) -> RunLog:
         final=_json(path / "eval.json"),
         status=status,
         skipped=skipped,
-        intact=status != "done" or not any(sums.faults(path, [metrics.FILE])),
+        intact=status != "done" or not any(sums.faults(path, [rundir.METRICS])),
     )
 
 
 def changed(folder: object) -> str:
     """Say that the record of a finished run (its folder, or its name) is not as it was written."""
-    return f"{folder}: {metrics.FILE} was changed since the run ended: what is shown may not be what was measured"
+    return f"{folder}: {rundir.METRICS} was changed since the run ended: what is shown may not be what was measured"
 
 
 def _read(path: Path) -> str:

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune.common.display import quoted
 from fleetune.common.files import finite, json_text, read_json, write_atomic
-from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.cache.names import is_master
 from fleetune.runs import rundir

@@ -2,10 +2,10 @@
 
     runs/0007-fedkseed-smollm2-135m/
       run.toml        every value resolved; re-runs it       env.json   versions, device, digests
-      metrics.jsonl   append-only, one object a line         log.txt (logfile.py)   status
+      metrics.jsonl   append-only, one object a line         log.txt (listener.py)   status
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
                       replies-000003: what the round counted (`keep_replies`)
-      releases        how often a run with privacy has released a round (`tuning/rounds/releases.py`)
+      releases        how often a run with privacy has released a round (`tuning/rounds/checkpoint.py`)
       memories/       what methods keep on simulated clients, if they do (`local_work.Memories`)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
       SHA256SUMS      of a finished run: its record and its result (common/sums.py)
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import logging
 import os
 import platform
@@ -31,12 +32,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
-from fleetune.common import __version__, files, folders
-from fleetune.common.shell import quoted
+from fleetune.common import __version__, files
+from fleetune.common.display import quoted
+from fleetune.common.files import PRIVATE, read_bytes, regular_private, storage_error, write_atomic
 from fleetune.errors import MessageError, StorageError, UsageError
-from fleetune.runs.logfile import LogFile
-from fleetune.runs.metrics import Metrics
-from fleetune.runs.metrics import events as events
+from fleetune.runs.listener import LogFile
 
 
 def slug(text: str) -> str:
@@ -66,6 +66,7 @@ def none_such(name: str, out: Path, there: Sequence[str]) -> UsageError:
     return UsageError(f"no run '{name}' in {out}", hint=hint)
 
 
+METRICS: Final = "metrics.jsonl"
 STARTED_IN: Final = "started_in"  # in env.json and compress.json
 
 
@@ -234,7 +235,7 @@ class RunDir:
         left += [p for p in self.path.glob("checkpoints/replies-*") if int(p.name[len("replies-") :]) > round]
         for path in (*left, *(p for r, p in checkpoints(self.path) if r > round)):
             path.unlink(missing_ok=True)
-        folders.sweep(self.path)
+        files.sweep(self.path)
         for text in lost:
             self.log(text)
         return lost
@@ -478,3 +479,98 @@ def _locked(path: Path) -> IO[bytes]:
             file.close()
         raise files.storage_error(error, path) from error
     raise UsageError(f"{path} is in use by another process", hint="wait for it, or stop it, then try again")
+
+
+class Metrics:
+    """The metrics.jsonl of an open run folder, one event a line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / METRICS
+        self._open: IO[bytes] | None = None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._open is not None:
+            with contextlib.suppress(OSError):  # what `record` could not write, it has raised for
+                self._open.close()
+            self._open = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file as it is now."""
+        return self.file.stat().st_size if self.file.exists() else 0
+
+    def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one event and give it back as written; a number that is not finite is null."""
+        raw = json.dumps({"v": 1, "t": round(time.time(), 3), **event}, default=_plain_number)
+        line: dict[str, Any] = json.loads(raw, parse_constant=lambda _: None)
+        try:
+            if self._open is None:
+                self._open = open(self.file, "ab", opener=regular_private)  # noqa: SIM115
+            self._open.write(json.dumps(line).encode() + b"\n")
+            self._open.flush()
+        except OSError as error:
+            raise storage_error(error, self.file) from error
+        return line
+
+    def cut(self, round: int, size: int | None) -> str:
+        """Keep the `size` bytes that stood there after `round`; return what was lost of them, "" for nothing.
+
+        Where the file is shorter, or no size is stated (a new run), all lines of later rounds and of the end go.
+        """
+        self.close()
+        data = _content(self.file)
+        if size is not None and len(data) >= size:
+            write_atomic(self.file, data[:size], mode=PRIVATE)
+            return ""
+        found = [event for line in data.split(b"\n") if (event := event_of(line)) is not None]
+        kept = [e for e in found if e["event"] != "done" and _round_of(e) <= round]
+        write_atomic(self.file, b"".join(json.dumps(e).encode() + b"\n" for e in kept), mode=PRIVATE)
+        if size is None:
+            return ""
+        return f"{self.file} was damaged: {size - len(data):,} of its {size:,} bytes are lost"
+
+
+def events(folder: Path) -> Iterator[dict[str, Any]]:
+    """The events in the metrics.jsonl of a run; a line that cannot be read is left out."""
+    for line in _content(folder / METRICS).split(b"\n"):
+        if event := event_of(line):
+            yield event
+
+
+def loss_before(folder: Path, round: int) -> float | None:
+    """Return the validation loss that was recorded last before a round; None for none."""
+    losses = [e.get("loss") for e in events(folder) if e["event"] == "eval" and _round_of(e) < round]
+    return float(losses[-1]) if losses and isinstance(losses[-1], int | float) else None
+
+
+def event_of(line: bytes) -> dict[str, Any] | None:
+    """Return the event of a line of metrics.jsonl; None for a line that cannot be read."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("event"), str) else None
+
+
+def _round_of(event: Mapping[str, Any]) -> float:
+    value = event.get("round", 0)
+    return value if isinstance(value, int | float) else float("inf")
+
+
+def _content(file: Path) -> bytes:
+    """Return the content of a file, b"" where it is not there; StorageError when it cannot be read."""
+    try:
+        return read_bytes(file)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {file}: {error.strerror}", hint="check the disk and the folder"
+        ) from error
+
+
+def _plain_number(value: Any) -> Any:
+    if hasattr(value, "item"):  # a numpy number
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be recorded")

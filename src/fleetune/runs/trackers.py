@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune.common.display import check_installed
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneDone
 from fleetune.common.files import read_text, write_atomic
 from fleetune.common.settings import Value
-from fleetune.common.shell import check_installed
 from fleetune.errors import FAULTS, Interrupted, UsageError, cut_reason, fault, suggest
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Relay

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from fleetune import errors
+from fleetune.common.display import quoted
 from fleetune.common.events import Event, Recorded, RoundDone, SweepDone, SweepRun, SweepStart, TuneDone
 from fleetune.common.files import resumable, write_atomic
 from fleetune.common.settings import AUTO, Value
-from fleetune.common.shell import quoted
 from fleetune.report import runlog
 from fleetune.report import sweep as summary
 from fleetune.report.page import framed

@@ -38,6 +38,15 @@ def test_models_shows_sizes_sources_and_the_cache(capsys, at):
     assert events[-1]["name"] == "mine.gguf"
 
 
+def test_models_shows_what_a_word_is_part_of(capsys):
+    put("gguf-0123456789abcdef", "file SmolLM2.gguf", file="mine.gguf")
+    code, out, err = call(capsys, "models", "smollm2", "--json")
+    found = [json.loads(line)["name"] for line in out.splitlines()]
+    assert (code, found) == (0, ["smollm2-135m", "smollm2-360m", "smollm2-1.7b", "mine.gguf"])
+    code, _, err = call(capsys, "models", "nosuch")
+    assert (code, "try: fleetune models pull nosuch" in err) == (2, True)
+
+
 @pytest.mark.parametrize("name", ["smollm2-135m", "mine.gguf", "gguf-0123456789abcdef", "some/one"])
 def test_a_model_is_removed_from_the_cache_alone(name, capsys):
     folders = {

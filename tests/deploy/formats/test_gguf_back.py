@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenize
 from fleetune import models
 from fleetune.deploy.export import write as export
 from fleetune.models import Model
-from fleetune.models.gguf import tokenizer as gguf_tokens
+from fleetune.models.gguf import convert as gguf_tokens
 from tiny_families import drawn, sizes
 
 IDS = torch.tensor([[0, 12, 200, 7, 256, 258, 31, 90, 3, *range(40, 80)]])

@@ -22,7 +22,7 @@ from fleetune.deploy import llamacpp
 from fleetune.deploy.export import write as export
 from fleetune.deploy.formats import _gguf_vocabulary
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.gguf.tokenizer import MARKS, RULES, WHOLE, _step
+from fleetune.models.gguf.convert import MARKS, RULES, WHOLE, _step
 
 NONE = SimpleNamespace()
 KIND = gguf.TokenType

@@ -26,7 +26,7 @@ from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.layers import by_layer
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import server_rules
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.messages import Message, Payload, check, decode, encode
 from fleetune.tuning.methods import Reply, _adapter, fedit, fedpetuning
 from fleetune.tuning.methods._adapter import State
@@ -231,10 +231,10 @@ def test_a_walk_that_ran_away_leaves_no_variate(toy):
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
-@pytest.mark.parametrize("rule", server_rules.ETA)
+@pytest.mark.parametrize("rule", aggregation.ETA)
 @pytest.mark.parametrize("lr", [0.0, 0.05])
 def test_a_methods_server_takes_the_rules_steps(name, rule, lr):
-    """Those that `test_server_rules.py` holds against the papers, of the mean weighted by rows."""
+    """Those that `test_aggregation.py` holds against the papers, of the mean weighted by rows."""
     chosen, rng = methods.make(name, {"server": rule, "server_lr": lr}), np.random.default_rng(4)
     state, want, moments = State(start(), 1), {n: w.astype(np.float64) for n, w in start().items()}, {}
     eta = lr or (1.0 if rule in ("avg", "avgm") else 1e-3)
@@ -242,7 +242,7 @@ def test_a_methods_server_takes_the_rules_steps(name, rule, lr):
         sent = {k: {n: rng.normal(size=s).astype(np.float32) for n, s in SIZES.items()} for k in (0, 1)}
         mean = {n: (5 * sent[0][n].astype(np.float64) + 3 * sent[1][n]) / 8 for n in SIZES}
         delta = {n: mean[n] - state.tensors[n] for n in SIZES}
-        want, moments = server_rules.step(rule, want, delta, moments, lr=eta)
+        want, moments = aggregation.server_step(rule, want, delta, moments, lr=eta)
         replies = [Reply(k, 0, Payload(sent[k], {"n": rows, "loss": 1.0})) for k, rows in ((0, 5), (1, 3))]
         state = chosen.aggregate(state, iter(replies))
         for n in SIZES:

@@ -15,8 +15,8 @@ from fleetune.tuning.exchange.aggregation import MEAN, Rule
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.rounds import rounds
+from fleetune.tuning.rounds.checkpoint import Releases
 from fleetune.tuning.rounds.fleets import Answer, Fleet
-from fleetune.tuning.rounds.releases import Releases
 from fleetune.tuning.rounds.rounds import Hooks, RoundPlan
 
 BASE = bytes(8)

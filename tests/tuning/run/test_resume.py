@@ -15,7 +15,7 @@ from fleetune.common import sums
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.rounds import releases
+from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.run import describe, resume
 from heard import Heard
 
@@ -140,7 +140,7 @@ def test_a_run_without_a_round_is_timed_anew(capsys):
 def test_a_run_whose_privacy_budget_is_spent_announces_no_round(tmp_path):
     lines = ({"v": 1, "t": 1.0, "event": "round", "round": r, "seconds": 3.0} for r in (1, 2))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / releases.FILE).write_text(releases._text(2))
+    (tmp_path / checkpoint.RELEASES).write_text(checkpoint._count_text(2))
     left = [0]
     account: Any = types.SimpleNamespace(rounds_within=lambda rounds, released: left[0])
     said = describe.progress_words(tmp_path, 6, account)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Final
 import fleetune
 from fleetune.cli import flags
 from fleetune.cli.commands.serve import ended_by_signals, engine_arguments
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.common.events import Answered
 from fleetune.deploy.serve import Refused
 from fleetune.errors import UsageError

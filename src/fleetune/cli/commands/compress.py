@@ -12,18 +12,17 @@ import fleetune
 from fleetune import compression
 from fleetune.api.deployment import file_size
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
+from fleetune.cli.parser import Parser
 from fleetune.common import settings
-from fleetune.common.display import human_bytes, human_time
+from fleetune.common.display import command, human_bytes, human_time, quoted
 from fleetune.common.events import CompressChecked, MethodListed
-from fleetune.common.shell import command, quoted
 from fleetune.compression.jobs import job
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder
 
 if TYPE_CHECKING:
-    from fleetune.cli.listener import ConsoleListener
+    from fleetune.cli.console import ConsoleListener
     from fleetune.compression.jobs.job import CompressResult
 
 HELP = "make a model or a finished run smaller"
@@ -35,7 +34,7 @@ fleetune compress --list qronos                            its settings
 """
 
 
-def arguments(sub: argparse.ArgumentParser) -> None:
+def arguments(sub: Parser) -> None:
     """Add the command's arguments."""
     sub.add_argument("model", metavar="RUN|MODEL", nargs="?", help="what to make smaller")
     sub.add_argument(
@@ -66,12 +65,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
     flags.add_door(
-        sub.add_argument_group("--calibrate fleet (with --resume too)"),
-        "the first block (default: those of the run)",
+        sub.group("--calibrate fleet (with --resume too)"), "the first block (default: those of the run)"
     )
 
 
-def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
+def _add_calibration_arguments(sub: Parser) -> None:
     sub.add_argument(
         "--data",
         help="calibrate or train on these rows (a run: every second held-out row of its own, and text that comes with Fleetune)",
@@ -97,7 +95,7 @@ def _add_calibration_arguments(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_result_arguments(sub: argparse.ArgumentParser) -> None:
+def _add_result_arguments(sub: Parser) -> None:
     sub.add_argument(
         "--bytes",
         metavar="SIZE",

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
-from fleetune.common.display import clean, one_line
+from fleetune.cli.parser import Parser
+from fleetune.common.display import clean, one_line, quoted
 from fleetune.common.events import DataChecked, RowShown
-from fleetune.common.shell import quoted
 from fleetune.tuning.prepare import data_check
 from fleetune.tuning.recipe import recipe as recipes
 
@@ -36,7 +36,7 @@ fleetune data check devices/                              a folder with one file
 NAMED = 6  # clients that are named
 
 
-def arguments(sub: argparse.ArgumentParser) -> None:
+def arguments(sub: Parser) -> None:
     """Add the command's arguments."""
     sub.add_argument("action", metavar="ACTION", choices=["check"], help="check")
     sub.add_argument(

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import fleetune
 from fleetune import models
 from fleetune.cli.commands import compress, export, tune
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
-from fleetune.common.display import human_bytes
+from fleetune.cli.console import Ui, console_listener
+from fleetune.common.display import human_bytes, quoted
 from fleetune.common.events import Answered
-from fleetune.common.shell import quoted
 from fleetune.subject import Run
 from fleetune.tuning.recipe.recipe import make
 

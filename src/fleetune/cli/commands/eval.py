@@ -4,8 +4,7 @@ import argparse
 
 import fleetune
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.common.display import change, is_noise
 from fleetune.common.events import EvalDone
 from fleetune.errors import RecipeError

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING
 import fleetune
 from fleetune import subject as subjects
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.common import words
-from fleetune.common.display import human_bytes
-from fleetune.common.shell import command
+from fleetune.common.display import command, human_bytes
 from fleetune.deploy import targets
 from fleetune.errors import UsageError
 

@@ -16,11 +16,11 @@ from fleetune import subject
 from fleetune.api import tuning
 from fleetune.cli import flags
 from fleetune.cli.commands.tune import finish, screen
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import InterruptHandler, console_listener
-from fleetune.common.display import counted, human_bytes, human_time
+from fleetune.cli.console import InterruptHandler, Ui, console_listener
+from fleetune.cli.parser import Add, Parser
+from fleetune.common.display import check_installed, counted, human_bytes, human_time, quoted
+from fleetune.common.files import read_text
 from fleetune.common.settings import parse_bytes
-from fleetune.common.shell import check_installed, quoted
 from fleetune.data import check_columns, sources
 from fleetune.data.partition import held_out_problem
 from fleetune.data.read_rows import row_of
@@ -31,6 +31,7 @@ from fleetune.fleet import status as standing
 from fleetune.fleet.table import LATE, Devices
 from fleetune.privacy import secagg
 from fleetune.runs import compression_folder, rundir
+from fleetune.runs.listener import LOG
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import recipe as recipes
 
@@ -56,6 +57,7 @@ invite NAME --keys DIR                make NAME.invite, all that a new device ne
 keys certificate DIR HOST [HOST ..]   make a server's certificate: ca.pem goes to the devices
 devices RUN                           which key is which client
 status RUN                            how the run stands, and what each device does now
+logs RUN                              what happened when
 stop RUN                              end the server after this step; it can be resumed
 audit RUN                             check the log of all that was taken or refused
 app DIR                               write the app for a Flower of your own: flwr run DIR
@@ -64,7 +66,7 @@ STATE = "fleetune-device"
 OWN = "model device threads held_out eval_data columns train_turns base ram epsilon delta"  # a recipe's options, of a device
 
 
-def arguments(sub: argparse.ArgumentParser) -> None:
+def arguments(sub: Parser) -> None:
     """Add the command's arguments."""
     sub.usage = "fleetune fleet ACTION [WORD ...] [options]"
     sub.description = f"{sub.description}\n\n{textwrap.indent(VERBS, '    ')}"
@@ -76,14 +78,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         default=[],
         help="HOST:PORT or NAME.invite (join), NAME (invite), what to make (keys), RUN (others), DIR (app)",
     )
-    serve = sub.add_argument_group("serve (eval takes those of the door, from --host to --round-deadline)")
+    serve = sub.group("serve (eval takes those of the door, from --host to --round-deadline)")
     of = "a TOML recipe, or a device's settings (join); flags override it"
-    serve.add_argument("-c", "--config", metavar="FILE", help=of)
-    serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
-    serve.add_argument("--dry-run", action="store_true", help="check recipe, rows, model and door, then stop")
+    serve("-c", "--config", metavar="FILE", help=of)
+    serve("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
+    serve("--dry-run", action="store_true", help="check recipe, rows, model and door, then stop")
     flags.add_door(serve, "the first round (default: the recipe's clients)")
     _join_arguments(
-        sub.add_argument_group(
+        sub.group(
             "join (with --data, --columns, --train-turns, --held-out or --eval-data, --model, --base, --ram, --device, --threads)"
         )
     )
@@ -91,39 +93,33 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     flags.add(sub)
 
 
-def _join_arguments(join: argparse._ArgumentGroup) -> None:
-    join.add_argument(
+def _join_arguments(add: Add) -> None:
+    add(
         "--state",
         metavar="DIR",
         help=f"folder of the device: its key, its log, what it remembers (default ./{STATE})",
     )
-    join.add_argument(
-        "--key", metavar="FILE", help="the device's key (default: one made in the state folder)"
-    )
-    join.add_argument(
-        "--ca", metavar="FILE", help="ca.pem of the server; needed unless the server is this machine"
-    )
-    join.add_argument(
+    add("--key", metavar="FILE", help="the device's key (default: one made in the state folder)")
+    add("--ca", metavar="FILE", help="ca.pem of the server; needed unless the server is this machine")
+    add(
         "--calibrate",
         action="store_true",
         help="let sums over its rows go to a compression (compress --calibrate fleet); words can be learned from them",
     )
-    join.add_argument(
+    add(
         "--smallest-sum",
         type=int,
         default=0,
         metavar="DEVICES",
         help="take part only where the server sees sums of so many devices or more (serve --privacy sealed)",
     )
-    join.add_argument(
+    add(
         "--peers",
         metavar="DIR",
         help="public keys (NAME.pub) of the devices that it adds up with; else a server can invent some",
     )
-    join.add_argument(
-        "--only-on-power", action="store_true", help="decline rounds while this device runs on its battery"
-    )
-    join.add_argument(
+    add("--only-on-power", action="store_true", help="decline rounds while this device runs on its battery")
+    add(
         "--max-load",
         type=float,
         default=0.0,
@@ -243,16 +239,10 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
         [one.client, one.name, one.rows or "", one.tokens or "", *cells(one.base, one.tuned), one.reason]
         for one in sorted(found, key=lambda one: one.client)
     ]
+    share = f"{done.largest_share:.0%} of one device"
     errors = map(error, (done.base_error, done.tuned_error, done.change_error))
     rows += [
-        [
-            "",
-            "mean by tokens",
-            done.rows,
-            done.tokens,
-            *cells(done.base, done.tuned),
-            f"{done.largest_share:.0%} of one device",
-        ],
+        ["", "mean by tokens", done.rows, done.tokens, *cells(done.base, done.tuned), share],
         ["", "standard error", "", "", *errors, ""],
         ["", "plain mean", "", "", *cells(done.base_plain, done.tuned_plain), ""],
         ["", "median", "", "", *cells(done.base_median, done.median)[:2], f"{done.change_median:+.4f}", ""],
@@ -366,10 +356,8 @@ def _number(text: str) -> float:
 def _held_out(own: Mapping[str, str]) -> float:
     """The share or number of rows that a device holds out; UsageError for what is none."""
     if own["held_out"] and own["eval_data"]:
-        raise UsageError(
-            "--held-out and --eval-data are both given",
-            hint="rows to measure on come from --data, or from a file of their own",
-        )
+        why = "rows to measure on come from --data, or from a file of their own"
+        raise UsageError("--held-out and --eval-data are both given", hint=why)
     number = _number(own["held_out"] or "0")
     if why := held_out_problem(number):
         raise UsageError(f"--held-out {own['held_out']}: {why}")
@@ -455,15 +443,8 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
     check_installed("Flower", "flower", "flwr")
     folder = Path(_word(args, "fleetune-app"))
     flower.write_app(folder)
-    ui.paths(
-        [
-            ("app", str(folder)),
-            (
-                "next",
-                f"flwr run {quoted(folder)} CONNECTION --run-config \"recipe='/path/on/the/server/recipe.toml'\"",
-            ),
-        ]
-    )
+    given = "--run-config \"recipe='/path/on/the/server/recipe.toml'\""
+    ui.paths([("app", str(folder)), ("next", f"flwr run {quoted(folder)} CONNECTION {given}")])
 
 
 def _devices(args: argparse.Namespace, ui: Ui) -> None:
@@ -510,6 +491,13 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
         ui.paths([("next", standing.resume(Path(now.run)))])
 
 
+def _logs(args: argparse.Namespace, ui: Ui) -> None:
+    file = _run_of(args) / LOG
+    if not file.is_file():
+        raise UsageError(f"there is no {file}: the run is of an earlier version, or has told nothing yet")
+    ui.text(read_text(file, errors="replace"))
+
+
 def _stop(args: argparse.Namespace, ui: Ui) -> None:
     standing.ask_to_stop(run := _run_of(args))
     after = "it stops after this step; go on with: "
@@ -543,6 +531,7 @@ ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
     "invite": _invite,
     "devices": _devices,
     "status": _status,
+    "logs": _logs,
     "stop": _stop,
     "audit": _audit,
     "app": _app,

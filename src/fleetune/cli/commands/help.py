@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fleetune
 from fleetune.cli.console import Ui
-from fleetune.common.shell import quoted
+from fleetune.common.display import quoted
 from fleetune.common.words import TOPICS
 from fleetune.errors import UsageError, suggest
 

@@ -7,12 +7,11 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleetune import subject
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.common.display import counted, human_bytes
 from fleetune.common.events import DigestFound, LedgerDifference, LedgerShown, LedgerWritten
 from fleetune.errors import UsageError
@@ -107,31 +106,17 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
     head = ledger.head
     size = path.stat().st_size
     last = ledger.last_round()
-    ui.event(
-        LedgerShown(
-            file=str(path),
-            bytes=size,
-            entries=len(ledger),
-            rounds=last,
-            base=head.base,
-            law=head.law,
-            K=head.K,
-            grid=head.grid,
-            method=head.method,
-            checks=head.checks,
-            fingerprint=ledger.fingerprint(),
-            trains=head.trains,
-        )
-    )
+    shown = ("base", "law", "K", "grid", "method", "checks", "trains")
+    stated: dict[str, Any] = {n: getattr(head, n) for n in shown}
+    stated |= {"entries": len(ledger), "rounds": last, "fingerprint": ledger.fingerprint()}
+    ui.event(LedgerShown(file=str(path), bytes=size, **stated))
     passes = f"{ledger.count_passes():,} {'pass' if ledger.count_passes() == 1 else 'passes'}"
+    compact = human_bytes(len(ledger.compact().to_bytes()))
     parameters = sum(math.prod(shape) for _, shape, _ in head.tensors)
     ui.table(
         ["", ""],
         [
-            [
-                "file",
-                f"{path} ({human_bytes(size)}; compact {human_bytes(len(ledger.compact().to_bytes()))})",
-            ],
+            ["file", f"{path} ({human_bytes(size)}; compact {compact})"],
             ["base", head.base],
             [head.trains, f"{parameters:,} in {counted(len(head.tensors), 'tensor')}"],
             ["method", f"{head.method}, lr {_rate(head)}, eps {head.eps:g}, {head.aggregation}"],

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import fleetune
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
-from fleetune.common.shell import quoted
+from fleetune.cli.console import Ui, console_listener
+from fleetune.common.display import quoted
 from fleetune.deploy.harness import FILE
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from fleetune import models
 from fleetune.cli.console import Ui
-from fleetune.common.display import counted, human_bytes, human_count
-from fleetune.common.events import ModelCached, ModelListed, ModelPulled, ModelRemoved
-from fleetune.common.shell import command
+from fleetune.common.display import command, counted, human_bytes, human_count
+from fleetune.common.events import Event, ModelCached, ModelListed, ModelPulled, ModelRemoved
 from fleetune.errors import UsageError
 from fleetune.models.cache import cache
 from fleetune.models.cache.names import SHORT_NAMES
@@ -18,6 +17,7 @@ HELP = "list the models there are, fetch one, or remove one from the cache"
 ORDER = 140
 EXAMPLES = """\
 fleetune models                     what is built in, and what is in the cache
+fleetune models list qwen           those with this word in their name or source
 fleetune models pull smollm2-135m
 fleetune models pull smollm2-135m --base mapped    its 4-bit file as it is: 98 MB instead of 538 MB
 fleetune models rm smollm2-135m
@@ -31,7 +31,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         nargs="?",
         default="list",
         choices=["list", "pull", "rm"],
-        help="list (default); pull: fetch NAME into the cache; rm: remove NAME from the cache",
+        help="list (default): all, or those like NAME; pull: fetch NAME into the cache; rm: remove it",
     )
     sub.add_argument(
         "name",
@@ -53,43 +53,41 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         _pull(args, ui)
     elif args.action == "rm":
         _rm(args, ui)
-    elif args.name:
-        raise UsageError("models list takes no NAME", hint=command("models", "pull", args.name))
     else:
-        _list(ui)
+        _list(args.name or "", ui)
 
 
-def _list(ui: Ui) -> None:
+def _list(name: str, ui: Ui) -> None:
     builtin, cached = cache.builtin(), cache.contents()
     sizes: dict[Path | None, int] = {model.path: model.bytes for model in cached}
     copies = Counter(model.name for model in cached)
     folders = {model.path: f", in {model.path.name}" for model in cached if copies[model.name] > 1}
     rows: list[list[object]] = []
+
+    def tell(event: Event, *row: object) -> None:
+        if name.lower() in f"{row[0]} {row[-1]}".lower():
+            ui.event(event)
+            rows.append([*row])
+
     for m in builtin:
         download = cache.ORIGINS[m.name].wheel_bytes
         here = {"cached": str(m.cached) if m.cached else None, "bytes": sizes.get(m.cached)}
-        ui.event(ModelListed(**dataclasses.asdict(m) | here, download=download))
         there, size = "yes" if m.cached else "no", human_bytes(sizes[m.cached] if m.cached else download)
         source = (m.source or m.hub) + (folders.get(m.cached, "") if m.cached else "")
-        rows.append([m.name, there, human_count(m.params), size, m.licence, source])
+        event = ModelListed(**dataclasses.asdict(m) | here, download=download)
+        tell(event, m.name, there, human_count(m.params), size, m.licence, source)
     for s in SHORT_NAMES.values():
-        about = "from the hub, gated" if s.gated else "from the hub"
-        ui.event(
-            ModelListed(
-                name=s.name,
-                hub=s.hub,
-                params=int(s.params),
-                licence=s.licence,
-                cached=None,
-                source="",
-                about=about,
-            )
+        about, count = "from the hub, gated" if s.gated else "from the hub", int(s.params)
+        event = ModelListed(
+            name=s.name, hub=s.hub, params=count, licence=s.licence, about=about, cached=None, source=""
         )
-        rows.append([s.name, about, human_count(s.params), "", s.licence, s.hub])
+        tell(event, s.name, about, human_count(s.params), "", s.licence, s.hub)
     for other in [model for model in cached if model.path not in [m.cached for m in builtin]]:
-        ui.event(ModelCached(**dataclasses.asdict(other) | {"path": str(other.path)}))
         size, source = human_bytes(other.bytes), other.source + folders.get(other.path, "")
-        rows.append([other.name, "yes", "", size, other.licence, source])
+        found = ModelCached(**dataclasses.asdict(other) | {"path": str(other.path)})
+        tell(found, other.name, "yes", "", size, other.licence, source)
+    if not rows:
+        raise UsageError(f"no model here has {name!r} in its name", hint=command("models", "pull", name))
     ui.table(["model", "here", "parameters", "size", "licence", "source"], rows, align="llrrll", spare=2)
     files = [model.bytes for model in cached if model.source.startswith(cache.OF_FILE)]
     copied = f"{counted(len(files), 'copy', 'copies')} made of GGUF files that were read ({human_bytes(sum(files))})"

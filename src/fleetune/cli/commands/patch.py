@@ -6,8 +6,7 @@ from pathlib import Path
 
 from fleetune.cli import flags
 from fleetune.cli.commands.ledger import file_of
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.common.display import human_bytes
 from fleetune.common.events import PatchApplied, PatchMade
 from fleetune.common.files import write_atomic
@@ -42,12 +41,12 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _make(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.deploy import patch_make, tunable_file
+    from fleetune.deploy import export, patch_make
 
     out = flags.new_path(args.to, "patch make")
     patch.require_folder(out)
     with console_listener(ui) as listener:
-        name = tunable_file.model_of(args.files[0], args.out, listener.note)
+        name = export.model_to_tune(args.files[0], args.out, listener.note)
         base = patch_make.file_of(name, offline=args.offline)
         with called(base, name):
             ledger = ledgers.load(file_of(args.files[1], args.out))

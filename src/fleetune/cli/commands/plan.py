@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import fleetune
 from fleetune.cli import flags
 from fleetune.cli.console import Ui
-from fleetune.common.display import human_bytes
+from fleetune.common.display import human_bytes, quoted
 from fleetune.common.events import PlanSettings
-from fleetune.common.shell import quoted
 
 if TYPE_CHECKING:
     from fleetune.planning.plan import Settings

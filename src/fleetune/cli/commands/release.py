@@ -4,8 +4,7 @@ import argparse
 
 import fleetune
 from fleetune.cli.console import Ui
-from fleetune.common.display import human_bytes
-from fleetune.common.shell import quoted
+from fleetune.common.display import human_bytes, quoted
 
 HELP = "write a finished run as one signed folder, ready to upload"
 ORDER = 63

@@ -10,10 +10,9 @@ from typing import Any
 from fleetune import subject
 from fleetune.cli.commands.tune import say_what_is_shared
 from fleetune.cli.console import Ui
-from fleetune.common.display import counted, human_bytes, human_time, show
+from fleetune.common.display import command, counted, human_bytes, human_time, quoted, show
 from fleetune.common.events import CompressionListed, RunListed, RunRemoved, SweepListed
 from fleetune.common.files import storage_error
-from fleetune.common.shell import command, quoted
 from fleetune.errors import FleetuneError, StorageError, UsageError
 from fleetune.report import runlog, single
 from fleetune.runs import compression_folder, rundir

@@ -8,8 +8,7 @@ from types import FrameType
 
 import fleetune
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 from fleetune.errors import Interrupted
 
 HELP = "an OpenAI-compatible endpoint and a chat page over a model"

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from fleetune.api import tuning
 from fleetune.cli import flags
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import ConsoleListener
-from fleetune.common.display import counted
+from fleetune.cli.console import ConsoleListener, Ui
+from fleetune.cli.parser import Parser
+from fleetune.common.display import counted, quoted
 from fleetune.common.events import Event, SweepDone, SweepPlanned, SweepRun, SweepStart
-from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, UsageError
 from fleetune.report import sweep as summary
 from fleetune.runs.listener import run_words
@@ -47,7 +46,7 @@ class SweepScreen(ConsoleListener):
             raise Interrupted("stopped between two steps")
 
 
-def arguments(sub: argparse.ArgumentParser) -> None:
+def arguments(sub: Parser) -> None:
     """Add the command's arguments."""
     sub.add_argument(
         "recipe", metavar="RECIPE", nargs="?", help="a TOML recipe; a table [sweep] says what varies"

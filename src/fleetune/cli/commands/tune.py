@@ -7,19 +7,18 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fleetune
 from fleetune.api import tuning
 from fleetune.cli import flags
-from fleetune.cli.console import Bar, Ui
-from fleetune.cli.listener import InterruptHandler
-from fleetune.common.display import counted, human_bytes, human_time, show
+from fleetune.cli.console import Bar, InterruptHandler, Ui
+from fleetune.cli.parser import Parser
+from fleetune.common.display import counted, human_bytes, human_time, quoted, show
 from fleetune.common.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneChecked
-from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.report import runlog
-from fleetune.runs import metrics, rundir, trackers
+from fleetune.runs import rundir, trackers
 from fleetune.tuning.recipe import recipe as recipes
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ fleetune tune --resume latest --rounds 40                  give it more rounds: 
 """
 
 
-def arguments(sub: argparse.ArgumentParser) -> None:
+def arguments(sub: Parser) -> None:
     """Add the command's arguments."""
     sub.add_argument(
         "model",
@@ -76,22 +75,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         flags.check_resume(args, path, "fleetune tune --resume", ("rounds", "base"))
         from fleetune.tuning.run import resume
 
-        given = flags.given(args)
-        rounds, base = (
-            resume.rounds_number(given["rounds"]) if "rounds" in given else 0,
-            given.get("base", ""),
-        )
+        given: dict[str, Any] = flags.given(args)
+        rounds = resume.rounds_number(given["rounds"]) if "rounds" in given else 0
         if args.dry_run:
             raise UsageError("--dry-run is for a new run", hint=f"fleetune tune --resume {quoted(path)}")
         with screen(ui, path) as shown:
             result = fleetune.resume_run(
-                path,
-                rounds=rounds,
-                base=base,
-                out=args.out,
-                offline=args.offline,
-                listener=shown,
-                tracker=args.tracker,
+                path, rounds=rounds, base=given.get("base"), listener=shown, **flags.options(args, "tracker")
             )
             finish(ui, result, resumed=True)
         return
@@ -115,18 +105,11 @@ def run_recipe(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui) -> Tune
 def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
     """Print the final table, and where things are; of a `resumed` run what its time counts."""
     done, run = result.done, result.done.run
-    costs = [
-        (
-            "bytes over the fleet",
-            human_bytes(done.bytes_up + done.bytes_down),
-            f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}",
-        ),
-        (
-            "wall time · peak memory",
-            f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}",
-            "of all sittings, without the time between; the peak is of the last" if resumed else "",
-        ),
-    ]
+    both = human_bytes(done.bytes_up + done.bytes_down)
+    each = f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"
+    took = f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}"
+    counts = "of all sittings, without the time between; the peak is of the last" if resumed else ""
+    costs = [("bytes over the fleet", both, each), ("wall time · peak memory", took, counts)]
     ui.final_table(
         done.base,
         done.tuned,
@@ -288,7 +271,7 @@ class RunScreen:
 
     def _evaluated(self, event: RoundEvaluated) -> None:
         last = self.last if event.round else None
-        before = metrics.loss_before(self.resumed, event.round) if self.resumed else None
+        before = rundir.loss_before(self.resumed, event.round) if self.resumed else None
         self.resumed = None
         notes = [f"accuracy {show('accuracy', event.accuracy)}"] if event.accuracy is not None else []
         if last and last.report and "epsilon" in last.report:

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fleetune.cli.console import Ui
-from fleetune.cli.listener import console_listener
+from fleetune.cli.console import Ui, console_listener
 
 HELP = "prove what a model was made from: rebuild it, and compare every byte"
 ORDER = 62

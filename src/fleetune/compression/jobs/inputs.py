@@ -49,7 +49,7 @@ class Inputs:
     model: Model
     rows: Sequence[Encoded]  # to calibrate or train on: of the data, or every second held-out row of the run
     held_out: Sequence[Encoded]  # of the run: rows for the loss before and after
-    texts: Sequence[str]  # for the perplexity before and after
+    texts: Sequence[Encoded]  # windows of a text, for the perplexity before and after
     source: str  # where the rows or the text are from, for the header
     clients: Mapping[int, Sequence[Encoded]] = field(default_factory=dict)  # client -> its training rows
     other: Sequence[Encoded] = ()  # windows of the text that comes with Fleetune, to measure on
@@ -59,19 +59,20 @@ class Inputs:
         """Tokens of the longest row."""
         return max(len(row.ids) for row in self.rows)
 
-    def compared_rows(self, model: Model) -> Sequence[Encoded]:
-        """Return what a model is compared with its reference on: the text, else the held-out rows, else other text."""
-        return (losses.text_rows(model, self.texts) if self.texts else self.held_out) or self.other
+    @property
+    def compared(self) -> Sequence[Encoded]:
+        """What a model is compared with its reference on: the text, else the held-out rows, else other text."""
+        return self.texts or self.held_out or self.other
 
     def logits_size(self, model: Model) -> int:
         """Return the bytes that the logits of a reference model take on the disk."""
         vocabulary = model.net.get_input_embeddings().weight.shape[0]
-        return kl_divergence.file_size(losses.scored_tokens(self.compared_rows(model)), vocabulary)
+        return kl_divergence.file_size(losses.scored_tokens(self.compared), vocabulary)
 
     @contextmanager
     def reference(self, model: Model, folder: Path, listener: Listener) -> Iterator[losses.Reference | None]:
         """Keep the logits of the model that others are compared with in `folder` while the block runs; None without text."""
-        rows, file = self.compared_rows(model), folder / LOGITS
+        rows, file = self.compared, folder / LOGITS
         if not losses.scored_tokens(rows):
             yield None
             return
@@ -87,26 +88,35 @@ class Inputs:
             file.unlink(missing_ok=True)
 
     def measure(
-        self, model: Model, listener: Listener, folder: Path, reference: losses.Reference | None = None
+        self,
+        model: Model,
+        listener: Listener,
+        folder: Path,
+        reference: losses.Reference | None = None,
+        known: float | None = None,
     ) -> dict[str, float]:
         """Measure a model: loss on the held-out rows, perplexity of the text and of other text, where there are any.
 
-        With a `reference` also how far its next-token distributions are from that model's.  Interrupted on Ctrl-C; `folder`
-        is the job's, for the command that resumes it.
+        With a `reference` also how far its next-token distributions are from that model's; `known` is the loss on the rows that
+        are compared, where the model is the reference.  Interrupted on Ctrl-C; `folder` is the job's, for the command that
+        resumes it.
         """
-        measures: dict[str, float] = {}
-        if self.held_out:
-            on_rows = row_reporter(listener, folder, "rows")
-            measures["loss"] = losses.response_loss(model, self.held_out, on_rows=on_rows)
-        if self.texts:
-            on_rows = row_reporter(listener, folder, "rows of the text")
-            measures["perplexity"] = losses.perplexity(model, self.texts, on_rows=on_rows)
-        if self.other:
-            on_rows = row_reporter(listener, folder, "rows of other text")
-            measures["other_perplexity"] = losses.row_perplexity(model, self.other, on_rows=on_rows)
+        compared, measures = dict[str, float](), dict[str, float]()
         if reference:
-            measures |= reference.compare(model, row_reporter(listener, folder, "rows compared")).values()
-        return measures
+            found, known = reference.compare(model, row_reporter(listener, folder, "rows compared"))
+            compared = found.values()
+        for name, rows, what, size in (
+            ("loss", self.held_out, "rows", 8),
+            ("perplexity", self.texts, "rows of the text", 1),
+            ("other_perplexity", self.other, "rows of other text", 1),
+        ):
+            if rows:
+                loss = known if rows is self.compared else None
+                if loss is None:
+                    on_rows = row_reporter(listener, folder, what)
+                    loss = losses.response_loss(model, rows, batch_size=size, on_rows=on_rows)
+                measures[name] = loss if name == "loss" else losses.perplexity_of(loss)
+        return measures | compared
 
 
 def load(request: CompressRequest, *, offline: bool) -> Inputs:
@@ -114,7 +124,6 @@ def load(request: CompressRequest, *, offline: bool) -> Inputs:
 
     Raises UsageError for an encoder model, and whatever loading the model (`models.load`), the run or the rows raises.
     """
-    texts = data.read_text(request.eval_text) if request.eval_text else []
     recipe = finished.recipe_of(Path(request.model)) if request.run else None
     held_out: Sequence[Example] = []
     if recipe is not None:
@@ -127,6 +136,8 @@ def load(request: CompressRequest, *, offline: bool) -> Inputs:
         raise UsageError("an encoder cannot be compressed", hint="decoders can, such as: fleetune models")
     if recipe is not None:
         finished.merge_weights(model)
+
+    texts = losses.text_rows(model, data.read_text(request.eval_text)) if request.eval_text else []
 
     def encoded(rows: Sequence[Example], length: int) -> list[Encoded]:
         return encode_all(rows, model.tokenizer, length)[0] if rows else []

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fleetune import compression, subject
 from fleetune.common import settings, sums
-from fleetune.common.display import COMPARED, human_bytes, show_with_error
+from fleetune.common.display import COMPARED, command, human_bytes, quoted, show_with_error
 from fleetune.common.events import CompressDone
 from fleetune.common.files import resumable
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
-from fleetune.common.shell import command, quoted
 from fleetune.compression.jobs.progress import resume_command
 from fleetune.data import readers
 from fleetune.errors import Interrupted, RecipeError, UsageError

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetune.common import memory
-from fleetune.common.display import human_bytes
+from fleetune.common.display import human_bytes, quoted
 from fleetune.common.events import StepDone
-from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, StorageError
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.runs import compression_folder

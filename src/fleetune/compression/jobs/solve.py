@@ -20,12 +20,11 @@ from torch import Tensor
 
 from fleetune import compression, models
 from fleetune.common import sums
-from fleetune.common.display import counted, human_bytes, human_time
+from fleetune.common.display import counted, human_bytes, human_time, quoted
 from fleetune.common.events import BlockSolved, CalibrationReply, CompressStart, MatrixSolved
 from fleetune.common.files import json_text, read_json, write_atomic
 from fleetune.common.hearing import hearing
 from fleetune.common.memory import give_back, peak_rss
-from fleetune.common.shell import quoted
 from fleetune.compression import DEFAULT_OF_DEVICES, Corrector, Solver
 from fleetune.compression.jobs import budget, inputs, progress, scales
 from fleetune.compression.jobs.inputs import Inputs
@@ -162,11 +161,11 @@ class SolveJob:
         progress.warn_of_memory(listener, self.memory, "" if self.request.low_memory else "--low-memory")
         need = compression_cost.disk(shape_of(model.net.config), self.cost) + self.inputs.logits_size(model)
         progress.check_disk(folder, need, "the finished blocks and the result")
-        before = self.inputs.measure(model, listener, folder)
-        listener.event(
-            CompressStart(**asdict(self.request), folder=str(folder), before=before, planned=self.memory)
-        )
         with self.inputs.reference(model, folder, listener) as reference:
+            before = self.inputs.measure(model, listener, folder, known=reference.loss if reference else None)
+            listener.event(
+                CompressStart(**asdict(self.request), folder=str(folder), before=before, planned=self.memory)
+            )
             solved = solve(listener, self, folder, progress.resume_command(folder))
             written = folder / "model"
             artefact.write(written, model, solved, self.head)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fleetune.compression.jobs import inputs, progress
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.data import Encoded
 from fleetune.errors import RecipeError, UsageError
+from fleetune.evaluation import losses
 from fleetune.evaluation.losses import Reference
 from fleetune.models.families import widths
 from fleetune.models.net.model import Model
@@ -82,9 +83,11 @@ class DistilJob:
         need = self.method.disk(self.inputs.model) + self.inputs.logits_size(self.teacher)
         progress.check_disk(folder, need, KEPT)
         began, teacher = time.monotonic(), self.teacher
-        of_teacher = self.inputs.measure(teacher, listener, folder)
         student = self.method.student(self.inputs.model)
         with self.inputs.reference(teacher, folder, listener) as reference:
+            of_teacher = self.inputs.measure(
+                teacher, listener, folder, known=reference.loss if reference else None
+            )
             before = self._measure(listener, folder, student, reference)
             listener.event(
                 CompressStart(
@@ -152,7 +155,8 @@ def prepare_distillation(
         teacher = found.load(offline=offline)
         finished.merge_weights(teacher)
     trainer.check(loaded.model, teacher, loaded.longest)
-    return DistilJob(request, trainer, loaded, teacher)
+    short = replace(request, length=min(request.length, losses.context_length(teacher)))
+    return DistilJob(request, trainer, inputs.with_other(short, loaded), teacher)
 
 
 # Pruning --------------------------------------------------------------------------------------------
@@ -181,8 +185,6 @@ class PruneJob:
         progress.check_disk(folder, self.method.disk(whole) + loaded.logits_size(whole), KEPT)
         began, parameters = time.monotonic(), whole.n_params
         sizes = {"before": progress.weight_bytes(whole)}
-        before = loaded.measure(whole, listener, folder)
-        listener.event(CompressStart(**asdict(self.request), folder=str(folder), before=before))
 
         def on_row(row: int, rows: int) -> None:
             listener.progress("rows", row, rows, "importance")
@@ -191,6 +193,8 @@ class PruneJob:
             )
 
         with loaded.reference(whole, folder, listener) as reference:
+            before = loaded.measure(whole, listener, folder, known=reference.loss if reference else None)
+            listener.event(CompressStart(**asdict(self.request), folder=str(folder), before=before))
             pruned = self.method.prune(whole, self.rows, on_row)
             _report(listener, parameters, pruned)
             after = cut = loaded.measure(pruned, listener, folder, reference)
@@ -218,7 +222,7 @@ class PruneJob:
 
 def prepare_pruning(request: CompressRequest, pruner: Pruner, *, offline: bool) -> PruneJob:
     """Load the model and its rows, and check the pruner on them; UsageError when it cannot use them."""
-    loaded = inputs.load(request, offline=offline)
+    loaded = inputs.with_other(request, inputs.load(request, offline=offline))
     if request.data and not loaded.rows:
         raise UsageError("there are no rows to prune with", hint="give some with --data")
     pruner.check(loaded.model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fleetune.compression.layerwise.experts import Experts, Routed, parameters_of
-from fleetune.compression.layerwise.hessian import accumulate, accumulate_drift, mirrored
+from fleetune.compression.layerwise.hessian import accumulate, accumulate_drift, factor_kept, mirrored
 from fleetune.models.net.layers import layers_of
 from fleetune.models.net.model import Model
 
@@ -87,8 +87,9 @@ class HiddenStates:
     ) -> None:
         """Solve a block's layers, on what reaches them through its dense weights."""
         H, routed = self.inputs(number, linears, experts)
-        for name in [name for name in linears if name in H]:
-            solve(name, H[name])
+        with factor_kept():
+            for name in [name for name in linears if name in H]:
+                solve(name, H[name])
         for each in experts:
             if each.name in routed:
                 solve_routed(each, routed.pop(each.name))
@@ -269,9 +270,10 @@ class StatesInTurn(HiddenStates):
         while (left or routed) and (found := self._next(number, left, list(routed.values()), dense)).readers:
             if found.first in routed:
                 solve_routed(routed.pop(found.first), found.routed)
-            for name in found.readers:
-                if left.pop(name, None) is not None:
-                    solve(name, found.H, found.D)
+            with factor_kept():
+                for name in found.readers:
+                    if left.pop(name, None) is not None:
+                        solve(name, found.H, found.D)
         if number + 1 < len(self.blocks):
             with dense.in_place():
                 self.pass_over(number)

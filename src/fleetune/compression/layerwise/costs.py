@@ -21,15 +21,15 @@ from fleetune.compression.layerwise.experts import DOWN, Experts, Routed, hessia
 from fleetune.compression.layerwise.grids import PRUNED, Grid, rounded
 from fleetune.compression.layerwise.hessian import inverse_cholesky
 from fleetune.compression.layerwise.sensitivity import Sensitivity
-from fleetune.models.families import experts as of_file
 from fleetune.models.families.number_types import SUPER_TYPES
+from fleetune.models.families.table import parts
 from fleetune.models.lazy import in_memory
 from fleetune.models.net.model import Model, named_tensors
 from fleetune.planning.compression_cost import END_ROWS
 
 TOGETHER: Final = 1 << 21  # weights that are rounded together
 DAMPING: Final = 0.01
-ROWS: Final = 128  # of a matrix, that stand for all of it
+ROWS: Final = 32  # of a matrix, that stand for all of it
 
 
 class Candidate(NamedTuple):
@@ -238,7 +238,7 @@ def _possible(weight: Tensor) -> list[Candidate]:
 
 def _bytes(candidate: Candidate, name: str, shape: Sequence[int]) -> int:
     """Return the size of a parameter [.., R, C] in the file, in bytes: gates and ups are two tensors there."""
-    count = len(of_file.parts(name))
+    count = len(parts(name))
     return count * candidate.bytes(math.prod(shape[:-1]) // count, shape[-1])
 
 

@@ -29,20 +29,25 @@ def to_half(scale: Tensor) -> Tensor:
 
 
 def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
-    """Return the scale [R], of either sign, of each row of x [R, n]; 0 for a row of zeros.
+    """Return the scale [.., R], of either sign, of each row of x [.., R, n]; 0 for a row of zeros.
 
-    levels are the values, rising; curvature [n] are the weights h of the squared errors (None: 1).
+    levels are the values, rising; curvature [.., n] are the weights h of the squared errors (None: 1).
     """
-    columns, sizes = x.T.contiguous().numpy(), x.abs()
-    h = torch.ones(x.shape[1], dtype=x.dtype) if curvature is None else curvature.to(x.dtype)
+    shape, x = x.shape[:-1], x.reshape(-1, *x.shape[-2:])
+    columns, sizes, n = x.transpose(1, 2).contiguous().numpy(), x.abs(), x.shape[2]
+    h = torch.ones(len(x), n, dtype=x.dtype) if curvature is None else curvature.to(x.dtype).reshape(-1, n)
     values = levels.to(x.dtype).numpy()
     unit = (values[-1] - values[0]) / (len(values) - 1)
     ends = np.array([values[end] + unit * offset for end in (0, -1) for offset in OFFSETS], columns.dtype)
-    tried = [(sizes, ends)] if curvature is None else [(sizes, ends), (sizes * h.sqrt(), values[values != 0])]
+    tried = (
+        [(sizes, ends)]
+        if curvature is None
+        else [(sizes, ends), (sizes * h.sqrt()[:, None], values[values != 0])]
+    )
     whole = bool((np.diff(values) == 1).all())
-    scale, best = np.zeros(len(x), columns.dtype), np.zeros(len(x), columns.dtype)
+    scale, best = np.zeros(x.shape[:2], columns.dtype), np.zeros(x.shape[:2], columns.dtype)
     for counts, places in tried:
-        element = x.gather(1, counts.argmax(1, keepdim=True))[:, 0].numpy()
+        element = x.gather(2, counts.argmax(2, keepdim=True))[..., 0].numpy()
         if whole:
             ends = np.array([values[0], values[-1], 0.5], columns.dtype)
             _fit_whole(columns, h.numpy(), element, places, ends, best, scale)
@@ -50,11 +55,17 @@ def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
             _fit_levels(
                 columns, h.numpy(), element, places, values, (values[1:] + values[:-1]) / 2, best, scale
             )
-    return torch.from_numpy(scale)
+    return torch.from_numpy(scale).reshape(shape)
 
 
 @cached_njit
 def _fit_levels(x, h, element, places, levels, middles, best, scale):
+    for g in range(len(x)):
+        _fit_group(x[g], h[g], element[g], places, levels, middles, best[g], scale[g])
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _fit_group(x, h, element, places, levels, middles, best, scale):
     # The inner loops run along the rows without a branch, so that they are compiled to vector instructions.
     n, R = x.shape
     v, q, num, den = np.empty_like(scale), np.empty_like(scale), np.empty_like(scale), np.empty_like(scale)
@@ -81,7 +92,13 @@ def _fit_levels(x, h, element, places, levels, middles, best, scale):
 
 @cached_njit
 def _fit_whole(x, h, element, places, ends, best, scale):
-    # `_fit_levels` for the whole numbers between the first two of `ends`; the third is 1/2, of their dtype.
+    for g in range(len(x)):
+        _fit_whole_group(x[g], h[g], element[g], places, ends, best[g], scale[g])
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _fit_whole_group(x, h, element, places, ends, best, scale):
+    # `_fit_group` for the whole numbers between the first two of `ends`; the third is 1/2, of their dtype.
     # Ties go down there too.
     n, R = x.shape
     num, den = np.empty_like(scale), np.empty_like(scale)

@@ -114,10 +114,10 @@ class Grid:
         return torch.tensor(CODEBOOKS[self.codebook], dtype=torch.float64) if self.codebook else None
 
     def find(self, x: Tensor, curvature: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Fit a grid to each row of x [R, n].
+        """Fit a grid to each row of x [.., R, n].
 
-        curvature [n] says how much an error in a column counts; a codebook and ggml's grid are fitted by it.  Returns (scale,
-        zero) [R] of x's dtype: scales are exact in fp16, zeros are integers.  ValueError for super-blocks, which are fitted
+        curvature [.., n] says how much an error in a column counts; a codebook and ggml's grid are fitted by it.  Returns (scale,
+        zero) [.., R] of x's dtype: scales are exact in fp16, zeros are integers.  ValueError for super-blocks, which are fitted
         as a whole (`fit_block`; `rounded` is for all grids).
         """
         if self.blocks is not None:
@@ -132,15 +132,19 @@ class Grid:
         return self._fit(x)
 
     def codes(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Return the nearest codes of x [R, n], of x's dtype."""
+        """Return the nearest codes of x [.., R, n], of x's dtype."""
+        steps = x / scale[..., None]
         if (levels := self.levels) is not None:
             middles = (levels[1:] + levels[:-1]).to(x.dtype) / 2
-            return (x[..., None] / scale[:, None, None] > middles).sum(2).to(x.dtype)
-        return (x / scale[:, None]).round_().add_(zero[:, None]).clamp_(0, self.top)
+            codes = torch.zeros_like(x, dtype=torch.uint8)
+            for middle in middles:
+                codes += steps > middle
+            return codes.to(x.dtype)
+        return (torch.round(steps) + zero[..., None]).clamp_(0, self.top)
 
     def _fit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         half = float(1 << (self.bits - 1))
-        lo, hi = x.amin(1), x.amax(1)
+        lo, hi = x.amin(-1), x.amax(-1)
         if self.kind == "ggml":
             extreme = _extreme(x, lo, hi)
             return _fp16(extreme / -half), torch.full_like(extreme, half)
@@ -155,7 +159,7 @@ class Grid:
 
 
 def _extreme(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """Return the element of largest magnitude of each row of x [R, n], the first among equals as in ggml.
+    """Return the element of largest magnitude of each row of x [.., R, n], the first among equals as in ggml.
 
     lo and hi are the smallest and the largest element of each row.
     """
@@ -237,6 +241,7 @@ def group_problem(name: str, C: int, group: int) -> str:
     )
 
 
+PART: Final = 1 << 18  # weights that are rounded at once
 PRUNED: Final = 0.05  # share of weights that are exactly 0 from which a matrix counts as pruned
 
 
@@ -283,12 +288,6 @@ def quantise(
     """
     if grid.blocks is not None:
         return _quantise_blocks(W, grid, loop, zeros, curvature)
-    fitted = curvature is not None and grid.by_curvature
-    if loop is nearest and zeros is None and not fitted and not grid.codebook:  # no column depends on others
-        each = W.reshape(-1, group)
-        found = grid.find(each)
-        codes = grid.codes(each, *found).to(torch.uint8).view(W.shape)
-        return Codes(codes, *(values.view(len(W), -1) for values in found))
     scales, zero_points, levels = list[Tensor](), list[Tensor](), grid.levels
 
     def choose(Wt: Tensor, begin: int, last: int) -> Segment:
@@ -346,6 +345,21 @@ def rounded(W: Tensor, grid: Grid, group: int, curvature: Tensor | None = None) 
 
     In a GGUF file it takes blocks of `grid.block`.
     """
-    weight = quantise(W, grid, group, nearest, None, curvature).solved(grid, group).weight
+    if grid.blocks is not None:
+        found = quantise(W, grid, group, nearest, None, curvature)
+    else:
+        h = None if curvature is None else curvature.view(-1, group)
+        parts = [_rounded(rows, grid, group, h) for rows in W.split(max(1, PART // W.shape[1]))]  # type: ignore[no-untyped-call]
+        codes, scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
+        found = Codes(codes, scale, zero)
+    weight = found.solved(grid, group).weight
     assert isinstance(weight, Quantised)
     return weight
+
+
+def _rounded(W: Tensor, grid: Grid, group: int, curvature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (codes, scale, zero) of the nearest values, all groups at once; curvature is [groups, group]."""
+    x = W.view(len(W), -1, group).transpose(0, 1)
+    scale, zero = grid.find(x, curvature)
+    codes = grid.codes(x, scale, zero).to(torch.uint8)
+    return codes.transpose(0, 1).reshape(W.shape), scale.T, zero.T

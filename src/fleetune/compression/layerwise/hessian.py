@@ -5,7 +5,10 @@ factor U of H^-1 = U^T U: with F the columns that are still to come, [H_F^-1]_ii
 (Frantar et al. 2023, section 4, step 3).
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -69,7 +72,7 @@ class Factor(NamedTuple):
         return None if self.U is None else self.U.diagonal().pow(-2).masked_fill(self.dead, 0.0)
 
 
-def inverse_cholesky(H: Tensor, damping: float) -> Factor:
+def _factor(H: Tensor, damping: float) -> Factor:
     """Factor H [C, C] with `damping` times the mean of its diagonal added to the diagonal.
 
     Inputs that are always zero get H_ii = 1.  Where there is no factor, damping grows tenfold, up to 1; if there is
@@ -94,6 +97,24 @@ def inverse_cholesky(H: Tensor, damping: float) -> Factor:
             return Factor(None, dead, added, (*notes, failed))
         damping = min(MAX_DAMPING, max(damping, 1e-3) * DAMPING_GROWTH)
         notes.append(f"no Cholesky factor: damping raised to {damping:g}")
+
+
+_MADE: ContextVar[Callable[[Tensor, float], Factor]] = ContextVar("made", default=_factor)
+
+
+def inverse_cholesky(H: Tensor, damping: float) -> Factor:
+    """Return the factor of H [C, C], see `_factor`; within `factor_kept` the last one is not made again."""
+    return _MADE.get()(H, damping)
+
+
+@contextmanager
+def factor_kept() -> Iterator[None]:
+    """Keep the last factor while the block runs: layers that read the same tensor share it.  Their H must not change."""
+    before = _MADE.set(functools.lru_cache(maxsize=1)(_factor))
+    try:
+        yield
+    finally:
+        _MADE.reset(before)
 
 
 def _inverse_factor(backwards: Tensor) -> Tensor | None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise import grids
-from fleetune.compression.layerwise.column_loop import nearest
 
 PAPER = "the baseline of Frantar et al., ICLR 2023, arXiv 2210.17323"
 
@@ -49,4 +48,4 @@ class Solver:
         """Round every group to its grid; H is not used."""
         grid, group = grids.Grid(self.grid, self.bits), self.group or W.shape[1]
         grids.refuse_pruned(W, grid)
-        return grids.quantise(W, grid, group, nearest).solved(grid, group)
+        return Solved(grids.rounded(W, grid, group))

@@ -23,7 +23,7 @@ from fleetune.data.encode import encode, prompt_ids
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.checks import config_of
 from fleetune.models.families.foreign import foreign_file
-from fleetune.models.gguf.tokenizer import MARKS, RULES, WHOLE
+from fleetune.models.gguf.convert import MARKS, RULES, WHOLE
 from fleetune.models.net import chat_template as plain
 
 SPECIAL: Final = ("bos", "eos", "unk", "pad")

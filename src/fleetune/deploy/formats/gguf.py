@@ -35,7 +35,7 @@ from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, _ggml_blocks, _gguf_vocabulary
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
-from fleetune.models.families import experts, rope, table, widths
+from fleetune.models.families import rope, table, widths
 from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.gguf import header
 from fleetune.models.gguf.header import GgufHeader, TensorPlace
@@ -312,7 +312,7 @@ def plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTens
     """Return the tensors of the file in the model's order; `notes` gets the fallbacks."""
     entries, odd = list[GgufTensor](), list[str]()
     for name in model.names:
-        for part in experts.parts(name):
+        for part in table.parts(name):
             tensor = tensor_name(model.config, part.name)
             if tensor is None:
                 raise UsageError(
@@ -325,14 +325,14 @@ def plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTens
 
 
 def _entry(
-    model: Checkpoint, name: str, part: experts.Part, tensor: str, kind: str | None, odd: list[str]
+    model: Checkpoint, name: str, part: table.Part, tensor: str, kind: str | None, odd: list[str]
 ) -> GgufTensor:
     """Return the tensor of the file for a part of a parameter; `odd` as in `_kind_of`."""
     config, own = model.config, model.shapes[name]
     transposed = table.is_transposed(config, tensor)
     whole = (*own[:-2], own[-1], own[-2]) if transposed else _flat(own)
-    shape = experts.part_shape(whole, part, tensor)
-    order = part.order(whole, not experts.is_bias(tensor), table.family_of(config).paired)
+    shape = table.part_shape(whole, part, tensor)
+    order = part.order(whole, not table.is_bias(tensor), table.family_of(config).paired)
     if order is None:
         order = table.row_order(config, tensor, shape[0])
     chosen = _kind_of(model, name, tensor, shape, kind, odd)
@@ -349,7 +349,7 @@ def _kind_of(
     model: Checkpoint, name: str, tensor: str, shape: tuple[int, ...], kind: str | None, odd: list[str]
 ) -> str:
     """Return the type of a tensor in the file; `odd` gets the names of those whose rows Q8_0 does not fit."""
-    if len(shape) == 1 or experts.is_bias(tensor) or tensor.endswith(FULL):
+    if len(shape) == 1 or table.is_bias(tensor) or tensor.endswith(FULL):
         return "F32"
     plain = "BF16" if model.dtype == torch.bfloat16 else "F16"
     if (q := model.quantised(name)) is not None:

@@ -21,7 +21,7 @@ from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats.gguf import check_config, tensor_name
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.families import experts, table
+from fleetune.models.families import table
 from fleetune.models.gguf import header
 from fleetune.models.net.saving import damaged
 
@@ -131,7 +131,7 @@ def _tensors(factors: Mapping[str, np.ndarray], base: Checkpoint) -> Iterator[tu
         own = factors[name]
         other = factors.get(name.replace("_A.", "_B.") if "_A." in name else name.replace("_B.", "_A."))
         _check_shapes(layer, own, other, base.shapes[layer], part)
-        for piece in experts.parts(layer):
+        for piece in table.parts(layer):
             tensor = str(tensor_name(config, piece.name))
             values = own
             if part == ".lora_B.weight":

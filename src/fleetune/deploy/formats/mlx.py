@@ -25,7 +25,7 @@ from torch import Tensor
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, hf
 from fleetune.models.artefact import Quantised
-from fleetune.models.families import experts, rope, table
+from fleetune.models.families import rope, table
 
 TARGETS: Final = {
     "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128"
@@ -70,7 +70,7 @@ def quantization(config: Any, grids: Mapping[str, Quantised]) -> dict[str, Any]:
     kinds = {
         _renamed(config, part.name).removesuffix(".weight"): (q.group, q.bits)
         for name, q in grids.items()
-        for part in experts.stacked(name)
+        for part in table.stacked(name)
     }
     main = Counter(kinds.values()).most_common(1)[0][0]
     others = {layer: _kind(kind) for layer, kind in kinds.items() if kind != main}
@@ -246,7 +246,7 @@ def layers(
     config: Any, parameter: str, weight: Quantised | Tensor
 ) -> Iterator[tuple[str, Quantised | Tensor]]:
     """Yield the tensors that a parameter is in mlx-lm: their names there, and their values."""
-    for part in experts.stacked(parameter):
+    for part in table.stacked(parameter):
         order = part.order(tuple(weight.shape), True, False)
         values = weight if order is None else _rows(weight, torch.from_numpy(order), part)
         yield _renamed(config, part.name), values
@@ -259,12 +259,12 @@ def _renamed(config: Any, name: str) -> str:
     return name
 
 
-def _rows(weight: Quantised | Tensor, order: Tensor, part: experts.Part) -> Quantised | Tensor:
+def _rows(weight: Quantised | Tensor, order: Tensor, part: table.Part) -> Quantised | Tensor:
     """Return the rows of a part."""
     if isinstance(weight, Quantised):
         codes, scale, zero = (values[order] for values in (weight.codes, weight.scale, weight.zero))
         return replace(weight, codes=codes, scale=scale, zero=zero)
-    shape = experts.part_shape(tuple(weight.shape), part, part.name)
+    shape = table.part_shape(tuple(weight.shape), part, part.name)
     return weight.reshape(len(order) * part.of, -1)[order].reshape(shape)
 
 

@@ -20,9 +20,8 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from fleetune.common import sums
-from fleetune.common.files import storage_error
-from fleetune.common.folders import locked, staged
-from fleetune.common.shell import quoted
+from fleetune.common.display import quoted
+from fleetune.common.files import locked, staged, storage_error
 from fleetune.errors import ModelError, StorageError, suggest
 from fleetune.models.cache import download
 from fleetune.models.cache.download import Progress

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from fleetune.common.shell import quoted
+from fleetune.common.display import quoted
 from fleetune.errors import ModelError, suggest
 from fleetune.models.cache.cache import ORIGINS, Origin
 

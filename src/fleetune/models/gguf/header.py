@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from fleetune.common.shell import quoted
+from fleetune.common.display import quoted
 from fleetune.errors import ModelError, UsageError
 
 # the numbers of the types of values -> struct's letter; 8 is text, 9 a list

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from fleetune.common.folders import staged
+from fleetune.common.files import staged
 from fleetune.errors import FleetuneError, ModelError, StorageError
 from fleetune.models.families.foreign import short_error
 from fleetune.models.families.number_types import WEIGHTS

@@ -10,7 +10,7 @@ keep devices with unlike data together:
   has.  c is the mean over the devices seen so far (the paper: a device that never took part counts as zero).  A device does not
   learn whether its reply arrived, so after a lost one its c_k has moved and c has not.
 
-With `wire=sign`, changes travel as signs with scales (`exchange/sign_code.py`).  A device sends one plane of its change.  The
+With `wire=sign`, changes travel as signs with scales (`exchange/messages.py`).  A device sends one plane of its change.  The
 server writes the mean as `PLANES` planes, and adds what they leave to the next mean (error feedback: Karimireddy et al. 2019,
 arXiv 1901.09847, Algorithm 1).  A device that remembers the module is sent the planes of the rounds since; any other draws the
 start from the seed and is sent all planes, or the module where that is less.  So all have one module, the server's, to the bit.
@@ -40,11 +40,10 @@ from fleetune.models.net.layers import by_layer
 from fleetune.models.net.model import Model
 from fleetune.privacy.mechanism import Privacy, PrivateSum
 from fleetune.tuning import methods
-from fleetune.tuning.exchange import server_rules, sign_code
+from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
-from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.sign_code import Layout, Signs
+from fleetune.tuning.exchange.messages import Layout, Payload, ReplySpec, Signs, add_signs, signs_of
 
 CHECKPOINTING: Final = ("auto", "true", "false")  # auto: by the device's memory
 NOBODY: Final = np.zeros(0, np.int64)
@@ -224,7 +223,7 @@ class Averaged(Trained):
             raise ValueError(f"wire = {self.wire!r} is neither fp32 nor sign")
         if self.wire == "sign" and self.scaffold:
             raise ValueError("scaffold's variates are not sent as signs; use wire=fp32, or scaffold=false")
-        server_rules.check(self.server, lr=self.server_lr)
+        aggregation.check_server(self.server, lr=self.server_lr)
         check_targets(self.targets)
 
     @property
@@ -305,11 +304,11 @@ class Averaged(Trained):
         if told:
             layout = Layout.of(w)
             start = layout.flat(w)
-            signs = sign_code.encode(layout.flat(w_k).astype(np.float64) - start, layout.sizes)
-            adapters.load_(model, layout.tensors(sign_code.add(start, signs, layout.sizes)))
+            signs = signs_of(layout.flat(w_k).astype(np.float64) - start, layout.sizes)
+            adapters.load_(model, layout.tensors(add_signs(start, signs, layout.sizes)))
             return Payload(signs._asdict(), {"n": batches.n, "loss": loss})
         if self.scaffold:
-            variate = server_rules.client_variate(c_k, c, w, w_k, self.walked(batches.n)[0])
+            variate = aggregation.client_variate(c_k, c, w, w_k, self.walked(batches.n)[0])
             if all(np.isfinite(v).all() for v in variate.values()):  # else the reply will be refused
                 memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
         return Payload(w_k, {"n": batches.n, "loss": loss})
@@ -331,7 +330,7 @@ class Averaged(Trained):
                 raise MessageError("this device does not remember the rounds before those that came")
             start = memory["module"] if payload.int("known") else layout.flat(module)
             signs = Signs(payload.array("bits"), payload.array("scales"))
-            module = layout.tensors(sign_code.add(start, signs, layout.sizes))
+            module = layout.tensors(add_signs(start, signs, layout.sizes))
         memory["module"] = Layout.of(module).flat(module)
         return module
 
@@ -344,7 +343,7 @@ class Averaged(Trained):
         arrays = reply.payload.arrays
         if self.wire == "sign":
             none, sizes = self.begins(sent)["change"], sizes_sent(sent)
-            return {"change": sign_code.add(none, Signs(arrays["bits"], arrays["scales"]), sizes)}
+            return {"change": add_signs(none, Signs(arrays["bits"], arrays["scales"]), sizes)}
         return dict(arrays)
 
     def distance(self, state: State, sent: Payload, reply: methods.Reply) -> float:
@@ -369,7 +368,7 @@ class Averaged(Trained):
             combined.add(float(n), self.moved(sent, reply))
             if self.scaffold:
                 walked, _ = self.walked(reply.rows or n)
-                variate = server_rules.client_variate({}, c, w, reply.payload.arrays, walked)
+                variate = aggregation.client_variate({}, c, w, reply.payload.arrays, walked)
                 variates.add(1.0, variate)  # c_k' - c_k
                 seen.add(reply.client)
         if not combined.total:
@@ -382,7 +381,7 @@ class Averaged(Trained):
         new = state._replace(tensors=mean)
         if self.server != "avg" or self.server_lr not in (0.0, 1.0):  # else the mean itself
             delta = {n: m.astype(np.float64) - w[n].astype(np.float64) for n, m in mean.items()}
-            moved, moments = server_rules.step(self.server, w, delta, state.moments, lr=self.server_lr)
+            moved, moments = aggregation.server_step(self.server, w, delta, state.moments, lr=self.server_lr)
             new = state._replace(tensors=rounded(moved), moments=moments)
         if self.wire == "sign":
             return self.written(state, new)
@@ -398,11 +397,11 @@ class Averaged(Trained):
         change = layout.flat(new.tensors).astype(np.float64) - start
         if new is not state:
             change += state.left
-        signs = sign_code.encode(change, layout.sizes, PLANES)
-        end = sign_code.add(start, signs, layout.sizes)
+        signs = signs_of(change, layout.sizes, PLANES)
+        end = add_signs(start, signs, layout.sizes)
         left = state.left
         if new is not state:
-            left = (change - sign_code.add(np.zeros(len(start)), signs, layout.sizes)).astype(np.float32)
+            left = (change - add_signs(np.zeros(len(start)), signs, layout.sizes)).astype(np.float32)
         # history, of no more bytes than the module
         most = PLANES * max(1, 4 * len(start) // (signs.bits.nbytes + signs.scales.nbytes))
         bits, scales = (
@@ -418,7 +417,7 @@ class Averaged(Trained):
         adapters.load_(model, state.tensors)
 
     def written_out(self) -> Self:
-        return replace(self, server_lr=server_rules.rate(self.server, self.server_lr))
+        return replace(self, server_lr=aggregation.server_rate(self.server, self.server_lr))
 
     def sized(self, steps: int, batch_size: int) -> Self:
         """Return the method with so many steps; where a round was longer, its warmup takes half of them at most."""

@@ -16,7 +16,7 @@ linear layers (the code: q_proj alone), the loss on the answer alone, and only t
 - `warmup` and `decay` of the rate (of w steps: lr / (w + 1), 2 lr / (w + 1), ..) begin anew every round, as AdamW does.
 - `start` is where A and B start (`adapters/lora_init.py`).  For pissa and olora the start B0 A0 is subtracted beside each layer,
   so it goes down with every broadcast (twice the bytes down); the saved adapter is a plain LoRA of rank 2 r.
-- For devices of unlike data: `mu` (FedProx) and `scaffold` (`methods/_adapter.py`), `server` (`server_rules.py`).
+- For devices of unlike data: `mu` (FedProx) and `scaffold` (`methods/_adapter.py`), `server` (`exchange/aggregation.py`).
 """
 
 import logging

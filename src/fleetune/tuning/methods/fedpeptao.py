@@ -64,10 +64,9 @@ from fleetune.models.net.layers import check_separate, layers_of
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.seeds.descent import uniforms
-from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule
+from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, Tensors, client_variate
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.exchange.messages import REPORTED, Payload, ReplySpec
-from fleetune.tuning.exchange.server_rules import Tensors, client_variate
 from fleetune.tuning.methods import Reply, _adapter
 
 KIND = "adapter"

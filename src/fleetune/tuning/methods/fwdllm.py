@@ -48,10 +48,9 @@ from fleetune.seeds.noise import EMPTY, Passes, derive, passes, probe
 from fleetune.seeds.view import View
 from fleetune.seeds.weights import CHUNK, kernels, layout
 from fleetune.tuning import methods
-from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, clipped, size_of
+from fleetune.tuning.exchange.aggregation import MEAN, PRIVATE, Rule, Tensors, clipped, size_of
 from fleetune.tuning.exchange.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
 from fleetune.tuning.exchange.messages import Payload, ReplySpec
-from fleetune.tuning.exchange.server_rules import Tensors
 from fleetune.tuning.methods._adapter import check_targets
 from fleetune.tuning.methods._zeroth import MOST_SWEEPS
 

@@ -23,7 +23,7 @@ from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
 from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.checks import is_encoder
-from fleetune.models.encoders import MAX_LABELS
+from fleetune.models.loading import MAX_LABELS
 from fleetune.models.net.model import Model
 from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods

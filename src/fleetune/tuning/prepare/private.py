@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final, Protocol
 
-from fleetune.common.display import counted
-from fleetune.common.shell import check_installed
+from fleetune.common.display import check_installed, counted
 from fleetune.data import Encoded
 from fleetune.errors import RecipeError, UsageError
 from fleetune.models.net.model import Model
-from fleetune.privacy import accountant, secagg
+from fleetune.privacy import mechanism, secagg
 from fleetune.privacy.mechanism import Measuring, Privacy, Sealed
 from fleetune.tuning.exchange.aggregation import PRIVATE, Rule, parse
 from fleetune.tuning.methods import Method
@@ -124,7 +123,7 @@ def check(recipe: Recipe, method: Method, clients: int) -> None:
             hint="use --dtype fp32",
         )
     if noisy:
-        accountant.version()
+        mechanism.accounting_version()
 
 
 def least_of(clients: int) -> int:
@@ -152,14 +151,14 @@ class Account:
         """Return epsilon after so many rounds were released, or one of them again."""
         if self.own:
             return self.budget if released else 0.0
-        return accountant.epsilon(self.privacy.noise, self.privacy.q, released * self.per_round, self.delta)
+        return mechanism.epsilon(self.privacy.noise, self.privacy.q, released * self.per_round, self.delta)
 
     def rounds_within(self, rounds: int, released: int = 0) -> int:
         """Return how many of the rounds the budget allows after so many that were released."""
         if self.own:
             return max(0, min(rounds, self.own - released))
         p, most = self.privacy, (released + rounds) * self.per_round
-        allowed = accountant.releases_within(self.budget, p.noise, p.q, most, self.delta) // self.per_round
+        allowed = mechanism.releases_within(self.budget, p.noise, p.q, most, self.delta) // self.per_round
         return max(0, allowed - released)
 
     def promise(self, rounds: int, released: int) -> str:
@@ -177,8 +176,8 @@ class Account:
         rows = "rows of a device" if self.own else "rows of the client with the fewest"
         what = "clients" if self.level in BY_CLIENT else rows
         return (
-            f"differential privacy: {self.promise(rounds, released)}; {what}: {self.privacy.text} ({accountant.version()}); "
-            "held-out rows, numbers of rows and settings are outside"
+            f"differential privacy: {self.promise(rounds, released)}; {what}: {self.privacy.text} "
+            f"({mechanism.accounting_version()}); held-out rows, numbers of rows and settings are outside"
         )
 
 
@@ -221,7 +220,7 @@ def own_of(method: Method, n: int, clip: float, epsilon: float, delta: float, ro
     if why or delta * n >= 1 or not 0 < steps <= STEPS:
         why = why or f"delta is {delta:g} for {n:,} rows, and {steps:,} steps of {STEPS:,} at most"
         raise UsageError(f"the run cannot hide each of this device's rows: {why}", hint=PAGE)
-    return Privacy(clip, accountant.noise_for(epsilon, q := sampled(method, n), steps, delta), q, n)
+    return Privacy(clip, mechanism.noise_for(epsilon, q := sampled(method, n), steps, delta), q, n)
 
 
 def rule_of(job: Job) -> Rule:
@@ -278,11 +277,11 @@ def _with_noise(job: Job, recipe: Recipe, hidden: int) -> Recipe:
     assert plain is not None
     q, releases = plain.privacy.q, recipe.rounds * plain.per_round
     try:
-        noise = recipe.noise or accountant.noise_for(recipe.epsilon, q, releases, recipe.delta)
+        noise = recipe.noise or mechanism.noise_for(recipe.epsilon, q, releases, recipe.delta)
     except ValueError as error:
         raise RecipeError([str(error)], hint="raise --epsilon, or lower --rounds") from error
     given = recipe.noise and recipe.epsilon
-    if given and accountant.epsilon(noise, q, plain.per_round, recipe.delta) > recipe.epsilon:
+    if given and mechanism.epsilon(noise, q, plain.per_round, recipe.delta) > recipe.epsilon:
         raise RecipeError(
             [f"noise = {noise:g} spends more than epsilon = {recipe.epsilon:g} in the first round"],
             hint="leave --noise out: it follows from the budget",

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from fleetune.common.display import quoted
 from fleetune.common.registry import Member
 from fleetune.common.settings import Value
-from fleetune.common.shell import quoted
 from fleetune.data import sources
 from fleetune.errors import DataError, ModelError, RecipeError, UsageError
 from fleetune.runs import rundir

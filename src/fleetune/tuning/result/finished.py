@@ -11,10 +11,9 @@ from torch import Tensor
 
 from fleetune import adapters, models
 from fleetune.common import sums
-from fleetune.common.display import counted
+from fleetune.common.display import counted, quoted
 from fleetune.common.events import TuneDone
 from fleetune.common.ggml import SCALES
-from fleetune.common.shell import quoted
 from fleetune.data import Example
 from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError, UsageError
 from fleetune.models.cache.cache import BLOCKS

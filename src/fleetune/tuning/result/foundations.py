@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetune.common.display import quoted
 from fleetune.common.files import read_json
-from fleetune.common.shell import quoted
 from fleetune.data import Example
 from fleetune.data.encode import digest
 from fleetune.data.readers import READERS

@@ -26,9 +26,8 @@ from fleetune.tuning.exchange.aggregation import MEAN, Rule, usual
 from fleetune.tuning.exchange.messages import Message, Payload, ReplySpec, encode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.rounds import checkpoint
-from fleetune.tuning.rounds.checkpoint import Course, StandsOn, Totals
+from fleetune.tuning.rounds.checkpoint import Course, Releases, StandsOn, Totals
 from fleetune.tuning.rounds.fleets import Fleet
-from fleetune.tuning.rounds.releases import Releases
 from fleetune.tuning.rounds.replies import Replies, Round
 from fleetune.tuning.rounds.sealed import Summing
 from fleetune.tuning.rounds.watch import advice, noise_of

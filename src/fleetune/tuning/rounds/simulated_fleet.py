@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
+from fleetune.common.display import quoted
 from fleetune.common.memory import is_out_of_memory
-from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded
 from fleetune.errors import FAULTS, FitError, Interrupted, MessageError, StorageError, fault
 from fleetune.models.net.model import Model

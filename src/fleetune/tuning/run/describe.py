@@ -33,7 +33,7 @@ from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.defaults import given
 from fleetune.tuning.result import foundations
 from fleetune.tuning.rounds import watch
-from fleetune.tuning.rounds.releases import released
+from fleetune.tuning.rounds.checkpoint import released
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare.prepare import TuneJob

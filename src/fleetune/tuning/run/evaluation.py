@@ -6,9 +6,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from fleetune.common.display import quoted
 from fleetune.common.files import json_text, read_json
 from fleetune.common.paired import RowLosses
-from fleetune.common.shell import quoted
 from fleetune.data import Encoded
 from fleetune.data.partition import keyed_order
 from fleetune.errors import StorageError

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from fleetune.common import sums
-from fleetune.common.display import counted
+from fleetune.common.display import counted, quoted
 from fleetune.common.files import PRIVATE, read_bytes, write_atomic
-from fleetune.common.shell import quoted
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
@@ -21,7 +20,7 @@ from fleetune.tuning.prepare.prepare import check, prepare, timed
 from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished, foundations
-from fleetune.tuning.rounds import checkpoint, releases
+from fleetune.tuning.rounds import checkpoint
 from fleetune.tuning.run.run import ONE_AT_A_TIME, SIMULATED, Fleets, goes_on, tune
 
 SWEEP: Final = "sweep.toml"  # beside the runs of a sweep
@@ -52,7 +51,7 @@ def resume(
         return found
     foundations.check_files(recipe, path)
     if private.is_accounted(recipe):
-        releases.released(path)
+        checkpoint.released(path)
     with ONE_AT_A_TIME, goes_on(path, fleets), rundir.RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(

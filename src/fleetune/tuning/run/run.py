@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from fleetune.common import sums
-from fleetune.common.display import counted, human_time
+from fleetune.common.display import counted, human_time, quoted
 from fleetune.common.events import ClientReply, Recorded, RoundEvaluated, TuneDone, as_dict, round_evaluated
 from fleetune.common.files import json_text, resumable
 from fleetune.common.paired import RowLosses, difference
-from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, fault
 from fleetune.evaluation.losses import pad_id
 from fleetune.models.net.model import Model
 from fleetune.runs import rundir, trackers
-from fleetune.runs.listener import Listener
-from fleetune.runs.logfile import Logged
+from fleetune.runs.listener import Listener, Logged
 from fleetune.seeds.noise import derive
 from fleetune.tuning.exchange import aggregation
 from fleetune.tuning.methods import Method, entry
@@ -35,10 +33,9 @@ from fleetune.tuning.recipe.objects import data_name
 from fleetune.tuning.result import foundations
 from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.rounds import rounds
-from fleetune.tuning.rounds.checkpoint import StandsOn
+from fleetune.tuning.rounds.checkpoint import Releases, StandsOn
 from fleetune.tuning.rounds.fleets import Fleet, wanted
 from fleetune.tuning.rounds.local_work import Memories
-from fleetune.tuning.rounds.releases import Releases
 from fleetune.tuning.rounds.sealed import Summing
 from fleetune.tuning.rounds.simulated_fleet import Faults, LocalFleet
 from fleetune.tuning.rounds.watch import Watch

@@ -12,7 +12,7 @@ from fleetune.common.events import TuneDone, as_dict
 from fleetune.common.memory import peak_rss
 from fleetune.common.paired import Difference, RowLosses, difference
 from fleetune.report import single
-from fleetune.runs import metrics, rundir
+from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.view import View
@@ -64,7 +64,7 @@ def finish(
         done = dataclasses.replace(done, result_bytes=size)
     recorded = run.record(as_dict(done))
     listed = Path(done.result).name + (f"/{sums.FILE}" if job.entry.kind == "adapter" else "")
-    sums.write(run.path, ["run.toml", rundir.ENVIRONMENT, metrics.FILE, evaluation.EVALUATION, listed])
+    sums.write(run.path, ["run.toml", rundir.ENVIRONMENT, rundir.METRICS, evaluation.EVALUATION, listed])
     run.status("done")
     single.write(run.path)
     done = dataclasses.replace(done, t=recorded["t"], report=str(run.path / "report.html"))

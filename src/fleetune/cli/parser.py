@@ -1,44 +1,94 @@
-"""Read a command line in the words of other tools (`common/words.py`) as one in ours."""
+"""Parse a command line, and say what was meant; options cannot be abbreviated.
 
-from __future__ import annotations
+A line in the words of other tools (`common/words.py`) is read as one in ours.
+"""
 
 import argparse
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, NoReturn, TypeAlias
 
 from fleetune.common import words as tables
-from fleetune.errors import UsageError
+from fleetune.errors import UsageError, closest, suggest
 
+Add: TypeAlias = Callable[..., argparse.Action]  # adds an argument
 OPTION: Final = re.compile(r"--?[A-Za-z]")
 SWITCH: Final = re.compile(r"true|false|\d+", re.IGNORECASE)  # what may follow an option that needs no value
 
 
-def command(words: Sequence[str], known: Collection[str]) -> list[str]:
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UsageErrors; `known` are its arguments, `commands` the parsers of its commands."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.known: list[argparse.Action] = []
+        self.commands: dict[str, Parser] = {}
+        plain: dict[str, Any] = {
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+        }
+        super().__init__(*args, **{**plain, **options})
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Add an argument, as argparse does; a value that is none of its `choices` is told in our words."""
+        return self._keep(super().add_argument, *names, **options)
+
+    def group(self, title: str) -> Add:
+        """Return what adds an argument to a new group with this heading."""
+        return partial(self._keep, self.add_argument_group(title).add_argument)
+
+    def _keep(self, add: Add, *names: str, **options: Any) -> argparse.Action:
+        if choices := options.get("choices"):
+            name = "/".join(names) if names[0].startswith("-") else options.get("metavar", names[0])
+            options["type"] = partial(one_of, choices, name, f"{self.prog} --help")
+        self.known.append(action := add(*names, **options))
+        return action
+
+    @property
+    def flags(self) -> dict[str, argparse.Action]:
+        """The options, by each of their names."""
+        return {flag: action for action in self.known for flag in action.option_strings}
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError instead of printing the usage and ending the process."""
+        raise UsageError(message.removeprefix("argument "), hint=f"{self.prog} --help")
+
+
+def one_of(known: Collection[str], name: str, hint: str, value: str) -> str:
+    """Return the value; UsageError with the one that was meant for one that is not `known`."""
+    if value in known:
+        return value
+    raise UsageError(f"{name} {value} is none of {', '.join(known)}.{suggest(value, known)}", hint=hint)
+
+
+def in_our_command(words: Sequence[str], known: Collection[str]) -> list[str]:
     """Return the words with the command that is meant, where theirs is none of `known`."""
     ours = tables.COMMANDS.get(words[0].lower()) if words and words[0] not in known else None
     return [*ours.split(), *words[1:]] if ours else list(words)
 
 
-def action(words: Sequence[str], sub: argparse.ArgumentParser) -> list[str]:
-    """Return the words with the action that is meant; `check` where rows are given in its place."""
-    first = next((a for a in sub._actions if not a.option_strings), None)
+def in_our_action(words: Sequence[str], sub: Parser) -> list[str]:
+    """Return the words with the action that is meant; the usual one where its argument is given in its place."""
+    first = next((a for a in sub.known if not a.option_strings), None)
     if first is None or first.choices is None or len(words) < 2 or words[1] in first.choices:
         return list(words)
-    if list(first.choices) == ["check"] and (os.path.exists(words[1]) or words[1] == "demo"):
-        return [words[0], "check", *words[1:]]
-    return [words[0], tables.ACTIONS.get(words[0], {}).get(words[1], words[1]), *words[2:]]
+    if meant := tables.ACTIONS.get(words[0], {}).get(words[1]):
+        return [words[0], meant, *words[2:]]
+    if words[0] == "fleet" and words[1] in tables.ELSEWHERE:
+        raise UsageError(f"fleet has no {words[1]}", hint=tables.ELSEWHERE[words[1]])
+    usual, name = tables.USUAL_ACTION.get(words[0], ""), words[1]
+    if usual and not name.startswith("-") and (os.path.exists(name) or not closest(name, first.choices)):
+        return [words[0], usual, *words[1:]]
+    return list(words)
 
 
-class Options:
+class OptionReader:
     """The options of one command, and what it calls those of other tools."""
 
-    def __init__(self, name: str, sub: argparse.ArgumentParser) -> None:
-        self.sub, self.flags = sub, sub._option_string_actions
-        self.places = [
-            str(a.metavar or a.dest).lower().split("|") for a in sub._actions if not a.option_strings
-        ]
+    def __init__(self, name: str, sub: Parser) -> None:
+        self.sub, self.flags = sub, sub.flags
+        self.places = [str(a.metavar or a.dest).lower().split("|") for a in sub.known if not a.option_strings]
         self.table: Mapping[str, str] = (
             tables.RECIPE if "--rounds" in self.flags else tables.OPTIONS.get(name, {})
         )

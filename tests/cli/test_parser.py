@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetune import compression
-from fleetune.cli import main, understood
+from fleetune.cli import main, parser
 from fleetune.common import words
 from fleetune.deploy import targets
 from fleetune.errors import FleetuneError, RecipeError, UsageError
@@ -40,6 +40,9 @@ LINES = {
     "export 3 -o a.gguf": "export 3 --path a.gguf",
     "export 3 --out a.gguf": "export 3 --path a.gguf",
     "data demo": "data check demo",
+    "data rows.csv": "data check rows.csv",
+    "models smollm2": "models list smollm2",
+    "runs 3": "runs show 3",
     "pull m": "models pull m",
     "rm m": "models rm m",
     "list": "models",
@@ -64,14 +67,14 @@ def test_what_is_not_quite_the_same_is_said():
 
 
 @pytest.mark.parametrize(
-    "line", ["tunes m d", "tune m d --round 2", "tune m d --iters many", "models smollm2"]
+    "line", ["tunes m d", "tune m d --round 2", "tune m d --iters many", "models pul", "data chek rows.csv"]
 )
 def test_what_is_no_word_of_anybody_is_refused(line):
     with pytest.raises(UsageError):
         main.parse(line.split())
 
 
-FLAGS = {n: understood.Options(n, sub) for n, sub in main.command_parsers().items()}
+FLAGS = {n: parser.OptionReader(n, sub) for n, sub in main.command_parsers().items()}
 
 
 @given(st.data())
@@ -85,7 +88,7 @@ def test_a_line_in_our_words_stays_as_it_is(data):
         ways = [[flag, str(value)], [f"{flag}={value}"]] if flag[:2] == "--" else [[flag, str(value)]]
         said += data.draw(st.sampled_from(ways))
     said += data.draw(st.lists(text))
-    assert understood.Options(name, FLAGS[name].sub).read(said) == said
+    assert parser.OptionReader(name, FLAGS[name].sub).read(said) == said
 
 
 def test_every_word_of_the_tables_means_something_of_ours():
@@ -108,6 +111,13 @@ def test_every_word_of_the_tables_means_something_of_ours():
     assert set(words.VALUES["method"].values()) <= {*methods.entries(), *compression.entries()}
     for setting in words.GRIDS.values():
         compression.make("qronos", dict([setting.split("=")]))
+
+
+@pytest.mark.parametrize("word", words.ELSEWHERE)
+def test_what_needs_no_command_is_said(word):
+    with pytest.raises(UsageError) as caught:
+        main.parse(["fleet", word, "press-3"])
+    assert caught.value.hint == words.ELSEWHERE[word]
 
 
 def test_a_recipe_has_the_same_words():

@@ -9,8 +9,7 @@ import pytest
 import fleetune
 from command_line import FEW
 from fleetune.common.events import ClientReply, RoundEvaluated
-from fleetune.runs import logfile
-from fleetune.runs.logfile import LogFile, Logged
+from fleetune.runs.listener import LOG, LogFile, Logged
 from heard import Heard
 
 
@@ -22,7 +21,7 @@ def log(tmp_path):
 
 
 def lines(folder) -> list[str]:
-    return (folder / logfile.FILE).read_text().splitlines()
+    return (folder / LOG).read_text().splitlines()
 
 
 def test_what_is_said_is_written_with_the_time_for_the_owner_alone(log, tmp_path):
@@ -41,7 +40,7 @@ def test_what_is_said_is_written_with_the_time_for_the_owner_alone(log, tmp_path
         "round 1: client 1 dropped: not there for 12 s",
         "round 1: val loss 2.500",
     ]
-    assert (tmp_path / logfile.FILE).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / LOG).stat().st_mode & 0o777 == 0o600
 
 
 def test_a_full_one_is_rotated_and_old_ones_go(log, tmp_path, monkeypatch):
@@ -65,7 +64,7 @@ def test_warnings_of_the_package_are_in_it_while_it_takes_them(log, tmp_path, ca
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(log, tmp_path):
-    os.mkfifo(tmp_path / logfile.FILE)
+    os.mkfifo(tmp_path / LOG)
     log.write("nobody reads this")
     assert not list(tmp_path.glob("log.txt.*"))
 
