@@ -129,7 +129,7 @@ def test_d_and_dmin_are_of_least_squares_for_the_codes(kind: str) -> None:
     work = fits._Work(x, of, h)
     tried = work.started(*work.groups(), 1.0)
     work.settle(tried)
-    found = work.refitted(tried)
+    found, tried = work.refitted(tried).shaped(()), tried.shaped(())
     k, m = (part.repeat_interleave(of.group, 0).T.numpy() for part in (tried.k, tried.m))
     steps = np.array(CODEBOOKS[of.codebook] if of.codebook else range(1 << of.bits)) - float(of.middle)
     d, dmin, root = tried.d.numpy(), tried.dmin.numpy(), np.sqrt(h.numpy())
@@ -149,8 +149,7 @@ def test_a_range_and_its_minimum_are_nearly_the_best_of_many(top: int, shift: fl
     """Against 400 x 60 pairs of S and M >= 0, where the weights are about 0, mostly above, and all on one side of it."""
     g = torch.Generator().manual_seed(7)
     columns, h = torch.randn(32, 12, generator=g) + shift, torch.rand(32, generator=g) + 0.1
-    S, M = torch.zeros(12), torch.zeros(12)
-    fits.fit_range(columns, h, top, S, M)
+    S, M = (part[0] for part in fits.fit_range(columns[None], h[None], top))
     assert (M >= 0).all()
 
     def errors(S: Tensor, M: Tensor, x: Tensor) -> Tensor:
@@ -224,8 +223,10 @@ def test_optq_is_the_surgeon_on_super_blocks(kind: str) -> None:
         if i % SUPER_WIDTH == 0:
             found[first] = fits.fit_block(now[:, i : i + SUPER_WIDTH], of, h[i : i + SUPER_WIDTH])
         elif i % of.group == 0:
-            fits.refit_group(now[:, i : i + of.group], of, h[i : i + of.group], found[first], g)
-        values = found[first].scale(g)[:, None] * steps - found[first].offset(g)[:, None]
+            one = found[first]._replace(k=found[first].k[g : g + 1], m=found[first].m[g : g + 1])
+            again = fits.refit_groups(now[:, i : i + of.group], of, h[i : i + of.group], one)
+            found[first].k[g], found[first].m[g] = again.k[0], again.m[0]
+        values = found[first].scale()[g][:, None] * steps - found[first].offset()[g][:, None]
         return values.gather(1, (values - now[:, i, None]).abs().argmin(1, keepdim=True))[:, 0]
 
     torch.testing.assert_close(got.double(), brain_surgeon(W, H, settle), rtol=0, atol=2e-6)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fleetune.compression.layerwise import grids
 from fleetune.compression.layerwise.column_loop import Segment, nearest
 from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid
-from fleetune.models.artefact import Quantised
-from fleetune.models.families.number_types import CODEBOOKS
+from fleetune.models.artefact import Quantised, stored
+from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES
 
 FLOATS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40)
 
@@ -72,19 +72,23 @@ def test_nearest_is_the_nearest_code(kind: str) -> None:
     assert torch.equal((got - W).abs(), (every[:, None] - W[..., None]).abs().amin(2))  # no value is nearer
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *SUPER_TYPES])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_all_groups_at_once_are_rounded_as_the_column_loop_rounds_them(
     kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grids, "PART", 3 * 96)  # three rows at once
-    g = torch.Generator().manual_seed(4)
-    W, h = torch.randn(8, 96, generator=g), torch.rand(96, generator=g) if weighted else None
+    monkeypatch.setattr(grids, "PART", 3 * 512)  # three rows at once
+    g, of = torch.Generator().manual_seed(4), SUPER_TYPES.get(kind)
+    grid = Grid(kind, 4 if of is None else of.bits)
+    W, h = torch.randn(8, 512, generator=g), torch.rand(512, generator=g) if weighted else None
     W[2, 32:64] = 0
-    got = grids.rounded(W, Grid(kind, 4), 32, h)
-    want = grids.quantise(W, Grid(kind, 4), 32, nearest, None, h).solved(Grid(kind, 4), 32).weight
-    assert isinstance(want, Quantised)
-    assert all(torch.equal(getattr(got, part), getattr(want, part)) for part in ("codes", "scale", "zero"))
+    got, want = (
+        grids.rounded(W, grid, 32, h),
+        grids.quantise(W, grid, 32, nearest, None, h).solved(grid, 32).weight,
+    )
+    found, expected = (stored("w", each) for each in (got, want))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[part], expected[part]) for part in expected)
 
 
 def errors(x: np.ndarray, h: np.ndarray, scale: np.ndarray, book: np.ndarray) -> np.ndarray:

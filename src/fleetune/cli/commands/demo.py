@@ -70,7 +70,7 @@ def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
     from fleetune.evaluation import answers
 
     row = run.held_out(offline=offline)[0]
-    model = models.load(str(file), device="cpu", base="mapped")
+    model = models.load(str(file), device="cpu")
     (answer,) = answers.generate(model, [row], max_new_tokens=ANSWER)
     return row.messages[-1][1], answer
 

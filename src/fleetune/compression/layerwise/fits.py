@@ -9,6 +9,8 @@ of largest sqrt(h) |x| on each value but 0.  With q the nearest values, least sq
 In GGUF's super-blocks a weight is (d k) q - dmin m: k and m are whole numbers of its group, d and dmin fp16 numbers of the block.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numba
@@ -130,24 +132,29 @@ SINGULAR: Final = 1e-6  # of the determinant's largest value: below it scale and
 
 
 class SuperFit(NamedTuple):
-    """The scales of a super-block of R rows and G groups; all of the weights' dtype."""
+    """The scales of super-blocks of R rows and G groups; all of the weights' dtype."""
 
-    d: Tensor  # [R], exact in fp16
-    dmin: Tensor  # [R], likewise; 0 of a type without a minimum
-    k: Tensor  # [G, R], whole numbers
-    m: Tensor  # [G, R], likewise
+    d: Tensor  # [.., R], exact in fp16
+    dmin: Tensor  # [.., R], likewise; 0 of a type without a minimum
+    k: Tensor  # [.., G, R], whole numbers
+    m: Tensor  # [.., G, R], likewise
 
-    def scale(self, g: int) -> Tensor:
-        """Return a group's scale, [R]."""
-        return self.d * self.k[g]
+    def scale(self) -> Tensor:
+        """Return the groups' scales, [.., G, R]."""
+        return self.d[..., None, :] * self.k
 
-    def offset(self, g: int) -> Tensor:
-        """Return what is taken off a group's weights, [R]."""
-        return self.dmin * self.m[g]
+    def offset(self) -> Tensor:
+        """Return what is taken off the groups' weights, [.., G, R]."""
+        return self.dmin[..., None, :] * self.m
+
+    def shaped(self, lead: Sequence[int]) -> "SuperFit":
+        """Return the same with other leading dimensions."""
+        parts = zip(self, (1, 1, 2, 2), strict=True)
+        return SuperFit(*(part.reshape(*lead, *part.shape[part.dim() - last :]) for part, last in parts))
 
 
 def fit_block(x: Tensor, of: SuperType, curvature: Tensor | None) -> SuperFit:
-    """Fit a super-block to x [R, 256]; curvature [256] are the weights of the squared errors (None: 1).
+    """Fit super-blocks to x [.., R, 256]; curvature [.., 256] are the weights of the squared errors (None: 1).
 
     1. Each group alone: the scale S of least error, or S and the minimum M.  The ends of the range that the codes cover are
        moved in and out; for each range the weights are rounded to q, for which least squares gives S and M, and so again.
@@ -157,37 +164,63 @@ def fit_block(x: Tensor, of: SuperType, curvature: Tensor | None) -> SuperFit:
     """
     work = _Work(x, of, curvature)
     S, M = work.groups()
-    best, least = work.started(S, M, 1.0), torch.full((len(x),), torch.inf, dtype=x.dtype)
+    best, least = work.started(S, M, 1.0), torch.full_like(S[:, 0], torch.inf)
     for place in PLACES:
         tried = work.started(S, M, place)
         for _ in range(REFITS + 1):
-            error = work.settle(tried)
+            error = functools.reduce(torch.add, work.settle(tried).unbind(1))
             better = error < least
             least = torch.where(better, error, least)
-            best = SuperFit(*(torch.where(better, a, b) for a, b in zip(tried, best, strict=True)))
+            best = _chosen(better[:, None], tried, best)
             tried = work.refitted(tried)
-    return best
+    return best.shaped(x.shape[:-2])
 
 
-def refit_group(x: Tensor, of: SuperType, curvature: Tensor | None, found: SuperFit, g: int) -> None:
-    """Fit k and m of group g to its weights as they are now, x [R, group], in place; d and dmin stay."""
+def _chosen(better: Tensor, a: SuperFit, b: SuperFit) -> SuperFit:
+    """Return a where it is `better` [B, G or 1, R], else b; of d and dmin where that holds for the first group."""
+    parts = zip(a, b, (better[:, 0],) * 2 + (better,) * 2, strict=True)
+    return SuperFit(*(torch.where(where, one, other) for one, other, where in parts))
+
+
+def refit_groups(x: Tensor, of: SuperType, curvature: Tensor | None, found: SuperFit) -> SuperFit:
+    """Fit k and m of single groups, [.., 1, R], to their weights as they are now, x [.., R, group]; d and dmin stay."""
     work = _Work(x, of, curvature)
-    S, M = work.groups()
-    own = SuperFit(found.d, found.dmin, found.k[g : g + 1].clone(), found.m[g : g + 1].clone())
-    anew = SuperFit(found.d, found.dmin, work.multiples(S, found.d, of.low), work.multiples(M, found.dmin, 0))
-    better = work.settle(anew) < work.settle(own)
-    found.k[g], found.m[g] = torch.where(better, anew.k, own.k)[0], torch.where(better, anew.m, own.m)[0]
+    (S, M), own = work.groups(), SuperFit(*(part.clone() for part in found.shaped((len(work.x),))))
+    anew = SuperFit(own.d, own.dmin, work.multiples(S, own.d, of.low), work.multiples(M, own.dmin, 0))
+    return _chosen(work.settle(anew) < work.settle(own), anew, own).shaped(x.shape[:-2])
+
+
+def nearest_codes(x: Tensor, of: SuperType, curvature: Tensor | None) -> tuple[SuperFit, Tensor, Tensor]:
+    """Fit super-blocks to x [B, R, 256] as the column loop does where it corrects nothing.
+
+    Returns the fit, the weights with their groups' minima added, and the groups' scales, both by group: [B, G, R, ..].
+    """
+    fit, n = fit_block(x, of, curvature), of.group
+    groups = x.unflatten(2, (-1, n)).transpose(1, 2)
+    h = None if curvature is None else curvature.unflatten(1, (-1, n))
+    # the loop fits all but the first group once more
+    later = SuperFit(
+        *(part[:, None].expand(-1, fit.k.shape[1] - 1, -1) for part in (fit.d, fit.dmin)),
+        *(part[:, 1:, None] for part in (fit.k, fit.m)),
+    )
+    again = refit_groups(groups[:, 1:], of, None if h is None else h[:, 1:], later)
+    fit.k[:, 1:], fit.m[:, 1:] = again.k[:, :, 0], again.m[:, :, 0]
+    return fit, groups + fit.offset()[..., None] if of.minimum else groups, fit.scale()
 
 
 class _Work:
-    """The weights of some groups, as the kernels take them."""
+    """The weights of the groups of B blocks, as the kernels take them."""
 
     def __init__(self, x: Tensor, of: SuperType, curvature: Tensor | None) -> None:
+        x = x.reshape(-1, *x.shape[-2:])
         self.of, self.x, self.dtype = of, x, x.dtype
-        self.columns = x.T.contiguous()
-        self.curvature = curvature
-        h = torch.ones(x.shape[1], dtype=x.dtype) if curvature is None else curvature.to(x.dtype)
-        self.h = h / h.max().clamp(min=torch.finfo(x.dtype).tiny)  # so that no sum is beyond the dtype
+        self.columns = x.transpose(1, 2).contiguous()  # [B, n, R]
+        self.curvature = None if curvature is None else curvature.reshape(len(x), -1)
+        h = torch.ones_like(x[:, 0]) if self.curvature is None else self.curvature.to(x.dtype)
+        tiny = torch.finfo(x.dtype).tiny
+        self.h = (
+            h / h.amax(1, keepdim=True).clamp(min=tiny)
+        ).contiguous()  # so that no sum is beyond the dtype
         levels = torch.tensor(CODEBOOKS[of.codebook] if of.codebook else (), dtype=x.dtype)
         top = (1 << of.bits) - 1
         self.levels = levels.numpy(), ((levels[1:] + levels[:-1]) / 2).numpy()
@@ -198,33 +231,30 @@ class _Work:
         self.moves = np.array(moves, self.ends.dtype)
 
     def groups(self) -> tuple[Tensor, Tensor]:
-        """Fit every group alone: (S, M) [G, R], of any value."""
-        S = torch.zeros(self.x.shape[1] // self.of.group, len(self.x), dtype=self.dtype)
-        M = torch.zeros_like(S)
-        for g in range(len(S)):
-            at = slice(g * self.of.group, (g + 1) * self.of.group)
-            if self.of.minimum:
-                fit_range(self.columns[at], self.h[at], int(self.ends[1]), S[g], M[g])
-            else:
-                h = None if self.curvature is None else self.curvature[at]
-                S[g] = fit_scale(self.x[:, at], self._steps(), h)
-        return S, M
+        """Fit every group alone: (S, M) [B, G, R], of any value."""
+        (B, R, _), n = self.x.shape, self.of.group
+        if self.of.minimum:
+            S, M = fit_range(self.columns.view(-1, n, R), self.h.view(-1, n), int(self.ends[1]))
+            return S.view(B, -1, R), M.view(B, -1, R)
+        h = None if self.curvature is None else self.curvature.view(B, -1, n)
+        S = fit_scale(self.x.view(B, R, -1, n).transpose(1, 2), self._steps(), h)
+        return S, torch.zeros_like(S)
 
     def started(self, S: Tensor, M: Tensor, place: float) -> SuperFit:
-        """Return the super-block whose largest S and M are at about `place` of the largest k and m."""
-        at = S.abs().argmax(0, keepdim=True)
+        """Return the super-blocks whose largest S and M are at about `place` of the largest k and m."""
+        at = S.abs().argmax(1, keepdim=True)
         end = float(self.of.high if self.of.low == 0 else self.of.low)  # the end that reaches further
-        d, dmin = _unit(S.gather(0, at)[0] / (place * end)), _unit(M.amax(0) / (place * self.of.high))
+        d, dmin = _unit(S.gather(1, at)[:, 0] / (place * end)), _unit(M.amax(1) / (place * self.of.high))
         return SuperFit(d, dmin, self.multiples(S, d, self.of.low), self.multiples(M, dmin, 0))
 
     def multiples(self, values: Tensor, unit: Tensor, low: int) -> Tensor:
-        """Round values [G, R] to multiples of unit [R] that the type has; 0 where the unit is 0."""
-        whole = torch.round(values / unit.masked_fill(unit == 0, torch.inf))
+        """Round values [B, G, R] to multiples of unit [B, R] that the type has; 0 where the unit is 0."""
+        whole = torch.round(values / unit.masked_fill(unit == 0, torch.inf)[:, None])
         return whole.clamp(low, self.of.high)
 
     def settle(self, tried: SuperFit) -> Tensor:
-        """Give every group the best of its k and m and their neighbours, in place; return the error of each row, [R]."""
-        error = torch.zeros(len(self.x), dtype=self.dtype)
+        """Give every group the best of its k and m and their neighbours, in place; return their errors, [B, G, R]."""
+        error = torch.empty_like(tried.k)
         parts = (tensor.numpy() for tensor in tried)
         _settle(
             self.columns.numpy(), self.h.numpy(), *parts, self.moves, self.ends, *self.levels, error.numpy()
@@ -233,10 +263,10 @@ class _Work:
 
     def refitted(self, tried: SuperFit) -> SuperFit:
         """Return the same k and m with d and dmin of least error for the codes that they give."""
-        sums = torch.zeros(5, len(self.x), dtype=torch.float64)
+        sums = torch.zeros(len(self.x), 5, self.x.shape[1], dtype=torch.float64)
         parts = (tensor.numpy() for tensor in tried)
         _sums(self.columns.numpy(), self.h.numpy(), *parts, self.ends, *self.levels, sums.numpy())
-        qq, qm, mm, qx, mx = sums
+        qq, qm, mm, qx, mx = sums.unbind(1)
         d = torch.where(qq > 0, qx / qq, 0.0)
         if not self.of.minimum:
             return SuperFit(to_half(d.to(self.dtype)), tried.dmin, tried.k.clone(), tried.m.clone())
@@ -262,17 +292,25 @@ def _unit(value: Tensor) -> Tensor:
     return torch.where((rounded == 0) & (value != 0), torch.sign(value) * LEAST, rounded)
 
 
-def fit_range(columns: Tensor, h: Tensor, top: int, S: Tensor, M: Tensor) -> None:
-    """Fit S q - M with q in 0 .. top and M >= 0 to each column of `columns` [n, R], in place of S and M [R]."""
+def fit_range(columns: Tensor, h: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Fit S q - M with q in 0 .. top and M >= 0 to each column of `columns` [B, n, R], h [B, n]: (S, M) [B, R]."""
+    S, M = torch.zeros_like(columns[:, 0]), torch.zeros_like(columns[:, 0])
     kind = columns.numpy().dtype
     insets = np.array([(a, b) for a in INSETS for b in INSETS], kind)
     steps = np.array([0, 1, top, SINGULAR, BETTER], kind)
-    low, high = columns.amin(0).clamp(max=0), columns.amax(0)
+    low, high = columns.amin(1).clamp(max=0), columns.amax(1)
     _fit_range(columns.numpy(), h.numpy(), low.numpy(), high.numpy(), insets, steps, S.numpy(), M.numpy())
+    return S, M
 
 
 @cached_njit
 def _fit_range(x, h, low, high, insets, steps, S, M):
+    for b in range(len(x)):
+        _fit_range_of_group(x[b], h[b], low[b], high[b], insets, steps, S[b], M[b])
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _fit_range_of_group(x, h, low, high, insets, steps, S, M):
     # S q + c, c = -M, by least squares for q rounded to a range, and for q rounded to that S and c
     n, R = x.shape
     zero, one, top = steps[0], steps[1], steps[2]
@@ -328,6 +366,12 @@ def _fit_range(x, h, low, high, insets, steps, S, M):
 
 @cached_njit
 def _settle(x, h, d, dmin, k, m, moves, ends, levels, middles, error):
+    for b in range(len(x)):
+        _settle_block(x[b], h[b], d[b], dmin[b], k[b], m[b], moves, ends, levels, middles, error[b])
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _settle_block(x, h, d, dmin, k, m, moves, ends, levels, middles, error):
     # The inner loops run along the rows without a branch, so that they are compiled to vector instructions.
     G, R = k.shape
     n = len(x) // G
@@ -361,11 +405,17 @@ def _settle(x, h, d, dmin, k, m, moves, ends, levels, middles, error):
         for r in range(R):
             k[g, r] = bk[r]
             m[g, r] = bm[r]
-            error[r] += best[r]
+            error[g, r] = best[r]
 
 
 @cached_njit
 def _sums(x, h, d, dmin, k, m, ends, levels, middles, sums):
+    for b in range(len(x)):
+        _sums_of_block(x[b], h[b], d[b], dmin[b], k[b], m[b], ends, levels, middles, sums[b])
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _sums_of_block(x, h, d, dmin, k, m, ends, levels, middles, sums):
     # over all groups: sum h of a a, a m, m m, a x, m x with a = k q
     G, R = k.shape
     n = len(x) // G

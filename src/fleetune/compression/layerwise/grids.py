@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from fleetune.compression import Solved
-from fleetune.compression.layerwise.column_loop import ColumnLoop, Segment, nearest
-from fleetune.compression.layerwise.fits import SuperFit, fit_block, fit_scale, refit_group, to_half
+from fleetune.compression.layerwise.column_loop import ColumnLoop, Segment
+from fleetune.compression.layerwise.fits import (
+    SuperFit,
+    fit_block,
+    fit_scale,
+    nearest_codes,
+    refit_groups,
+    to_half,
+)
 from fleetune.errors import RecipeError
-from fleetune.models.artefact import Quantised, SuperBlocks
+from fleetune.models.artefact import Quantised, SuperBlocks, joined
 from fleetune.models.families.number_types import CODEBOOKS, SUPER_TYPES, SUPER_WIDTH, SuperType
 
 UNIFORM: Final = ("ggml", "symmetric", "asymmetric", "universal")
@@ -313,30 +320,33 @@ def _quantise_blocks(
 
     def choose(Wt: Tensor, begin: int, last: int) -> Segment:
         inside, end = begin % SUPER_WIDTH, min(begin - begin % of.group + of.group, last)
+        g = inside // of.group
         if begin % of.group == 0:
             h = None if curvature is None else curvature[begin - inside : begin - inside + SUPER_WIDTH]
             if not inside:
                 fits.append(fit_block(Wt[begin : begin + SUPER_WIDTH].T, of, h))
             else:
-                own = None if h is None else h[inside : inside + of.group]
-                refit_group(Wt[begin : begin + of.group].T, of, own, fits[-1], inside // of.group)
-        mask, fit, g = None if zeros is None else zeros[begin:end], fits[-1], inside // of.group
-        zero = torch.full_like(fit.d, float(of.middle))
-        return Segment(
-            end, fit.scale(g), zero, grid.top, mask, grid.levels, fit.offset(g) if of.minimum else None
-        )
+                own, fit = None if h is None else h[inside : inside + of.group], fits[-1]
+                one = fit._replace(k=fit.k[g : g + 1], m=fit.m[g : g + 1])
+                again = refit_groups(Wt[begin : begin + of.group].T, of, own, one)
+                fit.k[g], fit.m[g] = again.k[0], again.m[0]
+        mask, fit = None if zeros is None else zeros[begin:end], fits[-1]
+        zero, offset = torch.full_like(fit.d, float(of.middle)), fit.offset()[g] if of.minimum else None
+        return Segment(end, fit.scale()[g], zero, grid.top, mask, grid.levels, offset)
 
     _, codes = loop(W, choose)
-    d, multiples = torch.stack([f.d for f in fits], 1), torch.cat([f.k for f in fits]).T
-    dmin, minima = torch.stack([f.dmin for f in fits], 1), torch.cat([f.m for f in fits]).T
-    kept = None if of.minimum else 0  # columns of what a minimum has
-    blocks = SuperBlocks(
-        grid.kind,
-        d.to(torch.float16),
-        multiples.to(torch.int8).contiguous(),
-        dmin.to(torch.float16)[:, :kept],
-        minima.to(torch.int8)[:, :kept].contiguous(),
+    return _of_blocks(
+        codes, grid.kind, of, SuperFit(*(torch.stack(each) for each in zip(*fits, strict=True)))
     )
+
+
+def _of_blocks(codes: Tensor, kind: str, of: SuperType, fit: SuperFit) -> Codes:
+    """Return codes [R, C] of blocks with a fit [B, .., R]."""
+    d, dmin = fit.d.T.to(torch.float16), fit.dmin.T.to(torch.float16)
+    multiples, minima = (part.flatten(0, 1).T for part in (fit.k, fit.m))
+    kept = None if of.minimum else 0  # columns of what a minimum has
+    whole = multiples.to(torch.int8).contiguous(), minima.to(torch.int8)[:, :kept].contiguous()
+    blocks = SuperBlocks(kind, d.contiguous(), whole[0], dmin[:, :kept].contiguous(), whole[1])
     return Codes(codes, multiples, minima, blocks)
 
 
@@ -345,21 +355,23 @@ def rounded(W: Tensor, grid: Grid, group: int, curvature: Tensor | None = None) 
 
     In a GGUF file it takes blocks of `grid.block`.
     """
-    if grid.blocks is not None:
-        found = quantise(W, grid, group, nearest, None, curvature)
-    else:
-        h = None if curvature is None else curvature.view(-1, group)
-        parts = [_rounded(rows, grid, group, h) for rows in W.split(max(1, PART // W.shape[1]))]  # type: ignore[no-untyped-call]
-        codes, scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
-        found = Codes(codes, scale, zero)
-    weight = found.solved(grid, group).weight
+    h = None if curvature is None else curvature.view(-1, group if grid.blocks is None else SUPER_WIDTH)
+    parts = [_rounded(rows, grid, group, h) for rows in W.split(max(1, PART // W.shape[1]))]  # type: ignore[no-untyped-call]
+    weight = joined([part.solved(grid, group).weight for part in parts])
     assert isinstance(weight, Quantised)
     return weight
 
 
-def _rounded(W: Tensor, grid: Grid, group: int, curvature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (codes, scale, zero) of the nearest values, all groups at once; curvature is [groups, group]."""
-    x = W.view(len(W), -1, group).transpose(0, 1)
-    scale, zero = grid.find(x, curvature)
-    codes = grid.codes(x, scale, zero).to(torch.uint8)
-    return codes.transpose(0, 1).reshape(W.shape), scale.T, zero.T
+def _rounded(W: Tensor, grid: Grid, group: int, curvature: Tensor | None) -> Codes:
+    """Round all groups to nearest at once; curvature is [C / width, width], a group's or a super-block's."""
+    of = grid.blocks
+    x = W.view(len(W), -1, group if of is None else SUPER_WIDTH).transpose(0, 1)
+    if of is None:
+        scale, zero = grid.find(x, curvature)
+        codes = grid.codes(x, scale, zero).to(torch.uint8)
+        return Codes(codes.transpose(0, 1).reshape(W.shape), scale.T, zero.T)
+    fit, x, scale = nearest_codes(x, of, curvature)
+    scale = scale if of.codebook else scale.masked_fill(scale == 0, torch.inf)
+    zero = torch.full_like(scale, 0.0 if of.minimum else float(of.middle))
+    codes = grid.codes(x, scale, zero).to(torch.uint8)  # [blocks, groups, R, group]
+    return _of_blocks(codes.permute(2, 0, 1, 3).reshape(W.shape), grid.kind, of, fit)
