@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -195,8 +196,8 @@ def _of_ledger(path: Path, base: str, parents: Parents) -> Links:
             hint=f"fleetune ledger replay {quoted(path)}   prints the digest of what it rebuilds, to compare yourself",
         )
     finished.stated_points(ledger)  # too many are refused before the base is loaded
-    yield from _files_of_base(base, parents)
-    model = finished.base_of(ledger, base, offline=parents.offline)
+    files, model = _loaded(base, parents, lambda: finished.base_of(ledger, base, offline=parents.offline))
+    yield from files
     yield _base(base, model.digest)
     digest, checks = finished.verify(model, ledger, listener=parents.listener)
     if wrong := [r for r, same in checks.items() if not same]:
@@ -229,8 +230,9 @@ def _of_run(run: Run, parents: Parents) -> Links:
     yield from _files_of_run(run)
     result = run.result
     if result.is_dir():
-        yield from _files_of_base(run.recipe.model, parents)
-        yield from _base_of_adapter(run, run.load(offline=parents.offline))
+        files, model = _loaded(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
+        yield from files
+        yield from _base_of_adapter(run, model)
     else:
         yield from _of_ledger(result, run.recipe.model, parents)
     yield from _declared_by(run)
@@ -239,12 +241,23 @@ def _of_run(run: Run, parents: Parents) -> Links:
 def _files_of_base(name: str, parents: Parents) -> Links:
     """Compare the files of a base model, where they were listed when it was fetched."""
     if name.endswith(export.GGUF):
-        return
+        return iter(())
     try:
         folder = Path(name) if Path(name).is_dir() else models.resolve(name, offline=parents.offline)
     except ModelError as error:
         raise ModelError(error.message, hint="name where the base lies: --from MODEL") from error
-    yield from _files(folder)
+    return _files(folder)
+
+
+def _loaded(base: str, parents: Parents, load: Callable[[], Model]) -> tuple[Sequence[LinkVerified], Model]:
+    """Load a model while a thread compares the files of its base; what differs in them is told before any other error."""
+    with ThreadPoolExecutor(1) as pool:
+        files = pool.submit(list, _files_of_base(base, parents))
+        try:
+            model = load()
+        finally:
+            found = files.result()
+    return found, model
 
 
 def _files_of_run(run: Run) -> Links:
@@ -267,33 +280,30 @@ def _base_of_adapter(run: Run, model: Model) -> Links:
     yield _declared("adapter", f"made by training, which nothing repeats exactly: {stated}")
 
 
-def _files_of(run: Run, parents: Parents) -> Links:
-    yield from _files_of_run(run)
-    yield from _files_of_base(run.recipe.model, parents)
-
-
-def _merged(run: Run, parents: Parents, codes: Codes | None = None) -> Iterator[LinkVerified | Model]:
-    """Yield the links of a run, then its model with the tuning in its stored weights: one replay for all.
+def _merged(run: Run, parents: Parents, codes: Codes | None = None) -> Generator[LinkVerified, None, Model]:
+    """Yield the links of a run; return its model with the tuning in its stored weights: one replay for all.
 
     With `codes` a ledger's weights are not stored: `codes` sees each as it is rebuilt.
     """
     run = parents.run(run)
-    yield from _files_of(run, parents)
-    model = run.load(offline=parents.offline)
+    yield from _files_of_run(run)
+    files, model = _loaded(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
+    yield from files
     base, view = model.digest, model.attachment
     if run.result.is_dir():
         yield from _base_of_adapter(run, model)
-    if run.result.is_dir() or codes is None:
         model.merge()
     else:
-        model.digest = models.digest(codes.passing(view.tensors()))
-        view.detach(model)
-    if not run.result.is_dir():
+        if codes is None:
+            model.merge()
+        else:
+            model.digest = models.digest(codes.passing(view.tensors()))
+            view.detach(model)
         finished.require_digest(model.digest, run.ledger().final_check(), run.result)
         yield _base(run.recipe.model, base)
         yield _proven("weights", f"rebuilt from base and ledger, as it states: {model.digest}")
     yield from _declared_by(run)
-    yield model
+    return model
 
 
 def _declared_by(run: Run) -> Links:
@@ -359,14 +369,9 @@ def _made(head: artefact.ArtefactHead) -> str:
 
 def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Parents) -> Links:
     """Compare an artefact with the weights that it was made from: their digest, what has no codes, and codes that are exact."""
-    model, codes = None, Codes(master)
+    codes = Codes(master)
     if isinstance(source, Run):
-        for each in _merged(source, parents, codes):
-            if isinstance(each, LinkVerified):
-                yield each
-            else:
-                model = each
-        assert model is not None
+        model = yield from _merged(source, parents, codes)
     else:
         model = models.load(source, dtype=dtype, device="cpu", offline=parents.offline)
     head, name = master.head, source.folder if isinstance(source, Run) else source
@@ -389,7 +394,7 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
     yield _proven("other tensors", f"{same} are those of the source, bit for bit")
     if odd:
         yield _declared("pruned tensors", f"{len(odd)} by {head.method}")
-    elif codes.solver and not codes.left:
+    elif head.grids and not codes.left:
         yield _proven("codes", f"{_made(head)}: solved again, every code and scale is equal")
     else:
         yield _declared("codes", _made(head))
@@ -399,15 +404,12 @@ class Codes:
     """What an artefact holds, compared with the weights that it was made from as they come."""
 
     def __init__(self, master: artefact.Master) -> None:
-        self.master, self.seen = master, set[str]()
+        self.master, self.seen, made = master, set[str](), None
         self.left = set(master.names)  # what has not been found to be the source's
-        self.solver: compression.Solver | None = (
-            None  # of a method that reads no text, while it gives these codes
-        )
-        with suppress(UsageError):  # settings beside the method's own: a budget, trained scales
-            head = master.head
-            made = None if head.calibration else compression.make(head.method, head.settings)
-            self.solver = made if isinstance(made, compression.Solver) and not made.data else None
+        if not master.head.calibration:
+            with suppress(UsageError):  # settings beside the method's own: a budget, trained scales
+                made = compression.make(master.head.method, master.head.settings)
+        self.solver = made if isinstance(made, compression.Solver) and not made.data else None
 
     def passing(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors; one that came before is not looked at again."""
@@ -424,10 +426,7 @@ class Codes:
             return False
         nothing = torch.zeros(W.shape[1], W.shape[1])
         again, found = self.solver.solve(W.detach().float(), nothing).weight, self.master.quantised(name)
-        if isinstance(again, artefact.Quantised) and found is not None and again.equals(found):
-            return True
-        self.solver = None
-        return False
+        return isinstance(again, artefact.Quantised) and found is not None and again.equals(found)
 
 
 # ---------------------------------------------------------------- a file from codes or weights
@@ -460,11 +459,11 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
         yield from _of_compressed(source, parents)
     elif isinstance(source, Run):
         source = parents.run(source)
-        for each in _files_of(source, parents) if source.recipe.train == SCALES else _merged(source, parents):
-            if isinstance(each, LinkVerified):
-                yield each
-            else:
-                tuned = each
+        if source.recipe.train == SCALES:
+            yield from _files_of_run(source)
+            yield from _files_of_base(source.recipe.model, parents)
+        else:
+            tuned = yield from _merged(source, parents)
     target = written_again(path, source, tuned, offline=parents.offline)
     if isinstance(source, Run) and (tuned is None or source.result.is_dir()):
         what = "adapter" if source.result.is_dir() else "ledger, and are those that it states"

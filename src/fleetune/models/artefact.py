@@ -98,12 +98,6 @@ def times(unit: Tensor, multiples: Tensor) -> Tensor:
     return unit.float().repeat_interleave(each, 1) * multiples.float()
 
 
-def _by_group(operation: Callable[[Tensor, Tensor], Tensor], values: Tensor, of_groups: Tensor) -> Tensor:
-    """Apply an operation in place to values [R, C] and what each group has, [R, groups]."""
-    operation(values.view(*of_groups.shape, -1), of_groups[..., None])
-    return values
-
-
 @dataclass(frozen=True)
 class Quantised:
     """A matrix on a grid: w[r, c] = scale[r, c // group] * steps[r, c].
@@ -134,10 +128,9 @@ class Quantised:
     def equals(self, other: Quantised) -> bool:
         """Return whether another matrix is the same in all its parts."""
         one, two = ([*vars(q).values(), *(q.blocks or ())] for q in (self, other))
-        pairs = ((a, b) for a, b in zip(one, two, strict=False) if not isinstance(a, SuperBlocks))
-        return len(one) == len(two) and all(
-            torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs
-        )
+        pairs = [(a, b) for a, b in zip(one, two, strict=False) if not isinstance(a, SuperBlocks)]
+        same = all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+        return same and len(one) == len(two)
 
     @staticmethod
     def of_blocks(codes: Tensor, blocks: SuperBlocks) -> Quantised:
@@ -150,13 +143,14 @@ class Quantised:
         """Return how many scales each weight is away from 0, int16 [R, C]."""
         if self.codebook:
             return torch.tensor(CODEBOOKS[self.codebook], dtype=torch.int16)[self.codes.int()]
-        return _by_group(Tensor.sub_, self.codes.to(torch.int16), self.zero.to(torch.int16))
+        codes = self.codes.to(torch.int16).view(*self.zero.shape, self.group)
+        return codes.sub_(self.zero.to(torch.int16)[..., None]).flatten(1)
 
     def dense(self) -> Tensor:
         """Return the weights, float32, of `shape`."""
-        values = _by_group(Tensor.mul_, self.steps().float(), self.scale.float())
-        if self.blocks is not None and (offset := self.blocks.offset()) is not None:
-            values = _by_group(Tensor.sub_, values, offset)
+        values = self.steps().float().view(*self.scale.shape, self.group).mul_(self.scale.float()[..., None])
+        offset = None if self.blocks is None else self.blocks.offset()
+        values = (values if offset is None else values.sub_(offset[..., None])).flatten(1)
         if self.transposed:
             return values.view(self.experts, -1, values.shape[1]).mT.contiguous()
         return values.view(self.shape)
