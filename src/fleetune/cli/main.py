@@ -118,9 +118,10 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
     if argv is None:
-        # a search for cycles in all that is loaded takes 0.2 s, ten times in a short command: only what is new is searched, ..
-        gc.set_threshold(*gc.get_threshold()[:2], 1000)
-        atexit.register(gc.freeze)  # .. and nothing at the end
+        gc.set_threshold(
+            *gc.get_threshold()[:2], 1000
+        )  # ten searches of all that is loaded take a second, ..
+        atexit.register(gc.freeze)  # .. as does one at the end
     if "_ARGCOMPLETE" in os.environ:  # a shell asks which words fit
         import argcomplete
 

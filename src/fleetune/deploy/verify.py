@@ -383,8 +383,7 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
             why = f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}.."
             raise ModelError(why, hint=FROM)
     yield _proven("compressed from", f"{name}: {head.base}")
-    for _ in codes.passing(stored_tensors(model.net)):
-        pass
+    dict(codes.passing(stored_tensors(model.net)))
     odd = sorted(codes.left - head.grids.keys())
     if odd and head.grids:
         raise ModelError(
