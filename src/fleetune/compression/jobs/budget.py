@@ -101,7 +101,7 @@ class Room(NamedTuple):
         least, most = (human_bytes(size + self.others) for size in (self.reach.least, self.reach.most))
         return (
             f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · what each matrix bears is "
-            "measured first (in all about 1.5 times one grid's time: --fast)"
+            "measured first (in all about 1.3 times one grid's time: --fast)"
         )
 
 

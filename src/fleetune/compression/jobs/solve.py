@@ -469,8 +469,8 @@ def _after(
         lazy.changed = lambda name: artefact.dense(weights[name]) if name in weights else None
     else:
         for name in weights:
-            own = net.get_parameter(name)
-            own.data = artefact.dense(weights[name]).to(own)
+            # in place: the weights may share one mapping of a file, which is given back only when all of them are gone
+            net.get_parameter(name).data.copy_(artefact.dense(weights[name]))
         give_back()  # what the model's own weights leave behind
     return loaded.measure(loaded.model, listener, folder, reference)
 

@@ -215,10 +215,12 @@ def _solve_ends(
         on_name(layer)
         H = end.head * inputs if end.table is None else end.head * inputs + end.table
         W, solver = model.net.get_parameter(end.name).detach().float().cpu(), plan.solvers[end.name]
-        solved = [solver.solve(rows, H) for rows in W.split(END_ROWS)]
+        pieces = W.split(END_ROWS)
+        solved = [solver.solve(rows, H) for rows in pieces]
         found[end.name] = joined([s.weight for s in solved])
-        loss = sum(lost(rows, s, H) for rows, s in zip(W.split(END_ROWS), solved, strict=True))
-        matrices.append(MatrixResult(layer, share(loss, trace(W, H)), solved[0].notes))
+        loss = sum(lost(rows, s, H) for rows, s in zip(pieces, solved, strict=True))
+        error = share(loss, sum(trace(rows, H) for rows in pieces))
+        matrices.append(MatrixResult(layer, error, solved[0].notes))
     parts.put(BlockResult(len(parts.blocks), tuple(matrices), round(time.monotonic() - began, 3)), found)
 
 
