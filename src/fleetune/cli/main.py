@@ -119,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
     if argv is None:
         gc.set_threshold(
-            *gc.get_threshold()[:2], 1000
-        )  # ten searches of all that is loaded take a second, ..
-        atexit.register(gc.freeze)  # .. as does one at the end
+            700, 10, 1000
+        )  # to search all that is loaded for cycles takes a tenth of a second, ten times, ..
+        atexit.register(gc.freeze)  # .. and a whole one at the end
     if "_ARGCOMPLETE" in os.environ:  # a shell asks which words fit
         import argcomplete
 
