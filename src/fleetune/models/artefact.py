@@ -137,13 +137,13 @@ class Quantised:
         if self.codebook:
             return torch.tensor(CODEBOOKS[self.codebook], dtype=torch.int16)[self.codes.int()]
         steps = self.codes.to(torch.int16)
-        steps.unflatten(1, (-1, self.group)).sub_(self.zero.to(torch.int16)[..., None])
+        steps.view(len(steps), -1, self.group).sub_(self.zero.to(torch.int16)[..., None])
         return steps
 
     def dense(self) -> Tensor:
         """Return the weights, float32, of `shape`."""
         values = self.steps().float()
-        groups = values.unflatten(1, (-1, self.group)).mul_(self.scale.float()[..., None])
+        groups = values.view(len(values), -1, self.group).mul_(self.scale.float()[..., None])
         if self.blocks is not None and (offset := self.blocks.offset()) is not None:
             groups.sub_(offset[..., None])
         if self.transposed:
