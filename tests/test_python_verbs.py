@@ -12,7 +12,7 @@ import command_line
 import fleetune
 from fleetune.api import in_python
 from fleetune.cli.main import main
-from fleetune.common.events import ClientReply, SweepDone, SweepRun
+from fleetune.common.events import ClientReply, RoundDone, SweepDone, SweepRun
 from fleetune.models.net.model import Model
 from fleetune.runs import listener
 from heard import Heard
@@ -118,6 +118,11 @@ def test_a_notebook_gets_a_bar_for_each_count_until_it_is_full():
     reply = {"round": 1, "n": 9, "bytes_up": 1, "bytes_down": 1, "seconds": 0.1, "rss": 1}
     bars.event(ClientReply(client=0, loss=2.0, status="ok", reason="", **reply))
     assert bars._bars["clients"].n == 1
+    bars.progress("rounds", 0, 3)
+    costs = dict.fromkeys(("bytes_up", "bytes_down", "bytes_total", "rss"), 1)
+    bars.event(RoundDone(round=1, clients=4, accepted=1, seconds=0.1, **costs))
+    assert (bars._bars["rounds"].n, bars._bars["clients"].n) == (1, 0)
+    bars.progress("rounds", 3, 3)
     bars.progress("finding lr", 5, 0)  # of how many, nobody knows
     assert bars._bars["finding lr"].total is None
     bars.progress("finding lr", 3, 3)

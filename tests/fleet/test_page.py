@@ -53,6 +53,9 @@ def test_page_says_how_the_run_stands_in_three_forms(live, run):
     assert "default-src 'none'" in shown.text
     assert "Validation loss by round" in shown.text
     assert 'id="samples"' not in shown.text  # they hold rows of clients
+    assert "go on where it stopped" not in shown.text
+    heads = dict(re.findall(r'<th scope="col"( class="r")?>(does|loss|time)<', shown.text))
+    assert heads == {"": "does", ' class="r"': "time"}
     now = get(live, "status").json()
     assert now["states"] == {"at work": 1, "ready": 1, "away": 1}
     families = {f.name: f for f in text_string_to_metric_families(get(live, "metrics").text)}

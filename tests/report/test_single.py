@@ -230,7 +230,7 @@ def test_partition_of_many_clients_draws_the_largest_and_groups_small_categories
 
 def test_replies_that_did_not_count_are_listed_with_their_reasons(run24):
     lost = [e for e in lines_of(run24) if e["event"] == "client" and e["status"] != "ok"]
-    rows = page_of(run24).table("what", "why", "times")
+    rows = page_of(run24).table("reply", "why", "times")
     assert len(lost) > 5
     assert sum(int(row[2]) for row in rows) == len(lost)
     for what, why, times, clients, rounds in rows:
@@ -249,11 +249,11 @@ def test_client_name_is_that_of_the_data(tmp_path):
     bars = drawing(text, "partition")
     for part in (">bakery-lyon</", ">ferry &amp; co</", ">a-name-much-longer-th…</", f"client {names[2]}: "):
         assert part in bars
-    assert "one per `client`" in text
+    assert "one per &#x27;client&#x27;" in text
     text = single.write(restated(run, names=["a", 7, None], partition="column:site")).read_text()
     assert ">a</text>" in drawing(text, "partition")
     assert ">2</text>" in drawing(text, "partition")
-    assert "one per `site`" in text
+    assert "one per &#x27;site&#x27;" in text
 
 
 def test_values_that_are_not_finite_are_not_drawn(tmp_path):

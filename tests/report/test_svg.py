@@ -80,10 +80,17 @@ def test_points_are_where_their_values_are():
     assert log.at(1e4) - log.at(1e3) == pytest.approx(log.at(1e6) - log.at(1e5)) == pytest.approx(1 / 3)
 
 
+def test_the_name_of_a_line_has_its_colour():
+    plot = svg.Plot("a", "title", "words", svg.integers([0, 10], "round"), svg.numbers([0.0, 1.0], "loss"))
+    plot.line([(0, 1.0), (10, 0.5)], -1)
+    plot.end((10, 0.5), "mean", -1)
+    assert re.findall(r'class="(?:line|own) (\w+)"', plot.svg()) == ["ink", "ink"]
+
+
 def test_legends_break_where_they_do_not_fit():
     drawn, height = svg.legend([(f"category {i}", i) for i in range(8)], 4.0, 100.0)
     found = re.findall(r'<text x="([\d.]+)" y="[\d.]+">([^<]+)<', drawn)
-    ends = [float(x) + svg.CHAR * len(t) for x, t in found]
+    ends = [float(x) + svg.WIDEST * len(t) for x, t in found]
     assert len(ends) == 8
     assert max(ends) <= svg.WIDTH
     assert height == 16 + 17

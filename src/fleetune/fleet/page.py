@@ -38,6 +38,7 @@ WRONG: Final = 1.0  # seconds that a wrong password costs everybody who gives on
 QUEUE: Final = 4  # wrong ones that wait
 LARGEST: Final = 16 << 20  # bytes of a metrics.jsonl that the report is made of while the fleet runs
 MOST_DEVICES: Final = 200  # in the table
+WORDS: Final = ("device", "does", "last reply")  # its columns that are no numbers
 
 
 def place(text: str, fleet: Address) -> Address:
@@ -170,9 +171,11 @@ def devices(now: FleetShown) -> str:
     """
     bad = sorted(now.devices, key=lambda d: (d.does != "away", d.status in ("ok", None), d.client))
     shown = sorted(bad[:MOST_DEVICES], key=lambda d: d.client)
-    table = page.table(
-        "Devices, with their last reply", status.HEAD, [status.cells(d) for d in shown], "cards"
-    )
+    rows = [
+        [c if h in WORDS else page.TableCell(c) for h, c in zip(status.HEAD, status.cells(d), strict=True)]
+        for d in shown
+    ]
+    table = page.table("Devices, with their last reply", status.HEAD, rows)
     more = len(now.devices) - len(shown)
     words = f"<p>{more} more devices are not shown.</p>" if more else ""
     return page.section("devices", "Devices", page.fact_list(status.facts(now)) + table + words)

@@ -144,14 +144,16 @@ class Quantised:
         """Return how many scales each weight is away from 0, int16 [R, C]."""
         if self.codebook:
             return torch.tensor(CODEBOOKS[self.codebook], dtype=torch.int16)[self.codes.int()]
-        codes = self.codes.to(torch.int16).view(*self.zero.shape, self.group)
-        return codes.sub_(self.zero.to(torch.int16)[..., None]).flatten(1)
+        steps = self.codes.to(torch.int16)
+        steps.view(len(steps), -1, self.group).sub_(self.zero.to(torch.int16)[..., None])
+        return steps
 
     def dense(self) -> Tensor:
         """Return the weights, float32, of `shape`."""
-        values = self.steps().float().view(*self.scale.shape, self.group).mul_(self.scale.float()[..., None])
-        offset = None if self.blocks is None else self.blocks.offset()
-        values = (values if offset is None else values.sub_(offset[..., None])).flatten(1)
+        values = self.steps().float()
+        groups = values.view(len(values), -1, self.group).mul_(self.scale.float()[..., None])
+        if self.blocks is not None and (offset := self.blocks.offset()) is not None:
+            groups.sub_(offset[..., None])
         if self.transposed:
             return values.view(self.experts, -1, values.shape[1]).mT.contiguous()
         return values.view(self.shape)

@@ -36,13 +36,12 @@ def table(
 ) -> str:
     """Return a table whose first column names the rows; a column's head goes right when one of its cells does.
 
-    On a narrow page, each row of a table of kind "cards", or of five columns or more, becomes a card with the heads beside its
-    cells.
+    Where it is narrow, each row of a table of five columns or more becomes a card with the heads beside its cells.
     """
-    kind = f"{kind} cards".strip() if len(head) >= 5 and "cards" not in kind.split() else kind
+    kind = f"{kind} cards".strip() if len(head) >= 5 else kind
     right = [any(_stands_right(row[i]) for row in rows) for i in range(len(head))]
     top = "".join(f'<th scope="col"{_css(r)}>{esc(h)}</th>' for h, r in zip(head, right, strict=True))
-    labels = head if "cards" in kind.split() else [""] * len(head)
+    labels = head if len(head) >= 5 else [""] * len(head)
     body = "".join(
         f"<tr>{''.join(_cell(c, i == 0, labels[i]) for i, c in enumerate(row))}</tr>" for row in rows
     )
@@ -106,7 +105,7 @@ def document(title: str, body: str) -> str:
 
 def framed(html: str, height: int = 480) -> str:
     """Return a document as a notebook shows it: in a frame, where its style stays and no script runs."""
-    return f'<iframe sandbox="" srcdoc="{esc(html)}" style="width:100%;height:{height}px;border:0"></iframe>'
+    return f'<iframe sandbox="" title="fleetune" srcdoc="{esc(html)}" style="width:100%;height:{height}px;border:0"></iframe>'
 
 
 def framed_table(
@@ -114,8 +113,9 @@ def framed_table(
 ) -> str:
     """Return names with values, and a table, as a notebook shows them; the first column names the rows."""
     cells: list[list[str | TableCell]] = [[row[0], *map(TableCell, row[1:])] for row in rows]
-    body = f"<header>{fact_list(facts)}</header>" + table(title, head, cells)
-    return framed(document(title, body), 160 + 34 * len(rows))
+    about = fact_list(facts)
+    height = 190 + 27 * about.count("<dt>") + 31 * len(rows)
+    return framed(document(title, about + table(title, head, cells)), height)
 
 
 class Drawing(str):

@@ -88,7 +88,7 @@ def _rerun_section(run: RunLog) -> str:
     lines = [
         (f"fleetune tune -c {shlex.quote(run.shown_path + '/run.toml')}", "the same run, in a new folder")
     ]
-    if kind_of(run.status) != "done":
+    if kind_of(run.status) not in {"done", "running"}:
         lines.insert(0, (run.resume, "go on where it stopped"))
     if (run.path / "ledger.safetensors").is_file():
         ledger = shlex.quote(run.shown_path + "/ledger.safetensors")
@@ -465,7 +465,7 @@ def partition_words(run: RunLog) -> str:
     if kind == "dirichlet" and len(rest) == 2:
         return f"Dirichlet α {rest[0]} over {rest[1]}"
     if kind == "column" and len(rest) == 1:
-        return f"one per `{rest[0]}`"
+        return f"one per '{rest[0]}'"
     return spec
 
 
@@ -489,7 +489,7 @@ def replies(run: RunLog) -> str:
         for (status, reason), events in sorted(reasons.items(), key=lambda item: -len(item[1]))[:100]
     ]
     caption = f"{len(lost)} of {len(run.clients)} replies did not count"
-    return page.table(caption, ["what", "why", "times", "clients", "rounds"], rows)
+    return page.table(caption, ["reply", "why", "times", "clients", "rounds"], rows)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -183,7 +183,7 @@ class Plot:
     y: PlotAxis
     right: float = 18.0
     marks: list[str] = field(default_factory=list)
-    ends: list[tuple[float, float, str, int]] = field(default_factory=list)
+    ends: list[tuple[float, float, str, str]] = field(default_factory=list)
 
     @property
     def left(self) -> float:
@@ -230,18 +230,18 @@ class Plot:
     def end(self, point: tuple[float, float], text: str, colour: int) -> None:
         """Name the line that ends in `point`, right of the plot; a faint leader joins the two."""
         if usable(point[0]) and usable(point[1]):
-            self.ends.append((self.py(point[1]), self.px(point[0]), text, colour % COLOURS))
+            self.ends.append((self.py(point[1]), self.px(point[0]), text, _kind(colour)))
 
     def _end_labels(self) -> str:
         """Return the line names, pushed apart where they would overlap."""
         ordered = sorted(self.ends)
         ys = spread([end[0] for end in ordered], 14.0, 20.0, 240.0)
         x, out = WIDTH - self.right + 8, ""
-        for y, (from_y, from_x, text, colour) in zip(ys, ordered, strict=True):
+        for y, (from_y, from_x, text, kind) in zip(ys, ordered, strict=True):
             if x - from_x > 20:
                 leader = f"M{fixed(from_x + 6)} {fixed(from_y)}L{fixed(x - 3)} {fixed(y)}"
-                out += f'<path class="leader c{colour}" d="{leader}"/>'
-            out += text_at(x, y + 4, text, f"own c{colour}")
+                out += f'<path class="leader {kind}" d="{leader}"/>'
+            out += text_at(x, y + 4, text, f"own {kind}")
         return out
 
     def svg(self) -> str:
@@ -386,7 +386,7 @@ def legend(entries: Sequence[tuple[str, int]], left: float, top: float) -> tuple
     for name, colour in entries:
         shown = shortened(name, 28)
         room = 15 + CHAR * len(shown) + 18
-        if x > left and x + room - 18 > WIDTH:
+        if x > left and x + 15 + WIDEST * len(shown) > WIDTH:
             x, y = left, y + 17
         mark = rect_at(x, y, 10, 10, f"bar c{colour}") + text_at(x + 15, y + 9, shown)
         out.append(tipped(name, mark))

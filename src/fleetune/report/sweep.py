@@ -228,7 +228,7 @@ def _figure(number: int, axes: Sequence[SweepAxis], measure: str, members: Seque
         [s.mean for line in found for s in line.values()] + [e for pair in edges for e in pair], label
     )
     title = f"{label[:1].upper()}{label[1:]} at the end, by {axis.name}"
-    right = 16 + svg.WIDEST * max(map(len, groups))
+    right = 20 + svg.WIDEST * max(map(len, groups))
     plot = svg.Plot(f"axis-{number}-{measure}", title, f"Lines: {', '.join(groups)}.", x, y, right=right)
     if any(s.spread for s in mean.values()):
         plot.band([(places[v], *pair) for v, pair in zip(mean, edges, strict=True)], -1)

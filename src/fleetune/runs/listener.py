@@ -202,9 +202,14 @@ class Bars(Progress):
             self._close(what)
 
     def event(self, event: events.Event) -> None:
-        """Count clients' replies, take all bars away at the end, and print what `Progress` does."""
+        """Count rounds and clients' replies, take all bars away at the end, and print what `Progress` does."""
         if isinstance(event, events.ClientReply) and "clients" in self._bars:
             self._bars["clients"].update()
+        elif isinstance(event, events.RoundDone):
+            if "clients" in self._bars:
+                self._bars["clients"].reset()
+            if "rounds" in self._bars and not self._in_sweep:
+                self._bars["rounds"].update(event.round - self._bars["rounds"].n)
         elif event.event == "done":
             self._close(*self._bars)
         super().event(event)
