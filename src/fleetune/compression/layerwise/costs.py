@@ -29,7 +29,7 @@ from fleetune.planning.compression_cost import END_ROWS
 
 TOGETHER: Final = 1 << 21  # weights that are rounded together
 DAMPING: Final = 0.01
-ROWS: Final = 32  # of a matrix, that stand for all of it
+ROWS: Final = 128  # of a matrix, that stand for all of it
 
 
 class Candidate(NamedTuple):
