@@ -115,7 +115,9 @@ def test_more_time_never_gives_fewer_steps_while_they_are_few(steps):
 
 def test_a_longer_time_is_advised_only_where_it_gives_more_steps():
     found = Estimate(3, 8, 1, 12.0, 4, 1.0, 40)
-    assert "from: more --rounds," in estimate.made_smaller(found, fit("fedit", found, 180.0)[1], "3m")
+    smaller = fit("fedit", found, 180.0)[1]
+    assert (smaller.rounds, smaller.clients, smaller.batch) == (3, 3, 8)
+    assert "from: more --rounds," in estimate.made_smaller(found, smaller, "3m")
 
 
 def test_a_search_leaves_time_for_steps_after_each_other(place, monkeypatch):
