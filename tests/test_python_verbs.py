@@ -3,6 +3,7 @@
 import io
 import pickle
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -156,4 +157,7 @@ def test_hints_are_python_where_python_has_a_counterpart(tiny, tmp_path):
     with pytest.raises(fleetune.errors.UsageError) as raised:
         fleetune.release(tiny, out=tmp_path)
     assert (raised.value.hint, raised.value.__notes__) == ("fleetune runs", ["try: fleetune.list_runs()"])
+    with pytest.raises(fleetune.errors.FleetuneError) as raised:
+        fleetune.open("latestt", out=tmp_path).load()
+    assert traceback.format_exception(raised.value)[-1] == f"try: {in_python(raised.value.hint)}\n"
     assert pickle.loads(pickle.dumps(fleetune.tune)) is fleetune.tune, "for a pool of processes"

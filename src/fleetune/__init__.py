@@ -87,10 +87,7 @@ if not TYPE_CHECKING:  # or a checker would take every name for one that there i
             raise AttributeError(f"module 'fleetune' has no attribute '{name}'")
         module, _, attribute = _PUBLIC[name].partition(":")
         loaded = importlib.import_module(module)
-        found = getattr(loaded, attribute) if attribute else loaded
-        if not module.startswith("fleetune.api."):
-            return found
-        return importlib.import_module("fleetune.api").hinted(found)
+        return getattr(loaded, attribute) if attribute else loaded
 
 
 def __dir__() -> list[str]:

@@ -3,10 +3,10 @@
 import difflib
 import sysconfig
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 # what a user's own code may raise: its sys.exit() ends no job of ours
 FAULTS: Final = (Exception, SystemExit)
@@ -45,14 +45,27 @@ _NOT_OWN: Final = tuple(
 
 
 class FleetuneError(Exception):
-    """Base of all errors; `message` is what failed, `hint` the next thing to try."""
+    """Base of all errors; `message` is what failed, `hint` the next thing to try, which a traceback ends in."""
 
     exit_code = 1
+    spoken: ClassVar[Callable[[str], str]] = (
+        str  # a hint as a traceback words it: `fleetune.api` has it in Python
+    )
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    @property
+    def hint(self) -> str | None:
+        """The next thing to try."""
+        return self._hint
+
+    @hint.setter
+    def hint(self, hint: str | None) -> None:
+        self._hint = hint
+        self.__notes__ = [f"try: {type(self).spoken(hint)}"] if hint else []
 
     @property
     def page(self) -> str:

@@ -57,6 +57,7 @@ PAIRS: dict[str, tuple[Row, str]] = {
         "prompt=x,response=y",
     ),
     "by one name": ({"Titel": ASKED * 9, "Kunde": ASKED, "Antwort": SAID}, "prompt=Kunde,response=Antwort"),
+    "a column without a name": ({"x": ASKED, "": SAID, " ": SAID, "y": SAID}, "prompt=x,response=y"),
     "a talk": ({"talk": TURNS, "n": 3}, "messages=talk"),
 }
 
@@ -79,6 +80,7 @@ UNKNOWN: dict[str, tuple[Row, str]] = {
     "one text": ({"id": "x1", "speech": SAID}, "to train on texts alone: --columns text=speech"),
     "no label": ({"sentence1": ASKED, "sentence2": SAID}, "give each row a label"),
     "context is no answer": ({"instruction": ASKED, "context": SAID, "category": "a b"}, "--columns prompt="),
+    "the answer has no name": ({"Frage": ASKED, "": SAID}, "text=Frage"),
     "the same in each row": ({"speech": SAID, "motto": "We bake with love."}, "text=speech"),
 }
 

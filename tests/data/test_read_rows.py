@@ -220,14 +220,17 @@ def test_a_file_without_rows(tmp_path, name, raw):
         ("tain.jsonl", "no file", "train.jsonl"),
         ("nowhere/a.jsonl", "no folder", "check the path"),
         ("empty", "without a file of rows", "one file per client"),
-        ("notes.ods", "no reader for '.ods'", ".xlsx"),
+        ("notes.ods", "no reader for '.ods'", "save it as .xlsx"),
+        ("notes.xls", "no reader for '.xls'", "save it as .xlsx"),
+        ("notes.doc", "no reader for '.doc'", "save it as one of these"),
         ("a" * 5000 + ".csv", "no file", "data files there"),
         ("", "the splits of one data set", "train.jsonl"),
     ],
 )
 def test_files_that_are_not_there_or_not_data(tmp_path, name, says, hint):
     (tmp_path / "train.jsonl").write_bytes(GOOD)
-    (tmp_path / "notes.ods").write_text("hi")
+    for suffix in ("ods", "xls", "doc"):
+        (tmp_path / f"notes.{suffix}").write_text("hi")
     (tmp_path / "notes.txt").write_text("no rows beside these")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=says) as caught:

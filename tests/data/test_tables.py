@@ -88,7 +88,63 @@ def test_a_header_alone_does_not_choose_the_separator() -> None:
     assert readers.separator("a;b, c\n1,2\n3,4\n") == ","
     assert readers.separator("a, b, c;d\n1;2\n3;4\n") == ";"
     assert readers.separator("sentence\none; two\nthree, four, five\nsix\n") in "\t|", "one column"
+    assert readers.separator("sentence\none, two\nthree, four\n") in "\t|;", "one column"
     assert readers.separator("") == ","
+
+
+NAMES = ["Frage", "Antwort", "Datum", "Bearbeiter (intern)"]
+ANSWERED = [[f"Wann, am {i}.?", f"Um {i}; wie immer, gern", "", "Jo"] for i in range(4)]
+TITLED = {  # what stands above the header, the row of the title, the row of the header
+    "no title": ([], 0, 1),
+    "a title": ([["Radhaus Müller, Stand März; neu"]], 1, 2),
+    "a blank row below": ([["Radhaus Müller"], []], 1, 3),
+    "a blank row above": ([[], ["Radhaus Müller"], []], 2, 4),
+    "two rows": ([["Radhaus"], ["Stand", "März"], [], []], 1, 5),
+    "facts and a blank row": ([["Radhaus", "März"], []], 1, 3),
+}
+
+
+@pytest.mark.parametrize("mark", [";", ",", "\t", "|", ".xlsx"])
+@pytest.mark.parametrize("name", TITLED)
+def test_a_title_above_the_header_is_skipped(tmp_path: Path, name: str, mark: str) -> None:
+    above, title, header = TITLED[name]
+    table: list[list[object]] = [[*row, "", "", "", ""][:4] for row in (*above, NAMES, *ANSWERED)]
+    file, told = tmp_path / ("faq.xlsx" if mark == ".xlsx" else "faq.csv"), list[str]()
+    if mark == ".xlsx":
+        workbook(file, FAQ=[[cell or None for cell in row] for row in table])
+    else:
+        text = io.StringIO(newline="")
+        csv.writer(text, delimiter=mark).writerows(table)
+        file.write_text(text.getvalue(), encoding="utf-8")
+    found = read(str(file), note=told.append)
+    assert [example.response for example in found] == [row[1] for row in ANSWERED]
+    assert found[0].where == f"{file}:{'row ' if mark == '.xlsx' else ''}{header + 1}"
+    *first, assumed = told
+    assert first == [f"row {title} of {file} is a title: the header is row {header}"] * bool(title)
+    assert assumed == "columns assumed: --columns prompt=Frage,response=Antwort"
+    with pytest.raises(DataError, match=r"no column 'Frege' .*there are: Frage, Antwort, Datum") as no:
+        read(str(file), columns="prompt=Frege")
+    assert no.value.hint == "did you mean 'Frage'?"
+
+
+UNTITLED = {
+    "one column": ["Spruch", "Guten Tag", "Auf bald"],
+    "one column, two cells once": ["Spruch;", "Guten Tag;", "Ach;so", "Auf bald;", "Bis dann;"],
+    "a counter without a name": [";Spruch", "0;Guten Tag", "1;Auf bald"],
+    "an index without a name": [";Spruch", "a;Guten Tag", "b;Auf bald"],
+    "texts with remarks": ["text;", "Guten Tag;neu", "Auf bald;neu"],
+    "texts with numbers": ["Spruch;", "Guten Tag;1", "Auf bald;2"],
+    "columns without names": ["Frage;Antwort;;", "Wann?;Um 6;x;y", "Wo?;Hier;x;y"],
+    "blank rows everywhere": ["Frage;Antwort;", "", "Wann?;Um 6;x", "", "Wo?;Hier;y"],
+    "years before a blank row": ["2023;2024", "", "Guten Tag;Auf bald", "Ach;so"],
+    "a header alone": ["Spruch;", "Frage;Antwort"],
+}
+
+
+@pytest.mark.parametrize("name", UNTITLED)
+def test_a_header_with_few_names_is_no_title(name: str) -> None:
+    rows = list(csv.reader(UNTITLED[name], delimiter=";"))
+    assert readers.header_at(rows) == 0
 
 
 def test_lines_of_excel_and_cells_that_it_leaves_out(tmp_path: Path) -> None:
@@ -140,12 +196,17 @@ def test_cells_of_excel_become_texts(tmp_path: Path) -> None:
 
 def test_excel_needs_openpyxl_and_an_excel_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.xlsx"
-    for raw in (b"\xd0\xcf\x11\xe0 old or with a password", b"PK\x03\x04", b""):
+    for raw, what, hint in (
+        (b"\xd0\xcf\x11\xe0 old or with a password", "no Excel file", "without a password"),
+        (b"PK\x03\x04", "no Excel file", "save it again"),
+        (b"", "the file is empty", "save it again as .xlsx"),
+        ("Frage;Größe\r\n".encode("cp1252"), "it is text, not Excel", "rename it to .csv"),
+    ):
         path.write_bytes(raw)
         pytest.importorskip("openpyxl")
-        with pytest.raises(DataError, match=r"a\.xlsx: cannot be read: ") as no:
+        with pytest.raises(DataError, match=rf"a\.xlsx: cannot be read: {what}") as no:
             read(str(path))
-        assert "without a password" in str(no.value.hint)
+        assert hint in str(no.value.hint)
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(DataError, match="need openpyxl") as no:
         read(str(path))

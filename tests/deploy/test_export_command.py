@@ -75,6 +75,17 @@ def test_a_run_and_a_model_are_exported_as_they_are(llama: str, at: Path, capsys
     assert (code, half[-1]["path"], half[-1]["types"]) == (0, "little.gguf", {"F16": 15, "F32": 5})
 
 
+def test_a_file_that_answers_is_followed_by_chat(llama: str, at: Path, capsys: Capture) -> None:
+    assert call(capsys, "tune", llama, "demo", *METHODS["fedit"], *QUICK)[0] == 0
+    for to, path, then in (
+        ("gguf", "a b.gguf", " next      fleetune chat 'a b.gguf'\n"),
+        ("gguf:lora", "lora.gguf", ""),
+        ("hf", "plain", ""),
+    ):
+        assert main(["export", "1", "--to", to, "--path", path]) == 0
+        assert "".join(capsys.readouterr().out.partition(" next ")[1:]) == then, to
+
+
 BAD = {
     "an unknown target": (["export", "{model}", "--to", "gguf:q8"], "Did you mean"),
     "codes from a plain model": (["export", "{model}", "--to", "mlx"], "compress"),

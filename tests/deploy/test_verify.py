@@ -15,7 +15,7 @@ from command_line import Capture, ok, refused
 from fault_report import Injected
 from fleetune import errors, models
 from fleetune.common import sums
-from fleetune.deploy.again import difference
+from fleetune.deploy.again import difference, tensors_of
 from fleetune.models import artefact
 from fleetune.models.cache import cache
 from fleetune.seeds import ledger as ledgers
@@ -201,6 +201,27 @@ def test_consistent_forgeries_end_at_what_they_stand_on(made, tmp_path, monkeypa
         proven("alone", "./tiny")  # it says so itself, but its other tensors are those of the run
 
 
+@pytest.mark.parametrize("part", ["codes", "scale", "zero"])
+def test_codes_that_the_method_does_not_give_are_not_proven(part: str, made: Path, tmp_path: Path) -> None:
+    file = shutil.copytree(f"runs/{CODES}/model", tmp_path / "alone") / artefact.MASTER
+    (tmp_path / "alone" / sums.FILE).unlink()
+    assert "codes" in proven(str(file), "1")
+    at = next(start for name, start, _ in tensors_of(file) if name.endswith(f".{part}"))
+    with flipped(file, at, 0):
+        found = proven(str(file), "1")
+    assert "other tensors" in found
+    assert "codes" not in found
+    there, base = (
+        next((f, start, end) for name, start, end in tensors_of(f) if name == "model.norm.weight")
+        for f in (file, Path("tiny/model.safetensors"))
+    )
+    data = bytearray(file.read_bytes())
+    data[slice(*there[1:])] = base[0].read_bytes()[slice(*base[1:])]
+    file.write_bytes(data)
+    with pytest.raises(errors.ModelError, match=r"model\.norm\.weight, which holds no codes, is not that"):
+        proven(str(file), "1")  # but the base's
+
+
 @pytest.mark.parametrize("folder", [f"runs/{CODES}/model", f"runs/{RUN}/hf", f"runs/{ADAPTER}/adapter"])
 def test_a_file_that_nobody_wrote_is_named(folder: str, made: Path, tmp_path: Path) -> None:
     subject = folder.removesuffix("/model").removesuffix("/adapter")
@@ -252,6 +273,10 @@ def test_a_model_in_the_cache_is_compared_with_its_list(made: Path, own_cache: N
     cache._write_source(target, "index", sha256={})
     (target / "fleetune_loaded.json").touch()  # added later
     assert f"files of {target.name}" in proven("smollm2-135m")
-    wrong = pytest.raises(errors.ModelError, match=r"config\.json is not what")
-    with flipped(target / "config.json", 20, 0), wrong:
-        proven("smollm2-135m")
+    for words, name, at in (
+        (["smollm2-135m"], "config.json", 20),
+        (["1", "smollm2-135m"], "model.safetensors", -1),
+    ):
+        wrong = pytest.raises(errors.ModelError, match=rf"{name} is not what")
+        with flipped(target / name, at, 0), wrong:
+            proven(*words)

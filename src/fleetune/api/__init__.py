@@ -7,10 +7,7 @@ A function that takes long prints lines where a person reads them (a terminal or
 too.  A `listener` gets events, remarks and progress instead (`runs/listener.py`).  Other remarks go to the log `fleetune`.
 """
 
-import functools
 import re
-from collections.abc import Callable
-from typing import Any
 
 from fleetune.errors import FleetuneError
 
@@ -53,18 +50,4 @@ def _value(word: str) -> str:
     return word if re.fullmatch(r"[\d.]+(e-?\d+)?|[A-Z]+", word) else repr(word.strip("'"))
 
 
-@functools.cache  # one object, which can be pickled by its name
-def hinted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function as one whose errors carry a note of what to try, which a traceback shows."""
-
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except FleetuneError as error:
-            if error.hint and not hasattr(error, "__notes__"):
-                error.add_note(f"try: {in_python(error.hint)}")
-            raise
-
-    called.__module__ = "fleetune"
-    return called
+FleetuneError.spoken = in_python

@@ -118,8 +118,8 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
     if argv is None:
-        # the process ends with the command: to search for cycles what is left then would take a second
-        atexit.register(gc.freeze)
+        gc.set_threshold(700, 10, 1000)  # each search for cycles in all that is loaded takes 0.1 s, ..
+        atexit.register(gc.freeze)  # .. the one at the end a second
     if "_ARGCOMPLETE" in os.environ:  # a shell asks which words fit
         import argcomplete
 

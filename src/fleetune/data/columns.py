@@ -124,7 +124,8 @@ def settled(given: Mapping[str, str], rows: Sequence[Fields], source: str) -> tu
     """
     if not rows:
         return dict(given), ""
-    there = list(dict.fromkeys(name for fields in rows for name in itertools.islice(fields, SEEN)))
+    names = dict.fromkeys(name for fields in rows for name in itertools.islice(fields, SEEN))
+    there = [name for name in names if str(name).strip()]
     mapped = {name: _in_any_case(column, rows, there) for name, column in given.items()}
     lacking = [n for n, column in mapped.items() if n not in OPTIONAL and not _is_in(column, rows)]
     if lacking:

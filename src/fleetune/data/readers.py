@@ -67,7 +67,8 @@ def rows_of(path: Path, shown: str, note: Note = lambda text: None) -> Iterator[
     if reader is None:
         raise DataError(
             f"{shown}: no reader for {path.suffix or 'a file without a suffix'!r}",
-            hint=f"rows are read from {', '.join(READERS)}; save it as one of these",
+            hint=f"rows are read from {', '.join(READERS)}; save it as "
+            + (".xlsx" if path.suffix.lower() in SHEETS else "one of these"),
         )
     try:
         yield from reader(path, shown, note)
@@ -167,7 +168,9 @@ def _parquet(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
 
 
 SEPARATORS: Final[Mapping[str, str]] = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-LINES: Final = 50  # that a separator is found by
+LINES: Final = 50  # that a separator and a title are found by
+TITLE: Final = 10  # lines that a title has at most
+SHEETS: Final = (".xls", ".xlsm", ".xlsb", ".ods")  # what a spreadsheet program writes, and is not read
 
 
 def delimited(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
@@ -190,7 +193,7 @@ def delimited(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]
                 yield Problem(where, f"not CSV: {error}", fix, whole=True)
                 return
 
-    yield from _named(rows(), fix)
+    yield from _named(rows(), fix, shown, note)
 
 
 def separator(text: str) -> str:
@@ -199,7 +202,9 @@ def separator(text: str) -> str:
     for mark in SEPARATORS:
         try:
             lines = csv.reader(io.StringIO(text[: 1 << 20], newline=""), delimiter=mark)
-            counts = [_filled(cells) for cells in itertools.islice(filter(any, lines), LINES)]
+            found = list(itertools.islice(lines, LINES))
+            padded = len(next(filter(any, found), [])) > 1
+            counts = [_filled(cells) for cells in found[header_at(found) if padded else 0 :] if any(cells)]
         except csv.Error:  # a field of many kilobytes
             counts = []
         columns = counts[0] if counts else 0
@@ -211,13 +216,44 @@ def separator(text: str) -> str:
 
 def _filled(cells: Sequence[str]) -> int:
     """Return how many cells there are up to the last that is not empty."""
-    return max(number for number, cell in enumerate(cells, 1) if cell)
+    return max((number for number, cell in enumerate(cells, 1) if cell), default=0)
 
 
-def _named(rows: Iterable[tuple[str, Sequence[str]] | Problem], fix: str) -> Iterator[FileRow | Problem]:
-    """Yield rows under the names of the header; empty ones, and columns without a name and a value, are left out."""
+def header_at(rows: Sequence[Sequence[str]]) -> int:
+    """Return how many rows of the first ones are a title: less full than the header below, one cell or before a blank row."""
+    filled = [sum(map(bool, cells)) for cells in rows]
+    for at, header in enumerate(rows[:TITLE]):
+        below = [number for number in range(at + 1, len(rows)) if filled[number]]
+        within = sum(_filled(rows[number]) <= _filled(header) for number in below)
+        full = sum(filled[number] > 1 for number in below)
+        names = filled[at] > 1 and not any(cell.isdigit() for cell in header)
+        if names and below and within >= 0.9 * len(below) and full >= 0.5 * len(below):
+            above = [cells for cells in rows[:at] if any(cells)]
+            alone = not filled[at - 1] and filled[at + 1]  # the header, below a blank row
+            stands_apart = above and (sum(map(bool, above[0])) == 1 or alone)
+            # a header may lack the first name (of a counter), and texts may have remarks beside them
+            header_too = any(_first(cells) > _first(header) or "text" in cells for cells in above)
+            return at if stands_apart and not header_too and max(filled[:at]) < filled[at] else 0
+    return 0
+
+
+def _first(cells: Sequence[str]) -> int:
+    return next(number for number, cell in enumerate(cells) if cell)
+
+
+def _named(
+    rows: Iterable[tuple[str, Sequence[str]] | Problem], fix: str, shown: str, note: Note
+) -> Iterator[FileRow | Problem]:
+    """Yield rows under the names of the header; a title, empty rows, and columns without a name and a value are left out."""
     header: list[str] = []
-    for row in rows:
+    rows = iter(rows)
+    first = list(itertools.islice(rows, LINES))
+    tables = [row for row in first if not isinstance(row, Problem)]
+    if at := header_at([cells for _, cells in tables]):
+        places = next(where for where, cells in tables if any(cells)), tables[at][0]
+        title, names = (where.rpartition(":")[2].removeprefix("row ") for where in places)
+        note(f"row {title} of {shown} is a title: the header is row {names}")
+    for row in itertools.chain(first[at:], rows):
         if isinstance(row, Problem):
             yield row
             continue
@@ -256,13 +292,18 @@ def excel(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
     except (MemoryError, OSError):
         raise
     except Exception as error:  # openpyxl's own, zipfile's, and those of XML
-        what = "no Excel file" if isinstance(error, zipfile.BadZipFile) else short_error(error)
-        raise DataError(
-            f"{shown}: cannot be read: {what}", hint="save it again as .xlsx without a password, or as CSV"
-        ) from error
+        what, hint = short_error(error), "save it again as .xlsx without a password, or as CSV"
+        if isinstance(error, zipfile.BadZipFile):
+            with path.open("rb") as file:
+                head = file.read(1024)
+            what = "no Excel file" if head else "the file is empty"
+            if head and all(byte > 31 or byte in b"\t\r\n" for byte in head):
+                what, hint = "it is text, not Excel", "rename it to .csv"
+        raise DataError(f"{shown}: cannot be read: {what}", hint=hint) from error
     if len(names) > 1:
         note(f"the sheet {names[0]} of {shown} is read, not {', '.join(names[1:])}")
-    yield from _named(((f"{shown}:row {n}", cells) for n, cells in enumerate(rows, 1)), "name the column")
+    table = ((f"{shown}:row {n}", cells) for n, cells in enumerate(rows, 1))
+    yield from _named(table, "name the column", shown, note)
 
 
 def _rows(sheet: Any) -> Iterator[list[str]]:

@@ -100,7 +100,7 @@ def _equal(opened: Any, data: memoryview) -> int:
     """Return how many bytes of a file are those of `data`, up to the first that differs."""
     for at in range(0, len(data), CHUNK):
         wanted = data[at : at + CHUNK]
-        if (there := opened.read(len(wanted))) != wanted:
+        if (there := opened.read(len(wanted))) != bytes(wanted):  # a view is compared byte after byte
             return at + _same(there, wanted)
     return len(data)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -195,8 +196,8 @@ def _of_ledger(path: Path, base: str, parents: Parents) -> Links:
             hint=f"fleetune ledger replay {quoted(path)}   prints the digest of what it rebuilds, to compare yourself",
         )
     finished.stated_points(ledger)  # too many are refused before the base is loaded
-    yield from _files_of_base(base, parents)
-    model = finished.base_of(ledger, base, offline=parents.offline)
+    files, model = _loaded(base, parents, lambda: finished.base_of(ledger, base, offline=parents.offline))
+    yield from files
     yield _base(base, model.digest)
     digest, checks = finished.verify(model, ledger, listener=parents.listener)
     if wrong := [r for r, same in checks.items() if not same]:
@@ -229,8 +230,9 @@ def _of_run(run: Run, parents: Parents) -> Links:
     yield from _files_of_run(run)
     result = run.result
     if result.is_dir():
-        yield from _files_of_base(run.recipe.model, parents)
-        yield from _base_of_adapter(run, run.load(offline=parents.offline))
+        files, model = _loaded(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
+        yield from files
+        yield from _base_of_adapter(run, model)
     else:
         yield from _of_ledger(result, run.recipe.model, parents)
     yield from _declared_by(run)
@@ -239,12 +241,23 @@ def _of_run(run: Run, parents: Parents) -> Links:
 def _files_of_base(name: str, parents: Parents) -> Links:
     """Compare the files of a base model, where they were listed when it was fetched."""
     if name.endswith(export.GGUF):
-        return
+        return iter(())
     try:
         folder = Path(name) if Path(name).is_dir() else models.resolve(name, offline=parents.offline)
     except ModelError as error:
         raise ModelError(error.message, hint="name where the base lies: --from MODEL") from error
-    yield from _files(folder)
+    return _files(folder)
+
+
+def _loaded(base: str, parents: Parents, load: Callable[[], Model]) -> tuple[Sequence[LinkVerified], Model]:
+    """Load a model while a thread compares the files of its base; what differs in them is told before any other error."""
+    with ThreadPoolExecutor(1) as pool:
+        files = pool.submit(list, _files_of_base(base, parents))
+        try:
+            model = load()
+        finally:
+            found = files.result()
+    return found, model
 
 
 def _files_of_run(run: Run) -> Links:
@@ -267,26 +280,30 @@ def _base_of_adapter(run: Run, model: Model) -> Links:
     yield _declared("adapter", f"made by training, which nothing repeats exactly: {stated}")
 
 
-def _files_of(run: Run, parents: Parents) -> Links:
-    yield from _files_of_run(run)
-    yield from _files_of_base(run.recipe.model, parents)
+def _merged(run: Run, parents: Parents, codes: Codes | None = None) -> Generator[LinkVerified, None, Model]:
+    """Yield the links of a run; return its model with the tuning in its stored weights: one replay for all.
 
-
-def _merged(run: Run, parents: Parents) -> Iterator[LinkVerified | Model]:
-    """Yield the links of a run, then its model with the tuning in its stored weights: one replay for all."""
+    With `codes` a ledger's weights are not stored: `codes` sees each as it is rebuilt.
+    """
     run = parents.run(run)
-    yield from _files_of(run, parents)
-    model = run.load(offline=parents.offline)
+    yield from _files_of_run(run)
+    files, model = _loaded(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
+    yield from files
+    base, view = model.digest, model.attachment
     if run.result.is_dir():
         yield from _base_of_adapter(run, model)
-    base = model.digest
-    model.merge()
-    if not run.result.is_dir():
+        model.merge()
+    else:
+        if codes is None:
+            model.merge()
+        else:
+            model.digest = models.digest(codes.passing(view.tensors()))
+            view.detach(model)
         finished.require_digest(model.digest, run.ledger().final_check(), run.result)
         yield _base(run.recipe.model, base)
         yield _proven("weights", f"rebuilt from base and ledger, as it states: {model.digest}")
     yield from _declared_by(run)
-    yield model
+    return model
 
 
 def _declared_by(run: Run) -> Links:
@@ -352,14 +369,9 @@ def _made(head: artefact.ArtefactHead) -> str:
 
 def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Parents) -> Links:
     """Compare an artefact with the weights that it was made from: their digest, what has no codes, and codes that are exact."""
-    model: Model | None = None
+    codes = Codes(master)
     if isinstance(source, Run):
-        for each in _merged(source, parents):
-            if isinstance(each, LinkVerified):
-                yield each
-            else:
-                model = each
-        assert model is not None
+        model = yield from _merged(source, parents, codes)
     else:
         model = models.load(source, dtype=dtype, device="cpu", offline=parents.offline)
     head, name = master.head, source.folder if isinstance(source, Run) else source
@@ -371,43 +383,49 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
             why = f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}.."
             raise ModelError(why, hint=FROM)
     yield _proven("compressed from", f"{name}: {head.base}")
-    own = dict(stored_tensors(model.net))
-    left = [n for n in master.names if n not in head.grids]
-    odd = [n for n in left if n not in own or not torch.equal(master.weight(n), own[n])]
+    dict(codes.passing(stored_tensors(model.net)))
+    odd = sorted(codes.left - head.grids.keys())
     if odd and head.grids:
         raise ModelError(
             f"{master.folder}: {odd[0]}, which holds no codes, is not that of {name}", hint=AGAIN
         )
-    yield _proven("other tensors", f"{len(left) - len(odd)} are those of the source, bit for bit")
+    same = len(master.names) - len(head.grids) - len(odd)
+    yield _proven("other tensors", f"{same} are those of the source, bit for bit")
     if odd:
         yield _declared("pruned tensors", f"{len(odd)} by {head.method}")
-        return
-    if _solved_again(master, own):
+    elif head.grids and not codes.left:
         yield _proven("codes", f"{_made(head)}: solved again, every code and scale is equal")
     else:
         yield _declared("codes", _made(head))
 
 
-def _solved_again(master: artefact.Master, own: Mapping[str, Tensor]) -> bool:
-    """Whether a method that needs no text gives these codes again here; False for any other method."""
-    try:
-        solver = compression.make(master.head.method, master.head.settings)
-    except UsageError:  # settings beside the method's own: a budget, trained scales
-        return False
-    if not isinstance(solver, compression.Solver) or solver.data:
-        return False
-    for name in master.head.grids:
-        found, weights = master.quantised(name), own[name]
-        if weights.dim() != 2 or found is None:
+class Codes:
+    """What an artefact holds, compared with the weights that it was made from as they come."""
+
+    def __init__(self, master: artefact.Master) -> None:
+        self.master, self.seen, made = master, set[str](), None
+        self.left = set(master.names)  # what has not been found to be the source's
+        if not master.head.calibration:
+            with suppress(UsageError):  # settings beside the method's own: a budget, trained scales
+                made = compression.make(master.head.method, master.head.settings)
+        self.solver = made if isinstance(made, compression.Solver) and not made.data else None
+
+    def passing(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors; one that came before is not looked at again."""
+        for name, tensor in tensors:
+            if name in self.left and name not in self.seen and self._is_of(name, tensor):
+                self.left.remove(name)
+            self.seen.add(name)
+            yield name, tensor
+
+    def _is_of(self, name: str, W: Tensor) -> bool:
+        if name not in self.master.head.grids:
+            return torch.equal(self.master.weight(name), W)
+        if self.solver is None or W.dim() != 2 or self.solver.check(name, *W.shape):
             return False
-        nothing = torch.zeros(weights.shape[1], weights.shape[1])
-        weight = solver.solve(weights.detach().float(), nothing).weight
-        if not isinstance(weight, artefact.Quantised):
-            return False
-        again, there = (artefact.stored(name, each) for each in (weight, found))
-        if again.keys() != there.keys() or not all(torch.equal(again[n], there[n]) for n in there):
-            return False
-    return True
+        nothing = torch.zeros(W.shape[1], W.shape[1])
+        again, found = self.solver.solve(W.detach().float(), nothing).weight, self.master.quantised(name)
+        return isinstance(again, artefact.Quantised) and found is not None and again.equals(found)
 
 
 # ---------------------------------------------------------------- a file from codes or weights
@@ -440,11 +458,11 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
         yield from _of_compressed(source, parents)
     elif isinstance(source, Run):
         source = parents.run(source)
-        for each in _files_of(source, parents) if source.recipe.train == SCALES else _merged(source, parents):
-            if isinstance(each, LinkVerified):
-                yield each
-            else:
-                tuned = each
+        if source.recipe.train == SCALES:
+            yield from _files_of_run(source)
+            yield from _files_of_base(source.recipe.model, parents)
+        else:
+            tuned = yield from _merged(source, parents)
     target = written_again(path, source, tuned, offline=parents.offline)
     if isinstance(source, Run) and (tuned is None or source.result.is_dir()):
         what = "adapter" if source.result.is_dir() else "ledger, and are those that it states"

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -125,6 +126,13 @@ class Quantised:
         rows = R // self.experts
         return (self.experts, C, rows) if self.transposed else (self.experts, rows, C)
 
+    def equals(self, other: Quantised) -> bool:
+        """Return whether another matrix is the same in all its parts."""
+        one, two = ([*vars(q).values(), *(q.blocks or ())] for q in (self, other))
+        pairs = [(a, b) for a, b in zip(one, two, strict=False) if not isinstance(a, SuperBlocks)]
+        same = all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+        return same and len(one) == len(two)
+
     @staticmethod
     def of_blocks(codes: Tensor, blocks: SuperBlocks) -> Quantised:
         """Return the matrix with these codes and super-blocks."""
@@ -136,13 +144,16 @@ class Quantised:
         """Return how many scales each weight is away from 0, int16 [R, C]."""
         if self.codebook:
             return torch.tensor(CODEBOOKS[self.codebook], dtype=torch.int16)[self.codes.int()]
-        return self.codes.to(torch.int16) - self.zero.to(torch.int16).repeat_interleave(self.group, 1)
+        steps = self.codes.to(torch.int16)
+        steps.view(len(steps), -1, self.group).sub_(self.zero.to(torch.int16)[..., None])
+        return steps
 
     def dense(self) -> Tensor:
         """Return the weights, float32, of `shape`."""
-        values = self.steps().float() * self.scale.float().repeat_interleave(self.group, 1)
-        offset = None if self.blocks is None else self.blocks.offset()
-        values = values if offset is None else values - offset.repeat_interleave(self.group, 1)
+        values = self.steps().float()
+        groups = values.view(len(values), -1, self.group).mul_(self.scale.float()[..., None])
+        if self.blocks is not None and (offset := self.blocks.offset()) is not None:
+            groups.sub_(offset[..., None])
         if self.transposed:
             return values.view(self.experts, -1, values.shape[1]).mT.contiguous()
         return values.view(self.shape)
@@ -227,37 +238,31 @@ def dense(weight: Quantised | Tensor) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 [R, C] codes below 2**bits into uint8 [R, ceil(C bits / 8)], little-endian bits within a row."""
-    if 8 % bits:  # eight codes are `bits` bytes
-        eight, size = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)), -(-codes.shape[1] * bits // 8)
-        whole = _number(eight.view(len(codes), -1, 8), bits)
-        parts = torch.stack([(whole >> 8 * i).to(torch.uint8) for i in range(bits)], 2)
-        return parts.flatten(1)[:, :size].contiguous()
-    each = 8 // bits  # codes of a byte
-    R, C = len(codes), -(-codes.shape[1] // each)
-    whole = torch.nn.functional.pad(codes, (0, C * each - codes.shape[1])).reshape(R, C, each)
-    packed = whole[..., 0].clone()
-    for i in range(1, each):
-        packed |= whole[..., i] << bits * i
-    return packed
+    planes, size = _planes(codes, 8 // math.gcd(bits, 8)), -(-codes.shape[1] * bits // 8)
+    packed = planes.new_zeros(bits // math.gcd(bits, 8), *planes.shape[1:])
+    for i, plane in enumerate(planes):
+        byte, shift = divmod(bits * i, 8)
+        packed[byte] |= plane << shift
+        if shift + bits > 8:
+            packed[byte + 1] |= plane >> 8 - shift
+    return torch.stack(packed.unbind(), 2).flatten(1)[:, :size].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Undo `pack`."""
-    if 8 % bits:
-        padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits))
-        packed, each = _number(padded.view(len(packed), -1, bits), 8), 8
-    else:
-        each = 8 // bits
-    codes = torch.stack([(packed >> bits * i).to(torch.uint8) for i in range(each)], 2)
-    return codes.flatten(1)[:, :columns].contiguous().bitwise_and_((1 << bits) - 1)
+    planes, codes = _planes(packed, bits // math.gcd(bits, 8)), list[Tensor]()
+    for i in range(8 // math.gcd(bits, 8)):
+        byte, shift = divmod(bits * i, 8)
+        codes.append(planes[byte] >> shift)
+        if shift + bits > 8:
+            codes[i] |= planes[byte + 1] << 8 - shift
+    return torch.stack(codes, 2).flatten(1)[:, :columns].contiguous().bitwise_and_((1 << bits) - 1)
 
 
-def _number(digits: Tensor, bits: int) -> Tensor:
-    """Return the whole numbers of so many bits a digit, int64 [..]; digits are uint8 [.., n], the lowest first."""
-    whole = torch.zeros(digits.shape[:-1], dtype=torch.int64)
-    for i in range(digits.shape[-1]):
-        whole |= digits[..., i].long() << bits * i
-    return whole
+def _planes(values: Tensor, each: int) -> Tensor:
+    """Return values [R, C] as [each, R, ceil(C / each)]: the first of every `each` neighbours, the second, .."""
+    whole = torch.nn.functional.pad(values, (0, -values.shape[1] % each))
+    return whole.view(len(whole), whole.shape[1] // each, each).movedim(2, 0).contiguous()
 
 
 def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:

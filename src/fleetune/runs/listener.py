@@ -3,6 +3,7 @@
 Subclass `Silent`, which ignores every call, and override the calls you need.
 """
 
+import importlib.util
 import logging
 import sys
 import time
@@ -253,7 +254,7 @@ def heard_by(listener: Listener | None, progress: bool | None) -> Listener:
         return checked_listener(listener)
     if progress is False or (progress is None and not is_read()):
         return Silent()
-    return Bars() if in_notebook() else Progress()
+    return Bars() if in_notebook() and importlib.util.find_spec("ipywidgets") else Progress()
 
 
 LOG: Final = "log.txt"  # what happened when, for its owner alone; full ones are log.txt.1 to log.txt.3

@@ -55,15 +55,15 @@ def read(raw: np.ndarray, kind: str) -> torch.Tensor:
 
 def test_q4_0_bytes() -> None:
     codes = [*range(16), *range(15, -1, -1)]
-    raw = _ggml_blocks.pack_q4_0(one_row(codes, [-0.5], [8]))
+    raw = _ggml_blocks.PACKERS["Q4_0"](one_row(codes, [-0.5], [8]))
     nibbles = [0xF0, 0xE1, 0xD2, 0xC3, 0xB4, 0xA5, 0x96, 0x87, 0x78, 0x69, 0x5A, 0x4B, 0x3C, 0x2D, 0x1E, 0x0F]
     assert raw.tolist() == [[0x00, 0xB8, *nibbles]]  # -0.5 is 0xB800
 
 
 def test_q4_0_repeats_the_scale_of_a_wide_group_and_moves_other_zeros() -> None:
-    raw = _ggml_blocks.pack_q4_0(one_row([1] * 64, [1.0], [8]))
+    raw = _ggml_blocks.PACKERS["Q4_0"](one_row([1] * 64, [1.0], [8]))
     assert raw.tolist() == [[0x00, 0x3C, *[0x11] * 16] * 2]
-    raw = _ggml_blocks.pack_q4_0(one_row([3] * 32, [1.0], [4], bits=3))  # 3 - 4 + 8 = 7
+    raw = _ggml_blocks.PACKERS["Q4_0"](one_row([3] * 32, [1.0], [4], bits=3))  # 3 - 4 + 8 = 7
     assert raw.tolist() == [[0x00, 0x3C, *[0x77] * 16]]
 
 
@@ -71,7 +71,7 @@ def test_iq4_nl_bytes() -> None:
     codes = [*range(16), *range(15, -1, -1)]
     q = changed(one_row(codes, [-0.5], [0]), codebook="iq4_nl")
     even = one_row(codes, [-0.5], [8])
-    assert _ggml_blocks.pack_iq4_nl(q).tolist() == _ggml_blocks.pack_q4_0(even).tolist()
+    assert _ggml_blocks.PACKERS["IQ4_NL"](q).tolist() == _ggml_blocks.PACKERS["Q4_0"](even).tolist()
     book = [-value / 2 for value in CODEBOOKS["iq4_nl"]]
     assert q.dense().tolist() == [[*book, *book[::-1]]]
 
@@ -81,12 +81,12 @@ def test_the_values_are_those_of_the_package() -> None:
 
 
 def test_q4_1_bytes() -> None:
-    raw = _ggml_blocks.pack_q4_1(one_row([2] * 16 + [13] * 16, [0.25], [3]))
+    raw = _ggml_blocks.PACKERS["Q4_1"](one_row([2] * 16 + [13] * 16, [0.25], [3]))
     assert raw.tolist() == [[0x00, 0x34, 0x00, 0xBA, *[0xD2] * 16]]  # -0.75 is 0xBA00
 
 
 def test_q8_0_bytes() -> None:
-    raw = _ggml_blocks.pack_q8_0(one_row([0, 127, 128, 129, 255] + [128] * 27, [2.0], [128], bits=8))
+    raw = _ggml_blocks.PACKERS["Q8_0"](one_row([0, 127, 128, 129, 255] + [128] * 27, [2.0], [128], bits=8))
     assert raw.tolist() == [[0x00, 0x40, 0x80, 0xFF, 0x00, 0x01, 0x7F, *[0] * 27]]
 
 
@@ -94,11 +94,11 @@ def test_q5_bytes() -> None:
     codes = [*range(16), *range(31, 15, -1)]
     nibbles = [0xF0, 0xE1, 0xD2, 0xC3, 0xB4, 0xA5, 0x96, 0x87, 0x78, 0x69, 0x5A, 0x4B, 0x3C, 0x2D, 0x1E, 0x0F]
     fifth = [0x00, 0x00, 0xFF, 0xFF]
-    raw = _ggml_blocks.pack_q5_0(one_row(codes, [-0.5], [16], bits=5))
+    raw = _ggml_blocks.PACKERS["Q5_0"](one_row(codes, [-0.5], [16], bits=5))
     assert raw.tolist() == [[0x00, 0xB8, *fifth, *nibbles]]
-    raw = _ggml_blocks.pack_q5_1(one_row(codes, [0.25], [3], bits=5))
+    raw = _ggml_blocks.PACKERS["Q5_1"](one_row(codes, [0.25], [3], bits=5))
     assert raw.tolist() == [[0x00, 0x34, 0x00, 0xBA, *fifth, *nibbles]]
-    raw = _ggml_blocks.pack_q5_1(one_row([16] + [0] * 31, [0.25], [3], bits=5))
+    raw = _ggml_blocks.PACKERS["Q5_1"](one_row([16] + [0] * 31, [0.25], [3], bits=5))
     assert raw.tolist() == [[0x00, 0x34, 0x00, 0xBA, 1, 0, 0, 0, *[0] * 16]]
 
 

@@ -200,8 +200,8 @@ def test_every_damaged_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
 
 def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compressed(tiny(), tmp_path / "m")
-    wrong = {**gguf._ggml_blocks.PACKERS}
-    wrong["Q4_0"] = lambda q: gguf._ggml_blocks.pack_q4_0(changed(q, codes=q.codes.flip(1)))
+    right = gguf._ggml_blocks.PACKERS
+    wrong = {**right, "Q4_0": lambda q: right["Q4_0"](changed(q, codes=q.codes.flip(1)))}
     monkeypatch.setattr(gguf._ggml_blocks, "PACKERS", wrong)
     with pytest.raises(FleetuneError, match=r"does not hold the values of model.layers.0.self_attn.q_proj"):
         export(tmp_path / "m", "gguf", tmp_path / "x.gguf")

@@ -10,7 +10,7 @@ from fleetune import subject as subjects
 from fleetune.cli import flags
 from fleetune.cli.console import Ui, console_listener
 from fleetune.common import words
-from fleetune.common.display import command, human_bytes
+from fleetune.common.display import command, human_bytes, quoted
 from fleetune.deploy import targets
 from fleetune.errors import UsageError
 
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with console_listener(ui) as listener:
         result = fleetune.export(args.subject, listener=listener, **flags.options(args, "to path text"))
     show(ui, result)
+    if result.path.suffix == ".gguf" and targets.find(result.done.to).takes != "adapter":
+        ui.paths([("next", f"fleetune chat {quoted(result.path)}")])
 
 
 def show(ui: Ui, result: ExportResult) -> None:

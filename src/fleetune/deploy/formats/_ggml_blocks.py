@@ -12,6 +12,7 @@ A block is 32 columns of a row (llama.cpp, ggml-common.h); numbers are little-en
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -56,31 +57,15 @@ def misfit(q: Quantised, kind: str) -> str | None:
     return None
 
 
-def pack_q4_0(q: Quantised) -> np.ndarray:
-    """Pack a matrix that fits into uint8 [R, C / 32 * 18]."""
-    return _join(_per_block(q, q.scale), _nibbles((q.steps() + 8).to(torch.uint8)))
-
-
-def pack_iq4_nl(q: Quantised) -> np.ndarray:
-    """Pack a matrix that fits into uint8 [R, C / 32 * 18]."""
-    return _join(_per_block(q, q.scale), _nibbles(q.codes))
-
-
-def pack_q4_1(q: Quantised) -> np.ndarray:
-    """Pack a matrix that fits into uint8 [R, C / 32 * 20]."""
-    return _join(_per_block(q, q.scale), _per_block(q, _minimum(q)), _nibbles(q.codes))
-
-
-def pack_q5_0(q: Quantised) -> np.ndarray:
-    """Pack a matrix that fits into uint8 [R, C / 32 * 22]."""
-    codes = (q.steps() + 16).to(torch.uint8)
-    return _join(_per_block(q, q.scale), _fifth_bits(codes), _nibbles(codes & 15))
-
-
-def pack_q5_1(q: Quantised) -> np.ndarray:
-    """Pack a matrix that fits into uint8 [R, C / 32 * 24]."""
-    scale, minimum = _per_block(q, q.scale), _per_block(q, _minimum(q))
-    return _join(scale, minimum, _fifth_bits(q.codes), _nibbles(q.codes & 15))
+def pack_blocks(kind: str, q: Quantised) -> np.ndarray:
+    """Pack a matrix that fits into blocks of 4 or 5 bits a code, uint8 [R, C / 32 * bytes of a block]."""
+    codes = (q.steps() - RANGES[kind][0]).to(torch.uint8) if kind in RANGES else q.codes
+    parts = [_per_block(q, q.scale)]
+    if kind in TOPS:
+        parts.append(_per_block(q, _minimum(q)))
+    if kind.startswith("Q5"):
+        parts.append(_fifth_bits(codes))
+    return _join(*parts, _nibbles(codes & 15))
 
 
 def pack_q8_0(q: Quantised) -> np.ndarray:
@@ -161,11 +146,7 @@ SUPER: Final[Mapping[str, Callable[[Quantised], np.ndarray]]] = MappingProxyType
 )
 PACKERS: Final[Mapping[str, Callable[[Quantised], np.ndarray]]] = MappingProxyType(
     {
-        "Q4_0": pack_q4_0,
-        "IQ4_NL": pack_iq4_nl,
-        "Q4_1": pack_q4_1,
-        "Q5_0": pack_q5_0,
-        "Q5_1": pack_q5_1,
+        **{kind: partial(pack_blocks, kind) for kind in ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1")},
         "Q8_0": pack_q8_0,
         **SUPER,
     }
