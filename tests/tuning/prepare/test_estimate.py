@@ -1,5 +1,6 @@
 """The time of a run before it begins, and a run that is made to fit into a stated time."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,22 @@ def test_a_run_is_its_rounds_times_clients_times_steps():
     assert "--within 1h" in advice(Estimate(10, 8, 200, 2.0, 11, 3.0))
 
 
-def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third():
+def test_what_is_around_the_rounds_gives_way_where_it_and_the_evaluations_take_more_than_a_fifth():
     small = Estimate(10, 2, 10, 0.1, 11, 0.05, 20, 4, 1.0, 24, 0.5)  # 20 + 0.55 + 8 + 24 seconds
     chosen, smaller = fit("fedit", small, 40.0)
     assert (chosen.client_rows, chosen.samples, smaller.client_rows, smaller.answers) == (0, 4, 0, 4)
     assert smaller.seconds <= 32.0
-    chosen, smaller = fit("fedit", small, 20.0)
-    assert (chosen.client_rows, chosen.samples, smaller.answers) == (0, 0, 0)
-    assert smaller.seconds <= 16.0
-    assert "measured rows of clients 24 -> 0, answers 4 -> 0" in estimate.made_smaller(small, smaller, "20s")
+    assert chosen.answer_tokens == smaller.tokens == 70
+    chosen, smaller = fit("fedit", small, 10.0)
+    assert (chosen.client_rows, chosen.samples, smaller.answers, chosen.answer_tokens) == (0, 1, 1, 32)
+    assert smaller.seconds <= 8.0
+    words = "measured rows of clients 24 -> 0, answers 4 -> 1, tokens of an answer 96 -> 32"
+    assert words in estimate.made_smaller(small, smaller, "10s")
+    chosen, smaller = fit("fedit", small, 5.0)
+    assert (chosen.samples, smaller.answers) == (0, 0)
+    assert "tokens" not in estimate.made_smaller(small, smaller, "5s")
+    scored = fitted(recipe("fedit", rouge_rows=3), methods.make("fedit", {}), small, 20.0, 2)
+    assert (scored[0].answer_tokens, scored[0].samples, scored[2].answers) == (96, 3, 3)
 
 
 def test_what_fits_stays_as_it_is():
@@ -70,7 +78,7 @@ def test_what_fits_stays_as_it_is():
 def test_steps_after_each_other_stay_longest():
     found = Estimate(10, 8, 100, 0.5, 11, 0.1, 20)
     long = [(300.0, 10, 8, 5, 8), (200.0, 9, 8, 4, 8), (100.0, 4, 8, 4, 8), (40.0, 3, 5, 4, 8)]
-    short = [(10.0, 3, 1, 4, 8), (4.0, 3, 1, 5, 2), (2.0, 1, 1, 7, 2)]
+    short = [(10.0, 3, 1, 4, 8), (4.0, 3, 1, 5, 2), (2.0, 2, 1, 4, 2), (1.5, 1, 1, 5, 2)]
     for within, rounds, clients, steps, batch in long + short:
         chosen, smaller = fit("fedit", found, within)
         shape = chosen.rounds, smaller.clients, chosen.set["steps"], chosen.set["batch_size"]
@@ -79,6 +87,46 @@ def test_steps_after_each_other_stay_longest():
         assert smaller.seconds <= 0.8 * within
         few = "are too few to learn from" in estimate.made_smaller(found, smaller, "2s")
         assert few == (rounds * steps < 8)
+
+
+def test_clients_of_one_step_take_it_in_many_rounds():
+    found = Estimate(10, 8, 1, 12.0, 11, 40.0, 40, 2, 20.0)  # 6 rows each, 8 a step
+    for minutes, rounds, clients in [(4, 10, 1), (8, 10, 2), (12, 10, 3), (30, 10, 8), (120, 10, 8)]:
+        chosen, smaller = fit("fedit", found, 60.0 * minutes)
+        assert (chosen.rounds, smaller.clients, smaller.steps, smaller.batch) == (rounds, clients, 1, 8), (
+            minutes
+        )
+        assert smaller is found or smaller.seconds - smaller.training <= 0.2 * 0.8 * 60 * minutes
+        assert "too few" not in estimate.made_smaller(found, smaller, "a while")
+    two = Estimate(10, 8, 2, 12.0, 2, 1.0, 40)  # the rounds fill the time where a client has no more steps
+    assert (fit("fedit", two, 360.0)[1].rounds, fit("fedit", two, 360.0)[1].steps) == (10, 2)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+def test_more_time_never_gives_fewer_steps_while_they_are_few(steps):
+    found, last = Estimate(10, 8, steps, 12.0, 11, 40.0, 40, 2, 20.0, 24, 0.5), 0.0
+    for seconds in range(100, 3000, 7):
+        smaller = fit("fedit", found, seconds)[1]
+        now = smaller.rounds * smaller.steps
+        assert now >= min(last, 10), seconds
+        assert ("too few" in estimate.made_smaller(found, smaller, "")) == (now < 8)
+        last = now
+
+
+def test_a_longer_time_is_advised_only_where_it_gives_more_steps():
+    found = Estimate(3, 8, 1, 12.0, 4, 1.0, 40)
+    smaller = fit("fedit", found, 180.0)[1]
+    assert (smaller.rounds, smaller.clients, smaller.batch) == (3, 3, 8)
+    assert "from: more --rounds," in estimate.made_smaller(found, smaller, "3m")
+
+
+def test_a_search_leaves_time_for_steps_after_each_other(place, monkeypatch):
+    monkeypatch.setattr(estimate, "_timed", lambda work, slow=0.0: 1.0 if slow else 0.01)
+    own = recipe("fedit", model="tiny", data="rows.jsonl", clients=2, held_out=4, samples=0, client_rows=0)
+    for within, searched in [("34s", False), ("44s", True)]:
+        found = prepare.prepare(dataclasses.replace(own, within=within), find=False).estimate
+        assert (found.search > 0) == searched, within
+        assert found.rounds * found.steps >= 12
 
 
 def test_replies_that_are_compared_with_each_other_stay_two():
@@ -90,9 +138,10 @@ def test_replies_that_are_compared_with_each_other_stay_two():
 
 def test_evaluations_that_take_most_of_the_time_are_fewer_and_of_fewer_rows():
     chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 60.0)
-    assert (chosen.eval_every, chosen.eval_rows, smaller.evaluations) == (0, 192, 2)
+    assert (chosen.eval_every, chosen.eval_rows, smaller.evaluations) == (10, 192, 2)
+    prepare.check(dataclasses.replace(chosen, keep="best"))  # compares evaluated rounds
     chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 20.0)
-    assert (chosen.eval_every, chosen.eval_rows) == (0, 64)
+    assert (chosen.eval_every, chosen.eval_rows) == (10, 64)
     assert smaller.seconds <= 16.0
     chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 50.0, 200), 40.0)
     assert chosen.eval_rows == estimate.FEWEST_ROWS

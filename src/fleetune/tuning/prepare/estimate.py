@@ -68,15 +68,15 @@ SLOW: Final = 1.0  # seconds of a first call after which there is no second: a s
 WARMING: Final = 60.0  # the same of what nothing has warmed up: the very first step, which may compile kernels, and answers
 ROWS: Final = 8  # whose loss is timed
 SPARE: Final = 0.8  # of a stated time is planned for
-FEW_STEPS: Final = (
-    4  # of a client in a round, below which rounds, then clients, then rows of a step become fewer
-)
+FEW_STEPS: Final = 4  # of a client in a round: rather than fewer, fewer rounds, clients, then rows of a step
 FEW_ROUNDS: Final = 3
 FEW_CLIENTS: Final = 2  # where replies are compared with each other, or noise is shared
 SMALLEST_BATCH: Final = 2
 HALF_BATCH: Final = 0.6  # of a step's time that one of half as many rows takes
 TOO_FEW: Final = 8  # steps after each other from which nobody can tell whether a model learns
+MEASURED: Final = 0.2  # of the planned time, which evaluations and what is around the rounds take at most
 FEWEST_ROWS: Final = 16  # of an evaluation
+SHORT: Final = 32  # tokens of an answer, below which answers become fewer
 TOKENS: Final = 4  # of an answer that are timed, after the first
 ANSWERED: Final = 8  # prompts at a time, as `answers.generate` has them
 
@@ -100,6 +100,13 @@ class Estimate:
     twice: bool = False  # whether a step computes activations twice, for want of memory
     batch: int = 8  # rows of a step
     ends: int = 2  # how often there are answers and losses of each client: before the run and after it
+    tokens: int = 96  # of an answer
+
+    @property
+    def few(self) -> tuple[int, int]:
+        """Rounds, and steps of a client in each, as many after each other as in `FEW_ROUNDS` of `FEW_STEPS` where there are."""
+        steps = min(FEW_STEPS, math.ceil(self.steps))
+        return min(self.rounds, math.ceil(FEW_ROUNDS * FEW_STEPS / steps)), steps
 
     @property
     def training(self) -> float:
@@ -194,6 +201,7 @@ def of(
         row,
         twice=model.recomputes,
         batch=batch,
+        tokens=recipe.answer_tokens,
     )
 
 
@@ -234,13 +242,15 @@ def made_smaller(before: Estimate, after: Estimate, within: str) -> str:
         ("rows of a step", before.batch, after.batch),
         ("measured rows of clients", before.client_rows, after.client_rows),
         ("answers", before.answers, after.answers),
+        ("tokens of an answer", before.tokens, after.tokens if after.answers else before.tokens),
     )
     changed = [f"{name} {old:,} -> {new:,}" for name, old, new in pairs if old != new]
     if not changed:
         return ""
     steps = after.rounds * math.ceil(after.steps)
+    longer = "a longer --within" if steps < before.rounds * math.ceil(before.steps) else "more --rounds"
     few = (
-        f".  {counted(steps, 'step')} after each other are too few to learn from: a longer --within, a smaller model or shorter "
+        f".  {counted(steps, 'step')} after each other are too few to learn from: {longer}, a smaller model or shorter "
         "rows (--max-length) allow more"
     ) * (steps < TOO_FEW)
     return f"to fit into {within}: {', '.join(changed)}{few}"
@@ -272,18 +282,20 @@ def fitted(
 ) -> tuple[Recipe, methods.Method, Estimate]:
     """Return the run, of a fleet of so many `clients`, made so small that it takes at most `within` seconds.
 
-    If the work before and after the rounds takes more than a third of the time, the clients' own losses are left out first,
-    then the answers that are kept to be read.  Evaluations become fewer, then of fewer rows, where they take more than a fifth
-    of what is left.  Then local steps become fewer; where fewer than `FEW_STEPS` would be left, rounds, then the clients that
-    are asked, then the rows of a step: steps after each other teach, and the mean of single steps does not.  A run that fits
-    already stays as it is.  FitError if not even two steps of one client fit.
+    Evaluations and the work around the rounds take at most `MEASURED` of the time, and the least where steps are missing: the
+    clients' own losses are left out, answers are shorter, then fewer; evaluations are fewer, then of fewer rows.  Then local
+    steps become fewer; where few would be left, rounds, then the clients that are asked, then the rows of a step: steps after
+    each other teach, and the mean of single steps does not.  FitError if not even two steps of one client fit.
     """
     budget = SPARE * within
     if found.seconds <= budget:
         return recipe, method, found
-    recipe, found = _less_around(recipe, found, budget / 3)
+    most = MEASURED * budget if found.search <= most_search(found, budget) else 0.0
+    least = 2 * found.evaluation * min(1.0, FEWEST_ROWS / found.rows)
+    evaluated = max(least, min(most / 2, found.evaluations * found.evaluation))
+    recipe, found = _less_around(recipe, found, max(0.0, most - evaluated))
+    recipe, found = _evaluated_less(recipe, found, most - found.around)
     budget -= found.around + found.search
-    recipe, found = _evaluated_less(recipe, found, budget / 5)
     units = (budget - found.evaluations * found.evaluation) / found.step  # steps that there is time for
     if units < 2 or not method.has_own("sized"):
         also = f", after {human_time(found.search)} of finding a learning rate," if found.search else ""
@@ -295,21 +307,25 @@ def fitted(
     return _of_steps(recipe, method, found, units, clients)
 
 
+def most_search(found: Estimate, budget: float) -> float:
+    """Return the seconds of a search that leave time for steps after each other; less than 0 where they are missing anyway."""
+    return (1 - MEASURED) * budget - math.prod(found.few) * found.step
+
+
 def _of_steps(
     recipe: Recipe, method: methods.Method, found: Estimate, units: float, clients: int
 ) -> tuple[Recipe, methods.Method, Estimate]:
     count, asked, batch, step = found.rounds, found.clients, found.batch, found.step
     alone = recipe.aggregation == "mean" and recipe.privacy == "none"
     least = max(recipe.quorum, 1 if alone else FEW_CLIENTS)
-    if units < FEW_STEPS * count * asked:
-        count = min(count, max(FEW_ROUNDS, int(units // (FEW_STEPS * asked))))
-    if units < FEW_STEPS * count * asked:
-        asked = min(asked, max(least, int(units // (FEW_STEPS * count))))
-    while units < FEW_STEPS * count * asked and batch >= 2 * SMALLEST_BATCH:
+    few_rounds, few = found.few
+    count = min(count, max(few_rounds, int(units // (few * asked))))
+    asked = min(asked, max(least, int(units // (few * count))))
+    while units < few * count * asked and batch >= 2 * SMALLEST_BATCH:
         batch, step, units = batch // 2, step * HALF_BATCH, units / HALF_BATCH
-    if units < FEW_STEPS * count * asked:
-        count = max(1, int(units // (FEW_STEPS * asked)))
+    count = min(count, max(1, int(units // (few * asked))))
     steps = min(math.ceil(found.steps), max(1, int(units // (count * asked))))
+    count = min(found.rounds, max(count, int(units // (steps * asked))))  # where a client has no more steps
     smaller = method.sized(steps, batch)
     share = recipe.participation if asked == found.clients else asked / clients
     recipe = dataclasses.replace(recipe, rounds=count, participation=share, set=methods.values_of(smaller))
@@ -324,12 +340,17 @@ def _of_steps(
 
 
 def _less_around(recipe: Recipe, found: Estimate, most: float) -> tuple[Recipe, Estimate]:
-    """Return a run that takes at most so many seconds before and after its rounds; answers that are scored stay."""
+    """Return a run that takes at most so many seconds before and after its rounds; answers that are scored stay whole."""
     if found.around > most:
         recipe, found = dataclasses.replace(recipe, client_rows=0), dataclasses.replace(found, client_rows=0)
+    if found.around > most and not recipe.rouge_rows:
+        tokens = min(found.tokens, max(SHORT, int(found.tokens * most / found.around)))
+        found = dataclasses.replace(found, answer=found.answer * tokens / found.tokens, tokens=tokens)
+        recipe = dataclasses.replace(recipe, answer_tokens=tokens)
     if found.around > most:
-        scored = min(recipe.rouge_rows, found.answers)
-        recipe, found = dataclasses.replace(recipe, samples=0), dataclasses.replace(found, answers=scored)
+        answers = max(min(recipe.rouge_rows, found.answers), int(most / (found.ends * found.answer)))
+        recipe = dataclasses.replace(recipe, samples=min(recipe.samples, answers))
+        found = dataclasses.replace(found, answers=answers)
     return recipe, found
 
 
@@ -337,7 +358,9 @@ def _evaluated_less(recipe: Recipe, found: Estimate, most: float) -> tuple[Recip
     """Return a run whose evaluations take at most so many seconds, where `FEWEST_ROWS` rows before and after do."""
     if found.evaluations * found.evaluation <= most:
         return recipe, found
-    recipe, found = dataclasses.replace(recipe, eval_every=0), dataclasses.replace(found, evaluations=2)
+    every = math.ceil(found.rounds / max(1, int(most / found.evaluation) - 1))
+    recipe = dataclasses.replace(recipe, eval_every=every)
+    found = dataclasses.replace(found, evaluations=evaluations_of(found.rounds, every))
     share = most / (2 * found.evaluation)
     if share < 1:
         rows = max(min(FEWEST_ROWS, found.rows), int(share * found.rows))

@@ -403,7 +403,8 @@ def _timed(
     if (whole := timed(job).estimate) is None:
         return job, next(iter(searches), None)
     within = estimate.seconds_of(job.recipe.within)
-    most = rates.SHARE * estimate.SPARE * within if within else math.inf
+    budget = estimate.SPARE * within
+    most = min(rates.SHARE * budget, estimate.most_search(whole, budget)) if within else math.inf
     search = next((s for s in searches if s.due or s.seconds(whole) <= most), None)
     whole = smaller = replace(whole, search=search.seconds(whole) if search else 0.0)
     recipe, method = job.recipe, job.method

@@ -164,7 +164,7 @@ class Recipe:
     within: str = Field(
         default="",
         description="make the run so small that it takes at most this time on this machine, as 30m: fewer evaluations, "
-        "local steps, rounds, clients",
+        "answers, local steps, rounds, clients",
     )
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
     columns: str = Field(
