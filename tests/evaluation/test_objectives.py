@@ -203,7 +203,7 @@ def test_objectives_that_cannot_be_are_refused_when_they_are_chosen(own: Path, t
 
 
 SAID = {"tensor": "Tensor", "flag": "bool", "nan": "nan", "infinite": "-inf", "ends": "SystemExit"}
-SAID |= {"fails": r"ZeroDivisionError: .*my objectives.py:\d+\)$"}
+SAID |= {"fails": r"(?m)ZeroDivisionError: .*my objectives.py:\d+\)$"}
 
 
 @pytest.mark.parametrize(("function", "says"), SAID.items())
