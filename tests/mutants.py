@@ -79,7 +79,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'stated != (now := sums.sha256(listed))', '(now := "") != stated == ""', 'deploy/test_verify.py -k forgeries'),
     Mutant('deploy/verify.py', '_merged', 'finished.require_digest(model.digest, run.ledger().final_check(), run.result)', 'pass',
            'deploy/test_verify.py -k forgeries'),
-    Mutant('deploy/verify.py', '_is_of', 'again.equals(found)', 'not again.equals(found)',
+    Mutant('deploy/verify.py', 'Codes._is_of', 'again.equals(found)', 'not again.equals(found)',
            'deploy/test_verify.py -k proven_from'),
     Mutant('deploy/export.py', '_write_tuned',
            'stated = None if run.result.is_dir() else run.ledger().final_check()', 'stated = None',
