@@ -423,7 +423,7 @@ class Codes:
             return torch.equal(self.master.weight(name), W)
         if self.solver is None or W.dim() != 2 or self.solver.check(name, *W.shape):
             return False
-        nothing = torch.zeros(W.shape[1], W.shape[1])
+        nothing = torch.zeros(()).expand(W.shape[1], W.shape[1])  # takes no memory
         again, found = self.solver.solve(W.detach().float(), nothing).weight, self.master.quantised(name)
         return isinstance(again, artefact.Quantised) and found is not None and again.equals(found)
 
