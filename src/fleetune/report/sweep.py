@@ -69,8 +69,7 @@ def metrics(members: Sequence[GridRun]) -> list[str]:
 # The table ------------------------------------------------------------------------------------------
 
 
-# values, runs, lr (those of its runs, unless they vary), base, tuned (by measure mean, spread, number), bytes and seconds
-# (means of a run)
+# values, runs, lr (of its runs), base, tuned (by measure mean, spread, number), bytes and seconds (means of a run)
 Cell = Mapping[str, Any]
 
 
@@ -111,14 +110,9 @@ def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
             Stat(**cell[side][n]).text(metric(n).digits) for n in cell["base"] for side in ("base", "tuned")
         ]
         costs = [human_bytes(cell["bytes"]), human_time(cell["seconds"])]
-        lr = (
-            [" to ".join(map(runlog.value_text, dict.fromkeys(cell["lr"][i] for i in (0, -1))))]
-            if rated
-            else []
-        )
-        rows.append(
-            [*map(runlog.value_text, cell["values"].values()), str(cell["runs"]), *lr, *sides, *costs]
-        )
+        lr = [" to ".join(dict.fromkeys(f"{cell['lr'][i]:g}" for i in (0, -1)))] if rated else []
+        what = [*map(runlog.value_text, cell["values"].values()), str(cell["runs"])]
+        rows.append([*what, *lr, *sides, *costs])
     if not cells:
         return [], []
     measured = [part for n in cells[0]["base"] for part in (f"{metric(n).label}, base", "tuned")]
