@@ -10,6 +10,8 @@ import io
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -475,6 +477,19 @@ def test_a_device_reads_its_rows_before_it_looks_for_a_server(tmp_path, monkeypa
     Path("rows.jsonl").write_text('{"ask": "Why?", "say": "So."}\n')
     said = refused(capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl")
     assert "rows.jsonl has the columns of no form" in said
+
+
+def test_a_device_says_that_it_is_there_before_it_loads_torch(tmp_path):
+    devices_harness.write_rows(str(tmp_path / "rows.jsonl"), 1, 9)
+    script = (
+        "import sys\n"
+        "from fleetune.cli.main import main\n"
+        "from fleetune.fleet import device\n"
+        "device.stay = lambda *given, over, note: print('torch' in sys.modules)\n"
+        "main(['fleet', 'join', '127.0.0.1:1', '--data', 'rows.jsonl'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "uvicorn"])

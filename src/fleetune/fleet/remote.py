@@ -197,6 +197,9 @@ class RemoteFleet(Fleet):
                 break
             asking.lost(self._lost(asking.sent, here))
             self._give_out(asking, here)
+            asking.await_joining(
+                {c: mark for c in asking.waiting if (mark := self._joins(self.devices.members[c].key, here))}
+            )
             yield from self._given_up(asking)
             for word in asking.word(lambda client: self.devices.members[client].name):
                 self.note(word)
@@ -237,6 +240,11 @@ class RemoteFleet(Fleet):
                 self._declined.discard(client)
                 if (number := self._push(key, asking.orders[client], here, asking.room)) is not None:
                     asking.given(client, number)
+
+    def _joins(self, key: str, here: Mapping[str, str]) -> str:
+        """Return the mark of a device that is there and loads the model; "" for any other."""
+        mark = here.get(key, "")
+        return mark if self._ready.get(key) != mark and key not in self._refused else ""
 
     def _given_up(self, asking: Asking) -> Iterator[Answer]:
         """Yield, without an answer, the clients that are not waited for any longer."""
@@ -368,7 +376,7 @@ class RemoteFleet(Fleet):
                 return f"refused: {self._refused[key]}"
             if key not in here:
                 return "away" if rows else "has not joined"
-            if self._ready.get(key) != here[key]:
+            if self._joins(key, here):
                 return "joining"
             return does.get(client, "ready")
 
@@ -524,6 +532,8 @@ class Asking:
     took: list[float] = field(init=False, default_factory=list)  # seconds from the begin to each answer
     times: dict[int, int] = field(init=False, default_factory=dict)  # client -> how often it was asked
     declined: dict[int, Declined] = field(init=False, default_factory=dict)
+    joins: dict[int, set[str]] = field(init=False, default_factory=dict)  # client -> stays in which it loaded
+    joining: set[int] = field(init=False, default_factory=set)  # clients that load now
     next_word: float = field(init=False)  # when to say who is waited for
 
     def __post_init__(self) -> None:
@@ -541,6 +551,15 @@ class Asking:
         del self.waiting[client]
         self.sent[number] = client
         self.times[client] = self.times.get(client, 0) + 1
+
+    def await_joining(self, marks: Mapping[int, str]) -> None:
+        """Wait on for clients that are there and load, as for those at work; not for one that dies of it again and again."""
+        self.joining = set(marks)
+        for client, mark in marks.items():
+            stays = self.joins.setdefault(client, set())
+            stays.add(mark)
+            if len(stays) <= ASKED:
+                self.waiting[client] = time.monotonic()
 
     def lost(self, numbers: Iterable[str]) -> None:
         """Note that the devices of these orders have gone, or come in anew, so that they are asked again."""
@@ -570,7 +589,8 @@ class Asking:
         if time.monotonic() <= self.next_word:
             return
         self.next_word += WORD
-        does = dict.fromkeys(self.waiting, "away") | dict.fromkeys(self.sent.values(), "at work")
+        does = dict.fromkeys(self.waiting, "away") | dict.fromkeys(self.joining, "joining")
+        does |= dict.fromkeys(self.sent.values(), "at work")
         does |= {client: f"declined: {found.reason}" for client, found in self.declined.items()}
         shown = [f"{name(c)} ({does[c]})" for c in sorted(does)[:SHOWN]]
         more = f" and {len(does) - SHOWN} more" if len(does) > SHOWN else ""

@@ -288,8 +288,8 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
             ui.note(f"others on this machine can read the private key in {file}: chmod 600 {quoted(file)}")
     ui.log()
     ui.note(f"connecting to {server}")
+    from fleetune.fleet.brings import Brings
     from fleetune.fleet.device import Conditions, Home, join
-    from fleetune.fleet.worker import Brings
 
     rows = str(sources.store_stdin(state)) if rows == sources.STDIN else rows
     brings = Brings(
