@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -79,6 +80,8 @@ class RemoteFleet(Fleet):
         self._asking: Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
         self._declined = set[int]()  # clients that declined when they were last asked
+        self._missed = Counter[int]()  # round -> replies that do not count
+        self.next = 0  # the round that a resumed run begins with
         self._took: Sequence[float] = ()  # seconds until each answer of the last round
 
     @property
@@ -141,8 +144,8 @@ class RemoteFleet(Fleet):
         """Take what a checkpoint states; each device compares it with what it has, when it is asked."""
         self._kept = dict(stated)
 
-    def heard(self, reply: ClientReply) -> None:
-        """Write into the log what became of a client's reply."""
+    def heard(self, reply: ClientReply) -> str:
+        """Write into the log what became of a client's reply; return that of the first few of a round that do not count."""
         member = self.devices.members[reply.client]
         self.audit(
             reply.status,
@@ -154,6 +157,12 @@ class RemoteFleet(Fleet):
             sha256=self._digests.get(reply.client, ""),
             reason=reply.reason,
         )
+        if reply.status == "ok":
+            return ""
+        self._missed[reply.round] += 1
+        more = "; fleetune fleet status has the others" if self._missed[reply.round] == SHOWN else ""
+        said = f"round {reply.round}: {member.name} {reply.status}: {reply.reason}{more}"
+        return said if self._missed[reply.round] <= SHOWN else ""
 
     def forget_before(self, round: int) -> None:
         """Let devices delete memories that a newer one, not after `round`, replaces."""
@@ -391,7 +400,9 @@ class RemoteFleet(Fleet):
                 self._refused.pop(key, None)
                 if self._may_be_greeted(key):
                     self._greeted[key] = mark
-                    self._push(key, Order("job", body=self.job.to_json().encode()), here)
+                    self._push(
+                        key, Order("job", self.round or self.next, body=self.job.to_json().encode()), here
+                    )
         for key in self._greeted.keys() - here.keys():
             del self._greeted[key]  # it is greeted again, even if it comes back in the same session
             if self._ready.pop(key, None):
@@ -458,6 +469,8 @@ class RemoteFleet(Fleet):
                 raise MessageError(reply.reason)
             device = Device.from_json(reply.body)
             able = self._able(device) if self.job.task == "tune" else None
+            known = self.devices.client(found.key)
+            here = "ready" if known is None or not self.devices.members[known].rows else "back"
             client = self.devices.join(found.key, name, device, able)
         except MessageError as error:
             self.note(f"device {name} takes no part: {error.message}")
@@ -473,7 +486,7 @@ class RemoteFleet(Fleet):
         about = {"version": device.version, "torch": device.torch, "processor": device.processor}
         self.audit("joined", device=found.key, name=name, client=client, rows=device.rows, **about)
         self.note(
-            f"device {name} is ready: client {client}, {counted(device.rows, 'row')} · fleetune {device.version}, "
+            f"device {name} is {here}: client {client}, {counted(device.rows, 'row')} · fleetune {device.version}, "
             f"torch {device.torch}, {device.processor}"
         )
         if (differs := apart(device)) and (word := f"device {name}: {differs}") not in self._said:

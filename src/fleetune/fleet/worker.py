@@ -135,6 +135,8 @@ class Worker:
                 self.note("base mapped: the weights stay in their file" if mapped else "base in memory")
                 if self.loaded.hides is not None:
                     self.note(f"privacy: each row is hidden by {self.loaded.hides.text}")
+            if order.round > 1 and job.task == "tune":
+                self.note(f"the run goes on at round {order.round} of {job.rounds}")
             loaded = self.loaded
             told = orders.Device(
                 len(loaded.rows),
