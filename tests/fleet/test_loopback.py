@@ -41,6 +41,7 @@ from fleetune.fleet.worker import Brings
 from fleetune.privacy import mechanism
 from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
+from fleetune.tuning.prepare import rates
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.run import resume as resuming
@@ -503,6 +504,16 @@ def test_a_device_says_that_it_is_there_before_it_loads_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_a_server_says_how_long_it_will_look_for_a_rate(place, capsys, monkeypatch):
+    monkeypatch.setattr(rates, "LONG", 0.0)
+    Path("recipe.toml").write_text(recipes.to_toml(recipes.make({**FEDKSEED, "set": {"K": 4, "tau": 1}})))
+    assert main(["fleet", "serve", "-c", "recipe.toml", "--dry-run", "--port", str(free_port())]) == 0
+    said = capsys.readouterr().err
+    assert re.search(
+        "^finding lr on training rows: about .*; --set lr=NUMBER leaves the search out$", said, re.M
+    )
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "uvicorn"])
