@@ -173,6 +173,20 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
     assert [e["name"] for e in ok(capsys, "runs", "--out", folder)] == [Path(e["run"]).name for e in runs]
 
 
+def test_every_open_learning_rate_is_searched_and_each_runs_rate_is_shown(at, capsys):
+    (at / "recipe.toml").write_text(RECIPE.format(rounds=1).partition("[set]")[0])
+    code, out, err = call(capsys, "sweep", "recipe.toml", "--vary", "method=fedit,signlora")
+    assert code == 0
+    assert "lr searched (fedit, signlora)" in err
+    rows = list(csv.DictReader((at / "runs/0001-sweep-recipe/sweep.csv").read_text().splitlines()))
+    found = re.findall(r"lr = (\S+), found in", err)
+    assert [float(row["lr"]) for row in rows] == [float(rate) for rate in found]
+    page = (at / "runs/0001-sweep-recipe/sweep.html").read_text(encoding="utf-8")
+    for row, rate in zip(rows, found, strict=True):
+        assert re.search(rf"{row['method']} +1 +{rate} ", out)
+        assert f">{rate}<" in page
+
+
 @pytest.mark.faults
 def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
     (at / "recipe.toml").write_text(RECIPE.format(rounds=8))

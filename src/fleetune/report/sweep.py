@@ -69,7 +69,7 @@ def metrics(members: Sequence[GridRun]) -> list[str]:
 # The table ------------------------------------------------------------------------------------------
 
 
-# values, runs, base, tuned (by measure mean, spread, number), bytes and seconds (means of a run)
+# values, runs, lr (of its runs), base, tuned (by measure mean, spread, number), bytes and seconds (means of a run)
 Cell = Mapping[str, Any]
 
 
@@ -85,6 +85,8 @@ def combinations(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> Seque
             "values": {a.name: v for a, v in zip(axes, values, strict=True)},
             "runs": len(here),
         }
+        if "set.lr" not in {a.key for a in axes}:
+            cell["lr"] = sorted({rate for run in here if (rate := rate_of(run)) is not None})
         measured, facts = [runlog.measures(run) for run in here], [runlog.summarise(run) for run in here]
         for side, name in enumerate(("base", "tuned")):
             cell[name] = {n: stat([pair[side][n] for pair in measured])._asdict() for n in names}
@@ -95,19 +97,26 @@ def combinations(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> Seque
     return cells
 
 
+def rate_of(run: runlog.RunLog) -> runlog.Number | None:
+    """Return the learning rate that a run worked with, given or found; None where it does not say."""
+    return runlog.num_of(runlog.map_of(run.config, "set"), "lr")
+
+
 def table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """Return the head and the rows: mean ± standard deviation over the seeds of every combination; ([], []) of none."""
-    rows = []
+    rows, rated = [], all(cell.get("lr") for cell in cells)
     for cell in cells:
         sides = [
             Stat(**cell[side][n]).text(metric(n).digits) for n in cell["base"] for side in ("base", "tuned")
         ]
         costs = [human_bytes(cell["bytes"]), human_time(cell["seconds"])]
-        rows.append([*map(runlog.value_text, cell["values"].values()), str(cell["runs"]), *sides, *costs])
+        lr = [" to ".join(dict.fromkeys(f"{cell['lr'][i]:g}" for i in (0, -1)))] if rated else []
+        what = [*map(runlog.value_text, cell["values"].values()), str(cell["runs"])]
+        rows.append([*what, *lr, *sides, *costs])
     if not cells:
         return [], []
     measured = [part for n in cells[0]["base"] for part in (f"{metric(n).label}, base", "tuned")]
-    return [*cells[0]["values"], "runs", *measured, "bytes", "time"], rows
+    return [*cells[0]["values"], "runs", *["lr"] * rated, *measured, "bytes", "time"], rows
 
 
 def apart(members: Sequence[GridRun]) -> list[str]:
@@ -128,6 +137,7 @@ def csv(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> str:
                 "run": m.run.name,
                 **{a.name: v for a, v in zip(axes, m.values, strict=True)},
                 "seed": m.seed,
+                "lr": rate_of(m.run),
                 "status": m.run.status,
                 **{f"base_{n}": v for n, v in base.items()},
                 **{f"tuned_{n}": v for n, v in tuned.items()},

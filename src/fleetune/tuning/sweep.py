@@ -24,7 +24,7 @@ from fleetune.report.page import framed
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener, Relay
 from fleetune.tuning import methods
-from fleetune.tuning.prepare import prepare
+from fleetune.tuning.prepare import prepare, rates
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished, foundations
 from fleetune.tuning.run import resume
@@ -180,6 +180,24 @@ def _changed(
     return changed
 
 
+def searched(r: recipes.Recipe) -> recipes.Recipe:
+    """Return a run's recipe with every open learning rate to be searched, however short the run is; else as it is."""
+    asked = dataclasses.replace(r, set={**r.set, **dict.fromkeys(rates.wanted(r), AUTO)})
+    return r if rates.problems(asked, methods.make(r.method, asked.set)) else asked
+
+
+def _rates(grid: SweepGrid) -> str:
+    """Say which learning rates are searched, given, and the method's own."""
+    told: dict[str, dict[str, None]] = {}
+    for r in (searched(point.recipe) for point in grid.points):
+        for s in methods.settings(r.method):
+            if s.found or (s.auto and s.name in r.set):
+                value = r.set.get(s.name)
+                how = "searched" if value == AUTO else "as published" if value is None else "given"
+                told.setdefault(f"{s.name} {how}", {})[r.method] = None
+    return "; ".join(f"{how} ({', '.join(names)})" for how, names in told.items())
+
+
 def raise_together(problems: Sequence[str]) -> None:
     """Raise RecipeError with these problems, each once, if there are any."""
     different = list(dict.fromkeys(problems))
@@ -200,7 +218,7 @@ class SweepResult:
 
     folder: Path
     runs: tuple[finished.TuneResult, ...]
-    # combinations: values, runs, base, tuned (mean and spread), bytes, seconds
+    # combinations: values, runs, lr, base, tuned (mean and spread), bytes, seconds
     cells: Sequence[Mapping[str, Any]]
 
     @property
@@ -336,7 +354,7 @@ def header(grid: SweepGrid, path: Path) -> tuple[str, list[tuple[str, str]]]:
     rows = [("model", base.model), ("data", f"{Path(base.data).name} · {base.partition}")]
     rows += [(axis.name, ", ".join(map(shown, axis.values))) for axis in grid.axes]
     seeds = f"{base.seed} to {base.seed + grid.seeds - 1}" if grid.seeds > 1 else str(base.seed)
-    rows += [("seeds", seeds), ("runs", f"{len(grid.points)} · in {path}")]
+    rows += [("rates", _rates(grid)), ("seeds", seeds), ("runs", f"{len(grid.points)} · in {path}")]
     return f"fleetune sweep · {base.method}", rows
 
 
@@ -449,7 +467,7 @@ def _runs(folder: rundir.RunDir, grid: SweepGrid, listener: Listener, *, offline
 def _one(folder: rundir.RunDir, point: Point, listener: Listener, offline: bool) -> str:
     try:
         with rundir.at(folder.path / point.name) as run:
-            job = prepare.prepare(point.recipe, offline=offline, measure=False)
+            job = prepare.prepare(searched(point.recipe), offline=offline, measure=False)
             jobs.tune(job, run, listener)
     except (errors.StorageError, errors.Interrupted):
         raise
