@@ -17,7 +17,7 @@ EXAMPLES = """\
 fleetune help                    the pages
 fleetune help data               one of them; fleetune help data | less
 fleetune help dataerror          the section with this heading
-fleetune help fleetune-device.service > fleetune-device.service
+fleetune help fleetune-device.service   a file to deploy, as fleetune-server.service and Dockerfile
 """
 PLACES = (Path(fleetune.__file__).parent / "docs", Path(fleetune.__file__).parents[2] / "docs")
 MADE = "<!-- made by"  # pages that only the site has
