@@ -49,13 +49,16 @@ class FleetuneError(Exception):
 
     exit_code = 1
     spoken: ClassVar[Callable[[str], str]] = (
-        str  # a hint as a traceback words it: `fleetune.api` has it in Python
+        str  # a text as Python users read it: `fleetune.api` has commands and options as calls
     )
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __str__(self) -> str:
+        return type(self).spoken(self.message)
 
     @property
     def hint(self) -> str | None:
@@ -139,6 +142,16 @@ class Interrupted(FleetuneError):
     """Stopped by the user between two steps; nothing that was acknowledged is lost."""
 
     exit_code = 130
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Let errors of the block speak of commands and options as they are written, on a command line."""
+    before, FleetuneError.spoken = FleetuneError.spoken, str
+    try:
+        yield
+    finally:
+        FleetuneError.spoken = before
 
 
 @contextmanager
