@@ -31,9 +31,9 @@ def _call(found: re.Match[str]) -> str:
     if words is None:
         return _argument(*option)
     if verb == "methods" or words.startswith(" --list"):
-        name, layer = LISTED[verb]
+        listing, layer = LISTED[verb]
         of = words.removeprefix(" --list").strip().replace("-", "_")
-        return f"help('fleetune.{layer}.methods.{of}')" if of else f"fleetune.{name}()"
+        return f"help('fleetune.{layer}.methods.{of}')" if of else f"fleetune.{listing}()"
     name = (RESUMED if words.startswith(" --resume ") else NAMES).get(verb)
     if name is None or re.search(r" (-c|list|rm)\b", words):
         return found[0]

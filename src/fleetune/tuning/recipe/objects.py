@@ -181,13 +181,17 @@ def _parts(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     return net, words
 
 
+NOT_CONTENT: Final = ("architectures", "transformers_version", "use_cache")  # saving sets them, or use does
+
+
 def _content_digest(net: Any, tokenizer: Any) -> str:
     from fleetune import models
     from fleetune.models.net.model import stored_tensors
 
+    stated = {n: v for n, v in json.loads(net.config.to_json_string()).items() if n not in NOT_CONTENT}
     parts = [
         models.digest(stored_tensors(net)),
-        net.config.to_json_string(),
+        json.dumps([type(net).__name__, stated], sort_keys=True),
         models.tokenizer_digest(tokenizer),
         str(tokenizer.chat_template),
     ]
