@@ -116,6 +116,7 @@ def _stated(cls: type, name: str) -> Any:
 
 
 FOLDER: Final = "objects"
+NOT_CONTENT: Final = ("architectures", "transformers_version", "use_cache")  # saving sets them, or use does
 
 
 def model_name(model: object, tokenizer: object, out: Path) -> str:
@@ -179,9 +180,6 @@ def _parts(model: Any, tokenizer: Any) -> tuple[Any, Any]:
             f"the tokenizer has {len(words)} tokens, the model {rows}", hint="give the model's own tokenizer"
         )
     return net, words
-
-
-NOT_CONTENT: Final = ("architectures", "transformers_version", "use_cache")  # saving sets them, or use does
 
 
 def _content_digest(net: Any, tokenizer: Any) -> str:
