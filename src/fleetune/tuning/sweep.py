@@ -192,7 +192,8 @@ def _rates(grid: SweepGrid) -> str:
     for r in (searched(point.recipe) for point in grid.points):
         for s in methods.settings(r.method):
             if s.found or (s.auto and s.name in r.set):
-                how = {AUTO: "searched", None: "as published"}.get(r.set.get(s.name), "given")
+                value = r.set.get(s.name)
+                how = "searched" if value == AUTO else "as published" if value is None else "given"
                 told.setdefault(f"{s.name} {how}", {})[r.method] = None
     return "; ".join(f"{how} ({', '.join(names)})" for how, names in told.items())
 
