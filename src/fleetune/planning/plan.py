@@ -326,9 +326,9 @@ def _methods(
 class Plan:
     """The costs of every method for a model on a device."""
 
-    rows: tuple[PlanRow, ...]
+    rows: tuple[PlanRow, ...] = field(repr=False)
     about: tuple[tuple[str, str], ...]  # (label, text): the model and the work
-    search: Search  # for what fits the device
+    search: Search = field(repr=False)  # for what fits the device
 
     def _repr_html_(self) -> str:
         return framed_table("Costs", self.about, columns(self.rows), [cells(row) for row in self.rows])
