@@ -48,9 +48,7 @@ class FleetuneError(Exception):
     """Base of all errors; `message` is what failed, `hint` the next thing to try, which a traceback ends in."""
 
     exit_code = 1
-    spoken: ClassVar[Callable[[str], str]] = (
-        str  # a text as Python users read it: `fleetune.api` has commands and options as calls
-    )
+    spoken: ClassVar[Callable[[str], str]] = str  # a text as Python users read it: `fleetune.api` sets it
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -168,8 +166,7 @@ def called(path: Path, name: object) -> Iterator[None]:
 
 def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Give " Did you mean 'fedkseed'?" for the known name closest to `name`, or "" when none is close."""
-    near = closest(name, known, cutoff=cutoff)
-    return "" if near is None else f" Did you mean '{near}'?"
+    return f" Did you mean '{near}'?" if (near := closest(name, known, cutoff=cutoff)) else ""
 
 
 def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:

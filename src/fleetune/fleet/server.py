@@ -24,7 +24,7 @@ from fleetune.fleet.door import Door
 from fleetune.fleet.http_server import Address
 from fleetune.fleet.keys import Place as Place
 from fleetune.fleet.orders import Job, is_path, job_of, terms_of
-from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.remote import SHOWN, Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
@@ -51,6 +51,12 @@ AGAIN: Final = {  # what goes on after a stop, by task
     "calibrate": "fleetune compress --resume",
 }
 REFUSALS: Final = 60.0  # seconds between two entries of what the door refused
+AWAY: Final = {  # of refusals, those that a person can mend
+    401: "the key was revoked",
+    403: "the key is in no .pub file of --keys, or is another's",
+    409: "a device with this key is here already: an invite is for one device",
+    421: "it calls this server by a name that the certificate does not have, or trusts another ca.pem",
+}
 
 
 @dataclass
@@ -152,7 +158,8 @@ class Served:
             ("--round-deadline", self.pace.deadline, usual.deadline),
         ]
         pace = "".join(f" {flag} {value:g}" for flag, value, other in given if value != other)
-        return self.place.flags() + pace
+        page = "" if self.page is None else f" --page {quoted(self.page)}" if self.page else " --page"
+        return self.place.flags() + pace + page
 
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are waited for."""
@@ -185,6 +192,8 @@ class Served:
         terms = terms_of(job.recipe, private.sealed_of(job))
         told = job_of(job.recipe, devices.run, job.model.digest, **terms)
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
+        if 0 < self._done < job.recipe.rounds:
+            listener.note(f"resumed: it goes on at round {self._done + 1} of {job.recipe.rounds}")
         kinds = wanted(job.method, job.recipe.kinds)
         apart = job.recipe.privacy in private.BY_CLIENT
         return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds, apart)
@@ -217,7 +226,7 @@ class Served:
             while self._news:
                 devices.register([(k.fingerprint, k.name) for k in self._keys or []])
                 listener.note(self._news.pop(0))
-            self._log_refusals(audit)
+            self._log_refusals(audit, listener.note)
             if self._publish(folder) or listener.stop_requested:
                 hint = f"{AGAIN[job.task]} {folder}{self.flags()}" if job.task in AGAIN else None
                 raise Interrupted(f"stopped while waiting for devices{KEPT[job.task]}", hint=hint)
@@ -234,7 +243,7 @@ class Served:
             kinds=kinds,
             apart=apart,
         )
-        self._count = count
+        self._count, self._fleet.next = count, self._done and self._done + 1
         self._fleet.wait_for(count, self.patience and (self.pace.deadline or self.patience))
         return self._fleet
 
@@ -270,15 +279,21 @@ class Served:
                     f"--wait {max(1, len(found))}"
                 )
 
-    def _log_refusals(self, audit: Audit) -> None:
-        """Write down which requests the door has refused: how many of each status, path and claimed key."""
-        if time.monotonic() < self._next_refusals:
+    def _log_refusals(self, audit: Audit, note: Callable[[str], None]) -> None:
+        """Write down which requests the door has refused: how many of each status, path and claimed key; say who, by reason."""
+        if time.monotonic() < self._next_refusals or not (taken := self._door.refusals.taken()):
             return
-        self._next_refusals = time.monotonic() + REFUSALS
+        self._next_refusals, who = time.monotonic() + REFUSALS, dict[str, set[str]]()
         names = {k.fingerprint: k.name for k in self._keys or []}
-        for (answered, path, key), count in sorted(self._door.refusals.taken().items()):
+        for (answered, path, key), count in sorted(taken.items()):
             audit.write(
                 "turned away", status=answered, path=path, device=key, name=names.get(key, ""), requests=count
+            )
+            if answered in AWAY and path != "/fleet/exchange":
+                who.setdefault(AWAY[answered], set()).add(self._door.name(key) or "one without a key")
+        for why, names_of in who.items():
+            note(
+                f"turned away: {', '.join(sorted(names_of)[:SHOWN])}{' ..' * (len(names_of) > SHOWN)}: {why}"
             )
 
     def _publish(self, folder: Path) -> bool:
@@ -306,10 +321,13 @@ class Served:
 
     def line(self, own_model: bool = False) -> str:
         """Return the command for a device, which has to bring its own copy of the model or not."""
-        words = f"fleetune fleet join {self.place.address()} --data ROWS.jsonl{self.more}"
-        words += " --model PATH" if own_model else ""
-        words += " --key KEY" if self._keys is not None else ""
-        return words + (" --ca ca.pem" if self.place.certificate else "")
+        server = self.place.address() if self._keys is None else f"NAME{keyring.INVITE}"
+        words = f"fleetune fleet join {server} --data ROWS.jsonl{self.more}{' --model PATH' * own_model}"
+        if self._keys is None:
+            return words + " --ca ca.pem" * bool(self.place.certificate)
+        return (
+            f"{words}   (NAME{keyring.INVITE} is made here: fleetune fleet invite NAME{self.place.flags()})"
+        )
 
 
 def _files(folder: Path | None) -> dict[str, bytes]:

@@ -30,7 +30,7 @@ def texts() -> list[str]:
 
 def test_messages_name_topics_that_there_are():
     said, there = "\n".join(texts()), pages.found()
-    named = set(re.findall(r"fleetune help ([a-z][\w#-]*)", said))
+    named = set(re.findall(r"fleetune help ([a-z][\w#-]*(?:\.\w+)?)", said))
     assert {"data", "safety", "privacy", "models#tuning-on-from-an-adapter"} <= named
     sections = {kind.__new__(kind).page.removeprefix("fleetune help ") for kind in KINDS}
     assert "dataerror" in sections

@@ -171,7 +171,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
                 result = resume.resume(path, shown, offline=args.offline, fleets=fleets)
             else:
                 result = running.start(recipe, Path(args.out), shown, offline=args.offline, fleets=fleets)
-        finish(ui, result)
+        finish(ui, result, then=standing.resume(Path(result.done.run)))
         with suppress(KeyboardInterrupt), InterruptHandler(ui) as interrupt:
             interrupt.at_once = True
             fleets.linger(ui.note)
@@ -182,6 +182,8 @@ def _check_only(recipe: recipes.Recipe, fleets: Served, args: argparse.Namespace
     from fleetune.tuning.prepare import prepare
 
     rundir.check_writable(Path(args.out), make=False)
+    with fleets:
+        pass  # it can listen there
     with sources.borrowed(recipe.data) as rows:
         stated, offline = dataclasses.replace(recipe, data=rows), args.offline
         job = prepare.prepare(stated, offline=offline, simulated=False, find=False, note=ui.note)
@@ -287,9 +289,8 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         if os.name == "posix" and file.stat().st_mode & 0o077:
             ui.note(f"others on this machine can read the private key in {file}: chmod 600 {quoted(file)}")
     ui.log()
-    ui.note(f"connecting to {server}")
+    from fleetune.fleet.brings import Brings
     from fleetune.fleet.device import Conditions, Home, join
-    from fleetune.fleet.worker import Brings
 
     rows = str(sources.store_stdin(state)) if rows == sources.STDIN else rows
     brings = Brings(

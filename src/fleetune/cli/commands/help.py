@@ -1,9 +1,10 @@
-"""`fleetune help [TOPIC]`: the pages of the documentation, which a wheel holds, or one section of them."""
+"""`fleetune help [TOPIC]`: the pages of the documentation, which a wheel holds, one section of them, or a file to deploy."""
 
 import argparse
 import ast
 import re
 from pathlib import Path
+from typing import Final
 
 import fleetune
 from fleetune.cli.console import Ui
@@ -17,9 +18,11 @@ EXAMPLES = """\
 fleetune help                    the pages
 fleetune help data               one of them; fleetune help data | less
 fleetune help dataerror          the section with this heading
+fleetune help fleetune-device.service   a file to deploy, as fleetune-server.service and Dockerfile
 """
 PLACES = (Path(fleetune.__file__).parent / "docs", Path(fleetune.__file__).parents[2] / "docs")
 MADE = "<!-- made by"  # pages that only the site has
+DEPLOY: Final = ("fleetune-device.service", "fleetune-server.service", "Dockerfile")  # printed as they are
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -35,6 +38,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if not args.topic:
         ui.table(["topic", "page"], [[name, text.partition("\n")[0][2:]] for name, text in pages.items()])
         ui.paths([("next", "fleetune help TOPIC, or fleetune COMMAND --help")])
+    elif args.topic in DEPLOY:
+        ui.text(pages[args.topic.lower()])
     else:
         ui.document(plain(shown(args.topic, pages)))
 
@@ -46,6 +51,7 @@ def found() -> dict[str, str]:
         raise UsageError("the documentation is not installed", hint="fleetune COMMAND --help")
     files = [*sorted(place.glob("*.md")), *sorted(place.glob("tutorials/*.md"))]
     texts = {path.stem.replace("_", "-"): path.read_text(encoding="utf-8") for path in files}
+    texts |= {name.lower(): (place.parent / "deploy" / name).read_text(encoding="utf-8") for name in DEPLOY}
     return {name: text for name, text in texts.items() if name != "index" and not text.startswith(MADE)}
 
 

@@ -283,8 +283,8 @@ class _Sitting:
     def emit(self, event: Recorded) -> None:
         """Record an event, pass it on, and say what is to be said of it."""
         self.listener.event(dataclasses.replace(event, t=self.run.record(as_dict(event))["t"]))
-        if isinstance(event, ClientReply):
-            self.fleet.heard(event)
+        if isinstance(event, ClientReply) and (word := self.fleet.heard(event)):
+            self.listener.note(word)
         if isinstance(event, RoundEvaluated):
             self.round = event.round
         if (advice := self.watch.heard(event)) is not None:
