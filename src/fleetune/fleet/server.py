@@ -17,11 +17,12 @@ from fleetune.common.display import counted, quoted
 from fleetune.common.files import PRIVATE, json_text, write_atomic
 from fleetune.common.memory import rss
 from fleetune.errors import FleetError, Interrupted, UsageError
-from fleetune.fleet import PORT, status
 from fleetune.fleet import keys as keyring
+from fleetune.fleet import status
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.door import Door
 from fleetune.fleet.http_server import Address
+from fleetune.fleet.keys import Place as Place
 from fleetune.fleet.orders import Job, is_path, job_of, terms_of
 from fleetune.fleet.remote import SHOWN, Pace, RemoteFleet
 from fleetune.fleet.table import Devices
@@ -49,7 +50,6 @@ AGAIN: Final = {  # what goes on after a stop, by task
     "tune": "fleetune fleet serve --resume",
     "calibrate": "fleetune compress --resume",
 }
-EVERY: Final = ("0.0.0.0", "::")  # addresses to listen on, by which nobody calls a machine
 REFUSALS: Final = 60.0  # seconds between two entries of what the door refused
 AWAY: Final = {  # of refusals, those that a person can mend
     401: "the key was revoked",
@@ -57,63 +57,6 @@ AWAY: Final = {  # of refusals, those that a person can mend
     409: "a device with this key is here already: an invite is for one device",
     421: "it calls this server by a name that the certificate does not have, or trusts another ca.pem",
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a server listens, and whom it lets in."""
-
-    host: str = "127.0.0.1"
-    port: int = PORT
-    keys: Path | None = None  # folder with the devices' public keys
-    certificate: Path | None = None  # folder with server.pem, server.key and ca.pem
-
-    def check(self) -> list[keyring.PublicKey] | None:
-        """Return the registered keys, None for any; UsageError for a place that others reach without TLS and keys."""
-        keyring.check_installed()
-        if not keyring.is_loopback(self.host) and not (self.keys and self.certificate):
-            raise UsageError(
-                f"{self.host} can be reached from other machines: a fleet there needs TLS and registered keys",
-                hint=f"fleetune fleet keys certificate certs {self.called()}; then: --certificate certs --keys DIR "
-                "with the devices' public keys",
-            )
-        for name in ("server.pem", "server.key"):
-            if self.certificate and not (self.certificate / name).is_file():
-                raise UsageError(
-                    f"{self.certificate} has no {name}",
-                    hint=f"make it: fleetune fleet keys certificate {quoted(self.certificate)} {self.called()}",
-                )
-        if self.certificate:
-            keyring.hosts_of(self.certificate / "server.pem")
-            if not (self.certificate / "ca.pem").is_file():
-                raise UsageError(
-                    f"{self.certificate} has no ca.pem",
-                    hint="put the one that devices trust beside server.pem",
-                )
-        return keyring.registered(self.keys) if self.keys else None
-
-    def address(self) -> str:
-        """Return HOST:PORT by which devices call it, by its certificate where it listens everywhere."""
-        host = self.host
-        if self.certificate and host in EVERY:
-            names = keyring.hosts_of(self.certificate / "server.pem")
-            host = next((name for name in names if not keyring.is_loopback(name)), names[0])
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
-
-    def called(self) -> str:
-        """Return by which name or address devices call it, as a command says it."""
-        return "HOST [HOST ..]   (names and addresses that devices join)" if self.host in EVERY else self.host
-
-    def flags(self) -> str:
-        """Return the flags that open the same door again, each with a space before it."""
-        usual = Place()
-        given = [
-            ("--host", self.host, usual.host),
-            ("--port", self.port, usual.port),
-            ("--keys", self.keys, None),
-            ("--certificate", self.certificate, None),
-        ]
-        return "".join(f" {flag} {quoted(value)}" for flag, value, other in given if value != other)
 
 
 @dataclass

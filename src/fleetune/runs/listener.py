@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol, TextIO
 from fleetune.common import events, files
 from fleetune.common.display import changes, human_bytes, human_time, message_text, show, single_spaced
 from fleetune.common.events import Event, RoundEvaluated, TuneDone
-from fleetune.errors import UsageError
+from fleetune.errors import FleetuneError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Progress(Silent):
 
     def note(self, text: str) -> None:
         """Print a remark."""
-        self._say(text)
+        self._say(FleetuneError.spoken(text))
 
     def event(self, event: events.Event) -> None:
         """Print a finished round, a run of a sweep, and the end."""
@@ -144,7 +144,11 @@ class Progress(Silent):
             self._say(run_words(event))
         elif isinstance(event, events.TuneDone) and not self._in_sweep:
             ended = ["done", *changes(event.base, event.tuned), f"time {human_time(event.wall)}"]
-            self._say("  ".join(ended), *event.remarks, f"report {event.report or event.run}")
+            self._say(
+                "  ".join(ended),
+                *map(FleetuneError.spoken, event.remarks),
+                f"report {event.report or event.run}",
+            )
         elif isinstance(event, events.Serving):
             self._say(f"{event.model} with {event.engine} at {event.url}")
 

@@ -61,6 +61,13 @@ def test_a_section_ends_where_the_next_begins_and_not_at_a_remark_in_code():
     assert pages.section(text, "no-heading") == ""
 
 
+def test_what_the_site_draws_from_the_source_is_told_in_short(capsys):
+    assert main.main(["help", "api"]) == 0
+    out = capsys.readouterr().out
+    assert ":::" not in out
+    assert re.search(r"fleetune\.export\W+Write a model for a runtime, and read it back\.", out)
+
+
 def test_links_are_topics():
     page = "[rows](data.md#the-forms), [it](../docs/to_a.md), [here](#x), [out](https://a.b/c.md) ![p](figures/p.svg)\n"
     assert pages.plain(page) == (

@@ -406,18 +406,16 @@ def _keys(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _invite(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet.server import EVERY, Place
-
     keys.check_installed()
     name, certificate = _word(args, "press-3"), args.certificate and Path(args.certificate)
     if not args.keys:
         raise UsageError("where do the devices' public keys go?", hint="--keys DIR, as in fleet serve")
     host = args.host or ("0.0.0.0" if certificate else "127.0.0.1")
-    place = Place(host, args.port or PORT, Path(args.keys), certificate)
+    place = keys.Place(host, args.port or PORT, Path(args.keys), certificate)
     names = keys.hosts_of(certificate / "server.pem") if certificate else []
     if certificate is None and not keys.is_loopback(host):
         raise UsageError(f"a device on another machine than {host} needs TLS", hint="--certificate DIR")
-    if certificate and host not in (*EVERY, *names) and not any("*" in name for name in names):
+    if certificate and host not in (*keys.EVERY, *names) and not any("*" in name for name in names):
         raise UsageError(f"the certificate in {certificate} is not for {host}", hint=f"--host {names[0]}")
     file = Path(name).with_name(Path(name).name.removesuffix(keys.INVITE) + keys.INVITE)
     text = keys.make_invite(file, Path(args.keys), place.address(), certificate and certificate / "ca.pem")

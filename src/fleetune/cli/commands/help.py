@@ -1,6 +1,7 @@
 """`fleetune help [TOPIC]`: the pages of the documentation, which a wheel holds, one section of them, or a file to deploy."""
 
 import argparse
+import ast
 import re
 from pathlib import Path
 from typing import Final
@@ -82,6 +83,22 @@ def headings(text: str) -> list[tuple[int, int, str]]:
     ]
 
 
+def _from_source(directive: re.Match[str]) -> str:
+    """Return the names that a directive of the site stands for, each with the first line of its docstring."""
+    module, members = directive[1], re.findall(r"\w+", directive[2].partition("members:")[2])
+    if not members:
+        module, _, name = module.rpartition(".")
+        members = [name]
+    file = Path(fleetune.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    nodes = {
+        n.name: n
+        for n in ast.parse(file.read_text("utf-8")).body
+        if isinstance(n, ast.ClassDef | ast.FunctionDef)
+    }
+    docs = {name: (ast.get_docstring(nodes[name]) or "").partition("\n")[0] for name in members}
+    return "".join(f"- `{'fleetune.' * (n in fleetune.__all__)}{n}`: {doc}\n" for n, doc in docs.items())
+
+
 def section(text: str, slug: str) -> str:
     """Return the section of a page whose heading has this anchor, with what is below it; "" for none."""
     heads = headings(text)
@@ -93,8 +110,9 @@ def section(text: str, slug: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a page with its links as the topics they lead to, and without remarks."""
+    """Return a page with its links as the topics they lead to, what the site draws from the source in short, and no remarks."""
     text = re.sub(r"(?s)<!--.*?-->\n?", "", text)
+    text = re.sub(r"(?m)^::: ([\w.]+)\n((?: .*\n?)*)(?:\n(?=:::))?", _from_source, text)
     text = re.sub(
         r"(?<!!)\[([^\]]+)\]\((?:[\w./-]*/)?([\w-]+)\.md(#[\w-]+)?\)", r"\1 (`fleetune help \2\3`)", text
     )
