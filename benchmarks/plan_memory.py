@@ -41,6 +41,7 @@ SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "fwdllm": {"P": 1},
         "fedit": {"steps": 1},
         "fedpetuning": {"steps": 1},
+        "signlora": {"steps": 1},
         PEPTAO: {"steps": 1, "lanczos": 2},  # a tenth of its products; the plan counts as many vectors
         SCALES: {"steps": 1, "module": "scales"},
     }

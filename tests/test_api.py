@@ -142,7 +142,9 @@ def test_a_recipe_says_everything():
 # Objects ----------------------------------------------------------------------------------------------
 def test_models_and_rows_in_memory_give_what_their_files_give(at):
     net, tokenizer = (lambda m: (m.net, m.tokenizer))(models.load("tiny", device="cpu"))
+    net.config.architectures = None  # as of one that a configuration made; saving states it
     from_files, from_objects = tune(), tune(net, ROWS, tokenizer=tokenizer)
+    assert tune(net, ROWS, tokenizer=tokenizer).digest == from_files.digest
     assert from_objects.digest == from_files.digest
     saved = Path(fleetune.open(from_objects.folder).recipe.model)  # type: ignore[union-attr]
     assert saved.parent == Path("runs/objects")
@@ -227,6 +229,10 @@ def test_the_pipeline_goes_from_a_run_to_a_file(at, monkeypatch):
     assert not theirs
     table = fleetune.measure(small, prompt_tokens=8, new_tokens=2, repeats=1)
     assert [row.name for row in table.rows] == ["base", "tuned", "compressed"]
+    assert small.table()[0] == ["", "before", "after"]
+    assert "tensors hold" in file._repr_html_()
+    for name, word in ((run, "fedkseed"), (small, "qronos"), (file.path, "hf")):
+        assert word in fleetune.open(name)._repr_html_()
     assert table.rows[1].loss == pytest.approx(small.done.before["loss"], rel=1e-4)
 
 
@@ -234,6 +240,7 @@ def test_a_plan_has_every_method_and_its_best():
     plan = fleetune.plan("tiny", ram="4GB", uplink="1Mbps")
     assert set(fleetune.methods()) <= {row.method for row in plan.rows}
     assert plan.settings().method in fleetune.methods()
+    assert len(repr(plan)) < 800
     with pytest.raises(errors.FitError, match="no method fits"):
         fleetune.plan("tiny", ram=1000).settings()
 

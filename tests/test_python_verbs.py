@@ -1,9 +1,12 @@
 """The library in a notebook: lines while it works, sweeps, lists of runs, and answers."""
 
+import ast
 import io
 import pickle
+import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,16 +142,66 @@ HINTS = {
     "--set lr=1e-4, fewer --eval-rows or --labels yes,no": "settings={'lr': 1e-4}, fewer eval_rows or labels='yes,no'",
     "fleetune measure latest --kept-gain": "fleetune.measure('latest', kept_gain=True)",
     "--reference MODEL: or leave out --fast": "reference=MODEL: or leave out fast",
+    "all: fleetune tune --help; settings: fleetune methods NAME": "all: help(fleetune.Recipe); settings: help('fleetune.tuning.methods.NAME')",
+    "is not what fleetune export --to gguf writes of it": "is not what fleetune.export(to='gguf') writes of it",
+    "there are: optq (fleetune compress --list)": "there are: optq (fleetune.compressors())",
+    "fleetune compress --list llm-pruner": "help('fleetune.compression.methods.llm_pruner')",
+    "--fast takes one grid; limit steps with --set clip=..": "fast takes one grid; limit steps with settings={'clip': ..}",
     "leave out --set; fleetune runs   lists them": "leave out settings; fleetune.list_runs()   lists them",
 }
 AS_THEY_ARE = (
     *("fleetune tune -c runs/1/run.toml", "fleetune models pull tiny --base mapped", "name it: --from MODEL"),
-    *(
-        "llama-gguf-split --merge A.gguf B.gguf",
-        "fleetune compress --list gkd",
-        "fleetune fleet keys NAME --to DIR",
-    ),
+    *("llama-gguf-split --merge A.gguf B.gguf", "runs/a--b/report.html", "fleetune fleet keys NAME --to DIR"),
 )
+
+
+BAD: dict[str, Callable[[str], object]] = {
+    "a setting's value": lambda m: fleetune.tune(m, ROWS, settings={"lr": "fast"}),
+    "a setting": lambda m: fleetune.tune(m, ROWS, settings={"rr": 4}),
+    "an option": lambda m: fleetune.tune(m, ROWS, roundz=4),
+    "a method": lambda m: fleetune.tune(m, ROWS, method="fedd"),
+    "columns of no form": lambda m: fleetune.tune(m, [{"x": 1, "y": 2}] * 12),
+    "no such column": lambda m: fleetune.tune(m, ROWS, columns={"prompt": "x"}),
+    "clients": lambda m: fleetune.tune(m, ROWS, clients=500),
+    "held out": lambda m: fleetune.tune(m, ROWS, held_out=100),
+    "quorum": lambda m: fleetune.tune(m, ROWS, quorum=5, clients=2),
+    "privacy": lambda m: fleetune.tune(m, ROWS, privacy="client"),
+    "epsilon": lambda m: fleetune.tune(m, ROWS, epsilon=3),
+    "stragglers": lambda m: fleetune.tune(m, ROWS, stragglers=0.5),
+    "memory": lambda m: fleetune.tune(m, ROWS, ram="1kB"),
+    "nothing varies": lambda m: fleetune.sweep(m, ROWS),
+    "a seed varies": lambda m: fleetune.sweep(m, ROWS, vary={"seed": [3]}),
+    "a compressor": lambda m: fleetune.compress(m, method="optqq"),
+    "its setting": lambda m: fleetune.compress(m, method="optq", settings={"bitz": 3}),
+    "bits": lambda m: fleetune.compress(m, bits=3),
+    "bytes and bits": lambda m: fleetune.compress(m, bytes="1MB", bits=4),
+    "bits and fast": lambda m: fleetune.compress(m, bits=4, fast=True),
+    "calibrating clients": lambda m: fleetune.compress(m, clients=3),
+    "a size": lambda m: fleetune.compress(m, bytes="1 zillion"),
+    "pruned blocks": lambda m: fleetune.compress(m, method="llm-pruner"),
+    "a target": lambda m: fleetune.export(m, to="gguff"),
+    "a place": lambda m: fleetune.export(m, to="hf", path="."),
+    "a gain": lambda m: fleetune.measure(m, kept_gain=True),
+    "temperature": lambda m: fleetune.generate(m, "x", temperature=9.0),
+    "a run": lambda m: fleetune.resume_run("9"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_traceback_names_no_options_of_the_command_line(case, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fleetune.errors.FleetuneError) as raised:
+        BAD[case](tiny)
+    told = "".join(traceback.format_exception_only(raised.value))
+    assert not re.search(r"(?<!\w)--\w", told), told
+    assert "objects" not in told, "rows that were handed over lie in a file that nobody has named"
+    for call in re.findall(r"(?:fleetune\.\w+|help)\([^()]*\)", told):
+        ast.parse(call)
+
+
+def test_a_remark_is_python_too(capsys):
+    listener.Progress().note("lower the learning rate (--set lr=5e-05)")
+    assert capsys.readouterr().out == "lower the learning rate (settings={'lr': 5e-05})\n"
 
 
 def test_hints_are_python_where_python_has_a_counterpart(tiny, tmp_path):

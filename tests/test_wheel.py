@@ -58,7 +58,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
         for page in WRITTEN
         if page.name != "index.md"
     }
-    assert held == tree | pages
+    assert held == tree | pages | {f"fleetune/deploy/{path.name}" for path in (ROOT / "deploy").iterdir()}
     kinds = {Path(name).suffix for name in held}
     assert {".toml", ".css", ".jsonl", ".typed"} <= kinds, "recipes, pages, demo rows, types"
 
@@ -96,6 +96,8 @@ def test_the_command_recipes_and_demo_work_outside_the_repository(site, tmp_path
 def test_the_pages_are_read_where_there_is_no_source_tree(site, tmp_path):
     page = run(site, tmp_path, "-m", "fleetune", "help", "data")
     assert page.startswith("# My data\n")
+    unit = (ROOT / "deploy" / "fleetune-device.service").read_text(encoding="utf-8")
+    assert run(site, tmp_path, "-m", "fleetune", "help", "fleetune-device.service") == unit
     assert "## DataError\n" in run(site, tmp_path, "-m", "fleetune", "help", "DataError")
 
 

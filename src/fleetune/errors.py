@@ -48,14 +48,15 @@ class FleetuneError(Exception):
     """Base of all errors; `message` is what failed, `hint` the next thing to try, which a traceback ends in."""
 
     exit_code = 1
-    spoken: ClassVar[Callable[[str], str]] = (
-        str  # a hint as a traceback words it: `fleetune.api` has it in Python
-    )
+    spoken: ClassVar[Callable[[str], str]] = str  # a text as Python users read it: `fleetune.api` sets it
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __str__(self) -> str:
+        return type(self).spoken(self.message)
 
     @property
     def hint(self) -> str | None:
@@ -142,6 +143,16 @@ class Interrupted(FleetuneError):
 
 
 @contextmanager
+def as_written() -> Iterator[None]:
+    """Let errors of the block speak of commands and options as they are written, on a command line."""
+    before, FleetuneError.spoken = FleetuneError.spoken, str
+    try:
+        yield
+    finally:
+        FleetuneError.spoken = before
+
+
+@contextmanager
 def called(path: Path, name: object) -> Iterator[None]:
     """Let an error of the block name what the user has named instead of the folder or file that it lies in."""
     try:
@@ -155,8 +166,7 @@ def called(path: Path, name: object) -> Iterator[None]:
 
 def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Give " Did you mean 'fedkseed'?" for the known name closest to `name`, or "" when none is close."""
-    near = closest(name, known, cutoff=cutoff)
-    return "" if near is None else f" Did you mean '{near}'?"
+    return f" Did you mean '{near}'?" if (near := closest(name, known, cutoff=cutoff)) else ""
 
 
 def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -32,6 +32,17 @@ if TYPE_CHECKING:
     from fleetune.tuning.recipe.recipe import Recipe
 
 
+def _framed(found: Run | Compressed | Plain) -> str:
+    from fleetune.report import page, runlog
+
+    rows = [("model", found.argument)]
+    if isinstance(found, Run):
+        rows = [row for row in runlog.facts(found.folder, {}) if row[0] != "settings"]
+    elif isinstance(found, Compressed) and (request := found.request):
+        rows += [("made from", request.model), ("method", request.method)]
+    return page.framed_table(found.name, rows, [], [])
+
+
 ROW: Final = 512  # tokens of a row at most, unless a run says otherwise
 
 
@@ -46,6 +57,8 @@ class Run:
     def name(self) -> str:
         """The folder's name."""
         return self.folder.resolve().name
+
+    _repr_html_ = _framed
 
     @property
     def argument(self) -> str:
@@ -110,6 +123,8 @@ class Compressed:
     def name(self) -> str:
         """The folder's name."""
         return (self.folder or self.model).name
+
+    _repr_html_ = _framed
 
     @property
     def argument(self) -> str:
@@ -205,6 +220,8 @@ class Plain:
     name: str
     max_length: ClassVar[int] = ROW
     columns: ClassVar[str] = ""
+
+    _repr_html_ = _framed
 
     @property
     def argument(self) -> str:

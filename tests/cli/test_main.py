@@ -173,7 +173,7 @@ def test_off_a_terminal_a_line_comes_soon_and_then_every_half_minute():
             now[0] = step * 1.0
             bar.update(step, 200)
     lines = err.getvalue().splitlines()
-    assert [line.partition(" · ")[0] for line in lines] == [f"rows {n}/200" for n in (5, 35, 65, 95)]
+    assert [line.partition(" · ")[0] for line in lines] == [f"rows {n}/200" for n in (4, 34, 64, 94)]
     assert lines[1].endswith(" · 3 min left")
 
 

@@ -95,7 +95,7 @@ def test_a_number_that_is_no_memory_is_asked_about(text: str) -> None:
     "text", ["", "GB", "-4GB", "4 XB", "4GBs", "0", "0GB", "nan", "inf", "1e999", "4,5GB", "4 4GB", "4ib"]
 )
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UsageError, match="--ram"):
+    with pytest.raises(UsageError, match="ram"):
         settings.parse_bytes(text)
 
 
@@ -120,5 +120,5 @@ def test_speeds(text: str, rate: float) -> None:
     "text", ["", "1M", "1e6", "Mbps", "-1Mbps", "0 Mbps", "1 Mbp", "fast", "1Mb", "1 parsec/s", "1e999bps"]
 )
 def test_what_is_no_speed(text: str) -> None:
-    with pytest.raises(UsageError, match="--uplink"):
+    with pytest.raises(UsageError, match="uplink"):
         settings.parse_rate(text)

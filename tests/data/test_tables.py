@@ -127,11 +127,23 @@ def test_a_title_above_the_header_is_skipped(tmp_path: Path, name: str, mark: st
     assert no.value.hint == "did you mean 'Frage'?"
 
 
+@pytest.mark.parametrize("above", ["Radhaus 2026\n", "Radhaus, März\n\n", "Radhaus\nStand März\n"])
+@pytest.mark.parametrize("names", ["Frage;Antwort", "Frage;2026"])
+def test_a_title_may_lack_separators_and_a_column_be_named_by_a_year(tmp_path: Path, above: str, names: str):
+    file = tmp_path / "faq.csv"
+    lines = [names, *(f"Wann, am {i}.?;Um {i}, wie immer" for i in range(4))]
+    for title in (above, above.replace("\n", ";\n")):
+        file.write_text(title + "\n".join(lines))
+        found = read(str(file), note=lambda _: None)
+        assert [example.response for example in found] == [f"Um {i}, wie immer" for i in range(4)]
+
+
 UNTITLED = {
     "one column": ["Spruch", "Guten Tag", "Auf bald"],
     "one column, two cells once": ["Spruch;", "Guten Tag;", "Ach;so", "Auf bald;", "Bis dann;"],
     "a counter without a name": [";Spruch", "0;Guten Tag", "1;Auf bald"],
     "an index without a name": [";Spruch", "a;Guten Tag", "b;Auf bald"],
+    "texts with years": ["Spruch;", "Guten Tag;2024", "Auf bald;2025"],
     "texts with remarks": ["text;", "Guten Tag;neu", "Auf bald;neu"],
     "texts with numbers": ["Spruch;", "Guten Tag;1", "Auf bald;2"],
     "columns without names": ["Frage;Antwort;;", "Wann?;Um 6;x;y", "Wo?;Hier;x;y"],

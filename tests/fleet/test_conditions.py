@@ -60,7 +60,7 @@ def test_what_cannot_be_told_is_refused(tmp_path):
     for share in (-0.1, 1.0, float("nan")):
         with pytest.raises(UsageError, match="no share"):
             Conditions(max_load=share).check()
-    with pytest.raises(UsageError, match="--only-on-power: this machine has no"):
+    with pytest.raises(UsageError, match=r"on.power.*: this machine has no"):
         Conditions(only_on_power=True, supplies=tmp_path / "none").check()
-    with pytest.raises(UsageError, match="--max-load: this machine has no"):
+    with pytest.raises(UsageError, match=r"max.load.*: this machine has no"):
         Conditions(max_load=0.5, load=tmp_path / "none").check()

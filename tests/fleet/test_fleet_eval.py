@@ -21,8 +21,8 @@ from fleetune.data.encode import digest, encode_rows
 from fleetune.errors import DataError, FleetError, FleetuneError, MessageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.fleet import eval_server, keys, result, status
+from fleetune.fleet.brings import divided
 from fleetune.fleet.device_state import DeviceState
-from fleetune.fleet.eval_device import divided
 from fleetune.fleet.eval_server import FILE, disagreement, mean, measured, ratio
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Job, Order, Reply

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -44,6 +45,13 @@ def test_an_invite_registers_a_key_and_is_all_that_its_device_needs(place, capsy
     assert keys.accept_invite(file, Path("state")) == (address, ca)  # at the next start
     assert invited("press-4", "--host", "localhost", "--port", "7") == 0
     assert keys.accept_invite(Path("press-4.invite"), Path("other"))[0] == "localhost:7"
+
+
+def test_an_invite_needs_no_torch(place):
+    words = "fleet invite press-3 --keys keys --certificate certs"
+    code = f'import sys; from fleetune.cli.main import main; main({words.split()}); print("torch" in sys.modules)'
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("\nFalse\n"), done.stderr
 
 
 def test_nothing_is_replaced(place):

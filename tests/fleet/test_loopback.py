@@ -10,6 +10,8 @@ import io
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -39,6 +41,7 @@ from fleetune.fleet.worker import Brings
 from fleetune.privacy import mechanism
 from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
+from fleetune.tuning.prepare import rates
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result.finished import TuneResult
 from fleetune.tuning.run import resume as resuming
@@ -111,7 +114,8 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(place, recipe, kin
         heard = Heard()
         found = serve(recipe | {"drop": 0.9}, fleets, heard)
     said = "\n".join(heard.notes)
-    assert f"join 127.0.0.1:{port} --data ROWS.jsonl --model PATH --key KEY --ca ca.pem" in said
+    assert "join NAME.invite --data ROWS.jsonl --model PATH" in said
+    assert f"fleetune fleet invite NAME --port {port} --keys keys --certificate certs)" in said
     assert "drop of the recipe only simulate" in said
     for name in ("digest", "bytes_up", "bytes_down", "tuned"):
         assert getattr(found.done, name) == getattr(simulated.done, name)
@@ -212,6 +216,9 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(place, 
             found = resuming.resume(run, goes_on, offline=True, fleets=fleets)
     assert found.done.digest == simulated.done.digest
     assert goes_on.rounds == {2}
+    assert "resumed: it goes on at round 3 of 3" in goes_on.notes
+    assert sum(" is back: client " in note for note in goes_on.notes) == CLIENTS
+    assert all("the run goes on at round 3 of 3" in one.notes for one in joined)
 
 
 def test_the_page_stays_after_the_end_and_tells_a_late_device_until_it_is_stopped(place, capsys):
@@ -245,7 +252,8 @@ def test_the_page_stays_after_the_end_and_tells_a_late_device_until_it_is_stoppe
     assert not fleet_status.lingers(run)
     assert "device dev-2 came after the end" in (run / "log.txt").read_text()
     assert "round 1 of 1: loss" in Path("state-0/log.txt").read_text()
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert f" next      fleetune fleet eval {run} {' '.join(door[:6])} --wait 2 --page {at}\n" in out
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d 2 of 2 devices are ready$", said, re.M)
 
 
@@ -253,12 +261,13 @@ class Resumed(fleetune.Silent):
     """Looks, while devices are waited for, how many rounds are finished: on the bar, and as `fleet status` has it."""
 
     def __init__(self) -> None:
-        self.rounds, self.waits = set[int](), True
+        self.rounds, self.waits, self.notes = set[int](), True, list[str]()
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
         self.rounds |= {done} if what == "rounds" else set()
 
     def note(self, text: str) -> None:
+        self.notes.append(text)
         self.waits &= not text.startswith(f"{CLIENTS} of {CLIENTS}")
 
     @property
@@ -328,6 +337,8 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(place, monkeypatch
             one.leave.set()
     assert any("no key is added" in n for n in notes)
     assert any("dev-0 is revoked" in n and "dev-2 may join" in n for n in notes)
+    assert any(re.match("round 2: dev-0 dropped: not there for ", n) for n in notes)
+    assert any("the server has revoked this device's key" in n for n in joined[0].notes)
     replies = fates(run := run_in("real"))
     late = [e for e in replies if e["client"] == 0 and e["round"] > 1]
     assert [(e["round"], e["status"]) for e in late] == [(2, "dropped")]
@@ -426,14 +437,17 @@ def test_what_cannot_be_is_refused_before_any_work(place, capsys, words, what):
 def test_serving_can_be_tried_without_a_device(place, capsys):
     Path("recipe.toml").write_text(recipes.to_toml(recipes.make(FEDKSEED)))
     before = sorted(Path().rglob("*"))
-    door = ["--port", "7", "--keys", "keys", "--certificate", "certs"]
+    door = ["--port", str(port := free_port()), "--keys", "keys", "--certificate", "certs"]
     (found,) = ok(capsys, "fleet", "serve", "-c", "recipe.toml", "--dry-run", *door)
     assert (found["clients"], found["held_out"]) == (3, 4)
     assert main(["fleet", "serve", "-c", "recipe.toml", "--dry-run", *door]) == 0
     said = capsys.readouterr().err
-    assert "127.0.0.1:7 · TLS, registered keys · 3 devices" in said
+    assert f"127.0.0.1:{port} · TLS, registered keys · 3 devices" in said
     assert "measures on 4 rows of rows.jsonl and uses no other" in said
     assert sorted(Path().rglob("*")) == before
+    with socket.create_server(("127.0.0.1", port)):
+        said = refused(capsys, "fleet", "serve", "-c", "recipe.toml", "--dry-run", *door, code=4)
+    assert f"cannot listen on 127.0.0.1:{port}" in said
 
 
 def test_an_evaluation_opens_the_door_of_its_run_where_no_flag_says_otherwise():
@@ -454,12 +468,14 @@ def test_a_certificate_has_the_file_that_devices_trust_beside_it(place):
 
 
 def test_the_line_for_devices_names_the_server_as_its_certificate_does(place):
-    assert Served(Place("0.0.0.0", 8470, Path("keys"), Path("certs"))).line() == (
-        "fleetune fleet join localhost:8470 --data ROWS.jsonl --key KEY --ca ca.pem"
+    assert Served(Place("0.0.0.0", 8470, Path("keys"), Path("certs")), page="").line(own_model=True) == (
+        "fleetune fleet join NAME.invite --data ROWS.jsonl --model PATH   "
+        "(NAME.invite is made here: fleetune fleet invite NAME --host 0.0.0.0 --keys keys --certificate certs)"
     )
     keys.make_certificate(Path("both"), ["localhost", "fleet.example.org"])
-    assert Served(Place("0.0.0.0", 8470, Path("keys"), Path("both"))).line(own_model=True) == (
-        "fleetune fleet join fleet.example.org:8470 --data ROWS.jsonl --model PATH --key KEY --ca ca.pem"
+    assert Place("0.0.0.0", 8470, Path("keys"), Path("both")).address() == "fleet.example.org:8470"
+    assert Served(Place(certificate=Path("certs"))).line() == (
+        "fleetune fleet join 127.0.0.1:8470 --data ROWS.jsonl --ca ca.pem"
     )
     assert keys.hosts_of(Path("certs/server.pem")) == ["localhost", "127.0.0.1"]
     Path("odd").mkdir()
@@ -475,6 +491,40 @@ def test_a_device_reads_its_rows_before_it_looks_for_a_server(tmp_path, monkeypa
     Path("rows.jsonl").write_text('{"ask": "Why?", "say": "So."}\n')
     said = refused(capsys, "fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl")
     assert "rows.jsonl has the columns of no form" in said
+
+
+def test_a_device_says_that_it_is_there_before_it_loads_torch(tmp_path):
+    devices_harness.write_rows(str(tmp_path / "rows.jsonl"), 1, 9)
+    script = (
+        "import sys\n"
+        "from fleetune.cli.main import main\n"
+        "from fleetune.fleet import device\n"
+        "device.stay = lambda *given, over, note: print('torch' in sys.modules)\n"
+        "main(['fleet', 'join', '127.0.0.1:1', '--data', 'rows.jsonl'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_a_server_that_is_interrupted_at_once_names_the_command_that_goes_on(place):
+    class Interrupts(fleetune.Silent):
+        def note(self, text: str) -> None:
+            if text.startswith("0 of 3 devices"):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught, served(free_port()) as fleets:
+        serve(FEDKSEED, fleets, Interrupts())
+    assert caught.value.__notes__ == [f"fleetune fleet serve --resume {run_in('real')}"]
+
+
+def test_a_server_says_how_long_it_will_look_for_a_rate(place, capsys, monkeypatch):
+    monkeypatch.setattr(rates, "LONG", 0.0)
+    Path("recipe.toml").write_text(recipes.to_toml(recipes.make({**FEDKSEED, "set": {"K": 4, "tau": 1}})))
+    assert main(["fleet", "serve", "-c", "recipe.toml", "--dry-run", "--port", str(free_port())]) == 0
+    said = capsys.readouterr().err
+    assert re.search(
+        "^finding lr on training rows: about .*; --set lr=NUMBER leaves the search out$", said, re.M
+    )
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "uvicorn"])

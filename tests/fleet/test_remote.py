@@ -153,6 +153,23 @@ def test_one_that_does_not_come_back_is_dropped_after_the_grace_and_asked_again_
     assert list(made.present()) == [0, 1, 2]
 
 
+def test_one_that_is_back_and_loads_is_waited_for_but_not_one_that_dies_of_it_again_and_again(tmp_path):
+    memory = link(2)
+    made, pull = fleet(memory, tmp_path), memory.pull
+    memory.marks["k1"], loaded = 1, time.monotonic() + 4 * (QUICK.grace or 0)
+
+    def slow(numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        loads = {n: q for n, q in memory.queue.items() if q[0] == "k1" and time.monotonic() < loaded}
+        memory.queue = {n: q for n, q in memory.queue.items() if n not in loads}
+        yield from pull(numbers)
+        memory.queue |= loads
+
+    memory.pull = slow  # type: ignore[method-assign]
+    assert {a.client: a.status for a in made.ask(1, [0, 1], b"x")} == {0: "ok", 1: "ok"}
+    loaded, made.look = math.inf, lambda: memory.marks.update(k1=memory.marks["k1"] + 1)
+    assert {a.client: a.status for a in made.ask(2, [0, 1], b"x")} == {0: "ok", 1: "dropped"}
+
+
 def test_the_grace_is_twice_the_last_rounds_median_time_but_not_where_devices_stand_apart(
     tmp_path, monkeypatch
 ):

@@ -1,9 +1,9 @@
 """The plan: counts, bytes and memory against real models, messages and rounds; what is given up so that a method fits."""
 
 import dataclasses
+import importlib
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -202,19 +202,11 @@ def compiled() -> None:
 @pytest.mark.parametrize("name", [*methods.entries(), *device_cost.COMPARISON])
 @pytest.mark.parametrize(("model", "work"), [("smollm2-135m", (4, 128)), ("minilm-l6", (16, 64))])
 @pytest.mark.usefixtures("compiled")
-def test_predicted_memory_of_real_models(model, work, name):
-    asked = device_cost.Workload(*work, 2)
-    found = json.loads(_child(model, asked, "--only", name, "--json"))["rows"][name]
-    assert found["predicted"] == pytest.approx(found["measured"], rel=NEAR)
-
-
-def _child(model: str, work: device_cost.Workload, *more: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.plan_memory", model, *more, "--dtype", work.dtype]
-    for option in ("batch", "length", "steps"):
-        command += [f"--{option}", str(getattr(work, option))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_predicted_memory_of_real_models(model, work, name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    plan_memory = importlib.import_module("benchmarks.plan_memory")
+    found = plan_memory.compare(model, [name], *work, 2, "fp32", "memory", 1)[name]
+    assert found["planned"] == pytest.approx(found["peak"], rel=NEAR)
 
 
 @pytest.mark.parametrize("more", [{"mu": 0.1}, {"scaffold": True}, {"wire": "sign"}])
@@ -449,6 +441,6 @@ def test_the_function_returns_the_settings_as_arguments_of_tune(large):
     assert whole.settings().work.length == plan.longest() == 512
     small = fleetune.plan(large, ram="64GB", batch=3, length=100, dtype="fp32").settings()
     assert small.options() == {"method": "fedit", "settings": {"batch_size": 3}, "max_length": 100}
-    with pytest.raises(UsageError, match="--batch 0"):
+    with pytest.raises(UsageError, match="batch=0 must"):
         fleetune.plan(large, batch=0)
     assert device_cost.Workload().batch == 8

@@ -8,7 +8,7 @@ import pytest
 
 import fleetune
 from command_line import FEW
-from fleetune.common.events import ClientReply, RoundEvaluated
+from fleetune.common.events import RoundEvaluated
 from fleetune.runs.listener import LOG, LogFile, Logged
 from heard import Heard
 
@@ -28,18 +28,11 @@ def test_what_is_said_is_written_with_the_time_for_the_owner_alone(log, tmp_path
     heard = Heard()
     listener = Logged(heard, log)
     listener.note("device \x1b[31mpress-3\n is ready")
-    cost = {"bytes_up": 1, "bytes_down": 2, "seconds": 1.0, "rss": 9, "n": 3, "loss": 1.0}
-    listener.event(ClientReply(round=1, client=0, status="ok", reason="", **cost))
-    listener.event(ClientReply(round=1, client=1, status="dropped", reason="not there for 12 s", **cost))
     listener.event(RoundEvaluated(round=1, loss=2.5))
     assert heard.notes == ["device \x1b[31mpress-3\n is ready"]
     found = lines(tmp_path)
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in found)
-    assert [line[20:] for line in found] == [
-        r"device \x1b[31mpress-3\n is ready",
-        "round 1: client 1 dropped: not there for 12 s",
-        "round 1: val loss 2.500",
-    ]
+    assert [line[20:] for line in found] == [r"device \x1b[31mpress-3\n is ready", "round 1: val loss 2.500"]
     assert (tmp_path / LOG).stat().st_mode & 0o777 == 0o600
 
 

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
-SOON, SILENCE = 5.0, 30.0  # seconds without a word off a terminal: before something new is named, and after
+SOON, SILENCE = 4.0, 30.0  # seconds without a word off a terminal: before something new is named, and after
 STOPS = (signal.SIGINT, signal.SIGTERM)
-BEAT: Final = 2.0  # seconds between two looks whether it is time for a word
+BEAT: Final = 1.0  # seconds between two looks whether it is time for a word
 _PLAIN: Final = str.maketrans(
     {"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-", "┊": ":", "┃": "|"}
 )

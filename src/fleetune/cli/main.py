@@ -14,13 +14,23 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, Final
 
+import fleetune.api  # noqa: F401  it sets how errors speak: before `as_written`
 from fleetune.cli.console import Ui
 from fleetune.cli.parser import Add, OptionReader, Parser, in_our_action, in_our_command, one_of
 from fleetune.common import __version__, display
 from fleetune.common.display import message_text, one_line, single_spaced
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.registry import Registry
-from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault, suggest
+from fleetune.errors import (
+    FitError,
+    FleetuneError,
+    Interrupted,
+    UsageError,
+    as_written,
+    cut_reason,
+    fault,
+    suggest,
+)
 from fleetune.seeds import chosen_kernels
 
 COMMANDS: Final = Registry(
@@ -115,6 +125,7 @@ def command_parsers() -> dict[str, Parser]:
 log = logging.getLogger(__name__)
 
 
+@as_written()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
     if argv is None:

@@ -5,6 +5,7 @@ Hugging Face hub ("owner/name", or "owner/name:file").  Every row must have the 
 is empty, is left out as long as it is little.
 """
 
+import functools
 import itertools
 import logging
 import os
@@ -74,14 +75,16 @@ def read(
     """
     if limit is not None and limit < 1:
         raise DataError(f"the limit of rows must be at least 1, got {limit}", hint="leave it out to read all")
-    once = _Once(note)
+    once = functools.cache(note)
     found = _rows_of_files(source, offline, limit, once)
     first = list(itertools.islice(found, FIRST))
     mapped, assumed = _settled(columns, first, source)
     if assumed:
         once(assumed)
     rows = _Rows(mapped, first)
-    examples = _collect(itertools.chain(first, found), rows.make, limit, source, once, strict)
+    examples = _collect(
+        itertools.chain(first, found), rows.make, limit, sources.shown_of(source), once, strict
+    )
     rows.check()
     if text := forms.left_out_text(rows.left_out):
         once(text)
@@ -101,19 +104,7 @@ def _settled(
     columns: str | Mapping[str, str], first: Sequence[FileRow | Problem], source: str
 ) -> tuple[dict[str, str], str]:
     fields = [row.fields for row in first if isinstance(row, FileRow)]
-    return named.settled(named.parse(columns), fields, source)
-
-
-class _Once:
-    """Tell each note once."""
-
-    def __init__(self, note: Note) -> None:
-        self.note, self.told = note, set[str]()
-
-    def __call__(self, text: str) -> None:
-        if text not in self.told:
-            self.told.add(text)
-            self.note(text)
+    return named.settled(named.parse(columns), fields, sources.shown_of(source))
 
 
 class _Rows:
@@ -205,7 +196,7 @@ def read_text(path: str | Path) -> list[str]:
     file = Path(os.path.expanduser(path))
     if not os.path.isfile(file):
         raise no_file(shown)
-    note = _Once(log.warning)
+    note = functools.cache(log.warning)
     rows: Iterable[FileRow | Problem] = rows_of(file, shown, note)
     if file.suffix.lower() not in READERS or file.suffix.lower() == TEXT:
         try:
@@ -279,7 +270,7 @@ def _rows_of_files(source: str, offline: bool, limit: int | None, note: Note) ->
         yield from sources.folder_rows(source, limit, note)
         return
     for path, name in _files(source, offline):
-        yield from rows_of(path, name, note)
+        yield from rows_of(path, sources.shown_of(name), note)
 
 
 def _files(source: str, offline: bool) -> list[tuple[Path, str]]:

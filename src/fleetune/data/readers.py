@@ -203,13 +203,18 @@ def separator(text: str) -> str:
         try:
             lines = csv.reader(io.StringIO(text[: 1 << 20], newline=""), delimiter=mark)
             found = list(itertools.islice(lines, LINES))
-            padded = len(next(filter(any, found), [])) > 1
-            counts = [_filled(cells) for cells in found[header_at(found) if padded else 0 :] if any(cells)]
+            at = header_at(found)
+            bare = (
+                at > 0 and len(next(filter(any, found))) == 1
+            )  # a title without the separators of empty cells
+            if bare and any(cell != cell.strip() or len(cell.split()) > 3 for cell in found[at]):
+                at = 0  # a row of sentences is no header
+            counts = [_filled(cells) for cells in found[at:] if any(cells)]
         except csv.Error:  # a field of many kilobytes
             counts = []
         columns = counts[0] if counts else 0
         equal = counts.count(columns) / max(1, len(counts))
-        level = (equal >= 0.5) + (equal >= 0.9) if columns > 1 else 0
+        level = (equal >= 0.5) + (equal >= 0.9) - bare if columns > 1 else 0
         keys[mark] = level, columns * bool(level), equal
     return max(keys, key=lambda mark: keys[mark])
 
@@ -226,7 +231,8 @@ def header_at(rows: Sequence[Sequence[str]]) -> int:
         below = [number for number in range(at + 1, len(rows)) if filled[number]]
         within = sum(_filled(rows[number]) <= _filled(header) for number in below)
         full = sum(filled[number] > 1 for number in below)
-        names = filled[at] > 1 and not any(cell.isdigit() for cell in header)
+        columns = list(itertools.zip_longest(header, *(rows[number] for number in below), fillvalue=""))
+        names = filled[at] > 1 and not any(_is_value(*column) for column in columns)
         if names and below and within >= 0.9 * len(below) and full >= 0.5 * len(below):
             above = [cells for cells in rows[:at] if any(cells)]
             alone = not filled[at - 1] and filled[at + 1]  # the header, below a blank row
@@ -235,6 +241,11 @@ def header_at(rows: Sequence[Sequence[str]]) -> int:
             header_too = any(_first(cells) > _first(header) or "text" in cells for cells in above)
             return at if stands_apart and not header_too and max(filled[:at]) < filled[at] else 0
     return 0
+
+
+def _is_value(cell: str, *below: str) -> bool:
+    """Whether a cell is a number, but no year above other values."""
+    return cell.isdigit() and (len(cell) != 4 or any(len(c) == 4 and c.isdigit() for c in below))
 
 
 def _first(cells: Sequence[str]) -> int:

@@ -26,7 +26,7 @@ from fleetune.data.readers import (
     suggest_files,
     whole,
 )
-from fleetune.errors import DataError, FleetuneError
+from fleetune.errors import DataError, called
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +217,11 @@ def splits(source: str) -> tuple[str, str] | None:
     return (train[0], "".join(valid)) if len(train) == 1 and len(valid) <= 1 else None
 
 
+def shown_of(source: str) -> str:
+    """Return what a source is called in messages: rows from a DataFrame and the like lie in a file that nobody has named."""
+    return "the given data" if Path(source).match(f"objects/data-{'?' * 16}.jsonl") else source
+
+
 STDIN: Final = "-"
 STDIN_SHOWN: Final = "standard input"
 PIPED: Final = "pipe them in, one JSON object a line: cat rows.jsonl | fleetune tune MODEL -"
@@ -255,11 +260,8 @@ def borrowed(source: str) -> Iterator[str]:
     if source != STDIN:
         yield source
         return
-    with tempfile.TemporaryDirectory(prefix="fleetune-rows-") as folder:
-        file = str(store_stdin(Path(folder)))
-        try:
-            yield file
-        except FleetuneError as error:
-            error.message = error.message.replace(file, STDIN_SHOWN)
-            error.hint = error.hint and error.hint.replace(file, "rows.jsonl")
-            raise
+    with (
+        tempfile.TemporaryDirectory(prefix="fleetune-rows-") as folder,
+        called(file := store_stdin(Path(folder)), STDIN_SHOWN),
+    ):
+        yield str(file)

@@ -40,6 +40,7 @@ from fleetune.models.families.widths import has_block_widths, mark_config
 from fleetune.models.gguf.convert import ARCHITECTURES
 from fleetune.models.net.model import Model, stored_tensors
 from fleetune.models.net.saving import disk_errors, head_in_turn, written
+from fleetune.report.page import framed_table
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
@@ -64,6 +65,15 @@ class ExportResult:
     path: Path
     done: ExportDone
     check: ExportChecked | None = None  # where a text was given
+
+    def _repr_html_(self) -> str:
+        done, exact = self.done, f"{self.done.exact} of {self.done.tensors} tensors hold the source's values"
+        facts = [("written", str(self.path)), ("target", done.to), ("size", human_bytes(done.bytes))]
+        facts += [("read back", exact if done.tensors else ""), ("notes", "; ".join(done.notes or ()))]
+        ratio = self.check and self.check.ratio
+        return framed_table(
+            "Export", [*facts, ("perplexity, file / source", f"{ratio:.4f}" if ratio else "")], [], []
+        )
 
 
 def export(

@@ -1,20 +1,25 @@
 """Join a fleet as a device, and stay until its run is over; decline work while the machine runs on its battery or is busy."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fleetune.common.files import lock
 from fleetune.common.memory import usable_memory
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT
 from fleetune.fleet import keys as keyring
+from fleetune.fleet.brings import Brings
 from fleetune.fleet.line import FIRST, Server, stay
-from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import LogFile
+
+if TYPE_CHECKING:
+    from fleetune.fleet.worker import Worker
 
 MEMORY: Final = 1 << 33  # bytes, where the system does not tell
 SUPPLIES: Final = Path("/sys/class/power_supply")
@@ -141,26 +146,42 @@ def join(
                 raise Interrupted("stopped between two steps; the device can join again at any time")
 
         who = keyring.identity(key, home.peers)
-        worker = Worker(brings, home.state, note=told, on_step=step, declines=conditions.reason, identity=who)
+
+        made: list[Worker] = []
+
+        def answer(order: bytearray) -> bytes:
+            """Answer an order; torch is loaded for the first: the server knows of this device by then, and waits for it."""
+            if not made:
+                from fleetune.fleet.worker import Worker
+
+                new = Worker(
+                    brings, home.state, note=told, on_step=step, declines=conditions.reason, identity=who
+                )
+                made.append(new)
+            return made[0].answer(order)
+
+        def ended() -> str:
+            return made[0].ended if made else ""
 
         def room() -> int:
             """Half of the memory that the work may take, once there is work."""
-            return (brings.memory or usable_memory() or MEMORY) // 2 if worker.loaded is not None else FIRST
+            has_job = made and made[0].loaded is not None
+            return (brings.memory or usable_memory() or MEMORY) // 2 if has_job else FIRST
 
         stay(
             Server(address, home.ca, home.poll, home.heartbeat, room),
             key,
             home.state,
-            worker.answer,
-            over=lambda: bool(worker.ended) or stop(),
+            answer,
+            over=lambda: bool(ended()) or stop(),
             note=told,
         )
-        log.write(worker.ended or "stopped")
-    if worker.error is not None:
-        raise worker.error
-    if stop() and not worker.ended:
+        log.write(ended() or "stopped")
+    if made and made[0].error is not None:
+        raise made[0].error
+    if stop() and not ended():
         raise Interrupted("stopped; the device can join again at any time")
-    return worker.ended
+    return ended()
 
 
 def _own_key(state: Path) -> keyring.PrivateKey:

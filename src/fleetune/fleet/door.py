@@ -17,6 +17,7 @@
     204                        there was none
 
     403 the key may not come in, or has not signed this      409 the key is there already, or a later request took over
+    401 the key was revoked
     410 no such session: the server has begun anew           421 the device means a server of another name or ca.pem
     404, 411, 413 no request of a device
 
@@ -302,7 +303,7 @@ class Door:
         with self._lock:
             self._make_room()
             if self._keys is not None and key.fingerprint not in self._keys:
-                raise HTTPException(403)  # revoked while it came in
+                raise HTTPException(401)  # revoked while it came in
             self._sessions[key.fingerprint] = session
         return Response(status_code=204, headers={SESSION: f"{key.fingerprint}.{session.secret}"})
 
@@ -314,15 +315,17 @@ class Door:
                 raise HTTPException(503)
 
     def _key(self, request: Request) -> PublicKey:
-        """Return the key that a request states; HTTPException 403 where it may not come in."""
+        """Return the key that a request states; HTTPException 403 where it may not come in, 401 where it did before."""
         stated = request.headers.get(KEY, "")
         self._look()
         try:
             pem = b64decode(stated, validate=True) if len(stated) <= LONGEST_KEY else b""
-            key = PublicKey("", pem)
-            return key if self._keys is None else self._keys[key.fingerprint]
-        except (KeyError, ValueError) as error:
+            key, keys = PublicKey("", pem), self._keys
+        except ValueError as error:
             raise HTTPException(403) from error
+        if keys is not None and key.fingerprint not in keys:
+            raise HTTPException(401 if key.fingerprint in self._names else 403)
+        return key if keys is None else keys[key.fingerprint]
 
     def _is_called(self, address: str) -> bool:
         """Tell whether this server is called so: by a name of its certificate, or without one as it listens."""
@@ -347,6 +350,8 @@ class Door:
         key, _, secret = stated.partition(".")
         self._look()
         session = self._sessions.get(key)
+        if session is None and self._keys is not None and key not in self._keys and key in self._names:
+            raise HTTPException(401)
         if way != "Bearer" or session is None or not _same(session.secret, secret):
             raise HTTPException(410)
         session.said = time.monotonic()

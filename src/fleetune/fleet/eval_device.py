@@ -7,15 +7,13 @@ base, tuned     the summed cross-entropy of the answers' tokens, in nats; the me
 
 import hashlib
 import json
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from fleetune import data
-from fleetune.errors import DataError
 from fleetune.evaluation.losses import all_row_losses
 from fleetune.fleet import result
 from fleetune.fleet.device_state import DeviceState
@@ -54,48 +52,6 @@ def measure(
 
     sums = {"rows": len(held), "tokens": tokens, "base": told(base), "tuned": told(tuned)}
     return encode(Message(received.round, received.base, Payload({}, sums)))
-
-
-log = logging.getLogger(__name__)
-
-SEED: Final = 0  # of the order in which rows are drawn
-
-
-def divided(
-    source: str,
-    held_out: float = 0,
-    eval_data: str = "",
-    *,
-    columns: str = "",
-    note: Callable[[str], None] = log.warning,
-    offline: bool = False,
-) -> tuple[Sequence[data.Example], Sequence[data.Example]]:
-    """Return (training rows, held-out rows): a share (below 1) or a number of `source`, or all of `eval_data`.
-
-    `columns` says which columns are which, `note` is told what of the rows was left out (`data.read`).  A row that is equal
-    to a held-out one is no training row either.  DataError when `eval_data` has rows of `source`, or no training row is left.
-    """
-    examples = data.read(source, columns=columns, note=note, offline=offline)
-    if eval_data:
-        held = data.read(eval_data, columns=columns, note=note, offline=offline)
-        if shared := len({e.content for e in held} & {e.content for e in examples}):
-            raise DataError(
-                f"{shared} rows of {eval_data} are rows of {source} as well: they would be trained on",
-                hint="take them out of one of the files; or hold rows of one file out: --held-out",
-            )
-        return examples, held
-    if not held_out:
-        return examples, []
-    train, aside = data.hold_out(examples, held_out, SEED)
-    held = [examples[i] for i in aside.tolist()]
-    known = {e.content for e in held}
-    training = [e for i in train.tolist() if (e := examples[i]).content not in known]
-    if not training:
-        raise DataError(
-            f"every row of {source} is equal to a held-out one: none is left to train on",
-            hint="hold out fewer rows",
-        )
-    return training, held
 
 
 def digest(rows: Sequence[data.Example]) -> str:

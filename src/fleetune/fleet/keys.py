@@ -30,6 +30,7 @@ from fleetune.common.files import (
     write_atomic,
 )
 from fleetune.errors import UsageError
+from fleetune.fleet import PORT
 from fleetune.tuning.rounds.sealed import Identity
 
 with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed` says what is missing
@@ -46,6 +47,7 @@ OF: Final = "on a NIST curve"
 INVITE: Final = ".invite"
 FIELDS: Final = {"v": int, "address": str, "ca": str, "key": str}  # of an invite
 LONGEST: Final = 1 << 16  # bytes of an invite
+EVERY: Final = ("0.0.0.0", "::")  # addresses to listen on, by which nobody calls a machine
 ANEW: Final = "get a new one: fleetune fleet invite NAME, on the server"
 
 
@@ -342,3 +344,60 @@ def qr_code(text: str) -> str:
 
         return drawn([list(row) for row in segno.make(text, error="l", micro=False).matrix_iter(border=2)])
     return ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server listens, and whom it lets in."""
+
+    host: str = "127.0.0.1"
+    port: int = PORT
+    keys: Path | None = None  # folder with the devices' public keys
+    certificate: Path | None = None  # folder with server.pem, server.key and ca.pem
+
+    def check(self) -> list[PublicKey] | None:
+        """Return the registered keys, None for any; UsageError for a place that others reach without TLS and keys."""
+        check_installed()
+        if not is_loopback(self.host) and not (self.keys and self.certificate):
+            raise UsageError(
+                f"{self.host} can be reached from other machines: a fleet there needs TLS and registered keys",
+                hint=f"fleetune fleet keys certificate certs {self.called()}; then: --certificate certs --keys DIR "
+                "with the devices' public keys",
+            )
+        for name in ("server.pem", "server.key"):
+            if self.certificate and not (self.certificate / name).is_file():
+                raise UsageError(
+                    f"{self.certificate} has no {name}",
+                    hint=f"make it: fleetune fleet keys certificate {quoted(self.certificate)} {self.called()}",
+                )
+        if self.certificate:
+            hosts_of(self.certificate / "server.pem")
+            if not (self.certificate / "ca.pem").is_file():
+                raise UsageError(
+                    f"{self.certificate} has no ca.pem",
+                    hint="put the one that devices trust beside server.pem",
+                )
+        return registered(self.keys) if self.keys else None
+
+    def address(self) -> str:
+        """Return HOST:PORT by which devices call it, by its certificate where it listens everywhere."""
+        host = self.host
+        if self.certificate and host in EVERY:
+            names = hosts_of(self.certificate / "server.pem")
+            host = next((name for name in names if not is_loopback(name)), names[0])
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    def called(self) -> str:
+        """Return by which name or address devices call it, as a command says it."""
+        return "HOST [HOST ..]   (names and addresses that devices join)" if self.host in EVERY else self.host
+
+    def flags(self) -> str:
+        """Return the flags that open the same door again, each with a space before it."""
+        usual = Place()
+        given = [
+            ("--host", self.host, usual.host),
+            ("--port", self.port, usual.port),
+            ("--keys", self.keys, None),
+            ("--certificate", self.certificate, None),
+        ]
+        return "".join(f" {flag} {quoted(value)}" for flag, value, other in given if value != other)

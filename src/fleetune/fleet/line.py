@@ -44,6 +44,7 @@ SMALL: Final = 1 << 16  # bytes of any answer but an order
 FIRST: Final = 2 << 20  # bytes of an order to a device that has taken no job: of the job itself
 REFUSED: Final[Mapping[int, str]] = {
     403: "the server does not know this device's key: bring its .pub file into the server's folder of keys",
+    401: "the server has revoked this device's key: its .pub file is gone from the server's folder of keys",
     409: "a device with this key is connected already, or one that has gone is not yet given up",
     410: "the server was started anew",
     421: "this is another server: its certificate is for other names, or it listens elsewhere, or its ca.pem is not --ca",

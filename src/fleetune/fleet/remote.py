@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -79,6 +80,8 @@ class RemoteFleet(Fleet):
         self._asking: Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
         self._declined = set[int]()  # clients that declined when they were last asked
+        self._missed = Counter[int]()  # round -> replies that do not count
+        self.next = 0  # the round that a resumed run begins with
         self._took: Sequence[float] = ()  # seconds until each answer of the last round
 
     @property
@@ -141,8 +144,8 @@ class RemoteFleet(Fleet):
         """Take what a checkpoint states; each device compares it with what it has, when it is asked."""
         self._kept = dict(stated)
 
-    def heard(self, reply: ClientReply) -> None:
-        """Write into the log what became of a client's reply."""
+    def heard(self, reply: ClientReply) -> str:
+        """Write into the log what became of a client's reply; return that of the first few of a round that do not count."""
         member = self.devices.members[reply.client]
         self.audit(
             reply.status,
@@ -154,6 +157,12 @@ class RemoteFleet(Fleet):
             sha256=self._digests.get(reply.client, ""),
             reason=reply.reason,
         )
+        if reply.status == "ok":
+            return ""
+        self._missed[reply.round] += 1
+        more = "; fleetune fleet status has the others" if self._missed[reply.round] == SHOWN else ""
+        said = f"round {reply.round}: {member.name} {reply.status}: {reply.reason}{more}"
+        return said if self._missed[reply.round] <= SHOWN else ""
 
     def forget_before(self, round: int) -> None:
         """Let devices delete memories that a newer one, not after `round`, replaces."""
@@ -197,6 +206,9 @@ class RemoteFleet(Fleet):
                 break
             asking.lost(self._lost(asking.sent, here))
             self._give_out(asking, here)
+            asking.await_joining(
+                {c: mark for c in asking.waiting if (mark := self._joins(self.devices.members[c].key, here))}
+            )
             yield from self._given_up(asking)
             for word in asking.word(lambda client: self.devices.members[client].name):
                 self.note(word)
@@ -237,6 +249,11 @@ class RemoteFleet(Fleet):
                 self._declined.discard(client)
                 if (number := self._push(key, asking.orders[client], here, asking.room)) is not None:
                     asking.given(client, number)
+
+    def _joins(self, key: str, here: Mapping[str, str]) -> str:
+        """Return the mark of a device that is there and loads the model; "" for any other."""
+        mark = here.get(key, "")
+        return mark if self._ready.get(key) != mark and key not in self._refused else ""
 
     def _given_up(self, asking: Asking) -> Iterator[Answer]:
         """Yield, without an answer, the clients that are not waited for any longer."""
@@ -368,7 +385,7 @@ class RemoteFleet(Fleet):
                 return f"refused: {self._refused[key]}"
             if key not in here:
                 return "away" if rows else "has not joined"
-            if self._ready.get(key) != here[key]:
+            if self._joins(key, here):
                 return "joining"
             return does.get(client, "ready")
 
@@ -383,7 +400,9 @@ class RemoteFleet(Fleet):
                 self._refused.pop(key, None)
                 if self._may_be_greeted(key):
                     self._greeted[key] = mark
-                    self._push(key, Order("job", body=self.job.to_json().encode()), here)
+                    self._push(
+                        key, Order("job", self.round or self.next, body=self.job.to_json().encode()), here
+                    )
         for key in self._greeted.keys() - here.keys():
             del self._greeted[key]  # it is greeted again, even if it comes back in the same session
             if self._ready.pop(key, None):
@@ -450,6 +469,8 @@ class RemoteFleet(Fleet):
                 raise MessageError(reply.reason)
             device = Device.from_json(reply.body)
             able = self._able(device) if self.job.task == "tune" else None
+            known = self.devices.client(found.key)
+            here = "ready" if known is None or not self.devices.members[known].rows else "back"
             client = self.devices.join(found.key, name, device, able)
         except MessageError as error:
             self.note(f"device {name} takes no part: {error.message}")
@@ -465,7 +486,7 @@ class RemoteFleet(Fleet):
         about = {"version": device.version, "torch": device.torch, "processor": device.processor}
         self.audit("joined", device=found.key, name=name, client=client, rows=device.rows, **about)
         self.note(
-            f"device {name} is ready: client {client}, {counted(device.rows, 'row')} · fleetune {device.version}, "
+            f"device {name} is {here}: client {client}, {counted(device.rows, 'row')} · fleetune {device.version}, "
             f"torch {device.torch}, {device.processor}"
         )
         if (differs := apart(device)) and (word := f"device {name}: {differs}") not in self._said:
@@ -524,6 +545,8 @@ class Asking:
     took: list[float] = field(init=False, default_factory=list)  # seconds from the begin to each answer
     times: dict[int, int] = field(init=False, default_factory=dict)  # client -> how often it was asked
     declined: dict[int, Declined] = field(init=False, default_factory=dict)
+    joins: dict[int, set[str]] = field(init=False, default_factory=dict)  # client -> stays in which it loaded
+    joining: set[int] = field(init=False, default_factory=set)  # clients that load now
     next_word: float = field(init=False)  # when to say who is waited for
 
     def __post_init__(self) -> None:
@@ -541,6 +564,15 @@ class Asking:
         del self.waiting[client]
         self.sent[number] = client
         self.times[client] = self.times.get(client, 0) + 1
+
+    def await_joining(self, marks: Mapping[int, str]) -> None:
+        """Wait on for clients that are there and load, as for those at work; not for one that dies of it again and again."""
+        self.joining = set(marks)
+        for client, mark in marks.items():
+            stays = self.joins.setdefault(client, set())
+            stays.add(mark)
+            if len(stays) <= ASKED:
+                self.waiting[client] = time.monotonic()
 
     def lost(self, numbers: Iterable[str]) -> None:
         """Note that the devices of these orders have gone, or come in anew, so that they are asked again."""
@@ -570,7 +602,8 @@ class Asking:
         if time.monotonic() <= self.next_word:
             return
         self.next_word += WORD
-        does = dict.fromkeys(self.waiting, "away") | dict.fromkeys(self.sent.values(), "at work")
+        does = dict.fromkeys(self.waiting, "away") | dict.fromkeys(self.joining, "joining")
+        does |= dict.fromkeys(self.sent.values(), "at work")
         does |= {client: f"declined: {found.reason}" for client, found in self.declined.items()}
         shown = [f"{name(c)} ({does[c]})" for c in sorted(does)[:SHOWN]]
         more = f" and {len(does) - SHOWN} more" if len(does) > SHOWN else ""

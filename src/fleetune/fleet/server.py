@@ -17,13 +17,14 @@ from fleetune.common.display import counted, quoted
 from fleetune.common.files import PRIVATE, json_text, write_atomic
 from fleetune.common.memory import rss
 from fleetune.errors import FleetError, Interrupted, UsageError
-from fleetune.fleet import PORT, status
 from fleetune.fleet import keys as keyring
+from fleetune.fleet import status
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.door import Door
 from fleetune.fleet.http_server import Address
+from fleetune.fleet.keys import Place as Place
 from fleetune.fleet.orders import Job, is_path, job_of, terms_of
-from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.remote import SHOWN, Pace, RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.listener import Listener
@@ -49,65 +50,13 @@ AGAIN: Final = {  # what goes on after a stop, by task
     "tune": "fleetune fleet serve --resume",
     "calibrate": "fleetune compress --resume",
 }
-EVERY: Final = ("0.0.0.0", "::")  # addresses to listen on, by which nobody calls a machine
 REFUSALS: Final = 60.0  # seconds between two entries of what the door refused
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a server listens, and whom it lets in."""
-
-    host: str = "127.0.0.1"
-    port: int = PORT
-    keys: Path | None = None  # folder with the devices' public keys
-    certificate: Path | None = None  # folder with server.pem, server.key and ca.pem
-
-    def check(self) -> list[keyring.PublicKey] | None:
-        """Return the registered keys, None for any; UsageError for a place that others reach without TLS and keys."""
-        keyring.check_installed()
-        if not keyring.is_loopback(self.host) and not (self.keys and self.certificate):
-            raise UsageError(
-                f"{self.host} can be reached from other machines: a fleet there needs TLS and registered keys",
-                hint=f"fleetune fleet keys certificate certs {self.called()}; then: --certificate certs --keys DIR "
-                "with the devices' public keys",
-            )
-        for name in ("server.pem", "server.key"):
-            if self.certificate and not (self.certificate / name).is_file():
-                raise UsageError(
-                    f"{self.certificate} has no {name}",
-                    hint=f"make it: fleetune fleet keys certificate {quoted(self.certificate)} {self.called()}",
-                )
-        if self.certificate:
-            keyring.hosts_of(self.certificate / "server.pem")
-            if not (self.certificate / "ca.pem").is_file():
-                raise UsageError(
-                    f"{self.certificate} has no ca.pem",
-                    hint="put the one that devices trust beside server.pem",
-                )
-        return keyring.registered(self.keys) if self.keys else None
-
-    def address(self) -> str:
-        """Return HOST:PORT by which devices call it, by its certificate where it listens everywhere."""
-        host = self.host
-        if self.certificate and host in EVERY:
-            names = keyring.hosts_of(self.certificate / "server.pem")
-            host = next((name for name in names if not keyring.is_loopback(name)), names[0])
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
-
-    def called(self) -> str:
-        """Return by which name or address devices call it, as a command says it."""
-        return "HOST [HOST ..]   (names and addresses that devices join)" if self.host in EVERY else self.host
-
-    def flags(self) -> str:
-        """Return the flags that open the same door again, each with a space before it."""
-        usual = Place()
-        given = [
-            ("--host", self.host, usual.host),
-            ("--port", self.port, usual.port),
-            ("--keys", self.keys, None),
-            ("--certificate", self.certificate, None),
-        ]
-        return "".join(f" {flag} {quoted(value)}" for flag, value, other in given if value != other)
+AWAY: Final = {  # of refusals, those that a person can mend
+    401: "the key was revoked",
+    403: "the key is in no .pub file of --keys, or is another's",
+    409: "a device with this key is here already: an invite is for one device",
+    421: "it calls this server by a name that the certificate does not have, or trusts another ca.pem",
+}
 
 
 @dataclass
@@ -209,7 +158,8 @@ class Served:
             ("--round-deadline", self.pace.deadline, usual.deadline),
         ]
         pace = "".join(f" {flag} {value:g}" for flag, value, other in given if value != other)
-        return self.place.flags() + pace
+        page = "" if self.page is None else f" --page {quoted(self.page)}" if self.page else " --page"
+        return self.place.flags() + pace + page
 
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are waited for."""
@@ -242,6 +192,8 @@ class Served:
         terms = terms_of(job.recipe, private.sealed_of(job))
         told = job_of(job.recipe, devices.run, job.model.digest, **terms)
         self._done = max((round for round, _ in rundir.checkpoints(run.path)), default=0)
+        if 0 < self._done < job.recipe.rounds:
+            listener.note(f"resumed: it goes on at round {self._done + 1} of {job.recipe.rounds}")
         kinds = wanted(job.method, job.recipe.kinds)
         apart = job.recipe.privacy in private.BY_CLIENT
         return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds, apart)
@@ -274,7 +226,7 @@ class Served:
             while self._news:
                 devices.register([(k.fingerprint, k.name) for k in self._keys or []])
                 listener.note(self._news.pop(0))
-            self._log_refusals(audit)
+            self._log_refusals(audit, listener.note)
             if self._publish(folder) or listener.stop_requested:
                 hint = f"{AGAIN[job.task]} {folder}{self.flags()}" if job.task in AGAIN else None
                 raise Interrupted(f"stopped while waiting for devices{KEPT[job.task]}", hint=hint)
@@ -291,7 +243,7 @@ class Served:
             kinds=kinds,
             apart=apart,
         )
-        self._count = count
+        self._count, self._fleet.next = count, self._done and self._done + 1
         self._fleet.wait_for(count, self.patience and (self.pace.deadline or self.patience))
         return self._fleet
 
@@ -327,15 +279,21 @@ class Served:
                     f"--wait {max(1, len(found))}"
                 )
 
-    def _log_refusals(self, audit: Audit) -> None:
-        """Write down which requests the door has refused: how many of each status, path and claimed key."""
-        if time.monotonic() < self._next_refusals:
+    def _log_refusals(self, audit: Audit, note: Callable[[str], None]) -> None:
+        """Write down which requests the door has refused: how many of each status, path and claimed key; say who, by reason."""
+        if time.monotonic() < self._next_refusals or not (taken := self._door.refusals.taken()):
             return
-        self._next_refusals = time.monotonic() + REFUSALS
+        self._next_refusals, who = time.monotonic() + REFUSALS, dict[str, set[str]]()
         names = {k.fingerprint: k.name for k in self._keys or []}
-        for (answered, path, key), count in sorted(self._door.refusals.taken().items()):
+        for (answered, path, key), count in sorted(taken.items()):
             audit.write(
                 "turned away", status=answered, path=path, device=key, name=names.get(key, ""), requests=count
+            )
+            if answered in AWAY and path != "/fleet/exchange":
+                who.setdefault(AWAY[answered], set()).add(self._door.name(key) or "one without a key")
+        for why, names_of in who.items():
+            note(
+                f"turned away: {', '.join(sorted(names_of)[:SHOWN])}{' ..' * (len(names_of) > SHOWN)}: {why}"
             )
 
     def _publish(self, folder: Path) -> bool:
@@ -363,10 +321,13 @@ class Served:
 
     def line(self, own_model: bool = False) -> str:
         """Return the command for a device, which has to bring its own copy of the model or not."""
-        words = f"fleetune fleet join {self.place.address()} --data ROWS.jsonl{self.more}"
-        words += " --model PATH" if own_model else ""
-        words += " --key KEY" if self._keys is not None else ""
-        return words + (" --ca ca.pem" if self.place.certificate else "")
+        server = self.place.address() if self._keys is None else f"NAME{keyring.INVITE}"
+        words = f"fleetune fleet join {server} --data ROWS.jsonl{self.more}{' --model PATH' * own_model}"
+        if self._keys is None:
+            return words + " --ca ca.pem" * bool(self.place.certificate)
+        return (
+            f"{words}   (NAME{keyring.INVITE} is made here: fleetune fleet invite NAME{self.place.flags()})"
+        )
 
 
 def _files(folder: Path | None) -> dict[str, bytes]:

@@ -6,7 +6,6 @@ itself would read in a simulated fleet.
 
 import hashlib
 import logging
-import math
 import platform
 import re
 import time
@@ -21,7 +20,7 @@ import torch
 
 from fleetune import errors, models
 from fleetune.common import __version__
-from fleetune.common.display import counted, human_bytes, human_time, quoted, show, single_spaced
+from fleetune.common.display import human_bytes, human_time, quoted, show, single_spaced
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.ggml import SCALES
 from fleetune.common.hearing import hearing
@@ -31,6 +30,7 @@ from fleetune.data.encode import digest, encode_rows
 from fleetune.evaluation import objectives
 from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.fleet import eval_device, orders
+from fleetune.fleet.brings import Brings
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
 from fleetune.models.cache.cache import BLOCKS, MAPPED, PLACES
@@ -38,7 +38,7 @@ from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
-from fleetune.privacy import mechanism, secagg
+from fleetune.privacy import secagg
 from fleetune.privacy.mechanism import Privacy
 from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
@@ -58,60 +58,6 @@ PASSES: Final = 100  # over its rows that a device makes in a round, at most
 MEMORIES: Final = 16  # rounds that it remembers, at most
 SUMMED: Final = aggregation.Rule(aggregation.PRIVATE)
 FEW: Final = 256  # rows: a device that has fewer does as many passes as one with so many
-
-
-@dataclass(frozen=True)
-class Brings:
-    """What a device brings: its rows, perhaps its own copy of the model, and how it computes."""
-
-    data: str
-    model: str = ""  # "": as the job names it, unless that is a path
-    device: str = "auto"
-    threads: int = 0  # 0: as many as a simulated run of the model would take
-    memory: int = 0  # bytes that the work may take; 0: all that the machine has
-    offline: bool = False
-    held_out: float = 0  # of the rows: a share (below 1) or a number, that is never trained on
-    eval_data: str = ""  # or a file of its own with rows to measure on
-    columns: str = ""  # which columns of the rows are which
-    base: str = "auto"  # where the base's weights are, as in `models.load`
-    calibrate: bool = False  # whether sums over its rows may leave it
-    least: int = (
-        0  # replies in a secure sum, the only thing that its own leave in; 0: the server may see them
-    )
-    epsilon: float = 0.0  # its own privacy budget, over all runs; 0: none
-    delta: float = 1e-5  # of that budget
-    every_turn: bool = False  # earlier answers of a conversation are trained on, too, each as a row
-
-    def __post_init__(self) -> None:
-        numbers = type(self.least) is int and {type(self.epsilon), type(self.delta)} <= {int, float}
-        if not (numbers and self.least >= 0 and 0 <= self.epsilon < math.inf and 0 < self.delta < 1):
-            raise errors.UsageError(
-                "a device's budget is such as --epsilon 8 --delta 1e-5, its --smallest-sum such as 10"
-            )
-        if self.epsilon:
-            mechanism.accounting_version()  # or what to install
-
-    def part(self, held_out: int) -> str:
-        """Return what a device with so many held-out rows takes part in, and in what it does not."""
-        measures = (
-            f"measures results on {counted(held_out, 'held-out row')}"
-            if held_out
-            else "measures no result (--held-out)"
-        )
-        trains = "trains on its rows"
-        if self.least:
-            trains += f", for secure sums of {max(secagg.FEWEST, self.least)} devices or more alone"
-        if self.epsilon:
-            trains += f", with noise of its own, up to epsilon {self.epsilon:g}"
-        sums = "gives sums over its rows for calibration" if self.calibrate else "gives no sums (--calibrate)"
-        return f"{trains}, {measures}, {sums}"
-
-    def divided(self, note: Callable[[str], None] = log.info) -> tuple[Sequence[Example], Sequence[Example]]:
-        """Return (training rows, held-out rows); DataError as in `eval_device.divided`."""
-        rows, held = eval_device.divided(
-            self.data, self.held_out, self.eval_data, columns=self.columns, note=note, offline=self.offline
-        )
-        return [*rows, *(turn for row in rows for turn in row.earlier() if self.every_turn)], held
 
 
 @dataclass(frozen=True)
@@ -189,6 +135,8 @@ class Worker:
                 self.note("base mapped: the weights stay in their file" if mapped else "base in memory")
                 if self.loaded.hides is not None:
                     self.note(f"privacy: each row is hidden by {self.loaded.hides.text}")
+            if order.round > 1 and job.task == "tune":
+                self.note(f"the run goes on at round {order.round} of {job.rounds}")
             loaded = self.loaded
             told = orders.Device(
                 len(loaded.rows),

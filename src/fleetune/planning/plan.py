@@ -202,7 +202,7 @@ class Search:
         flags = ", ".join(f"--{n}" for n, v in self.asked.items() if (n, v) != ("base", "mapped"))
         hint = f"leave out {flags}, or take a smaller model" if flags else "take a smaller model"
         if not self.shrinks:
-            hint = "fleetune plan MODEL --ram SIZE finds settings that need less"
+            hint = "settings that need less: fleetune plan MODEL --ram SIZE"
         elif (self.ram or 0) < device_cost.FLOOR and not flags:
             needed = human_bytes(1.05 * least.peak).replace(" ", "")
             hint = f"--ram {needed}: a process without any model takes {human_bytes(device_cost.FLOOR)}"
@@ -326,9 +326,9 @@ def _methods(
 class Plan:
     """The costs of every method for a model on a device."""
 
-    rows: tuple[PlanRow, ...]
+    rows: tuple[PlanRow, ...] = field(repr=False)
     about: tuple[tuple[str, str], ...]  # (label, text): the model and the work
-    search: Search  # for what fits the device
+    search: Search = field(repr=False)  # for what fits the device
 
     def _repr_html_(self) -> str:
         return framed_table("Costs", self.about, columns(self.rows), [cells(row) for row in self.rows])

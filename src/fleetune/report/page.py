@@ -111,11 +111,11 @@ def framed(html: str, height: int = 480) -> str:
 def framed_table(
     title: str, facts: Iterable[tuple[str, str]], head: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> str:
-    """Return names with values, and a table, as a notebook shows them; the first column names the rows."""
+    """Return names with values, and a table of any rows, as a notebook shows them; the first column names the rows."""
     cells: list[list[str | TableCell]] = [[row[0], *map(TableCell, row[1:])] for row in rows]
     about = fact_list(facts)
     height = 190 + 27 * about.count("<dt>") + 31 * len(rows)
-    return framed(document(title, about + table(title, head, cells)), height)
+    return framed(document(title, about + (table(title, head, cells) if cells else "")), height)
 
 
 class Drawing(str):

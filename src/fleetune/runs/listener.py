@@ -16,8 +16,8 @@ from typing import Any, Final, Protocol, TextIO
 
 from fleetune.common import events, files
 from fleetune.common.display import changes, human_bytes, human_time, message_text, show, single_spaced
-from fleetune.common.events import ClientReply, Event, RoundEvaluated, TuneDone
-from fleetune.errors import UsageError
+from fleetune.common.events import Event, RoundEvaluated, TuneDone
+from fleetune.errors import FleetuneError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -130,23 +130,25 @@ class Progress(Silent):
 
     def note(self, text: str) -> None:
         """Print a remark."""
-        self._say(text)
+        self._say(FleetuneError.spoken(text))
 
     def event(self, event: events.Event) -> None:
-        """Print a finished round, a refused reply, a run of a sweep, and the end."""
+        """Print a finished round, a run of a sweep, and the end."""
         if isinstance(event, events.RoundDone):
             self._last = event
         elif isinstance(event, events.RoundEvaluated) and not self._in_sweep:
             self._round(event)
-        elif isinstance(event, events.ClientReply) and event.status in ("refused", "failed"):
-            self._say(f"round {event.round}: client {event.client} {event.status}: {event.reason}")
         elif isinstance(event, events.SweepStart):
             self._in_sweep = True
         elif isinstance(event, events.SweepRun):
             self._say(run_words(event))
         elif isinstance(event, events.TuneDone) and not self._in_sweep:
             ended = ["done", *changes(event.base, event.tuned), f"time {human_time(event.wall)}"]
-            self._say("  ".join(ended), *event.remarks, f"report {event.report or event.run}")
+            self._say(
+                "  ".join(ended),
+                *map(FleetuneError.spoken, event.remarks),
+                f"report {event.report or event.run}",
+            )
         elif isinstance(event, events.Serving):
             self._say(f"{event.model} with {event.engine} at {event.url}")
 
@@ -323,11 +325,9 @@ class Logged(Relay):
         self._log.write(text)
 
     def event(self, event: Event) -> None:
-        """Pass it on; the log has evaluated rounds, replies that do not count, and the end."""
+        """Pass it on; the log has evaluated rounds and the end."""
         super().event(event)
         if isinstance(event, RoundEvaluated):
             self._log.write(f"round {event.round}: val loss {show('loss', event.loss)}")
-        elif isinstance(event, ClientReply) and event.status != "ok":
-            self._log.write(f"round {event.round}: client {event.client} {event.status}: {event.reason}")
         elif isinstance(event, TuneDone):
             self._log.write(f"done, digest {event.digest}")

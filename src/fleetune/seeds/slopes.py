@@ -74,30 +74,27 @@ def rate(points: Sequence[Slopes], batch: int, averaged: float = 1.0) -> float:
     return min(CAREFUL * signal * math.sqrt(averaged), CAP) / curvature
 
 
-PASSES: Final = 2 * 3 * DIRECTIONS + 2 * STEPS  # forward passes of a measurement, the walk among them
-
-
 def measure(
     model: Model,
     rows: Sequence[Encoded],
     how: Probe,
     choose: Callable[[Slopes], float],
-    on_passes: Callable[[int], None] = lambda done: None,
+    on_losses: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Slopes]:
     """Return what is found at the base and, unless `choose` makes no rate of that, where a walk at its rate leads.
 
     The model is left as it was.  Takes 3 forward passes over the rows of each direction, and 2 over those of each step;
-    `on_passes(done)` is called after each, with how many of `PASSES` are done.
+    `on_losses(done, total)` is called after each, with how many losses of rows there were.
     """
     key = run_key(how.key.to_bytes(8, "little"))
     view = view_on(model, run_key=key, law=how.law, grid=GRID)
     model.attachment = view
-    done = 0
+    done, total = 0, 2 * 3 * DIRECTIONS * min(ROWS, len(rows)) + 2 * STEPS * min(how.batch, ROWS)
 
     def counted(more: int) -> None:
         nonlocal done
         done += more
-        on_passes(done)
+        on_losses(done, total)
 
     try:
         points = [_at_point(model, view, rows, how, 0, counted)]
@@ -127,7 +124,7 @@ def _at_point(
 
         two_point(view, probe(how.law, how.K, k % how.K), how.eps, loss)
         measured.append(along(middle, sides[0], sides[1], tokens, how.eps))
-        counted(3)
+        counted(3 * size)
     slopes, variances, curvatures = np.array(measured).T
     noise = float(variances.mean())
     squared, curvature = float((slopes**2).mean()), float(np.abs(curvatures).mean())
@@ -142,7 +139,7 @@ def _walk(
     """Take `STEPS` two-point steps at a rate from the base; the view stays where they lead."""
 
     def units(number: int, g: float) -> int:
-        counted(2)
+        counted(2 * min(how.batch, ROWS))
         return max(-LIMIT, min(LIMIT, round(-g * step / GRID)))
 
     position = Position(how.law, how.K, np.zeros(0, np.uint64), np.zeros(0, np.int64))

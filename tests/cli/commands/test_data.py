@@ -5,15 +5,18 @@ import json
 import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from command_line import Capture, call_json, ok, refused
+from command_line import Capture, call, call_json, ok, refused
 from fleetune import models
+from fleetune.cli import console
 from fleetune.cli.main import main
+from fleetune.common.events import DataChecked
 from fleetune.data import read
 from fleetune.data.encode import encode_all
 from fleetune.runs import rundir
@@ -344,3 +347,17 @@ def test_a_template_s_own_system_sentence_is_said(at, template, has, columns):
     said = data_check.about_template(tokenizer, examples)
     assert len(said) == has
     assert all("'You help all.'" in line and "--columns system=COLUMN" in line for line in said)
+
+
+def test_a_long_look_says_what_it_does(tiny, capsys, monkeypatch):
+    def slow(*args: Any, **options: Any) -> DataChecked:
+        time.sleep(0.3)
+        return look(*args, **options)
+
+    look = data_check.check
+    monkeypatch.setattr(data_check, "check", slow)
+    monkeypatch.setattr(console, "BEAT", 0.01)
+    monkeypatch.setattr(console, "SOON", 0.0)
+    code, _, err = call(capsys, "data", "check", "demo", "--model", tiny)
+    assert code == 0
+    assert err.startswith(f"reading the rows, and the tokenizer of {tiny}")

@@ -30,7 +30,7 @@ def texts() -> list[str]:
 
 def test_messages_name_topics_that_there_are():
     said, there = "\n".join(texts()), pages.found()
-    named = set(re.findall(r"fleetune help ([a-z][\w#-]*)", said))
+    named = set(re.findall(r"fleetune help ([a-z][\w#-]*(?:\.\w+)?)", said))
     assert {"data", "safety", "privacy", "models#tuning-on-from-an-adapter"} <= named
     sections = {kind.__new__(kind).page.removeprefix("fleetune help ") for kind in KINDS}
     assert "dataerror" in sections
@@ -59,6 +59,13 @@ def test_a_section_ends_where_the_next_begins_and_not_at_a_remark_in_code():
     assert pages.section(text, "below") == "### Below\n\nx\n"
     assert pages.section(text, "d") == "## D\n\ny\n"
     assert pages.section(text, "no-heading") == ""
+
+
+def test_what_the_site_draws_from_the_source_is_told_in_short(capsys):
+    assert main.main(["help", "api"]) == 0
+    out = capsys.readouterr().out
+    assert ":::" not in out
+    assert re.search(r"fleetune\.export\W+Write a model for a runtime, and read it back\.", out)
 
 
 def test_links_are_topics():

@@ -21,7 +21,9 @@ from fleetune.cli.main import main
 from fleetune.common import files
 from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
+from fleetune.tuning import methods
 from fleetune.tuning.methods import fedkseed
+from fleetune.tuning.run import describe
 
 QUICK = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "1", "--answer-tokens", "4"]
 ZO = ["--method", "fedkseed", "--clients", "3", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-3"]
@@ -43,6 +45,11 @@ def test_a_lack_of_memory_is_told_as_what_does_not_fit(capsys, monkeypatch, erro
 def test_a_method_by_the_name_of_other_tools_is_shown(capsys):
     code, told, _ = call(capsys, "methods", "lora")
     assert (code, told) == (0, call(capsys, "methods", "fedit")[1])
+
+
+def test_the_header_has_no_word_that_is_as_usual():
+    shown = describe.letters(methods.make("fedit", {"wire": "sign"}), "fedit")
+    assert shown == "lr 0.0003 · epochs 1 · batch_size 8 · wire sign · r 16 · alpha 16 · dropout 0.05"
 
 
 def test_every_recipe_field_is_a_flag(capsys):

@@ -112,7 +112,7 @@ def test_a_supernode_has_a_budget_and_a_smallest_sum_of_its_own(place: Path) -> 
         client_app.brought({"data": "rows", "epsilon": 8}, 5)
     odd = {"smallest-sum": (-1, 2.5), "epsilon": ("much", float("inf")), "delta": (0,)}
     for name, value in ((name, value) for name, values in odd.items() for value in values):
-        with pytest.raises(UsageError, match="a device's budget is such as --epsilon 8 --delta 1e-5"):
+        with pytest.raises(UsageError, match="a device's budget is such as "):
             client_app.brought(own | {name: value}, 5)
 
 

@@ -150,11 +150,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def show(ui: Ui, result: CompressResult) -> None:
     """Print sizes and measures before and after, where the result is, and what to do with it."""
-    done, columns = result.done, list(result.sizes)
-    if not columns:  # it was finished before
+    done, (head, rows) = result.done, result.table()
+    if not result.sizes:  # it was finished before
         return
-    rows = result.table()
-    ui.table(["", *columns], rows, align="l" + "r" * len(columns))
+    ui.table(head, rows, align="l" + "r" * len(result.sizes))
     ui.paths(
         [
             ("result", f"{result.folder / 'model'} ({human_bytes(done.bytes)})"),

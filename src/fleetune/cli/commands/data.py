@@ -50,7 +50,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     given = flags.given(args)
     model = given.pop("model", "")
     recipe = recipes.make({"model": model or "none", "data": args.data, **given})
-    found = data_check.check(recipe, model, offline=args.offline)
+    with ui.bar("reading the rows" + f", and the tokenizer of {model}" * bool(model)):
+        found = data_check.check(recipe, model, offline=args.offline)
     ui.event(found)
     _print(found, recipe.data, model, _flags(given), ui)
 

@@ -171,7 +171,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
                 result = resume.resume(path, shown, offline=args.offline, fleets=fleets)
             else:
                 result = running.start(recipe, Path(args.out), shown, offline=args.offline, fleets=fleets)
-        finish(ui, result)
+        finish(ui, result, then=standing.resume(Path(result.done.run)))
         with suppress(KeyboardInterrupt), InterruptHandler(ui) as interrupt:
             interrupt.at_once = True
             fleets.linger(ui.note)
@@ -182,6 +182,8 @@ def _check_only(recipe: recipes.Recipe, fleets: Served, args: argparse.Namespace
     from fleetune.tuning.prepare import prepare
 
     rundir.check_writable(Path(args.out), make=False)
+    with fleets:
+        pass  # it can listen there
     with sources.borrowed(recipe.data) as rows:
         stated, offline = dataclasses.replace(recipe, data=rows), args.offline
         job = prepare.prepare(stated, offline=offline, simulated=False, find=False, note=ui.note)
@@ -287,9 +289,8 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         if os.name == "posix" and file.stat().st_mode & 0o077:
             ui.note(f"others on this machine can read the private key in {file}: chmod 600 {quoted(file)}")
     ui.log()
-    ui.note(f"connecting to {server}")
+    from fleetune.fleet.brings import Brings
     from fleetune.fleet.device import Conditions, Home, join
-    from fleetune.fleet.worker import Brings
 
     rows = str(sources.store_stdin(state)) if rows == sources.STDIN else rows
     brings = Brings(
@@ -405,18 +406,16 @@ def _keys(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _invite(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet.server import EVERY, Place
-
     keys.check_installed()
     name, certificate = _word(args, "press-3"), args.certificate and Path(args.certificate)
     if not args.keys:
         raise UsageError("where do the devices' public keys go?", hint="--keys DIR, as in fleet serve")
     host = args.host or ("0.0.0.0" if certificate else "127.0.0.1")
-    place = Place(host, args.port or PORT, Path(args.keys), certificate)
+    place = keys.Place(host, args.port or PORT, Path(args.keys), certificate)
     names = keys.hosts_of(certificate / "server.pem") if certificate else []
     if certificate is None and not keys.is_loopback(host):
         raise UsageError(f"a device on another machine than {host} needs TLS", hint="--certificate DIR")
-    if certificate and host not in (*EVERY, *names) and not any("*" in name for name in names):
+    if certificate and host not in (*keys.EVERY, *names) and not any("*" in name for name in names):
         raise UsageError(f"the certificate in {certificate} is not for {host}", hint=f"--host {names[0]}")
     file = Path(name).with_name(Path(name).name.removesuffix(keys.INVITE) + keys.INVITE)
     text = keys.make_invite(file, Path(args.keys), place.address(), certificate and certificate / "ca.pem")

@@ -102,8 +102,8 @@ def run_recipe(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui) -> Tune
     return result
 
 
-def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
-    """Print the final table, and where things are; of a `resumed` run what its time counts."""
+def finish(ui: Ui, result: TuneResult, *, resumed: bool = False, then: str = "") -> None:
+    """Print the final table, where things are, and what to do `then`; of a `resumed` run what its time counts."""
     done, run = result.done, result.done.run
     both = human_bytes(done.bytes_up + done.bytes_down)
     each = f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"
@@ -126,7 +126,7 @@ def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
             ("result", f"{done.result} ({human_bytes(done.result_bytes)})"),
             ("digest", done.digest),
             *([("samples", str(samples))] if samples.is_file() else []),
-            ("next", f"fleetune eval {quoted(run)}"),
+            ("next", then or f"fleetune eval {quoted(run)}"),
         ]
     )
     say_what_is_shared(ui, Path(run))
@@ -226,7 +226,8 @@ class RunScreen:
         """Show an event; JSON mode prints it."""
         self.ui.event(event)
         if isinstance(event, ClientReply):
-            self._client(event)
+            self.replies += 1
+            self.sending += event.bytes_up > 0
         elif isinstance(event, RoundDone):
             self.last, self.round, self.replies = event, event.round, 0
             self.sent, self.sending = self.sending, 0
@@ -262,12 +263,6 @@ class RunScreen:
     def stop_requested(self) -> bool:
         """Whether Ctrl-C was pressed."""
         return self.interrupt.requested
-
-    def _client(self, event: ClientReply) -> None:
-        self.replies += 1
-        self.sending += event.bytes_up > 0
-        if event.status in ("refused", "failed"):
-            self.ui.note(f"round {event.round}: client {event.client} {event.status}: {event.reason}")
 
     def _evaluated(self, event: RoundEvaluated) -> None:
         last = self.last if event.round else None

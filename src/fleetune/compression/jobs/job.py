@@ -55,8 +55,8 @@ class CompressResult:
         """SHA-256 of the artefact's file, or of the plain weights."""
         return self.done.digest
 
-    def table(self) -> list[list[str]]:
-        """Return a row for the weights and one for each measure, as text: its name, then a value for each of `sizes`."""
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the headings, and a row for the weights and for each measure, as text: its name, a value for each of `sizes`."""
         measured: dict[str, Any] = asdict(self.done)
         sizes = [human_bytes(size) for size in self.sizes.values()]
         file = Path(self.request.model).expanduser()
@@ -66,11 +66,11 @@ class CompressResult:
         rows = [
             [name, *(_shown(measured[c], name) for c in self.sizes)] for name in names if name not in BESIDE
         ]
-        return [["weights", *sizes], *rows]
+        return ["", *self.sizes], [["weights", *sizes], *rows]
 
     def _repr_html_(self) -> str:
         facts = [("result", str(self.path)), ("digest", self.digest)]
-        return framed_table("Compression", facts, ["", *self.sizes], self.table())
+        return framed_table("Compression", facts, *self.table())
 
     def model(self, *, device: str = "cpu", offline: bool = False) -> Model:
         """Load the compressed model, codes as the values that they stand for."""

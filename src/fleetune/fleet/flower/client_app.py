@@ -20,8 +20,9 @@ from fleetune.common.settings import parse_bytes
 from fleetune.data import Example
 from fleetune.data.encode import encode_rows
 from fleetune.errors import FAULTS, FleetuneError, MessageError, UsageError, fault
+from fleetune.fleet.brings import Brings
 from fleetune.fleet.orders import Declined, Order, Reply, reason_of
-from fleetune.fleet.worker import Brings, Worker
+from fleetune.fleet.worker import Worker
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes

@@ -274,10 +274,11 @@ def prepare(
     if measure and job.rows:
         progress("timing a step, an evaluation and an answer", 0, 0, "")
         job, search = _timed(job, searches, note)
+    seconds = job.estimate.search if job.estimate else _search_time(job, search) if measure else 0.0
     job = replace(job, recipe=replace(job.recipe, within=""))
-    if names and (find or search is None):
+    if names and (find or search is None or (not simulated and seconds >= rates.LONG)):
         rows = "training" if recipe.privacy == private.NONE else "held-out"
-        note(rates.told(names, job.method, search, job.estimate, rows))
+        note(rates.told(names, job.method, search, seconds, rows))
     job = _with_rates(job, names, given, search, progress) if find and search else job
     return replace(job, recipe=private.settled(job, find=find, note=note))
 
@@ -413,6 +414,14 @@ def _timed(
         if words := estimate.made_smaller(whole, smaller, recipe.within):
             note(words)
     return replace(job, recipe=recipe, method=method, estimate=smaller), search
+
+
+def _search_time(job: TuneJob, search: rates.Search | None) -> float:
+    """Return the seconds of a search on the rows that the server of real devices has."""
+    if search is None or job.rows or not job.train:
+        return 0.0
+    alone = estimate.of(job.recipe, job.method, job.model, [job.train], job.held)
+    return search.seconds(alone) if alone else 0.0
 
 
 def _with_rates(

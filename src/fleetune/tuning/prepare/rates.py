@@ -77,7 +77,7 @@ def find(
     """Return the recipe with the rates of these names (`wanted`), and how each was found.
 
     `rows` are training rows that the server has, `clients` is the number of those asked in a round.  `progress` is told
-    how many forward passes, or losses after trials, there were (of how many is not known of trials: 0).  `size` is how far
+    how many losses of rows, or losses after trials, there were (of how many is not known of trials: 0).  `size` is how far
     trials on devices go.
     """
     found = []
@@ -145,7 +145,7 @@ def from_slopes(
         rows,
         how,
         lambda point: method.rate_from([point], clients),
-        lambda done: progress(f"finding {name}", done, slopes.PASSES, "forward passes"),
+        lambda done, total: progress(f"finding {name}", done, total, "losses of rows"),
     )
     rate = method.rate_from(points, clients)
     seen = max(points, key=lambda point: point.curvature)
@@ -295,7 +295,7 @@ def _taken(
 
 
 def told(
-    names: Sequence[str], method: Method, search: Search | None, run: Estimate | None, rows: str = "training"
+    names: Sequence[str], method: Method, search: Search | None, seconds: float, rows: str = "training"
 ) -> str:
     """Say that these rates are sought, how long that takes where it is long, or that the published ones are taken."""
     sought = " and ".join(names)
@@ -306,9 +306,9 @@ def told(
             f"--set {names[0]}=auto searches, --set {names[0]}=NUMBER is yours"
         )
     words = f"finding {sought} on {rows} rows"
-    if run is None or run.search < LONG:
+    if seconds < LONG:
         return f"{words} .."
-    return f"{words}: about {human_time(run.search)}; --set {names[0]}=NUMBER leaves the search out"
+    return f"{words}: about {human_time(seconds)}; --set {names[0]}=NUMBER leaves the search out"
 
 
 def for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:

@@ -116,6 +116,7 @@ def _stated(cls: type, name: str) -> Any:
 
 
 FOLDER: Final = "objects"
+NOT_CONTENT: Final = ("architectures", "transformers_version", "use_cache")  # saving sets them, or use does
 
 
 def model_name(model: object, tokenizer: object, out: Path) -> str:
@@ -185,9 +186,10 @@ def _content_digest(net: Any, tokenizer: Any) -> str:
     from fleetune import models
     from fleetune.models.net.model import stored_tensors
 
+    stated = {n: v for n, v in json.loads(net.config.to_json_string()).items() if n not in NOT_CONTENT}
     parts = [
         models.digest(stored_tensors(net)),
-        net.config.to_json_string(),
+        json.dumps([type(net).__name__, stated], sort_keys=True),
         models.tokenizer_digest(tokenizer),
         str(tokenizer.chat_template),
     ]

@@ -73,8 +73,10 @@ class Fleet(ABC):
         """Return the kind of a client that may be asked, of those that the method has."""
         return 0
 
-    def heard(self, reply: ClientReply) -> None:  # noqa: B027  # a simulation has nothing to add
-        """Take note of what became of a client's reply."""
+    def heard(self, reply: ClientReply) -> str:
+        """Take note of what became of a client's reply; return what is to be said of it, "" for nothing."""
+        odd = reply.status in ("refused", "failed")  # others are lost as the recipe asks for
+        return f"round {reply.round}: client {reply.client} {reply.status}: {reply.reason}" if odd else ""
 
     # What clients remember between rounds
 

@@ -125,11 +125,12 @@ def client_names(job: TuneJob) -> list[str] | None:
 
 
 def letters(method: methods.Method, name: str) -> str:
-    """Write a method's settings as `K 1,024 · tau 200 · lr 3e-07`; those without effect are left out."""
+    """Write a method's settings as `K 1,024 · tau 200 · lr 3e-07`; without those of no effect, and words at their default."""
     parts = []
     for s in methods.settings(name):
         value = getattr(method, s.name)
-        if value in (False, "") or (value == 0 and s.default == 0) or not s.has_effect(method):
+        as_usual = isinstance(value, str) and value == s.default
+        if value in (False, "") or as_usual or (value == 0 and s.default == 0) or not s.has_effect(method):
             continue
         text = (
             f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
