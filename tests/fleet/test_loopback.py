@@ -506,6 +506,17 @@ def test_a_device_says_that_it_is_there_before_it_loads_torch(tmp_path):
     assert done.stdout == "False\n", done.stderr
 
 
+def test_a_server_that_is_interrupted_at_once_names_the_command_that_goes_on(place):
+    class Interrupts(fleetune.Silent):
+        def note(self, text: str) -> None:
+            if text.startswith("0 of 3 devices"):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught, served(free_port()) as fleets:
+        serve(FEDKSEED, fleets, Interrupts())
+    assert caught.value.__notes__ == [f"fleetune fleet serve --resume {run_in('real')}"]
+
+
 def test_a_server_says_how_long_it_will_look_for_a_rate(place, capsys, monkeypatch):
     monkeypatch.setattr(rates, "LONG", 0.0)
     Path("recipe.toml").write_text(recipes.to_toml(recipes.make({**FEDKSEED, "set": {"K": 4, "tau": 1}})))

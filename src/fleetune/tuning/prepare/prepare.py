@@ -276,7 +276,7 @@ def prepare(
         job, search = _timed(job, searches, note)
     seconds = job.estimate.search if job.estimate else _search_time(job, search) if measure else 0.0
     job = replace(job, recipe=replace(job.recipe, within=""))
-    if names and (find or search is None or not simulated):
+    if names and (find or search is None or (not simulated and seconds >= rates.LONG)):
         rows = "training" if recipe.privacy == private.NONE else "held-out"
         note(rates.told(names, job.method, search, seconds, rows))
     job = _with_rates(job, names, given, search, progress) if find and search else job

@@ -129,8 +129,11 @@ def start(
 
 def goes_on(path: Path, fleets: Fleets) -> AbstractContextManager[None]:
     """Let a full disk's hint name the command that goes on with a run."""
-    verb = "tune" if fleets.simulated else "fleet serve"
-    return resumable(f"fleetune {verb} --resume {quoted(path)}")
+    return resumable(_again(path, fleets))
+
+
+def _again(path: Path, fleets: Fleets) -> str:
+    return f"fleetune {'tune' if fleets.simulated else 'fleet serve'} --resume {quoted(path)}"
 
 
 def tune(job: TuneJob, run: rundir.RunDir, listener: Listener, fleets: Fleets = SIMULATED) -> TuneDone:
@@ -147,9 +150,9 @@ def tune(job: TuneJob, run: rundir.RunDir, listener: Listener, fleets: Fleets = 
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         if isinstance(error, Interrupted):
-            error.hint = error.hint or f"fleetune tune --resume {quoted(run.path)}"
+            error.hint = error.hint or _again(run.path, fleets)
         elif isinstance(error, KeyboardInterrupt):
-            error.add_note(f"fleetune tune --resume {quoted(run.path)}")
+            error.add_note(_again(run.path, fleets))
         try:
             run.log(f"stopped: {type(error).__name__}: {error}")
             why = fault(error) if isinstance(error, SystemExit) else str(error)
