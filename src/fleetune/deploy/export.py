@@ -70,10 +70,7 @@ class ExportResult:
         done, exact = self.done, f"{self.done.exact} of {self.done.tensors} tensors hold the source's values"
         facts = [("written", str(self.path)), ("target", done.to), ("size", human_bytes(done.bytes))]
         facts += [("read back", exact if done.tensors else ""), ("notes", "; ".join(done.notes or ()))]
-        ratio = self.check and self.check.ratio
-        return framed_table(
-            "Export", [*facts, ("perplexity, file / source", f"{ratio:.4f}" if ratio else "")], [], []
-        )
+        return framed_table("Export", facts, [], [])
 
 
 def export(
