@@ -137,7 +137,7 @@ def _measured(
         rounded = gguf.quants.quantize(table.detach().numpy(), Q8_0)
         table.data = torch.from_numpy(gguf.quants.dequantize(rounded, Q8_0))
         size, rest = bits * layers / 8, rest - 4 * table.numel() + rounded.nbytes
-    compared = {name: text.compare(model) for name, text in texts.items()}
+    compared = {name: text.compare(model)[0] for name, text in texts.items()}
     kl, top = (
         {n: getattr(each, key) for n, each in compared.items()} for key in ("kl_divergence", "same_top")
     )
