@@ -177,6 +177,7 @@ def test_every_open_learning_rate_is_searched_and_each_runs_rate_is_shown(at, ca
     (at / "recipe.toml").write_text(RECIPE.format(rounds=1).partition("[set]")[0])
     code, out, err = call(capsys, "sweep", "recipe.toml", "--vary", "method=fedit,signlora")
     assert code == 0
+    assert "fleetune sweep · fedit, signlora\n" in err
     assert "lr searched (fedit, signlora)" in err
     rows = list(csv.DictReader((at / "runs/0001-sweep-recipe/sweep.csv").read_text().splitlines()))
     found = re.findall(r"lr = (\S+), found in", err)

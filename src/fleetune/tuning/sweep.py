@@ -355,7 +355,7 @@ def header(grid: SweepGrid, path: Path) -> tuple[str, list[tuple[str, str]]]:
     rows += [(axis.name, ", ".join(map(shown, axis.values))) for axis in grid.axes]
     seeds = f"{base.seed} to {base.seed + grid.seeds - 1}" if grid.seeds > 1 else str(base.seed)
     rows += [("rates", _rates(grid)), ("seeds", seeds), ("runs", f"{len(grid.points)} · in {path}")]
-    return f"fleetune sweep · {base.method}", rows
+    return f"fleetune sweep · {', '.join(dict.fromkeys(p.recipe.method for p in grid.points))}", rows
 
 
 # The runs -----------------------------------------------------------------------------------------
