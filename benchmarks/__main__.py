@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import adapter_step, fleet_overhead, memory, mezo_step, privacy, solvers
+from benchmarks import adapter_step, mezo_step, privacy, solvers
 from benchmarks.harness import Others, Result, Setting, machine, table
 
 ALL = {
     "mezo_step": mezo_step.run,
     "adapter_step": adapter_step.run,
-    "memory": memory.run,
-    "fleet_overhead": fleet_overhead.run,
     "solvers": solvers.run,
     "privacy": privacy.run,
 }

@@ -57,10 +57,6 @@ class Timing:
     def cpu_median(self) -> float:
         return statistics.median(self.cpu)
 
-    def scaled(self, factor: float) -> Timing:
-        """As if everything had been done `factor` times: an extrapolation, to be called one."""
-        return Timing([factor * t for t in self.wall], [factor * t for t in self.cpu])
-
     def beyond(self, other: Timing) -> Timing:
         """Repeat by repeat, how much longer than `other`."""
         pairs = ((self.wall, other.wall), (self.cpu, other.cpu))
@@ -197,8 +193,6 @@ def _times(x: float) -> str:
 
 
 def _amount(x: float, unit: str) -> str:
-    if unit == "B":
-        return f"{x:,.0f} B"
     if unit == "MB":
         return f"{x / 1e6:,.1f} MB"
     if unit != "s":

@@ -127,8 +127,6 @@ def one(
     model.ram = 1  # as where memory is short: activations are computed twice
     private = watched()
     if name == KERNELS:
-        from benchmarks.memory import load_kernels
-
         load_kernels(dtype)
     rows = _rows(model, batch, length)
     work = _round if name in SETTINGS or name == TORCH else _steps
@@ -136,6 +134,23 @@ def one(
     work("mezo" if name == TORCH else name, model, rows, batch, steps)
     cpu = (time.process_time() - before) / steps
     return {"peak": peak_rss(), "private": max(private), "cpu": cpu}
+
+
+def load_kernels(dtype: str) -> None:
+    """Load and compile all that a process does to tune any model: one step on a single small layer."""
+    import torch
+
+    from benchmarks import mezo_step, shape
+    from fleetune.seeds.descent import two_point
+    from fleetune.seeds.noise import passes, probe
+    from fleetune.seeds.view import View
+
+    layer = torch.nn.Linear(64, 128, bias=False, dtype=shape.DTYPES[dtype]).requires_grad_(False)
+    view = View([("weight", layer.weight)], layer, run_key=1, law="hashed", grid=mezo_step.GRID)
+    view.place(passes("hashed", mezo_step.K, *mezo_step.moved()))
+    with torch.inference_mode():
+        x = torch.ones(1, 64, dtype=shape.DTYPES[dtype])
+        two_point(view, probe("hashed", mezo_step.K, 5), 1e-3, lambda: float(layer(x).sum()))
 
 
 def watched() -> list[int]:

@@ -18,11 +18,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def config(quick: bool) -> LlamaConfig:
     """The configuration of SmolLM2-135M (134.5 M parameters in 272 tensors), or of its small stand-in."""
-    return llama(*((256, 680, 4, 4, 2, 4096) if quick else (576, 1536, 30, 9, 3, 49152)))
-
-
-def llama(width: int, inner: int, depth: int, heads: int, kv: int, vocab: int) -> LlamaConfig:
-    """The configuration of a llama: embeddings are tied unless the vocabulary has 32,000 pieces, as Llama 2's."""
+    width, inner, depth, heads, kv, vocab = (
+        (256, 680, 4, 4, 2, 4096) if quick else (576, 1536, 30, 9, 3, 49152)
+    )
     return LlamaConfig(
         hidden_size=width,
         intermediate_size=inner,
@@ -31,7 +29,7 @@ def llama(width: int, inner: int, depth: int, heads: int, kv: int, vocab: int) -
         num_key_value_heads=kv,
         vocab_size=vocab,
         max_position_embeddings=2048,
-        tie_word_embeddings=vocab != 32000,
+        tie_word_embeddings=True,
         initializer_range=0.041666,
         rms_norm_eps=1e-5,
         use_cache=False,
@@ -58,13 +56,7 @@ def model_of(config: LlamaConfig, dtype: str = "fp32") -> Model:
     return Model(net, tokenizer, "random-llama", Path("random-llama"), "0" * 64, digest, dtype, "cpu")
 
 
-def rows(quick: bool, count: int, length: int, seed: int = 0) -> list[Encoded]:
-    """Rows of `length` random tokens; the second half is the answer."""
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, config(quick).vocab_size, (count, length), dtype=np.int32)
-    return [Encoded(row, length // 2) for row in ids]
-
-
 def batch(quick: bool, size: int, length: int) -> Batch:
-    """One batch of such rows."""
-    return collate(rows(quick, size, length), 257, "cpu")
+    """One batch of rows of `length` random tokens; the second half is the answer."""
+    ids = np.random.default_rng(0).integers(0, config(quick).vocab_size, (size, length), dtype=np.int32)
+    return collate([Encoded(row, length // 2) for row in ids], 257, "cpu")

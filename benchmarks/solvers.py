@@ -58,14 +58,10 @@ def plain(W: Tensor, H: Tensor, pick: Callable[[Tensor, Tensor, int], Callable[[
 
 @dataclass(frozen=True)
 class PlainOptq:
-    """GPTQ's loop with groups of 32, as a solver of the driver.
-
-    The published code fits a group's grid to the weights from before the block of columns that it is in (`stale`).
-    """
+    """GPTQ's loop with groups of 32, as a solver of the driver."""
 
     data: ClassVar[bool] = True
     kind: str = "ggml"
-    stale: bool = False
 
     def check(self, name: str, R: int, C: int) -> str:
         return ""
@@ -74,11 +70,9 @@ class PlainOptq:
         grid, scales, zeros, codes = Grid(self.kind, 4), list[Tensor](), list[Tensor](), list[Tensor]()
 
         def pick(W1: Tensor, U1: Tensor, first: int) -> Callable[[int], Tensor]:
-            before = W1.clone() if self.stale else W1
-
             def settle(i: int) -> Tensor:
                 if (first + i) % GROUP == 0:
-                    scale, zero = grid.find(before[:, i : i + GROUP])
+                    scale, zero = grid.find(W1[:, i : i + GROUP])
                     scales.append(scale)
                     zeros.append(zero)
                 code = grid.codes(W1[:, i : i + 1], scales[-1], zeros[-1])[:, 0]
