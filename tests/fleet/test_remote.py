@@ -182,7 +182,7 @@ def test_one_that_loads_when_a_round_ends_is_not_said_to_be_away(tmp_path):
 
     memory.pull = never  # type: ignore[method-assign]
     answers = {a.client: (a.status, a.reason) for a in made.ask(1, [0, 1], b"x", goal=1)}
-    assert answers == {0: ("ok", ""), 1: ("dropped", "still loads the model")}
+    assert answers == {0: ("ok", ""), 1: ("dropped", "loads the model")}
 
 
 def test_the_grace_is_twice_the_last_rounds_median_time_but_not_where_devices_stand_apart(

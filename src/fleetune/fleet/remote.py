@@ -268,7 +268,7 @@ class RemoteFleet(Fleet):
             if lost >= ASKED or now - since > self.grace:
                 del asking.waiting[client]
                 self._gone.add(client)
-                why = f"{lost} times lost at work" if lost >= ASKED else asking.absence(client, since)
+                why = f"{lost} times lost at work" if lost >= ASKED else f"not there for {now - since:.0f} s"
                 yield self._without(asking.orders[client], "dropped", why)
         if asking.heard and not self.apart:
             yield from self._that_declined(asking)
@@ -278,9 +278,11 @@ class RemoteFleet(Fleet):
 
     def _left(self, asking: Asking, reason: str) -> Iterator[Answer]:
         """Yield, without an answer, all that are left when a round is over; those at work are late for this `reason`."""
+        now = time.monotonic()
         waiting, asking.waiting = asking.waiting, {}
         for client, since in waiting.items():
-            yield self._without(asking.orders[client], "dropped", asking.absence(client, since))
+            why = "loads the model" if client in asking.joining else f"not there for {now - since:.0f} s"
+            yield self._without(asking.orders[client], "dropped", why)
         yield from self._that_declined(asking)
         slow, asking.sent = asking.sent, {}
         self._forget(set(slow))
@@ -572,11 +574,6 @@ class Asking:
             stays.add(mark)
             if len(stays) <= ASKED:
                 self.waiting[client] = time.monotonic()
-
-    def absence(self, client: int, since: float) -> str:
-        """Say why a client that is waited for since then has no order."""
-        loads = client in self.joining
-        return "still loads the model" if loads else f"not there for {time.monotonic() - since:.0f} s"
 
     def lost(self, numbers: Iterable[str]) -> None:
         """Note that the devices of these orders have gone, or come in anew, so that they are asked again."""
