@@ -147,6 +147,8 @@ HINTS = {
     "there are: optq (fleetune compress --list)": "there are: optq (fleetune.compressors())",
     "fleetune compress --list llm-pruner": "help('fleetune.compression.methods.llm_pruner')",
     "--fast takes one grid; limit steps with --set clip=..": "fast takes one grid; limit steps with settings={'clip': ..}",
+    "--to gguf, or fleetune compress and --to hf": "to='gguf', or fleetune.compress() and to='hf'",
+    "--rounds with --resume gives more; a --limit of the rows": "rounds with resume gives more; a limit of the rows",
     "leave out --set; fleetune runs   lists them": "leave out settings; fleetune.list_runs()   lists them",
 }
 AS_THEY_ARE = (

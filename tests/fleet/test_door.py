@@ -210,6 +210,18 @@ def test_forged_identities_are_refused_and_logged(house, tmp_path, injected):
     assert set(house.door.online()) == {house.one.public.fingerprint, house.two.public.fingerprint}
 
 
+def test_a_revoked_device_that_tries_for_ever_is_said_once(house, tmp_path):
+    served, said = Served(Place("127.0.0.1", 1)), list[str]()
+    served._door = house.door
+    house.door.admit([])
+    for key in (house.one, house.one, house.two, house.stranger, house.two):
+        house.enter(key)
+        served._next_refusals = 0.0
+        served._log_refusals(Audit(tmp_path), said.append)
+    who = [text.split(": ")[1] for text in said]
+    assert who == ["one", "two", house.stranger.public.fingerprint[:8], "two"]
+
+
 def test_a_revoked_key_is_thrown_out_and_a_new_one_comes_in(house):
     number = house.push(house.two)
     house.door.admit([house.one.public, house.stranger.public])

@@ -170,6 +170,21 @@ def test_one_that_is_back_and_loads_is_waited_for_but_not_one_that_dies_of_it_ag
     assert {a.client: a.status for a in made.ask(2, [0, 1], b"x")} == {0: "ok", 1: "dropped"}
 
 
+def test_one_that_loads_when_a_round_ends_is_not_said_to_be_away(tmp_path):
+    memory = link(2)
+    made, pull = fleet(memory, tmp_path), memory.pull
+    memory.marks["k1"] = 1
+
+    def never(numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        memory.queue = {n: q for n, q in memory.queue.items() if q[0] != "k1"}
+        if made.doing()[1][2] == "joining" and made._asking and made._asking.joining:
+            yield from pull(numbers)
+
+    memory.pull = never  # type: ignore[method-assign]
+    answers = {a.client: (a.status, a.reason) for a in made.ask(1, [0, 1], b"x", goal=1)}
+    assert answers == {0: ("ok", ""), 1: ("dropped", "loads the model")}
+
+
 def test_the_grace_is_twice_the_last_rounds_median_time_but_not_where_devices_stand_apart(
     tmp_path, monkeypatch
 ):

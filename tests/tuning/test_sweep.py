@@ -186,6 +186,9 @@ def test_every_open_learning_rate_is_searched_and_each_runs_rate_is_shown(at, ca
     for row, rate in zip(rows, found, strict=True):
         assert re.search(rf"{row['method']} +1 +{rate} ", out)
         assert f">{rate}<" in page
+    call(capsys, "sweep", "recipe.toml", "--method", "fedit", "--vary", "lr=auto,1e-3")
+    rows = list(csv.DictReader((at / "runs/0002-sweep-recipe/sweep.csv").read_text().splitlines()))
+    assert [row["lr"] for row in rows] == ["auto", "0.001"], "what varies is as it was given"
 
 
 @pytest.mark.faults

@@ -16,9 +16,9 @@ NAMES |= {"eval": "evaluate", "runs": "list_runs"}
 LISTED = {"methods": ("methods", "tuning"), "compress": ("compressors", "compression")}
 RESUMED = {"tune": "resume_run", "sweep": "resume_sweep", "compress": "resume_compression"}
 _WORD = r"(?:'[^']*'|[^\s'();,]+(?:,[^\s'();,]+)*(?<!:))"
-_NO_VALUE = r"--|(?:or|and|is|out|cuts|takes|give)\b"
+_NO_VALUE = r"--|(?:or|and|is|of|out|with|cuts|takes|gives?)\b"
 _OPTION = rf"--set ([\w.]+)=({_WORD})|(?<![\w/-])--(?!from\b)([a-z][a-z-]+)(?: (?!{_NO_VALUE})({_WORD}))?"
-_TOLD = re.compile(rf"(?:fleetune|llama-[a-z-]+|pip) ([a-z-]+)((?: {_WORD})*)|{_OPTION}")
+_TOLD = re.compile(rf"(?:fleetune|llama-[a-z-]+|pip) ([a-z-]+)((?: (?!and\b|or\b){_WORD})*)|{_OPTION}")
 
 
 def in_python(hint: str) -> str:

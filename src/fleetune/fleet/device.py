@@ -146,7 +146,6 @@ def join(
                 raise Interrupted("stopped between two steps; the device can join again at any time")
 
         who = keyring.identity(key, home.peers)
-
         made: list[Worker] = []
 
         def answer(order: bytearray) -> bytes:

@@ -281,7 +281,8 @@ class RemoteFleet(Fleet):
         now = time.monotonic()
         waiting, asking.waiting = asking.waiting, {}
         for client, since in waiting.items():
-            yield self._without(asking.orders[client], "dropped", f"not there for {now - since:.0f} s")
+            why = "loads the model" if client in asking.joining else f"not there for {now - since:.0f} s"
+            yield self._without(asking.orders[client], "dropped", why)
         yield from self._that_declined(asking)
         slow, asking.sent = asking.sent, {}
         self._forget(set(slow))

@@ -79,6 +79,7 @@ class Served:
     _next_look: float = field(init=False, default=0.0)  # at the folder of keys
     _next_word: float = field(init=False, default=0.0)  # to `fleet status`
     _next_refusals: float = field(init=False, default=0.0)  # to the log
+    _turned: dict[str, set[str]] = field(init=False, default_factory=dict)  # away last, by reason
     _complaint: str = field(init=False, default="")
     _looking: threading.Lock = field(init=False, default_factory=threading.Lock)  # at the folder of keys
     _files: Mapping[str, bytes] = field(init=False)  # of the keys, when all of them were read
@@ -291,10 +292,11 @@ class Served:
             )
             if answered in AWAY and path != "/fleet/exchange":
                 who.setdefault(AWAY[answered], set()).add(self._door.name(key) or "one without a key")
+        before, self._turned = self._turned, who
         for why, names_of in who.items():
-            note(
-                f"turned away: {', '.join(sorted(names_of)[:SHOWN])}{' ..' * (len(names_of) > SHOWN)}: {why}"
-            )
+            if names_of - before.get(why, set()):  # a device tries again for ever
+                shown, more = ", ".join(sorted(names_of)[:SHOWN]), " .." * (len(names_of) > SHOWN)
+                note(f"turned away: {shown}{more}: {why}")
 
     def _publish(self, folder: Path) -> bool:
         """Write down what the devices do, for `fleetune fleet status`; tell whether `fleetune fleet stop` was called."""
@@ -325,9 +327,7 @@ class Served:
         words = f"fleetune fleet join {server} --data ROWS.jsonl{self.more}{' --model PATH' * own_model}"
         if self._keys is None:
             return words + " --ca ca.pem" * bool(self.place.certificate)
-        return (
-            f"{words}   (NAME{keyring.INVITE} is made here: fleetune fleet invite NAME{self.place.flags()})"
-        )
+        return f"{words}   ({server} is made here: fleetune fleet invite NAME{self.place.flags()})"
 
 
 def _files(folder: Path | None) -> dict[str, bytes]:

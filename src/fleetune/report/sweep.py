@@ -137,7 +137,7 @@ def csv(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> str:
                 "run": m.run.name,
                 **{a.name: v for a, v in zip(axes, m.values, strict=True)},
                 "seed": m.seed,
-                "lr": rate_of(m.run),
+                **({} if "lr" in {a.name for a in axes} else {"lr": rate_of(m.run)}),
                 "status": m.run.status,
                 **{f"base_{n}": v for n, v in base.items()},
                 **{f"tuned_{n}": v for n, v in tuned.items()},
