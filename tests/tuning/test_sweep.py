@@ -21,6 +21,7 @@ from fleetune.report import runlog
 from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun
 from fleetune.runs import rundir
+from fleetune.runs.listener import Silent
 from fleetune.tuning import sweep
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
@@ -189,6 +190,20 @@ def test_every_open_learning_rate_is_searched_and_each_runs_rate_is_shown(at, ca
     call(capsys, "sweep", "recipe.toml", "--method", "fedit", "--vary", "lr=auto,1e-3")
     rows = list(csv.DictReader((at / "runs/0002-sweep-recipe/sweep.csv").read_text().splitlines()))
     assert [row["lr"] for row in rows] == ["auto", "0.001"], "what varies is as it was given"
+
+
+@pytest.mark.usefixtures("at")
+def test_a_sweep_tells_of_the_search_for_a_rate_and_counts_rounds_itself(tmp_path):
+    heard = []
+
+    class Ear(Silent):
+        def progress(self, what, done, total, text=""):
+            heard.append((what, total))
+
+    values = {**BASE, "rounds": 1, "set": {**BASE["set"], "lr": "auto"}}
+    sweep.start(sweep.make_grid(values, ["K=16,32"]), tmp_path / "runs", Ear(), offline=True)
+    assert {what for what, _ in heard} == {"finding lr", "rounds"}
+    assert {total for what, total in heard if what == "rounds"} == {2}
 
 
 @pytest.mark.faults

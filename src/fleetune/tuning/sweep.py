@@ -386,7 +386,9 @@ class _OfRun(Relay):
         super().note(f"{self.point.words}: {text}")
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
-        """Do nothing: a sweep counts rounds."""
+        """Pass on the search for a rate; else a sweep counts rounds."""
+        if what.startswith("finding "):
+            super().progress(what, done, total, text)
 
 
 def start(
@@ -467,7 +469,8 @@ def _runs(folder: rundir.RunDir, grid: SweepGrid, listener: Listener, *, offline
 def _one(folder: rundir.RunDir, point: Point, listener: Listener, offline: bool) -> str:
     try:
         with rundir.at(folder.path / point.name) as run:
-            job = prepare.prepare(searched(point.recipe), offline=offline, measure=False)
+            recipe, told = searched(point.recipe), listener.progress
+            job = prepare.prepare(recipe, offline=offline, measure=False, progress=told)
             jobs.tune(job, run, listener)
     except (errors.StorageError, errors.Interrupted):
         raise

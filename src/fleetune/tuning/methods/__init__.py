@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 REGISTRY = Registry("method", __name__, "fleetune.methods", ("KIND", "PAPER", "SENDS"), "fleetune methods")
 
-
 OWN_DIRECTIONS = "every device tries directions of its own, so noise would hide each number alone; use fedkseed, mezo or fedit"
 
 

@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 COARSE: Final = {"bf16": 2e-3}  # least perturbation: below, a second difference of losses is rounding
 SERIES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 
-
 Progress = Callable[..., None]  # as `Listener.progress`, while a rate is sought
 
 

@@ -92,7 +92,6 @@ class Simulated:
 
 SIMULATED: Final[Fleets] = Simulated()
 
-
 log = logging.getLogger(__name__)
 
 # A job seeds torch's generator and sets its threads, so two at a time in a process would disturb each other.
