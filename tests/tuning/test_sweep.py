@@ -229,10 +229,10 @@ def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
 def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch):
     real = prepare.prepare
 
-    def failing(recipe: recipe.Recipe, *, offline: bool, measure: bool) -> prepare.TuneJob:
+    def failing(recipe: recipe.Recipe, **options: Any) -> prepare.TuneJob:
         if recipe.set["K"] == 8:
             raise IndexError("too few directions")
-        return real(recipe, offline=offline, measure=measure)
+        return real(recipe, **options)
 
     monkeypatch.setattr(prepare, "prepare", failing)
     args = ("recipe.toml", "--vary", "K=8,16", "--rounds", "1", "--json")
