@@ -143,6 +143,30 @@ def test_every_help_has_an_example_that_parses(name):
         assert options.parse_known_args(words[2:])[1] == [], line
 
 
+def test_without_extras_help_is_there_and_a_fleet_says_what_to_install():
+    extras = (
+        "cryptography",
+        "httpx",
+        "prometheus_client",
+        "starlette",
+        "uvicorn",
+        "flwr",
+        "dp_accounting",
+        "openpyxl",
+    )
+    script = (
+        f"import sys\nsys.modules.update(dict.fromkeys({extras}))\nfrom fleetune.cli.main import main\n"
+        f"for line in {[*(f'{name} --help' for name in COMMANDS), 'help', 'help tune', 'help dataerror']}:\n"
+        "    try: code = main(line.split())\n"
+        "    except SystemExit as end: code = end.code or 0\n"
+        "    assert code == 0 or line == 'help tune', line\n"
+        "sys.exit(main('fleet keys new k'.split()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert "pip install 'fleetune[fleet]'" in done.stderr
+
+
 def test_light_commands_load_no_torch_and_help_is_quick(at):
     """In seconds of the processor, since a machine may be busy."""
     script = (

@@ -6,6 +6,8 @@ NAME.invite has all that a device needs: {"v": 1, "address": HOST:PORT, "ca": PE
 it can be that device.
 """
 
+from __future__ import annotations
+
 import contextlib
 import datetime
 import hashlib
@@ -40,7 +42,6 @@ with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed
     from cryptography.hazmat.primitives import serialization as forms
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
-
 
 DAYS: Final = 3650  # that a certificate is valid
 OF: Final = "on a NIST curve"
@@ -329,12 +330,8 @@ def drawn(dark: Sequence[Sequence[int]]) -> str:
     """Return a QR code, whose modules are dark or not, as text: two rows a line, light ones lit."""
     rows = [*dark, *([[0] * len(dark[0])] if len(dark) % 2 else [])]
     pairs = zip(rows[::2], rows[1::2], strict=True)
-    return (
-        "\n".join(
-            "".join("█▀▄ "[2 * bool(a) + bool(b)] for a, b in zip(*pair, strict=True)) for pair in pairs
-        )
-        + "\n"
-    )
+    lines = ("".join("█▀▄ "[2 * bool(a) + bool(b)] for a, b in zip(*two, strict=True)) for two in pairs)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def qr_code(text: str) -> str:
