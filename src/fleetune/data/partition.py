@@ -189,13 +189,13 @@ def _strata(examples: Sequence[Example], column: str) -> Strata:
     if column in columns:
         raise DataError(
             f"column {column!r} is missing in {len(missing)} of {len(examples)} rows, "
-            f"first in row {missing[0] + 1}",
+            f"first in row {missing[0] + 1} of those read",
             hint=f"fill in {column!r} in every row, or delete those rows",
         )
     near = closest(column, columns)
     raise DataError(
         f"no column {column!r} in the data" + (f"; did you mean {near!r}?" if near else ""),
-        hint=f"the columns are: {', '.join(columns)}" if columns else "the rows have no columns: use iid",
+        hint=f"columns beside the texts: {', '.join(columns)}" if columns else "the rows have no columns: use iid",
     )
 
 
