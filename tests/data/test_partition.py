@@ -203,7 +203,7 @@ def test_a_column_name_may_hold_a_colon():
         ("column:kind", 3, 1, "has 2 values with at least 1 rows, 3 clients were asked for", "fewer clients"),
         ("column:kind", None, 6, "has 0 values with at least 6 rows", "another column"),
         ("column:kinds", None, 1, "no column 'kinds' in the data; did you mean 'kind'?", "id, kind, site"),
-        ("dirichlet:1:zzz", 2, 1, "no column 'zzz' in the data", "columns beside the texts: id, kind, site"),
+        ("dirichlet:1:zzz", 2, 1, "no column 'zzz' in the data", "columns beside texts: id, kind, site"),
         ("column:site", 2, 1, "column 'site' is missing in 9 of 10 rows, first in row 1", "fill in 'site'"),
     ],
 )
