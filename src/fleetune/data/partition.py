@@ -195,9 +195,7 @@ def _strata(examples: Sequence[Example], column: str) -> Strata:
     near = closest(column, columns)
     raise DataError(
         f"no column {column!r} in the data" + (f"; did you mean {near!r}?" if near else ""),
-        hint=f"columns beside texts: {', '.join(columns)}"
-        if columns
-        else "the rows have no columns: use iid",
+        hint=f"columns beside texts: {', '.join(columns)}" if columns else "there are no columns: use iid",
     )
 
 
