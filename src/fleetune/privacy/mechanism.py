@@ -22,6 +22,7 @@ distributions (PLD; Koskela et al. 2020, arXiv 1906.03049), which are tight.  No
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import logging
 import math
 import os
@@ -332,10 +333,8 @@ def releases_within(budget: float, noise: float, q: float, most: int, delta: flo
 
 def accounting_version() -> str:
     """Return the accountant's name and version."""
-    from importlib.metadata import version as of
-
     _accounting()
-    return f"dp-accounting {of('dp-accounting')}, PLD"
+    return f"dp-accounting {importlib.metadata.version('dp-accounting')}, PLD"
 
 
 def _release(noise: float, q: float) -> Any:
