@@ -230,7 +230,7 @@ BAD = {  # command line: exit code, words of the error
     "tune -c nosuch.toml": (2, "no recipe at"),
     "tune {tiny} demo --participation 1.5": (2, "participation"),
     "tune {tiny} demo --partition dirichlet:0:category": (2, "alpha"),
-    "tune {tiny} demo --partition column:nosuch": (2, "the columns are"),
+    "tune {tiny} demo --partition column:nosuch": (2, "columns beside texts"),
     "tune {tiny} demo --clients 5000": (2, "no rows for a client"),
     "tune ./folder demo": (2, "config.json"),
     "tune no/such-model demo --offline": (2, "no/such-model"),
