@@ -16,9 +16,10 @@ from fleetune.errors import Interrupted
 from fleetune.fleet import device, keys
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.device import Home
+from fleetune.fleet.keys import Place
 from fleetune.fleet.orders import Job, Order
 from fleetune.fleet.remote import Pace, RemoteFleet
-from fleetune.fleet.server import Place, Served
+from fleetune.fleet.server import Served
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs import rundir

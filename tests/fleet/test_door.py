@@ -25,9 +25,9 @@ from fleetune.fleet import door, http_server, keys, line, link, server
 from fleetune.fleet.audit import FILE, Audit, verify
 from fleetune.fleet.door import CHALLENGE, HEARTBEAT, HOST, KEY, NEXT, ORDER, SESSION, SIGNATURE, Door
 from fleetune.fleet.http_server import Address
-from fleetune.fleet.keys import PrivateKey
+from fleetune.fleet.keys import Place, PrivateKey
 from fleetune.fleet.link import Mail
-from fleetune.fleet.server import Place, Served
+from fleetune.fleet.server import Served
 
 Head = Mapping[str, str]
 Answer = httpx.Response

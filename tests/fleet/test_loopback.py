@@ -35,8 +35,9 @@ from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys, server, worker
 from fleetune.fleet import status as fleet_status
 from fleetune.fleet.audit import FILE, verify
+from fleetune.fleet.keys import Place
 from fleetune.fleet.remote import Pace
-from fleetune.fleet.server import Place, Served
+from fleetune.fleet.server import Served
 from fleetune.fleet.worker import Brings
 from fleetune.privacy import mechanism
 from fleetune.runs import rundir

@@ -154,14 +154,13 @@ def given_door(args: argparse.Namespace) -> list[str]:
 
 def served(args: argparse.Namespace) -> Served:
     """Return the door; UsageError for a number below 0, and for a place that others reach without TLS and keys."""
-    from fleetune.fleet.remote import Pace
-    from fleetune.fleet.server import Place, Served
+    from fleetune.fleet import keys, remote, server
 
     for name in ("wait", "grace", "round_deadline"):
         if (value := getattr(args, name)) is not None and value < 0:
             raise UsageError(f"--{name.replace('_', '-')} {value} cannot be negative")
-    keys, certificate = (Path(v) if v else None for v in (args.keys, args.certificate))
-    place = Place(args.host or "127.0.0.1", PORT if args.port is None else args.port, keys, certificate)
-    usual = Pace()
-    pace = Pace(args.grace, usual.deadline if args.round_deadline is None else args.round_deadline)
-    return Served(place, args.wait or 0, pace, page=args.page)
+    known, certificate = (Path(v) if v else None for v in (args.keys, args.certificate))
+    port, usual = PORT if args.port is None else args.port, remote.Pace()
+    place = keys.Place(args.host or "127.0.0.1", port, known, certificate)
+    pace = remote.Pace(args.grace, usual.deadline if args.round_deadline is None else args.round_deadline)
+    return server.Served(place, args.wait or 0, pace, page=args.page)

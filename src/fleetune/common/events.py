@@ -309,9 +309,7 @@ class SweepDone(Event, event="done"):
     path: str  # folder of the sweep
     page: str  # path of sweep.html
     table: str  # path of sweep.csv, a row a run
-    cells: Sequence[
-        Mapping[str, Any]
-    ]  # a combination: values, runs, lr (of its runs), base, tuned, bytes, seconds
+    cells: Sequence[Mapping[str, Any]]  # a combination: values, runs, lr, base, tuned, bytes, seconds
 
 
 class RunListed(Event, event="run"):

@@ -68,9 +68,7 @@ class Brings:
     columns: str = ""  # which columns of the rows are which
     base: str = "auto"  # where the base's weights are, as in `models.load`
     calibrate: bool = False  # whether sums over its rows may leave it
-    least: int = (
-        0  # replies in a secure sum, the only thing that its own leave in; 0: the server may see them
-    )
+    least: int = 0  # replies in a secure sum, in which alone its own leave; 0: the server may see them
     epsilon: float = 0.0  # its own privacy budget, over all runs; 0: none
     delta: float = 1e-5  # of that budget
     every_turn: bool = False  # earlier answers of a conversation are trained on, too, each as a row

@@ -22,7 +22,6 @@ from fleetune.fleet import status
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.door import Door
 from fleetune.fleet.http_server import Address
-from fleetune.fleet.keys import Place as Place
 from fleetune.fleet.orders import Job, is_path, job_of, terms_of
 from fleetune.fleet.remote import SHOWN, Pace, RemoteFleet
 from fleetune.fleet.table import Devices
@@ -63,7 +62,7 @@ AWAY: Final = {  # of refusals, those that a person can mend
 class Served:
     """Real devices, which join at `place`; use it in a `with` block, which opens and closes the door."""
 
-    place: Place
+    place: keyring.Place
     wait: int = 0  # devices before the first round; 0: the recipe's clients, or all whose keys are here
     pace: Pace = field(default_factory=Pace)
     simulated: bool = False

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from fleetune.errors import ModelError
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -194,7 +196,6 @@ def _experts(net: Any) -> tuple[Linear, ...]:
 
 def _places(net: Any) -> list[Layer]:
     """Return the layers that have attention; [] for a net without a list of layers."""
-    from fleetune.errors import ModelError
     from fleetune.models.net.layers import layers_of
 
     try:
