@@ -18,7 +18,7 @@ flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 here = Path(__file__).resolve().parent
 key = os.environ.get("LLAMA_API_KEY", "")
 with open(flags["--model"], "rb") as model, open(here / "started", "a") as file:
-    file.write(json.dumps({{**flags, "pid": os.getpid(), "key": key, "magic": model.read(4).decode()}}) + "\\n")
+    file.write(json.dumps({{**flags, "pid": os.getpid(), "key": key, "spins": os.environ["GOMP_SPINCOUNT"], "magic": model.read(4).decode()}}) + "\\n")
 if (here / "broken").exists():
     sys.exit("tensor 'blk.0' is missing")
 

@@ -164,9 +164,12 @@ def test_a_key_is_passed_on_and_made_off_this_machine(at: Path, monkeypatch: pyt
     monkeypatch.setenv(KEY, "of-the-environment")
     with fleetune.serve("tiny.gguf", port=0) as session:
         assert b"hello" in ask(session.url, "hello", "of-the-environment")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     with fleetune.chat("tiny.gguf") as talk:
         assert talk.say("hello") == "1:hello"
-    assert starts(at / "bin")[-1]["key"] not in ("", "of-the-environment")
+    *_, serving, chatting = starts(at / "bin")
+    assert chatting["key"] not in ("", "of-the-environment")
+    assert (serving["spins"], chatting["spins"]) == ("1000", "7")
 
 
 @pytest.mark.parametrize(
