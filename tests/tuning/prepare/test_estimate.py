@@ -206,3 +206,38 @@ def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(place, monkeypatch)
     assert written["within"] == ""
     assert written["rounds"] < 500
     assert fleetune.tune(recipes.make(written), offline=True).digest == run.digest
+
+
+def test_within_a_time_for_less_one_client_has_all_rows_unless_a_fleet_is_asked_for(place, monkeypatch):
+    monkeypatch.setattr(estimate, "_timed", lambda work, slow=0.0: 1.0 if slow else 0.01)
+    own = recipe("fedit", model="tiny", data="rows.jsonl", held_out=4, samples=0, client_rows=0, rounds=50)
+    many = prepare.prepare(dataclasses.replace(own, method="fwdllm"), find=False)
+    assert many.recipe.clients == len(many.rows) == 8  # not the method's 100, for which the rows are too few
+    short = dataclasses.replace(own, within="100s")
+    alone = prepare.prepare(short, find=False)
+    assert (alone.recipe.clients, len(alone.rows), prepare.ALONE in alone.about_rows()) == (1, 1, True)
+    assert alone.recipe.rounds * alone.estimate.steps > 30
+    again = prepare.prepare(alone.recipe, find=False, measure=False)
+    assert [row.ids.tolist() for row in again.rows[0]] == [row.ids.tolist() for row in alone.rows[0]]
+    more: list[dict[str, Any]] = [
+        {"within": "1h"},
+        {"clients": 2},
+        {"participation": 0.5},
+        {"aggregation": "norm-clip"},
+    ]
+    for asked in [*more, {"method": "fwdllm"}]:
+        fleet = prepare.prepare(dataclasses.replace(short, **asked), find=False)
+        assert len(fleet.rows) == asked.get("clients", len(many.rows))
+        assert prepare.ALONE not in fleet.about_rows()
+
+
+def test_timing_takes_its_share_of_a_stated_time_or_one_step(monkeypatch):
+    model: Model = models.tiny_llama()
+    rows, slow = harness.rows(model), list[float]()
+    monkeypatch.setattr(estimate, "_timed", lambda work, most=1.0: slow.append(most) or 0.5)
+    monkeypatch.setattr(estimate, "_answer", lambda model, prompts, recipe, most: slow.append(most) or 7.0)
+    told = (recipe("fedit"), harness.method("fedit"), model, [rows[:12]], rows[12:16], [])
+    assert estimate.of(*told, 40.0).answer == 7.0
+    assert slow == [20.0, 1.0, pytest.approx(10.0, abs=0.1)]
+    assert estimate.of(*told, 0.4).answer == 0.125 * 13  # a pass a token
+    assert slow[3:] == [0.2, 1.0]

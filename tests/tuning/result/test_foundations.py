@@ -1,7 +1,6 @@
 """What a run was made of: it is said in its folder, repeated from that, and not gone on with where data or base changed."""
 
 import copy
-import dataclasses
 import hashlib
 import io
 import json
@@ -27,7 +26,7 @@ from fleetune.models.net.model import named_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.defaults import settled
+from fleetune.tuning.recipe.defaults import settled_options
 from fleetune.tuning.result import foundations
 from fleetune.tuning.run import run as jobs
 
@@ -160,13 +159,17 @@ def digest_of(run: Path) -> str:
 
 def test_what_stands_for_another_value_is_written_out_and_means_the_same():
     chosen = {"server": "adam", "module": "prompt"}
-    plain = recipes.make({"model": "m", "data": "d", "method": "fedpetuning", "set": chosen})
-    full = settled(plain)
-    assert [full.set[name] for name in ("size", "server_lr", "lr")] == [20, 1e-3, 3e-2]
-    assert full.clients == methods.entry("fedpetuning").clients
-    assert settled(full) == full
-    by_column = dataclasses.replace(plain, partition="column:role")
-    assert settled(by_column).clients == 0
+    told = {
+        "method": "fedpetuning",
+        "clients": 0,
+        "partition": "iid",
+        **{f"set.{n}": v for n, v in chosen.items()},
+    }
+    full = settled_options(told)
+    assert [full[f"set.{name}"] for name in ("size", "server_lr", "lr")] == [20, 1e-3, 3e-2]
+    assert full["clients"] == methods.entry("fedpetuning").clients
+    assert settled_options(full) == full
+    assert settled_options(told | {"partition": "column:role"})["clients"] == 0
 
 
 def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(made):

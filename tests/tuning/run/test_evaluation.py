@@ -19,7 +19,7 @@ from fleetune.runs.listener import Silent
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import estimate, prepare
 from fleetune.tuning.recipe import recipe
-from fleetune.tuning.recipe.defaults import given, settled
+from fleetune.tuning.recipe.defaults import given
 from fleetune.tuning.result import finished
 from fleetune.tuning.run import evaluation
 from heard import Heard
@@ -90,7 +90,7 @@ def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_
 )
 def test_a_short_run_measures_fewer_rows(more, size, clients, rows):
     made = recipe.make({"model": "m", "data": "d", **more})
-    assert estimate.most_client_rows(made, [size] * clients) == rows
+    assert estimate.client_rows_of_each(made, [size] * clients) == rows
 
 
 def test_many_clients_are_measured_only_where_it_is_asked_for(places, monkeypatch):
@@ -120,8 +120,9 @@ def test_a_setting_that_is_written_at_its_default_is_not_changed(places):
     same = recipe.make({"model": "m", "data": "d", "method": "fedkseed", "set": defaults})
     assert not [name for name in given(same) if name.startswith("set.")]
     other = {"lr": str(defaults["lr"]), "tau": "7"}
-    texts = recipe.make({"model": "m", "data": "d", "method": "fedkseed", "set": other})
-    assert [name for name in given(settled(texts)) if name.startswith("set.")] == ["set.tau"]
+    whole = methods.values_of(methods.make("fedkseed", other).written_out())
+    texts = recipe.make({"model": "m", "data": "d", "method": "fedkseed", "set": whole})
+    assert [name for name in given(texts) if name.startswith("set.")] == ["set.tau"]
 
 
 def test_eval_of_a_run_gives_the_loss_that_the_run_ended_with(place, capsys):

@@ -52,6 +52,7 @@ class Method(ABC):
     steps_setting: ClassVar[str] = ""  # the setting that `for_rows` chooses where it is not given
     server_setting: ClassVar[str] = ""  # the setting that `for_clients` chooses where the rates are found
     rate_at_server: ClassVar[bool] = False  # the learning rate acts on the server alone
+    learns_alone: ClassVar[bool] = False  # in little time one client learns more than many do
     # fields of the state, beside the ledger, that say what a reply means to `aggregate`; None where that is not known
     replies_by: ClassVar[tuple[str, ...] | None] = None
 

@@ -23,7 +23,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fleetune import adapters
 from fleetune.common.settings import setting
@@ -48,6 +48,8 @@ RECOMMENDED = 1
 @dataclass(frozen=True)
 class Method(_adapter.Averaged):
     """Hyper-parameters with the defaults of the paper's code (Shepherd, with 10 local epochs)."""
+
+    learns_alone: ClassVar[bool] = True
 
     r: int = setting(16, "r", "rank of the adapters")
     alpha: int = setting(16, "α", "LoRA scale; the update is (alpha / r) B A")

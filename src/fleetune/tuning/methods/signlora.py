@@ -95,6 +95,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     """Hyper-parameters."""
 
     replies_by: ClassVar[tuple[str, ...]] = ()
+    learns_alone: ClassVar[bool] = True
 
     law = OUTER
     K = 1

@@ -37,26 +37,18 @@ PASSES: Final = 3  # forward passes that a training row costs at least, its back
 
 
 def client_rows_of_each(recipe: Recipe, sizes: Sequence[int]) -> int:
-    """Return how many rows of a client are measured at most, for clients with so many rows.
+    """Return how many rows of a client are measured at most, for clients with so many rows: usually `CLIENT_ROWS_SHARE`.
 
-    0 where the recipe wants none, or there are no simulated clients, or too many.
+    Both measures together are two passes of a row; at least `LEAST_CLIENT_ROWS`, since one row says nothing.  0 where the recipe
+    wants none, or there are no simulated clients, or too many.
     """
     usual = recipe.client_rows <= USUAL_CLIENT_ROWS
     if not recipe.client_rows or len(sizes) < 2 or (usual and len(sizes) > MOST_CLIENTS):
         return 0
-    return most_client_rows(recipe, sizes) if usual else recipe.client_rows
-
-
-def most_client_rows(recipe: Recipe, sizes: Sequence[int]) -> int:
-    """Return how many rows of a client are measured at most, so that all take no more than `SHARE` of a run's passes.
-
-    Both measures together are two passes of a row.  At least `LEAST`, since one row says nothing.
-    """
     asked = len(rounds.sample(range(len(sizes)), recipe.participation, recipe.seed, 1))
     trained = recipe.rounds * asked * float(np.mean(sizes)) * PASSES
-    return min(
-        recipe.client_rows, max(LEAST_CLIENT_ROWS, int(CLIENT_ROWS_SHARE * trained / (2 * len(sizes))))
-    )
+    fitting = max(LEAST_CLIENT_ROWS, int(CLIENT_ROWS_SHARE * trained / (2 * len(sizes))))
+    return min(recipe.client_rows, fitting) if usual else recipe.client_rows
 
 
 log = logging.getLogger(__name__)
@@ -67,6 +59,7 @@ REPEATS: Final = 3
 SLOW: Final = 1.0  # seconds of a first call after which there is no second: a step before it has warmed up
 WARMING: Final = 60.0  # the same of what nothing has warmed up: the very first step, which may compile kernels, and answers
 ROWS: Final = 8  # whose loss is timed
+TIMED: Final = 0.125  # of a stated time, which timing takes at most, unless one step takes longer
 SPARE: Final = 0.8  # of a stated time is planned for
 FEW_STEPS: Final = 4  # of a client in a round: rather than fewer, fewer rounds, clients, then rows of a step
 FEW_ROUNDS: Final = 3
@@ -126,22 +119,13 @@ class Estimate:
     @property
     def text(self) -> str:
         """Write it for the header: "about 12 min: 10 rounds x 8 clients x 10 steps of 0.4 s"."""
-        steps = (
-            "1 step"
-            if self.steps == 1
-            else f"{self.steps:,.3g} steps"
-            if self.steps < 10
-            else f"{self.steps:,.0f} steps"
+        number = f"{self.steps:,.3g}" if self.steps < 10 else f"{self.steps:,.0f}"
+        steps = f"{number} step" + "s" * (self.steps != 1)
+        more = f", {counted(self.ends * self.answers, 'answer')} of {_short(self.answer)}" * bool(
+            self.answers
         )
-        more = (
-            f", {counted(self.ends * self.answers, 'answer')} of {_short(self.answer)}"
-            if self.answers
-            else ""
-        )
-        if self.client_rows:
-            more += (
-                f", {counted(self.ends * self.client_rows, 'row')} of clients of {_short(self.client_row)}"
-            )
+        if rows := self.ends * self.client_rows:
+            more += f", {counted(rows, 'row')} of clients of {_short(self.client_row)}"
         if self.search:
             more += f", after {human_time(self.search)} of finding a learning rate"
         step = _short(self.step) + " with activations computed twice" * self.twice
@@ -162,10 +146,12 @@ def of(
     rows: Sequence[Sequence[Encoded]],
     held: Sequence[Encoded],
     prompts: Sequence[Example] = (),
+    most: float = math.inf,
 ) -> Estimate | None:
     """Time a step, an evaluation and an answer of a run whose clients have these rows; the model is left as it was.
 
-    `held` are the rows of an evaluation, `prompts` those that are answered before and after.  None where a step fails: the run
+    `held` are the rows of an evaluation, `prompts` those that are answered before and after; `most` seconds are taken, or as
+    long as one step takes: an answer counts as one pass a token where none are left.  None where a step fails: the run
     itself says why, and for which clients.  If the method refuses the model, that error is raised, since no client could
     begin.
     """
@@ -174,17 +160,23 @@ def of(
     usual = sorted(rows, key=len)[len(rows) // 2]
     bench = Bench(model, [usual], held[:ROWS], recipe.seed)
     batch = int(getattr(method, "batch_size", 8))
-    one, state = method.sized(1, batch), None
+    one, state, began = method.sized(1, batch), None, time.perf_counter()
     try:
         with restored(model):
             state = bench.begin(one)
-            step = _timed(lambda: bench.round(one, state, 1), WARMING)
+            step = _timed(lambda: bench.round(one, state, 1), min(WARMING, most / 2))
     except FAULTS as error:
         if state is None and isinstance(error, FleetuneError):
             raise
         log.info("the time cannot be estimated: %s", fault(error))
         return None
     row = _timed(bench.loss) / len(held[:ROWS])
+    left = most - (time.perf_counter() - began)
+    answer = (
+        _answer(model, prompts, recipe, left / 4)
+        if left > step
+        else row * (1 + recipe.answer_tokens / ANSWERED)
+    )
     sizes = [len(own) for own in rows]
     of_each = client_rows_of_each(recipe, sizes)
     return Estimate(
@@ -196,7 +188,7 @@ def of(
         (row + _objective(method, model, held[:ROWS])) * len(held),
         len(held),
         len(prompts),
-        _answer(model, prompts, recipe.answer_tokens, recipe.max_length),
+        answer,
         sum(min(of_each, size) for size in sizes),  # of all clients, before and again after the run
         row,
         twice=model.recomputes,
@@ -213,16 +205,16 @@ def _objective(method: methods.Method, model: Model, rows: Sequence[Encoded]) ->
     return _timed(lambda: objectives.mean_value(model, rows, name, batch_size=size)) / len(rows)
 
 
-def _answer(model: Model, prompts: Sequence[Example], tokens: int, max_length: int) -> float:
-    """Return the seconds of one of the prompts' answers of so many tokens; 0 without prompts."""
+def _answer(model: Model, prompts: Sequence[Example], recipe: Recipe, slow: float) -> float:
+    """Return the seconds of one of the prompts' answers; 0 without prompts."""
     if not prompts:
         return 0.0
-    few = prompts[:ANSWERED]
+    few, length, slow = prompts[:ANSWERED], recipe.max_length, min(slow, WARMING)
     first, more = (
-        _timed(lambda n=n: generate(model, few, max_new_tokens=n, max_length=max_length), WARMING)  # type: ignore[misc]
+        _timed(lambda n=n: generate(model, few, max_new_tokens=n, max_length=length), slow)  # type: ignore[misc]
         for n in (1, 1 + TOKENS)
     )
-    batch = first + (tokens - 1) * max(0.0, more - first) / TOKENS
+    batch = first + (recipe.answer_tokens - 1) * max(0.0, more - first) / TOKENS
     return batch * math.ceil(len(prompts) / ANSWERED) / len(prompts)
 
 

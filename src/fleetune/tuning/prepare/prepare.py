@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 
 from fleetune import models
 from fleetune.common import settings
-from fleetune.common.display import counted
+from fleetune.common.display import counted, human_time
 from fleetune.common.events import RateFound, TuneChecked
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
@@ -32,7 +33,6 @@ from fleetune.tuning.prepare import estimate, private, rates
 from fleetune.tuning.prepare.data_check import about_template
 from fleetune.tuning.prepare.estimate import Estimate
 from fleetune.tuning.recipe import recipe as recipes
-from fleetune.tuning.recipe.defaults import settled
 from fleetune.tuning.recipe.recipe import Recipe
 from fleetune.tuning.rounds import fleets, rounds
 
@@ -93,8 +93,7 @@ def _encoder(recipe: Recipe, offline: bool) -> bool:
 
 log = logging.getLogger(__name__)
 
-# of the rows of a usual client, and the tokens of a usual row; FitError
-CheckMemory = Callable[[int, int], None]
+CheckMemory = Callable[[int, int], None]  # of a usual client's rows and a usual row's tokens; FitError
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ class TuneJob:
     dropped: int  # rows of whose answer the tokenizer leaves nothing
     cut: encode.Cut  # rows that are longer than max_length
     files: dict[str, str]  # SHA-256 of the data's files, by name
-    # learning rates that were found before round 1
-    found_rates: list[RateFound] = field(default_factory=list)
+    found_rates: list[RateFound] = field(default_factory=list)  # learning rates, before round 1
     estimate: Estimate | None = None  # of a run that begins, simulated
 
     @property
@@ -256,7 +254,11 @@ def prepare(
     """
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
-    names, given = rates.wanted(recipe), set(recipe.set)
+    names, given, free = (
+        rates.wanted(recipe),
+        set(recipe.set),
+        method.learns_alone and _asks_for_no_fleet(recipe),
+    )
     progress("reading rows", 0, 0, "")
     recipe, parts = _divided(recipe, entry, method, offline=offline, simulated=simulated)
     job = _loaded(recipe, entry, method.written_out(), parts, progress, offline=offline)
@@ -267,13 +269,16 @@ def prepare(
     if (find or measure) and own_steps and own_steps not in given:  # of one that is resumed they are written
         method = job.method.for_rows(len(job.train) // max(1, len(job.rows) or job.recipe.clients))
         job = replace(job, method=method, recipe=replace(job.recipe, set=methods.values_of(method)))
-    clients = len(job.rows) or job.recipe.clients or entry.clients
     asked_for = [name for name in names if name in given]
-    searches = rates.searches(job.recipe, job.method, names, asked_for, len(job.train), clients, job.asked)
-    search = next(iter(searches), None)
+
+    def searches(job: TuneJob) -> list[rates.Search]:
+        clients = len(job.rows) or job.recipe.clients or entry.clients
+        return rates.searches(job.recipe, job.method, names, asked_for, len(job.train), clients, job.asked)
+
+    search = next(iter(searches(job)), None)
     if measure and job.rows:
         progress("timing a step, an evaluation and an answer", 0, 0, "")
-        job, search = _timed(job, searches, note)
+        job, search = _timed(job, searches, note, lambda job: _alone(job, offline) if free else job)
     seconds = job.estimate.search if job.estimate else _search_time(job, search) if measure else 0.0
     job = replace(job, recipe=replace(job.recipe, within=""))
     if names and (find or search is None or (not simulated and seconds >= rates.LONG)):
@@ -289,10 +294,12 @@ def _divided(
     """Return the settled recipe, and its rows in parts: of a fleet that is not simulated the held-out ones alone."""
     here = recipe if simulated or recipe.partition.startswith("column") else replace(recipe, clients=1)
     parts = split(here, entry, offline=offline)  # the rows of real devices are there: these are for one
-    recipe = replace(recipe, partition=parts.partition)
+    simulates = simulated and not parts.partition.startswith("column")
+    count = recipe.clients or simulates * len(parts.clients)
+    own_set = methods.values_of(method.written_out())
+    recipe = replace(recipe, set=own_set, partition=parts.partition, clients=count)
     if not simulated:
         parts = replace(parts, clients=[])
-    recipe = settled(recipe) if simulated else replace(settled(recipe), clients=recipe.clients)
     if recipe.privacy != private.NONE:  # single clients are not measured
         recipe = replace(recipe, client_rows=0)
     if clients := len(parts.clients) or recipe.clients:
@@ -310,6 +317,7 @@ def _loaded(
     progress: rates.Progress,
     *,
     offline: bool,
+    model: Model | None = None,
 ) -> TuneJob:
     """Return the job with its model and the rows as tokens; torch's threads are set for it."""
     held_out = [parts.examples[i] for i in parts.held.tolist()]
@@ -317,7 +325,7 @@ def _loaded(
         recipe, objective_of(method), batch_size_of(method), parts.examples, held_out, offline=offline
     )
     progress("loading the model", 0, 0, "")
-    model = models.load(
+    model = model or models.load(
         recipe.model,
         dtype=recipe.dtype,
         device=recipe.device,
@@ -366,13 +374,9 @@ def _asked(recipe: Recipe, clients: int) -> int:
 def _check_quorum(recipe: Recipe, clients: int) -> None:
     asked = _asked(recipe, clients)
     if recipe.quorum > asked:
-        raise RecipeError(
-            [
-                f"quorum = {recipe.quorum}, but {counted(asked, 'client')} {'is' if asked == 1 else 'are'} asked in a round: "
-                "no round would ever count"
-            ],
-            hint="lower --quorum, or raise --participation",
-        )
+        who = f"{counted(asked, 'client')} {'is' if asked == 1 else 'are'}"
+        why = f"quorum = {recipe.quorum}, but {who} asked in a round: no round would ever count"
+        raise RecipeError([why], hint="lower --quorum, or raise --participation")
 
 
 def _check_rows(job: TuneJob) -> None:
@@ -389,31 +393,54 @@ def _check_rows(job: TuneJob) -> None:
         )
 
 
-def timed(job: TuneJob) -> TuneJob:
-    """Return a job with its estimated time; as it is where the rows of its clients are not here."""
-    if not job.rows:
-        return job
-    time = estimate.of(job.recipe, job.method, job.model, job.rows, job.held, job.prompts)
-    return replace(job, estimate=time)
+def timed(job: TuneJob, most: float = math.inf) -> Estimate | None:
+    """Return the time of a job, found in so many seconds at most; None where the rows of its clients are not here."""
+    told = (job.recipe, job.method, job.model, job.rows, job.held, job.prompts)
+    return estimate.of(*told, most) if job.rows else None
 
 
 def _timed(
-    job: TuneJob, searches: Sequence[rates.Search], note: Callable[[str], None]
+    job: TuneJob,
+    searches: Callable[[TuneJob], list[rates.Search]],
+    note: Callable[[str], None],
+    alone: Callable[[TuneJob], TuneJob],
 ) -> tuple[TuneJob, rates.Search | None]:
     """Return the job with its estimated time, and the search before it; both fit into `within`, and `note` is told how."""
-    if (whole := timed(job).estimate) is None:
-        return job, next(iter(searches), None)
-    within = estimate.seconds_of(job.recipe.within)
-    budget = estimate.SPARE * within
+    within, began = estimate.seconds_of(job.recipe.within), time.perf_counter()
+    if (whole := timed(job, estimate.TIMED * within or math.inf)) is None:
+        return job, next(iter(searches(job)), None)
+    took = time.perf_counter() - began
+    budget = estimate.SPARE * (within - took)
+    if within and whole.seconds > budget and len((job := alone(job)).rows) == 1:
+        whole = replace(whole, clients=1, steps=job.method.local_steps(len(job.rows[0])), client_rows=0)
     most = min(rates.SHARE * budget, estimate.most_search(whole, budget)) if within else math.inf
-    search = next((s for s in searches if s.due or s.seconds(whole) <= most), None)
+    search = next((s for s in searches(job) if s.due or s.seconds(whole) <= most), None)
     whole = smaller = replace(whole, search=search.seconds(whole) if search else 0.0)
     recipe, method = job.recipe, job.method
     if within:
-        recipe, method, smaller = estimate.fitted(recipe, method, whole, within, len(job.rows))
-        if words := estimate.made_smaller(whole, smaller, recipe.within):
+        recipe, method, smaller = estimate.fitted(recipe, method, whole, within - took, len(job.rows))
+        timing = f"{recipe.within}, {human_time(took)} of it for timing"
+        if words := estimate.made_smaller(whole, smaller, timing):
             note(words)
     return replace(job, recipe=recipe, method=method, estimate=smaller), search
+
+
+ALONE: Final = "all rows are one client's, since steps after each other learn most (--clients 8: a fleet)"
+OF_FLEETS: Final = "clients participation aggregation privacy kinds drop stragglers over_selection quorum"
+
+
+def _asks_for_no_fleet(recipe: Recipe) -> bool:
+    """Whether clients are many by the method's default alone."""
+    known = recipes.fields()
+    return recipe.partition == "iid" and all(getattr(recipe, n) == known[n][1] for n in OF_FLEETS.split())
+
+
+def _alone(job: TuneJob, offline: bool) -> TuneJob:
+    """Return the job with all rows as one client's."""
+    recipe = replace(job.recipe, clients=1)
+    parts = split(recipe, job.entry, offline=offline)
+    parts = replace(parts, notes=(ALONE, *parts.notes))
+    return _loaded(recipe, job.entry, job.method, parts, lambda *_: None, offline=offline, model=job.model)
 
 
 def _search_time(job: TuneJob, search: rates.Search | None) -> float:

@@ -1,4 +1,4 @@
-"""Fill in the defaults that a recipe leaves open: settings of its method, the number of clients, and on real devices the rule."""
+"""Fill in the defaults that a recipe leaves open: settings of its method, and on real devices the rule."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -15,13 +15,6 @@ from fleetune.tuning.rounds.rounds import share_of
 # Ledgers: norm-clip first, because the median of noisy slopes learns less.
 DEFAULT_RULES: Final = {"adapter": ("median", "norm-clip"), "ledger": ("norm-clip", "sign-vote")}
 FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
-
-
-def settled(recipe: Recipe) -> Recipe:
-    """Return the recipe with every setting of its method; with the usual number of clients, unless a column decides."""
-    method = methods.make(recipe.method, recipe.set).written_out()
-    clients = recipe.clients or _usual_clients(recipe.method, recipe.partition)
-    return dataclasses.replace(recipe, set=methods.values_of(method), clients=clients)
 
 
 def for_devices(recipe: Recipe, devices: int, named: Collection[str]) -> Recipe:
@@ -95,12 +88,10 @@ def settled_options(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name.removeprefix("set."): v for name, v in found.items() if name.startswith("set.")}
     try:
         method = methods.make(str(found.get("method")), given).written_out()
-        clients = found.get("clients") or _usual_clients(
-            str(found.get("method")), str(found.get("partition"))
-        )
+        usual = _usual_clients(str(found.get("method")), str(found.get("partition")))
     except FleetuneError:
         return found
-    found |= {"clients": clients} if "clients" in found else {}
+    found |= {"clients": found["clients"] or usual} if "clients" in found else {}
     return found | {f"set.{name}": value for name, value in methods.values_of(method).items()}
 
 

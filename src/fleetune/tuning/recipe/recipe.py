@@ -158,7 +158,7 @@ class Recipe:
         default=0,
         ge=0,
         le=1_000_000,
-        description="number of clients (0: the method's own, usually 8; with column:, one per value)",
+        description="number of clients (0: the method's own, usually 8; if --within is short, one; with column:, one per value)",
     )
     rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
     within: str = Field(
@@ -440,9 +440,8 @@ def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of the values that no file in UTF-8 can hold, as a file's name may be."""
     settings = values.get("set")
     named = {**values, **({f"set.{k}": v for k, v in settings.items()} if isinstance(settings, dict) else {})}
-    return [
-        (n, v) for n, v in named.items() if isinstance(v, str) and v.encode(errors="ignore").decode() != v
-    ]
+    texts = ((n, v) for n, v in named.items() if isinstance(v, str))
+    return [(n, v) for n, v in texts if v.encode(errors="ignore").decode() != v]
 
 
 def label_words(text: str) -> tuple[str, ...]:
@@ -462,18 +461,14 @@ def read(path: Path, note: Callable[[str], None] = log.info) -> dict[str, Any]:
             return tomllib.load(file)
     except RecursionError as error:
         raise RecipeError([f"{path} is nested too deep"]) from error
-    except FileNotFoundError as error:
-        raise RecipeError(
-            [f"no recipe at {path}"], hint="give a TOML file, or a run folder's run.toml"
-        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(
             [f"{path} is not TOML: {error}"], hint="strings need quotes; numbers do not"
         ) from error
     except OSError as error:
-        raise RecipeError(
-            [f"cannot read {path}: {error.strerror}"], hint="give a TOML file, or a run folder's run.toml"
-        ) from error
+        there = not isinstance(error, FileNotFoundError)
+        said = f"cannot read {path}: {error.strerror}" if there else f"no recipe at {path}"
+        raise RecipeError([said], hint="give a TOML file, or a run folder's run.toml") from error
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -483,9 +478,8 @@ def to_toml(recipe: Recipe) -> str:
     for name, (_, _, text) in fields().items():
         value = getattr(recipe, name)
         if isinstance(value, dict):
-            table = ["", f"[{name}]  # {text}"] + [
-                f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items()
-            ]
+            pairs = (f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items())
+            table = ["", f"[{name}]  # {text}", *pairs]
         else:
             lines.append(f"{name} = {toml_value(value)}  # {text}")
     return "\n".join(lines + table) + "\n"
@@ -537,12 +531,7 @@ def read_yaml(path: Path, names: Mapping[str, object]) -> tuple[dict[str, Any], 
     values: dict[str, Any] = dict(OF_OTHERS)
     chosen, left = dict[str, Any](), dict[str, Any]()
     for key, value in theirs.items():
-        if (
-            value in ("sft", None)
-            or value is False
-            or value in ("", "auto", [], {})
-            or key in SO_ANYWAY.split()
-        ):
+        if value is False or value in ("sft", None, "", "auto", [], {}) or key in SO_ANYWAY.split():
             continue
         said = _said(key, value, names)
         if not said:
@@ -597,9 +586,8 @@ def _flat(found: dict[str, Any]) -> dict[str, Any]:
 
 def _told_of_yaml(path: Path, values: Mapping[str, Any], left: Mapping[str, Any]) -> list[str]:
     pairs = [f"{key} = {value}" for key, value in values.items() if key != "set"]
-    told = [
-        f"{path} is read as: {', '.join([*pairs, *(f'set.{k} = {v}' for k, v in values['set'].items())])}"
-    ]
+    pairs += [f"set.{key} = {value}" for key, value in values["set"].items()]
+    told = [f"{path} is read as: {', '.join(pairs)}"]
     if left:
         shown = [f"{k} = {v}" if isinstance(v, str | int | float) else k for k, v in left.items()]
         told.append(f"has no place here: {', '.join(shown)}")

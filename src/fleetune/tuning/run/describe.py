@@ -132,10 +132,8 @@ def letters(method: methods.Method, name: str) -> str:
         as_usual = isinstance(value, str) and value == s.default
         if value in (False, "") or as_usual or (value == 0 and s.default == 0) or not s.has_effect(method):
             continue
-        text = (
-            f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-        )
-        parts.append(f"{s.name} {text}")
+        kind = "g" if isinstance(value, float) else "," if type(value) is int else ""
+        parts.append(f"{s.name} {value:{kind}}")
     return " · ".join(parts)
 
 

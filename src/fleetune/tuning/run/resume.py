@@ -63,7 +63,7 @@ def resume(
             progress=listener.progress,
         )
         if not any(round for round, _ in rundir.checkpoints(path)):  # no round tells how long one takes
-            job = timed(job)
+            job = dataclasses.replace(job, estimate=timed(job))
         if recipe.rounds != had:
             foundations.check(job, path, longer=True)  # a refusal leaves a finished run as it is
             write_rounds(job.recipe, folder)
