@@ -89,6 +89,7 @@ def test_a_header_alone_does_not_choose_the_separator() -> None:
     assert readers.separator("a, b, c;d\n1;2\n3;4\n") == ";"
     assert readers.separator("sentence\none; two\nthree, four, five\nsix\n") in "\t|", "one column"
     assert readers.separator("sentence\none, two\nthree, four\n") in "\t|;", "one column"
+    assert readers.separator("text,\na, b\nc,d\ne,f\n") == ",", "the second has no name"
     assert readers.separator("") == ","
 
 
@@ -128,7 +129,7 @@ def test_a_title_above_the_header_is_skipped(tmp_path: Path, name: str, mark: st
 
 
 @pytest.mark.parametrize("above", ["Radhaus 2026\n", "Radhaus, März\n\n", "Radhaus\nStand März\n"])
-@pytest.mark.parametrize("names", ["Frage;Antwort", "Frage;2026"])
+@pytest.mark.parametrize("names", ["Frage;Antwort", "Frage;2026", "2025;2026", "1;2"])
 def test_a_title_may_lack_separators_and_a_column_be_named_by_a_year(tmp_path: Path, above: str, names: str):
     file = tmp_path / "faq.csv"
     lines = [names, *(f"Wann, am {i}.?;Um {i}, wie immer" for i in range(4))]
@@ -145,6 +146,7 @@ UNTITLED = {
     "an index without a name": [";Spruch", "a;Guten Tag", "b;Auf bald"],
     "texts with years": ["Spruch;", "Guten Tag;2024", "Auf bald;2025"],
     "texts with remarks": ["text;", "Guten Tag;neu", "Auf bald;neu"],
+    "texts with remarks, in capitals": ["Text;", "Guten Tag;neu", "Auf bald;neu"],
     "texts with numbers": ["Spruch;", "Guten Tag;1", "Auf bald;2"],
     "columns without names": ["Frage;Antwort;;", "Wann?;Um 6;x;y", "Wo?;Hier;x;y"],
     "blank rows everywhere": ["Frage;Antwort;", "", "Wann?;Um 6;x", "", "Wo?;Hier;y"],

@@ -243,8 +243,8 @@ def _is_sentence(value: str) -> bool:
 
 def _refuse(mapped: Mapping[str, str], rows: Sequence[Fields], there: Sequence[str], source: str) -> NoReturn:
     """Raise for rows in which no form is found, with the mapping that may be meant."""
-    held = f" with {', '.join(mapped)}" if mapped else ""
     long = {name: size for name in there if (size := _length_of_text(name, rows))}
+    held = f" with {', '.join(mapped)}" if mapped else "" if long else ", and none holds sentences"
     hint = COLUMNS_HINT
     if any(all(text in rows[0] for text in texts) for texts, _ in forms.LABELLED.values()):
         hint = f"give each row a label, in the field 'label'; or {hint}"

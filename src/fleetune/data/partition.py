@@ -188,8 +188,8 @@ def _strata(examples: Sequence[Example], column: str) -> Strata:
     columns = sorted(set().union(*(example.meta for example in examples)))
     if column in columns:
         raise DataError(
-            f"column {column!r} is missing in {len(missing)} of {len(examples)} rows, "
-            f"first in row {missing[0] + 1} of those read",
+            f"column {column!r} is missing in {len(missing)} of {len(examples)} rows, first in "
+            + (examples[missing[0]].where or f"row {missing[0] + 1}"),
             hint=f"fill in {column!r} in every row, or delete those rows",
         )
     near = closest(column, columns)
@@ -317,10 +317,10 @@ class Split:
         """Say which held-out rows are trained on too; [] where none is."""
         if not (found := self.trained_too()):
             return []
-        shown = ", ".join(str(i + 1) for i in found[:5]) + (", .." if len(found) > 5 else "")
+        shown = ", ".join(self.examples[i].where for i in found[:5]) + (", .." if len(found) > 5 else "")
         are = "row is" if len(self.held) == 1 else "rows are"
         return [
-            f"{len(found):,} of {len(self.held):,} held-out {are} trained on too (rows {shown}): the held-out loss flatters"
+            f"{len(found):,} of {len(self.held):,} held-out {are} trained on too ({shown}): the held-out loss flatters"
         ]
 
 

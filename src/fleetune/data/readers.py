@@ -204,16 +204,16 @@ def separator(text: str) -> str:
             lines = csv.reader(io.StringIO(text[: 1 << 20], newline=""), delimiter=mark)
             found = list(itertools.islice(lines, LINES))
             at = header_at(found)
-            bare = (
-                at > 0 and len(next(filter(any, found))) == 1
-            )  # a title without the separators of empty cells
+            bare = at > 0 and len(next(filter(any, found))) == 1  # a title without separators of empty cells
             if bare and any(cell != cell.strip() or len(cell.split()) > 3 for cell in found[at]):
                 at = 0  # a row of sentences is no header
-            counts = [_filled(cells) for cells in found[at:] if any(cells)]
+            rows = [cells for cells in found[at:] if any(cells)]
         except csv.Error:  # a field of many kilobytes
-            counts = []
-        columns = counts[0] if counts else 0
-        equal = counts.count(columns) / max(1, len(counts))
+            rows = []
+        counts = [
+            list(map(count, rows)) for count in (_filled, len)
+        ]  # a column may have no name, a row no last cells
+        equal, columns = max((own.count(own[0]) / len(own), own[0]) for own in counts) if rows else (0.0, 0)
         level = (equal >= 0.5) + (equal >= 0.9) - bare if columns > 1 else 0
         keys[mark] = level, columns * bool(level), equal
     return max(keys, key=lambda mark: keys[mark])
@@ -238,14 +238,14 @@ def header_at(rows: Sequence[Sequence[str]]) -> int:
             alone = not filled[at - 1] and filled[at + 1]  # the header, below a blank row
             stands_apart = above and (sum(map(bool, above[0])) == 1 or alone)
             # a header may lack the first name (of a counter), and texts may have remarks beside them
-            header_too = any(_first(cells) > _first(header) or "text" in cells for cells in above)
+            header_too = any(_first(c) > _first(header) or "text" in map(str.lower, c) for c in above)
             return at if stands_apart and not header_too and max(filled[:at]) < filled[at] else 0
     return 0
 
 
 def _is_value(cell: str, *below: str) -> bool:
-    """Whether a cell is a number, but no year above other values."""
-    return cell.isdigit() and (len(cell) != 4 or any(len(c) == 4 and c.isdigit() for c in below))
+    """Whether a cell is a number above others; a year is one above years."""
+    return cell.isdigit() and any(c.isdigit() and (len(cell) != 4 or len(c) == 4) for c in below)
 
 
 def _first(cells: Sequence[str]) -> int:

@@ -99,7 +99,7 @@ def test_labels_and_rows_that_leak_are_told(at, capsys):
     found = checked(capsys, "labelled.jsonl", "--eval-data", "held.jsonl")
     assert found["labels"] == {"0": 11, "1": 11}
     assert (found["equal_training"], found["equal_held_out"]) == (0, 1)
-    assert "1 of 2 held-out rows are trained on too (rows 21)" in found["remarks"][0]
+    assert "1 of 2 held-out rows are trained on too (held.jsonl:1)" in found["remarks"][0]
     assert "trained on too" not in "".join(checked(capsys, "labelled.jsonl", "--held-out", "1")["remarks"])
 
 
@@ -108,7 +108,7 @@ def test_tune_tells_of_rows_that_leak_as_a_check_does(at, capsys):
     write(at / "held.jsonl", [rows[7], {"ask": "what else", "say": "nothing", "shop": "a"}, rows[9]])
     words = ("own.jsonl", *COLUMNS, "--eval-data", "held.jsonl")
     (said,) = (r for r in checked(capsys, *words)["remarks"] if "trained on too" in r)
-    assert said.startswith("2 of 3 held-out rows are trained on too (rows 25, 27)")
+    assert said.startswith("2 of 3 held-out rows are trained on too (held.jsonl:1, held.jsonl:3)")
     tune = ("tune", "tiny", *words, *RUN, "--clients", "0")
     assert said in ok(capsys, *tune, "--dry-run")[-1]["remarks"]
     assert main([*tune]) == 0
