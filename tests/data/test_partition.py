@@ -222,7 +222,7 @@ def test_a_row_whose_client_is_empty_is_refused_as_one_without(fields):
     made = [Example((("user", "q"),), "a", {"site": site}) for site in "aabb"]
     made[2] = Example((("user", "q"),), "a", fields, where="faq.csv:7")
     for refused in (lambda: partition(made, "column:site", None, 0), lambda: hold_out(made, 1, 0, "site")):
-        with pytest.raises(DataError, match="column 'site' is missing in 1 of 4 rows, first in faq.csv:7"):
+        with pytest.raises(DataError, match=r"column 'site' is missing in 1 of 4 rows, first in faq\.csv:7"):
             refused()
 
 
