@@ -1,6 +1,7 @@
 """Every error that Fleetune raises on purpose, and its exit code; a message says what failed, `hint` what to do next."""
 
 import difflib
+import re
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,8 @@ from typing import ClassVar, Final
 
 # what a user's own code may raise: its sys.exit() ends no job of ours
 FAULTS: Final = (Exception, SystemExit)
+# letters that are no white space, and look like it or like nothing; as in brackets of a regular expression
+EMPTY: Final = r"\xad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200d\u2060-\u2064\u2800\u3164\ufeff\uffa0"
 REASON: Final = 300  # characters of a reason that goes into a record, a log and on the screen
 
 
@@ -17,7 +20,7 @@ def cut_reason(text: str) -> str:
     """Return a text from elsewhere in one printable line of at most `REASON` characters."""
     line = " ".join(text[: 4 * REASON].split())
     kept = line if len(line) <= REASON and len(text) <= 4 * REASON else line[: REASON - 3] + "..."
-    return "".join(letter if letter.isprintable() else "?" for letter in kept)
+    return re.sub(f"[{EMPTY}]", "?", "".join(letter if letter.isprintable() else "?" for letter in kept))
 
 
 def fault(error: BaseException) -> str:

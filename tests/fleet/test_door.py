@@ -664,8 +664,10 @@ def test_what_a_request_calls_the_server_is_not_in_the_log(house, monkeypatch):
 def test_refusals_are_counted_in_bounded_memory():
     refusals = door.Refusals()
     for i in range(1000):
-        refusals.note(403, "/fleet/session", f"{i}")
+        refusals.note(403, "/fleet/session", f"{i}", known=False)
+    refusals.note(401, "/fleet/session", "revoked", known=True)
     counts = refusals.taken()
+    assert counts.pop((401, "/fleet/session", "revoked")) == 1
     assert len(counts) == door.KINDS + 1
     assert counts[0, "", ""] == 1000 - door.KINDS
     assert not refusals.taken()

@@ -1,6 +1,7 @@
 """All that a device needs in one file; and a device's settings in a file."""
 
 import argparse
+import base64
 import json
 import subprocess
 import sys
@@ -16,6 +17,14 @@ from fleetune.errors import RecipeError, UsageError
 from fleetune.fleet import device, keys
 
 NAMES = ["localhost", "fleet.example.org"]
+
+
+def locked() -> str:
+    """Return a private key that is encrypted in a way that nobody knows."""
+    key, _ = keys.generated()
+    raw = base64.b64decode(b"".join(key.splitlines()[1:-1])).replace(b"none", b"what")
+    begin, end = (f"-----{word} OPENSSH PRIVATE KEY-----\n" for word in ("BEGIN", "END"))
+    return begin + base64.encodebytes(raw).decode() + end
 
 
 @pytest.fixture
@@ -72,7 +81,16 @@ def test_nothing_is_replaced(place):
 
 @pytest.mark.parametrize(
     "change",
-    [{"key": "no key"}, {"ca": "no certificate"}, {"address": 7}, {"more": "state/secret"}, {"key": None}],
+    [
+        {"key": "no key"},
+        {"key": locked()},
+        {"ca": "no certificate"},
+        {"address": 7},
+        {"address": "[::1%@[::ffff:192.0.2.2]:8470"},
+        {"v": 2},
+        {"more": "state/secret"},
+        {"key": None},
+    ],
 )
 def test_what_is_no_invite_writes_nothing(place, change):
     assert invited() == 0
@@ -81,6 +99,33 @@ def test_what_is_no_invite_writes_nothing(place, change):
     with pytest.raises(UsageError, match="no invite"):
         keys.accept_invite(Path("odd.invite"), Path("state"))
     assert not Path("state").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"\xff", 2])
+def test_an_invite_is_made_for_one_certificate_that_can_be_read(place, capsys, content):
+    ca = Path("certs/ca.pem")
+    own = ca.read_bytes()
+    ca.unlink()
+    if content is not None:
+        ca.write_bytes(own * content if isinstance(content, int) else content)
+    assert "certificate" in refused(
+        capsys, "fleet", "invite", "n", "--keys", "keys", "--certificate", "certs"
+    )
+    assert not Path("n.invite").exists()
+
+
+@pytest.mark.parametrize(
+    "host", ["[::1%@[::ffff:192.0.2.2]", "user@127.0.0.1", "a/b", "a b", "a\n", "a#", "[g]", ""]
+)
+def test_a_host_is_a_name_or_an_address_alone(host):
+    with pytest.raises(UsageError, match="HOST:PORT"):
+        keys.host_in(f"{host}:8470")
+    assert not keys.is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["localhost", "a_b.example-1.org", "127.0.0.1", "[::1]"])
+def test_a_host_is_found(host):
+    assert keys.host_in(f"{host}:8470") == host
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,8 @@ ODD = {
     "train": ["all"],
     "task": ["calibrated"],
     "model": ["m" * 1001],
+    "secure": [{"clients": 4, "least": 3, "clip": 2.9e-316, "noise": 1.0}],  # a grid in denormal numbers
+    "hidden": [{"epsilon": 8.0, "delta": 1e-5, "clip": 2.9e-316}],
     "format": [2],
     "more": [1],
 }

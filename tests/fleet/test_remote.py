@@ -292,14 +292,18 @@ def test_a_newcomer_gets_the_next_number(tmp_path):
 
 
 class Refusing(Memory):
-    """Devices that refuse the job; those that `lie` say they are ready, with rows that cannot be."""
+    """Devices that refuse the job; those that `lie` say they are ready, with rows that cannot be, and then may be `silent`."""
 
     lie: bool = False
+    silent: bool = False
+
+    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        yield from ((n, data) for n, data in super().pull(numbers) if data)
 
     def answer(self, key: str, order: Order) -> bytes:
         self.seen.append(order)
         if order.what == "end":
-            return Reply("done", order.nonce).encode()
+            return b"" if self.silent else Reply("done", order.nonce).encode()
         if self.lie:
             body = Device(1, "0" * 64, 1, 1, "0").to_json().replace(b'"rows": 1', b'"rows": 0')
             return Reply("ready", order.nonce, body=body).encode()
@@ -321,6 +325,14 @@ def test_waiting_ends_when_all_that_could_come_have_refused(tmp_path, registered
     assert ("rows = 0: must be at least 1" if lie else "it has not the run's model") in str(refused.value)
     assert sum("takes no part" in n for n in notes) == 3
     assert [o.what for o in memory.seen].count("end") == 3 * lie  # each knows why
+
+
+def test_waiting_ends_where_a_refused_device_does_not_answer_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "FAREWELL", 0.05)
+    memory = Refusing(link(1).devices, random.Random(0))
+    memory.lie = memory.silent = True
+    with pytest.raises(FleetError, match="no device can take part: 1 came"):
+        RemoteFleet(memory, Devices(tmp_path), JOB, 42, QUICK, note=print).wait_for(1)
 
 
 @pytest.mark.parametrize("key", ["k1", "new"])

@@ -10,9 +10,12 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import hostile
 from fleetune.errors import REASON, MessageError, cut_reason
+from fleetune.fleet.orders import Order
 from fleetune.tuning.exchange import messages
 from fleetune.tuning.exchange.messages import MAX_DIMS, Message, Payload, ReplySpec, check, decode, encode
 
@@ -107,6 +110,13 @@ def test_a_reason_is_short_and_printable_whatever_the_names_are():
     assert len(str(caught.value)) <= REASON
     assert str(caught.value).isprintable()
     assert "x" * 200 in str(caught.value)  # there was something to cut
+
+
+@given(st.text(st.characters() | st.sampled_from("\u3164\u2800\u115f\u034f\uffa0\u17b4 \n")))
+def test_a_reason_can_stand_in_an_order_whatever_the_text_is(text):
+    kept = cut_reason(text)
+    assert Order("end", reason=kept).reason == kept
+    assert len(kept) <= REASON
 
 
 def test_a_reason_is_cut_where_it_is_long():

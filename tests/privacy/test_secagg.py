@@ -164,6 +164,14 @@ def test_a_holder_that_lies_is_found_and_left_out():
     np.testing.assert_array_equal(found.sum(), found.wanted)
 
 
+def test_two_holders_that_lie_about_the_others_frame_nobody():
+    found = whole(9, 6)
+    for liar in (0, 1):
+        shares = found.revealed[liar]
+        found.revealed[liar] = {v: s if v < 2 else bytes([s[0] ^ 1]) + s[1:] for v, s in shares.items()}
+    np.testing.assert_array_equal(found.sum(), found.wanted)
+
+
 def test_nobody_is_blamed_where_it_cannot_be_told_who_lies():
     found = whole(6, 4, gone={4, 5})
     found.revealed[2] = {v: bytes(secagg.SHARE) for v in found.revealed[2]}

@@ -8,18 +8,16 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fleetune.common.paired import within_noise
-from fleetune.errors import UsageError
+from fleetune.errors import EMPTY, UsageError
 
 SAME = 1e-7  # relative: float noise of a measure, since kernels differ by less
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-# letters that are no white space, and look like it or like nothing
-_EMPTY = r"\xad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200d\u2060-\u2064\u2800\u3164\ufeff\uffa0"
-_PADDING = rf"[{_EMPTY}](?=[\s{_EMPTY}])|(?<=[\s{_EMPTY}])[{_EMPTY}]"  # such a letter in a run of blanks
+_PADDING = rf"[{EMPTY}](?=[\s{EMPTY}])|(?<=[\s{EMPTY}])[{EMPTY}]"  # such a letter in a run of blanks
 _FOREIGN = re.compile(
     rf"\n(?!  )|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|{_PADDING}"
 )
 _BREAK = re.compile(rf"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|{_PADDING}")
-_BLANKS = re.compile(rf"(?<=[^\s{_EMPTY}\ufe00-\ufe0f])(?:[^\S\n]|[{_EMPTY}\ufe00-\ufe0f]){{2,}}")
+_BLANKS = re.compile(rf"(?<=[^\s{EMPTY}\ufe00-\ufe0f])(?:[^\S\n]|[{EMPTY}\ufe00-\ufe0f]){{2,}}")
 
 
 def clean(text: str) -> str:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 from fleetune.common.files import lock
 from fleetune.common.memory import usable_memory
 from fleetune.errors import FleetError, Interrupted, UsageError
-from fleetune.fleet import PORT
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.brings import Brings
 from fleetune.fleet.line import FIRST, Server, stay
@@ -117,20 +116,14 @@ def join(
     """
     keyring.check_installed()
     conditions.check()
-    host, _, port = address.rpartition(":")
-    numbered = port.isascii() and port.isdigit() and 1 <= int(port) <= 65535
-    if not host or not numbered or (":" in host and not (host[0] == "[" and host[-1] == "]")):
-        raise UsageError(
-            f"'{address}' is not HOST:PORT",
-            hint=f"e.g. 192.168.1.10:{PORT}; of an IPv6 address: [::1]:{PORT}",
-        )
+    host = keyring.host_in(address)
     if not keyring.is_loopback(host) and home.ca is None:
         raise UsageError(
             f"{host} is another machine: a device talks to it with TLS alone",
             hint="bring the server's ca.pem here and give it: --ca ca.pem",
         )
     if home.ca is None and host == "localhost":  # its other address may be that of somebody else's server
-        address = f"127.0.0.1:{port}"
+        address = address.replace(host, "127.0.0.1")
     _, held_out = brings.divided(note)
     with _alone(home.state), closing(LogFile(home.state)) as log, log.warned():
 

@@ -165,11 +165,11 @@ class Refusals:
         self._counts: dict[tuple[int, str, str], int] = {}
         self._lock = threading.Lock()
 
-    def note(self, status: int, path: str, key: str) -> None:
-        """Count one; beyond `KINDS` of them, as one of no kind in particular."""
+    def note(self, status: int, path: str, key: str, *, known: bool) -> None:
+        """Count one; beyond `KINDS` of them, as one of no kind in particular, but for a key that is `known`."""
         kind = status, path, key
         with self._lock:
-            if kind not in self._counts and len(self._counts) >= KINDS:
+            if kind not in self._counts and not known and len(self._counts) >= KINDS:
                 kind = 0, "", ""
             self._counts[kind] = self._counts.get(kind, 0) + 1
 
@@ -368,7 +368,8 @@ class Door:
     async def _refuse(self, request: Request, error: Exception) -> Response:
         """Count a request that is refused, and end its connection."""
         status = error.status_code if isinstance(error, HTTPException) else 500
-        self.refusals.note(status, request.scope["path"][:64] if status != 404 else "", _claimed(request))
+        path, key = request.scope["path"][:64] if status != 404 else "", _claimed(request)
+        self.refusals.note(status, path, key, known=key in self._names)
         return Response(status_code=status, headers={"connection": "close"})
 
     # Answers and orders -----------------------------------------------------------------------------------
@@ -463,9 +464,9 @@ def _check_length(request: Request, most: int) -> None:
 
 
 def _claimed(request: Request) -> str:
-    """Return the hash of the key that a request claims, "" for none."""
+    """Return the hash of the key that a request claims, which nothing may prove; "" for none."""
     bearer, stated = request.headers.get("authorization", ""), request.headers.get(KEY, "")
-    if bearer:
+    if bearer and not stated:
         stated = bearer.partition(" ")[2].partition(".")[0]
         return stated if re.fullmatch("[0-9a-f]{64}", stated) else ""  # written into the audit log
     try:

@@ -46,6 +46,7 @@ with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed
 DAYS: Final = 3650  # that a certificate is valid
 OF: Final = "on a NIST curve"
 INVITE: Final = ".invite"
+VERSION: Final = 1  # of an invite
 FIELDS: Final = {"v": int, "address": str, "ca": str, "key": str}  # of an invite
 LONGEST: Final = 1 << 16  # bytes of an invite
 EVERY: Final = ("0.0.0.0", "::")  # addresses to listen on, by which nobody calls a machine
@@ -246,12 +247,28 @@ def trusted(ca: Path | None) -> str:
     return "" if ca is None or not ca.is_file() else hashlib.sha256(authority(ca)).hexdigest()
 
 
+def host_in(address: str) -> str:
+    """Return the host of HOST:PORT, a name, an IPv4 address or an IPv6 address in brackets; UsageError for any other text.
+
+    Whatever else a URL may hold (a user, a zone) could lead to another machine than the one that is checked.
+    """
+    found = re.fullmatch(
+        r"([A-Za-z0-9_][A-Za-z0-9._-]{0,252}|\[[0-9A-Fa-f:.]+\]):(\d{1,5})", address, re.ASCII
+    )
+    if found is None or not 1 <= int(found[2]) <= 65535:
+        raise UsageError(
+            f"'{address}' is not HOST:PORT",
+            hint=f"e.g. 192.168.1.10:{PORT}; of an IPv6 address: [::1]:{PORT}",
+        )
+    return found[1]
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address is this machine's own, which nobody else can reach."""
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return "%" not in host and ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
@@ -279,8 +296,8 @@ def make_invite(file: Path, folder: Path, address: str, ca: Path | None) -> str:
         if path.exists():
             raise UsageError(f"{path} is there already", hint="take another name; an invite replaces nothing")
     own, theirs = generated()
-    trusted = ca.read_text(encoding="ascii") if ca is not None else ""
-    text = json.dumps({"v": 1, "address": address, "ca": trusted, "key": own.decode()})
+    trusted = x509.load_der_x509_certificate(authority(ca)).public_bytes(forms.Encoding.PEM) if ca else b""
+    text = json.dumps({"v": VERSION, "address": address, "ca": trusted.decode(), "key": own.decode()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(file, "x", encoding="ascii", opener=regular_private) as opened:
@@ -318,10 +335,15 @@ def _invite_in(file: Path) -> dict[str, Any]:
         found = json.loads(read_bytes(file))
         if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != FIELDS:
             raise ValueError(f"it has not the fields {', '.join(FIELDS)}")
+        if found["v"] != VERSION:
+            raise ValueError(f"it is one of version {found['v']}, for a newer Fleetune")
+        host_in(found["address"])
         check_parts(found["key"].encode(), found["ca"].encode())
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}", hint=ANEW) from error
-    except (ValueError, RecursionError) as error:
+    except (
+        Exception
+    ) as error:  # also of `cryptography`, for a key with a password or of a kind that it does not know
         raise UsageError(f"{file} is no invite of a fleet: {error}", hint=ANEW) from error
     return found
 

@@ -66,6 +66,8 @@ Line = Annotated[str, Field(max_length=64, pattern=f"^({_WORD}( {_WORD})*)?$")]
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Setting = bool | Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | Number | Text
 Kinds = Annotated[tuple[Annotated[int, Field(ge=0, lt=1000)], ...], Field(min_length=1, max_length=1000)]
+# smaller ones would be rounded in denormal numbers, and bound nothing
+Clip = Annotated[float, Field(ge=1e-30, le=1e15)]
 Speed = Annotated[float, Field(ge=0, le=1e12)]
 Dtype = Annotated[str, Field(pattern="^(fp32|bf16|fp16)$")]
 Task = Annotated[str, Field(pattern="^(tune|eval|calibrate)$")]
@@ -84,7 +86,7 @@ class Secure:
 
     clients: Annotated[int, Field(ge=secagg.FEWEST, le=secagg.MOST)]  # N
     least: Annotated[int, Field(ge=secagg.FEWEST, le=secagg.MOST)]  # vectors of a sum
-    clip: Annotated[float, Field(gt=0, le=1e15)]  # C, L2
+    clip: Clip  # C, L2
     noise: Annotated[float, Field(ge=0, le=1e6)]  # z, multiplier of the sum's noise; 0: none
 
     @model_validator(mode="after")
@@ -100,7 +102,7 @@ class Hidden:
 
     epsilon: Annotated[float, Field(gt=0, le=100)]
     delta: Annotated[float, Field(gt=0, lt=1)]
-    clip: Annotated[float, Field(gt=0, le=1e15)]  # C, L2, of what a row adds to a step
+    clip: Clip  # C, L2, of what a row adds to a step
 
 
 @dataclass(frozen=True, config=EXACT)

@@ -70,6 +70,7 @@ class RemoteFleet(Fleet):
         self._greeted: dict[str, str] = {}  # key -> mark of the session in which it was sent
         self._greetings: dict[str, tuple[float, float]] = {}  # key -> how often of late, and when last
         self._refused: dict[str, str] = {}  # key -> why it takes no part, until it comes in anew
+        self._last_refusal = 0.0  # when
         self._said = set[str]()  # of devices' versions
         self._ended: dict[str, str] = {}  # key -> mark of the session in which it was told of the end
         self._orders: dict[str, _Order] = {}  # by number
@@ -341,6 +342,7 @@ class RemoteFleet(Fleet):
         """
         known = {m.key for m in self.devices.members} | self._greeted.keys()
         told = all(found.order.what != "end" for found in self._orders.values())
+        told = told or time.monotonic() > self._last_refusal + FAREWELL
         if len(self._refused) >= max(1, count) and known <= self._refused.keys() and told:
             key, why = list(self._refused.items())[-1]
             raise FleetError(
@@ -475,7 +477,7 @@ class RemoteFleet(Fleet):
             client = self.devices.join(found.key, name, device, able)
         except MessageError as error:
             self.note(f"device {name} takes no part: {error.message}")
-            self._refused[found.key] = error.message
+            self._refused[found.key], self._last_refusal = error.message, time.monotonic()
             self.audit("not admitted", device=found.key, name=name, reason=error.message)
             if reply.what == "ready":
                 end = Order("end", body=REFUSED, reason=error.message)

@@ -51,8 +51,8 @@ AGAIN: Final = {  # what goes on after a stop, by task
 }
 REFUSALS: Final = 60.0  # seconds between two entries of what the door refused
 AWAY: Final = {  # of refusals, those that a person can mend
-    401: "the key was revoked",
-    403: "the key is in no .pub file of --keys, or is another's",
+    401: "it states a key that was revoked",
+    403: "it states a key that is in no .pub file of --keys, or has not signed with it",
     409: "a device with this key is here already: an invite is for one device",
     421: "it calls this server by a name that the certificate does not have, or trusts another ca.pem",
 }

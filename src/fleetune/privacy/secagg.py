@@ -14,15 +14,15 @@ The server takes off PRG(b_v) of those that have sent, and PRG(s_uv) towards tho
 - s_uv is HKDF-SHA256 of the Diffie-Hellman secret of u and v, the run, the round and the attempt.  No key is used twice.
 - t is `least`, the smallest number of vectors that is ever added up, at least two thirds of the N that may take part.  A server
   that tells members different things needs 2 t - n >= N / 3 of them to work for it: each gives one share of each other, once.
-- Seeds and mask keys that are put together from shares are held against what was announced.  A holder that gives a wrong
-  share is left out, where there are more than t; a member whose shares never fit is named (`WrongSharesError`).
+- Seeds and mask keys that are put together from shares are held against what was announced.  Holders of wrong
+  shares are left out, where t others are found (`_choices`); a member whose shares never fit is named (`WrongSharesError`).
 - Every answer of a member follows from its secrets and what came, so that it can be given again after a restart.
 """
 
 import contextlib
 import hashlib
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
@@ -46,6 +46,7 @@ SECRET: Final = 32  # bytes of a key or a seed
 SHARE: Final = 33  # bytes of a number below P
 SEALED: Final = 2 * SHARE + 16  # bytes of two shares, encrypted
 KEYS: Final = 3 * SECRET  # mask key, cipher key, SHA-256 of the seed
+TRIES: Final = 200  # sets of holders at random
 PIECE: Final = 1 << 16  # numbers that are masked at a time
 
 
@@ -176,7 +177,7 @@ def unmask(
             if v in survivors
             else (lambda s, v=v: _public(s) == keys[v][:SECRET])
         )
-        secret = _put_together(v, shares, least, announced, liars, len(revealed))
+        secret = _put_together(v, shares, least, announced, liars, len(revealed), context)
         if v in survivors:
             add_stream(found, _derived(secret, context + b"seed"), -1)
         else:
@@ -192,24 +193,36 @@ def _put_together(
     announced: Callable[[bytes], bool],
     liars: set[int],
     heard: int,
+    context: bytes,
 ) -> bytes:
-    """Return a member's secret by t of its shares; one that lies and is found is added to the `liars`.
+    """Return a member's secret by t of its shares; holders of others than it gave are added to the `liars`.
 
     `heard` is the number of holders that have revealed what they could read.
     """
     if t <= heard and shares.keys() <= {member}:  # nobody could read what it gave: one alone cannot say so
         raise WrongSharesError(member)
-    for left_out in (-1, *sorted(shares)):
-        holders = tuple(sorted(h for h in shares if h != left_out and h not in liars)[:t])
-        if len(holders) < t:
-            raise MessageError(f"{len(shares)} shares of member {member} are there, and {t} are needed")
+    if len(shares) < t:
+        raise MessageError(f"{len(shares)} shares of member {member} are there, and {t} are needed")
+    for i, holders in enumerate(_choices(sorted(shares, key=lambda h: (h in liars, h)), t)):
         number = sum(c * shares[h] for c, h in zip(coefficients(holders), holders, strict=True)) % P
-        if not number >> 256 and announced(number.to_bytes(SHARE, "little")[:SECRET]):
-            liars |= {left_out} - {-1}
-            return number.to_bytes(SHARE, "little")[:SECRET]
-        if left_out == -1 and len(shares.keys() - liars) == t:  # whose is wrong cannot be told
-            raise MessageError(f"a share of member {member}'s secrets is wrong")
+        secret = number.to_bytes(SHARE, "little")[:SECRET]
+        if not number >> 256 and announced(secret):
+            if i:
+                given = polynomial(secret, t, context)
+                liars |= {h for h, s in shares.items() if s != share(given, h)}
+            return secret
+    if len(shares) == t:  # whose is wrong cannot be told
+        raise MessageError(f"a share of member {member}'s secrets is wrong")
     raise WrongSharesError(member)
+
+
+def _choices(holders: Sequence[int], t: int) -> Iterator[tuple[int, ...]]:
+    """Yield t of the holders, ascending: the first, without one of these, and at random, against some that work together."""
+    yield tuple(sorted(holders[:t]))
+    for out in holders[:t] if len(holders) > t else ():
+        yield tuple(sorted([h for h in holders if h != out][:t]))
+    for _ in range(TRIES if len(holders) > t else 0):
+        yield tuple(sorted(secrets.SystemRandom().sample(holders, t)))
 
 
 # Shamir's shares, masks and keys ------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from flower_app import CLIENTS, CONFIG, RECIPE, GridHere, digest_of, run
 from flwr.app import ConfigRecord, Context, RecordDict
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ import fleetune
 from fleetune.cli.main import main
 from fleetune.errors import FleetError, MessageError, RecipeError, UsageError
 from fleetune.fleet.flower import client_app, server_app
-from fleetune.fleet.link import answer_in
+from fleetune.fleet.link import TOO_LARGE, answer_in
 from fleetune.fleet.orders import Order, Reply
 from fleetune.fleet.remote import ROOM
 from fleetune.tuning.recipe import recipe as recipes
@@ -78,6 +79,32 @@ def test_what_a_device_answers_when_flower_says_there_is_no_answer(place, monkey
     assert ("the ClientApp failed: because" in caplog.text) == (code <= 2)
     assert link.push("unknown", order.encode(), 0, ROOM) is None
     assert (link.name(key), link.name("0123456789")) == ("edge-0", "01234567")
+
+
+@pytest.mark.parametrize("error", [DecodeError("x"), AttributeError("x"), IndexError("x"), ValueError("x")])
+def test_what_flower_cannot_read_is_the_answer_of_its_device_alone(place, monkeypatch, error):
+    grid = supernodes()
+    link = server_app.GridLink(grid)  # type: ignore[arg-type]
+    odd, *others = [link.push(key, Order("work", 3).encode(), 0, ROOM) for key in link.online()]
+    pull = grid.pull_messages
+
+    def pulled(numbers):
+        if odd in numbers:
+            raise error
+        return pull(numbers)
+
+    monkeypatch.setattr(grid, "pull_messages", pulled)
+    found = dict(link.pull({odd, *others}))
+    assert found.pop(odd) == b""
+    assert found.keys() == set(others)
+    assert all(found.values())
+
+
+def test_an_answer_beyond_its_room_is_too_large(place):
+    link = server_app.GridLink(supernodes())  # type: ignore[arg-type]
+    (key, *_) = link.online()
+    number = link.push(key, Order("work", 3).encode(), 0, 8)
+    assert list(link.pull({number})) == [(number, TOO_LARGE)]
 
 
 def ask(order: Order, config: dict[str, Any], state: RecordDict | None = None) -> Reply:

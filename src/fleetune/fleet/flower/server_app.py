@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from google.protobuf.message import DecodeError
 
 from fleetune.common.display import counted, show
 from fleetune.common.events import Event, RoundEvaluated, TuneDone
@@ -22,6 +23,7 @@ from fleetune.errors import MessageError, RecipeError, UsageError
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.flower.client_app import RUN, check_recipe, pack, unpack
 from fleetune.fleet.keys import fingerprint
+from fleetune.fleet.link import TOO_LARGE
 from fleetune.fleet.orders import job_of, terms_of
 from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import Devices
@@ -210,6 +212,7 @@ class GridLink:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
+        self._room: dict[str, int] = {}  # bytes that the answer to an order may have
         self._nodes: dict[str, Node] = {}  # by hash of the key, of those that were ever there
 
     def online(self) -> Mapping[str, str]:
@@ -241,17 +244,23 @@ class GridLink:
         if (node := self._nodes.get(key)) is None:
             return None
         (number,) = self.grid.push_messages([Message(pack(data, common), node.id, "train")])
+        if number:
+            self._room[number] = room
         return number or None
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the answers that have come; None where the SuperNode has gone before it answered."""
-        for reply in self.grid.pull_messages(numbers) if numbers else ():
-            number = reply.metadata.reply_to_message_id
+        """Yield the answers that have come; None where the SuperNode has gone before it answered.
+
+        One at a time: what a SuperNode sends can be such that Flower cannot read it, with all that came beside it.
+        """
+        for number in sorted(numbers):
             try:
-                yield number, _answer_in(reply)
-            except MessageError as error:
-                log.warning("%s", error.message)
-                yield number, b""
+                found = [_answer_in(reply) for reply in self.grid.pull_messages([number])]
+            except (MessageError, DecodeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                log.warning("%s", error)
+                found = [b""]
+            room = self._room.pop(number, 0) if found else 0
+            yield from ((number, TOO_LARGE if data and len(data) > room else data) for data in found)
 
     def drop(self, numbers: set[str]) -> None:
         """Do nothing: a SuperNode may still work on orders that nobody waits for any longer."""
