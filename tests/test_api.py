@@ -241,6 +241,8 @@ def test_a_plan_has_every_method_and_its_best():
     assert set(fleetune.methods()) <= {row.method for row in plan.rows}
     assert plan.settings().method in fleetune.methods()
     assert len(repr(plan)) < 800
+    assert "tokens (max_length)" in repr(plan)
+    assert "tokens (max_length)" in plan._repr_html_()
     with pytest.raises(errors.FitError, match="no method fits"):
         fleetune.plan("tiny", ram=1000).settings()
 

@@ -16,6 +16,7 @@ from fleetune.tuning.recipe import recipe
 
 LINES = {
     "train m d": "tune m d",
+    "--offline tune m d": "tune --offline m d",
     "finetune m d --lr 1e-4": "tune m d --set lr=1e-4",
     "tune m d --learning_rate=1e-4 --rounds 2": "tune m d --set lr=1e-4 --rounds 2",
     "tune m d --batch-size 4 --lora-r 8 --lora-alpha 32": "tune m d --set batch_size=4 --set r=8 --set alpha=32",

@@ -48,7 +48,7 @@ def test_an_invite_registers_a_key_and_is_all_that_its_device_needs(place, capsy
     assert ca is not None
     assert ca.read_bytes() == Path("certs/ca.pem").read_bytes()
     own = keys.read(Path("state/key"))
-    (known,) = keys.registered(Path("keys"))
+    (known,), _ = keys.registered(Path("keys"))
     assert (known.name, known.pem) == ("press-3", own.public.pem)
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in Path("state").iterdir())
     assert keys.accept_invite(file, Path("state")) == (address, ca)  # at the next start

@@ -67,9 +67,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         options = OptionReader(command, sub)
         ours = [command, *options.read(ours[1:])]
         if ours != list(words):
-            told = "   ".join(
-                [f"understood as: {display.command(*ours)}", *(f"({r})" for r in options.remarks)]
-            )
+            remarks = "".join(f"   ({remark})" for remark in options.remarks)
+            told = f"understood as: {display.command(*ours)}{remarks}"
     args, unknown = parser.parse_known_args(ours)
     if unknown:
         flags = parser.commands[args.command].flags

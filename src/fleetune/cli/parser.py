@@ -63,9 +63,11 @@ def one_of(known: Collection[str], name: str, hint: str, value: str) -> str:
 
 
 def in_our_command(words: Sequence[str], known: Collection[str]) -> list[str]:
-    """Return the words with the command that is meant, where theirs is none of `known`."""
+    """Return the words with the command first, and with the one that is meant where theirs is none of `known`."""
+    at = next((i for i, word in enumerate(words) if not word.startswith("-")), 0)
+    words = [*words[at : at + 1], *words[:at], *words[at + 1 :]]
     ours = tables.COMMANDS.get(words[0].lower()) if words and words[0] not in known else None
-    return [*ours.split(), *words[1:]] if ours else list(words)
+    return [*ours.split(), *words[1:]] if ours else words
 
 
 def in_our_action(words: Sequence[str], sub: Parser) -> list[str]:
@@ -133,11 +135,8 @@ class OptionReader:
         except ValueError as error:
             raise UsageError(f"{value!r} is no number of steps") from error
         counted = [ours] if "rounds" in said else []
-        self.remarks |= {
-            r: None
-            for w in (*counted, *(f"{n}={v}" for n, v in said.items()))
-            if (r := tables.REMARKS.get(w))
-        }
+        pairs = (*counted, *(f"{n}={v}" for n, v in said.items()))
+        self.remarks |= {r: None for pair in pairs if (r := tables.REMARKS.get(pair))}
         found = []
         for name, one in said.items():
             kind, _, setting = name.partition(".")

@@ -103,7 +103,7 @@ def has_signed(key: PublicKey, signature: bytes, text: bytes) -> bool:
 
 def identity(key: PrivateKey, peers: Path | None) -> Identity:
     """Return a device's own part in secure sums, with those whose public keys are in a folder (None: with any)."""
-    known = {bytes.fromhex(public.fingerprint): public for public in registered(peers)} if peers else None
+    known = {bytes.fromhex(public.fingerprint): public for public in registered(peers)[0]} if peers else None
 
     def trusts(name: bytes, text: bytes, signature: bytes) -> bool:
         return known is None or (name in known and has_signed(known[name], signature, text))
@@ -145,13 +145,17 @@ def read(path: Path) -> PrivateKey:
     return PrivateKey(secret, PublicKey(path.name, _pem(secret.public_key())))
 
 
-def registered(folder: Path) -> list[PublicKey]:
-    """Return the public keys in a folder (NAME.pub), by name; UsageError where there are none or one is bad."""
-    found = []
+def registered(folder: Path) -> tuple[list[PublicKey], list[str]]:
+    """Return the public keys in a folder (NAME.pub), by name, and what is wrong with others; UsageError where none is good."""
+    found, wrong, hint = [], list[UsageError](), "make it with: fleetune fleet keys new"
     for path in sorted(folder.glob("*.pub")):
-        hint = "make it with: fleetune fleet keys new"
-        public = read_openssh_key(path, forms.load_ssh_public_key, ec.EllipticCurvePublicKey, OF, hint)
-        found.append(PublicKey(path.stem, _pem(public)))
+        try:
+            public = read_openssh_key(path, forms.load_ssh_public_key, ec.EllipticCurvePublicKey, OF, hint)
+            found.append(PublicKey(path.stem, _pem(public)))
+        except UsageError as error:
+            wrong.append(error)
+    if wrong and not found:
+        raise wrong[0]
     if not found:
         raise UsageError(
             f"{folder} has no public keys (NAME.pub)",
@@ -160,7 +164,7 @@ def registered(folder: Path) -> list[PublicKey]:
     twins = {k.pem: k.name for k in found}
     if len(twins) < len(found):
         raise UsageError(f"a key is in {folder} under two names", hint="a device has one key, and one name")
-    return found
+    return found, [error.message for error in wrong]
 
 
 def make_certificate(folder: Path, hosts: Sequence[str]) -> Path:
@@ -392,11 +396,9 @@ class Place:
         if self.certificate:
             hosts_of(self.certificate / "server.pem")
             if not (self.certificate / "ca.pem").is_file():
-                raise UsageError(
-                    f"{self.certificate} has no ca.pem",
-                    hint="put the one that devices trust beside server.pem",
-                )
-        return registered(self.keys) if self.keys else None
+                what = f"{self.certificate} has no ca.pem"
+                raise UsageError(what, hint="put the one that devices trust beside server.pem")
+        return registered(self.keys)[0] if self.keys else None
 
     def address(self) -> str:
         """Return HOST:PORT by which devices call it, by its certificate where it listens everywhere."""

@@ -30,6 +30,7 @@ from fleetune.runs.listener import Listener
 from fleetune.tuning.prepare import prepare, private
 from fleetune.tuning.recipe import defaults
 from fleetune.tuning.recipe.recipe import Recipe
+from fleetune.tuning.result import foundations
 from fleetune.tuning.rounds.fleets import ONE, Fleet, Wanted, wanted
 
 if TYPE_CHECKING:
@@ -134,6 +135,12 @@ class Served:
         entry, _ = prepare.check(recipe)
         return defaults.for_devices(recipe, self.wanted(recipe.clients, entry.clients), named)
 
+    def check(self, path: Path) -> None:
+        """Raise FleetError or RecipeError where so few devices cannot go on with a run, before anything is loaded."""
+        recipe = foundations.recipe_of(path)
+        entry, method = prepare.check(recipe)
+        prepare.check_aggregation(recipe, method, self.wanted(recipe.clients, entry.clients))
+
     def count(self, job: TuneJob) -> int:
         """Return how many devices the first round waits for; FleetError when fewer can come."""
         return self.wanted(job.recipe.clients, job.entry.clients)
@@ -177,13 +184,9 @@ class Served:
         prepare.check_aggregation(job.recipe, job.method, count)
         listener.note(defaults.about_rule(job.recipe, count))
         if not job.recipe.eval_every:
-            listener.note(
-                "no round is evaluated, so the last one is kept, however bad: --eval-every 1 keeps the best"
-            )
+            listener.note("no round is evaluated, so the last one is kept: --eval-every 1 keeps the best")
         if simulated := [name for name in SIMULATED if getattr(job.recipe, name)]:
-            listener.note(
-                f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
-            )
+            listener.note(f"{', '.join(simulated)} only simulate; for real devices: --round-deadline SECONDS")
         if job.recipe.train_turns == "all":
             listener.note(
                 "train_turns = all: a device says so of its rows, fleet join --train-turns all; those of fleet split are so"
@@ -250,7 +253,7 @@ class Served:
     def _read_keys_again(self) -> None:
         """Let in devices whose keys were added to the folder, and throw out those whose keys were removed; from any thread.
 
-        Where anything is wrong with the folder, nobody is let in, but those whose files are gone or changed are thrown out.
+        A file that is no key is left out; where none is one, or two are the same, those of gone or changed files are thrown out.
         """
         folder = self.place.keys
         if folder is None or time.monotonic() < self._next_look:
@@ -259,12 +262,13 @@ class Served:
             self._next_look = time.monotonic() + LOOK
             files, complaint = _files(folder), ""
             try:
-                found, self._files = keyring.registered(folder), files
+                (found, wrong), self._files = keyring.registered(folder), files
+                complaint = "; ".join(f"left out of the keys: {text}" for text in wrong)
             except UsageError as error:
-                complaint = error.message
+                complaint = f"no key is added: {error.message}"
                 found = [k for k in self._keys or [] if files.get(k.name) == self._files.get(k.name, b"")]
             if complaint not in ("", self._complaint):
-                self._news.append(f"no key is added: {complaint}")
+                self._news.append(complaint)
             self._complaint = complaint
             before, now, self._keys = set(self._keys or []), set(found), found
             if before == now:

@@ -21,7 +21,7 @@ import numpy as np
 from fleetune.common import ggml
 from fleetune.common.display import counted, human_bytes, human_count, human_time
 from fleetune.common.events import PlanRow
-from fleetune.errors import FitError, UsageError
+from fleetune.errors import FitError, FleetuneError, UsageError
 from fleetune.models.cache.cache import PLACES, SHARE
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import compression_cost, device_cost
@@ -417,11 +417,11 @@ def describe(
     about["compress"] = "" if shape.labels else _compression(shape, work)
     sending = f", and sending at {human_bytes(uplink)} a second" if uplink else ""
     about["time"] = f"computing at this machine's speed of just now{sending}"
-    return {label: text for label, text in about.items() if text}
+    return {label: FleetuneError.spoken(text) for label, text in about.items() if text}
 
 
 def _compression(shape: Shape, work: Workload) -> str:
     paged = compression_cost.CompressionSize(32, 512, work.size, low_memory=True, measured=True, dense=True)
     jobs = (paged._replace(bits=8, low_memory=False, budget=True), paged)
     whole, less = (human_bytes(sum(compression_cost.memory(shape, size).values())) for size in jobs)
-    return f"by default, over 32 windows of 512 tokens: {whole} · with --low-memory {less}"
+    return f"by default, over 32 windows of 512 tokens: {whole} · --low-memory: {less}"

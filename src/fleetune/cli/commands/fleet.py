@@ -152,14 +152,15 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     before = standing.resume(path) if path is not None and served else ""
     if before and before != f"fleetune fleet serve --resume {quoted(path)}{fleets.flags()}":
         ui.note(f"it was served otherwise before, and devices look for it there: {before}")
+    if path is not None:
+        fleets.check(path)
     if recipe:
         tuning.check_plain(recipe.model, Path(args.out), recipes.trained(recipe))
         recipe = tuning.with_file(recipe, Path(args.out), ui.note)
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
         recipe = fleets.settled(recipe, values)
     if args.dry_run and recipe is not None:
-        _check_only(recipe, fleets, args, ui)
-        return
+        return _check_only(recipe, fleets, args, ui)
     from fleetune.tuning.run import resume
     from fleetune.tuning.run import run as running
 
