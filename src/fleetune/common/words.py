@@ -33,6 +33,7 @@ ELSEWHERE: Final = {  # what is done without a command
 RECIPE: Final = _table("""
     set.lr: lr learning_rate | set.batch_size: batch_size micro_batch_size per_device_train_batch_size
     set.r: r rank lora_r lora_rank | set.alpha: alpha lora_alpha | set.dropout: dropout lora_dropout
+    set.mu: proximal_mu mu | participation: fraction_fit fraction_train | noise: noise_multiplier | clip_norm: clipping_norm
     set.targets: targets target_modules lora_target lora_target_modules lora_keys | set.targets=all-linear: lora_target_linear
     set.weight_decay: weight_decay | set.clip: max_grad_norm | set.checkpointing: gradient_checkpointing
     epochs: epochs num_epochs num_train_epochs | set.epochs: local_epochs
@@ -81,7 +82,8 @@ GRIDS: Final = {  # types of llama.cpp that a compression makes: its setting
 TOPICS: Final = _table("""
     troubleshooting: errors error exit-codes problems | your-own-data: start quickstart tutorial
     to-a-phone: phone android | learning-rate: lr rate | compression: compress quantize quantization
-    api: python notebook | serve: chat | columns-with-other-names: columns
+    api: python notebook | serve: chat | columns-with-other-names: columns | with-a-flower-of-your-own: supernode superlink
+    privacy: secagg dp | flowers-simulation: simulation ray | methods: fedprox | flower: flowertune strategy fraction_fit
 """)  # of `fleetune help`: the page that is meant
 
 

@@ -95,6 +95,14 @@ def test_a_run_states_what_it_promises_wherever_it_is_read(tiny, method, level):
     assert "per_client" not in json.loads((run.folder / "eval.json").read_text())
 
 
+def test_how_loud_the_noise_is_is_told_where_both_it_and_the_clip_are_given(tiny):
+    told = list[str]()
+    given = {**PLAIN, "privacy": "client", "noise": 1.0, "clip_norm": 0.5, "set": LEVELS["fedit"]}
+    recipe = recipes.make({"model": tiny, "data": "demo", "method": "fedit", **given})
+    prepare.prepare(recipe, measure=False, note=told.append)
+    assert any("times as long as the clip: little can be learned" in line for line in told)
+
+
 def test_the_record_and_the_report_tell_of_no_clients_rows(tiny):
     """With privacy; the same run without it tells how many each has, and what it is coloured by."""
     options = {"partition": "dirichlet:0.5:category", "clients": 10, "rounds": 1}

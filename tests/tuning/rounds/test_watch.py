@@ -53,6 +53,12 @@ def test_a_loss_above_the_start_by_more_than_noise_is_said_at_once_and_once():
     assert "clip" in rose.text
 
 
+def test_where_privacy_adds_noise_no_learning_rate_is_blamed():
+    (_, rose) = heard(Watch(Some(), "loss", (), noise=1.0), evaluated(0, 4.0), evaluated(1, 5.0))
+    assert "the noise may be too loud" in rose.text
+    assert "learning rate" not in rose.text
+
+
 def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is():
     told = (evaluated(0, 4.0), evaluated(1, 3.0), evaluated(2, 3.49), evaluated(3, 3.51))
     *before, lost = heard(Watch(Some(), "loss", ()), *told)

@@ -250,7 +250,7 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
     elif recipe.epsilon or recipe.noise:
         recipe = replace(recipe, delta=recipe.delta or float(f"{0.1 / hidden:.3g}"))
         recipe = _with_noise(job, recipe, hidden)
-        if job.recipe.noise and job.recipe.clip_norm:  # as of a run that is resumed
+        if job.recipe.noise and job.recipe.clip_norm and not find:  # as of a run that is resumed
             return recipe
     if recipe.clip_norm and not recipe.noise:
         return recipe

@@ -12,8 +12,15 @@ SMALL: Final = 0.005  # of the loss: a rise that is sure and this small is no di
 UNKNOWN_NOISE: Final = 0.05  # of the loss, where one row gives no error
 
 
-def advice(method: Any, factor: float) -> str:
-    """Say how to lower the learning rate of a method by a factor (infinity: nobody knows), and that it has a clip."""
+def advice(method: Any, factor: float, noise: float = 0.0) -> str:
+    """Say how to lower the learning rate of a method by a factor (infinity: nobody knows), and that it has a clip.
+
+    Where privacy adds `noise`, that is the likelier cause.
+    """
+    if noise:
+        return (
+            "take more clients or rows, fewer numbers (K, r), or a larger epsilon: the noise may be too loud"
+        )
     if factor == math.inf:
         return "let the learning rate be found (--set lr=auto)"
     lr, words = getattr(method, "lr", None), "lower the learning rate"
@@ -32,13 +39,18 @@ class Watch:
     """Hears the events of a run; `heard` gives the event that says that it diverges, once."""
 
     def __init__(
-        self, method: Any, objective: str, past: Iterable[Mapping[str, Any]], start: float | None = None
+        self,
+        method: Any,
+        objective: str,
+        past: Iterable[Mapping[str, Any]],
+        start: float | None = None,
+        noise: float = 0.0,
     ) -> None:
         """Take up a run whose recorded events are `past`; an objective that is not the loss is not watched.
 
         `start` is the loss before round 1 where that is not the base's.
         """
-        self.method, self.told = method, objective != "loss"
+        self.method, self.noise, self.told = method, noise, objective != "loss"
         self.first = self.lowest = math.nan  # validation loss before round 1, and the lowest so far
         self.best = 0
         self.clients: dict[int, float] = {}  # the first loss that each stated
@@ -81,7 +93,8 @@ class Watch:
         what = (
             "reply is not finite" if times == math.inf else f"loss is {loss:.3f}, {times:.3g} times its first"
         )
-        return f"round {round}: the median client's {what}; {advice(self.method, math.inf if times == math.inf else 10)}"
+        words = advice(self.method, math.inf if times == math.inf else 10, self.noise)
+        return f"round {round}: the median client's {what}; {words}"
 
     def _of_round(self, event: RoundEvaluated) -> str:
         loss, lowest, best = event.loss, self.lowest, self.best
@@ -92,7 +105,7 @@ class Watch:
         if loss - lowest <= max(noise, SMALL * abs(self.first), (self.first - lowest) / 2):
             return ""
         since = "before tuning" if not best else f"after round {best}"
-        words = advice(self.method, 3 if best else 10)
+        words = advice(self.method, 3 if best else 10, self.noise)
         keeps = "; --keep best keeps the best round" if best else ""
         return (
             f"round {event.round}: the validation loss has risen to {loss:.3f} from {lowest:.3f} {since}, by more than noise "

@@ -267,13 +267,13 @@ def of_change(
     if change.noise:
         advice = "tune longer or with a higher learning rate, or hold more rows out"
         if _past_best(job, outcome, after):
-            advice = watch.advice(job.method, 3)
+            advice = watch.advice(job.method, 3, job.recipe.noise)
         noise = f"two standard errors are {2 * change.error:.3f} on {rows}"
         return f"the change of the validation loss is within noise: {noise}; {advice}"
     if after["loss"] <= before["loss"] or job.objective != "loss":
         return ""
     shown = change_text("loss", before["loss"], after["loss"], change.error)
-    return f"the validation loss rose ({shown} on {rows}): {watch.advice(job.method, 3)}"
+    return f"the validation loss rose ({shown} on {rows}): {watch.advice(job.method, 3, job.recipe.noise)}"
 
 
 def _past_best(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> bool:

@@ -185,7 +185,7 @@ def _tune(
     first = first_state(recipe, method, model, rule)
     fleet = fleets.make(job, run, listener, step)
     start = None if base else known.get("start", {}).get("loss")
-    watch = Watch(method, job.objective, rundir.events(run.path) if known else (), start)
+    watch = Watch(method, job.objective, rundir.events(run.path) if known else (), start, job.recipe.noise)
     base_rows = base.rows if base else evaluation.losses_in(known, "base")
     sitting = _Sitting(job, run, listener, fleet, first, base, params, base_rows, watch)
     plan = rounds.RoundPlan(
