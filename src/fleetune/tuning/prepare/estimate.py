@@ -160,7 +160,7 @@ def of(
     usual = sorted(rows, key=len)[len(rows) // 2]
     bench = Bench(model, [usual], held[:ROWS], recipe.seed)
     batch = int(getattr(method, "batch_size", 8))
-    one, state, began = method.sized(1, batch), None, time.perf_counter()
+    one, state, end = method.sized(1, batch), None, time.perf_counter() + most
     try:
         with restored(model):
             state = bench.begin(one)
@@ -170,9 +170,8 @@ def of(
             raise
         log.info("the time cannot be estimated: %s", fault(error))
         return None
-    late = time.perf_counter() - began + step / 2 > most  # a step is two passes at least
-    row = step / batch / 2 if late else _timed(bench.loss) / len(held[:ROWS])
-    left = most - (time.perf_counter() - began)
+    row = step / batch / 2 if time.perf_counter() + step / 2 > end else _timed(bench.loss) / len(held[:ROWS])
+    left = end - time.perf_counter()
     answer = (
         _answer(model, prompts, recipe, left / 4)
         if left > step
