@@ -241,3 +241,9 @@ def test_timing_takes_its_share_of_a_stated_time_or_one_step(monkeypatch):
     assert slow == [20.0, 1.0, pytest.approx(10.0, abs=0.1)]
     assert estimate.of(*told, 0.4).answer == 0.125 * 13  # a pass a token
     assert slow[3:] == [0.2, 1.0]
+    found = estimate.of(*told, 0.2)
+    assert (found.evaluation, found.answer) == (
+        pytest.approx(0.05 * 4),
+        pytest.approx(0.05 * 13),
+    )  # 5 rows a step
+    assert slow[5:] == [0.1]

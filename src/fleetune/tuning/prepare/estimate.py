@@ -151,16 +151,16 @@ def of(
     """Time a step, an evaluation and an answer of a run whose clients have these rows; the model is left as it was.
 
     `held` are the rows of an evaluation, `prompts` those that are answered before and after; `most` seconds are taken, or as
-    long as one step takes: an answer counts as one pass a token where none are left.  None where a step fails: the run
-    itself says why, and for which clients.  If the method refuses the model, that error is raised, since no client could
-    begin.
+    long as one step takes: where none are left, a pass counts as half a step, and an answer as one pass a token.  None where a
+    step fails: the run itself says why, and for which clients.  If the method refuses the model, that error is raised, since no
+    client could begin.
     """
     asked = len(rounds.sample(range(len(rows)), recipe.participation, recipe.seed, 1, recipe.over_selection))
     steps = float(np.mean([method.local_steps(len(part)) for part in rows]))
     usual = sorted(rows, key=len)[len(rows) // 2]
     bench = Bench(model, [usual], held[:ROWS], recipe.seed)
     batch = int(getattr(method, "batch_size", 8))
-    one, state, began = method.sized(1, batch), None, time.perf_counter()
+    one, state, end = method.sized(1, batch), None, time.perf_counter() + most
     try:
         with restored(model):
             state = bench.begin(one)
@@ -170,8 +170,8 @@ def of(
             raise
         log.info("the time cannot be estimated: %s", fault(error))
         return None
-    row = _timed(bench.loss) / len(held[:ROWS])
-    left = most - (time.perf_counter() - began)
+    row = step / batch / 2 if time.perf_counter() + step / 2 > end else _timed(bench.loss) / len(held[:ROWS])
+    left = end - time.perf_counter()
     answer = (
         _answer(model, prompts, recipe, left / 4)
         if left > step
