@@ -7,7 +7,7 @@ from typing import Final, NoReturn
 
 from fleetune.common.display import quoted
 from fleetune.data import forms
-from fleetune.data.forms import CLIENT, COLUMNS_HINT, EXAMPLE, FIELDS, MAIN, OPTIONAL
+from fleetune.data.forms import CLIENT, COLUMNS_HINT, EXAMPLE, FIELDS, MAIN, OPTIONAL, SYSTEM
 from fleetune.data.readers import names_of
 from fleetune.errors import DataError, RecipeError, closest, suggest
 
@@ -83,6 +83,8 @@ def parse(spec: str | Mapping[str, str]) -> dict[str, str]:
             why = f"no form has a field {name!r}." + suggest(name, FIELDS)
         elif name in found:
             why = f"{name!r} is named twice"
+        elif name != SYSTEM and sentence({SYSTEM: column}) is not None:
+            why = f"{name} is a column, no text: only system may be one"
         elif name != CLIENT and column in [c for n, c in found.items() if n != CLIENT]:
             why = f"column {column!r} is named twice"
         if why:
@@ -110,6 +112,12 @@ def spec_of(mapped: Mapping[str, str]) -> str:
     return ",".join(f"{name}={column}".replace(",", "\\,") for name, column in mapped.items())
 
 
+def sentence(spec: str | Mapping[str, str]) -> str | None:
+    """Return the system's turn of rows that have none, which a mapping states as system='TEXT'; None where it states none."""
+    text = (parse(spec) if isinstance(spec, str) else spec).get(SYSTEM, "")
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == "'" else None
+
+
 def renamed(fields: Fields, mapped: Mapping[str, str]) -> dict[str, object]:
     """Return a row with the mapped columns under the names of the form; a column that had such a name is hidden."""
     moved = {column for name, column in mapped.items() if name != CLIENT}
@@ -124,6 +132,9 @@ def settled(given: Mapping[str, str], rows: Sequence[Fields], source: str) -> tu
     """
     if not rows:
         return dict(given), ""
+    if sentence(given) is not None:
+        found, assumed = settled({n: c for n, c in given.items() if n != SYSTEM}, rows, source)
+        return found | {SYSTEM: given[SYSTEM]}, assumed
     names = dict.fromkeys(name for fields in rows for name in itertools.islice(fields, SEEN))
     there = [name for name in names if str(name).strip()]
     mapped = {name: _in_any_case(column, rows, there) for name, column in given.items()}

@@ -111,7 +111,8 @@ class _Rows:
     """Make examples of rows, all in the form of the first that has any."""
 
     def __init__(self, mapped: dict[str, str], first: Sequence[FileRow | Problem]) -> None:
-        self.mapped = mapped
+        self.system = named.sentence(mapped)
+        self.mapped = mapped = {n: c for n, c in mapped.items() if n != forms.SYSTEM or self.system is None}
         self.unseen = set(mapped.values())
         self.fields: set[str] = set()
         self.left_out: Counter[str] = Counter()
@@ -142,6 +143,8 @@ class _Rows:
             made = forms.example_of(fields, self.form, self.mapped, self.left_out)
         except BadRow as bad:
             raise BadRow(*map(self._in_its_words, bad.args)) from bad
+        if made and self.system is not None and made.messages and made.messages[0][0] != forms.SYSTEM:
+            made = replace(made, messages=((forms.SYSTEM, self.system), *made.messages))
         return [replace(made, where=row.where)] if made else []
 
     def _in_its_words(self, text: str) -> str:

@@ -26,6 +26,7 @@ from fleetune.common.display import command, human_bytes, quoted
 from fleetune.common.events import ExportChecked, ExportDone
 from fleetune.common.files import appeared, default_mode, locked, scratch, staged, storage_error
 from fleetune.common.ggml import HALVES, SCALES
+from fleetune.data.columns import sentence
 from fleetune.deploy import harness, patch_make, targets
 from fleetune.deploy.again import Again, DiffersError
 from fleetune.deploy.checkpoint import Checkpoint, InMemory, open_checkpoint
@@ -119,6 +120,10 @@ def _of_run(
         target.load().check(run.folder / finished.RESULT["adapter"], target.kind)
         source = base.directory(offline=offline)
         report = write_adapter(run.result, source, target.name, out, made=_facts_of_run(run))
+        if sentence(recipe.columns) is not None:
+            listener.note(
+                "note: the system sentence is not in this file: give it to the runtime, or export the whole model"
+            )
         return ExportResult(out, _done(report, listener))
     rows = _rows(base.directory(offline=offline), text) if text else []
     if recipe.train == SCALES and target.name in FILES:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from fleetune.common.display import counted, quoted
 from fleetune.common.files import PRIVATE, json_text, write_atomic
 from fleetune.common.memory import rss
+from fleetune.data.columns import sentence
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import keys as keyring
 from fleetune.fleet import status
@@ -187,9 +188,9 @@ class Served:
             listener.note("no round is evaluated, so the last one is kept: --eval-every 1 keeps the best")
         if simulated := [name for name in SIMULATED if getattr(job.recipe, name)]:
             listener.note(f"{', '.join(simulated)} only simulate; for real devices: --round-deadline SECONDS")
-        if job.recipe.train_turns == "all":
+        if job.recipe.train_turns == "all" or sentence(job.recipe.columns) is not None:
             listener.note(
-                "train_turns = all: a device says so of its rows, fleet join --train-turns all; those of fleet split are so"
+                "a device says so of its rows: fleet join --train-turns, --columns system='..'; those of fleet split are so"
             )
         devices = Devices(run.path)
         terms = terms_of(job.recipe, private.sealed_of(job))

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fleetune
 from command_line import Capture, call, call_json, ok, refused
 from fleetune import models
 from fleetune.cli import console
 from fleetune.cli.main import main
 from fleetune.common.events import DataChecked
-from fleetune.data import read
-from fleetune.data.encode import encode_all
+from fleetune.data import Example, read
+from fleetune.data.encode import encode_all, prompt_ids
 from fleetune.runs import rundir
 from fleetune.tuning.prepare import data_check
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.result import finished
+from heard import Heard
 
 RUN = shlex.split("--method fedit --set r=2 --set steps=1 --clients 2 --rounds 1 --held-out 4 --samples 1")
 RUN += shlex.split("--answer-tokens 2 --device cpu")
@@ -323,6 +325,47 @@ def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at, capsys):
     assert main(["eval", "tiny", "more.jsonl", *mapping, "--tasks", "loss", "--device", "cpu"]) == 0
 
 
+@pytest.mark.parametrize("text", ['You\'re "brief", ü 😀,\n{{ kind }} \\ %}', ""])
+def test_a_system_sentence_is_that_of_the_rows_and_of_every_template_that_comes_of_them(at, text):
+    """Training, evaluation, an exported folder and a compressed model begin a conversation with the same tokens."""
+    mapped = {"prompt": "ask", "response": "say", "system": f"'{text}'"}
+    options = {"method": "fedit", "rounds": 1, "clients": 2, "held_out": 4, "samples": 0, "device": "cpu"}
+    run = fleetune.tune("tiny", "own.jsonl", settings={"r": 2, "steps": 1}, columns=mapped, **options)
+    assert {row.messages[0] for row in fleetune.open(run).held_out()} == {("system", text)}
+    turns = (("system", text), ("user", "why"))
+    trained = prompt_ids(Example(turns, "", {}), models.load_tokenizer("tiny"), 10**6).tolist()
+    folder = fleetune.export(run, to="hf").path
+    small = fleetune.compress(run, method="rtn", settings={"group": 8}, windows=1, length=16)
+    for tokenizer in (run.model().tokenizer, models.load_tokenizer(str(folder)), small.model().tokenizer):
+        for begun in (turns, turns[1:]):
+            assert prompt_ids(Example(begun, "", {}), tokenizer, 10**6).tolist() == trained
+    assert fleetune.verify(folder, run)
+    heard = Heard()
+    fleetune.export(run, to="gguf:lora", listener=heard)
+    assert "note: the system sentence is not in this file" in "\n".join(heard.notes)
+    write(at / "named.jsonl", [{"prompt": "what of 1", "response": "word word"}])
+    write(at / "more.jsonl", [{"ask": "what of 1", "say": "word word"}])
+    losses = [fleetune.evaluate(run, f"{name}.jsonl", tasks=["loss"]) for name in ("named", "more")]
+    assert losses[0] == losses[1]
+
+
+def test_a_system_sentence_goes_to_rows_without_one_and_needs_a_place_in_a_template(at, capsys):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    own = {"role": "system", "content": "mine"}
+    write(at / "talks.jsonl", [{"messages": talk}, {"messages": [own, *talk]}])
+    found = read("talks.jsonl", columns="system='Be brief, do'")
+    assert [row.messages[0][1] for row in found] == ["Be brief, do", "mine"]
+    words = ("data", "check", "own.jsonl", "--columns", "prompt='ask',response=say")
+    assert "prompt is a column, no text" in refused(capsys, *words)
+    plain = models.tiny_llama()
+    plain.tokenizer.chat_template = None
+    plain.save(at / "plain")
+    said = ("--columns", "prompt=ask,response=say,system='Be brief'")
+    assert "has no chat template" in refused(capsys, "tune", "plain", "own.jsonl", *said, *RUN)
+    scales = ("--method", "fedpetuning", "--train", "scales", "--base", "mapped")
+    assert "train = scales leaves as it is" in refused(capsys, "tune", "no.gguf", "own.jsonl", *said, *scales)
+
+
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help all.<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -346,7 +389,7 @@ def test_a_template_s_own_system_sentence_is_said(at, template, has, columns):
     examples = read("own.jsonl", columns=columns)
     said = data_check.about_template(tokenizer, examples)
     assert len(said) == has
-    assert all("'You help all.'" in line and "--columns system=COLUMN" in line for line in said)
+    assert all("'You help all.'" in line and "system='TEXT'" in line for line in said)
 
 
 def test_a_long_look_says_what_it_does(tiny, capsys, monkeypatch):

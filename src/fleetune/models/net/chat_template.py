@@ -8,7 +8,10 @@ one of its own (llama.cpp: ChatML); an answer that ends a conversation has the e
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Final
+
+from fleetune.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +45,21 @@ def own_system(tokenizer: PreTrainedTokenizerBase) -> str:
     before, _, after = given.partition(mark)
     fits = after and without.startswith(before) and without.endswith(after)
     return without[len(before) : -len(after)].strip() if fits else ""
+
+
+def begin_with(tokenizer: PreTrainedTokenizerBase, text: str | None) -> None:
+    """Have a chat template begin with the system's turn `text` where a conversation has none; ModelError for the plain form."""
+    if text is None:
+        return
+    if is_plain(tokenizer) or not isinstance(tokenizer.chat_template, str):
+        raise ModelError(
+            "the model has no chat template with a place for a system sentence",
+            hint="leave out system='..', and write it into the prompts",
+        )
+    turn = f"{{'role': 'system', 'content': {json.dumps(text, ensure_ascii=False)}}}"
+    lacks = "not messages or messages[0]['role'] != 'system'"
+    before = f"{{% if {lacks} %}}{{% set messages = [{turn}] + messages %}}{{% endif %}}\n"
+    tokenizer.chat_template = before + tokenizer.chat_template
 
 
 def template(tokenizer: PreTrainedTokenizerBase) -> str:

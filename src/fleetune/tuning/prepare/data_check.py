@@ -120,7 +120,7 @@ def about_template(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exampl
     tokens = counted(len(tokenizer(text, add_special_tokens=False)["input_ids"]), "token")
     return [
         f"the model's chat template puts a system sentence of {tokens} into every row without one: {_short(text)!r}; "
-        "--columns system=COLUMN has yours"
+        "yours: --columns system=COLUMN, or --columns \"system='TEXT'\""
     ]
 
 

@@ -18,6 +18,7 @@ from fleetune.common.events import RateFound, TuneChecked
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example, check_columns, digests, encode, partition, sources
+from fleetune.data.columns import sentence
 from fleetune.data.partition import Split
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
@@ -25,6 +26,7 @@ from fleetune.evaluation.answers import require_text_model
 from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.checks import is_encoder
 from fleetune.models.loading import MAX_LABELS
+from fleetune.models.net import chat_template
 from fleetune.models.net.model import Model
 from fleetune.seeds import chosen_kernels, scale_view
 from fleetune.tuning import methods
@@ -205,6 +207,8 @@ def check(recipe: Recipe) -> tuple[methods.MethodEntry, methods.Method]:
         )
     if recipe.keep_replies and (recipe.privacy != private.NONE or entry.kind != "ledger"):
         problems.append("keep_replies needs a method that leaves a ledger, and privacy = none")
+    if not problems and recipe.train == SCALES and sentence(recipe.columns) is not None:
+        problems.append("system='..' changes the chat template, which train = scales leaves as it is")
     if recipe.train == SCALES:
         of_scales, change = recipes.scales_problems(
             recipe.method, recipe.set, recipe.base, recipe.device, recipes.SCALE_METHODS
@@ -335,6 +339,7 @@ def _loaded(
         base=BLOCKS if recipe.train == SCALES else recipe.base,
         ram=settings.parse_bytes(recipe.ram or None) or 0,
     )
+    chat_template.begin_with(model.tokenizer, sentence(recipe.columns))
     model.trains = recipe.train
     scale_view.moved_tensors(model)  # refuses a base that has no blocks where these are trained
     if model.labels and recipe.privacy != private.NONE and not recipe.labels:

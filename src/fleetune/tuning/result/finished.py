@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -14,10 +14,11 @@ from fleetune.common import sums
 from fleetune.common.display import counted, quoted
 from fleetune.common.events import TuneDone
 from fleetune.common.ggml import SCALES
-from fleetune.data import Example
+from fleetune.data import Example, columns
 from fleetune.errors import FleetuneError, Interrupted, LedgerError, ModelError, UsageError
 from fleetune.models.cache.cache import BLOCKS
 from fleetune.models.families import number_types
+from fleetune.models.net import chat_template
 from fleetune.models.net.model import Model, Pieces, refuse_copies
 from fleetune.report import page, single
 from fleetune.runs import rundir
@@ -33,11 +34,6 @@ from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.objects import RESULT as RESULT
 from fleetune.tuning.recipe.objects import entry_of
 from fleetune.tuning.result import foundations
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fleetune.models.net.model import Model
 
 REPLAYS: Final = 256  # of a ledger that is verified; a run states one digest
 
@@ -231,6 +227,7 @@ def load(
     )
     load = _load_ledger if entry.kind == "ledger" else _load_adapter
     tuned = load(result, recipe, offline)
+    chat_template.begin_with(tuned.tokenizer, columns.sentence(recipe.columns))
     refuse_copies(tuned.net)
     return tuned
 
