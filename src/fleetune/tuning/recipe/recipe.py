@@ -169,7 +169,7 @@ class Recipe:
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
     columns: str = Field(
         default="",
-        description="map your columns: prompt=question,response=answer; names: prompt, response, system (or system='TEXT', for all rows), "
+        description="map your columns: prompt=question,response=answer; names: prompt, response, system (or 'TEXT', for all), "
         "context, text, label, messages, client, or any field of a form (fleetune help data); default: by their names, else "
         "the two with the longest texts, and a note says which",
     )
