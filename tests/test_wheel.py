@@ -70,6 +70,8 @@ def test_its_metadata_name_the_command_the_licence_and_every_extra(wheel):
     stated = Parser().parsestr(texts["METADATA"])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(stated.get_all("Provides-Extra") or ()) == set(project["optional-dependencies"])
+    always = {line for line in stated.get_all("Requires-Dist") or () if "extra" not in line}
+    assert "argcomplete<4,>=3.4" in always, "a Tab completes words in any install"
     assert stated["License-Expression"] == "Apache-2.0"
     assert "LICENSE" in texts
     assert "fleetune = fleetune.__main__:main" in texts["entry_points.txt"]

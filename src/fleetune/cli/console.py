@@ -257,9 +257,10 @@ class Ui:
 
     # What is said
 
-    def log(self) -> None:
-        """From now on, begin each line on stderr with the time where it is no terminal, nor the journal, which has its own."""
+    def log(self, results: bool = False) -> None:
+        """From now on, begin each line (on stdout for `results`) with the time, but on a terminal and in the journal."""
         self._err.timed = "JOURNAL_STREAM" not in os.environ
+        self._out.timed = self._err.timed and results and not self.json
         for handler in logging.getLogger().handlers if self._err.timed and not self._err.fancy else ():
             if (own := handler.formatter) is not None and type(own).__module__.startswith("fleetune."):
                 handler.setFormatter(type(own)("%(asctime)s %(levelname)s: %(message)s", TIME))

@@ -164,7 +164,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.tuning.run import resume
     from fleetune.tuning.run import run as running
 
-    ui.log()
+    ui.log(results=True)
     with fleets:
         with screen(ui, path) as shown:
             if recipe is None:
