@@ -165,8 +165,8 @@ def test_names_of_test_files_are_their_own():
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
-# one class per method or solver, and what it remembers
-CONTRACTS = {"Method", "Solver", "State"}
+# one class per method or compressor, and what a method remembers
+CONTRACTS = {"Method", "Pruner", "Solver", "State", "Trainer"}
 
 
 def test_a_class_has_a_name_of_its_own():

@@ -23,10 +23,10 @@ def rows(seed: int, count: int, longest: int = 24) -> list[Encoded]:
     return made
 
 
-def trainer(**values: Any) -> gkd.Distiller:
+def trainer(**values: Any) -> gkd.Trainer:
     given = {"teacher": "t", "steps": 6, "batch_size": 3, "max_new_tokens": 6, "lr": 1e-3, "lmbda": 0.5}
     made = compression.make("gkd", given | values)
-    assert isinstance(made, gkd.Distiller)
+    assert isinstance(made, gkd.Trainer)
     return made
 
 

@@ -38,10 +38,10 @@ def tiny(kind: str = "llama", seed: int = 0, biases: bool = False, **changes: An
 GIVEN = {"first": 1, "last": 1, "round_to": 4, "ratio": 0.34, "recover": "none", "steps": 4, "batch_size": 3}
 
 
-def pruner(**values: Any) -> llm_pruner.LlmPruner:
+def pruner(**values: Any) -> llm_pruner.Pruner:
     """Of a model of four blocks, whose middle two are pruned."""
     made = compression.make("llm-pruner", GIVEN | values)
-    assert isinstance(made, llm_pruner.LlmPruner)
+    assert isinstance(made, llm_pruner.Pruner)
     return made
 
 

@@ -59,7 +59,7 @@ Predictors = tuple[Tensor, Callable[[Tensor], Tensor]]  # the result of `losses.
 
 
 @dataclass(frozen=True)
-class Distiller:
+class Trainer:
     """The settings, with the paper's symbols."""
 
     teacher: str = setting("", "p_T", "a model, a finished run, or same: the model itself")

@@ -269,7 +269,7 @@ def width_problems(widths: set[Width], ratio: float, round_to: int) -> list[str]
 
 
 @dataclass(frozen=True)
-class LlmPruner:
+class Pruner:
     """The settings, with the paper's symbols."""
 
     ratio: float = setting(0.2, "ρ", "share of the groups that is removed")
