@@ -221,8 +221,8 @@ def test_tables_put_numbers_right_and_keep_rows_whole():
 def test_a_terminal_without_unicode_is_not_an_error():
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii")
-    Ui(0, False, out, io.StringIO()).paths([("next", "a · b — 温 ┊ ┃")])
-    assert raw.getvalue() == b" next      a | b ? ? : |\n"
+    Ui(0, False, out, io.StringIO()).paths([("next", "a · b — 温 ┊ ┃ ± 2")])
+    assert raw.getvalue() == b" next      a | b ? ? : | +- 2\n"
 
 
 def test_a_narrow_terminal_drops_spare_columns_and_breaks_no_word(terminal, monkeypatch):

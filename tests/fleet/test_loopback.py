@@ -450,7 +450,7 @@ def test_serving_can_be_tried_without_a_device(place, capsys):
     assert main(["fleet", "serve", "-c", "recipe.toml", "--dry-run", *door]) == 0
     said = capsys.readouterr().err
     assert f"127.0.0.1:{port} · TLS, registered keys · 3 devices" in said
-    assert "measures on 4 rows of rows.jsonl and uses no other" in said
+    assert "measures on 4 rows of rows.jsonl and uses no other; --eval-data rows.jsonl: on all" in said
     assert sorted(Path().rglob("*")) == before
     with socket.create_server(("127.0.0.1", port)):
         said = refused(capsys, "fleet", "serve", "-c", "recipe.toml", "--dry-run", *door, code=4)

@@ -39,7 +39,7 @@ SOON, SILENCE = 4.0, 30.0  # seconds without a word off a terminal: before somet
 STOPS = (signal.SIGINT, signal.SIGTERM)
 BEAT: Final = 1.0  # seconds between two looks whether it is time for a word
 _PLAIN: Final = str.maketrans(
-    {"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-", "┊": ":", "┃": "|"}
+    {"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-", "┊": ":", "┃": "|", "±": "+-"}
 )
 
 

@@ -193,7 +193,8 @@ def _check_only(recipe: recipes.Recipe, fleets: Served, args: argparse.Namespace
     ui.note(f"the recipe is good, and so is the door: {fleets.where(count)}")
     told = dataclasses.replace(prepare.checked(job, []), clients=count)
     here = f"{counted(told.held_out, 'row')} of {recipe.eval_data or recipe.data}"
-    ui.note(f"the server measures on {here} and uses no other: held_out or --eval-data changes that")
+    whole = "" if recipe.eval_data else f"; --eval-data {quoted(recipe.data)}: on all, if no device has them"
+    ui.note(f"the server measures on {here} and uses no other{whole}")
     ui.note(f"on each device: {fleets.line(is_path(recipe.model))}")
     ui.event(told)
 
