@@ -163,3 +163,17 @@ def test_names_of_test_files_are_their_own():
     """Pytest takes two files of one basename for one module: the second is an error of collection."""
     names = [file.name for file in Path(__file__).parent.rglob("*.py") if file.name != "conftest.py"]
     assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+# one class per method or compressor, and what a method remembers
+CONTRACTS = {"Method", "Pruner", "Solver", "State", "Trainer"}
+
+
+def test_a_class_has_a_name_of_its_own():
+    names = [
+        n.name
+        for p in PACKAGE.rglob("*.py")
+        for n in ast.parse(p.read_text("utf-8")).body
+        if isinstance(n, ast.ClassDef)
+    ]
+    assert {name for name in names if names.count(name) > 1} <= CONTRACTS

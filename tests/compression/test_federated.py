@@ -67,7 +67,7 @@ def test_where_tokens_are_claimed_none_counts_more_than_the_median(tmp_path: Pat
 
     def total(claimed: bool) -> float:
         added = federated.HessianSums(bytes(8), tokens, lambda reply: None, tmp_path, claimed=claimed)
-        answers = [federated.Answer(client, data, "") for client, data in sent.items()]
+        answers = [federated.BlockAnswer(client, data, "") for client, data in sent.items()]
         return float(added.add_up(0, linears, answers, 0)[name][0, 0])
 
     assert total(False) == pytest.approx(2 * 5200)

@@ -14,7 +14,7 @@ from command_line import call_json as call
 from fleetune import compression, models
 from fleetune.cli.console import InterruptHandler
 from fleetune.compression.jobs import scales
-from fleetune.compression.jobs.scales import Scales
+from fleetune.compression.jobs.scales import MovableScales
 from fleetune.compression.layerwise.grids import Grid, rounded
 from fleetune.compression.methods import gkd
 from fleetune.data.encode import Encoded, collate
@@ -37,7 +37,7 @@ def matrix(kind: str, bits: int, seed: int = 0) -> Quantised:
 def test_gradients_are_those_of_the_dense_formula(kind: str, bits: int) -> None:
     """Against torch's own gradient of x (s n - o)' by delta, in float64."""
     q = matrix(kind, bits)
-    found, g = Scales(q), torch.Generator().manual_seed(1)
+    found, g = MovableScales(q), torch.Generator().manual_seed(1)
     x = torch.randn(2, 5, 256, generator=g, requires_grad=True)
     back = torch.randn(2, 5, 6, generator=g)
     y = found.product(x)
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_dense_formula(kind: str, bits: int) -> None:
 def test_moved_scales_stay_on_the_grid(kind: str, bits: int) -> None:
     """Codes and small integers are kept; the type that held the matrix holds it still."""
     q = matrix(kind, bits)
-    found, g = Scales(q), torch.Generator().manual_seed(2)
+    found, g = MovableScales(q), torch.Generator().manual_seed(2)
     same = found.on_grid(q)
     assert torch.equal(same.dense(), q.dense()), "nothing moved"
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_a_pruned_weight_stays_zero() -> None:
     W[:, ::3] = 0.0
     q = compression.make("rtn", {}).solve(W, torch.zeros(64, 64)).weight  # type: ignore[union-attr]
     assert isinstance(q, Quantised)
-    found = Scales(q)
+    found = MovableScales(q)
     with torch.no_grad():
         found.delta.fill_(0.1)
     assert bool((found.on_grid(q).dense()[:, ::3] == 0).all())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.evaluation import head_loss
-from fleetune.evaluation.head_loss import Change, head_nll
+from fleetune.evaluation.head_loss import LogitChange, head_nll
 
 N, H, V = 11, 6, 37
 
@@ -106,7 +106,7 @@ def test_logits_of_minus_infinity_are_harmless(few: int, pieces: tuple) -> None:
 
 
 CHANGES = {"final_logit_softcapping": 2.0, "logits_scaling": 0.7, "logit_scale": 0.3}
-each_change = pytest.mark.parametrize("change", [Change(*item) for item in CHANGES.items()])
+each_change = pytest.mark.parametrize("change", [LogitChange(*item) for item in CHANGES.items()])
 
 
 def in_float64(head: Any, rows: Tensor, targets: Tensor, weights: Tensor, change: Any) -> tuple[Tensor, ...]:
@@ -135,7 +135,9 @@ class Streamed:
 
 @each_change
 @pytest.mark.parametrize("trained", [False, True])
-def test_changed_logits_have_their_loss_and_gradients(change: Change, trained: bool, pieces: tuple) -> None:
+def test_changed_logits_have_their_loss_and_gradients(
+    change: LogitChange, trained: bool, pieces: tuple
+) -> None:
     head, rows, targets, weights = made()
     head.requires_grad_(trained)
     expected, back, own = in_float64(head, rows, targets, weights, change)
@@ -151,7 +153,7 @@ def test_changed_logits_have_their_loss_and_gradients(change: Change, trained: b
 
 
 @each_change
-def test_changed_logits_of_a_view_have_their_gradients(change: Change, pieces: tuple) -> None:
+def test_changed_logits_of_a_view_have_their_gradients(change: LogitChange, pieces: tuple) -> None:
     head, rows, targets, weights = made()
     nn.init.zeros_(head.bias)  # a view's rows have none
     blocks = Streamed(head.weight, head.bias)
@@ -165,7 +167,7 @@ def test_changed_logits_of_a_view_have_their_gradients(change: Change, pieces: t
 
 
 @each_change
-def test_changed_logits_can_be_differentiated_twice(change: Change, pieces: tuple) -> None:
+def test_changed_logits_can_be_differentiated_twice(change: LogitChange, pieces: tuple) -> None:
     head, rows, targets, weights = made()
     v = torch.randn(N, H, generator=torch.Generator().manual_seed(5))
     loss = (head_nll(head, rows, targets, V, change) * weights).sum()

@@ -98,7 +98,7 @@ class House:
         self.until(lambda: pulled.extend(self.door.pull({number})) or bool(pulled))
         return pulled
 
-    def session(self, key: PrivateKey) -> door.Session:
+    def session(self, key: PrivateKey) -> door.DeviceSession:
         return self.door._sessions[key.public.fingerprint]
 
     def waits(self, key: PrivateKey) -> None:

@@ -17,7 +17,7 @@ from fleetune.errors import DataError, FleetError, Interrupted, MessageError, Us
 from fleetune.fleet import calibration_server
 from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.orders import Device as Told
-from fleetune.fleet.orders import Order, Reply
+from fleetune.fleet.orders import DeviceReply, Order
 from fleetune.fleet.table import Devices
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from heard import Heard
@@ -150,15 +150,15 @@ def test_a_stopped_compression_goes_on_with_the_same_devices(place, want, capsys
 
 def spoilt(kind: str, reply: bytes) -> bytes:
     """The answer of a device that lies about its sums."""
-    whole = Reply.decode(reply)
+    whole = DeviceReply.decode(reply)
     if kind == "fails":
-        return Reply("failed", whole.nonce, whole.round, code="storage").encode()
+        return DeviceReply("failed", whole.nonce, whole.round, code="storage").encode()
     message = decode(whole.body)
     arrays, scalars = message.payload.arrays, message.payload.scalars
     other = max(n for n in arrays if "o_proj" in n)
     scalars = {n: (other if "k_proj" in n else v) for n, v in scalars.items()}
     body = encode(Message(message.round, message.base, Payload(arrays, scalars)))
-    return Reply("done", whole.nonce, whole.round, body).encode()
+    return DeviceReply("done", whole.nonce, whole.round, body).encode()
 
 
 LIES = {
@@ -288,7 +288,7 @@ def test_of_a_sealed_run_the_server_sees_sums_alone(tmp_path: Path, monkeypatch:
         if order.what == "job":
             jobs.append(order.encode())
         if order.what == "block":
-            seen.append(dict(decode(Reply.decode(reply).body).payload.arrays))
+            seen.append(dict(decode(DeviceReply.decode(reply).body).payload.arrays))
         return reply
 
     link.change = look
@@ -311,7 +311,7 @@ def test_of_a_sealed_run_the_server_sees_sums_alone(tmp_path: Path, monkeypatch:
         resumed(Direct(link.workers), heard)
     assert "none masks a block twice" in str(again.value.hint)
     assert not heard.of("client")  # nobody is asked again, or left out
-    reply = Reply.decode(worker(2, least=4).answer(jobs[0]))
+    reply = DeviceReply.decode(worker(2, least=4).answer(jobs[0]))
     assert (reply.what, reply.code) == ("refused", "no-sum 4")
 
 

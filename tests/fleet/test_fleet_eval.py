@@ -25,7 +25,7 @@ from fleetune.fleet.brings import divided
 from fleetune.fleet.device_state import DeviceState
 from fleetune.fleet.eval_server import FILE, disagreement, mean, measured, ratio
 from fleetune.fleet.orders import Device as Told
-from fleetune.fleet.orders import Job, Order, Reply
+from fleetune.fleet.orders import DeviceReply, Job, Order
 from fleetune.fleet.table import Devices
 from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.result import finished
@@ -119,14 +119,16 @@ def test_a_plain_model_is_measured_and_a_wrong_result_is_not(run, caplog):
     spoilt = bytearray(files[name])  # type: ignore[arg-type]
     spoilt[-1] ^= 1
     job = result.job_of_run(run, "a" * 32, "eval")
-    taken = Reply.decode(served.workers["k0"].answer(Order("job", body=job.to_json().encode()).encode()))
+    taken = DeviceReply.decode(
+        served.workers["k0"].answer(Order("job", body=job.to_json().encode()).encode())
+    )
     assert taken.what == "ready"
     body = encode(Message(0, bytes(8), Payload({}, {name: bytes(spoilt)})))
-    reply = Reply.decode(served.workers["k0"].answer(Order("eval", body=body).encode()))
+    reply = DeviceReply.decode(served.workers["k0"].answer(Order("eval", body=body).encode()))
     assert (reply.what, reply.code) == ("failed", "order")
     assert "the job states" in caplog.text
     assert not list(Path("direct-0").glob("run-*/result/*"))
-    refused = Reply.decode(worker(1).answer(Order("job", body=job.to_json().encode()).encode()))
+    refused = DeviceReply.decode(worker(1).answer(Order("job", body=job.to_json().encode()).encode()))
     assert (refused.what, refused.code) == ("refused", "no-evaluation")
 
 

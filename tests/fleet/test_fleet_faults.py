@@ -32,7 +32,7 @@ from fleetune.fleet import audit as audits
 from fleetune.fleet import line, table
 from fleetune.fleet.audit import Audit, verify
 from fleetune.fleet.door import Door
-from fleetune.fleet.orders import Job, Order, Reply
+from fleetune.fleet.orders import DeviceReply, Job, Order
 from fleetune.fleet.remote import Pace
 from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import ANSWER
@@ -297,12 +297,12 @@ def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
     worker, done = make_worker(device_place, state), 0
     take(worker, job)
     order = Order("work", 1, 0, 7, message(device_place, job, 1)).encode()
-    first = Reply.decode(worker.answer(order))
+    first = DeviceReply.decode(worker.answer(order))
     answer, memory = state / ANSWER, next((state / f"run-{job.run}").iterdir())
     kept = answer.read_bytes()
     for data in spoilt(kept, count, "answer"):
         answer.write_bytes(data)
-        again = Reply.decode(worker.answer(order))
+        again = DeviceReply.decode(worker.answer(order))
         assert (again.what, again.body, again.kept) == (first.what, first.body, first.kept)
         done += 1
     remembered = memory.read_bytes()
@@ -311,12 +311,12 @@ def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
         later = Order("work", 2, 0, 8 + i, message(device_place, job, 2), first.kept, 1)
         memories = Memories(worker.loaded.memories.folder)  # restarted, with the model still in memory
         worker.loaded = dataclasses.replace(worker.loaded, memories=memories)
-        said = Reply.decode(worker.answer(later.encode()))
+        said = DeviceReply.decode(worker.answer(later.encode()))
         assert (said.what, said.code) == ("failed", "remembers 1")
         done += 1
     memory.write_bytes(remembered)
     later = Order("work", 2, 0, 8, message(device_place, job, 2), first.kept, 1)
-    assert Reply.decode(worker.answer(later.encode())).what == "done"
+    assert DeviceReply.decode(worker.answer(later.encode())).what == "done"
     return done
 
 

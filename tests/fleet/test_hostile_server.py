@@ -36,7 +36,7 @@ from fleetune.fleet import calibration_device, eval_device, eval_server, result
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import MARK, DeviceState
 from fleetune.fleet.door import Door
-from fleetune.fleet.orders import Declined, Job, Order, Reply
+from fleetune.fleet.orders import Declined, DeviceReply, Job, Order
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import Silent
 from fleetune.seeds.ledger import Ledger
@@ -93,11 +93,11 @@ def worker(**more: Any) -> Worker:
     return Worker(Brings("rows-0.jsonl", "model", "cpu", 1, offline=True, **more), Path("state"))
 
 
-def ask(device: Worker, what: str, body: bytes, round: int = 0) -> Reply:
-    return Reply.decode(device.answer(Order(what, round, body=body).encode()))
+def ask(device: Worker, what: str, body: bytes, round: int = 0) -> DeviceReply:
+    return DeviceReply.decode(device.answer(Order(what, round, body=body).encode()))
 
 
-def take(device: Worker, **changes: Any) -> Reply:
+def take(device: Worker, **changes: Any) -> DeviceReply:
     return ask(device, "job", json.dumps(job(**changes)).encode())
 
 
@@ -268,13 +268,13 @@ def test_a_device_remembers_few_rounds_and_one_client(place, monkeypatch):
     device, kept = ready(set=SCAFFOLD), (-1, 0)
     for round in range(1, 9):
         sent = sent_by("fedit", SCAFFOLD, round)
-        reply = Reply.decode(device.answer(Order("work", round, 4, 7, sent, kept).encode()))
+        reply = DeviceReply.decode(device.answer(Order("work", round, 4, 7, sent, kept).encode()))
         assert reply.what == "done"
         kept = reply.kept
     rounds = sorted(int(p.name[-11:-5]) for p in Path("state").glob("run-*/client-*"))
     assert rounds == [4, 5, 6, 7, 8]
     other = Order("work", 9, 5, 7, sent_by("fedit", SCAFFOLD, 9))
-    assert Reply.decode(device.answer(other.encode())).code == "order"
+    assert DeviceReply.decode(device.answer(other.encode())).code == "order"
     assert {p.name[:13] for p in Path("state").glob("run-*/client-*")} == {"client-000004"}
 
 
@@ -573,7 +573,7 @@ def test_windows_go_through_one_compressed_form_of_each_block(place):
     weights = {name: p.detach().numpy() for name, p in parameters_of(block, ()).items()}
     grids = json.dumps(dict.fromkeys(weights))
 
-    def behind(times: float) -> Reply:
+    def behind(times: float) -> DeviceReply:
         device = ready("calibrate")
         sums_of(device, 150, 1)
         arrays = {name: w * np.float32(times) for name, w in weights.items()}
@@ -600,7 +600,7 @@ def test_a_long_text_is_refused_before_it_is_taken(place, text):
     before = rss()
     with pytest.raises(MessageError, match="malformed"):
         device.answer(long)
-    assert Reply.decode(device.answer(whole)).code == "order"
+    assert DeviceReply.decode(device.answer(whole)).code == "order"
     assert peak_rss() - before < 1.5 * len(text)  # of the job, its bytes
 
 
@@ -761,7 +761,7 @@ def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place):
     def begin(windows: int) -> str:
         return ask(device, "begin", brought(windows=windows, length=1)).code
 
-    def block(number: int, order: bytes = b"") -> Reply:
+    def block(number: int, order: bytes = b"") -> DeviceReply:
         return ask(device, "block", order, number)
 
     assert begin(whole) == ""

@@ -24,7 +24,7 @@ import hostile
 from fleetune import models
 from fleetune.common.events import ClientReply
 from fleetune.errors import REASON
-from fleetune.fleet.orders import Device, Order, Reply
+from fleetune.fleet.orders import Device, DeviceReply, Order
 from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.table import FILE, Devices
 from fleetune.runs.rundir import RunDir, create
@@ -57,7 +57,7 @@ class Honest:
     def reply(self, body: bytes | None = None, **changes: Any) -> bytes:
         """Return the answer that holds a reply."""
         body = self.body() if body is None else body
-        whole = Reply("done", self.order.nonce, self.order.round, body, (-1, 0), 0.1, 9)
+        whole = DeviceReply("done", self.order.nonce, self.order.round, body, (-1, 0), 0.1, 9)
         return dataclasses.replace(whole, **changes).encode()
 
     def scalars(self, **changes: Any) -> bytes:

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from fleetune import errors
 from fleetune.common.display import one_line
 from fleetune.errors import MessageError
-from fleetune.fleet.orders import WORDS, Declined, Device, Job, Order, Reply, in_words, job_of, reason_of
+from fleetune.fleet.orders import (
+    WORDS,
+    Declined,
+    Device,
+    DeviceReply,
+    Job,
+    Order,
+    in_words,
+    job_of,
+    reason_of,
+)
 from fleetune.tuning.exchange.messages import Payload, decode, encode
 from fleetune.tuning.recipe import recipe as recipes
 
@@ -49,11 +59,11 @@ def test_an_order_comes_back(what, round, client, key, body, kept, oldest, reaso
 def test_an_answer_comes_back(what, code, nonce, round, body, seconds, rss):
     if what not in ("ready", "done"):
         code = code or "fault"
-    reply = Reply(what, nonce, round, body, (3, 7), seconds, rss, code)
-    assert Reply.decode(reply.encode()) == reply
+    reply = DeviceReply(what, nonce, round, body, (3, 7), seconds, rss, code)
+    assert DeviceReply.decode(reply.encode()) == reply
 
 
-def changed(whole: Order | Reply, **parts: object) -> bytes:
+def changed(whole: Order | DeviceReply, **parts: object) -> bytes:
     """Its message, with some of its parts changed or added."""
     message = decode(whole.encode())
     payload = Payload({}, {**message.payload.scalars, **parts})
@@ -73,9 +83,9 @@ def test_no_two_orders_are_the_same():
 
 def test_an_order_is_no_answer_and_the_other_way_round():
     with pytest.raises(MessageError, match="a device's reason is a code"):
-        Reply.decode(Order("work").encode())
+        DeviceReply.decode(Order("work").encode())
     with pytest.raises(MessageError, match="the order is not as agreed"):
-        Order.decode(Reply("done", bytes(16)).encode())
+        Order.decode(DeviceReply("done", bytes(16)).encode())
 
 
 @pytest.mark.parametrize("name", ["client", "key", "body", "kept_round", "kept_crc", "oldest", "reason"])
@@ -146,11 +156,11 @@ CODES = ["", "busy", "busy 75 80", "busy -1", "busy x", "busy  75", "busy 9" + "
 
 @pytest.mark.parametrize("reason", [*CODES, "HIV positive since 2019"])
 def test_a_reason_is_a_code_with_its_numbers_and_nothing_else(reason):
-    whole = Reply("failed", bytes(16), code="fault")
+    whole = DeviceReply("failed", bytes(16), code="fault")
     with pytest.raises(MessageError, match="is none that a device can have"):
-        Reply.decode(changed(whole, code=reason))
+        DeviceReply.decode(changed(whole, code=reason))
     with pytest.raises(MessageError, match="a device's reason is a code"):
-        Reply.decode(changed(whole, code=reason, reason="words"))
+        DeviceReply.decode(changed(whole, code=reason, reason="words"))
 
 
 def test_every_error_of_ours_has_a_code_of_the_list():

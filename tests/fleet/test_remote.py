@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fleetune.common import __version__, files
 from fleetune.errors import FleetError, Interrupted, StorageError
 from fleetune.fleet import remote
-from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.orders import NOTHING_KEPT, Device, DeviceReply, Job, Order
 from fleetune.fleet.remote import ASKED, GREETED, REST, Asking, Pace, RemoteFleet
 from fleetune.fleet.table import FILE, LATE, Devices
 from fleetune.tuning.rounds.fleets import Answer, Wanted
@@ -72,9 +72,9 @@ class Memory:
         self.seen.append(order)
         nonce = order.nonce
         if order.what == "job":
-            return Reply("ready", nonce, order.round, self.devices[key].to_json()).encode()
+            return DeviceReply("ready", nonce, order.round, self.devices[key].to_json()).encode()
         body = f"{key} did {order.body.decode()}".encode()
-        return Reply("done", nonce, order.round, body, (order.round, 5), 0.1, 9).encode()
+        return DeviceReply("done", nonce, order.round, body, (order.round, 5), 0.1, 9).encode()
 
 
 def link(count: int = 3, seed: int = 0, odd: float = 0.0) -> Memory:
@@ -115,7 +115,7 @@ def test_a_device_that_has_lost_its_memory_is_next_asked_for_work_without_one(tm
 
     def forgets(key: str, order: Order) -> bytes:
         done = honest(key, order)
-        lost = Reply("failed", order.nonce, order.round, code="remembers 1").encode()
+        lost = DeviceReply("failed", order.nonce, order.round, code="remembers 1").encode()
         return lost if (key, order.what, order.round) == ("k0", "work", 2) else done
 
     monkeypatch.setattr(memory, "answer", forgets)
@@ -303,11 +303,11 @@ class Refusing(Memory):
     def answer(self, key: str, order: Order) -> bytes:
         self.seen.append(order)
         if order.what == "end":
-            return b"" if self.silent else Reply("done", order.nonce).encode()
+            return b"" if self.silent else DeviceReply("done", order.nonce).encode()
         if self.lie:
             body = Device(1, "0" * 64, 1, 1, "0").to_json().replace(b'"rows": 1', b'"rows": 0')
-            return Reply("ready", order.nonce, body=body).encode()
-        return Reply("refused", order.nonce, code="model").encode()
+            return DeviceReply("ready", order.nonce, body=body).encode()
+        return DeviceReply("refused", order.nonce, code="model").encode()
 
 
 @pytest.mark.parametrize("registered", [True, False])
@@ -451,7 +451,7 @@ class Slow(Memory):
     def answer(self, key: str, order: Order) -> bytes:
         if order.what == "work" and key in self.declining:
             self.seen.append(order)
-            return Reply("declined", order.nonce, order.round, code=self.declining[key]).encode()
+            return DeviceReply("declined", order.nonce, order.round, code=self.declining[key]).encode()
         return super().answer(key, order)
 
 
@@ -592,7 +592,7 @@ class Moody(Memory):
         if order.what == "work":
             self.asked[key] = self.asked.get(key, 0) + 1
             if mood == "declines" and self.asked[key] <= number:
-                return Reply("declined", order.nonce, order.round, code="battery").encode()
+                return DeviceReply("declined", order.nonce, order.round, code="battery").encode()
             if mood == "dies" and self.asked[key] <= number:
                 self.marks[key] = self.marks.get(key, 0) + 1
         return super().answer(key, order)

@@ -21,7 +21,7 @@ from fleetune.data.encode import encode_rows
 from fleetune.deploy.export import write as export
 from fleetune.errors import FitError, FleetError, MessageError
 from fleetune.evaluation.losses import pad_id
-from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Hidden, Job, Order, Reply, Secure
+from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, DeviceReply, Hidden, Job, Order, Secure
 from fleetune.fleet.worker import ANSWER, Brings, Worker, fitting_kinds
 from fleetune.models import loading
 from fleetune.models.cache.cache import BLOCKS
@@ -31,7 +31,7 @@ from fleetune.planning.plan import Workload
 from fleetune.privacy import mechanism
 from fleetune.privacy.mechanism import Privacy
 from fleetune.privacy.secagg import SEALED as SHARES
-from fleetune.privacy.secagg import Member
+from fleetune.privacy.secagg import Party
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
@@ -67,8 +67,8 @@ def make_worker(place: Path, state: Path, **more: object) -> Worker:
     return Worker(dataclasses.replace(brings, **more), state)  # type: ignore[arg-type]
 
 
-def take(worker: Worker, job: Job) -> Reply:
-    return Reply.decode(worker.answer(Order("job", body=job.to_json().encode()).encode()))
+def take(worker: Worker, job: Job) -> DeviceReply:
+    return DeviceReply.decode(worker.answer(Order("job", body=job.to_json().encode()).encode()))
 
 
 @functools.cache
@@ -83,8 +83,10 @@ def message(place: Path, job: Job, round: int) -> bytes:
     return encode(Message(round, bytes.fromhex(job.base)[:8], start(place)))
 
 
-def trained(worker: Worker, place: Path, job: Job, round: int, key: int = 7) -> Reply:
-    return Reply.decode(worker.answer(Order("work", round, 0, key, message(place, job, round)).encode()))
+def trained(worker: Worker, place: Path, job: Job, round: int, key: int = 7) -> DeviceReply:
+    return DeviceReply.decode(
+        worker.answer(Order("work", round, 0, key, message(place, job, round)).encode())
+    )
 
 
 def loaded(place: Path) -> tuple[models.Model, list[Encoded]]:
@@ -106,7 +108,7 @@ def test_its_reply_is_that_of_a_simulated_client(place, worker, job):
     assert (device.rows, device.threads) == (12, 1)  # one thread for so small a model, as in a simulated run
     assert device.memory > 1 << 28
     key, sent = derive(42, "local", 1, 3), message(place, job, 1)
-    reply = Reply.decode(worker.answer(Order("work", 1, 3, key, sent).encode()))
+    reply = DeviceReply.decode(worker.answer(Order("work", 1, 3, key, sent).encode()))
     method, memories = methods.make("fedit", SET), Memories()
     model, rows = loaded(place)
     batches = Batches(rows, pad_id(model), key, "cpu", 3)
@@ -124,15 +126,15 @@ def test_an_order_that_comes_again_is_answered_from_the_disk(place, tmp_path, wo
     assert fresh.answer(order) == first
     (tmp_path / ANSWER).unlink()
     take(fresh, job)
-    again = Reply.decode(fresh.answer(order))
-    assert (again.body, again.kept) == (Reply.decode(first).body, Reply.decode(first).kept)
+    again = DeviceReply.decode(fresh.answer(order))
+    assert (again.body, again.kept) == (DeviceReply.decode(first).body, DeviceReply.decode(first).kept)
 
 
 def test_an_order_is_gone_from_memory_when_its_work_begins(place, worker, job, monkeypatch):
     take(worker, job)
     data, left = bytearray(Order("work", 1, 0, 7, message(place, job, 1)).encode()), []
     monkeypatch.setattr(worker, "on_step", lambda client, step: left.append(len(data)))
-    assert Reply.decode(worker.answer(data)).what == "done"
+    assert DeviceReply.decode(worker.answer(data)).what == "done"
     assert left
     assert not any(left)
 
@@ -141,9 +143,9 @@ def test_its_memory_follows_the_servers_word(place, tmp_path, worker, job):
     """A server that goes on from an earlier round gets what it would have got then."""
     take(worker, job)
 
-    def step(round: int, kept: tuple[int, int], oldest: int = 0) -> Reply:
+    def step(round: int, kept: tuple[int, int], oldest: int = 0) -> DeviceReply:
         order = Order("work", round, 0, 100 + round, message(place, job, round), kept, oldest)
-        return Reply.decode(worker.answer(order.encode()))
+        return DeviceReply.decode(worker.answer(order.encode()))
 
     first = step(1, NOTHING_KEPT)
     second = step(2, first.kept)
@@ -165,7 +167,7 @@ def test_its_memory_follows_the_servers_word(place, tmp_path, worker, job):
 @pytest.mark.parametrize("body", [b"", b"rubbish", encode(Message(1, bytes(8), methods.Payload()))])
 def test_a_message_that_is_none_fails_the_round_and_no_more(place, worker, job, body):
     take(worker, job)
-    reply = Reply.decode(worker.answer(Order("work", 1, 0, 7, body).encode()))
+    reply = DeviceReply.decode(worker.answer(Order("work", 1, 0, 7, body).encode()))
     assert reply.what == "failed"
     assert reply.reason
     good = trained(worker, place, job, 1)
@@ -236,7 +238,7 @@ def test_a_base_that_fits_only_in_its_file_is_left_there_which_is_told(place, tm
     memory, mapped = needs(shape, "fedit", SET, 8)
     assert mapped < memory
 
-    def told(ram: int, job: Job = job, **more: object) -> tuple[list[str], Reply]:
+    def told(ram: int, job: Job = job, **more: object) -> tuple[list[str], DeviceReply]:
         notes: list[str] = []
         worker = make_worker(place, tmp_path, memory=ram, **more)
         worker.note = notes.append
@@ -281,7 +283,7 @@ def test_it_says_which_kinds_of_work_fit_it_and_does_the_one_that_it_is_sent(pla
     for client in (0, 1):  # the number of the client says nothing
         for (sent, spec), key in zip(method.kinds(state), (7, 8), strict=True):
             order = Order("work", 1, client, key, encode(Message(1, bytes.fromhex(job.base)[:8], sent)))
-            reply = Reply.decode(both.answer(order.encode()))
+            reply = DeviceReply.decode(both.answer(order.encode()))
             assert decode(reply.body).payload.arrays.keys() == spec.arrays.keys()
 
 
@@ -291,11 +293,11 @@ def test_it_declines_while_there_is_a_reason_and_works_afterwards(place, tmp_pat
     worker.declines = lambda: reasons.pop(0)
     take(worker, job)
     order = Order("work", 1, 0, 7, message(place, job, 1)).encode()
-    first = Reply.decode(worker.answer(order))
+    first = DeviceReply.decode(worker.answer(order))
     assert (first.what, first.code, first.round) == ("declined", "battery", 1)
     assert not (tmp_path / ANSWER).exists()
     done = worker.answer(order)
-    assert Reply.decode(done).what == "done"
+    assert DeviceReply.decode(done).what == "done"
     assert worker.answer(order) == done  # from the disk: it is not asked whether it would
 
 
@@ -311,7 +313,7 @@ def test_a_folder_of_the_servers_is_not_looked_for_on_the_device(place, tmp_path
 
 
 def test_the_end_of_a_run_is_heard(worker):
-    Reply.decode(worker.answer(Order("end", reason="the run is finished").encode()))
+    DeviceReply.decode(worker.answer(Order("end", reason="the run is finished").encode()))
     assert worker.ended == "the run is finished"
     assert worker.error is None
 
@@ -335,7 +337,7 @@ def test_a_run_of_blocks_maps_the_devices_file_and_one_without_any_is_refused(pl
     server.trains = "scales"
     method = methods.make("mezo", settings)
     body = encode(Message(1, bytes.fromhex(digest)[:8], method.broadcast(method.init(server, 5))))
-    assert Reply.decode(worker.answer(Order("work", 1, 0, 3, body).encode())).what == "done"
+    assert DeviceReply.decode(worker.answer(Order("work", 1, 0, 3, body).encode())).what == "done"
     plain = models.load(str(place / "model"), device="cpu").digest
     other = make_worker(place, tmp_path / "b")
     assert take(other, dataclasses.replace(job, base=plain)).what == "refused"
@@ -356,9 +358,9 @@ def summed(job: Job, **more: float) -> Job:
     return dataclasses.replace(job, set=settings, secure=dataclasses.replace(SUM, **more))
 
 
-def ask(worker: Worker, what: str, arrays: dict[str, np.ndarray], round: int = 1) -> Reply:
+def ask(worker: Worker, what: str, arrays: dict[str, np.ndarray], round: int = 1) -> DeviceReply:
     body = encode(Message(round, b"", Payload(arrays)))
-    return Reply.decode(worker.answer(Order(what, round, 0, body=body).encode()))  # type: ignore[arg-type]
+    return DeviceReply.decode(worker.answer(Order(what, round, 0, body=body).encode()))  # type: ignore[arg-type]
 
 
 BEGIN = {"attempt": np.arange(16, dtype=np.uint8)}
@@ -371,7 +373,7 @@ def test_its_reply_to_a_secure_sum_never_leaves_it(place, worker, job):
     said = decode(reply.body).payload
     assert (reply.what, said.arrays, said.scalars) == ("done", {}, {})
     announced = ask(worker, "keys", BEGIN)
-    others = {v: Member(v, 3, 4, b"", b"").keys().ljust(ANNOUNCED, b"\0") for v in (1, 2, 3)}
+    others = {v: Party(v, 3, 4, b"", b"").keys().ljust(ANNOUNCED, b"\0") for v in (1, 2, 3)}
     told = np.array(sorted(others), np.uint32)
 
     def table(parts: dict[int, bytes]) -> np.ndarray:
@@ -519,7 +521,7 @@ def test_back_propagation_that_was_not_agreed_is_counted(place, tmp_path, job):
     sent = method.broadcast(method.init(loaded(place)[0], 5))
     marked = Payload(sent.arrays, {**sent.scalars, "backprop": True})
     body = encode(Message(1, bytes.fromhex(job.base)[:8], marked))
-    assert Reply.decode(worker.answer(Order("work", 1, 0, 7, body).encode())).code == "budget"
+    assert DeviceReply.decode(worker.answer(Order("work", 1, 0, 7, body).encode())).code == "budget"
 
 
 @pytest.mark.parametrize(

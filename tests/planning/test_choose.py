@@ -7,7 +7,7 @@ from fleetune.common.display import human_bytes, quoted
 from fleetune.errors import FitError, RecipeError
 from fleetune.models.shapes import shape_of
 from fleetune.planning import choose, device_cost
-from fleetune.planning.plan import Search
+from fleetune.planning.plan import PlanSearch
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
@@ -59,7 +59,7 @@ def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(tiny,
 def test_a_method_is_counted_with_the_rows_that_its_steps_will_have(tiny, monkeypatch):
     shape = shape_of(models.load_config(tiny))
     asked = {"length": 512, "dtype": "fp32", "base": "memory"}
-    peaks = {s.work.batch: s.peak for s in Search(shape, None, asked).tried("fedit")}
+    peaks = {s.work.batch: s.peak for s in PlanSearch(shape, None, asked).tried("fedit")}
     assert peaks[1] < peaks[8]
     monkeypatch.setattr(models, "device_memory", lambda device: peaks[1] * 10 // 9 + 1)
     small = recipe(tiny, base="memory", set={"batch_size": 1, "r": 16, "alpha": 16})
@@ -73,7 +73,9 @@ def test_a_method_is_counted_with_the_rows_that_its_steps_will_have(tiny, monkey
 
 
 def test_a_base_that_memory_cannot_hold_stays_in_its_file(large, monkeypatch):
-    tried = Search(shape_of(models.load_config(large)), None, {"length": 512, "dtype": "fp32"}).tried("fedit")
+    tried = PlanSearch(shape_of(models.load_config(large)), None, {"length": 512, "dtype": "fp32"}).tried(
+        "fedit"
+    )
     in_memory, mapped = [s.peak for s in tried][:2]
     for ram, base in ((in_memory * 10 // 9 + 1, "auto"), (mapped * 10 // 9 + 1, "mapped")):
         monkeypatch.setattr(models, "device_memory", lambda device, ram=ram: ram)
@@ -90,7 +92,7 @@ def settled_base(recipe: Recipe) -> tuple[Recipe, prepare.CheckMemory, str]:
 
 def test_the_base_of_a_named_method_is_mapped_where_it_fits_only_so_which_is_said(large):
     shape = shape_of(models.load_config(large))
-    tried = Search(shape, None, {"length": 512, "dtype": "fp32"}, shrinks=False).tried("mezo")
+    tried = PlanSearch(shape, None, {"length": 512, "dtype": "fp32"}, shrinks=False).tried("mezo")
     in_memory, mapped = (settings.peak for settings in tried)
     assert mapped < in_memory
     roomy, tight = f"{in_memory * 10 // 9 + 9}", f"{in_memory * 10 // 9 - 9}"

@@ -28,7 +28,7 @@ from fleetune.models import Model, shapes, tiny_llama
 from fleetune.models.tiny import tiny_bert, tiny_roberta
 from fleetune.planning import device_cost, plan
 from fleetune.planning.device_cost import Workload
-from fleetune.planning.plan import Search
+from fleetune.planning.plan import PlanSearch
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.footprint import Footprint
 from fleetune.tuning.exchange.messages import Message, Payload, encode
@@ -344,7 +344,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(shape: Any, ram: int, *order: str, **more: Any) -> tuple[str, int, int, str]:
-    best = Search(shape, ram, **more).best(order or ("fedit",))
+    best = PlanSearch(shape, ram, **more).best(order or ("fedit",))
     return best.method, best.work.batch, best.work.length, best.work.dtype
 
 
@@ -387,7 +387,7 @@ def test_what_was_asked_for_stays(shape):
 
 
 def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape):
-    every = list(Search(shape, GB).tried("fedit"))
+    every = list(PlanSearch(shape, GB).tried("fedit"))
     tried = {(s.work.batch, s.work.length, s.work.dtype): s for s in every if s.work.base == "memory"}
     mapped = {(s.work.batch, s.work.length, s.work.dtype): s for s in every if s.work.base == "mapped"}
     assert len(tried) == len(mapped) == 4 * 4 * 2
@@ -404,13 +404,13 @@ def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape):
     assert tried[1, 64, "fp32"].weights == step["weights"]
     few = device_cost.memory(shape, Workload(1, 512), footprint)
     every_row = device_cost.memory(shape, work, Footprint("none"))
-    found = next(s for s in Search(shape, GB, {"batch": 1}).tried("fedit"))
+    found = next(s for s in PlanSearch(shape, GB, {"batch": 1}).tried("fedit"))
     # an evaluation is of 8 rows
     assert found.peak == max(sum(few.values()), sum(every_row.values())) + server
 
 
 def test_the_printed_command_makes_tune_use_what_was_planned(large, tmp_path, capsys):
-    every = list(Search(shapes.shape_of(models.load_config(large)), 1).tried("fedit"))
+    every = list(PlanSearch(shapes.shape_of(models.load_config(large)), 1).tried("fedit"))
     ram = min(s.peak for s in every) * 10 // 9 + 1
     (wanted, *_) = [s.work for s in every if s.peak <= 0.9 * ram]
     assert wanted.base == "mapped"

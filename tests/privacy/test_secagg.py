@@ -8,7 +8,7 @@ import pytest
 
 from fleetune.errors import MessageError
 from fleetune.privacy import secagg
-from fleetune.privacy.secagg import Member, WrongSharesError, coefficients, polynomial, share, unmask
+from fleetune.privacy.secagg import Party, WrongSharesError, coefficients, polynomial, share, unmask
 
 ATTEMPT = bytes(range(16))
 CONTEXT = b"run 1 " + ATTEMPT
@@ -22,7 +22,7 @@ class Sum:
         rng = np.random.default_rng(seed)
         self.least = least
         self.x = {u: rng.integers(-(1 << 62), 1 << 62, NUMBERS) for u in range(n)}
-        self.members = {u: Member(u, least, n, CONTEXT, ATTEMPT) for u in range(n)}
+        self.members = {u: Party(u, least, n, CONTEXT, ATTEMPT) for u in range(n)}
         self.keys = {u: member.keys() for u, member in self.members.items()}
         self.total, self.survivors = np.zeros(NUMBERS, np.uint64), list[int]()
         self.revealed, self.shares = dict[int, dict[int, bytes]](), dict[int, dict[int, bytes]]()
@@ -150,7 +150,7 @@ def test_a_member_masks_once():
 
 def test_a_sum_of_itself_and_one_or_of_twins_is_refused():
     found = Sum(5, 3)
-    keys, more = found.keys, {v: Member(v, 3, 5, CONTEXT, ATTEMPT).keys() for v in range(1, 6)}
+    keys, more = found.keys, {v: Party(v, 3, 5, CONTEXT, ATTEMPT).keys() for v in range(1, 6)}
     twins = ({1: keys[1], 2: keys[1], 3: keys[3]}, {1: keys[1], 2: keys[0], 3: keys[3]})
     few = ({1: keys[1]}, "2 members are none of 3 to 5")
     for others, said in (few, (more, "6 members are none of 3 to 5"), *((each, "twice") for each in twins)):
@@ -221,5 +221,5 @@ def test_keys_of_small_order_are_refused():
         secagg.checked_keys(bytes(secagg.KEYS))
     with pytest.raises(MessageError, match="bytes"):
         secagg.checked_keys(b"")
-    good = Member(0, 3, 4, CONTEXT, ATTEMPT).keys()
+    good = Party(0, 3, 4, CONTEXT, ATTEMPT).keys()
     assert secagg.checked_keys(good) == good

@@ -23,7 +23,7 @@ LAST: Final = 1000  # in listings: members that state no ORDER
 
 
 @dataclass(frozen=True)
-class Member:
+class Listed:
     """A member of a registry, read without importing it."""
 
     name: str  # as a user writes it, with "-" where the file has "_"
@@ -58,13 +58,13 @@ class Registry:
         self.kind, self.package, self.group = kind, package, group
         self.requires, self.listing = requires, listing
         self._warned: set[str] = set()
-        self._given: dict[str, Member] = {}
+        self._given: dict[str, Listed] = {}
 
-    def give(self, member: Member) -> None:
+    def give(self, member: Listed) -> None:
         """Take a member that a caller handed over, for this process alone."""
         self._given[member.name] = member
 
-    def members(self) -> dict[str, Member]:
+    def members(self) -> dict[str, Listed]:
         """Every member by name: those of the folder in order, those that other packages register, those that were given.
 
         A registered module that cannot be used is left out with a warning, so that it does not stop the others; `member`
@@ -91,7 +91,7 @@ class Registry:
             self._warned.add(text)
             log.warning("%s", text)
 
-    def member(self, name: str) -> Member:
+    def member(self, name: str) -> Listed:
         """The member called `name` ("-" and "_" are alike).
 
         UsageError with a suggestion when there is none, and with the reason when a registered module cannot be used.
@@ -122,7 +122,7 @@ class Registry:
                 hint="reinstall or uninstall the package that registers it",
             ) from error
 
-    def _own(self) -> dict[str, Member]:
+    def _own(self) -> dict[str, Listed]:
         found = {}
         spec = importlib.util.find_spec(self.package)
         assert spec is not None
@@ -133,7 +133,7 @@ class Registry:
                     found[member.name] = member
         return found
 
-    def _registered(self, point: EntryPoint) -> Member:
+    def _registered(self, point: EntryPoint) -> Listed:
         """A member of another package; UsageError when its file cannot be found or read, or lacks a constant."""
         name, module = point.name, point.value.partition(":")[0].strip()
         try:
@@ -160,9 +160,9 @@ def _points(look: Callable[..., Iterable[EntryPoint]], group: str) -> tuple[Entr
     return tuple(look(group=group))
 
 
-def _read(name: str, module: str, path: Path) -> Member:
+def _read(name: str, module: str, path: Path) -> Listed:
     summary, constants = _parsed(path, path.stat().st_mtime_ns)
-    return Member(name.replace("_", "-"), module, summary, constants)
+    return Listed(name.replace("_", "-"), module, summary, constants)
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from fleetune.common import settings
-from fleetune.common.registry import Member, Registry
+from fleetune.common.registry import Listed, Registry
 from fleetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ REGISTRY: Final = Registry(
 )
 
 
-def entries() -> dict[str, Member]:
+def entries() -> dict[str, Listed]:
     """Return every method by name, those of other packages included."""
     return REGISTRY.members()
 

@@ -22,7 +22,7 @@ GGUF: Final = ".gguf"
 SAFETENSORS: Final = ".safetensors"
 
 
-class Difference(NamedTuple):
+class FirstDifference(NamedTuple):
     """How far two exports agree, and the first place where they differ ("" for none)."""
 
     equal: int  # bytes
@@ -32,7 +32,7 @@ class Difference(NamedTuple):
 class DiffersError(Exception):
     """What is made is not what is there."""
 
-    def __init__(self, found: Difference, *, head: bool) -> None:
+    def __init__(self, found: FirstDifference, *, head: bool) -> None:
         super().__init__(found.words)
         self.found, self.head = found, head  # whether that is in the file's head
 
@@ -52,7 +52,7 @@ class Again:
         file, first, end = self.path / name if self.path.is_dir() else self.path, 0, 0
         found: int | None = None
         if not file.is_file():
-            raise DiffersError(Difference(0, f"{file} is missing"), head=True)
+            raise DiffersError(FirstDifference(0, f"{file} is missing"), head=True)
         with file.open("rb") as opened:
             for start, part in parts:
                 data = memoryview(part).cast("B") if len(part) else memoryview(b"")
@@ -69,7 +69,7 @@ class Again:
         if found is not None:
             place = "in its head" if not first else place_of(file, found)
             raise DiffersError(
-                Difference(found, f"{file} differs in byte {found:,}, {place}"), head=not first
+                FirstDifference(found, f"{file} differs in byte {found:,}, {place}"), head=not first
             )
         self.seen.add(name)
 
@@ -111,7 +111,7 @@ def _same(a: bytes, b: bytes | memoryview) -> int:
     return int(unequal[0]) if len(unequal) else n
 
 
-def difference(path: Path, made: Path, seen: Iterable[str] = ()) -> Difference:
+def difference(path: Path, made: Path, seen: Iterable[str] = ()) -> FirstDifference:
     """Compare a file or folder with the one that was `made` again, but for the files that were `seen`.
 
     A folder's README.md is left out, since people write in it.
@@ -123,25 +123,27 @@ def difference(path: Path, made: Path, seen: Iterable[str] = ()) -> Difference:
     if (path / sums.README).is_file():
         names = [each - {sums.README} for each in names]
     if odd := sorted(names[0] ^ names[1]):
-        return Difference(equal, f"{path / odd[0]} is {'missing' if odd[0] in names[1] else 'not of it'}")
+        return FirstDifference(
+            equal, f"{path / odd[0]} is {'missing' if odd[0] in names[1] else 'not of it'}"
+        )
     found = [_of_bytes(path / name, made / name) for name in sorted(names[0])]
-    return Difference(
+    return FirstDifference(
         equal + sum(each.equal for each in found), next((each.words for each in found if each.words), "")
     )
 
 
-def _of_bytes(path: Path, made: Path) -> Difference:
+def _of_bytes(path: Path, made: Path) -> FirstDifference:
     at = 0
     if not path.is_file():
-        return Difference(0, f"{path} is no file")
+        return FirstDifference(0, f"{path} is no file")
     with path.open("rb") as one, made.open("rb") as other:
         while True:
             a, b = one.read(CHUNK), other.read(CHUNK)
             if a != b:
                 at += _same(a, b)
-                return Difference(at, f"{path} differs in byte {at:,}, {place_of(made, at)}")
+                return FirstDifference(at, f"{path} differs in byte {at:,}, {place_of(made, at)}")
             if not a:
-                return Difference(at, "")
+                return FirstDifference(at, "")
             at += len(a)
 
 

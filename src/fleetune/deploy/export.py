@@ -121,9 +121,7 @@ def _of_run(
         source = base.directory(offline=offline)
         report = write_adapter(run.result, source, target.name, out, made=_facts_of_run(run))
         if sentence(recipe.columns) is not None:
-            listener.note(
-                "note: the system sentence is not in this file: give it to the runtime, or export the whole model"
-            )
+            listener.note("note: the system sentence is not in this file: the runtime has to be given it")
         return ExportResult(out, _done(report, listener))
     rows = _rows(base.directory(offline=offline), text) if text else []
     if recipe.train == SCALES and target.name in FILES:

@@ -223,7 +223,7 @@ def _encoded(examples: Sequence[Example], tokenizer: Path, length: int) -> list[
 def _job(
     options: MeasureOptions,
     measurable: Measurable,
-    line: Line,
+    line: EngineLine,
     rows: tuple[Sequence[Example], int],
     windows: list[Row],
     offline: bool,
@@ -251,11 +251,11 @@ def _job(
 class ReferenceLine:
     """The model that others are compared with."""
 
-    line: Line
+    line: EngineLine
     tokenizer: Path  # the folder of its tokenizer
     named: bool  # whether the user named it
 
-    def compares(self, line: Line) -> bool:
+    def compares(self, line: EngineLine) -> bool:
         """Return whether a line of the table is compared with it."""
         return self.named or (line.kind in SMALL and line.name != COMPRESSED_BASE)
 
@@ -278,7 +278,7 @@ def reference_of(
     return None
 
 
-def _last_without(one: Measurable, kinds: Sequence[str]) -> Line:
+def _last_without(one: Measurable, kinds: Sequence[str]) -> EngineLine:
     """Return the last line of a subject that is of none of these kinds."""
     return [line for line in one.lines if line.kind not in kinds][-1]
 
@@ -327,7 +327,7 @@ def _header(
 
 
 def _report(
-    line: Line, result: Measurement, first: Sequence[tuple[float, int]], listener: Listener
+    line: EngineLine, result: Measurement, first: Sequence[tuple[float, int]], listener: Listener
 ) -> Measured:
     """Report a line; `first` are the losses of the rows under the first line's model."""
     linear, whole = harness.bits(line.weights)
@@ -417,7 +417,7 @@ def _kept(rows: Sequence[Measured], losses: Mapping[str, list[tuple[float, int]]
 
 
 @dataclass(frozen=True)
-class Line:
+class EngineLine:
     """A line of the table: a model in an engine."""
 
     name: str
@@ -438,7 +438,7 @@ class Measurable:
     """A subject with its lines."""
 
     name: str
-    lines: tuple[Line, ...]
+    lines: tuple[EngineLine, ...]
     tokenizer: Path  # the folder of its tokenizer
     subject: Subject
     length: int = ROW  # tokens of a row at most, as in its run
@@ -458,19 +458,19 @@ def of(subject: Subject, *, offline: bool) -> Measurable:
         return _of_compressed(subject, offline=offline)
     weights, path = subject.directory(offline=offline), Path(subject.name)
     if path.is_file():
-        line = Line(path.name, "model", subject.name, path, path.stat().st_size)
+        line = EngineLine(path.name, "model", subject.name, path, path.stat().st_size)
         return Measurable(path.name, (line, replace(line, kind="gguf")), weights, subject)
     return Measurable(path.name, (line_of(path.name, "model", subject.name, weights),), weights, subject)
 
 
-def line_of(name: str, kind: str, path: Path | str, weights: Path, dtype: str = "fp32") -> Line:
+def line_of(name: str, kind: str, path: Path | str, weights: Path, dtype: str = "fp32") -> EngineLine:
     """Return a line for weights in a folder."""
-    return Line(name, kind, str(path), weights, compression_folder.size(weights), dtype)
+    return EngineLine(name, kind, str(path), weights, compression_folder.size(weights), dtype)
 
 
-def chosen(measured: Sequence[Measurable], listener: Listener) -> list[tuple[Measurable, Line]]:
+def chosen(measured: Sequence[Measurable], listener: Listener) -> list[tuple[Measurable, EngineLine]]:
     """Return the lines to measure: all of a single subject; of several, the last in torch of each, and its .gguf files."""
-    lines: list[tuple[Measurable, Line]] = []
+    lines: list[tuple[Measurable, EngineLine]] = []
     for one in measured:
         own = [line for line in one.lines if line.kind != "gguf"]
         if len(measured) > 1:
@@ -487,7 +487,7 @@ def chosen(measured: Sequence[Measurable], listener: Listener) -> list[tuple[Mea
     return lines
 
 
-def _of_run(run: Run, *, offline: bool) -> tuple[tuple[Line, Line], Path]:
+def _of_run(run: Run, *, offline: bool) -> tuple[tuple[EngineLine, EngineLine], Path]:
     """Return the lines of base and tuned model, and the folder of the tokenizer."""
     recipe, weights = run.recipe, Plain(run.recipe.model).directory(offline=offline)
     base, result = line_of("base", "model", recipe.model, weights, recipe.dtype), run.result
@@ -506,7 +506,7 @@ def _of_compressed(subject: Compressed, *, offline: bool) -> Measurable:
         return Measurable(artefact.name, (line,), artefact, subject)
     small = line_of("compressed", "artefact", artefact, artefact)
     found = sorted(subject.folder.glob("*.gguf"))
-    files = tuple(Line(f.name, "gguf", str(f), f, f.stat().st_size) for f in found)
+    files = tuple(EngineLine(f.name, "gguf", str(f), f, f.stat().st_size) for f in found)
     if request.run:
         run = Run(Path(request.model))
         lines, tokenizer = _of_run(run, offline=offline)

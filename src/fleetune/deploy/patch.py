@@ -53,7 +53,7 @@ Moves = Callable[[int, int, np.ndarray], np.ndarray]
 """(number of a place, its first row, blocks of some rows uint8 [n, bytes]) -> their scales, new; rows come in order."""
 
 
-class Place(NamedTuple):
+class BlockPlace(NamedTuple):
     """Where the blocks of a matrix lie in the file."""
 
     offset: int  # of the first byte
@@ -112,7 +112,7 @@ class Entries(NamedTuple):
         passes = self.passes
         return passes <= PASSES and passes * (self.K if self.law == noise.POOL else 1) <= TABLES
 
-    def moves(self, places: tuple[Place, ...]) -> Moves:
+    def moves(self, places: tuple[BlockPlace, ...]) -> Moves:
         """Return what computes the scales of blocks; ValueError or UsageError for entries that no ledger has."""
         if (
             self.law not in ("hashed", "rademacher")  # whose sums are integers
@@ -144,7 +144,7 @@ class Patch:
 
     base: str  # SHA-256 of the file that it is for
     result: str  # ... and of the one that it makes
-    places: tuple[Place, ...]  # by rising offset
+    places: tuple[BlockPlace, ...]  # by rising offset
     entries: Entries
 
     @property
@@ -218,9 +218,9 @@ def load(path: Path) -> Patch:
         raise ModelError(f"{path} is no patch, or is damaged", hint=AGAIN) from error
 
 
-def _place(row: Any) -> Place:
+def _place(row: Any) -> BlockPlace:
     """Return a place; ValueError for what is none."""
-    place = Place(*row)
+    place = BlockPlace(*row)
     counts, others = (place.offset, place.rows, place.blocks), (place.heads, place.start)
     if (
         not all(type(n) is int and 0 < n < MOST for n in counts)
@@ -305,7 +305,7 @@ def _require_base(path: Path, patch: Patch, listener: Listener) -> None:
 
 def write(
     path: Path,
-    places: tuple[Place, ...],
+    places: tuple[BlockPlace, ...],
     moves: Moves,
     target: Path,
     listener: Listener = SILENT,
@@ -344,7 +344,7 @@ def write(
                 os.unlink(temporary)
 
 
-def patched(path: Path, places: tuple[Place, ...], moves: Moves) -> Iterator[bytes]:
+def patched(path: Path, places: tuple[BlockPlace, ...], moves: Moves) -> Iterator[bytes]:
     """Yield the new file a piece at a time; ModelError where the file is too short."""
     if path.stat().st_size < places[-1].offset + places[-1].size:
         raise ModelError(f"{path} is shorter than the patch's tensors", hint="the patch is for another file")

@@ -14,7 +14,7 @@ from fleetune.common.display import counted
 from fleetune.common.ggml import BLOCK, SCALES
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
-from fleetune.deploy.patch import SILENT, Entries, Moves, Patch, Place, patched, told, write
+from fleetune.deploy.patch import SILENT, BlockPlace, Entries, Moves, Patch, patched, told, write
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import loading
 from fleetune.models.cache.cache import BLOCKS
@@ -47,7 +47,7 @@ def report(path: Path) -> Report:
 class Matrix(NamedTuple):
     """A matrix whose scales a run has moved."""
 
-    place: Place
+    place: BlockPlace
     scales: Callable[[], np.ndarray]  # new bits uint16 [rows, scales of a row], rows in the model's order
 
 
@@ -146,13 +146,13 @@ def _stored(slot: Any) -> Stored:
     return stored
 
 
-def _place(stored: Stored, start: int) -> Place:
+def _place(stored: Stored, start: int) -> BlockPlace:
     rows, width = stored.shape
     heads, order = 0, stored.order
     if order is not None:
         half = int(np.flatnonzero(order == 1)[0])  # rows of half a head
         heads = rows // (2 * half)
-    place = Place(stored.offset, stored.kind, rows, width // BLOCK, heads, start)
+    place = BlockPlace(stored.offset, stored.kind, rows, width // BLOCK, heads, start)
     if stored.size != place.size or (
         order is not None and not np.array_equal(np.argsort(order), place.in_model())
     ):

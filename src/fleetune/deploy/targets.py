@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from fleetune.common import words
 from fleetune.common.display import pip_install
-from fleetune.common.registry import Member, Registry
+from fleetune.common.registry import Listed, Registry
 from fleetune.errors import UsageError, suggest
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Target:
 
     name: str
     help: str
-    format: Member  # the file that writes it
+    format: Listed  # the file that writes it
 
     @property
     def kind(self) -> str | None:

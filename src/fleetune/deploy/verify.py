@@ -28,7 +28,7 @@ from fleetune.common.display import counted, quoted, show
 from fleetune.common.events import LinkVerified, Verified
 from fleetune.common.ggml import SCALES
 from fleetune.deploy import export, release, targets
-from fleetune.deploy.again import Again, Difference, DiffersError, difference
+from fleetune.deploy.again import Again, DiffersError, FirstDifference, difference
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import artefact
@@ -280,7 +280,9 @@ def _base_of_adapter(run: Run, model: Model) -> Links:
     yield _declared("adapter", f"made by training, which nothing repeats exactly: {stated}")
 
 
-def _merged(run: Run, parents: Parents, codes: Codes | None = None) -> Generator[LinkVerified, None, Model]:
+def _merged(
+    run: Run, parents: Parents, codes: HeldCodes | None = None
+) -> Generator[LinkVerified, None, Model]:
     """Yield the links of a run; return its model with the tuning in its stored weights: one replay for all.
 
     With `codes` a ledger's weights are not stored: `codes` sees each as it is rebuilt.
@@ -369,7 +371,7 @@ def _made(head: artefact.ArtefactHead) -> str:
 
 def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Parents) -> Links:
     """Compare an artefact with the weights that it was made from: their digest, what has no codes, and codes that are exact."""
-    codes = Codes(master)
+    codes = HeldCodes(master)
     if isinstance(source, Run):
         model = yield from _merged(source, parents, codes)
     else:
@@ -399,7 +401,7 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
         yield _declared("codes", _made(head))
 
 
-class Codes:
+class HeldCodes:
     """What an artefact holds, compared with the weights that it was made from as they come."""
 
     def __init__(self, master: artefact.Master) -> None:
@@ -481,7 +483,7 @@ def written_again(path: Path, source: Subject, tuned: Model | None = None, *, of
 
     `tuned` is a run's model with the tuning in its weights.
     """
-    nearest = Difference(-1, "")
+    nearest = FirstDifference(-1, "")
     with ExitStack() as stack:
 
         @cache
@@ -521,10 +523,10 @@ def written_again(path: Path, source: Subject, tuned: Model | None = None, *, of
     )
 
 
-def _rest(path: Path, made: Path, seen: set[str]) -> tuple[Difference, bool]:
+def _rest(path: Path, made: Path, seen: set[str]) -> tuple[FirstDifference, bool]:
     """Compare what was not `seen`; tell also whether `path` is what `made` is, perhaps damaged."""
     if seen and path.is_file():
-        return Difference(path.stat().st_size, ""), True
+        return FirstDifference(path.stat().st_size, ""), True
     return difference(path, made, seen), bool(seen) or _size(path) == _size(made)
 
 

@@ -28,7 +28,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
-class Change:
+class LogitChange:
     """A function of each logit by itself: the setting of the configuration that states it, and its number."""
 
     setting: str
@@ -47,11 +47,11 @@ class Change:
         return 1.0 / self.number if self.setting == "logits_scaling" else self.number
 
 
-def stated(config: Any) -> Change | None:
+def stated(config: Any) -> LogitChange | None:
     """Return the change that a configuration states; None where it states none that is known here."""
     for setting in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if value := getattr(config, setting, None):
-            return Change(setting, float(value))
+            return LogitChange(setting, float(value))
     return None
 
 
@@ -61,7 +61,7 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def head_nll(
-    head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int, change: Change | None = None
+    head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int, change: LogitChange | None = None
 ) -> Tensor:
     """Return `nll` of what a head makes of its inputs: rows [N, H], targets int64 [N] -> float32 [N].
 
@@ -119,13 +119,15 @@ def tokens_a_piece(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (4 * share * vocabulary))
 
 
-def logits_of(head: nn.Module, rows: Tensor, change: Change | None) -> Tensor:
+def logits_of(head: nn.Module, rows: Tensor, change: LogitChange | None) -> Tensor:
     """Return the logits [n, V] of a head's inputs [n, H]."""
     logits = cast(Tensor, head(rows.unsqueeze(0))[0])
     return logits if change is None else change(logits)
 
 
-def _again(head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int, change: Change | None) -> Tensor:
+def _again(
+    head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int, change: LogitChange | None
+) -> Tensor:
     """Compute each piece again in the backward pass instead of keeping it."""
 
     def piece(rows: Tensor, targets: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ class _FrozenNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, head: nn.Module, blocks: Any, targets: Tensor, change: Change | None
+        ctx: Any, rows: Tensor, head: nn.Module, blocks: Any, targets: Tensor, change: LogitChange | None
     ) -> Tensor:
         ctx.head, ctx.change = head, change
         back = torch.zeros(rows.shape, device=rows.device)
@@ -167,7 +169,7 @@ class _StreamedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, root: Tensor, blocks: Any, targets: Tensor, change: Change | None
+        ctx: Any, rows: Tensor, root: Tensor, blocks: Any, targets: Tensor, change: LogitChange | None
     ) -> Tensor:
         ctx.blocks, ctx.change = blocks, change
         losses, log_sums = _online(rows, blocks, targets, None, change)
@@ -194,7 +196,7 @@ class _StreamedNll(torch.autograd.Function):
         return back, None, None, None, None
 
 
-def _changed(logits: Tensor, change: Change | None) -> tuple[Tensor, Tensor | float]:
+def _changed(logits: Tensor, change: LogitChange | None) -> tuple[Tensor, Tensor | float]:
     """Return what the model makes of its head's output, and the slope of that."""
     if change is None:
         return logits, 1.0
@@ -203,7 +205,7 @@ def _changed(logits: Tensor, change: Change | None) -> tuple[Tensor, Tensor | fl
 
 
 def _online(
-    rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None, change: Change | None
+    rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None, change: LogitChange | None
 ) -> tuple[Tensor, Tensor]:
     """Return the losses and the log-sum-exp of the logits, float32 [N] each; `back` float32 [N, H], of zeros, becomes dl/dx.
 

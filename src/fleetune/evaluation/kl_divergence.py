@@ -25,7 +25,7 @@ TEMPORARY: Final = (
 PIECE: Final = 1 << 22  # bytes of float64 logits that are worked on at a time
 
 
-class Compared(NamedTuple):
+class Divergence(NamedTuple):
     """The comparison with a reference; the errors are None for one token."""
 
     kl_divergence: float  # mean, nats
@@ -96,7 +96,7 @@ def _shape(file: BinaryIO) -> tuple[int, int]:
     return tokens, vocabulary
 
 
-def compare(path: Path, pieces: Iterable[np.ndarray]) -> Compared:
+def compare(path: Path, pieces: Iterable[np.ndarray]) -> Divergence:
     """Compare logits, float32 [n, vocabulary] a piece, with those of the same tokens in the file of `write`."""
     found = list[tuple[np.ndarray, np.ndarray]]()
     with open(path, "rb") as file:  # read, not mapped: its pages would count as memory of this process
@@ -123,12 +123,12 @@ def of_tokens(P: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(kl), P[:, :V].argmax(1) == Q[:, :V].argmax(1)
 
 
-def summary(kl: np.ndarray, same: np.ndarray) -> Compared:
+def summary(kl: np.ndarray, same: np.ndarray) -> Divergence:
     """Return the means over tokens with their standard errors, from what `of_tokens` gives."""
     ones = [1] * len(kl)
     mean, error = paired.ratio(kl.tolist(), ones)
     share, share_error = paired.ratio((100.0 * same).tolist(), ones)
-    return Compared(mean, error, share, share_error, len(kl))
+    return Divergence(mean, error, share, share_error, len(kl))
 
 
 def _kl(P: np.ndarray, Q: np.ndarray) -> np.ndarray:

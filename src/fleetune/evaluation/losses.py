@@ -25,15 +25,15 @@ from fleetune.common.memory import give_back
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import kl_divergence
-from fleetune.evaluation.head_loss import Change, head_nll, logits_of, nll, stated, tokens_a_piece
+from fleetune.evaluation.head_loss import LogitChange, head_nll, logits_of, nll, stated, tokens_a_piece
 from fleetune.models.net.model import Model
 from fleetune.models.net.packed import positions
 
 OnRows = Callable[[int, int], None]  # called with the rows that are done, and the number of all rows
 
-_UNKNOWN: Final = Change("", math.nan)  # stands for a change that is none of `head_loss`
+_UNKNOWN: Final = LogitChange("", math.nan)  # stands for a change that is none of `head_loss`
 # nets that change the logits after their head, which was seen when they ran, and how
-_CHANGED: WeakKeyDictionary[nn.Module, Change] = WeakKeyDictionary()
+_CHANGED: WeakKeyDictionary[nn.Module, LogitChange] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return head_nll(cast(nn.Module, head), inputs, targets, logits.shape[-1], way), places[:, 0]
 
 
-def _change_of(base: PreTrainedModel, output: Tensor | None, logits: Tensor) -> Change:
+def _change_of(base: PreTrainedModel, output: Tensor | None, logits: Tensor) -> LogitChange:
     """Return what a model did to the `output` of its head to make `logits` of it: what its configuration states, or unknown."""
     change = stated(base.config)
     if change is None or output is None:
@@ -362,7 +362,9 @@ class Reference:
         float | None
     )  # mean cross-entropy of the rows, in nats; None where only the first tokens are compared
 
-    def compare(self, model: Model, on_rows: OnRows = unheard) -> tuple[kl_divergence.Compared, float | None]:
+    def compare(
+        self, model: Model, on_rows: OnRows = unheard
+    ) -> tuple[kl_divergence.Divergence, float | None]:
         """Compare a model with the reference, token by token; also return its `loss`.  `on_rows` is called after each row."""
         sums = list[float]()
         compared = kl_divergence.compare(self.path, scored_logits(model, self.rows, on_rows, sums))

@@ -21,7 +21,7 @@ START: Final = "0" * 64
 LONGEST: Final = 1 << 16  # characters of a line
 
 
-class Verified(NamedTuple):
+class AuditVerdict(NamedTuple):
     """What a log holds up to its first bad line: entries, the last chain, and that line's number (0: none)."""
 
     entries: int
@@ -36,7 +36,7 @@ class Audit:
         self.file = folder / FILE
         if self.file.exists():
             _cut_torn_line(self.file)
-        found = verify(self.file) if self.file.exists() else Verified(0, START, 0)
+        found = verify(self.file) if self.file.exists() else AuditVerdict(0, START, 0)
         if found.bad:
             raise StorageError(
                 f"{self.file}: line {found.bad} does not follow from the one before",
@@ -69,7 +69,7 @@ def _append(file: io.FileIO, line: bytes) -> None:
         raise
 
 
-def verify(file: Path) -> Verified:
+def verify(file: Path) -> AuditVerdict:
     """Follow the chain through a log; StorageError when it cannot be read."""
     chain, entries = START, 0
     try:
@@ -77,11 +77,11 @@ def verify(file: Path) -> Verified:
             while line := lines.readline(LONGEST):
                 entry = _entry(line)
                 if entry is None or (stated := entry.pop("chain", None)) != _next(chain, entry):
-                    return Verified(entries, chain, entries + 1)
+                    return AuditVerdict(entries, chain, entries + 1)
                 chain, entries = str(stated), entries + 1
     except OSError as error:
         raise storage_error(error, file) from error
-    return Verified(entries, chain, 0)
+    return AuditVerdict(entries, chain, 0)
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

@@ -14,7 +14,13 @@ from fleetune.common.display import counted, quoted
 from fleetune.common.files import PRIVATE, json_text, read_json, write_atomic
 from fleetune.compression.jobs.inputs import each_of
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates, SolveLayer
-from fleetune.compression.layerwise.federated import Answer, HessianReply, HessianSums, block_message, sharing
+from fleetune.compression.layerwise.federated import (
+    BlockAnswer,
+    HessianReply,
+    HessianSums,
+    block_message,
+    sharing,
+)
 from fleetune.errors import DataError, FleetError, MessageError, UsageError
 from fleetune.fleet import result
 from fleetune.fleet.orders import Device, Order
@@ -154,7 +160,7 @@ class FleetHessians:
             return self.sums.unsealed(number, units, shared, linears)
         largest = sum(2 * linear.in_features * (linear.in_features + 1) for linear in linears.values())
         answers = self.fleet.give(orders, at_once=max(1, ON_THE_WAY // largest), room=largest + ROOM)
-        found = (Answer(a.client, a.data, a.reason or a.status) for a in answers)
+        found = (BlockAnswer(a.client, a.data, a.reason or a.status) for a in answers)
         return self.sums.add_up(number, linears, found, len(body), shared)
 
     def _held(self, number: int, orders: Mapping[int, Order], down: int) -> list[int]:

@@ -92,7 +92,7 @@ def plain(host: str) -> str:
 
 
 @dataclass
-class Session:
+class DeviceSession:
     """One stay of a device; the parts below the line belong to the event loop."""
 
     secret: str
@@ -196,7 +196,7 @@ class Door:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._keys = None if keys is None else {key.fingerprint: key for key in keys}
-        self._sessions: dict[str, Session] = {}  # by key
+        self._sessions: dict[str, DeviceSession] = {}  # by key
         self._here: dict[str, str] = {}  # key -> mark, at the last look
         self._names = {} if keys is None else {key.fingerprint: key.name for key in keys}
         self._hosts, self._trusted = None, ""
@@ -298,7 +298,7 @@ class Door:
         if before is not None and before.online and not _same(before.secret, known.partition(".")[2]):
             raise HTTPException(409)
         heartbeat = _seconds(request.headers.get(HEARTBEAT, ""))
-        session = Session(secrets.token_urlsafe(32), key, f"stay {next(self._numbers)}", heartbeat)
+        session = DeviceSession(secrets.token_urlsafe(32), key, f"stay {next(self._numbers)}", heartbeat)
         self._end(key.fingerprint)
         with self._lock:
             self._make_room()
@@ -344,7 +344,7 @@ class Door:
         self._end(self._of(request).key.fingerprint)
         return Response(status_code=204)
 
-    def _of(self, request: Request) -> Session:
+    def _of(self, request: Request) -> DeviceSession:
         """Return the session of a request, heard now; HTTPException 410 where there is none."""
         way, _, stated = request.headers.get("authorization", "").partition(" ")
         key, _, secret = stated.partition(".")
@@ -394,7 +394,7 @@ class Door:
         session.sending = asyncio.current_task()
         return _letter(letter)
 
-    async def _body(self, session: Session, number: str, request: Request) -> bytes:
+    async def _body(self, session: DeviceSession, number: str, request: Request) -> bytes:
         """Return an answer's bytes, b"" for one that nobody waits for: it is thrown away as it comes.
 
         A device has one on its way, so that its connections fill no memory: HTTPException 409 when a later one begins.
@@ -415,7 +415,7 @@ class Door:
             raise HTTPException(409)
         return coming.result()
 
-    async def _next(self, session: Session) -> Letter | None:
+    async def _next(self, session: DeviceSession) -> Letter | None:
         """Return the next order for a device; None where none comes, or a later request of it waits."""
         key = session.key.fingerprint
         session.wake()  # a request that waits is from before: its connection is dead

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple, Protocol
 
 from fleetune.errors import MessageError
-from fleetune.fleet.orders import Order, Reply
+from fleetune.fleet.orders import DeviceReply, Order
 
 MAY_ANSWER: Final[Mapping[str, tuple[str, ...]]] = {
     "work": ("done", "failed", "declined"),
@@ -46,7 +46,7 @@ class Link(Protocol):
         ...
 
 
-def answer_in(data: bytes | None, order: Order) -> Reply | None:
+def answer_in(data: bytes | None, order: Order) -> DeviceReply | None:
     """Return the answer to an order, None for a lost one; one that it cannot be is `failed`, with the reason."""
     if data is None:
         return None
@@ -55,13 +55,13 @@ def answer_in(data: bytes | None, order: Order) -> Reply | None:
             raise MessageError("the answer is larger than such an answer can be")
         if not data:
             raise MessageError("the answer could not be read")
-        reply = Reply.decode(data)
+        reply = DeviceReply.decode(data)
         if reply.nonce != order.nonce or reply.round != order.round:
             raise MessageError("the answer belongs to another order")
         if reply.what not in MAY_ANSWER.get(order.what, USUAL):
             raise MessageError(f"'{order.what}' was answered with '{reply.what}'")
     except MessageError as error:
-        return Reply.unusable(order, str(error))
+        return DeviceReply.unusable(order, str(error))
     return reply
 
 

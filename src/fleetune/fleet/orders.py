@@ -241,7 +241,7 @@ class Order:
 
 
 @dataclass(frozen=True, config=EXACT)
-class Reply:
+class DeviceReply:
     """What a device answers to an order.
 
     ready    what the device is: rows, memory, threads, speed, the kinds of work that fit it
@@ -287,7 +287,7 @@ class Reply:
         )
 
     @classmethod
-    def decode(cls, data: bytes) -> Reply:
+    def decode(cls, data: bytes) -> DeviceReply:
         """Read an answer; MessageError for bytes that are none."""
         found = _decode(data)
         if "reason" in found:
@@ -295,7 +295,7 @@ class Reply:
         return _made(cls, found, "the answer")
 
     @classmethod
-    def unusable(cls, order: Order, reason: str) -> Reply:
+    def unusable(cls, order: Order, reason: str) -> DeviceReply:
         """Return what stands for an answer that the server cannot use, and says why."""
         return cls("failed", order.nonce, order.round, reason=errors.cut_reason(reason))
 

@@ -21,7 +21,7 @@ from fleetune.common.display import counted, human_time
 from fleetune.common.events import ClientReply
 from fleetune.errors import FleetError, MessageError, cut_reason
 from fleetune.fleet.link import Link, answer_in
-from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
+from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, DeviceReply, Job, Order
 from fleetune.fleet.table import LATE, Devices, apart
 from fleetune.seeds.noise import derive
 from fleetune.tuning.rounds.fleets import ONE, STEPS, Answer, Fleet, Step, Wanted, outrun
@@ -223,7 +223,9 @@ class RemoteFleet(Fleet):
         self._forget(lost)
         return lost
 
-    def _taken(self, asking: Asking, number: str, order: Order, reply: Reply | None) -> Iterator[Answer]:
+    def _taken(
+        self, asking: Asking, number: str, order: Order, reply: DeviceReply | None
+    ) -> Iterator[Answer]:
         """Yield what has been answered to an order; nothing where the answer was lost, or the device has declined."""
         client = asking.answered(number, lost=reply is None)
         if client is None or reply is None:
@@ -450,7 +452,7 @@ class RemoteFleet(Fleet):
         for number in numbers:
             self._orders.pop(number, None)
 
-    def _answers(self) -> Iterator[tuple[str, Order, Reply | None]]:
+    def _answers(self) -> Iterator[tuple[str, Order, DeviceReply | None]]:
         """Yield the answers to work that have come, None for a lost one; those to the job are dealt with here."""
         for number, data in self.link.pull(set(self._orders)):
             if (found := self._orders.pop(number, None)) is None:
@@ -464,7 +466,7 @@ class RemoteFleet(Fleet):
                 self._joined(found, reply)
         self.devices.save()  # before any of those that have joined is asked
 
-    def _joined(self, found: _Order, reply: Reply) -> None:
+    def _joined(self, found: _Order, reply: DeviceReply) -> None:
         """Take in a device that has answered the job; tell it when it cannot take part."""
         name = self.link.name(found.key)
         try:
@@ -504,7 +506,7 @@ class RemoteFleet(Fleet):
             raise MessageError(f"the device can do none of the run's {count} kinds of work")
         return able
 
-    def _answer(self, order: Order, reply: Reply) -> Answer:
+    def _answer(self, order: Order, reply: DeviceReply) -> Answer:
         if reply.what != "done":
             if reply.code.startswith("remembers "):
                 self._kept.pop(order.client, None)  # its next work stands on none
@@ -523,7 +525,7 @@ WORD: Final = 30.0  # seconds of waiting, after which it is said for whom
 SHOWN: Final = 5  # names in that word
 
 
-class Declined(NamedTuple):
+class Refrained(NamedTuple):
     """When a device has declined, and why."""
 
     since: float
@@ -547,7 +549,7 @@ class Asking:
     sent: dict[str, int] = field(init=False, default_factory=dict)  # number of an order -> client
     took: list[float] = field(init=False, default_factory=list)  # seconds from the begin to each answer
     times: dict[int, int] = field(init=False, default_factory=dict)  # client -> how often it was asked
-    declined: dict[int, Declined] = field(init=False, default_factory=dict)
+    declined: dict[int, Refrained] = field(init=False, default_factory=dict)
     joins: dict[int, set[str]] = field(init=False, default_factory=dict)  # client -> stays in which it loaded
     joining: set[int] = field(init=False, default_factory=set)  # clients that load now
     next_word: float = field(init=False)  # when to say who is waited for
@@ -591,7 +593,7 @@ class Asking:
 
     def decline(self, client: int, reason: str) -> None:
         """Note that a client that had its order has declined."""
-        self.declined[client] = Declined(time.monotonic(), reason)
+        self.declined[client] = Refrained(time.monotonic(), reason)
 
     def ask_again(self, seconds: float) -> None:
         """Let those that declined so long ago be asked again."""

@@ -118,7 +118,7 @@ class Worker:
             self.ended = single_spaced(order.reason) or "the run is over"
             if order.body == orders.REFUSED:
                 self.error = errors.FleetError(f"the server refuses this device: {self.ended}")
-            return orders.Reply("done", order.nonce, order.round).encode()
+            return orders.DeviceReply("done", order.nonce, order.round).encode()
         with hearing(lambda: self.on_step(order.client, 0)):
             return self._ready(order) if order.what == "job" else self._once(order, digest)
 
@@ -151,7 +151,7 @@ class Worker:
                 str(torch.__version__),
                 _processor(loaded.model.device),
             )
-            return orders.Reply("ready", order.nonce, order.round, told.to_json()).encode()
+            return orders.DeviceReply("ready", order.nonce, order.round, told.to_json()).encode()
         except (errors.Interrupted, KeyboardInterrupt):
             raise
         except errors.FAULTS as error:
@@ -167,7 +167,7 @@ class Worker:
     ) -> bytes:
         """Return the answer that there is none, with the error's code."""
         code = orders.reason_of(error, self.brings.memory or usable_memory())
-        return orders.Reply(what, order.nonce, order.round, code=code).encode()
+        return orders.DeviceReply(what, order.nonce, order.round, code=code).encode()
 
     # The work ---------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class Worker:
             return kept
         if order.what == "work" and (code := self.declines()):
             self.note(f"{_title(order)}: declined ({orders.in_words(code)})")
-            return orders.Reply("declined", order.nonce, order.round, code=code).encode()
+            return orders.DeviceReply("declined", order.nonce, order.round, code=code).encode()
         try:
             encoded = self._work(order)
         except (errors.Interrupted, KeyboardInterrupt):
@@ -217,7 +217,7 @@ class Worker:
             told.insert(0, f"loss {show('loss', loss)}")
         if order.what not in STEPS:
             self.note(f"{_title(order, loaded.job.rounds)}: {' · '.join(told)}")
-        return orders.Reply("done", order.nonce, order.round, body, kept, seconds, rss()).encode()
+        return orders.DeviceReply("done", order.nonce, order.round, body, kept, seconds, rss()).encode()
 
     def _bounded(self) -> AbstractContextManager[None]:
         """Let what a server sends, and the work, take the memory that the device gives; an accelerator's is not bounded."""
@@ -324,7 +324,7 @@ def _kept_answer(file: Path, digest: bytes) -> bytes | None:
         with open(file, "rb", opener=regular) as kept:
             if kept.read(len(digest)) == digest:
                 answer = kept.read()
-                orders.Reply.decode(answer)
+                orders.DeviceReply.decode(answer)
                 return answer
     except FileNotFoundError:
         pass

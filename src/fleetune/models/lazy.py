@@ -225,7 +225,7 @@ def _linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     if not isinstance(weight, LazyWeight):
         return F.linear(input, weight, bias)
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(input, bias, [weight])  # type: ignore[no-any-return, no-untyped-call]
+        return _FileLinear.apply(input, bias, [weight])  # type: ignore[no-any-return, no-untyped-call]
     return _product(input, weight, bias)
 
 
@@ -242,7 +242,7 @@ def _streamed(x: Tensor, weight: LazyWeight, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], count)
 
 
-class _Linear(torch.autograd.Function):
+class _FileLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, held: list[LazyWeight]) -> Tensor:
         ctx.held = held

@@ -21,7 +21,7 @@ from fleetune.models.shapes import Shape, shape_of
 from fleetune.models.stored import check_scales
 from fleetune.planning import device_cost, plan
 from fleetune.planning.device_cost import Rates, Workload
-from fleetune.planning.plan import TIGHT, Search
+from fleetune.planning.plan import TIGHT, PlanSearch
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
@@ -68,7 +68,7 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     asked, _, ram = _asked(recipe)
     rows = plan.table(config, Workload(**asked), ram=ram, rates=NOT_MEASURED)
     shape = _shape(recipe, config, offline=offline)
-    search = Search(shape, ram, asked, recipe.set, shrinks=False, train=part)
+    search = PlanSearch(shape, ram, asked, recipe.set, shrinks=False, train=part)
     settings = search.best([name for name in plan.order(rows) if name in able])
     mapped = settings.work.base == "mapped"
     base = "mapped" if mapped and part != SCALES else recipe.base
@@ -98,7 +98,9 @@ def settled_base(
     except ModelError:  # loading it says what is wrong, and what to do
         return recipe, lambda rows, tokens: None
     there = human_bytes(ram)
-    tried = [*Search(shape, ram, asked, recipe.set, shrinks=False, train=recipe.train).tried(recipe.method)]
+    tried = [
+        *PlanSearch(shape, ram, asked, recipe.set, shrinks=False, train=recipe.train).tried(recipe.method)
+    ]
     if len(tried) > 1 and tried[0].peak > TIGHT * ram:
         recipe = dataclasses.replace(recipe, base="mapped")
         note(

@@ -147,7 +147,7 @@ def _cached(shape: Shape, work: Workload) -> int:
 
 
 @dataclass(frozen=True)
-class Search:
+class PlanSearch:
     """A search for the settings under which a model fits a device."""
 
     shape: Shape
@@ -328,7 +328,7 @@ class Plan:
 
     rows: tuple[PlanRow, ...] = field(repr=False)
     about: tuple[tuple[str, str], ...]  # (label, text): the model and the work
-    search: Search = field(repr=False)  # for what fits the device
+    search: PlanSearch = field(repr=False)  # for what fits the device
 
     def _repr_html_(self) -> str:
         return framed_table("Costs", self.about, columns(self.rows), [cells(row) for row in self.rows])
@@ -361,7 +361,7 @@ def make(
     """
     work, scales = Workload(steps=steps, **asked), ggml.scales_in(kinds)
     rows = table(config, work, ram=ram, uplink=uplink, train=train, scales=scales, name=name)
-    search = Search(shape_of(config)._replace(scales=scales), ram, asked, train=train)
+    search = PlanSearch(shape_of(config)._replace(scales=scales), ram, asked, train=train)
     about = describe(config, name, work, uplink, ggml.share(kinds))
     return Plan(tuple(rows), tuple(about.items()), search)
 

@@ -62,7 +62,7 @@ class WrongSharesError(MessageError):
 
 
 @dataclass
-class Member:
+class Party:
     """One member of one attempt at a sum; its fields are all that it needs to go on after a restart."""
 
     number: int

@@ -296,7 +296,9 @@ def stacked_rows(
     label: str,
 ) -> str:
     """Draw a horizontal bar per name, each the stack of its series; `label` names the axis, the legend is below."""
-    chart = _Rows(names, counts([sum(values[i] for _, values in series) for i in range(len(names))], label))
+    chart = _ChartRows(
+        names, counts([sum(values[i] for _, values in series) for i in range(len(names))], label)
+    )
     for i, tip in enumerate(tips):
         base, cells = 0.0, ""
         for colour, (_, values) in enumerate(series):
@@ -326,7 +328,7 @@ def dumbbells(
     `changes` says of each whether it is better, worse, or neither (None).  The value after is a triangle where it is worse,
     so that colour alone does not say it.
     """
-    chart = _Rows(names, numbers([v for pair in pairs for v in pair], label))
+    chart = _ChartRows(names, numbers([v for pair in pairs for v in pair], label))
     for i, ((before, after), better, tip) in enumerate(zip(pairs, changes, tips, strict=True)):
         colour = SAME if better is None else BETTER if better else WORSE
         y, x0, x1 = fixed(chart.y(i)), fixed(chart.px(before)), fixed(chart.px(after))
@@ -341,7 +343,7 @@ def dumbbells(
     return chart.svg(ident, title, desc, entries)
 
 
-class _Rows:
+class _ChartRows:
     """A chart of rows under construction: `marks` are added in pixels."""
 
     def __init__(self, names: Sequence[str], x: PlotAxis) -> None:

@@ -24,7 +24,7 @@ from fleetune.cli.main import main
 from fleetune.errors import FleetError, MessageError, RecipeError, UsageError
 from fleetune.fleet.flower import client_app, server_app
 from fleetune.fleet.link import TOO_LARGE, answer_in
-from fleetune.fleet.orders import Order, Reply
+from fleetune.fleet.orders import DeviceReply, Order
 from fleetune.fleet.remote import ROOM
 from fleetune.tuning.recipe import recipe as recipes
 
@@ -107,8 +107,10 @@ def test_an_answer_beyond_its_room_is_too_large(place):
     assert list(link.pull({number})) == [(number, TOO_LARGE)]
 
 
-def ask(order: Order, config: dict[str, Any], state: RecordDict | None = None) -> Reply:
-    return Reply.decode(client_app.answer(order.encode(), Context(0, 5, config, state or RecordDict(), {})))
+def ask(order: Order, config: dict[str, Any], state: RecordDict | None = None) -> DeviceReply:
+    return DeviceReply.decode(
+        client_app.answer(order.encode(), Context(0, 5, config, state or RecordDict(), {}))
+    )
 
 
 def test_what_a_device_lacks_is_its_answer(tmp_path, monkeypatch):

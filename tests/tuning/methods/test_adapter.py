@@ -301,7 +301,7 @@ def test_they_are_the_steps_after_backward(more, monkeypatch):
 
 
 def steps_of(parameters: list[nn.Parameter], loss: Tensor, how: fedit.Method) -> None:
-    steps = _adapter.Steps(parameters, how, "cpu")
+    steps = _adapter.AdamSteps(parameters, how, "cpu")
     with steps.in_backward():
         loss.backward()  # type: ignore[no-untyped-call]
         steps.after_backward()

@@ -258,7 +258,7 @@ def test_a_client_adds_up_with_those_alone_that_it_knows(model, tmp_path):
     forged = dataclasses.replace(everyone[3], sign=everyone[4].sign)
     assert total(*everyone[:3], forged, folder="forged") is None
     text = signed_text("", 1, bytes(16), 3)
-    announced = everyone[3].announcement(text, secagg.Member(3, 3, 4, b"", b"").keys())
+    announced = everyone[3].announcement(text, secagg.Party(3, 3, 4, b"", b"").keys())
     assert everyone[0].checked(text, announced)
     for run, number, who in (("", 2, 3), ("", 1, 2), ("x", 1, 3)):
         with pytest.raises(MessageError, match="none of the devices"):

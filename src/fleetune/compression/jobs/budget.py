@@ -22,7 +22,7 @@ from fleetune.common.events import BudgetMeasured, BudgetSpent
 from fleetune.common.files import write_atomic
 from fleetune.compression.jobs.progress import stop_if_asked
 from fleetune.compression.layerwise import costs, sensitivity
-from fleetune.compression.layerwise.driver import End, Plan, experts_in, linears_of
+from fleetune.compression.layerwise.driver import End, SolverPlan, experts_in, linears_of
 from fleetune.compression.training import head_of, metadata
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models.net.model import Model
@@ -71,13 +71,13 @@ class Budget:
     cost: float  # estimated KL divergence from the dense model, nats a token
     ends: Sequence[End]
 
-    def plan(self, solver: compression.Solver) -> Plan:
+    def plan(self, solver: compression.Solver) -> SolverPlan:
         """Return the solver of each matrix."""
         solvers = {
             name: cast("compression.Solver", replace(cast(Any, solver), grid=grid, bits=bits))
             for name, (grid, bits) in self.chosen.items()
         }
-        return Plan(solvers, self.ends)
+        return SolverPlan(solvers, self.ends)
 
     def report(self, listener: Listener) -> None:
         """Report the choice as an event and a line."""

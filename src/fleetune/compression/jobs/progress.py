@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobResult:
     """The result of a job.
 
     `done` has all fields of `CompressDone` except `folder`; `sizes` has the bytes of the weights, under the keys `before`,

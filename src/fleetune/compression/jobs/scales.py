@@ -43,7 +43,7 @@ CLIP: Final = 1.0  # of the gradient's norm
 BETAS: Final = (0.9, 0.95)
 
 
-class Scales(nn.Module):
+class MovableScales(nn.Module):
     """A quantised matrix whose scales can move."""
 
     def __init__(self, q: Quantised) -> None:
@@ -71,7 +71,7 @@ class Scales(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Return x W'."""
-        y: Tensor = _Product.apply(x, self.scale(), self.offset(), self.steps)  # type: ignore[no-untyped-call]
+        y: Tensor = _MovableProduct.apply(x, self.scale(), self.offset(), self.steps)  # type: ignore[no-untyped-call]
         return y
 
     @torch.no_grad()
@@ -100,7 +100,7 @@ def _exact_minimum(q: Quantised) -> bool:
     return bool((minimum.half().float() == minimum).all())
 
 
-class _Product(torch.autograd.Function):
+class _MovableProduct(torch.autograd.Function):
     """Multiply by a matrix that is made of scales and steps; see the module's text."""
 
     @staticmethod
@@ -128,7 +128,7 @@ class Student:
     """The quantised form of a net."""
 
     net: nn.Module
-    scales: Mapping[str, Scales]  # by the layer's name
+    scales: Mapping[str, MovableScales]  # by the layer's name
     ends: Mapping[str, Tensor]  # quantised embedding and head, by the weight's name: they do not move
 
     @contextmanager
@@ -147,7 +147,7 @@ class Student:
 
 
 @contextmanager
-def _forward(linear: nn.Module, scales: Scales) -> Iterator[None]:
+def _forward(linear: nn.Module, scales: MovableScales) -> Iterator[None]:
     bias: Any = linear.bias
     linear.forward = lambda x: scales.product(x) if bias is None else scales.product(x) + bias
     try:
@@ -178,11 +178,11 @@ def student_of(model: Model, weights: Mapping[str, Quantised | Tensor]) -> Stude
     """Return the quantised form of a model, of its solved weights by name."""
     linears = {name for name, module in model.net.named_modules() if type(module) is nn.Linear}
     head = model.net.get_output_embeddings()
-    scales, ends = dict[str, Scales](), dict[str, Tensor]()
+    scales, ends = dict[str, MovableScales](), dict[str, Tensor]()
     for name in weights:
         layer, weight = name.removesuffix(".weight"), weights[name]
         if layer in linears and isinstance(weight, Quantised) and model.net.get_submodule(layer) is not head:
-            scales[layer] = Scales(weight)
+            scales[layer] = MovableScales(weight)
         else:
             ends[name] = dense(weight).to(model.net.get_parameter(name).dtype)
     return Student(model.net, scales, ends)

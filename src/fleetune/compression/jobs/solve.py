@@ -152,7 +152,7 @@ class SolveJob:
         clients = [[client, len(own)] for client, own in self.shares.items()]
         return json.dumps([*method, model.digest, model.dtype, self.text, clients])
 
-    def run(self, listener: Listener, folder: Path) -> progress.Outcome:
+    def run(self, listener: Listener, folder: Path) -> progress.JobResult:
         """Solve all blocks and write the artefact; blocks that are finished in `folder` are not solved again.
 
         StorageError when the disk is too full.
@@ -184,7 +184,7 @@ class SolveJob:
             **_traffic(listener, self),
         }
         sizes = {"before": progress.weight_bytes(model), "after": compression_folder.weights_size(written)}
-        return progress.Outcome(done, sizes)
+        return progress.JobResult(done, sizes)
 
 
 def size_of(solver: Solver, windows: int, length: int) -> compression_cost.CompressionSize:
@@ -367,7 +367,7 @@ def check_origin(own: str, model: str, parts: Path) -> None:
     write_atomic(file, json_text({"origin": own}))
 
 
-def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> driver.Plan | None:
+def _plan(listener: Listener, job: SolveJob, parts: Path, origin: str) -> driver.SolverPlan | None:
     """Return the grid of each matrix where there is a budget: the choice in `parts`, or a new one, which is kept there."""
     if job.room is None:
         return None

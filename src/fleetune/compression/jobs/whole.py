@@ -74,7 +74,7 @@ class DistilJob:
         """The teacher as the user names it."""
         return self.request.model if self.method.teacher == SAME else self.method.teacher
 
-    def run(self, listener: Listener, folder: Path) -> progress.Outcome:
+    def run(self, listener: Listener, folder: Path) -> progress.JobResult:
         """Train the student and save it; resume from the checkpoint in `folder`.
 
         StorageError when the disk is too full.
@@ -113,7 +113,7 @@ class DistilJob:
             "after": compression_folder.weights_size(folder / "model"),
             "teacher": progress.weight_bytes(teacher),
         }
-        return progress.Outcome(done, sizes)
+        return progress.JobResult(done, sizes)
 
     def _measure(
         self, listener: Listener, folder: Path, student: Model, reference: Reference | None
@@ -179,7 +179,7 @@ class PruneJob:
             ("text", f"{self.inputs.source} · {counted(len(self.rows), what)} of {longest} tokens at most")
         ]
 
-    def run(self, listener: Listener, folder: Path) -> progress.Outcome:
+    def run(self, listener: Listener, folder: Path) -> progress.JobResult:
         """Prune, recover and save; resume from the checkpoint in `folder`.  StorageError when the disk is too full."""
         loaded, whole = self.inputs, self.inputs.model
         progress.check_disk(folder, self.method.disk(whole) + loaded.logits_size(whole), KEPT)
@@ -206,7 +206,7 @@ class PruneJob:
             done = _finished(pruned, folder, self._card(pruned), began)
         done |= {"before": before, "pruned": cut, "after": after}
         done["parameters"] = {"before": parameters, "after": pruned.n_params}
-        return progress.Outcome(done, sizes | {"after": compression_folder.weights_size(folder / "model")})
+        return progress.JobResult(done, sizes | {"after": compression_folder.weights_size(folder / "model")})
 
     def _card(self, pruned: Model) -> str:
         odd = (

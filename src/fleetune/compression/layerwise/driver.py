@@ -2,8 +2,8 @@
 
 Calibration windows run through a block and its Hessians are summed; the layers are solved; then the windows run through the
 compressed block.  For a `Corrector` layers are solved in turn, each on the outputs of the compressed layers before it: two layers
-in a row would else both correct the same error.  Norms and routers are not compressed, and embedding and head only with a `Plan`.
-Every finished block is a file, from which a killed run resumes.
+in a row would else both correct the same error.  Norms and routers are not compressed, and embedding and head only with a
+`SolverPlan`.  Every finished block is a file, from which a killed run resumes.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def windows(ids: Sequence[np.ndarray], length: int, count: int) -> Tensor:
     return torch.from_numpy(joined[: whole * length].astype(np.int64)).view(whole, length)
 
 
-class Plan(NamedTuple):
+class SolverPlan(NamedTuple):
     """Solvers for single matrices, and the embedding and the head, which are not compressed without a plan."""
 
     solvers: Mapping[str, Solver]  # by the weight's name
@@ -158,7 +158,7 @@ def run(
     on_matrix: Callable[[int, int, str], None] = lambda block, blocks, name: None,
     on_block: Callable[[BlockResult, int], None] = lambda block, blocks: None,
     *,
-    plan: Plan | None = None,
+    plan: SolverPlan | None = None,
     experts: bool = False,
 ) -> FinishedBlocks:
     """Compress every block of `model`; blocks that are finished in `folder` are read from there.
@@ -205,7 +205,11 @@ def run(
 
 
 def _solve_ends(
-    model: Model, plan: Plan, source: HiddenStates, parts: FinishedBlocks, on_name: Callable[[str], None]
+    model: Model,
+    plan: SolverPlan,
+    source: HiddenStates,
+    parts: FinishedBlocks,
+    on_name: Callable[[str], None],
 ) -> None:
     """Solve the embedding and the head as the last part, some rows at a time, and write them."""
     began, found, matrices = time.monotonic(), dict[str, Quantised | Tensor](), list[MatrixResult]()

@@ -57,7 +57,7 @@ class HessianReply:
     reason: str
 
 
-class Answer(NamedTuple):
+class BlockAnswer(NamedTuple):
     """A device's message for a block, or None and the reason why there is none."""
 
     client: int
@@ -100,7 +100,7 @@ class HessianSums:
         self,
         number: int,
         linears: Mapping[str, nn.Linear],
-        answers: Iterable[Answer],
+        answers: Iterable[BlockAnswer],
         down: int,
         shared: Mapping[str, str] | None = None,
     ) -> dict[str, Tensor]:
@@ -401,14 +401,14 @@ class ClientHessians:
         self._stream.states = []
         return message_of(H, self.sums.tokens[client], number, self.base)
 
-    def _answers(self, number: int, linears: Mapping[str, nn.Linear]) -> Iterator[Answer]:
+    def _answers(self, number: int, linears: Mapping[str, nn.Linear]) -> Iterator[BlockAnswer]:
         for client in sorted(self.sums.tokens):
             try:
-                answer = Answer(client, self.answer(client, number, linears), "")
+                answer = BlockAnswer(client, self.answer(client, number, linears), "")
             except Interrupted:  # it is the whole work that stops
                 raise
             except (FleetuneError, OSError) as error:
-                answer = Answer(client, None, str(error))
+                answer = BlockAnswer(client, None, str(error))
             yield answer
 
     def _path(self, client: int) -> Path:

@@ -325,7 +325,7 @@ def plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTens
 
 
 def _entry(
-    model: Checkpoint, name: str, part: table.Part, tensor: str, kind: str | None, odd: list[str]
+    model: Checkpoint, name: str, part: table.ParameterPart, tensor: str, kind: str | None, odd: list[str]
 ) -> GgufTensor:
     """Return the tensor of the file for a part of a parameter; `odd` as in `_kind_of`."""
     config, own = model.config, model.shapes[name]

@@ -156,7 +156,7 @@ STATED: Final = (
 
 
 @dataclass(frozen=True)
-class Family(table.Limits):
+class MlxFamily(table.Limits):
     """How mlx-lm reads a family; functions take a configuration."""
 
     options: table.Options = field(default_factory=dict)
@@ -182,26 +182,26 @@ def _gemma3_fields(config: Any) -> dict[str, Any]:
     return {"sliding_window_pattern": _pattern(config), "rope_local_base_freq": local["rope_theta"]}
 
 
-FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
+FAMILIES: Final[Mapping[str, MlxFamily]] = MappingProxyType(
     {  # by transformers' model type
-        "llama": Family(table.SILU, scalings=_SCALED, square=False),
-        "mistral": Family(table.SILU, scalings=_SCALED, square=False, windowless=True),
-        "qwen2": Family(table.only(table.SILU, table.NO_WINDOW), scalings=_SCALED),
-        "qwen3": Family(
+        "llama": MlxFamily(table.SILU, scalings=_SCALED, square=False),
+        "mistral": MlxFamily(table.SILU, scalings=_SCALED, square=False, windowless=True),
+        "qwen2": MlxFamily(table.only(table.SILU, table.NO_WINDOW), scalings=_SCALED),
+        "qwen3": MlxFamily(
             table.only(table.SILU, table.NO_WINDOW, attention_bias=(False,)), scalings=_SCALED, square=False
         ),
-        "phi3": Family(table.SILU, partial=True, windowless=True),
-        "olmo2": Family(table.SILU, scalings=_SCALED, square=False),
-        "granite": Family(table.SILU, scalings=_SCALED),
-        "smollm3": Family(table.only(table.SILU, table.NO_WINDOW), scalings=_SCALED, square=False),
-        "gemma2": Family(
+        "phi3": MlxFamily(table.SILU, partial=True, windowless=True),
+        "olmo2": MlxFamily(table.SILU, scalings=_SCALED, square=False),
+        "granite": MlxFamily(table.SILU, scalings=_SCALED),
+        "smollm3": MlxFamily(table.only(table.SILU, table.NO_WINDOW), scalings=_SCALED, square=False),
+        "gemma2": MlxFamily(
             table.only(_GEMMA, table.TIED),
             square=False,
             layers=table.WINDOWS,
             windowless=True,
             needed=("attn_logit_softcapping", "final_logit_softcapping"),
         ),
-        "gemma3_text": Family(
+        "gemma3_text": MlxFamily(
             table.only(_GEMMA, _UNCAPPED),
             scalings=_SCALED,
             square=False,
@@ -209,12 +209,12 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             fields=_gemma3_fields,
             misfit=lambda config: table.irregular(config, _pattern(config)),
         ),
-        "mixtral": Family(
+        "mixtral": MlxFamily(
             table.SILU,
             windowless=True,
             names=((".mlp.experts.", ".block_sparse_moe.switch_mlp."), (".mlp.", ".block_sparse_moe.")),
         ),
-        "qwen3_moe": Family(
+        "qwen3_moe": MlxFamily(
             table.only(table.SILU, table.NO_WINDOW, attention_bias=(False,)),
             square=False,
             names=((".mlp.experts.", ".mlp.switch_mlp."),),
@@ -259,7 +259,7 @@ def _renamed(config: Any, name: str) -> str:
     return name
 
 
-def _rows(weight: Quantised | Tensor, order: Tensor, part: table.Part) -> Quantised | Tensor:
+def _rows(weight: Quantised | Tensor, order: Tensor, part: table.ParameterPart) -> Quantised | Tensor:
     """Return the rows of a part."""
     if isinstance(weight, Quantised):
         codes, scale, zero = (values[order] for values in (weight.codes, weight.scale, weight.zero))

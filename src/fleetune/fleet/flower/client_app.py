@@ -21,7 +21,7 @@ from fleetune.data import Example
 from fleetune.data.encode import encode_rows
 from fleetune.errors import FAULTS, FleetuneError, MessageError, UsageError, fault
 from fleetune.fleet.brings import Brings
-from fleetune.fleet.orders import Declined, Order, Reply, reason_of
+from fleetune.fleet.orders import Declined, DeviceReply, Order, reason_of
 from fleetune.fleet.worker import Worker
 from fleetune.tuning import methods
 from fleetune.tuning.prepare import prepare
@@ -75,7 +75,7 @@ def answer(data: bytes, context: Context) -> bytes:
     except FAULTS as error:
         log.error("%s", error.message if isinstance(error, FleetuneError) else fault(error))
         what: Literal["refused", "failed"] = "refused" if order.what == "job" else "failed"
-        return Reply(what, order.nonce, order.round, code=reason_of(error, usable_memory())).encode()
+        return DeviceReply(what, order.nonce, order.round, code=reason_of(error, usable_memory())).encode()
 
 
 def _worker_of(context: Context) -> Worker:

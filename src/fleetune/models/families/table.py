@@ -128,7 +128,7 @@ STACKED: Final = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # the file's
 _ONE_ROW: Final = ("ffn_gate_inp_shexp.weight", "exp_probs_b.bias")  # a vector in the file
 
 
-class Part(NamedTuple):
+class ParameterPart(NamedTuple):
     """A part of a parameter."""
 
     name: str
@@ -149,22 +149,22 @@ class Part(NamedTuple):
         return found
 
 
-def stacked(parameter: str) -> list[Part]:
+def stacked(parameter: str) -> list[ParameterPart]:
     """Return the parts of a parameter; one, under the parameter's own name, of those that are no experts'."""
     return _split(parameter, _ENDS)
 
 
-def parts(parameter: str) -> list[Part]:
+def parts(parameter: str) -> list[ParameterPart]:
     """Return the parts of a parameter as `stacked` does, under names of the gguf package's map."""
     return _split(parameter.replace(".block_sparse_moe.", ".mlp."), _ENDS_IN_GGUF)
 
 
-def _split(name: str, ends: Mapping[str, tuple[str, ...]]) -> list[Part]:
+def _split(name: str, ends: Mapping[str, tuple[str, ...]]) -> list[ParameterPart]:
     for end, found in ends.items():
         if name.endswith(end):
             front = name.removesuffix(end)
-            return [Part(front + part, i, len(found)) for i, part in enumerate(found)]
-    return [Part(name, 0, 1)]
+            return [ParameterPart(front + part, i, len(found)) for i, part in enumerate(found)]
+    return [ParameterPart(name, 0, 1)]
 
 
 def is_bias(tensor: str) -> bool:
@@ -172,7 +172,7 @@ def is_bias(tensor: str) -> bool:
     return tensor.endswith(".bias")
 
 
-def part_shape(shape: tuple[int, ...], part: Part, tensor: str) -> tuple[int, ...]:
+def part_shape(shape: tuple[int, ...], part: ParameterPart, tensor: str) -> tuple[int, ...]:
     """Return the shape in the file of a part of a parameter of this shape (with the rows of a matrix last but one)."""
     if tensor.endswith(_ONE_ROW):
         return shape[-1:]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from fleetune.common.registry import Member, Registry
+from fleetune.common.registry import Listed, Registry
 from fleetune.common.settings import Setting, Value, of
 from fleetune.common.settings import make as make_of
 from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule, Tensors
@@ -238,7 +238,7 @@ def entry(name: str) -> MethodEntry:
     return _entry(REGISTRY.member(name))
 
 
-def _entry(member: Member) -> MethodEntry:
+def _entry(member: Listed) -> MethodEntry:
     clients, recommended = (member.number(c, d) for c, d in (("CLIENTS", 8), ("RECOMMENDED", 0)))
     return MethodEntry(
         member.name,

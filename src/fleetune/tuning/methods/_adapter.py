@@ -139,7 +139,7 @@ class Trained(methods.Method):
         """Train the module, and return the mean loss of the steps; `correction` is SCAFFOLD's c - c_k by name, {} for none."""
         parameters = {n: p for n, p in adapters.trainable(model).items() if p.requires_grad}
         away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in correction.items()}
-        steps = Steps(list(parameters.values()), self, model.device, whole=batches.private is not None)
+        steps = AdamSteps(list(parameters.values()), self, model.device, whole=batches.private is not None)
         taken = batches.steps if self.steps else batches.epochs
         rooms = {"auto": model.room, "true": lambda: 0.0, "false": lambda: math.inf}
         room, losses = rooms[self.checkpointing], []
@@ -439,7 +439,7 @@ class Averaged(Trained):
         )
 
 
-class Steps:
+class AdamSteps:
     """AdamW's steps, each parameter's as soon as its gradient is complete, so that no two gradients are in memory.
 
     (LOMO, Lv et al. 2023, arXiv 2306.09782, Algorithm 1, with AdamW in SGD's place.)  Where the gradient's norm is clipped,

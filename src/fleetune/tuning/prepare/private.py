@@ -40,7 +40,7 @@ LOUD: Final = ": little can be learned; take more clients or rows, fewer numbers
 PAGE: Final = "what is promised, and what it costs: fleetune help privacy"
 
 
-class Job(Protocol):
+class PrivateJob(Protocol):
     """What is needed of a job (`prepare.TuneJob`); `rows` are those of every client, where they are here."""
 
     @property
@@ -181,7 +181,7 @@ class Account:
         )
 
 
-def account(job: Job, recipe: Recipe | None = None) -> Account | None:
+def account(job: PrivateJob, recipe: Recipe | None = None) -> Account | None:
     """Return the account of a settled job, or of it with another recipe; None where it has no privacy."""
     recipe, method, sizes = recipe or job.recipe, job.method, [len(rows) for rows in job.rows]
     if not is_accounted(recipe):
@@ -223,20 +223,20 @@ def own_of(method: Method, n: int, clip: float, epsilon: float, delta: float, ro
     return Privacy(clip, mechanism.noise_for(epsilon, q := sampled(method, n), steps, delta), q, n)
 
 
-def rule_of(job: Job) -> Rule:
+def rule_of(job: PrivateJob) -> Rule:
     """Return how the replies of a settled job are combined."""
     if job.recipe.privacy not in BY_CLIENT:
         return parse(job.recipe.aggregation)
     return Rule(PRIVATE, privacy=by_client(job.recipe, clients_of(job)))
 
 
-def sealed_of(job: Job) -> Sealed | None:
+def sealed_of(job: PrivateJob) -> Sealed | None:
     """Return how the replies of a settled job are added up; None where that is by no secure sum."""
     privacy = rule_of(job).privacy
     return privacy if isinstance(privacy, Sealed) else None
 
 
-def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
+def settled(job: PrivateJob, *, find: bool, note: Callable[[str], None]) -> Recipe:
     """Return the recipe with its delta, its noise and, where it is to be found, its clip; RecipeError for what cannot be kept.
 
     `note` is told how loud the noise is.
@@ -267,7 +267,7 @@ def settled(job: Job, *, find: bool, note: Callable[[str], None]) -> Recipe:
     return replace(recipe, clip_norm=float(f"{median(filter(None, measured.seen)):.3g}"))
 
 
-def _with_noise(job: Job, recipe: Recipe, hidden: int) -> Recipe:
+def _with_noise(job: PrivateJob, recipe: Recipe, hidden: int) -> Recipe:
     """Return the recipe with its noise; RecipeError where its budget and its delta cannot be kept."""
     if recipe.delta * hidden >= 1:
         raise RecipeError(
@@ -289,7 +289,7 @@ def _with_noise(job: Job, recipe: Recipe, hidden: int) -> Recipe:
     return replace(recipe, noise=noise)
 
 
-def _measured(job: Job) -> Measuring:
+def _measured(job: PrivateJob) -> Measuring:
     """Return what is seen of the reply of a client that has some held-out rows, or of each of these rows in its first step."""
     recipe, held = job.recipe, job.held[:MEASURED]
     measured = Measuring(TINY, 1.0, 1.0, len(held))
@@ -307,7 +307,7 @@ def _measured(job: Job) -> Measuring:
     return measured
 
 
-def planned(job: Job, done: int, released: int) -> str:
+def planned(job: PrivateJob, done: int, released: int) -> str:
     """Return what a run is about to promise, for its header: so many rounds are done, in so many releases."""
     found, rounds = account(job), job.recipe.rounds
     assert found is not None
@@ -317,6 +317,6 @@ def planned(job: Job, done: int, released: int) -> str:
     return f"{found.promise(done + left, released + left)}{last} · {found.privacy.text}{plain}"
 
 
-def clients_of(job: Job) -> int:
+def clients_of(job: PrivateJob) -> int:
     """Return N, the public number of clients."""
     return len(job.rows) or job.recipe.clients

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from fleetune.common.display import quoted
-from fleetune.common.registry import Member
+from fleetune.common.registry import Listed
 from fleetune.common.settings import Value
 from fleetune.data import sources
 from fleetune.errors import DataError, ModelError, RecipeError, UsageError
@@ -52,7 +52,7 @@ def registered(method: object) -> str:
     sys.modules[place.__name__] = place
     doc = (cls.__doc__ or "").strip().split("\n")[0]
     doc = "" if doc.startswith(f"{cls.__name__}(") else doc  # one that dataclass wrote
-    methods.REGISTRY.give(Member(name, place.__name__, doc, constants))
+    methods.REGISTRY.give(Listed(name, place.__name__, doc, constants))
     return name
 
 

@@ -88,7 +88,7 @@ class Participant:
     file: Path | None = None
     round: int = 0
     vector: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # its noise in it
-    member: secagg.Member | None = None
+    member: secagg.Party | None = None
     identity: Identity = ANYBODY
 
     @classmethod
@@ -142,12 +142,12 @@ class Participant:
             if self._is_masked:
                 raise MessageError(f"round {self.round} has been summed already")
             own = context(self.run, self.round, attempt)
-            self.member = member = secagg.Member(number, self.sealed.least, self.sealed.N, own, attempt)
+            self.member = member = secagg.Party(number, self.sealed.least, self.sealed.N, own, attempt)
             self._keep(member)
         text = signed_text(self.run, self.round, attempt, number)
         return {"keys": np.frombuffer(self.identity.announcement(text, member.keys()), np.uint8)}
 
-    def _peers(self, member: secagg.Member, announced: Mapping[int, bytes]) -> dict[int, bytes]:
+    def _peers(self, member: secagg.Party, announced: Mapping[int, bytes]) -> dict[int, bytes]:
         """Return member -> its keys; MessageError where one is nobody's that this client trusts, or is there twice."""
         names = [self.identity.name, *(a[KEYS : KEYS + NAME] for a in announced.values())]
         if self.identity.name != ANYBODY.name and len(set(names)) < len(names):
@@ -157,7 +157,7 @@ class Participant:
             for v, a in announced.items()
         }
 
-    def _step(self, step: str, member: secagg.Member, arrays: Arrays) -> Arrays:
+    def _step(self, step: str, member: secagg.Party, arrays: Arrays) -> Arrays:
         if step == "reveal":
             return _rows(member.reveal(_numbers(arrays)), secagg.SHARE)
         if step == "shares":
@@ -169,7 +169,7 @@ class Participant:
     def _coded(self, arrays: Arrays) -> bytes:
         return encode(Message(self.round, b"", Payload(arrays)))
 
-    def _keep(self, member: secagg.Member) -> None:
+    def _keep(self, member: secagg.Party) -> None:
         if self.file is not None:
             self._write(self.file.with_suffix(STEPS), {}, {"member": _dumped(member)})
 
@@ -177,7 +177,7 @@ class Participant:
         write_atomic(file, encode(Message(self.round, b"", Payload(arrays, scalars))), mode=PRIVATE)
 
 
-def _dumped(member: secagg.Member) -> str:
+def _dumped(member: secagg.Party) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.hex()
@@ -186,7 +186,7 @@ def _dumped(member: secagg.Member) -> str:
     return json.dumps({f.name: plain(getattr(member, f.name)) for f in fields(member)})
 
 
-def _member(file: Path, round: int) -> secagg.Member | None:
+def _member(file: Path, round: int) -> secagg.Party | None:
     """Return the steps of a round; None where there are none."""
     if not file.exists() or (message := decode(read_bytes(file), any_size=True)).round != round:
         return None
@@ -197,7 +197,7 @@ def _member(file: Path, round: int) -> secagg.Member | None:
         return {int(k): bytes.fromhex(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     found = json.loads(str(message.payload.scalars["member"]))
-    return secagg.Member(**{name: back(value) for name, value in found.items()})
+    return secagg.Party(**{name: back(value) for name, value in found.items()})
 
 
 # The server ---------------------------------------------------------------------------------------------
