@@ -101,7 +101,7 @@ def serve(recipe: dict[str, Any], fleets: Served, heard: fleetune.Listener = fle
 
 @pytest.mark.parametrize(
     ("recipe", "kinds"),
-    [(FEDIT, ""), (FEDKSEED, "0,0,1"), (SIGNLORA, "")],
+    [(FEDIT | {"columns": "system='Be brief.'"}, ""), (FEDKSEED, "0,0,1"), (SIGNLORA, "")],
     ids=["fedit", "fedkseed", "signlora"],
 )
 def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(place, recipe, kinds, monkeypatch, capsys):
@@ -118,6 +118,7 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(place, recipe, kin
     assert "join NAME.invite --data ROWS.jsonl --model PATH" in said
     assert f"fleetune fleet invite NAME --port {port} --keys keys --certificate certs)" in said
     assert "drop only simulate" in said
+    assert ("fleet join --train-turns, --columns system='..'" in said) == ("columns" in recipe)
     for name in ("digest", "bytes_up", "bytes_down", "tuned"):
         assert getattr(found.done, name) == getattr(simulated.done, name)
     assert [d.outcome for d in joined] == ["the run is finished"] * CLIENTS

@@ -32,7 +32,7 @@ from fleetune.common.files import staged
 from fleetune.data.encode import DATE, end_id
 from fleetune.errors import FleetuneError, ModelError, VersionError
 from fleetune.models.cache import cache, names
-from fleetune.models.net.chat_template import is_plain
+from fleetune.models.net.chat_template import is_plain, own_system
 from fleetune.models.net.layers import head_of, is_causal, layers_of
 from fleetune.models.net.model import Model
 
@@ -290,6 +290,7 @@ def _form(tokenizer: Any) -> str:
     else:
         date = f', date_string="{DATE}"' if "date_string" in str(tokenizer.chat_template) else ""
         how = f"the base's chat template: `apply_chat_template(turns, add_generation_prompt=True{date})`"
+        how += f", where turns[0] is the system's {text!r}" if (text := own_system(tokenizer)) else ""
     return f"\nPrompt it in the form that it was tuned in, {how}. An answer ends with {end}.\n"
 
 

@@ -340,6 +340,8 @@ def test_a_system_sentence_is_that_of_the_rows_and_of_every_template_that_comes_
         for begun in (turns, turns[1:]):
             assert prompt_ids(Example(begun, "", {}), tokenizer, 10**6).tolist() == trained
     assert fleetune.verify(folder, run)
+    card = (run.path / "README.md").read_text(encoding="utf-8")
+    assert (f"turns[0] is the system's {text!r}" in card) == bool(text)
     heard = Heard()
     fleetune.export(run, to="gguf:lora", listener=heard)
     assert "note: the system sentence is not in this file" in "\n".join(heard.notes)
