@@ -28,6 +28,7 @@ from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.recipe.defaults import settled_options
 from fleetune.tuning.result import foundations
+from fleetune.tuning.run import resume  # noqa: F401  so that it has the `tune` that no test has replaced
 from fleetune.tuning.run import run as jobs
 
 RUN = shlex.split(
