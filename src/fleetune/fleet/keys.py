@@ -44,6 +44,10 @@ with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed
     from cryptography.x509.oid import NameOID
 
 DAYS: Final = 3650  # that a certificate is valid
+USAGES: Final = (
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+    *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+)
 OF: Final = "on a NIST curve"
 INVITE: Final = ".invite"
 VERSION: Final = 1  # of an invite
@@ -198,6 +202,13 @@ def make_certificate(folder: Path, hosts: Sequence[str]) -> Path:
     names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
     leaf = begun(hosts[0], server.public_key()).add_extension(names, critical=False)
     leaf = leaf.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    by = x509.AuthorityKeyIdentifier.from_issuer_public_key(
+        ca.public_key()
+    )  # strict clients ask for these three
+    leaf, root = leaf.add_extension(by, critical=False), root.add_extension(by, critical=False)
+    root = root.add_extension(x509.SubjectKeyIdentifier.from_public_key(ca.public_key()), critical=False)
+    usage = dict.fromkeys(USAGES, False) | {"key_cert_sign": True}
+    root = root.add_extension(x509.KeyUsage(**usage), critical=True)
     pem = forms.Encoding.PEM
     secret = server.private_bytes(pem, forms.PrivateFormat.PKCS8, forms.NoEncryption())
     write_atomic(folder / "server.key", secret, mode=PRIVATE)
