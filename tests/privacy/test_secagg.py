@@ -172,6 +172,16 @@ def test_two_holders_that_lie_about_the_others_frame_nobody():
     np.testing.assert_array_equal(found.sum(), found.wanted)
 
 
+def test_a_holder_that_is_known_to_lie_makes_no_honest_member_named():
+    found = whole(7, 6)
+    wrong = bytes(secagg.SHARE)
+    found.revealed[0] = dict.fromkeys(found.revealed[0], wrong)  # this one is found
+    found.revealed[1][5] = wrong  # then too few others are left to tell who lies
+    with pytest.raises(MessageError, match="a share of member 5's secrets is wrong") as error:
+        found.sum()
+    assert not isinstance(error.value, WrongSharesError)
+
+
 def test_nobody_is_blamed_where_it_cannot_be_told_who_lies():
     found = whole(6, 4, gone={4, 5})
     found.revealed[2] = {v: bytes(secagg.SHARE) for v in found.revealed[2]}

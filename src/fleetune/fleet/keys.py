@@ -44,10 +44,6 @@ with contextlib.suppress(ImportError):  # of the extra `fleet`: `check_installed
     from cryptography.x509.oid import NameOID
 
 DAYS: Final = 3650  # that a certificate is valid
-USAGES: Final = (
-    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
-    *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
-)
 OF: Final = "on a NIST curve"
 INVITE: Final = ".invite"
 VERSION: Final = 1  # of an invite
@@ -207,8 +203,7 @@ def make_certificate(folder: Path, hosts: Sequence[str]) -> Path:
     )  # strict clients ask for these three
     leaf, root = leaf.add_extension(by, critical=False), root.add_extension(by, critical=False)
     root = root.add_extension(x509.SubjectKeyIdentifier.from_public_key(ca.public_key()), critical=False)
-    usage = dict.fromkeys(USAGES, False) | {"key_cert_sign": True}
-    root = root.add_extension(x509.KeyUsage(**usage), critical=True)
+    root = root.add_extension(x509.KeyUsage(*(i == 5 for i in range(9))), critical=True)  # key_cert_sign
     pem = forms.Encoding.PEM
     secret = server.private_bytes(pem, forms.PrivateFormat.PKCS8, forms.NoEncryption())
     write_atomic(folder / "server.key", secret, mode=PRIVATE)

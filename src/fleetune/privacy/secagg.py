@@ -211,7 +211,7 @@ def _put_together(
                 given = polynomial(secret, t, context)
                 liars |= {h for h, s in shares.items() if s != share(given, h)}
             return secret
-    if len(shares) == t:  # whose is wrong cannot be told
+    if len(shares.keys() - liars) <= t:  # whose is wrong cannot be told
         raise MessageError(f"a share of member {member}'s secrets is wrong")
     raise WrongSharesError(member)
 
