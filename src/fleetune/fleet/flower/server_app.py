@@ -282,11 +282,8 @@ class Partitions(GridLink):
         """Tell every node the folder of the run, and hear which client it is; UsageError where they are not all clients."""
         said = RecordDict({RUN: ConfigRecord({"folder": str(run), "offline": offline})})
         nodes = list(self.grid.get_node_ids())
-        replies = list(
-            self.grid.send_and_receive(
-                [Message(said, node, "query") for node in nodes], timeout=PATIENCE + len(nodes)
-            )
-        )
+        asked = [Message(said, node, "query") for node in nodes]
+        replies = list(self.grid.send_and_receive(asked, timeout=PATIENCE + len(nodes)))
         for reply in replies:
             if reply.has_error():
                 raise UsageError(f"the ClientApp failed: {reply.error.reason}")
