@@ -149,7 +149,6 @@ BAD: dict[str, tuple[str, bytes, str, str]] = {
     "short row": ("a.csv", b'instruction,response\n"q\nr",a\nq\n', "4", "'response' is empty"),
     "long row": ("a.csv", b"instruction,response\nq,a\nq,a,b\n", "3", "has 3 values for the header's 2"),
     "quote": ("a.csv", b'instruction,response\nq,a\nq,"a\n', "3", "not CSV"),
-    "column twice": ("a.csv", b"instruction,response,response\nq,a,b\n", "1", "is there twice"),
     "semicolons": ("a.csv", b"instruction;response\nq;a\nq;a;b\n", "3", "hold semicolons"),
     "missing field": ("a.jsonl", GOOD + jsonl(without("response")), "2", "'response' is missing"),
     "wrong type": ("a.jsonl", jsonl({**DOLLY, "response": 5}), "1", "'response' is 5, not text"),

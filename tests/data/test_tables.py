@@ -139,6 +139,20 @@ def test_a_title_may_lack_separators_and_a_column_be_named_by_a_year(tmp_path: P
         assert [example.response for example in found] == [f"Um {i}, wie immer" for i in range(4)]
 
 
+@pytest.mark.parametrize("above", [[], ["Radhaus;;", "", ""]])
+def test_names_may_stand_in_two_rows_or_twice(tmp_path: Path, above: list[str]) -> None:
+    file, told = tmp_path / "faq.csv", list[str]()
+    header = [*above, "Nr;Kunde;;Antwort;Notiz", ";Ort;Frage;;Notiz"]
+    file.write_text("\n".join([*header, *(f"{i};Ulm;Wann am {i}.?;Um {i}, wie immer;" for i in range(4))]))
+    (found, *_) = read(str(file), note=told.append)
+    assert (found.messages[-1][1], found.response) == ("Wann am 0.?", "Um 0, wie immer")
+    assert dict(found.meta) == {"Nr": "0", "Ort": "Ulm", "Notiz": ""}
+    assert told[0] == f"the header of {file} is rows {len(header) - 1} and {len(header)}"
+    file.write_text("Frage;Antwort;Notiz;Notiz\n" + "Wann am 1.?;Um 6, wie immer;x;y\n" * 4)
+    assert dict(read(str(file), note=told.append)[0].meta) == {"Notiz": "x", "Notiz (column 4)": "y"}
+    assert f"a column of {file} has the name of another, and is called 'Notiz (column 4)'" in told
+
+
 UNTITLED = {
     "one column": ["Spruch", "Guten Tag", "Auf bald"],
     "one column, two cells once": ["Spruch;", "Guten Tag;", "Ach;so", "Auf bald;", "Bis dann;"],
@@ -151,6 +165,7 @@ UNTITLED = {
     "columns without names": ["Frage;Antwort;;", "Wann?;Um 6;x;y", "Wo?;Hier;x;y"],
     "blank rows everywhere": ["Frage;Antwort;", "", "Wann?;Um 6;x", "", "Wo?;Hier;y"],
     "years before a blank row": ["2023;2024", "", "Guten Tag;Auf bald", "Ach;so"],
+    "no names in a second row": ["Frage;;Antwort", ";x;Um 6", "Wo?;y;Hier", ";z;Hier", ";z;Um 7"],
     "a header alone": ["Spruch;", "Frage;Antwort"],
 }
 
@@ -183,13 +198,13 @@ def workbook(path: Path, **sheets: list[list[object]]) -> str:
 
 def test_an_excel_file_is_read_as_its_csv(tmp_path: Path) -> None:
     table: list[list[object]] = [[], HEAD, *([cell or None for cell in row] for row in ROWS)]
-    source = workbook(tmp_path / "faq.xlsx", Deckblatt=[], FAQ=table, Alt=[["x"]])
+    source = workbook(tmp_path / "faq.xlsx", Zahlen=[["Radhaus"], *[[123456789]] * 49], FAQ=table, Alt=[["x"]])
     (tmp_path / "faq.csv").write_text(written(","))
     told: list[str] = []
     found = read(source, note=told.append)
     assert found == read(str(tmp_path / "faq.csv"))
     assert found[0].where == f"{source}:row 3"
-    assert told[0] == f"the sheet 'FAQ' of {source} is read, not 'Alt'"
+    assert told[0] == f"the sheet 'FAQ' of {source} is read, not 'Zahlen', 'Alt'"
     assert "3 of 60 rows are left out" in told[2]
 
 
@@ -197,7 +212,7 @@ def test_of_an_excel_file_one_sheet_is_read(tmp_path: Path, monkeypatch: pytest.
     seen: list[object] = []
     monkeypatch.setattr(readers, "_cell", lambda value: seen.append(value) or str(value or ""))
     read(workbook(tmp_path / "a.xlsx", Empty=[[]], S=[["question", "answer"], ["q", "a"]], Z=[["z"]] * 99))
-    assert seen.count("z") == 1  # of the sheet that only the note names
+    assert seen.count("z") == readers.LINES + 1  # of the sheet that is not read
 
 
 def test_cells_of_excel_become_texts(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -170,6 +169,7 @@ def _parquet(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
 SEPARATORS: Final[Mapping[str, str]] = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 LINES: Final = 50  # that a separator and a title are found by
 TITLE: Final = 10  # lines that a title has at most
+NUMBER: Final = 20  # characters of a date or a number at most
 SHEETS: Final = (".xls", ".xlsm", ".xlsb", ".ods")  # what a spreadsheet program writes, and is not read
 
 
@@ -228,6 +228,8 @@ def header_at(rows: Sequence[Sequence[str]]) -> int:
     """Return how many rows of the first ones are a title: less full than the header below, one cell or before a blank row."""
     filled = [sum(map(bool, cells)) for cells in rows]
     for at, header in enumerate(rows[:TITLE]):
+        if _goes_on(rows[at:LINES]):
+            return at + 1
         below = [number for number in range(at + 1, len(rows)) if filled[number]]
         within = sum(_filled(rows[number]) <= _filled(header) for number in below)
         full = sum(filled[number] > 1 for number in below)
@@ -241,6 +243,16 @@ def header_at(rows: Sequence[Sequence[str]]) -> int:
             header_too = any(_first(c) > _first(header) or "text" in map(str.lower, c) for c in above)
             return at if stands_apart and not header_too and max(filled[:at]) < filled[at] else 0
     return 0
+
+
+def _goes_on(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the first two rows name the columns together, as under merged cells: each has names where the other has none."""
+    over, under, *rest = *rows, (), ()
+    pairs = list(itertools.zip_longest(over, under, fillvalue=""))
+    lower = [n for n, (name, below) in enumerate(pairs) if name and not below]
+    filled = [all(n < len(cells) and cells[n] for n in lower) for cells in rest if any(cells)]
+    each = lower and any(below and not name for name, below in pairs) and sum(map(bool, over)) > 1
+    return bool(each) and sum(filled) > 0.5 * len(filled)
 
 
 def _is_value(cell: str, *below: str) -> bool:
@@ -261,9 +273,14 @@ def _named(
     first = list(itertools.islice(rows, LINES))
     tables = [row for row in first if not isinstance(row, Problem)]
     if at := header_at([cells for _, cells in tables]):
-        places = next(where for where, cells in tables if any(cells)), tables[at][0]
-        title, names = (where.rpartition(":")[2].removeprefix("row ") for where in places)
-        note(f"row {title} of {shown} is a title: the header is row {names}")
+        title = next(n for n, (_, cells) in enumerate(tables) if any(cells))
+        top, over, names = (tables[n][0].rpartition(":")[2].removeprefix("row ") for n in (title, at - 1, at))
+        if _goes_on([cells for _, cells in tables[at - 1 :]]):
+            pairs = itertools.zip_longest(tables[at][1], tables[at - 1][1], fillvalue="")
+            first[at] = tables[at][0], [name or above for name, above in pairs]
+            note(f"the header of {shown} is rows {over} and {names}")
+        else:
+            note(f"row {top} of {shown} is a title: the header is row {names}")
     for row in itertools.chain(first[at:], rows):
         if isinstance(row, Problem):
             yield row
@@ -272,12 +289,16 @@ def _named(
         if not any(cells):
             continue
         if not header:
-            header = [name.strip() for name in cells]
-            twice = [name for name, times in Counter(header).items() if times > 1 and name]
-            if twice:
-                what = f"column {twice[0][:40]!r} is there twice"
-                yield Problem(where, what, "rename one of the columns", whole=True)
-                return
+            given = [name.strip() for name in cells]
+            at = dict[str, int]()
+            own = [not name or at.setdefault(name, n) == n for n, name in enumerate(given)]
+            header = [
+                n if o else f"{n} (column {c})" for c, (n, o) in enumerate(zip(given, own, strict=True), 1)
+            ]
+            if not all(own):
+                note(
+                    f"a column of {shown} has the name of another, and is called {header[own.index(False)]!r}"
+                )
         elif any(cells[len(header) :]):
             what = f"has {len(cells)} values for the header's {len(header)} columns"
             yield Problem(where, what, fix)
@@ -287,7 +308,7 @@ def _named(
 
 
 def excel(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
-    """Read the first sheet of an Excel file that has any cell; formulas count by the value that was saved with them."""
+    """Read a sheet of an Excel file: the first one with a tenth of the text of another; formulas count by their saved value."""
     try:
         import openpyxl
     except ImportError as error:
@@ -297,7 +318,10 @@ def excel(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
             warnings.simplefilter("ignore")  # of styles that it does not know
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
             sheets = [sheet for sheet in book.worksheets if any(map(any, _rows(sheet)))]  # to the first cell
-            rows = list(_rows(sheets[0])) if sheets else []
+            heads = [itertools.chain(*itertools.islice(_rows(sheet), LINES)) for sheet in sheets]
+            texts = [sum(len(cell) for cell in cells if len(cell) > NUMBER) for cells in heads]
+            at = next((n for n, size in enumerate(texts) if 10 * size >= max(texts)), 0)
+            rows = list(_rows(sheets[at])) if sheets else []
             names = [repr(sheet.title) for sheet in sheets]
             book.close()
     except (MemoryError, OSError):
@@ -312,7 +336,7 @@ def excel(path: Path, shown: str, note: Note) -> Iterator[FileRow | Problem]:
                 what, hint = "it is text, not Excel", "rename it to .csv"
         raise DataError(f"{shown}: cannot be read: {what}", hint=hint) from error
     if len(names) > 1:
-        note(f"the sheet {names[0]} of {shown} is read, not {', '.join(names[1:])}")
+        note(f"the sheet {names.pop(at)} of {shown} is read, not {', '.join(names)}")
     table = ((f"{shown}:row {n}", cells) for n, cells in enumerate(rows, 1))
     yield from _named(table, "name the column", shown, note)
 
