@@ -6,6 +6,8 @@ runs them with new ones, in which a failure is a fault to mend and an example to
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     from fleetune import models
 
     return str(models.tiny_llama().save(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(autouse=True)
+def as_commands(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let errors speak as on the command line, but in modules that test how they speak in Python."""
+    from fleetune.errors import as_written
+
+    with nullcontext() if hasattr(request.module, "PYTHON") else as_written():
+        yield
 
 
 @pytest.fixture

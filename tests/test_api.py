@@ -27,6 +27,7 @@ from fleetune.tuning.recipe import objects
 from fleetune.tuning.recipe.recipe import Recipe, choices
 from heard import Heard
 
+PYTHON = True  # plans speak as in Python
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
 SMALL = {"K": 16, "tau": 2, "lr": 1e-2, "batch_size": 2}
 

@@ -21,6 +21,7 @@ from fleetune.models.net.model import Model
 from fleetune.runs import listener
 from heard import Heard
 
+PYTHON = True  # errors speak as users of the library hear them
 ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
 FEW: dict[str, Any] = command_line.FEW | {"held_out": 2, "method": "mezo", "max_length": 32}
 
@@ -79,7 +80,7 @@ def test_a_sweep_stops_goes_on_and_is_the_commands_sweep(tiny, tmp_path, capsys,
     given: dict[str, Any] = {**FEW, "settings": {"tau": 1, "lr": 1e-4}, "out": tmp_path}
     with pytest.raises(fleetune.errors.Interrupted) as stopped:
         fleetune.sweep(tiny, ROWS, vary={"lr": [1e-5, 1e-4]}, listener=stops, **given)
-    assert "fleetune sweep --resume" in stopped.value.hint
+    assert "fleetune.resume_sweep(" in stopped.value.hint
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     done = fleetune.resume_sweep("latest", out=tmp_path)
     monkeypatch.undo()
@@ -211,8 +212,8 @@ def test_hints_are_python_where_python_has_a_counterpart(tiny, tmp_path):
     assert [in_python(hint) for hint in AS_THEY_ARE] == [*AS_THEY_ARE]
     with pytest.raises(fleetune.errors.UsageError) as raised:
         fleetune.release(tiny, out=tmp_path)
-    assert (raised.value.hint, raised.value.__notes__) == ("fleetune runs", ["try: fleetune.list_runs()"])
+    assert (raised.value.hint, raised.value.__notes__) == (hint := "fleetune.list_runs()", [f"try: {hint}"])
     with pytest.raises(fleetune.errors.FleetuneError) as raised:
         fleetune.open("latestt", out=tmp_path).load()
-    assert traceback.format_exception(raised.value)[-1] == f"try: {in_python(raised.value.hint)}\n"
+    assert traceback.format_exception(raised.value)[-1] == f"try: {raised.value.hint}\n"
     assert pickle.loads(pickle.dumps(fleetune.tune)) is fleetune.tune, "for a pool of processes"

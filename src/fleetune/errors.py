@@ -63,13 +63,13 @@ class FleetuneError(Exception):
 
     @property
     def hint(self) -> str | None:
-        """The next thing to try."""
-        return self._hint
+        """The next thing to try: a command on the command line, a call in Python."""
+        return self._hint and type(self).spoken(self._hint)
 
     @hint.setter
     def hint(self, hint: str | None) -> None:
         self._hint = hint
-        self.__notes__ = [f"try: {type(self).spoken(hint)}"] if hint else []
+        self.__notes__ = [f"try: {self.hint}"] if hint else []
 
     @property
     def page(self) -> str:

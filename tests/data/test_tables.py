@@ -198,7 +198,9 @@ def workbook(path: Path, **sheets: list[list[object]]) -> str:
 
 def test_an_excel_file_is_read_as_its_csv(tmp_path: Path) -> None:
     table: list[list[object]] = [[], HEAD, *([cell or None for cell in row] for row in ROWS)]
-    source = workbook(tmp_path / "faq.xlsx", Zahlen=[["Radhaus"], *[[123456789]] * 49], FAQ=table, Alt=[["x"]])
+    source = workbook(
+        tmp_path / "faq.xlsx", Zahlen=[["Radhaus"], *[[123456789]] * 49], FAQ=table, Alt=[["x"]]
+    )
     (tmp_path / "faq.csv").write_text(written(","))
     told: list[str] = []
     found = read(source, note=told.append)
