@@ -372,7 +372,7 @@ def test_a_listeners_own_error_is_raised_and_blamed_on_no_client(at):
 def test_nothing_is_ignored_in_silence(at):
     with pytest.raises(errors.ModelError, match="has its own tokenizer"):
         tune("tiny", tokenizer=models.load("tiny", device="cpu").tokenizer)
-    with pytest.raises(errors.RecipeError, match="calibrate = 'client' is none of server, clients, fleet"):
+    with pytest.raises(errors.RecipeError, match="calibrate = 'client' is not one of server, clients, fleet"):
         fleetune.compress("tiny", calibrate="client")
     with pytest.raises(errors.RecipeError, match="quorum = 3, but 2 clients are asked"):
         tune(quorum=3)

@@ -54,7 +54,7 @@ TOLD = {  # command line: exit code, words on stdout or stderr
     "tune m rows.jsonl more.jsonl": (2, "unknown argument 'more.jsonl'"),
     "tune m rows.jsonl --round 1": (2, "unknown argument '--round'. Did you mean '--rounds'?"),
     "eval m --limit 1,000": (2, "--limit: invalid int value: '1,000'"),
-    "tune m rows.jsonl --dtype bf61": (2, "is none of fp32, bf16, fp16. Did you mean 'bf16'?"),
+    "tune m rows.jsonl --dtype bf61": (2, "is not one of fp32, bf16, fp16. Did you mean 'bf16'?"),
     "tune m rows.jsonl --rounds many": (2, "rounds = 'many': must be a valid integer"),
     "plan": (2, "the following arguments are required: MODEL\n  try: fleetune plan --help"),
     "models rm nosuch": (2, "no model named 'nosuch' is in the cache"),

@@ -185,7 +185,7 @@ def test_a_compressed_model_is_compared_with_the_dense_one(tiny: str, at: Path, 
     assert json.loads((folder / "compress.json").read_text())["result"]["after"] == after
     assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
     size = 4 * 264 * after["kl_tokens"] + 128
-    assert f"{after['kl_tokens']:,} tokens to compare by: {size / 1000:.0f} kB of logits" in err
+    assert f"compared on {after['kl_tokens']:,} tokens: {size / 1000:.0f} kB of logits" in err
     for more in ([], ["--low-memory"]):
         _, again, _ = call(capsys, "compress", tiny, *RTN, *TEXT, *more)
         wanted = pytest.approx(stated(after), rel=1e-3) if more else stated(after)

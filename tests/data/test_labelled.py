@@ -122,5 +122,5 @@ def test_batches_pad_texts_and_segments_and_hold_one_target_a_row() -> None:
 
 
 def test_an_answer_that_is_no_label_word_is_refused() -> None:
-    with pytest.raises(DataError, match="the answer 'perhaps' is none of the label words no, yes"):
+    with pytest.raises(DataError, match="the answer 'perhaps' is not one of the label words no, yes"):
         encode_rows(models.tiny_bert(), [example("a", answer="perhaps")], 64)

@@ -435,7 +435,7 @@ def test_no_byte_that_leaves_a_device_is_of_its_rows(place, monkeypatch):
     streams["calibrating"] = sent
 
     def failing(*args: object) -> bytes:
-        raise DataError(f"the answer '{' '.join(WORDS)}' is none of the label words")
+        raise DataError(f"the answer '{' '.join(WORDS)}' is not one of the label words")
 
     monkeypatch.setattr("fleetune.fleet.worker.work", failing)
     with contextlib.suppress(fleetune.errors.FleetError):

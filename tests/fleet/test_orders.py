@@ -165,7 +165,7 @@ def test_a_reason_is_a_code_with_its_numbers_and_nothing_else(reason):
 
 def test_every_error_of_ours_has_a_code_of_the_list():
     told = {
-        errors.DataError("'HIV positive' is none of the words"): "rows",
+        errors.DataError("'HIV positive' is not one of the words"): "rows",
         errors.ModelError("m"): "model",
         errors.FitError("f"): "memory 5",
         errors.StorageError("s"): "storage",

@@ -218,7 +218,7 @@ BAD_HEADS = {
     "a check beyond 32 bits": changed(checks={"4294967296": ""}),
     "a check of a number": changed(checks={"1": 1}),
     "a tensor of two parts": changed(tensors=[["a", [1]]]),
-    "trains is none of three": changed(hyper={"train": "codes\n"}),
+    "trains is not one of three": changed(hyper={"train": "codes\n"}),
     "a name that is a number": changed(tensors=[[1, [2], "x"]]),
 }
 

@@ -131,7 +131,7 @@ def plan(
 
     name = str(model) if isinstance(model, str | Path) else subjects.open(model).argument
     if train not in (known := recipes.choices("train")):
-        raise UsageError(f"train = {train!r} is none of {', '.join(known)}")
+        raise UsageError(f"train = {train!r} is not one of {', '.join(known)}")
     if train == "scales":
         if base == "memory":
             raise UsageError(f"train = {train} reads the base from its GGUF file", hint="--base mapped")
@@ -224,7 +224,7 @@ def resume_run(
     rounds = rounds and resume.rounds_number(rounds)
     if base and base not in (places := recipes.choices("base")):
         raise RecipeError(
-            [f"base = {base!r} is none of {', '.join(places)}"], hint="leave it out for the run's own"
+            [f"base = {base!r} is not one of {', '.join(places)}"], hint="leave it out for the run's own"
         )
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))

@@ -29,7 +29,7 @@ PREFIX = "recipe_"
 def add(sub: Parser) -> None:
     """Add `--set`, and a flag for every other field of a recipe."""
     sub.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="setting of the method; repeatable"
     )
     add_some(sub, [name for name in recipes.fields() if name != "set"])
 
@@ -117,7 +117,7 @@ def add_door(add: Add, first: str) -> None:
         "--grace",
         type=float,
         metavar="SECONDS",
-        help="wait so long for a device that has gone (default: twice the median device's time in the last round, 10 to 60 s)",
+        help="wait this long for a device that has gone (default: twice the median device's time in the last round, 10 to 60 s)",
     )
     add(
         "--round-deadline",

@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        why = cut_reason(f"memory does not suffice for this ({str(error) or type(error).__name__})")
+        why = cut_reason(f"not enough memory for this ({str(error) or type(error).__name__})")
         fit = FitError(why, hint="what fits: fleetune plan MODEL --ram 4GB")
         ui.error(fit)
         return fit.exit_code

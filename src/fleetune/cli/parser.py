@@ -59,7 +59,7 @@ def one_of(known: Collection[str], name: str, hint: str, value: str) -> str:
     """Return the value; UsageError with the one that was meant for one that is not `known`."""
     if value in known:
         return value
-    raise UsageError(f"{name} {value} is none of {', '.join(known)}.{suggest(value, known)}", hint=hint)
+    raise UsageError(f"{name} {value} is not one of {', '.join(known)}.{suggest(value, known)}", hint=hint)
 
 
 def in_our_command(words: Sequence[str], known: Collection[str]) -> list[str]:

@@ -117,6 +117,7 @@ class Metric(NamedTuple):
 _METRICS = {
     "loss": Metric("validation loss", 3, less=True, relative=True),
     "perplexity": Metric("perplexity", 2, less=True, relative=True),
+    "other_perplexity": Metric("perplexity, other text", 2, less=True, relative=True),
     "rouge_l": Metric("Rouge-L", 1),
     "accuracy": Metric("accuracy, %", 1),
     "kl_divergence": Metric("KL divergence", 4, less=True),
@@ -125,8 +126,7 @@ _METRICS = {
 }
 
 
-# the measures that compare with a reference model, and their units; each has a standard error
-COMPARED = {"kl_divergence": "", "same_top": " %"}
+COMPARED = ("kl_divergence", "same_top")  # with a reference model; each has a standard error
 
 
 def metric(name: str) -> Metric:

@@ -561,7 +561,7 @@ def _target(example: Example, labels: Sequence[str]) -> int:
         )
     if word not in labels:
         raise DataError(
-            f"the answer {word[:40]!r} is none of the label words {', '.join(labels)}",
+            f"the answer {word[:40]!r} is not one of the label words {', '.join(labels)}",
             hint="name all label words with --labels, or leave the option out to take them from the data",
         )
     return labels.index(word)

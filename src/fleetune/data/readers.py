@@ -39,7 +39,7 @@ class Problem(NamedTuple):
 def decode(raw: bytes, shown: str, note: Note = lambda text: None) -> str:
     """Decode text: UTF-8, UTF-16 with a byte-order mark, else cp1252, as Windows writes it, of which `note` is told.
 
-    DataError names the line that is none of them.
+    DataError names the line that is not one of them.
     """
     encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:

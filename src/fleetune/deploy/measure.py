@@ -75,7 +75,7 @@ class MeasureResult:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the headings and the lines of the table, as text."""
         names = list(dict.fromkeys(name for row in self.rows for name in row.values))
-        heads = ["", "engine", "size", "bits/weight", "with ends", "peak", "read tok/s", "write tok/s"]
+        heads = ["", "engine", "size", "bits/weight", "overall", "peak", "read tok/s", "write tok/s"]
         rows = [
             [
                 r.name,

@@ -31,7 +31,7 @@ from fleetune.models.net.packed import positions
 
 OnRows = Callable[[int, int], None]  # called with the rows that are done, and the number of all rows
 
-_UNKNOWN: Final = LogitChange("", math.nan)  # stands for a change that is none of `head_loss`
+_UNKNOWN: Final = LogitChange("", math.nan)  # stands for a change that is not one of `head_loss`
 # nets that change the logits after their head, which was seen when they ran, and how
 _CHANGED: WeakKeyDictionary[nn.Module, LogitChange] = WeakKeyDictionary()
 
@@ -112,7 +112,7 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     The label at position t is predicted at t-1, so a label at position 0 is never scored.  The head runs over
     the N predicting positions in pieces (`head_loss`).  A model that changes the logits after its head is run
-    again the first time, to see how; where that is none of `head_loss`, it is run with all N in one.  With
+    again the first time, to see how; where that is not one of `head_loss`, it is run with all N in one.  With
     gradients enabled the result can be back-propagated.
     """
     if batch.labels.ndim == 1:

@@ -88,7 +88,7 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
     """Return the Hugging Face directory that a name stands for, fetched or converted first where need be.
 
     The order is: built-in name, existing path (directory or .gguf file), short name of a hub id, hub id.  The directory is
-    checked for completeness, without reading weights.  ModelError with what to do when it is none of these.
+    checked for completeness, without reading weights.  ModelError with what to do when it is not one of these.
     """
     if name in cache.ORIGINS:
         return cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress)
@@ -178,7 +178,7 @@ def load(
     mapped (the weights stay in their file, a GGUF file as it is or safetensors, and are read piece by piece; on the CPU), blocks
     (mapped, and a built-in model is its GGUF file, whose scales are tuned) or auto (by `ram`, the
     bytes that the work may take, 0 for all that this process may use).  ModelError when the name, its files, the labels, the
-    dtype or the device cannot be used; FitError when memory does not suffice.
+    dtype or the device cannot be used; FitError when not enough memory.
     """
     device = check_device(device, dtype, base)
     ram = ram or usable_memory()

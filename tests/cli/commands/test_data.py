@@ -305,7 +305,7 @@ def test_a_device_reads_the_same_forms(at, capsys, monkeypatch):
     said = [row.response for row in joined[2].divided()[0]]
     assert said == ["assistant 0", "assistant 2", "assistant 0", "assistant 1"]
     words = ("fleet", "join", "h:1", "--data", "talks.jsonl", "--train-turns", "some")
-    assert "--train-turns some is none of last, all" in refused(capsys, *words)
+    assert "--train-turns some is not one of last, all" in refused(capsys, *words)
     words = ("fleet", "join", "h:1", "--data", "own.jsonl", "--columns", "promt=ask")
     assert "Did you mean 'prompt'?" in refused(capsys, *words)
 

@@ -36,7 +36,7 @@ def test_a_lack_of_memory_is_told_as_what_does_not_fit(capsys, monkeypatch, erro
 
     monkeypatch.setattr("fleetune.cli.main.chosen_kernels", full)
     code, _, told = call(capsys, "methods")
-    assert (code, "memory does not suffice" in told) == (3, True)
+    assert (code, "not enough memory" in told) == (3, True)
     monkeypatch.setattr("fleetune.cli.main.chosen_kernels", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         main(["methods"])

@@ -142,7 +142,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("fwdllm", {"clip": -1}, "decay and clip"),
     ("fwdllm", {"module": "bitfit", "r": 4}, "bitfit has none"),
     ("fwdllm", {"module": "adapter", "targets": "all-linear"}, "needs module=lora"),
-    ("fwdllm", {"module": "prefix"}, "module = 'prefix' is none of lora, adapter, bitfit"),
+    ("fwdllm", {"module": "prefix"}, "module = 'prefix' is not one of lora, adapter, bitfit"),
     ("fedkseed", {"K": 100}, "power of two"),
     ("fedkseed", {"K": -1}, "K"),
     *(("fedkseed", {"backprop": share}, "whole percent") for share in (0.125, 1.5, -0.1)),

@@ -262,7 +262,7 @@ def test_devices_of_unlike_uplinks_send_unlike_shares_of_their_rows(rows, tmp_pa
             assert encode(Message(1, bytes(8), reply)) == encode(Message(1, bytes(8), same)), name
             assert {n: (a.dtype.name, a.shape) for n, a in reply.arrays.items()} == spec.arrays
         state = mixed.written(state, [np.ones(rows) for rows in mixed.rows(state)])
-    with pytest.raises(MessageError, match="one row of 3 is none of the run's shares"):
+    with pytest.raises(MessageError, match="one row of 3 is not one of the run's shares"):
         answer(model, parts["1"], mixed.kinds(state)[1][0], rows, {})
     with pytest.raises(UsageError, match="share = 900,1000: replies would be of one size"):
         tiny(share="900,1000").init(model, 3)

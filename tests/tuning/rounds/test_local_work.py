@@ -115,7 +115,7 @@ def test_a_client_without_memory_ends_the_run_as_one_that_does_not_fit(error):
         def local(self, *args: Any) -> Payload:
             raise error
 
-    with pytest.raises(FitError, match="client 0 in round 1: memory does not suffice on 'cpu'"):
+    with pytest.raises(FitError, match="client 0 in round 1: not enough memory on 'cpu'"):
         list(asked(keeping(Full(1)), 1, range(2)))
 
 

@@ -42,7 +42,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         default=0.0,
         help="0: the likeliest answer, the same each time (default 0)",
     )
-    sub.add_argument("--max-tokens", type=int, default=512, help="tokens of an answer at most (default 512)")
+    sub.add_argument("--max-tokens", type=int, default=512, help="most tokens per answer (default 512)")
     sub.add_argument("--seed", type=int, default=42, help="of what is drawn above temperature 0 (default 42)")
 
 

@@ -42,7 +42,7 @@ def arguments(sub: Parser) -> None:
         help=f"{', '.join(compression.entries())} (default {compression.DEFAULT}; with --calibrate clients or fleet "
         f"{compression.DEFAULT_OF_DEVICES})",
     )
-    sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; repeat")
+    sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="setting of the method; repeatable")
     sub.add_argument(
         "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"
     )
@@ -78,7 +78,7 @@ def _add_calibration_arguments(sub: Parser) -> None:
         "--text",
         help="calibrate on a plain text file (without either: text of several kinds that comes with Fleetune)",
     )
-    sub.add_argument("--windows", type=int, help="windows at most (default 128; 32 where no text is given)")
+    sub.add_argument("--windows", type=int, help="most windows (default 128; 32 where no text is given)")
     sub.add_argument("--length", type=int, help="tokens per window, or per row at most (default 512)")
     sub.add_argument(
         "--calibrate",
@@ -86,7 +86,7 @@ def _add_calibration_arguments(sub: Parser) -> None:
         help="clients: the run's own clients calibrate on their training rows and send sums over them; fleet: the devices "
         "that join do (default server)",
     )
-    sub.add_argument("--clients", type=int, help="so many of them (default: all)")
+    sub.add_argument("--clients", type=int, help="how many clients (default: all)")
     sub.add_argument(
         "--low-memory",
         action="store_true",
@@ -117,7 +117,7 @@ def _add_result_arguments(sub: Parser) -> None:
         "--train-scales",
         type=int,
         metavar="STEPS",
-        help="after solving, train the scales for so many steps to follow the dense model; the codes stay",
+        help="after solving, train the scales for this many steps to follow the dense model; the codes stay",
     )
 
 

@@ -27,7 +27,7 @@ OPTIONS = (
     "limit",
     "seed",
 )
-MODEL = "hub id, HF directory, GGUF file, or a built-in name (fleetune models), whose tokens lengths are counted in"
+MODEL = "hub id, HF directory, GGUF file, or a built-in name (fleetune models); lengths are then counted in its tokens"
 EXAMPLES = """\
 fleetune data check rows.jsonl --model smollm2-135m       lengths in tokens, and what max_length cuts
 fleetune data check rows.jsonl --columns prompt=question,response=answer

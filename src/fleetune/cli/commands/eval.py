@@ -35,8 +35,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         metavar="NAME=COLUMN,..",
         help="which columns of DATA are which, as in prompt=question,response=answer (default: as the run read its own)",
     )
-    sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
-    sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
+    sub.add_argument("--limit", type=int, default=200, help="most rows (default 200)")
+    sub.add_argument("--answer-tokens", type=int, default=96, help="most tokens per answer (default 96)")
     sub.add_argument(
         "--text",
         help="plain text file for perplexity (without one it is that of the answers of the rows, without their prompts)",

@@ -111,7 +111,7 @@ def _join_arguments(add: Add) -> None:
         type=int,
         default=0,
         metavar="DEVICES",
-        help="take part only where the server sees sums of so many devices or more (serve --privacy sealed)",
+        help="take part only where the server sees sums of at least this many devices (serve --privacy sealed)",
     )
     add(
         "--peers",
@@ -277,7 +277,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     if not own["threads"].isdigit() and own["threads"]:
         raise UsageError(f"--threads {own['threads']} is no number")
     if own["train_turns"] not in ("", "last", "all"):
-        raise UsageError(f"--train-turns {own['train_turns']} is none of last, all")
+        raise UsageError(f"--train-turns {own['train_turns']} is not one of last, all")
     check_columns(own["columns"])
     memory, held_out = parse_bytes(own["ram"] or None) or 0, _held_out(own)
     state = Path(args.state or STATE)

@@ -26,10 +26,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     sub.add_argument("subjects", metavar="FOLDER|RUN|MODEL", nargs="+", help="what to measure, side by side")
     sub.add_argument("--text", help="plain text file for perplexity")
-    sub.add_argument("--windows", type=int, default=16, help="windows of the text at most (default 16)")
-    sub.add_argument("--length", type=int, default=512, help="tokens a window (default 512)")
+    sub.add_argument("--windows", type=int, default=16, help="most windows of the text (default 16)")
+    sub.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
     sub.add_argument("--data", help="rows for the loss (one run or folder: held-out rows of its own)")
-    sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
+    sub.add_argument("--limit", type=int, default=200, help="most rows (default 200)")
     sub.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
     sub.add_argument("--prompt-tokens", type=int, default=128, help="tokens of the prefill (default 128)")
     sub.add_argument("--new-tokens", type=int, default=32, help="tokens generated after it (default 32)")

@@ -32,14 +32,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--ram",
-        help="memory of a device, e.g. 4GB: says what fits, and finds settings with which a method does",
+        help="memory of a device, e.g. 4GB: shows what fits, and finds settings that make a method fit",
     )
-    sub.add_argument("--uplink", help="its uplink, e.g. 1Mbps: says how long a round's traffic takes")
+    sub.add_argument("--uplink", help="its uplink, e.g. 1Mbps: shows how long a round's traffic takes")
     sub.add_argument("--batch", type=int, help="rows per step (default 8; what fits may have fewer)")
     sub.add_argument(
         "--length",
         type=int,
-        help="tokens of a row (default 512, at which tune cuts them; what fits may have fewer)",
+        help="tokens per row (default 512, at which tune cuts them; what fits may have fewer)",
     )
     sub.add_argument(
         "--dtype",

@@ -43,9 +43,7 @@ def engine_arguments(sub: argparse.ArgumentParser) -> None:
         "--engine", default="auto", help="llama-server or xllamacpp (default: the first installed)"
     )
     sub.add_argument("--threads", type=int, help="threads of the engine (default: its own choice)")
-    sub.add_argument(
-        "--context", type=int, default=4096, help="tokens of a conversation at most (default 4096)"
-    )
+    sub.add_argument("--context", type=int, default=4096, help="most tokens of a conversation (default 4096)")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

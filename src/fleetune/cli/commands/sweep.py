@@ -56,7 +56,7 @@ def arguments(sub: Parser) -> None:
         action="append",
         default=[],
         metavar="NAME=V1,V2,..",
-        help="alpha (of the Dirichlet partition), an option, or a setting of the method (K, set.K); repeat",
+        help="alpha (of the Dirichlet partition), an option, or a setting of the method (K, set.K); repeatable",
     )
     sub.add_argument(
         "--seeds", type=int, help="seeds of every combination, from the recipe's own on (default 1)"

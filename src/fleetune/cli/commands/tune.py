@@ -63,7 +63,7 @@ def arguments(sub: Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help=f"send the figures of the rounds there as well: {', '.join(trackers.TRACKERS)}; repeat",
+        help=f"also log every round to {' or '.join(trackers.TRACKERS)} (repeatable)",
     )
     flags.add(sub)
 

@@ -98,8 +98,8 @@ class Room(NamedTuple):
         """Say what the room can buy, for the header."""
         least, most = (human_bytes(size + self.others) for size in (self.reach.least, self.reach.most))
         return (
-            f"{human_bytes(self.matrices + self.others)} as gguf, where {least} to {most} can be had · what each matrix bears is "
-            "measured first (in all about 1.5 times one grid's time: --fast)"
+            f"{human_bytes(self.matrices + self.others)} as gguf, of {least} to {most} possible · what each matrix tolerates is "
+            "measured first (in all about 1.5 times as long as with one grid: --fast)"
         )
 
 

@@ -80,7 +80,7 @@ class Inputs:
             on_rows = row_reporter(listener, folder, "rows of the reference")
             kept = losses.keep_logits(model, rows, file, on_rows=on_rows)
             listener.note(
-                f"{counted(kept.tokens, 'token')} to compare by: {human_bytes(file.stat().st_size)} of logits, on the disk "
+                f"compared on {counted(kept.tokens, 'token')}: {human_bytes(file.stat().st_size)} of logits, on the disk "
                 "until the end"
             )
             yield kept
@@ -196,8 +196,8 @@ def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tupl
     rows = [_cut(inputs.rows, request.length, (request.windows + 1) // 2)] if filled else []
     if not filled:
         listener.note(
-            f"{inputs.source} has {counted(tokens, 'token')}, and a window needs {request.length}: the model is calibrated on "
-            f"{OWN} alone; a smaller --length takes the rows in, --data FILE or --text FILE gives more"
+            f"{inputs.source} has {counted(tokens, 'token')}, fewer than a window of {request.length}: the model is calibrated "
+            f"on {OWN} alone; a smaller --length uses the rows, --data FILE or --text FILE gives more"
         )
     left, wanted = min(MOST, request.windows - sum(map(len, rows))), max(LEAST, sum(map(len, rows)))
     beside = of_package(inputs.model, request.length, min(left, wanted) if filled else left)[0]

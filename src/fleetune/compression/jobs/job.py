@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fleetune import compression, subject
 from fleetune.common import settings, sums
-from fleetune.common.display import COMPARED, command, human_bytes, quoted, show_with_error
+from fleetune.common.display import COMPARED, command, human_bytes, metric, quoted, show_with_error
 from fleetune.common.events import CompressDone
 from fleetune.common.files import resumable
 from fleetune.common.ggml import SCALES
@@ -64,7 +64,9 @@ class CompressResult:
             sizes[0] += f", {human_bytes(file.stat().st_size)} in its file"
         names = dict.fromkeys(name for which in self.sizes for name in measured[which])
         rows = [
-            [name, *(_shown(measured[c], name) for c in self.sizes)] for name in names if name not in BESIDE
+            [metric(name).label, *(_shown(measured[c], name) for c in self.sizes)]
+            for name in names
+            if name not in BESIDE
         ]
         return ["", *self.sizes], [["weights", *sizes], *rows]
 
@@ -78,11 +80,7 @@ class CompressResult:
 
 
 def _shown(values: Mapping[str, float], name: str) -> str:
-    if name not in values:
-        return ""
-    if name not in COMPARED:
-        return f"{values[name]:.3f}"
-    return show_with_error(name, values[name], values.get(f"{name}_error")) + COMPARED[name]
+    return show_with_error(name, values[name], values.get(f"{name}_error")) if name in values else ""
 
 
 def request_for(
@@ -263,7 +261,7 @@ def check(request: CompressRequest) -> None:
     for wrong, problem in (
         (
             request.calibrate not in ("server", CLIENTS, FLEET),
-            f"calibrate = {request.calibrate!r} is none of server, clients, fleet",
+            f"calibrate = {request.calibrate!r} is not one of server, clients, fleet",
         ),
         (request.data and request.text, "data and text are both given"),
         (
@@ -274,7 +272,7 @@ def check(request: CompressRequest) -> None:
         (devices and rows, "the clients calibrate on rows of their own: no data, no text"),
         (
             request.bits not in (0, *NAMED),
-            f"bits = {request.bits} is none of {', '.join(map(str, NAMED))}: bytes says another size, --set bits=3 is one grid",
+            f"bits = {request.bits} is not one of {', '.join(map(str, NAMED))}: bytes takes any size, --set bits=3 is one grid",
         ),
         (request.run and request.dtype != "fp32", "a run has a dtype of its own"),
         (

@@ -197,9 +197,9 @@ def grid_problems(kind: str, bits: int, group: int) -> list[str]:
     if (of := SUPER_TYPES.get(kind)) is not None:
         return _super_problems(kind, of, bits, group)
     if kind not in ALL:
-        problems.append(f"grid = {kind!r} is none of {', '.join(ALL)}")
+        problems.append(f"grid = {kind!r} is not one of {', '.join(ALL)}")
     if bits not in BITS:
-        problems.append(f"bits = {bits} is none of {', '.join(map(str, BITS))}")
+        problems.append(f"bits = {bits} is not one of {', '.join(map(str, BITS))}")
     if group < 0:
         problems.append(f"group = {group} is below 0")
     if kind == "universal" and bits > 5:

@@ -182,7 +182,7 @@ def parse(text: str) -> Rule:
     """Return the rule of a recipe's `aggregation`; ValueError, in plain words, when there is none."""
     name, colon, number = text.partition(":")
     if name != "mean" and name not in REDUCE:
-        raise ValueError(f"aggregation = {text!r} is none of mean, {', '.join(REDUCE)}")
+        raise ValueError(f"aggregation = {text!r} is not one of mean, {', '.join(REDUCE)}")
     if not colon:
         return Rule(name)
     try:
@@ -395,7 +395,7 @@ def server_rate(rule: str, lr: float) -> float:
 def check_server(rule: str, *, lr: float) -> None:
     """Raise ValueError, in plain words, for a rule or rate that cannot be."""
     if rule not in ETA:
-        raise ValueError(f"server = {rule!r} is none of {', '.join(ETA)}")
+        raise ValueError(f"server = {rule!r} is not one of {', '.join(ETA)}")
     if not 0 <= lr < 1e3:
         raise ValueError(f"server lr = {lr} must be 0 (the rule's own) or positive")
 

@@ -95,7 +95,9 @@ class Trained(methods.Method):
                 f"clip = {self.clip}, weight_decay = {self.weight_decay}, mu = {self.mu}: each must be 0 or a positive number"
             )
         if self.checkpointing not in CHECKPOINTING:
-            raise ValueError(f"checkpointing = {self.checkpointing!r} is none of {', '.join(CHECKPOINTING)}")
+            raise ValueError(
+                f"checkpointing = {self.checkpointing!r} is not one of {', '.join(CHECKPOINTING)}"
+            )
 
     @property
     def own_lr(self) -> float:
@@ -561,7 +563,7 @@ STARTS: Final = (*adapters.INITS, "eva")
 def check_start(start: str, r: int, *, dropout: float, wire: str, start_data: str) -> None:
     """Raise ValueError, in plain words, for a start that is not known or does not go with the rest."""
     if start not in STARTS:
-        raise ValueError(f"start = {start!r} is none of {', '.join(STARTS)}")
+        raise ValueError(f"start = {start!r} is not one of {', '.join(STARTS)}")
     if start_data != "demo" and start != "eva":
         raise ValueError(f"start_data = {start_data!r} is what start=eva looks at; start is {start}")
     if start == "orthogonal" and r % 2:

@@ -86,7 +86,7 @@ class OfLedger(methods.Method):
 def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size: int) -> None:
     """Raise ValueError, in plain words, for hyper-parameters that cannot be."""
     if law not in LAWS:
-        raise ValueError(f"law = {law!r} is none of {', '.join(LAWS)}")
+        raise ValueError(f"law = {law!r} is not one of {', '.join(LAWS)}")
     if not 1 <= K <= 1 << 20:
         raise ValueError(f"K = {K} is not between 1 and {1 << 20}")
     if law == POOL and K & (K - 1):
@@ -151,7 +151,7 @@ def open_view(model: Model, payload: Payload, *, law: str, K: int, lr: float) ->
     epochs, k = np.nonzero(a)
     ids = (epochs.astype(np.uint64) << np.uint64(32)) | k.astype(np.uint64)
     if (train := payload.scalars.get("train", "weights")) not in TRAINS:
-        raise MessageError(f"the message trains {train!r:.40}, which is none of {', '.join(TRAINS)}")
+        raise MessageError(f"the message trains {train!r:.40}, which is not one of {', '.join(TRAINS)}")
     model.trains = str(train)
     view = view_of(model, payload.int("run_key"), law, grid)
     view.limit(MOST_SWEEPS)

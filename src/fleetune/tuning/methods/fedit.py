@@ -78,7 +78,7 @@ class Method(_adapter.Averaged):
                 "other than orthogonal, whose B A is only zero as a whole"
             )
         if self.average not in ("separate", "product"):
-            raise ValueError(f"average = {self.average!r} is none of separate, product")
+            raise ValueError(f"average = {self.average!r} is not one of separate, product")
         product = self.average == "product"
         if product and self.start in adapters.lora_init.FROM_WEIGHTS:
             raise ValueError(

@@ -144,7 +144,7 @@ class Method(_adapter.Trained):
             "[1-9][0-9]*", self.layers_rule
         ):
             raise ValueError(
-                f"layers_rule = {self.layers_rule!r} is none of lipschitz, half, all, nor a number"
+                f"layers_rule = {self.layers_rule!r} is not one of lipschitz, half, all, nor a number"
             )
 
     @property

@@ -71,7 +71,7 @@ class Method(_adapter.Averaged):
 
     def __post_init__(self) -> None:
         if self.module not in MODULES:
-            raise ValueError(f"module = {self.module!r} is none of {', '.join(MODULES)}")
+            raise ValueError(f"module = {self.module!r} is not one of {', '.join(MODULES)}")
         if self.places not in ("houlsby", "pfeiffer"):
             raise ValueError(f"places = {self.places!r} is neither houlsby nor pfeiffer")
         if self.size < 0 or self.lr < 0:

@@ -126,7 +126,7 @@ class Method(methods.Method):
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
         check_targets(self.targets)
         if self.module not in MODULES:
-            raise ValueError(f"module = {self.module!r} is none of {', '.join(MODULES)}")
+            raise ValueError(f"module = {self.module!r} is not one of {', '.join(MODULES)}")
 
     def init(self, model: Model, key: int) -> State:
         seed = key >> 1  # fits a signed 64-bit scalar

@@ -228,7 +228,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         run_key, now = payload.int("run_key"), self.trained_in(payload.int("round"))
         share = payload.int("share")
         if share not in self.shares:
-            raise MessageError(f"one row of {share} is none of the run's shares")
+            raise MessageError(f"one row of {share} is not one of the run's shares")
         directions, tables = self.told(payload, memory, slots)
         part = adapters.attachment_of(model).parts[0]
         assert isinstance(part, adapters.LoraPart)

@@ -256,7 +256,7 @@ def _plain_value(value: Any) -> Any:
 def setting_values(settings: Mapping[str, Value | Callable[..., Any]]) -> dict[str, Value]:
     """Return the settings as plain values: a function as its import path, a result as its folder.
 
-    RecipeError for what is none of these.
+    RecipeError for what is not one of these.
     """
     if not isinstance(settings, Mapping):
         raise RecipeError([f"settings are a dict of names and values, not a {type(settings).__name__}"])

@@ -163,7 +163,7 @@ class Recipe:
     rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
     within: str = Field(
         default="",
-        description="make the run so small that it takes at most this time on this machine, as 30m: fewer evaluations, "
+        description="shrink the run to take at most this long on this machine, such as 30m: fewer evaluations, "
         "answers, local steps, rounds, clients",
     )
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
@@ -183,7 +183,7 @@ class Recipe:
     train_turns: str = Field(
         default="last",
         pattern="^(last|all)$",
-        description="answers of a conversation that are trained on; all: each as a row (of a device's rows: fleet join)",
+        description="which answers of a conversation are trained on; all: each as a row (of a device's rows: fleet join)",
     )
     partition: str = Field(
         default="auto",
@@ -208,7 +208,7 @@ class Recipe:
         default=0,
         ge=0,
         le=MOST_ROWS,
-        description="use only the first rows of the data (0: all); of a folder the first of each client, evenly",
+        description="use only the first N rows (0: all); of a folder the first of each client, evenly",
     )
     max_length: int = Field(
         default=512,
@@ -228,7 +228,7 @@ class Recipe:
     )
     ram: str = Field(
         default="",
-        description="memory that the work may take, as 2GB (default: what this machine, or the container or unit "
+        description="memory that the work may take, such as 2GB (default: what this machine, or the container or unit "
         "that it runs in, allows)",
     )
     train: str = Field(
@@ -254,13 +254,13 @@ class Recipe:
     deadline: float = Field(
         default=0.0,
         ge=0,
-        description="simulate: leave out clients slower than this many times a usual one (0: wait)",
+        description="simulate: leave out clients that take more than this many times the usual time (0: wait)",
     )
     over_selection: float = Field(
         default=1.0,
         ge=1,
         le=10,
-        description="ask so many times the clients that participation says; the round is over when that share has replied",
+        description="ask this many times the clients that participation says; the round ends when that share has replied",
     )
     quorum: int = Field(default=1, ge=1, description="fewer good replies than this leave the model as it was")
     aggregation: str = Field(
@@ -299,21 +299,21 @@ class Recipe:
         description="largest L2 norm of a client's reply, or of a row's gradient (0: found on held-out rows)",
     )
     max_rows: int = Field(
-        default=0, ge=0, le=MOST_ROWS, description="rows that a client counts at most (0: any number)"
+        default=0, ge=0, le=MOST_ROWS, description="most rows that a client counts for (0: any number)"
     )
     keep_replies: bool = Field(
         default=False,
         description="store the replies that each round counts, so that a client can be left out later (fleetune help ledger)",
     )
     eval_every: int = Field(
-        default=1, ge=0, description="validation loss every so many rounds (0: before and after only)"
+        default=1, ge=0, description="validation loss every N rounds (0: before and after only)"
     )
     patience: int = Field(
         default=0,
         ge=0,
         le=1_000_000,
-        description="stop after so many evaluated rounds in a row that are no better than the best before them, and keep that "
-        "one unless told otherwise (0: run all)",
+        description="stop after this many evaluated rounds in a row without a new best, and keep the best unless told "
+        "otherwise (0: run all)",
     )
     keep: str = Field(
         default="last",
@@ -336,7 +336,7 @@ class Recipe:
         description="simulate: rows of each client that its loss is measured on before and after (0: none; up to 4, fewer "
         "in a short run, and none of more than 64 clients)",
     )
-    answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
+    answer_tokens: int = Field(default=96, ge=1, description="most tokens per generated answer")
     threads: int = Field(default=0, ge=0, le=MOST_THREADS, description="processor threads (0: all)")
 
     @field_validator("columns", mode="before")

@@ -135,7 +135,7 @@ def check(job: TuneJob, run: Path, *, longer: bool = False) -> checkpoint.Stands
     if differences:
         recipe = job.recipe
         raise UsageError(
-            "\n  ".join([f"{run} was begun with something else than there is now:", *_first(differences)]),
+            "\n  ".join([f"what {run} was begun with has changed:", *_first(differences)]),
             hint=f"bring back the recipe, the model ({recipe.model}) and the data ({recipe.data}) of that run; "
             f"or begin a new one: fleetune tune -c {quoted(run / 'run.toml')}",
         )

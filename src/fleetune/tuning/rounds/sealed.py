@@ -64,7 +64,7 @@ class Identity:
         """Return the keys of an announcement; MessageError where they are none that this client trusts."""
         keys, name, signed = (announced[:KEYS], announced[KEYS : KEYS + NAME], announced[KEYS + NAME :])
         if not self.trusts(name, text + keys, signed[1 : 1 + signed[0]]):
-            raise MessageError("a member of the sum is none of the devices that this one adds up with")
+            raise MessageError("a member of the sum is not one of the devices that this one adds up with")
         return secagg.checked_keys(keys)
 
 

@@ -160,7 +160,7 @@ class LocalFleet(Fleet):
         except FAULTS as error:
             if is_out_of_memory(error):  # the machine's, which all clients share
                 raise FitError(
-                    f"client {client} in round {round}: memory does not suffice on '{self.model.device}'",
+                    f"client {client} in round {round}: not enough memory on '{self.model.device}'",
                     hint=f"see: fleetune plan {quoted(self.model.name)}   (less: batch_size, --max-length, --dtype bf16)",
                 ) from error
             # its reason is shown anyway
