@@ -313,6 +313,14 @@ def test_missing_values_of_a_table_are_no_texts(tmp_path):
     assert {row.response for row in rows} == {"a"}
 
 
+def test_columns_are_rows_and_pairs_are_told_to_be_dicts(at):
+    name = objects.data_name({"question": ["q", "r"], "answer": ["a"]}, at)
+    assert Path(name).read_text() == '{"question": "q", "answer": "a"}\n{"question": "r", "answer": null}\n'
+    with pytest.raises(errors.DataError, match="row 1 is a tuple, not a dict") as no:
+        objects.data_name([("q", "a")], at)
+    assert no.value.hint == '{"prompt": .., "response": ..}'
+
+
 def test_numpy_numbers_are_numbers_and_other_objects_are_said(at):
     assert tune(settings=SMALL | {"K": np.int64(16), "lr": np.float64(1e-2)}).digest == tune().digest
     with pytest.raises(errors.RecipeError, match=r"K = None is not a text, a number"):

@@ -196,7 +196,7 @@ def test_a_traceback_names_no_options_of_the_command_line(case, tiny, tmp_path, 
     with pytest.raises(fleetune.errors.FleetuneError) as raised:
         BAD[case](tiny)
     told = "".join(traceback.format_exception_only(raised.value))
-    assert not re.search(r"(?<!\w)--\w", told), told
+    assert not re.search(r"(?<!\w)--\w", told + str(raised.value.hint)), told
     assert "objects" not in told, "rows that were handed over lie in a file that nobody has named"
     for call in re.findall(r"(?:fleetune\.\w+|help)\([^()]*\)", told):
         ast.parse(call)
@@ -205,6 +205,8 @@ def test_a_traceback_names_no_options_of_the_command_line(case, tiny, tmp_path, 
 def test_a_remark_is_python_too(capsys):
     listener.Progress().note("lower the learning rate (--set lr=5e-05)")
     assert capsys.readouterr().out == "lower the learning rate (settings={'lr': 5e-05})\n"
+    listener.Progress().header("fleetune measure", [("text", "none (--text FILE)")])
+    assert "none (text=FILE)" in capsys.readouterr().out
 
 
 def test_hints_are_python_where_python_has_a_counterpart(tiny, tmp_path):

@@ -167,6 +167,7 @@ def test_a_compressed_model_and_its_file_are_compared_with_the_tuned_one(at: Pat
         # its embedding is Q8_0
         assert after["kl_divergence"] < file["kl_divergence"] < 4 * after["kl_divergence"]
     assert f"tuned in torch is the reference: {after['kl_tokens']:,} tokens" in err
+    assert f"compressed in torch: validation loss {rows['compressed']['loss']:.3f} (" in err
     assert json.loads((folder / harness.FILE).read_text())["reference"] == "runs/0001-fedit-little"
 
 

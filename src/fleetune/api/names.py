@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fleetune.tuning.result.finished import TuneResult
 
 Setting = settings.Value | Callable[..., Any]  # of a method; a function is an objective
-Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: dicts, a datasets.Dataset
+Rows = str | Path | Iterable[Mapping[str, Any]] | dict[str, list[Any]]  # a file, a hub id, rows or columns
 
 # names that an editor completes and a type checker knows; those of other packages are known at run time
 MethodName: TypeAlias = Literal[

@@ -350,9 +350,8 @@ def _report(
         **values,
     )
     listener.event(event)
-    listener.note(
-        f"{line.name} in {line.engine}: " + ", ".join(f"{k} {v:.4f}" for k, v in event.values.items())
-    )
+    told = " · ".join(f"{metric(name).label} {_shown(event, name)}" for name in event.values)
+    listener.note(f"{line.name} in {line.engine}: {told}")
     return event
 
 

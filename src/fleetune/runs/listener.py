@@ -126,7 +126,7 @@ class Progress(Silent):
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print what is about to run."""
         wide = max((len(label) for label, _ in rows), default=0)
-        self._say(title, *(f" {label:{wide}}   {value}" for label, value in rows))
+        self._say(title, *(f" {label:{wide}}   {FleetuneError.spoken(value)}" for label, value in rows))
 
     def note(self, text: str) -> None:
         """Print a remark."""

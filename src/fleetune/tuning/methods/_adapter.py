@@ -95,9 +95,7 @@ class Trained(methods.Method):
                 f"clip = {self.clip}, weight_decay = {self.weight_decay}, mu = {self.mu}: each must be 0 or a positive number"
             )
         if self.checkpointing not in CHECKPOINTING:
-            raise ValueError(
-                f"checkpointing = {self.checkpointing!r} is not one of {', '.join(CHECKPOINTING)}"
-            )
+            raise ValueError(f"checkpointing {self.checkpointing!r} is not one of {', '.join(CHECKPOINTING)}")
 
     @property
     def own_lr(self) -> float:

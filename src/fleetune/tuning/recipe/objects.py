@@ -6,6 +6,7 @@ A model in memory becomes a Hugging Face directory, rows a JSONL file, each once
 import copy
 import hashlib
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -205,7 +206,7 @@ def data_name(data: Any, out: Path) -> str:
     """Return the name of a data set: "" for None, itself if it is one, else the JSONL file that its rows are written into.
 
     `data` may be a name, a path, "-" (rows as JSONL from standard input), or any iterable of mappings: a list of dicts, a
-    `datasets.Dataset`, a DataFrame.  DataError for anything else.
+    `datasets.Dataset`, a DataFrame; or a dict of columns, each a list.  DataError for anything else.
     """
     if isinstance(data, str) and data == sources.STDIN:
         return str(sources.store_stdin(_folder(out)))
@@ -213,21 +214,20 @@ def data_name(data: Any, out: Path) -> str:
         return str(data or "")
     if hasattr(data, "to_dicts"):  # a polars DataFrame
         data = data.to_dicts()
-    elif hasattr(data, "to_dict") and hasattr(
-        data, "columns"
-    ):  # a pandas DataFrame, whose missing values are NaN
+    elif hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas, whose missing values are NaN
         data = data.to_dict("records")
         data = [{name: None if _is_missing(value) else value for name, value in row.items()} for row in data]
+    elif isinstance(data, dict) and {*map(type, data.values())} == {list}:  # columns
+        data = [dict(zip(data, row, strict=True)) for row in itertools.zip_longest(*data.values())]
     if not isinstance(data, Iterable) or isinstance(data, Mapping | bytes):
         raise DataError(
-            f"a {type(data).__name__} is not rows",
-            hint="give a file, a hub id, or rows as dicts (of one split)",
+            f"a {type(data).__name__} is not rows", hint="give a file, a hub id, or dicts (of one split)"
         )
     lines = []
     for number, row in enumerate(data, 1):
         if not isinstance(row, Mapping):
             raise DataError(
-                f"row {number} is a {type(row).__name__}, not a dict", hint="rows map fields to texts"
+                f"row {number} is a {type(row).__name__}, not a dict", hint='{"prompt": .., "response": ..}'
             )
         try:
             lines.append(json.dumps(dict(row), ensure_ascii=False, default=_plain_value).encode() + b"\n")
