@@ -77,7 +77,7 @@ def test_a_drawn_start_is_a_function_of_seed_and_layer(init: str) -> None:
 def test_a_drawn_start_changes_nothing(init: str) -> None:
     base, model = models.tiny_llama(), on(init)
     torch.testing.assert_close(logits(model.net), logits(base.net), rtol=0, atol=1e-5)
-    assert adapters.subtracted_factors(model) == {}
+    assert adapters.start_factors(model) == {}
     for b, a in factors(adapters.export(model)).values():
         assert np.abs(b @ a).max() < 1e-6
         assert b.any() == (init == "orthogonal")
@@ -133,13 +133,13 @@ def reference(init: str, w: np.ndarray, r: int) -> np.ndarray:
 def test_what_is_taken_out_is_the_formula(init: str) -> None:
     model = on(init)
     stored = weights(models.tiny_llama())
-    for layer, (b, a) in factors(adapters.subtracted_factors(model)).items():
+    for layer, (b, a) in factors(adapters.start_factors(model)).items():
         w = stored[f"{layer}.weight"]
         # float32's eps, times the condition of the r-th direction: |w| over the gap to the next one
         np.testing.assert_allclose(ALPHA / R * b @ a, reference(init, w, R), atol=5e-5)
         if init == "pissa":  # equation 2: both sides hold the root of the singular values
             np.testing.assert_allclose(b.T @ b, a @ a.T, atol=1e-5)
-    assert adapters.digest(adapters.subtracted_factors(model)) == adapters.digest(adapters.export(model))
+    assert adapters.digest(adapters.start_factors(model)) == adapters.digest(adapters.export(model))
 
 
 @PEFT_WARNS
@@ -190,7 +190,7 @@ def tiny_gpt2() -> Model:
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
 def test_merged_weights_are_the_formula(init: str, net: Callable[[], Model]) -> None:
     model, stored = on(init, net=net), weights(net())
-    start = factors((adapters.export if init == "orthogonal" else adapters.subtracted_factors)(model))
+    start = factors((adapters.export if init == "orthogonal" else adapters.start_factors)(model))
     move(model, size=0.05)
     before, now = logits(model.net), factors(adapters.export(model))
     adapters.merge(model)
@@ -230,23 +230,23 @@ def test_the_saved_adapter_is_a_plain_lora_on_the_plain_base(init: str, tmp_path
 @taken
 def test_a_device_that_is_told_the_start_has_the_servers_model(init: str) -> None:
     server = on(init)
-    start = adapters.subtracted_factors(server)
+    start = adapters.start_factors(server)
     move(server, size=0.05)
     device = on("default", 9)
-    adapters.subtract_factors(device, start)
+    adapters.set_start_factors(device, start)
     adapters.load_(device, adapters.export(server))
     assert torch.equal(logits(device.net), logits(server.net))
     for array in start.values():
         array += 1  # it has kept a copy
     assert torch.equal(logits(device.net), logits(server.net))
-    adapters.subtract_factors(device, {})
+    adapters.set_start_factors(device, {})
     adapters.load_(device, {n: a * 0 for n, a in adapters.export(device).items()})
     assert torch.equal(logits(device.net), logits(models.tiny_llama().net))
 
 
 def test_a_start_of_another_adapter_is_refused() -> None:
     model = on("pissa")
-    start, before = adapters.subtracted_factors(model), logits(model.net)
+    start, before = adapters.start_factors(model), logits(model.net)
     name = next(iter(start))
     for bad in (
         {n: a for n, a in start.items() if n != name},
@@ -255,14 +255,14 @@ def test_a_start_of_another_adapter_is_refused() -> None:
         start | {name: start[name].astype(np.float64)},
     ):
         with pytest.raises(MessageError, match="differ in 1"):
-            adapters.subtract_factors(model, bad)
+            adapters.set_start_factors(model, bad)
         assert torch.equal(logits(model.net), before)
     full = models.tiny_llama()
     adapters.attach(full, adapters.Bitfit(), seed=1)
-    assert adapters.subtracted_factors(full) == {}
-    adapters.subtract_factors(full, {})
+    assert adapters.start_factors(full) == {}
+    adapters.set_start_factors(full, {})
     with pytest.raises(MessageError, match="differ in"):
-        adapters.subtract_factors(full, start)
+        adapters.set_start_factors(full, start)
 
 
 def test_a_rank_that_no_start_can_have_leaves_the_model_alone() -> None:

@@ -22,13 +22,14 @@ from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.folder import MOST_JSON, load, save
 from fleetune.adapters.lora import (
     ALL_LINEAR,
+    FROZEN,
     INITS,
     QUERY_VALUE,
     Lora,
     LoraPart,
     pairs,
-    subtract_factors,
-    subtracted_factors,
+    set_start_factors,
+    start_factors,
 )
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
@@ -36,6 +37,7 @@ from fleetune.adapters.scales import Scales, moved_scales
 
 __all__ = [
     "ALL_LINEAR",
+    "FROZEN",
     "INITS",
     "MOST_JSON",
     "MOST_TOKENS",
@@ -61,8 +63,8 @@ __all__ = [
     "moved_scales",
     "pairs",
     "save",
-    "subtract_factors",
-    "subtracted_factors",
+    "set_start_factors",
+    "start_factors",
     "trainable",
     "training",
 ]
