@@ -16,6 +16,7 @@ from fleetune import adapters, models
 from fleetune.adapters import lora_init
 from fleetune.data import Batch
 from fleetune.errors import MessageError, ModelError
+from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 250
@@ -311,6 +312,25 @@ def test_eva_takes_the_directions_that_explain_most(layer: str) -> None:
     np.testing.assert_allclose(a @ a.T, np.eye(R), atol=1e-5)
     best = (np.linalg.svd(x, compute_uv=False)[:R] ** 2).sum()
     assert best * 0.99 < ((x @ a.T) ** 2).sum() <= best * (1 + 1e-6)
+
+
+def test_gradient_takes_the_directions_in_which_the_loss_falls_fastest() -> None:
+    model, seen, base = on("default"), batches(3), models.tiny_llama()
+    part = adapters.attachment_of(model).parts[0]
+    assert isinstance(part, adapters.LoraPart)
+    with pytest.raises(ModelError, match="fewer than 17 directions"):
+        lora_init.gradient_directions(model, part.layers, 17, seen)
+    found = factors(lora_init.gradient_directions(model, part.layers, R, seen))
+    own = {name: base.net.get_parameter(f"{name}.weight").requires_grad_(True) for name in found}
+    with torch.enable_grad():
+        sum(loss_tensor(base, batch) for batch in seen).backward()  # type: ignore[union-attr]
+    for name, weight in own.items():
+        assert weight.grad is not None
+        u, _, vt = np.linalg.svd(weight.grad.double().numpy())
+        b, a = found[name]
+        np.testing.assert_allclose(np.abs(np.sum(b * u[:, :R], axis=0)), 1.0, atol=1e-3)
+        np.testing.assert_allclose(np.abs(np.sum(a * vt[:R], axis=1)), 1.0, atol=1e-3)
+    assert all(p.grad is None for p in model.net.parameters())
 
 
 def test_eva_says_when_it_sees_too_little_and_leaves_the_model_alone() -> None:

@@ -259,17 +259,21 @@ class Averaged(Trained):
         With wire=sign the whole module is sent where that is less, or the start is no function of the seed.  A device keeps
         the start's factors.
         """
+        start = {} if known else prefixed(state.start, "start/")
+        scalars = (
+            {"seed": state.seed, "known": known}
+            if state.start or self.wire == "sign"
+            else {"seed": state.seed}
+        )
         if self.wire == "fp32":
-            start = {} if known else prefixed(state.start, "start/")
-            arrays = rounded(state.tensors) | start | prefixed(rounded(state.c), "c/")
-            return Payload(arrays, {"seed": state.seed} | ({"known": known} if known and state.start else {}))
+            return Payload(rounded(state.tensors) | start | prefixed(rounded(state.c), "c/"), scalars)
         missed = PLANES * (state.round - max(known - 1, 0))
         whole = missed > len(state.bits) or not (known or self.start in SAME_EVERYWHERE)
         first = len(state.bits) - missed
         arrays = state.tensors if whole else {"bits": state.bits[first:], "scales": state.scales[first:]}
-        arrays = arrays | (prefixed(state.start, "start/") if whole else {})
+        arrays = arrays | start
         groups = Layout.of(state.tensors).groups.tobytes()
-        return Payload(arrays, {"seed": state.seed, "known": 0 if whole else known, "groups": groups})
+        return Payload(arrays, scalars | {"groups": groups})
 
     def expects(self, state: State) -> ReplySpec:
         if self.wire == "fp32":
