@@ -22,9 +22,9 @@ from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.folder import MOST_JSON, load, save
 from fleetune.adapters.lora import (
     ALL_LINEAR,
-    FROZEN,
     INITS,
     QUERY_VALUE,
+    VARIANTS,
     Lora,
     LoraPart,
     pairs,
@@ -37,11 +37,11 @@ from fleetune.adapters.scales import Scales, moved_scales
 
 __all__ = [
     "ALL_LINEAR",
-    "FROZEN",
     "INITS",
     "MOST_JSON",
     "MOST_TOKENS",
     "QUERY_VALUE",
+    "VARIANTS",
     "AdapterSpec",
     "Bitfit",
     "Bottleneck",

@@ -35,7 +35,8 @@ ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
 ALL_LINEAR: Final = "all-linear"
 QUERY_VALUE: Final = "query-value"
 INITS: Final = (*FROM_SEED, *FROM_WEIGHTS)
-FROZEN: Final = MappingProxyType({"lora": "", "ffa": "A", "sb": "AB"})  # by variant: the factors that stay
+# by variant: what is trained, and what stays
+VARIANTS: Final = MappingProxyType({"lora": ("AB", ""), "ffa": ("B", "A"), "sb": ("R", "AB")})
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Lora:
 
     `targets` is "all-linear" (every linear layer but the output head), "query-value" (these projections of
     attention, the LoRA paper's choice) or the last parts of module names, as a sequence or separated by commas.
-    `init` is one of `INITS` (`lora_init.py`), `variant` one of `FROZEN`.
+    `init` is one of `INITS` (`lora_init.py`), `variant` one of `VARIANTS`.
     """
 
     r: int
@@ -258,7 +259,7 @@ def _initialise(part: LoraPart, spec: Lora, seed: int) -> None:
         start |= dict(zip(factor_names(name), factors, strict=True))
     for name, parameter in part.parameters.items():
         parameter.data = start[name].to(parameter.device, torch.float32).contiguous()
-    part.freeze(FROZEN[spec.variant])
+    part.freeze(VARIANTS[spec.variant][1])
     if spec.init in FROM_WEIGHTS and not part.frozen:
         part.subtract({n: p.detach().clone() for n, p in part.parameters.items()})
 

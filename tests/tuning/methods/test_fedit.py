@@ -256,6 +256,7 @@ def test_the_trained_side_alone_moves_and_its_mean_is_that_of_the_products(value
     s, steps, lr = 12 / 4, 2, 1e-2
     method = methods.make("fedit", FAST | values | {"r": 4, "alpha": 12, "steps": steps, "batch_size": 9})
     model = models.tiny_llama()
+    method.init(model, 6)  # whose factors do not stay
     state, fleet = method.init(model, 5), fleet_of(model, method)
     whole = adapters.attachment_of(model).parts[0]
     assert isinstance(whole, adapters.LoraPart)

@@ -72,15 +72,11 @@ def lora_module(
 ) -> Module | None:
     """Return LoRA of this rank on these layers, with a classifier's head; None where there are no such layers."""
     tensors: dict[str, tuple[int, ...]] = {}
-    stay, frozen = adapters.FROZEN[variant], 0
+    (trained, stay), frozen = adapters.VARIANTS[variant], 0
     for linear in adapted:
-        for side, sizes in (("A", (rank, linear.into)), ("B", (linear.out, rank))):
-            if side in stay:
-                frozen += math.prod(sizes)
-            else:
-                tensors[f"{linear.name}.lora_{side}.weight"] = sizes
-        if stay == "AB":
-            tensors[f"{linear.name}.lora_R.weight"] = (rank, rank)
+        sizes = {"A": (rank, linear.into), "B": (linear.out, rank), "R": (rank, rank)}
+        tensors |= {f"{linear.name}.lora_{side}.weight": sizes[side] for side in trained}
+        frozen += sum(math.prod(sizes[side]) for side in stay)
     made = Module(f"r={rank}", tensors | dict(head), adapted, rank, dropout=dropout, frozen=frozen)
     return made if adapted else None
 

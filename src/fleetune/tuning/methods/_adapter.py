@@ -63,9 +63,7 @@ class State(NamedTuple):
     moments: Tensors = NOTHING
     c: Tensors = NOTHING
     seen: np.ndarray = NOBODY  # devices that c is the mean of
-    start: Tensors = (
-        NOTHING  # what a LoRA's start took out of the base (B0, A0), or what of it stays and no seed draws
-    )
+    start: Tensors = NOTHING  # a LoRA's factors that are subtracted (B0, A0), or stay and no seed draws
     # wire=sign
     round: int = 0
     bits: np.ndarray = NO_SIGNS.bits  # what the last rounds changed, as `Signs`: `PLANES` each

@@ -91,8 +91,8 @@ class Method(_adapter.Averaged):
         if self.average not in ("separate", "product"):
             raise ValueError(f"average = {self.average!r} is none of separate, product")
         product = self.average == "product"
-        if self.variant not in adapters.FROZEN:
-            raise ValueError(f"variant = {self.variant!r} is none of {', '.join(adapters.FROZEN)}")
+        if self.variant not in adapters.VARIANTS:
+            raise ValueError(f"variant = {self.variant!r} is none of {', '.join(adapters.VARIANTS)}")
         if product and self.variant != "lora":
             raise ValueError(
                 f"variant={self.variant} has one rank, and its mean is that of the products; use average=separate, and no ranks"
