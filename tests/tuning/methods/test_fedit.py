@@ -326,7 +326,7 @@ def gradient(base: dict[str, np.ndarray], moves: dict[str, np.ndarray]) -> list[
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"variant": "xs"}, "variant = 'xs' is none of lora, ffa, sb"),
+        ({"variant": "xs"}, "variant = 'xs' is not one of lora, ffa, sb"),
         ({"variant": "sb"}, "use start=gradient"),
         ({"variant": "ffa", "average": "product"}, "use average=separate, and no ranks"),
     ],

@@ -92,7 +92,7 @@ class Method(_adapter.Averaged):
             raise ValueError(f"average = {self.average!r} is not one of separate, product")
         product = self.average == "product"
         if self.variant not in adapters.VARIANTS:
-            raise ValueError(f"variant = {self.variant!r} is none of {', '.join(adapters.VARIANTS)}")
+            raise ValueError(f"variant = {self.variant!r} is not one of {', '.join(adapters.VARIANTS)}")
         if product and self.variant != "lora":
             raise ValueError(
                 f"variant={self.variant} has one rank, and its mean is that of the products; use average=separate, and no ranks"
