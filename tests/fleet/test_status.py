@@ -97,7 +97,7 @@ def test_the_command_says_the_same_with_and_without_json(run, capsys):
     assert (found["event"], found["served"], found["replies"]["ok"]) == ("fleet", False, 4)
     assert main(["fleet", "status", "1", *out]) == 0
     said = capsys.readouterr()
-    assert "now: last heard 1d16h" in said.err
+    assert "no server runs it; last heard 1d16h ago" in said.err
     told = ["interrupted", "round     3 of 8", "4 ok · 1 refused · 1 dropped", "dialysis-ward"]
     for text in (*told, "it goes 9 times", f"fleetune fleet serve --resume {run}"):
         assert text in said.out
@@ -142,7 +142,7 @@ def test_a_finished_run_is_said_to_be_and_one_whose_page_is_still_there_can_be_s
     fleet_run.word(run, lingers=True)
     assert main(["fleet", "status", *out]) == main(["fleet", "stop", *out]) == 0
     said = capsys.readouterr().err
-    assert "only its page is left" in said
+    assert "its page is still shown; last heard" in said
     assert "asked: its page ends" in said
     assert status.take_stop(run, "5e55")
 

@@ -106,11 +106,7 @@ def add_door(add: Add, first: str) -> None:
     """Add the flags; `first` is what waits for the devices: "the first round"."""
     add("--host", help="address to listen on (default 127.0.0.1: this machine alone)")
     add("--port", type=int, help=f"port to listen on (default {PORT})")
-    add(
-        "--keys",
-        metavar="DIR",
-        help="let in the devices whose NAME.pub is in this folder, in the order of the names",
-    )
+    add("--keys", metavar="DIR", help="let in the devices whose NAME.pub is in it, in the order of the names")
     add("--certificate", metavar="DIR", help="folder with server.pem and server.key")
     add("--wait", type=int, metavar="N", help=f"devices before {first}")
     add(
@@ -123,7 +119,8 @@ def add_door(add: Add, first: str) -> None:
         "--round-deadline",
         type=float,
         metavar="SECONDS",
-        help="go on without those that have not answered by then (default: wait)",
+        help="go on without those that have not answered by then (default: wait; once half have answered, "
+        "20 times their median time, 10 min at least)",
     )
     add(
         "--page",

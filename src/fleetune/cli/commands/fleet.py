@@ -212,8 +212,6 @@ def _values(args: argparse.Namespace, note: Callable[[str], None]) -> Mapping[st
 
 
 def _eval(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet import eval_server
-
     name = _word(args, "latest")
     if other := [*flags.given(args), *args.set, *filter(None, (args.config, args.resume))]:
         raise UsageError(
@@ -223,8 +221,11 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
     ui.log()
     if isinstance(found, subject.Run) and (found.folder / standing.FILE).is_file():
         taken = flags.again(args, str(standing.word_of(found.folder).get("flags", "")))
-        ui.note(f"the door is the run's: {' '.join(taken) or 'the usual'}")
+        if taken:
+            ui.note(f"taken from the run: {' '.join(taken)}")
     with console_listener(ui) as listener, flags.served(args) as served:
+        from fleetune.fleet import eval_server
+
         done, each = eval_server.evaluate(found, served, listener, offline=args.offline)
     _show(ui, each, done)
 
@@ -484,8 +485,8 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
     if now.served:
         ui.paths([("run", f"{now.run} · {now.status} · heard {ago} ago"), *standing.facts(now)])
     else:
-        no = "only its page is left of" if standing.lingers(Path(now.run)) else "no server has"
-        ui.note(f"{no} {now.run} now: last heard {ago} ago")
+        page = "its page is still shown" if standing.lingers(Path(now.run)) else "no server runs it"
+        ui.note(f"{page}; last heard {ago} ago")
         ui.paths([("run", f"{now.run} · {now.status}"), *standing.facts(now)])
     ui.table(standing.HEAD, [standing.cells(device) for device in now.devices])
     if not now.served and now.status != "done":
