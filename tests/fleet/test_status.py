@@ -133,6 +133,14 @@ def test_stop_reaches_the_session_that_wrote_the_last_word_and_no_other(run):
         assert not status.take_stop(run, "5e55")  # once
 
 
+def test_a_stopped_run_is_served_again_at_the_door_that_it_had(run, capsys):
+    (run / "status").write_text("interrupted\n")
+    fleet_run.word(run, flags=" --port 9 --keys none --certificate certs --wait 2")
+    said = refused(capsys, "fleet", "serve", "--resume", "latest", "--port", "10", "--out", str(run.parent))
+    assert "taken from the run: --keys none --certificate certs --wait 2" in said
+    assert "error: certs has no server.pem" in said
+
+
 def test_a_finished_run_is_said_to_be_and_one_whose_page_is_still_there_can_be_stopped(run, capsys):
     (run / "status").write_text("done\n")
     out = ["latest", "--out", str(run.parent)]

@@ -119,8 +119,7 @@ def add_door(add: Add, first: str) -> None:
         "--round-deadline",
         type=float,
         metavar="SECONDS",
-        help="go on without those that have not answered by then (default: wait; once half have answered, "
-        "20 times their median time, 10 min at least)",
+        help="go on without those that have not answered by then (default: 20 times the median device's time, at least 10 min)",
     )
     add(
         "--page",
@@ -132,15 +131,15 @@ def add_door(add: Add, first: str) -> None:
     )
 
 
-def again(args: argparse.Namespace, flags: str) -> list[str]:
+def again(args: argparse.Namespace, flags: str, names: Sequence[str] = DOOR[:4]) -> list[str]:
     """Open the same door as a run's server did with these flags, where none says otherwise; return those that were taken."""
     door, taken = Parser(add_help=False), []
     add_door(door.group(""), "")
     before = vars(door.parse_known_args(shlex.split(flags))[0])
-    for name in DOOR[:4]:
+    for name in names:
         if getattr(args, name) is None and before[name] is not None:
             setattr(args, name, before[name])
-            taken.append(f"--{name} {quoted(before[name])}")
+            taken.append(f"--{name.replace('_', '-')} {quoted(before[name])}")
     return taken
 
 
