@@ -240,7 +240,7 @@ def test_one_that_comes_after_the_end_is_told_and_written_down_once(tmp_path):
 def test_waiting_with_patience_goes_on_with_those_that_are_there(tmp_path):
     memory, notes = link(2), list[str]()
     table = Devices(tmp_path)
-    table.register([("k0", "press-0"), ("k1", "press-1")])
+    table.register([("old", "press-0"), ("k0", "press-0"), ("k1", "press-1")])
     memory.away.add("k1")
     made = RemoteFleet(memory, table, JOB, 42, QUICK, note=notes.append)
     made.wait_for(2, 0.2)

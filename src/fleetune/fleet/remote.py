@@ -338,7 +338,8 @@ class RemoteFleet(Fleet):
         self.note(f"{why}: the others are not waited for")
 
     def _missing(self) -> str:
-        names = [m.name for m in self.devices.members if m.key not in self._ready]
+        ready = {m.name for m in self.devices.members if m.key in self._ready}  # perhaps by a second key
+        names = [n for n in dict.fromkeys(m.name for m in self.devices.members) if n not in ready]
         return f"; missing: {', '.join(names[:SHOWN])}{' ..' * (len(names) > SHOWN)}" if names else ""
 
     def _check_prospect(self, count: int) -> None:
