@@ -455,27 +455,37 @@ def _source_of(path: Path, parents: Parents) -> Subject | None:
 
 def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
     """Write an export again from its source, and compare."""
-    tuned: Model | None = None
     if isinstance(source, Compressed):
-        yield from _of_compressed(source, parents)
+        with ThreadPoolExecutor(1) as pool:  # codes give the file, whatever they were made from
+            again = pool.submit(written_again, path, source, offline=parents.offline)
+            yield from _of_compressed(source, parents)
+        target = again.result()
     elif isinstance(source, Run):
-        source = parents.run(source)
-        if source.recipe.train == SCALES:
-            yield from _files_of_run(source)
-            yield from _files_of_base(source.recipe.model, parents)
-        else:
-            tuned = yield from _merged(source, parents)
-    target = written_again(path, source, tuned, offline=parents.offline)
-    if isinstance(source, Run) and (tuned is None or source.result.is_dir()):
-        what = "adapter" if source.result.is_dir() else "ledger, and are those that it states"
-        yield _proven(
-            "weights", f"made from base and {what}: {finished.stated_by(source.folder).get('digest', '')}"
-        )
-    if isinstance(source, Run) and tuned is None:
-        yield _base(source.recipe.model, rundir.made_on(source.folder)["base"])
-        yield from _declared_by(source)
+        target = yield from _of_tuned(path, parents.run(source), parents)
+    else:
+        target = written_again(path, source, offline=parents.offline)
     words = f"written again as {target} from {source.argument}: every byte is equal"
     yield _proven(path.name, words)
+
+
+def _of_tuned(path: Path, run: Run, parents: Parents) -> Generator[LinkVerified, None, str]:
+    """Write the export of a run again, and compare; return its target."""
+    tuned: Model | None = None
+    if run.recipe.train == SCALES:
+        yield from _files_of_run(run)
+        yield from _files_of_base(run.recipe.model, parents)
+    else:
+        tuned = yield from _merged(run, parents)
+    target = written_again(path, run, tuned, offline=parents.offline)
+    if tuned is None or run.result.is_dir():
+        what = "adapter" if run.result.is_dir() else "ledger, and are those that it states"
+        yield _proven(
+            "weights", f"made from base and {what}: {finished.stated_by(run.folder).get('digest', '')}"
+        )
+    if tuned is None:
+        yield _base(run.recipe.model, rundir.made_on(run.folder)["base"])
+        yield from _declared_by(run)
+    return target
 
 
 def written_again(path: Path, source: Subject, tuned: Model | None = None, *, offline: bool) -> str:
