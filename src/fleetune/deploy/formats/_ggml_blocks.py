@@ -25,9 +25,8 @@ from fleetune.models.families.number_types import SUPER_WIDTH
 
 BLOCK: Final = 32
 CHUNK: Final = 1 << 12  # blocks that are rounded at a time: they stay in the cache
-BELOW_HALF: Final = torch.tensor(
-    0.5 - 2.0**-25
-)  # the fp32 below 0.5: added before a cut, it rounds half away from 0
+# the fp32 below 0.5: added before a cut, it rounds half away from 0
+BELOW_HALF: Final = torch.tensor(0.5 - 2.0**-25)
 RANGES: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
     {"Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-128, 127)}
 )
