@@ -90,7 +90,7 @@ def test_plain_weights_are_rounded_as_the_gguf_package_rounds_them(seed: int, sc
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((rows, 96), np.float32) * np.float32(10.0**scale)
     weight[:, :32] = rng.integers(-254, 255, (rows, 32)) * np.float32(0.5)  # halves, where the largest is 127
-    weight[:, 0], weight[0, 32:64] = 127, 0
+    weight[:, 0], weight[:, 1], weight[0, 32:64] = 127, np.nextafter(np.float32(0.5), np.float32(0)), 0
     theirs = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
     assert np.array_equal(_ggml_blocks.round_q8_0(torch.from_numpy(weight)), theirs)
 
