@@ -16,6 +16,7 @@ from fleetune import adapters, models
 from fleetune.adapters import lora_init
 from fleetune.data import Batch
 from fleetune.errors import MessageError, ModelError
+from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 250
@@ -77,7 +78,7 @@ def test_a_drawn_start_is_a_function_of_seed_and_layer(init: str) -> None:
 def test_a_drawn_start_changes_nothing(init: str) -> None:
     base, model = models.tiny_llama(), on(init)
     torch.testing.assert_close(logits(model.net), logits(base.net), rtol=0, atol=1e-5)
-    assert adapters.subtracted_factors(model) == {}
+    assert adapters.start_factors(model) == {}
     for b, a in factors(adapters.export(model)).values():
         assert np.abs(b @ a).max() < 1e-6
         assert b.any() == (init == "orthogonal")
@@ -133,13 +134,13 @@ def reference(init: str, w: np.ndarray, r: int) -> np.ndarray:
 def test_what_is_taken_out_is_the_formula(init: str) -> None:
     model = on(init)
     stored = weights(models.tiny_llama())
-    for layer, (b, a) in factors(adapters.subtracted_factors(model)).items():
+    for layer, (b, a) in factors(adapters.start_factors(model)).items():
         w = stored[f"{layer}.weight"]
         # float32's eps, times the condition of the r-th direction: |w| over the gap to the next one
         np.testing.assert_allclose(ALPHA / R * b @ a, reference(init, w, R), atol=5e-5)
         if init == "pissa":  # equation 2: both sides hold the root of the singular values
             np.testing.assert_allclose(b.T @ b, a @ a.T, atol=1e-5)
-    assert adapters.digest(adapters.subtracted_factors(model)) == adapters.digest(adapters.export(model))
+    assert adapters.digest(adapters.start_factors(model)) == adapters.digest(adapters.export(model))
 
 
 @PEFT_WARNS
@@ -190,7 +191,7 @@ def tiny_gpt2() -> Model:
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
 def test_merged_weights_are_the_formula(init: str, net: Callable[[], Model]) -> None:
     model, stored = on(init, net=net), weights(net())
-    start = factors((adapters.export if init == "orthogonal" else adapters.subtracted_factors)(model))
+    start = factors((adapters.export if init == "orthogonal" else adapters.start_factors)(model))
     move(model, size=0.05)
     before, now = logits(model.net), factors(adapters.export(model))
     adapters.merge(model)
@@ -230,23 +231,23 @@ def test_the_saved_adapter_is_a_plain_lora_on_the_plain_base(init: str, tmp_path
 @taken
 def test_a_device_that_is_told_the_start_has_the_servers_model(init: str) -> None:
     server = on(init)
-    start = adapters.subtracted_factors(server)
+    start = adapters.start_factors(server)
     move(server, size=0.05)
     device = on("default", 9)
-    adapters.subtract_factors(device, start)
+    adapters.set_start_factors(device, start)
     adapters.load_(device, adapters.export(server))
     assert torch.equal(logits(device.net), logits(server.net))
     for array in start.values():
         array += 1  # it has kept a copy
     assert torch.equal(logits(device.net), logits(server.net))
-    adapters.subtract_factors(device, {})
+    adapters.set_start_factors(device, {})
     adapters.load_(device, {n: a * 0 for n, a in adapters.export(device).items()})
     assert torch.equal(logits(device.net), logits(models.tiny_llama().net))
 
 
 def test_a_start_of_another_adapter_is_refused() -> None:
     model = on("pissa")
-    start, before = adapters.subtracted_factors(model), logits(model.net)
+    start, before = adapters.start_factors(model), logits(model.net)
     name = next(iter(start))
     for bad in (
         {n: a for n, a in start.items() if n != name},
@@ -255,14 +256,14 @@ def test_a_start_of_another_adapter_is_refused() -> None:
         start | {name: start[name].astype(np.float64)},
     ):
         with pytest.raises(MessageError, match="differ in 1"):
-            adapters.subtract_factors(model, bad)
+            adapters.set_start_factors(model, bad)
         assert torch.equal(logits(model.net), before)
     full = models.tiny_llama()
     adapters.attach(full, adapters.Bitfit(), seed=1)
-    assert adapters.subtracted_factors(full) == {}
-    adapters.subtract_factors(full, {})
+    assert adapters.start_factors(full) == {}
+    adapters.set_start_factors(full, {})
     with pytest.raises(MessageError, match="differ in"):
-        adapters.subtract_factors(full, start)
+        adapters.set_start_factors(full, start)
 
 
 def test_a_rank_that_no_start_can_have_leaves_the_model_alone() -> None:
@@ -311,6 +312,25 @@ def test_eva_takes_the_directions_that_explain_most(layer: str) -> None:
     np.testing.assert_allclose(a @ a.T, np.eye(R), atol=1e-5)
     best = (np.linalg.svd(x, compute_uv=False)[:R] ** 2).sum()
     assert best * 0.99 < ((x @ a.T) ** 2).sum() <= best * (1 + 1e-6)
+
+
+def test_gradient_takes_the_directions_in_which_the_loss_falls_fastest() -> None:
+    model, seen, base = on("default"), batches(3), models.tiny_llama()
+    part = adapters.attachment_of(model).parts[0]
+    assert isinstance(part, adapters.LoraPart)
+    with pytest.raises(ModelError, match="fewer than 17 directions"):
+        lora_init.gradient_directions(model, part.layers, 17, seen)
+    found = factors(lora_init.gradient_directions(model, part.layers, R, seen))
+    own = {name: base.net.get_parameter(f"{name}.weight").requires_grad_(True) for name in found}
+    with torch.enable_grad():
+        sum(loss_tensor(base, batch) for batch in seen).backward()  # type: ignore[union-attr]
+    for name, weight in own.items():
+        assert weight.grad is not None
+        u, _, vt = np.linalg.svd(weight.grad.double().numpy())
+        b, a = found[name]
+        np.testing.assert_allclose(np.abs(np.sum(b * u[:, :R], axis=0)), 1.0, atol=1e-3)
+        np.testing.assert_allclose(np.abs(np.sum(a * vt[:R], axis=1)), 1.0, atol=1e-3)
+    assert all(p.grad is None for p in model.net.parameters())
 
 
 def test_eva_says_when_it_sees_too_little_and_leaves_the_model_alone() -> None:

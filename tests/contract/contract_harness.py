@@ -40,6 +40,8 @@ VARIANTS = [
     "fedit:start=pissa,dropout=0",
     "fedit:start=eva",
     "fedit:wire=sign",
+    "fedit:variant=ffa",
+    "fedit:variant=sb,start=gradient,wire=sign",
     "fedkseed:law=gaussian",
     "fedkseed:pro=true",
     "fedkseed:backprop=0.5,backprop_lr=0.05",
@@ -56,6 +58,7 @@ VARIANTS = [
 # Methods that remember on the server or on the devices: a run that goes on must go on with all of it.
 STATEFUL = [
     "fedit:scaffold=true,server=adam",
+    "fedit:variant=sb,start=gradient",
     "fedpetuning:scaffold=true,mu=0.1,server=avgm",
     "fedpeptao:epochs=1,layers_rule=all",
     "signlora:r=2,pool=3,planes=1",

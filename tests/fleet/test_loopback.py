@@ -54,6 +54,7 @@ COMMON: dict[str, Any] = {**devices_harness.COMMON, "clients": CLIENTS, "rounds"
 WALK = {"K": 16, "tau": 2, "lr": 1e-2, "backprop": 0.5, "backprop_lr": 1e-3, "backprop_steps": 2}
 FEDKSEED = {**COMMON, "method": "fedkseed", "set": WALK}
 FEDIT = {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}}
+FEDSB = FEDIT | {"set": FEDIT["set"] | {"variant": "sb", "start": "gradient"}}
 SIGNLORA = {**COMMON, "method": "signlora", "set": {"steps": 1, "r": 2, "pool": 3, "lr": 0.05}}
 SIGNLORA["participation"] = 0.7  # so that some are told the news of several rounds
 QUICK = Pace(grace=20, poll=0.01)
@@ -101,7 +102,7 @@ def serve(recipe: dict[str, Any], fleets: Served, heard: fleetune.Listener = fle
 
 @pytest.mark.parametrize(
     ("recipe", "kinds"),
-    [(FEDIT | {"columns": "system='Be brief.'"}, ""), (FEDKSEED, "0,0,1"), (SIGNLORA, "")],
+    [(FEDSB | {"columns": "system='Be brief.'"}, ""), (FEDKSEED, "0,0,1"), (SIGNLORA, "")],
     ids=["fedit", "fedkseed", "signlora"],
 )
 def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(place, recipe, kinds, monkeypatch, capsys):

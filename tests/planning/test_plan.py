@@ -242,20 +242,25 @@ def test_the_plan_counts_the_time_of_the_chosen_kernels(monkeypatch):
     assert seconds["torch"]["full SGD"] == seconds["numba"]["full SGD"]
 
 
-ADAPTED = ["fedit", "fedpetuning", "fedpeptao", "fwdllm"]
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("fedit", {"variant": "ffa"}),
+    ("fedit", {"variant": "sb", "start": "pissa"}),
+]
+ADAPTED = [*((name, {}) for name in ("fedit", "fedpetuning", "fedpeptao", "fwdllm")), *VARIANTS]
 MODELS = {"llama": tiny_llama, "bert": tiny_bert, "roberta": tiny_roberta}
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", ADAPTED)
-def test_what_a_method_trains_is_what_it_attaches(name, family):
+@pytest.mark.parametrize(("name", "values"), ADAPTED)
+def test_what_a_method_trains_is_what_it_attaches(name, values, family):
     model = MODELS[family]()
-    method = methods.make(name, {})
+    method = methods.make(name, values | ({"r": 4} if "start" in values else {}))
     module = method.footprint(shapes.shape_of(model.net.config)).module
     method.init(model, 1)
     trained = {n: tuple(p.shape) for n, p in adapters.trainable(model).items()}
     assert module.tensors == trained
     assert module.size == sum(p.numel() for p in adapters.trainable(model).values())
+    assert module.frozen == (sum(a.size for a in adapters.start_factors(model).values()) if values else 0)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "query-value", "LAST, 1.SECOND"])

@@ -24,11 +24,12 @@ from fleetune.adapters.lora import (
     ALL_LINEAR,
     INITS,
     QUERY_VALUE,
+    VARIANTS,
     Lora,
     LoraPart,
     pairs,
-    subtract_factors,
-    subtracted_factors,
+    set_start_factors,
+    start_factors,
 )
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
@@ -40,6 +41,7 @@ __all__ = [
     "MOST_JSON",
     "MOST_TOKENS",
     "QUERY_VALUE",
+    "VARIANTS",
     "AdapterSpec",
     "Bitfit",
     "Bottleneck",
@@ -61,8 +63,8 @@ __all__ = [
     "moved_scales",
     "pairs",
     "save",
-    "subtract_factors",
-    "subtracted_factors",
+    "set_start_factors",
+    "start_factors",
     "trainable",
     "training",
 ]

@@ -23,7 +23,7 @@ from fleetune import models
 from fleetune.adapters.attachment import AdapterSpec, Attachment, attach, attachment_of, detach, load_
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
-from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, subtracted_factors
+from fleetune.adapters.lora import ADAPTER, Lora, LoraPart
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.adapters.scales import Scales
@@ -174,7 +174,8 @@ def _lora_in_peft(attachment: Attachment, net: Any) -> tuple[dict[str, Any], dic
     part = attachment.parts[0]
     assert isinstance(part, LoraPart)
     config = part.tuner.peft_config[ADAPTER].to_dict()
-    tensors = dict(attachment.parameters) | _plain_lora(part)
+    others = {n: p for n, p in attachment.parameters.items() if n not in part.parameters}
+    tensors = others | part.factors() | _plain_lora(part)
     if part.subtracted:
         config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
     config["target_modules"] = sorted(config["target_modules"])
@@ -260,6 +261,8 @@ def _card(model: Model, spec: AdapterSpec, in_peft: bool) -> str:
     place = f'"PATH OF {base}"' if _is_local(model) else f'"{base}"'
     if _is_local(model) and base.endswith(".gguf"):
         place = f'"FOLDER OF {base}", gguf_file="{base}"'
+    part = attachment_of(model).parts[0]
+    subtracts = isinstance(part, LoraPart) and part.subtracted
     where = ', base="blocks"' if isinstance(spec, Scales) else ""
     use = _WITH_PEFT.format(base=place, auto=auto) if in_peft else _WITH_FLEETUNE.format(where=where)
     form = "" if head_of(model.net) else _form(model.tokenizer)
@@ -276,7 +279,7 @@ tags:
 Tuned with Fleetune.
 
 - base weights as loaded: {source}, {model.dtype}, SHA-256 `{model.digest}`
-- {title}{sizes and f": {sizes}"}{_RESIDUAL if subtracted_factors(model) else ""}
+- {title}{sizes and f": {sizes}"}{_RESIDUAL if subtracts else ""}
 
 {use}{form}"""
 

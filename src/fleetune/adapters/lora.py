@@ -3,12 +3,17 @@
 Hu et al. 2021, arXiv 2106.09685: a frozen layer `W0` becomes `W0 x + (alpha / r) B A x` with `A` [r, in] and `B` [out, r].  A
 start that is a part of the base (pissa, olora) is subtracted from it, W0 x + (alpha / r) (B A - B0 A0) x, with B0, A0 stored
 beside the layer.  Names are PEFT's file names without "base_model.model." in front.
+
+Factors may stay as they started.  FFA-LoRA (Sun et al., arXiv 2403.12313) trains B alone.  Fed-SB (Singhal et al., arXiv
+2502.15436; LoRA-XS, Balazy et al., arXiv 2405.17604) trains R [r, r] between A and B: the layer is W0 x + (alpha / r) B R A x,
+which is saved as the LoRA of B R and A.  B of the first and R start at 0, so that nothing has to be subtracted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Self, cast
 
 import numpy as np
@@ -30,6 +35,8 @@ ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
 ALL_LINEAR: Final = "all-linear"
 QUERY_VALUE: Final = "query-value"
 INITS: Final = (*FROM_SEED, *FROM_WEIGHTS)
+# by variant: what is trained, and what stays
+VARIANTS: Final = MappingProxyType({"lora": ("AB", ""), "ffa": ("B", "A"), "sb": ("R", "AB")})
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Lora:
 
     `targets` is "all-linear" (every linear layer but the output head), "query-value" (these projections of
     attention, the LoRA paper's choice) or the last parts of module names, as a sequence or separated by commas.
-    `init` is one of `INITS` (`lora_init.py`).
+    `init` is one of `INITS` (`lora_init.py`), `variant` one of `VARIANTS`.
     """
 
     r: int
@@ -46,6 +53,7 @@ class Lora:
     dropout: float = 0.0
     targets: str | Sequence[str] = ALL_LINEAR
     init: str = "default"
+    variant: str = "lora"
 
     def put_on(self, model: Model, seed: int) -> LoraPart:
         """Attach LoRA to the linear layers of `model.net`."""
@@ -74,7 +82,7 @@ class Lora:
                 f"PEFT puts no LoRA on a {type(model.net).__name__}: {short_error(error)}",
                 hint="name other layers: targets=...",
             ) from error
-        part = LoraPart(tuner)
+        part = LoraPart(tuner, seed)
         _check_linear(part, type(model.net).__name__)
         if self.dropout and model.device == "cpu":
             _drop_lean(part, self.dropout)
@@ -87,19 +95,33 @@ class Lora:
 
 
 class LoraPart(Part):
-    """The factors that PEFT has attached to the linear layers of a net, and the frozen ones that are subtracted."""
+    """The factors that PEFT has attached to the linear layers of a net, and those of the start that are subtracted or stay."""
 
-    def __init__(self, tuner: LoraModel) -> None:
-        self.tuner, self.hooks = tuner, []
+    def __init__(self, tuner: LoraModel, seed: int) -> None:
+        self.tuner, self.seed, self.hooks = tuner, seed, []
         self.subtracted: dict[str, Tensor] = {}  # B0, A0, fp32, under the parameters' names
+        self.frozen: dict[str, Tensor] = {}  # fp32: those of A and B that are not trained
         # PEFT's, by the name of the linear layer
         self.layers: dict[str, Any] = {
             n: m for n, m in tuner.model.named_modules() if isinstance(m, BaseTunerLayer)
         }
+        self.parameters: dict[str, nn.Parameter] = self.factors()
+
+    def factors(self) -> dict[str, Any]:
+        """Return B and A of every layer, of `sb` B R and A, by name."""
         both = {n: (m.lora_B[ADAPTER].weight, m.lora_A[ADAPTER].weight) for n, m in self.layers.items()}
-        self.parameters = dict(
-            sorted(p for n, pair in both.items() for p in zip(factor_names(n), pair, strict=True))
-        )
+        return dict(sorted(p for n, pair in both.items() for p in zip(factor_names(n), pair, strict=True)))
+
+    def freeze(self, sides: str) -> None:
+        """Let A stay, and B begin at 0; or both, with R from 0 between them."""
+        for name, layer in self.layers.items() if sides else ():
+            b, a = factor_names(name)
+            self.frozen[a] = self.parameters.pop(a).requires_grad_(False)
+            if "B" in sides:
+                square = layer.lora_B[ADAPTER] = SquareLinear(self.parameters.pop(b).data)
+                self.frozen[b], self.parameters[f"{name}.lora_R.weight"] = square.outer, square.core
+            else:
+                nn.init.zeros_(self.parameters[b])
 
     def subtract(self, factors: Mapping[str, Tensor]) -> None:
         """Subtract (alpha / r) B0 A0 from the base's layers, without writing to them; {} subtracts nothing."""
@@ -128,24 +150,42 @@ class LoraPart(Part):
                 weight.copy_(weight.float().add_(delta))
 
 
-def subtracted_factors(model: Model) -> dict[str, np.ndarray]:
-    """Return fp32 copies of the frozen factors B0, A0 that are subtracted from the base, by name; {} for none."""
+class SquareLinear(nn.Module):
+    """B R x, with R [r, r] trained, from 0 on."""
+
+    outer: Tensor  # B
+
+    def __init__(self, outer: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("outer", outer)
+        self.core = nn.Parameter(outer.new_zeros(outer.shape[1], outer.shape[1]))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.outer @ self.core
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def start_factors(model: Model) -> dict[str, np.ndarray]:
+    """Return fp32 copies of the start's factors that are subtracted from the base, or that stay, by name; {} for none."""
     found = {
         n: t
         for part in attachment_of(model).parts
         if isinstance(part, LoraPart)
-        for n, t in part.subtracted.items()
+        for n, t in (part.frozen or part.subtracted).items()
     }
     return {n: t.cpu().numpy().copy() for n, t in sorted(found.items())}
 
 
-def subtract_factors(model: Model, factors: Mapping[str, np.ndarray]) -> None:
-    """Subtract these factors from the base, as the server that started the adapter did ({}: nothing).
+def set_start_factors(model: Model, factors: Mapping[str, np.ndarray]) -> None:
+    """Subtract these factors from the base, or let them stay, as the server that started the adapter did ({}: nothing).
 
     MessageError, with nothing changed, unless they have the names, shapes and dtype (fp32) of the adapter's own.
     """
     part = next((part for part in attachment_of(model).parts if isinstance(part, LoraPart)), None)
-    own = part.parameters if part else {}
+    own: Mapping[str, Tensor] = (part.frozen or part.parameters) if part else {}
     odd = [
         name
         for name in sorted(factors.keys() | (own.keys() if factors else ()))
@@ -158,10 +198,11 @@ def subtract_factors(model: Model, factors: Mapping[str, np.ndarray]) -> None:
         raise MessageError(
             f"the start's tensors differ in {len(odd)} from this model's adapter, e.g. '{odd[0]}'"
         )
-    if part:
-        part.subtract(
-            {n: torch.from_numpy(np.array(a)).to(own[n].device) for n, a in sorted(factors.items())}
-        )
+    given = {n: torch.from_numpy(np.array(a)).to(own[n].device) for n, a in sorted(factors.items())}
+    if part and not part.frozen:
+        part.subtract(given)
+    for name, factor in given.items() if part and part.frozen else ():
+        own[name].data.copy_(factor)
 
 
 def pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -218,7 +259,8 @@ def _initialise(part: LoraPart, spec: Lora, seed: int) -> None:
         start |= dict(zip(factor_names(name), factors, strict=True))
     for name, parameter in part.parameters.items():
         parameter.data = start[name].to(parameter.device, torch.float32).contiguous()
-    if spec.init in FROM_WEIGHTS:
+    part.freeze(VARIANTS[spec.variant][1])
+    if spec.init in FROM_WEIGHTS and not part.frozen:
         part.subtract({n: p.detach().clone() for n, p in part.parameters.items()})
 
 

@@ -9,6 +9,7 @@
 | pissa | sqrt(S_r / s) V_r' | U_r sqrt(S_r / s) | Meng et al. 2024, arXiv 2404.02948, equations 2 and 3 |
 | olora | R_r | Q_r | Buyukakyuz 2024, arXiv 2406.01775, Algorithm 1 |
 | eva | the first r rows of V' of the layer's inputs X = U S V' | 0 | Paischer et al. 2024, arXiv 2410.07170, section 3 |
+| gradient | V_r' of the gradient U S V' of W0 | U_r (0, where it is trained) | LoRA-SB, arXiv 2411.19557, section 4 |
 
 with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  The first three depend on (seed, tensor name) alone and need no
 math library, so they have equal bits on every machine; the server computes the others once and sends them.  `pissa` and `olora`
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from fleetune import models
 from fleetune.data import Batch
 from fleetune.errors import ModelError
+from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.model import Model
 from fleetune.seeds.noise import derive, normals, signs, words
 
@@ -112,6 +114,49 @@ def explained_directions(
             )
         a = (rows / size)[:rank].float().cpu().numpy()
         made |= {f"{name}.lora_A.weight": a for name in names}
+    return made
+
+
+def gradient_directions(
+    model: Model, layers: Mapping[str, nn.Module], rank: int, batches: Iterable[Batch]
+) -> dict[str, np.ndarray]:
+    """Return B [out, rank] and A [rank, in] fp32, orthonormal, of these LoRA layers, by the parameter's name.
+
+    In memory are the gradients of all these weights in fp32.  ModelError when one has fewer than `rank` directions.
+    """
+    seen: list[tuple[str, Tensor, Tensor]] = []  # of a batch: layer, its input, its output
+    sums: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: seen.append((name, args[0], output))
+
+    hooks = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            for batch in batches:
+                loss = loss_tensor(model, batch)
+                slopes = torch.autograd.grad(loss, [output for *_, output in seen], materialize_grads=True)
+                for (name, x, _), slope in zip(seen, slopes, strict=True):
+                    of_weight = slope.flatten(0, -2).T.float() @ x.detach().flatten(0, -2).float()
+                    sums[name] = sums.get(name, 0) + of_weight
+                seen.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    made: dict[str, np.ndarray] = {}
+    for name, total in sums.items():
+        wide = (total if len(total) <= total.shape[1] else total.T).double()
+        u = torch.linalg.eigh(wide @ wide.T)[1].flip(1)[:, :rank]
+        v = u.T @ wide
+        size = v.norm(dim=1, keepdim=True)
+        if len(size) < rank or size[-1] <= 1e-6 * size[0]:
+            raise ModelError(
+                f"the gradient of {name} has fewer than {rank} directions on these rows",
+                hint="give it more rows, or use a smaller rank",
+            )
+        b, a = (u, v / size) if wide.shape == total.shape else ((v / size).T, u.T)
+        made[f"{name}.lora_B.weight"] = np.ascontiguousarray(b.float().cpu().numpy())
+        made[f"{name}.lora_A.weight"] = np.ascontiguousarray(a.float().cpu().numpy())
     return made
 
 

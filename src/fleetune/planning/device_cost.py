@@ -120,7 +120,7 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
         logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
         gradients    of what is trained; of an adapter's largest tensor where each takes its step in backward; of a block of rows
                      where they are folded on directions (`seeds/descent.py`), and layers are computed again from what enters each
-        adapter      its own fp32 weights, and the copies that its training keeps (FedProx, SCAFFOLD), or that go over the wire
+        adapter      its fp32 weights, frozen ones too, and the copies that its training keeps (FedProx, SCAFFOLD), or that travel
         lanczos      the vectors of a measurement of curvature, whose graph is then the peak
     """
     module = footprint.module
@@ -191,11 +191,16 @@ def _logits(shape: Shape, work: Workload) -> tuple[int, float]:
 
 def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
     own, weights, moments = 4 * footprint.module.size, shape.params * work.size, footprint.moments
+    frozen = footprint.module.frozen
     if own:
         together = (
             own if footprint.whole_gradient else 4 * max(map(math.prod, footprint.module.tensors.values()))
         )
-        parts = {"gradients": together, "optimizer": moments * own, "adapter": (1 + footprint.kept) * own}
+        parts = {
+            "gradients": together,
+            "optimizer": moments * own,
+            "adapter": (1 + footprint.kept) * own + 4 * frozen,
+        }
     elif footprint.projects:
         return _projected(shape, work, footprint)
     else:
@@ -307,7 +312,7 @@ def step_seconds(shape: Shape, work: Workload, footprint: Footprint, rates: Rate
         return 2 * forward / rates.flops + (2 * (moved + sweep) + stored) / rates.copy
     if module.tensors:
         own = module.size
-        flops = (2 + twice) * forward + head + 6 * n * own * bool(module.adapted)
+        flops = (2 + twice) * forward + head + 6 * n * (own + module.frozen) * bool(module.adapted)
         if module.dropout:
             moved += TOUCH * n * 4 * 2 * sum(x.into for x in module.adapted)
         return flops / rates.flops + ((2 + twice) * moved + 7 * 4 * own) / rates.copy

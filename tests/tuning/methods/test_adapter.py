@@ -337,6 +337,7 @@ FAST: dict[str, Any] = {"lr": 1e-2, "batch_size": 3, "dropout": 0.0, "r": 2, "ta
 CASES = [
     ("fedit", FAST),
     ("fedit", FAST | {"start": "orthogonal"}),  # drawn by a math library: the server sends it
+    ("fedit", FAST | {"variant": "sb", "start": "gradient", "r": 8}),  # so are the factors that stay
     ("fedit", FAST | {"server": "adam"}),
     ("fedpetuning", {"module": "bitfit", "batch_size": 3}),  # starts at the base's weights
 ]
@@ -377,12 +378,12 @@ def test_whatever_a_device_missed_it_has_the_servers_module(name, values, tmp_pa
     asked: Sequence[Sequence[int]] = [(0, 1), (0,), (0, 1, 2), ()]
     for r, clients in enumerate(asked, 1):
         replies, kept = [], devices.memories.kept()
-        whole = state.tensors if values.get("start") == "orthogonal" else {}
+        whole = [*state.tensors, *(f"start/{n}" for n in state.start)] if "start" in values else []
         for client in clients:
             known = kept.get(client, (0, 0))[0]
             payload = method.news(state, known, 0)
             missed = r - 1 if not known else r - known
-            assert payload.arrays.keys() == (whole.keys() if whole and not known else {"bits", "scales"})
+            assert payload.arrays.keys() == set(whole if whole and not known else ("bits", "scales"))
             if "bits" in payload.arrays:
                 assert len(payload.array("scales")) == methods._adapter.PLANES * missed
             replies.append(devices.reply(state, r, client, payload))
@@ -414,7 +415,7 @@ def test_what_is_longer_than_the_module_is_sent_as_the_module():
         assert sum(a.nbytes for a in sent.arrays.values()) <= size
         assert len(method.news(state, state.round, 0).arrays["scales"]) == methods._adapter.PLANES
     assert sent.arrays.keys() == state.tensors.keys()
-    assert method.news(state, 1, 0).scalars["known"] == 0
+    assert method.news(state, 1, 0).arrays.keys() == state.tensors.keys()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e12])

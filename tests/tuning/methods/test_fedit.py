@@ -8,7 +8,8 @@ import torch
 
 from fleetune import adapters, models
 from fleetune.data import Batches, Encoded
-from fleetune.errors import MessageError, ModelError
+from fleetune.errors import MessageError, ModelError, UsageError
+from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, check, decode, encode
@@ -41,9 +42,10 @@ def batches_of(client: int) -> Any:
 
 def round_of(fleet: LocalFleet, state: Any, r: int = 1) -> tuple[list[Reply], list[int], list[int]]:
     """(replies, bytes down, bytes up) of everybody in a round, each through the door."""
-    found, clients = fleet.method.kinds(state), range(len(fleet.rows))
+    found, clients, kept = fleet.method.kinds(state), range(len(fleet.rows)), fleet.kept()
     kinds = [found[fleet.method.kind_of(c)] for c in clients]
-    sent = {c: encode(Message(r, BASE, kinds[c][0])) for c in clients}
+    down = {c: fleet.method.news(state, kept[c][0], 0) if c in kept else kinds[c][0] for c in clients}
+    sent = {c: encode(Message(r, BASE, down[c])) for c in clients}
     replies, up = [], []
     for answer in fleet.ask(r, clients, sent):
         assert answer.data is not None, answer.reason
@@ -225,17 +227,114 @@ def test_server_and_devices_agree_on_what_was_taken_out(name, sizes, start):
 
 
 @pytest.mark.parametrize(("name", "sizes"), CASES)
-def test_what_a_start_takes_out_goes_down_with_every_broadcast_and_never_up(name, sizes):
+def test_what_a_start_takes_out_goes_down_once_and_never_up(name, sizes):
     model = models.tiny_llama()
     plain = methods.make(name, {"lr": 1e-2, "batch_size": 3} | sizes)
     usual = round_of(fleet_of(models.tiny_llama(), plain), plain.init(models.tiny_llama(), 5))
     method = methods.make(name, {"lr": 1e-2, "batch_size": 3, "start": "pissa"} | sizes)
-    state = method.init(model, 5)
+    state, fleet = method.init(model, 5), fleet_of(model, method)
     for r in (1, 2):
-        replies, down, up = round_of(fleet_of(model, method), state, r)
+        replies, down, up = round_of(fleet, state, r)
         state = method.aggregate(state, iter(replies))
-        assert 1.9 * usual[1][0] < down[0] < 2.1 * usual[1][0]
+        assert (3 - r) * 0.95 * usual[1][0] < down[0] < (3 - r) * 1.05 * usual[1][0]
         assert up == usual[2]
+    with pytest.raises(MessageError, match="does not remember the start"):
+        method.local(model, method.news(state, 2, 0), batches_of(0), 1, {})
+
+
+FROZEN: list[dict[str, Any]] = [
+    {"variant": "ffa"},
+    {"variant": "ffa", "start": "pissa"},
+    {"variant": "sb", "start": "pissa"},
+    {"variant": "sb", "start": "gradient"},
+]
+
+
+@pytest.mark.parametrize("values", FROZEN)
+def test_the_trained_side_alone_moves_and_its_mean_is_that_of_the_products(values, tmp_path):
+    """AdamW's steps in float64 along s B' G A' or s G A', G the gradient of the whole weights; W is w0 + s B R A throughout."""
+    s, steps, lr = 12 / 4, 2, 1e-2
+    method = methods.make("fedit", FAST | values | {"r": 4, "alpha": 12, "steps": steps, "batch_size": 9})
+    model = models.tiny_llama()
+    method.init(model, 6)  # whose factors do not stay
+    state, fleet = method.init(model, 5), fleet_of(model, method)
+    whole = adapters.attachment_of(model).parts[0]
+    assert isinstance(whole, adapters.LoraPart)
+    frozen = {n: t.detach().double().numpy().copy() for n, t in whole.frozen.items()}
+    square, base = values["variant"] == "sb", weights(models.tiny_llama())
+    layers = {n.removesuffix(".lora_A.weight"): a for n, a in frozen.items() if ".lora_A." in n}
+    sides = {f"{n}.lora_{'R' if square else 'B'}.weight": n for n in layers}
+
+    def outer(layer: str) -> np.ndarray:
+        return frozen[f"{layer}.lora_B.weight"] if square else np.eye(len(base[f"{layer}.weight"]))
+
+    assert {n: t.shape for n, t in state.tensors.items()} == {
+        n: (4 if square else len(base[f"{layer}.weight"]), 4) for n, layer in sides.items()
+    }
+    assert not any(t.any() for t in state.tensors.values())
+    assert bool(state.start) == ("start" in values)  # else A is a seed's
+    for r, planes in ((1, len(state.start)), (2, 0)):
+        replies, _, _ = round_of(fleet, state, r)
+        assert all(reply.payload.arrays.keys() == sides.keys() for reply in replies)
+        assert len([n for n in method.news(state, r - 1, 0).arrays if n.startswith("start/")]) == planes
+        want = {n: t.astype(np.float64) for n, t in state.tensors.items()}
+        m, v = ({n: np.zeros(t.shape) for n, t in want.items()} for _ in range(2))
+        for t in range(1, steps + 1):
+            for name, slope in gradient(
+                base, {sides[n]: s * outer(sides[n]) @ x @ layers[sides[n]] for n, x in want.items()}
+            ):
+                side = next(n for n, layer in sides.items() if layer == name)
+                g = s * outer(name).T @ slope @ layers[name].T
+                m[side], v[side] = 0.9 * m[side] + 0.1 * g, 0.999 * v[side] + 0.001 * g * g
+                step = m[side] / (1 - 0.9**t) / (np.sqrt(v[side] / (1 - 0.999**t)) + 1e-8)
+                want[side] = want[side] - lr * step
+        for name, side in want.items():
+            np.testing.assert_allclose(replies[2].payload.arrays[name], side, rtol=0, atol=1e-3 * lr)
+        state = method.aggregate(state, iter(replies))
+        server = models.tiny_llama()
+        method.apply(server, state)
+        adapters.save(server, tmp_path / str(r))
+        plain = models.tiny_llama()
+        adapters.load(plain, tmp_path / str(r))
+        assert torch.equal(logits(plain), logits(server))
+        adapters.merge(server)
+        for name, layer in sides.items():
+            mean = sum(
+                n * x.payload.arrays[name].astype(np.float64) for n, x in zip(SIZES, replies, strict=True)
+            )
+            product = s * outer(layer) @ mean / sum(SIZES) @ layers[layer]
+            assert np.abs(product).max() > 1e-3
+            now = weights(server)[f"{layer}.weight"]
+            np.testing.assert_allclose(now, base[f"{layer}.weight"] + product, rtol=0, atol=1e-6)
+    assert all(np.array_equal(frozen[n], t.detach().double().numpy()) for n, t in whole.frozen.items())
+
+
+def gradient(base: dict[str, np.ndarray], moves: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    """The gradients of the third client's loss by the weights of these layers, at the base's and the moves."""
+    model = models.tiny_llama()
+    model.net.double()
+    batch = next(iter(batches_of(2).steps(1, 9)))
+    own = {name: model.net.get_parameter(f"{name}.weight") for name in moves}
+    for name, parameter in own.items():
+        parameter.data = torch.from_numpy(base[f"{name}.weight"] + moves[name])
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        found = torch.autograd.grad(loss_tensor(model, batch), list(own.values()))
+    return [(name, g.numpy()) for name, g in zip(own, found, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"variant": "xs"}, "variant = 'xs' is none of lora, ffa, sb"),
+        ({"variant": "sb"}, "use start=gradient"),
+        ({"variant": "ffa", "average": "product"}, "use average=separate, and no ranks"),
+    ],
+)
+def test_a_variant_that_cannot_be_is_told(values, words):
+    with pytest.raises(UsageError) as told:
+        methods.make("fedit", values)
+    assert words in str(told.value)
 
 
 def test_eva_starts_from_the_servers_rows(tmp_path):

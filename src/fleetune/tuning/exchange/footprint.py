@@ -25,6 +25,7 @@ class Module(NamedTuple):
     rank: int = 0  # of LoRA
     tokens: int = 0  # virtual tokens of each layer
     dropout: bool = False  # on the input of an adapted layer
+    frozen: int = 0  # further numbers, which stay
 
     @property
     def size(self) -> int:
@@ -67,14 +68,17 @@ def lora_layers(shape: Shape, targets: str) -> tuple[Linear, ...]:
 
 
 def lora_module(
-    adapted: tuple[Linear, ...], head: Sizes, rank: int, *, dropout: bool = False
+    adapted: tuple[Linear, ...], head: Sizes, rank: int, *, dropout: bool = False, variant: str = "lora"
 ) -> Module | None:
     """Return LoRA of this rank on these layers, with a classifier's head; None where there are no such layers."""
     tensors: dict[str, tuple[int, ...]] = {}
+    (trained, stay), frozen = adapters.VARIANTS[variant], 0
     for linear in adapted:
-        tensors[f"{linear.name}.lora_A.weight"] = (rank, linear.into)
-        tensors[f"{linear.name}.lora_B.weight"] = (linear.out, rank)
-    return Module(f"r={rank}", tensors | dict(head), adapted, rank, dropout=dropout) if adapted else None
+        sizes = {"A": (rank, linear.into), "B": (linear.out, rank), "R": (rank, rank)}
+        tensors |= {f"{linear.name}.lora_{side}.weight": sizes[side] for side in trained}
+        frozen += sum(math.prod(sizes[side]) for side in stay)
+    made = Module(f"r={rank}", tensors | dict(head), adapted, rank, dropout=dropout, frozen=frozen)
+    return made if adapted else None
 
 
 def scales_module(shape: Shape) -> Module | None:

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from fleetune import adapters
-from fleetune.adapters.lora_init import FROM_WEIGHTS, explained_directions
+from fleetune.adapters.lora_init import FROM_WEIGHTS, explained_directions, gradient_directions
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, collate, encode_rows, read
 from fleetune.errors import MessageError
@@ -63,7 +63,7 @@ class State(NamedTuple):
     moments: Tensors = NOTHING
     c: Tensors = NOTHING
     seen: np.ndarray = NOBODY  # devices that c is the mean of
-    start: Tensors = NOTHING  # what a LoRA's start took out of the base (B0, A0)
+    start: Tensors = NOTHING  # a LoRA's factors that are subtracted (B0, A0), or stay and no seed draws
     # wire=sign
     round: int = 0
     bits: np.ndarray = NO_SIGNS.bits  # what the last rounds changed, as `Signs`: `PLANES` each
@@ -203,10 +203,12 @@ class Averaged(Trained):
     clip: float = setting(0.0, "C", "largest norm of a gradient (0: any)")
     targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
     start: str = setting(
-        "default", "A₀, B₀", "where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva"
+        "default",
+        "A₀, B₀",
+        "where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva, gradient",
     )
     start_data: str = setting(
-        "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
+        "demo", "X", "rows the server has, a file or demo (32 are read)", only_if="start=eva|gradient"
     )
     wire: str = setting("fp32", "wire", "fp32; sign: changes as signs, 1 bit a number up, 2 down")
     server: str = setting("avg", "server", "the server's rule: avg, avgm or adam")
@@ -238,34 +240,38 @@ class Averaged(Trained):
         """Return the state of the module, rounded as every device will have it."""
         seed = key >> 1  # fits a signed 64-bit scalar
         self.attach(model, seed, self.start)
-        if self.start == "eva":
-            start_from_rows(model, self.start_data)
+        if self.start in FROM_ROWS:
+            start_from_rows(model, self.start, self.start_data)
         tensors = adapters.export(model)
         none = no_signs(Layout.of(tensors)) if self.wire == "sign" else NO_SIGNS
-        return State(
-            tensors, seed, start=adapters.subtracted_factors(model), bits=none.bits, scales=none.scales
-        )
+        start = {} if self.start in SAME_EVERYWHERE else adapters.start_factors(model)
+        return State(tensors, seed, start=start, bits=none.bits, scales=none.scales)
 
     def broadcast(self, state: State) -> Payload:
-        """Send the module, what its start took out of the base, and SCAFFOLD's c once there is one."""
-        if self.wire == "sign":
-            return self.news(state, 0, 0)
-        arrays = rounded(state.tensors) | prefixed(state.start, "start/") | prefixed(rounded(state.c), "c/")
-        return Payload(arrays, {"seed": state.seed})
+        """Send the module, the start's factors, and SCAFFOLD's c once there is one."""
+        return self.news(state, 0, 0)
 
     def news(self, state: State, known: int, kind: int) -> Payload:
         """Send what changed since the module that a device was sent in round `known`; 0: since the start.
 
-        The whole module is sent where that is less, or the start is no function of the seed.
+        With wire=sign the whole module is sent where that is less, or the start is no function of the seed.  A device keeps
+        the start's factors.
         """
+        start = {} if known else prefixed(state.start, "start/")
+        scalars = (
+            {"seed": state.seed, "known": known}
+            if state.start or self.wire == "sign"
+            else {"seed": state.seed}
+        )
         if self.wire == "fp32":
-            return self.broadcast(state)
+            return Payload(rounded(state.tensors) | start | prefixed(rounded(state.c), "c/"), scalars)
         missed = PLANES * (state.round - max(known - 1, 0))
         whole = missed > len(state.bits) or not (known or self.start in SAME_EVERYWHERE)
         first = len(state.bits) - missed
         arrays = state.tensors if whole else {"bits": state.bits[first:], "scales": state.scales[first:]}
+        arrays = arrays | start
         groups = Layout.of(state.tensors).groups.tobytes()
-        return Payload(arrays, {"seed": state.seed, "known": 0 if whole else known, "groups": groups})
+        return Payload(arrays, scalars | {"groups": groups})
 
     def expects(self, state: State) -> ReplySpec:
         if self.wire == "fp32":
@@ -289,9 +295,13 @@ class Averaged(Trained):
 
         `payload` has no arrays afterwards: in training, the module's parameters are all that is left of them.
         """
+        factors = group(payload.arrays, "start/") or group(memory, "start/")
+        if payload.scalars.get("known") and not (factors or self.wire == "sign"):
+            raise MessageError("this device does not remember the start's factors, which did not come")
+        adapters.set_start_factors(model, factors)
+        memory.update(prefixed(factors, "start/"))
         told = self.told(model, payload, memory) if self.wire == "sign" else {}
         arrays = told or payload.take()
-        adapters.subtract_factors(model, group(arrays, "start/"))
         adapters.load_(model, group(arrays))
         if c := group(arrays, "c/"):
             adapters.check_form(model, c)
@@ -315,9 +325,8 @@ class Averaged(Trained):
 
     def told(self, model: Model, payload: Payload, memory: dict[str, Any]) -> Tensors:
         """Return the module of a round of wire=sign, and remember it: what came, added to what the device has."""
-        came = dict(payload.arrays)
-        if "bits" not in came:
-            module = came
+        if "bits" not in payload.arrays:
+            module = group(payload.arrays)
         else:
             if not payload.int("known"):  # the start
                 adapters.detach(model)
@@ -413,7 +422,7 @@ class Averaged(Trained):
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
-        adapters.subtract_factors(model, state.start)
+        adapters.set_start_factors(model, state.start)
         adapters.load_(model, state.tensors)
 
     def written_out(self) -> Self:
@@ -555,26 +564,35 @@ def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
 # LoRA's settings ----------------------------------------------------------------------------------------
 
 
-STARTS: Final = (*adapters.INITS, "eva")
+FROM_ROWS: Final = {"eva": explained_directions, "gradient": gradient_directions}
+STARTS: Final = (*adapters.INITS, *FROM_ROWS)
 
 
-def check_start(start: str, r: int, *, dropout: float, wire: str, start_data: str) -> None:
+def check_start(
+    start: str, r: int, *, dropout: float, wire: str, start_data: str, variant: str = "lora"
+) -> None:
     """Raise ValueError, in plain words, for a start that is not known or does not go with the rest."""
     if start not in STARTS:
         raise ValueError(f"start = {start!r} is none of {', '.join(STARTS)}")
-    if start_data != "demo" and start != "eva":
-        raise ValueError(f"start_data = {start_data!r} is what start=eva looks at; start is {start}")
+    if start_data != "demo" and start not in FROM_ROWS:
+        raise ValueError(
+            f"start_data = {start_data!r} is what start=eva and gradient look at; start is {start}"
+        )
     if start == "orthogonal" and r % 2:
         raise ValueError(f"start=orthogonal needs an even rank, r is {r}")
-    if start in FROM_WEIGHTS and (dropout or wire != "fp32"):
+    if variant == "sb" and start not in (*FROM_WEIGHTS, "gradient"):
+        raise ValueError(
+            "variant=sb needs an A and a B that are not 0; use start=gradient (LoRA-SB), pissa (LoRA-XS) or olora"
+        )
+    if variant == "lora" and start in FROM_WEIGHTS and (dropout or wire != "fp32"):
         raise ValueError(
             f"start={start} moves a part of the base's weights into A and B, which dropout would drop and fp16 "
             f"would round; use dropout=0 and wire=fp32 (they are {dropout:g} and {wire})"
         )
 
 
-def start_from_rows(model: Model, source: str) -> None:
-    """Set the A of `model`'s LoRA to the directions of what its layers see on the first 32 rows of `source` (EVA).
+def start_from_rows(model: Model, start: str, source: str) -> None:
+    """Set the A of `model`'s LoRA, and a B that stays, by what its layers see on the first 32 rows of `source`.
 
     DataError when they cannot be read, ModelError when they show too little.
     """
@@ -587,7 +605,12 @@ def start_from_rows(model: Model, source: str) -> None:
     spec, part = attachment.spec, attachment.parts[0]
     assert isinstance(spec, adapters.Lora)
     assert isinstance(part, adapters.LoraPart)
-    adapters.load_(model, adapters.export(model) | explained_directions(model, part.layers, spec.r, batches))
+    found = FROM_ROWS[start](model, part.layers, spec.r, batches)
+    if part.frozen:
+        adapters.set_start_factors(model, {n: found[n] for n in part.frozen})
+    else:
+        own = adapters.export(model)
+        adapters.load_(model, own | {n: a for n, a in found.items() if ".lora_A." in n})
 
 
 def check_targets(targets: str) -> None:

@@ -15,7 +15,12 @@ linear layers (the code: q_proj alone), the loss on the answer alone, and only t
   sent the strongest directions of the global adapter, up to its rank, and sends as many back; the average is exact.
 - `warmup` and `decay` of the rate (of w steps: lr / (w + 1), 2 lr / (w + 1), ..) begin anew every round, as AdamW does.
 - `start` is where A and B start (`adapters/lora_init.py`).  For pissa and olora the start B0 A0 is subtracted beside each layer,
-  so it goes down with every broadcast (twice the bytes down); the saved adapter is a plain LoRA of rank 2 r.
+  so a device is sent it once (twice the bytes down); the saved adapter is a plain LoRA of rank 2 r.
+- `variant=ffa` trains and averages B alone (FFA-LoRA: Sun et al., ICLR 2024, arXiv 2403.12313, section 4): the mean of B_k A is
+  (mean of B_k) A.  A is drawn from the seed, or sent once, where the start is not.
+- `variant=sb` trains R [r, r] between A and B (Fed-SB: Singhal et al., arXiv 2502.15436, section 3): the mean of B R_k A is exact
+  too.  A and B are those of start=gradient (LoRA-SB: arXiv 2411.19557; of rows that the server has, R from 0), or pissa
+  (LoRA-XS: arXiv 2405.17604), and sent once.  The saved adapter is the LoRA of B R and A.
 - For devices of unlike data: `mu` (FedProx) and `scaffold` (`methods/_adapter.py`), `server` (`exchange/aggregation.py`).
 """
 
@@ -56,6 +61,7 @@ class Method(_adapter.Averaged):
     dropout: float = setting(0.05, "p", "LoRA dropout")
     decay: bool = setting(False, "decay", "the rate falls to 0 within the round (linear)")
     average: str = setting("separate", "avg", "separate: A and B (as published); product: B A")
+    variant: str = setting("lora", "variant", "lora; ffa: B alone is trained; sb: R [r, r] between A and B")
     ranks: str = setting("", "r_k", "the devices' ranks in turn, as 4,8,16 (average=product; none: r)")
 
     def __post_init__(self) -> None:
@@ -65,7 +71,12 @@ class Method(_adapter.Averaged):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
         _adapter.check_start(
-            self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data
+            self.start,
+            self.r,
+            dropout=self.dropout,
+            wire=self.wire,
+            start_data=self.start_data,
+            variant=self.variant,
         )
         one = r" *\d+ *"
         if self.ranks and not (
@@ -80,6 +91,12 @@ class Method(_adapter.Averaged):
         if self.average not in ("separate", "product"):
             raise ValueError(f"average = {self.average!r} is none of separate, product")
         product = self.average == "product"
+        if self.variant not in adapters.VARIANTS:
+            raise ValueError(f"variant = {self.variant!r} is none of {', '.join(adapters.VARIANTS)}")
+        if product and self.variant != "lora":
+            raise ValueError(
+                f"variant={self.variant} has one rank, and its mean is that of the products; use average=separate, and no ranks"
+            )
         if product and self.start in adapters.lora_init.FROM_WEIGHTS:
             raise ValueError(
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "
@@ -99,13 +116,18 @@ class Method(_adapter.Averaged):
         """Give `model` an adapter of a rank (0: r), unless it has one."""
         r = rank or self.r
         if model.attachment is not None:
-            spec = adapters.attachment_of(model).spec
-            if isinstance(spec, adapters.Lora) and (spec.r, spec.targets) == (r, self.targets):
-                return
+            spec, part = (found := adapters.attachment_of(model)).spec, found.parts[0]
+            own = (r, self.targets, self.variant)
+            if isinstance(spec, adapters.Lora) and (spec.r, spec.targets, spec.variant) == own:
+                assert isinstance(part, adapters.LoraPart)
+                if not part.frozen or part.seed == seed:
+                    return
             adapters.detach(model)
         alpha = self.alpha if r == self.r else self.alpha * r / self.r  # alpha / r is the same for all
+        if self.variant != "lora" and self.start in _adapter.SAME_EVERYWHERE:
+            start = self.start  # whose A is not sent
         init = start if start in adapters.INITS else "default"
-        spec = adapters.Lora(r, alpha, self.dropout, self.targets, init)
+        spec = adapters.Lora(r, alpha, self.dropout, self.targets, init, self.variant)
         adapters.attach(model, spec, seed=seed)
 
     @property
@@ -132,7 +154,7 @@ class Method(_adapter.Averaged):
         """Train the adapter of the rank that came."""
         came = {a.shape[:1] for n, a in payload.arrays.items() if n.endswith(".lora_A.weight")}
         rank = next((k for k in self.each_rank if came == {(k,)}), None)
-        if rank is None and "bits" not in payload.arrays:
+        if rank is None and self.ranks:
             raise MessageError("the adapter that came has none of the run's ranks")
         self.attach(model, payload.int("seed"), rank=rank or 0)
         return self.trained(model, payload, batches, key, memory)
@@ -164,5 +186,6 @@ class Method(_adapter.Averaged):
 
     def of_rank(self, shape: Shape, rank: int) -> Footprint | None:
         """Return the work of a device of this rank."""
-        module = lora_module(lora_layers(shape, self.targets), shape.head, rank, dropout=self.dropout > 0)
+        layers, dropout = lora_layers(shape, self.targets), self.dropout > 0
+        module = lora_module(layers, shape.head, rank, dropout=dropout, variant=self.variant)
         return self.work_on(module)

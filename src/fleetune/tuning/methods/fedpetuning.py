@@ -62,7 +62,7 @@ class Method(_adapter.Averaged):
     start: str = setting(
         "default",
         "A₀, B₀",
-        "lora: where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva",
+        "lora: where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva, gradient",
         only_if="module=lora",
     )
     places: str = setting(
