@@ -136,6 +136,12 @@ def test_blocks_decode_to_the_same_weights(kind, bits, zeros, significant, codeb
     assert not codebook or got.numpy().tobytes() == q.dense().numpy().tobytes()  # the sign of 0 too
 
 
+@given(st.data(), st.booleans(), st.sampled_from(["", "iq4_nl"]))
+def test_the_range_of_steps(data: st.DataObject, one: bool, codebook: str) -> None:
+    q = changed(data.draw(matrices(4, 7, 8 if one else 15)), codebook=codebook)
+    assert q.step_range() == (int(q.steps().min()), int(q.steps().max()))
+
+
 @given(matrices(4, 0, 15), st.sampled_from(sorted(_ggml_blocks.PACKERS)))
 def test_what_is_said_to_fit_is_exact(q: Quantised, kind: str) -> None:
     if _ggml_blocks.misfit(q, kind) is None:

@@ -54,15 +54,16 @@ def misfit(q: Quantised, kind: str) -> str | None:
             return "the minimum scale * zero of some groups is not exact in fp16"
         return None
     low, high = RANGES[kind]
-    steps = q.steps()
-    if int(steps.min()) < low or int(steps.max()) > high:
-        return f"{kind} holds steps {low} to {high} about the zero, it has {int(steps.min())} to {int(steps.max())}"
+    first, last = q.step_range()
+    if first < low or last > high:
+        return f"{kind} holds steps {low} to {high} about the zero, it has {first} to {last}"
     return None
 
 
 def pack_blocks(kind: str, q: Quantised) -> np.ndarray:
     """Pack a matrix that fits into blocks of 4 or 5 bits a code, uint8 [R, C / 32 * bytes of a block]."""
-    codes = (q.steps() - RANGES[kind][0]).to(torch.uint8) if kind in RANGES else q.codes
+    moved = kind in RANGES and bool((q.zero != -RANGES[kind][0]).any())
+    codes = (q.steps() - RANGES[kind][0]).to(torch.uint8) if moved else q.codes
     parts = [_per_block(q, q.scale)]
     if kind in TOPS:
         parts.append(_per_block(q, _minimum(q)))
