@@ -139,7 +139,7 @@ def test_detach_gives_the_base_back_bit_for_bit(net: str, name: str) -> None:
 def test_merge_folds_what_is_a_change_of_weights(net: str, name: str) -> None:
     model = on(net, SPECS[name])
     before, digest = out(model), model.digest
-    adapters.merge(model)
+    model.merge()
     torch.testing.assert_close(out(model), before, rtol=0, atol=5e-5)
     assert model.attachment is None
     assert model.digest == stored(model) != digest

@@ -100,7 +100,7 @@ def test_a_model_with_an_adapter_is_not_saved_as_a_model(tmp_path: Path) -> None
     model = tuned()
     with pytest.raises(ModelError, match="still carries adapters"):
         models.save(model.net, model.tokenizer, tmp_path / "out")
-    adapters.merge(model)
+    model.merge()
     models.save(model.net, model.tokenizer, tmp_path / "out")
     assert models.load(str(tmp_path / "out"), device="cpu").digest == model.digest
 

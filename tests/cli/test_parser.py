@@ -61,6 +61,15 @@ def test_a_line_of_another_tool_is_read_as_ours(line):
     assert vars(args) | {"understood": ""} == vars(ours)
 
 
+def test_a_word_may_follow_the_options():
+    after, before = (
+        main.parse(f"fleet join {w}".split()) for w in ("--data r.jsonl a.invite", "a.invite --data r.jsonl")
+    )
+    assert vars(after) == vars(before)
+    with pytest.raises(UsageError, match="unknown argument 'b'"):
+        main.parse(["fleet", "join", "a.invite", "--data", "r.jsonl", "b"])
+
+
 def test_what_is_not_quite_the_same_is_said():
     told = main.parse(["tune", "m", "d", "--epochs", "3", "--bits", "4"]).understood
     assert all(words.REMARKS[word] in told for word in ("epochs", "base=mapped"))

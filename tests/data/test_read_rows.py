@@ -135,7 +135,7 @@ def without(field: str) -> dict:
 # name: file, bytes, place in it, words that are said of it; the errors of rows stand in test_forms.py
 BAD: dict[str, tuple[str, bytes, str, str]] = {
     "bad json": ("a.jsonl", GOOD + b'{"instruction": "q", }\n', "2", "not JSON"),
-    "cut off": ("a.jsonl", GOOD * 2 + GOOD[:28], "3", "not JSON"),
+    "cut off": ("a.jsonl", GOOD * 2 + GOOD[:28], "3", "not JSON: Unterminated string at column"),
     "nested": ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", "2", "nested too deeply"),
     "huge integer": ("a.jsonl", GOOD + b"9" * 5000 + b"\n", "2", "not JSON"),
     "not an object": ("a.jsonl", GOOD + b"[1]\n", "2", "a list, not an object"),

@@ -220,7 +220,7 @@ def test_a_device_with_too_little_text_takes_no_part(place):
     link.workers["k0"] = worker(0, data="short.jsonl")
     compressed(link, heard)
     assert {r[1] for r in replies(heard)} == {1}
-    assert any("client 0 is left out: sums over" in n for n in heard.notes)
+    assert any("device-k0 is left out: sums over" in n for n in heard.notes)
     link.workers |= {f"k{c}": worker(c, data="short.jsonl") for c in range(2)}
     with pytest.raises(DataError, match="no device can calibrate on windows of 32 tokens"):
         compressed(Direct(link.workers), Heard())

@@ -734,7 +734,7 @@ def test_a_device_has_so_many_windows_at_most(place, monkeypatch):
 def test_a_stop_is_heard_while_rows_are_read_and_encoded(place, monkeypatch):
     monkeypatch.setattr("fleetune.data.encode.CHUNK", 4)
     content, device, heard = json.dumps(job()).encode(), worker(), list[str]()
-    device.on_step = lambda client, number: heard.append(traceback.extract_stack(limit=4)[0].name)
+    device.on_step = lambda client, number: heard.append(traceback.extract_stack(limit=5)[0].name)
     assert ask(device, "job", content).what == "ready"
     assert heard.count("_collect") == 12
     assert heard.count("_chunks") == 12 // 4

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import httpx
 import pytest
 
 from fleetune.common.memory import rss
@@ -269,3 +270,19 @@ def test_a_server_that_takes_its_time_does_not_hold_a_device_that_leaves(tmp_pat
         while any(thread.name == "request" for thread in threading.enumerate()):
             assert time.monotonic() < until
             time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("why", "mend"),
+    [
+        ("certificate is not yet valid", "is this device's clock right?"),
+        ("certificate has expired", "is this device's clock right?"),
+        ("Hostname mismatch, certificate is not valid for 'x'.", "its names are those given to"),
+        ("unable to get local issuer certificate", "the invite, or --ca, is of another server"),
+    ],
+)
+def test_what_to_do_about_a_certificate_is_said(why, mend):
+    error = httpx.ConnectError(
+        f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {why} (_ssl.c:1006)"
+    )
+    assert line._why(error).startswith(f"the server's certificate is not trusted: {why} ({mend}")

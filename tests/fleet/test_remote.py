@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from fleetune.common import __version__, files
 from fleetune.errors import FleetError, Interrupted, StorageError
 from fleetune.fleet import remote
+from fleetune.fleet.link import BURST, REST
 from fleetune.fleet.orders import NOTHING_KEPT, Device, DeviceReply, Job, Order
-from fleetune.fleet.remote import ASKED, GREETED, REST, Asking, Pace, RemoteFleet
+from fleetune.fleet.remote import ASKED, Asking, Pace, RemoteFleet
 from fleetune.fleet.table import FILE, LATE, Devices
 from fleetune.tuning.rounds.fleets import Answer, Wanted
 
@@ -156,7 +157,8 @@ def test_one_that_does_not_come_back_is_dropped_after_the_grace_and_asked_again_
 def test_one_that_is_back_and_loads_is_waited_for_but_not_one_that_dies_of_it_again_and_again(tmp_path):
     memory = link(2)
     made, pull = fleet(memory, tmp_path), memory.pull
-    memory.marks["k1"], loaded = 1, time.monotonic() + 4 * (QUICK.grace or 0)
+    notes = list[str]()
+    memory.marks["k1"], loaded, made.note = 1, time.monotonic() + 4 * (QUICK.grace or 0), notes.append
 
     def slow(numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
         loads = {n: q for n, q in memory.queue.items() if q[0] == "k1" and time.monotonic() < loaded}
@@ -166,6 +168,10 @@ def test_one_that_is_back_and_loads_is_waited_for_but_not_one_that_dies_of_it_ag
 
     memory.pull = slow  # type: ignore[method-assign]
     assert {a.client: a.status for a in made.ask(1, [0, 1], b"x")} == {0: "ok", 1: "ok"}
+    assert [n.partition(":")[0] for n in notes] == [
+        "device device-k1 has come in anew",
+        "device device-k1 is back",
+    ]
     loaded, made.look = math.inf, lambda: memory.marks.update(k1=memory.marks["k1"] + 1)
     assert {a.client: a.status for a in made.ask(2, [0, 1], b"x")} == {0: "ok", 1: "dropped"}
 
@@ -234,10 +240,11 @@ def test_one_that_comes_after_the_end_is_told_and_written_down_once(tmp_path):
 def test_waiting_with_patience_goes_on_with_those_that_are_there(tmp_path):
     memory, notes = link(2), list[str]()
     table = Devices(tmp_path)
-    table.register([("k0", "press-0"), ("k1", "press-1")])
+    table.register([("old", "press-0"), ("k0", "press-0"), ("k1", "press-1")])
     memory.away.add("k1")
     made = RemoteFleet(memory, table, JOB, 42, QUICK, note=notes.append)
     made.wait_for(2, 0.2)
+    assert "1 of 2 devices is ready; missing: press-1" in notes
     assert notes[-1] == "1 of 2 devices came within 0.2 s; missing: press-1: the others are not waited for"
     memory.away.add("k0")
     alone = RemoteFleet(memory, table, JOB, 42, QUICK)
@@ -261,6 +268,30 @@ def test_after_the_deadline_the_round_goes_on(tmp_path):
     made = fleet(memory, tmp_path, Pace(grace=50, deadline=0.2, poll=0.001))
     memory.away.add("k1")
     assert {a.client: a.status for a in made.ask(1, [0, 1, 2], b"x")} == {0: "ok", 1: "dropped", 2: "ok"}
+
+
+def test_one_that_is_there_and_never_answers_does_not_hold_up_the_others_for_ever(tmp_path, monkeypatch):
+    """A round ends by itself once half of its devices have answered; where they stand apart, by the deadline alone."""
+    monkeypatch.setattr(remote, "LEAST", 0.2)
+    memory = link()
+    made, pull = fleet(memory, tmp_path), memory.pull
+    stuck = {"k2"}
+
+    def stalls(numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        memory.queue = {n: q for n, q in memory.queue.items() if q[0] not in stuck}
+        yield from pull(numbers)
+
+    memory.pull = stalls  # type: ignore[method-assign]
+    found = {a.client: (a.status, a.reason) for a in made.ask(1, [0, 1, 2], b"x")}
+    assert found == {0: ("ok", ""), 1: ("ok", ""), 2: ("late", "no answer in 0.2 s")}
+    asking = Asking(2, dict.fromkeys(range(3), Order("work")))
+    limits = []
+    for took in ([], [1.0], [1.0, 1.0], [1.0, 50.0, 1.0], [99.0, 99.0]):
+        asking.took = took
+        limits.append(made._limit(asking))
+    assert limits == [math.inf, math.inf, 20, 20, 1980]
+    made.apart = True
+    assert made._limit(asking) == math.inf
 
 
 def test_a_device_is_its_key_and_brings_the_same_rows(tmp_path):
@@ -395,13 +426,13 @@ def test_a_device_that_comes_in_anew_all_the_time_fills_no_log(tmp_path, monkeyp
     audit = lambda what, **fields: log.append(fields["name"])  # noqa: E731
     made = RemoteFleet(memory, Devices(tmp_path), JOB, 42, QUICK, audit=audit)
     made.wait_for(2)
-    monkeypatch.setattr("fleetune.fleet.remote.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fleetune.fleet.link.time.monotonic", lambda: now[0])
     for second in range(600):
         memory.marks["k0"], now[0] = second, 1e6 + second
         made.ready()
         list(made._answers())
-    assert (log.count("device-k0"), log.count("device-k1")) == (1 + GREETED + 59, 1)
-    now[0] += GREETED * REST
+    assert (log.count("device-k0"), log.count("device-k1")) == (1 + BURST + 59, 1)
+    now[0] += BURST * REST
     for _ in range(2):
         made.ready()
         list(made._answers())

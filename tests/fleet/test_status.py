@@ -97,7 +97,7 @@ def test_the_command_says_the_same_with_and_without_json(run, capsys):
     assert (found["event"], found["served"], found["replies"]["ok"]) == ("fleet", False, 4)
     assert main(["fleet", "status", "1", *out]) == 0
     said = capsys.readouterr()
-    assert "now: last heard 1d16h" in said.err
+    assert "no server runs it; last heard 1d16h ago" in said.err
     told = ["interrupted", "round     3 of 8", "4 ok · 1 refused · 1 dropped", "dialysis-ward"]
     for text in (*told, "it goes 9 times", f"fleetune fleet serve --resume {run}"):
         assert text in said.out
@@ -133,6 +133,14 @@ def test_stop_reaches_the_session_that_wrote_the_last_word_and_no_other(run):
         assert not status.take_stop(run, "5e55")  # once
 
 
+def test_a_stopped_run_is_served_again_at_the_door_that_it_had(run, capsys):
+    (run / "status").write_text("interrupted\n")
+    fleet_run.word(run, flags=" --port 9 --keys none --certificate certs --wait 2")
+    said = refused(capsys, "fleet", "serve", "--resume", "latest", "--port", "10", "--out", str(run.parent))
+    assert "taken from the run: --keys none --certificate certs --wait 2" in said
+    assert "error: certs has no server.pem" in said
+
+
 def test_a_finished_run_is_said_to_be_and_one_whose_page_is_still_there_can_be_stopped(run, capsys):
     (run / "status").write_text("done\n")
     out = ["latest", "--out", str(run.parent)]
@@ -142,7 +150,7 @@ def test_a_finished_run_is_said_to_be_and_one_whose_page_is_still_there_can_be_s
     fleet_run.word(run, lingers=True)
     assert main(["fleet", "status", *out]) == main(["fleet", "stop", *out]) == 0
     said = capsys.readouterr().err
-    assert "only its page is left" in said
+    assert "its page is still shown; last heard" in said
     assert "asked: its page ends" in said
     assert status.take_stop(run, "5e55")
 

@@ -21,6 +21,7 @@ from fleetune.data.encode import encode_rows
 from fleetune.deploy.export import write as export
 from fleetune.errors import FitError, FleetError, MessageError
 from fleetune.evaluation.losses import pad_id
+from fleetune.fleet.link import BURST, REST
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, DeviceReply, Hidden, Job, Order, Secure
 from fleetune.fleet.worker import ANSWER, Brings, Worker, fitting_kinds
 from fleetune.models import loading
@@ -162,6 +163,33 @@ def test_its_memory_follows_the_servers_word(place, tmp_path, worker, job):
     assert lost.code == "remembers 1"
     other = step(4, (3, 12345))
     assert other.what == "failed"
+
+
+def test_a_server_whose_orders_fail_at_once_fills_no_console(worker, job, caplog, monkeypatch):
+    now = [1e6]
+    monkeypatch.setattr("fleetune.fleet.link.time.monotonic", lambda: now[0])
+    take(worker, job)
+    for round in range(1, 200):
+        worker.answer(Order("work", round, 0, 7, b"rubbish").encode())
+    assert caplog.text.count("failed") == BURST
+    now[0] += REST
+    worker.answer(Order("work", 200, 0, 7, b"rubbish").encode())
+    assert caplog.text.count("failed") == BURST + 1
+    assert "(179 more lines like it were left out)" in caplog.text
+
+
+def test_long_work_says_that_it_goes_on(place, worker, job, monkeypatch):
+    notes = list[str]()
+    worker.note = notes.append
+    monkeypatch.setattr("fleetune.fleet.worker.SILENT", 0.0)
+    take(worker, job)
+    trained(worker, place, job, 1)
+    assert [n.partition(":")[0] for n in notes] == [
+        "loading goes on",
+        "base in memory",
+        "round 1 goes on",
+        "round 1 of 3",
+    ]
 
 
 @pytest.mark.parametrize("body", [b"", b"rubbish", encode(Message(1, bytes(8), methods.Payload()))])

@@ -182,13 +182,12 @@ def detach(model: Model) -> None:
 def merge(model: Model) -> None:
     """Fold the adapter into the stored weights, rounded once, where its kind allows it.
 
-    The net then has the base's shape but other weights; `model.digest` is theirs.  ModelError, with nothing
+    The net then has the base's shape but other weights, whose digest `Model.merge` computes.  ModelError, with nothing
     changed, for a module that is more than other weights (a prefix, say).  A mapped base comes into memory.
     """
     for part in attachment_of(model).parts:
         part.fold()
     detach(model)
-    model.digest = models.digest(models.named_tensors(model.net))
 
 
 # ---------------------------------------------------------------- the numbers

@@ -149,11 +149,11 @@ class Bar:
             assert self.say is not None
             self.say(self.label, self.text)
 
-    def relabel(self, label: str) -> None:
+    def relabel(self, label: str, text: str = "") -> None:
         """Begin another count under another name."""
-        self.label, self.began, self.fraction, self.text = clean(label), None, 0.0, ""
+        self.label, self.began, self.fraction, self.text = clean(label), None, 0.0, text
         if self.drawn is not None:
-            self.drawn.update(self.drawn.task_ids[0], description=self.label, completed=0.0, text="")
+            self.drawn.update(self.drawn.task_ids[0], description=self.label, completed=0.0, text=text)
 
     def show(self, what: str, done: int, total: int = 0, note: str = "") -> None:
         """Show a count, which may be another than before."""

@@ -106,11 +106,7 @@ def add_door(add: Add, first: str) -> None:
     """Add the flags; `first` is what waits for the devices: "the first round"."""
     add("--host", help="address to listen on (default 127.0.0.1: this machine alone)")
     add("--port", type=int, help=f"port to listen on (default {PORT})")
-    add(
-        "--keys",
-        metavar="DIR",
-        help="let in the devices whose NAME.pub is in this folder, in the order of the names",
-    )
+    add("--keys", metavar="DIR", help="let in the devices whose NAME.pub is in it, in the order of the names")
     add("--certificate", metavar="DIR", help="folder with server.pem and server.key")
     add("--wait", type=int, metavar="N", help=f"devices before {first}")
     add(
@@ -123,7 +119,7 @@ def add_door(add: Add, first: str) -> None:
         "--round-deadline",
         type=float,
         metavar="SECONDS",
-        help="go on without those that have not answered by then (default: wait)",
+        help="go on without those that have not answered by then (default: 20 times the median device's time, at least 10 min)",
     )
     add(
         "--page",
@@ -135,15 +131,15 @@ def add_door(add: Add, first: str) -> None:
     )
 
 
-def again(args: argparse.Namespace, flags: str) -> list[str]:
+def again(args: argparse.Namespace, flags: str, names: Sequence[str] = DOOR[:4]) -> list[str]:
     """Open the same door as a run's server did with these flags, where none says otherwise; return those that were taken."""
     door, taken = Parser(add_help=False), []
     add_door(door.group(""), "")
     before = vars(door.parse_known_args(shlex.split(flags))[0])
-    for name in DOOR[:4]:
+    for name in names:
         if getattr(args, name) is None and before[name] is not None:
             setattr(args, name, before[name])
-            taken.append(f"--{name} {quoted(before[name])}")
+            taken.append(f"--{name.replace('_', '-')} {quoted(before[name])}")
     return taken
 
 

@@ -70,6 +70,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             remarks = "".join(f"   ({remark})" for remark in options.remarks)
             told = f"understood as: {display.command(*ours)}{remarks}"
     args, unknown = parser.parse_known_args(ours)
+    if getattr(args, "words", None) == [] and not any(word.startswith("-") for word in unknown):
+        args.words, unknown = unknown, []  # argparse takes none that follow an option
     if unknown:
         flags = parser.commands[args.command].flags
         said = [word for word in unknown if word.startswith("-")] or unknown  # a word after one is its value

@@ -405,7 +405,7 @@ def require_text(source: str, hint: str, flag: str = "--text") -> None:
 
 def _json_fault(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
+        return f"not JSON: {error.msg.removesuffix(' starting at')} at column {error.colno}"
     return f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}"
 
 

@@ -227,15 +227,14 @@ def _of_adapter(folder: Path, parents: Parents) -> Links:
 
 def _of_run(run: Run, parents: Parents) -> Links:
     run = parents.run(run)
-    yield from _files_of_run(run)
     result = run.result
     if result.is_dir():
-        files, model = _loaded(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
-        yield from files
-        yield from _base_of_adapter(run, model)
+        model = yield from _loaded_of(run, parents)
+        yield from _weights_of(run, model.digest, "")
     else:
+        yield from _files_of_run(run)
         yield from _of_ledger(result, run.recipe.model, parents)
-    yield from _declared_by(run)
+        yield from _declared_by(run)
 
 
 def _files_of_base(name: str, parents: Parents) -> Links:
@@ -273,39 +272,25 @@ def _files_of_run(run: Run) -> Links:
         )
 
 
-def _base_of_adapter(run: Run, model: Model) -> Links:
-    """Of a run whose adapter was loaded, which compares digests of the base."""
-    yield _base(run.recipe.model, model.digest)
-    stated = finished.stated_by(run.folder).get("digest", "")
-    yield _declared("adapter", f"made by training, which nothing repeats exactly: {stated}")
-
-
-def _merged(
-    run: Run, parents: Parents, codes: HeldCodes | None = None
-) -> Generator[LinkVerified, None, Model]:
-    """Yield the links of a run; return its model with the tuning in its stored weights: one replay for all.
-
-    With `codes` a ledger's weights are not stored: `codes` sees each as it is rebuilt.
-    """
-    run = parents.run(run)
+def _loaded_of(run: Run, parents: Parents) -> Generator[LinkVerified, None, Model]:
+    """Yield that a run's files are as they were written; return its model, with the tuning attached."""
     yield from _files_of_run(run)
     files, model = _loaded(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
     yield from files
-    base, view = model.digest, model.attachment
-    if run.result.is_dir():
-        yield from _base_of_adapter(run, model)
-        model.merge()
-    else:
-        if codes is None:
-            model.merge()
-        else:
-            model.digest = models.digest(codes.passing(view.tensors()))
-            view.detach(model)
-        finished.require_digest(model.digest, run.ledger().final_check(), run.result)
-        yield _base(run.recipe.model, base)
-        yield _proven("weights", f"rebuilt from base and ledger, as it states: {model.digest}")
-    yield from _declared_by(run)
     return model
+
+
+def _weights_of(run: Run, base: str, digest: str) -> Links:
+    """Of a run that was loaded, on a base of one digest, and whose tuned weights have the other (an adapter's: any)."""
+    if run.result.is_dir():  # loading has compared digests of the base
+        yield _base(run.recipe.model, base)
+        stated = finished.stated_by(run.folder).get("digest", "")
+        yield _declared("adapter", f"made by training, which nothing repeats exactly: {stated}")
+    else:
+        finished.require_digest(digest, run.ledger().final_check(), run.result)
+        yield _base(run.recipe.model, base)
+        yield _proven("weights", f"rebuilt from base and ledger, as it states: {digest}")
+    yield from _declared_by(run)
 
 
 def _declared_by(run: Run) -> Links:
@@ -373,7 +358,15 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
     """Compare an artefact with the weights that it was made from: their digest, what has no codes, and codes that are exact."""
     codes = HeldCodes(master)
     if isinstance(source, Run):
-        model = yield from _merged(source, parents, codes)
+        run = parents.run(source)
+        model = yield from _loaded_of(run, parents)
+        base, view = model.digest, model.attachment
+        if run.result.is_dir():
+            model.merge()
+        else:  # each weight is looked at as it is rebuilt, and not stored
+            model.digest = models.digest(codes.passing(view.tensors()))
+            view.detach(model)
+        yield from _weights_of(run, base, model.digest)
     else:
         model = models.load(source, dtype=dtype, device="cpu", offline=parents.offline)
     head, name = master.head, source.folder if isinstance(source, Run) else source
@@ -455,27 +448,45 @@ def _source_of(path: Path, parents: Parents) -> Subject | None:
 
 def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
     """Write an export again from its source, and compare."""
-    tuned: Model | None = None
     if isinstance(source, Compressed):
-        yield from _of_compressed(source, parents)
+        with ThreadPoolExecutor(1) as pool:  # codes give the file, whatever they were made from
+            again = pool.submit(written_again, path, source, offline=parents.offline)
+            yield from _of_compressed(source, parents)
+        target = again.result()
     elif isinstance(source, Run):
-        source = parents.run(source)
-        if source.recipe.train == SCALES:
-            yield from _files_of_run(source)
-            yield from _files_of_base(source.recipe.model, parents)
-        else:
-            tuned = yield from _merged(source, parents)
-    target = written_again(path, source, tuned, offline=parents.offline)
-    if isinstance(source, Run) and (tuned is None or source.result.is_dir()):
-        what = "adapter" if source.result.is_dir() else "ledger, and are those that it states"
-        yield _proven(
-            "weights", f"made from base and {what}: {finished.stated_by(source.folder).get('digest', '')}"
-        )
-    if isinstance(source, Run) and tuned is None:
-        yield _base(source.recipe.model, rundir.made_on(source.folder)["base"])
-        yield from _declared_by(source)
+        target = yield from _of_tuned(path, parents.run(source), parents)
+    else:
+        target = written_again(path, source, offline=parents.offline)
     words = f"written again as {target} from {source.argument}: every byte is equal"
     yield _proven(path.name, words)
+
+
+def _of_tuned(path: Path, run: Run, parents: Parents) -> Generator[LinkVerified, None, str]:
+    """Write the export of a run again, and compare; return its target."""
+    adapter, digest = run.result.is_dir(), ""
+    what = "adapter" if adapter else "ledger, and are those that it states"
+    made = _proven(
+        "weights", f"made from base and {what}: {finished.stated_by(run.folder).get('digest', '')}"
+    )
+    if run.recipe.train == SCALES:
+        yield from _files_of_run(run)
+        yield from _files_of_base(run.recipe.model, parents)
+        target = written_again(path, run, offline=parents.offline)
+        yield made
+        yield _base(run.recipe.model, rundir.made_on(run.folder)["base"])
+        yield from _declared_by(run)
+        return target
+    model = yield from _loaded_of(run, parents)
+    finished.merge_weights(model)
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(written_again, path, run, model, offline=parents.offline)
+        if not adapter:
+            digest = models.digest(models.named_tensors(model.net))
+        yield from _weights_of(run, model.digest, digest)
+    target = again.result()
+    if adapter:
+        yield made
+    return target
 
 
 def written_again(path: Path, source: Subject, tuned: Model | None = None, *, offline: bool) -> str:

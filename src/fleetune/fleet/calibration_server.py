@@ -90,16 +90,8 @@ class Calibrators:
         tokens = {client: windows * request.length for client, windows in left.items()}
 
         def heard(reply: HessianReply) -> None:
-            member = devices.members[reply.client]
-            fleet.audit(
-                reply.status,
-                device=member.key,
-                name=member.name,
-                client=reply.client,
-                block=reply.block,
-                bytes=reply.bytes_up,
-                reason=reply.reason,
-            )
+            about = {"block": reply.block, "bytes": reply.bytes_up, "reason": reply.reason}
+            fleet.record(reply.status, reply.client, **about)
             on_reply(reply)
 
         if len(tokens) < FEWEST:
@@ -231,7 +223,7 @@ def _agreed(
             found[answer.client] = _windows(answer.data, device, asked, max_length, base)
         except MessageError as error:
             reason = error.message
-            listener.note(f"client {answer.client} is left out: {reason}")
+            listener.note(f"{fleet.devices.members[answer.client].name} is left out: {reason}")
     if not found:
         raise DataError(
             f"no device can calibrate on windows of {asked['length']} tokens; the last: {reason}",

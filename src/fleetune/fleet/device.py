@@ -15,6 +15,7 @@ from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.brings import Brings
 from fleetune.fleet.line import FIRST, Server, stay
+from fleetune.fleet.link import Sparing
 from fleetune.runs.listener import LogFile
 
 if TYPE_CHECKING:
@@ -126,10 +127,12 @@ def join(
         address = address.replace(host, "127.0.0.1")
     _, held_out = brings.divided(note)
     with _alone(home.state), closing(LogFile(home.state)) as log, log.warned():
+        spare = Sparing()
 
         def told(text: str) -> None:
-            note(text)
-            log.write(text)
+            if line := spare.line(text):
+                note(line)
+                log.write(line)
 
         told(f"connecting to {address}; this device {brings.part(len(held_out))}")
         key = keyring.read(home.key) if home.key else _own_key(home.state)
@@ -144,6 +147,7 @@ def join(
         def answer(order: bytearray) -> bytes:
             """Answer an order; torch is loaded for the first: the server knows of this device by then, and waits for it."""
             if not made:
+                told("the server has a job: loading torch, the model and the rows")
                 from fleetune.fleet.worker import Worker
 
                 new = Worker(

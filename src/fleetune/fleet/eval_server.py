@@ -63,15 +63,8 @@ def evaluate(
         found = []
         for answer in fleet.give(orders):
             one = measured(answer, devices.members[answer.client].name, fleet.told[answer.client], job)
-            fleet.audit(
-                "measured" if one.status == "ok" else one.status,
-                device=devices.members[answer.client].key,
-                name=one.name,
-                client=one.client,
-                rows=one.rows,
-                tokens=one.tokens,
-                reason=one.reason,
-            )
+            what = "measured" if one.status == "ok" else one.status
+            fleet.record(what, one.client, rows=one.rows, tokens=one.tokens, reason=one.reason)
             listener.event(one)
             found.append(one)
             listener.progress("devices", len(found), len(chosen))

@@ -75,7 +75,8 @@ class HttpServer:
             )
         except OSError as error:
             raise FleetError(
-                f"cannot listen on {host}:{port}: {error.strerror}", hint="choose another --port or --host"
+                f"cannot listen on {host}:{port}: {str(error.strerror).partition(' (while')[0]}",
+                hint="does another server run here? choose another --port or --host; for the page: --page [HOST:]PORT",
             ) from error
         self._server = uvicorn.Server(self._config)
         self._thread = threading.Thread(

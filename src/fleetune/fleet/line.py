@@ -22,6 +22,7 @@ from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.errors import FleetuneError, Interrupted, StorageError
 from fleetune.fleet import door
 from fleetune.fleet import keys as keyring
+from fleetune.fleet.link import Sparing
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,17 @@ FIRST: Final = 2 << 20  # bytes of an order to a device that has taken no job: o
 REFUSED: Final[Mapping[int, str]] = {
     403: "the server does not know this device's key: bring its .pub file into the server's folder of keys",
     401: "the server has revoked this device's key: its .pub file is gone from the server's folder of keys",
-    409: "a device with this key is connected already, or one that has gone is not yet given up",
+    409: "a device with this key (each needs its own) is connected already, or one that has gone is not yet given up",
     410: "the server was started anew",
     421: "this is another server: its certificate is for other names, or it listens elsewhere, or its ca.pem is not --ca",
 }
-# what OpenSSL says of an answer in plain HTTP
+# what OpenSSL says of a certificate, and of an answer in plain HTTP
+UNTRUSTED: Final[Mapping[str, str]] = {
+    "not yet valid": "is this device's clock right?",
+    "expired": "is this device's clock right? else make a new one: fleetune fleet keys certificate",
+    "match": "its names are those given to: fleetune fleet keys certificate DIR HOST [HOST ..]",
+    "": "the invite, or --ca, is of another server",
+}
 NO_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 
 
@@ -131,6 +138,7 @@ class _Stay:
 
     def __init__(self, line: Line, key: keyring.PrivateKey, state: Path, server: Server) -> None:
         self.line, self.key, self.server, self.file = line, key, server, state / FILE
+        self._spare = Sparing()
         self.over, self.asking = threading.Event(), False
         self.session = ""  # until it has come in
         self.said = time.monotonic()  # when the last request or heartbeat began
@@ -247,7 +255,8 @@ class _Stay:
         except Interrupted:
             raise
         except FleetuneError as error:
-            log.warning("an order could not be answered: %s", single_spaced(error.message))
+            if said := self._spare.line(f"an order could not be answered: {single_spaced(error.message)}"):
+                log.warning("%s", said)
             self.over.wait(AGAIN)
             return b""
 
@@ -317,10 +326,9 @@ def _why(error: Exception, *, tls: bool = True) -> str:
     if not isinstance(error, httpx.HTTPError):
         return f"{type(error).__name__}: {error}"
     if words := str(error).partition("certificate verify failed: ")[2]:
-        return (
-            f"the server's certificate is not trusted: {words.partition(' (_ssl')[0]} (its names are those given to "
-            "'fleetune fleet keys certificate'; --ca is the ca.pem made there)"
-        )
+        words = words.partition(" (_ssl")[0]
+        mend = next(mend for part, mend in UNTRUSTED.items() if part in words)
+        return f"the server's certificate is not trusted: {words} ({mend})"
     if any(word in str(error) for word in NO_TLS):
         return "the server speaks plain HTTP: it was started without --certificate"
     if isinstance(error, httpx.RemoteProtocolError) and not tls:

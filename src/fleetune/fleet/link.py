@@ -1,7 +1,9 @@
 """Say what a way between server and devices can do (`door.py`, `flower/server_app.py`), and read the answers that come by it."""
 
+import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple, Protocol
 
@@ -13,6 +15,31 @@ MAY_ANSWER: Final[Mapping[str, tuple[str, ...]]] = {
     "job": ("ready", "refused", "failed"),
 }
 USUAL: Final = ("done", "failed")  # of any other order
+BURST: Final = 20
+REST: Final = 10.0  # less than the usual grace
+
+
+class Sparing:
+    """Lets `BURST` of a kind pass, then one in `REST` seconds, so that who repeats itself fills neither log nor console."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[
+            str, tuple[float, float, int]
+        ] = {}  # how often of late, when last, how many not since
+
+    def left_out(self, kind: str) -> int:
+        """Return how many of this kind did not pass since the last that did; -1 where this one does not either."""
+        now = time.monotonic()
+        times, last, left = self._kinds.get(kind, (0.0, now, 0))
+        of_late = max(0.0, times - (now - last) / REST) + 1
+        passes = of_late <= BURST
+        self._kinds[kind] = (of_late, now, 0) if passes else (times, last, left + 1)
+        return left if passes else -1
+
+    def line(self, text: str) -> str:
+        """Return a line as it is to be told, "" for none; lines are of one kind up to a colon, numbers aside."""
+        left = self.left_out(re.sub(r"\d+", "", text.partition(":")[0]))
+        return f"{text}   ({left} more lines like it were left out)" if left > 0 else "" if left else text
 
 
 class Link(Protocol):

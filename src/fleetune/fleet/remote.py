@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from fleetune.common.display import counted, human_time
 from fleetune.common.events import ClientReply
 from fleetune.errors import FleetError, MessageError, cut_reason
-from fleetune.fleet.link import Link, answer_in
+from fleetune.fleet.link import Link, Sparing, answer_in
 from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, DeviceReply, Job, Order
 from fleetune.fleet.table import LATE, Devices, apart
 from fleetune.seeds.noise import derive
@@ -32,8 +32,10 @@ ROOM: Final = 1 << 24  # bytes that any answer may have
 WIDER: Final = 4  # or so many times the bytes of its order: numbers may be wider on the way back
 ASKED: Final = 10  # times that a client is given its order in a round: its device may die of the work itself
 FAREWELL: Final = 5.0  # seconds in which devices are told that the run is over
-GREETED: Final = 20  # times that a device is given the job as soon as it comes in anew
-REST: Final = 10.0  # seconds until it has one of these again: less than the usual grace
+SLOWEST: Final = (
+    20  # times the median device that a round takes at most, once half of its clients have answered, ..
+)
+LEAST: Final = 600.0  # .. and no fewer seconds, where no deadline is given
 
 
 @dataclass
@@ -68,7 +70,7 @@ class RemoteFleet(Fleet):
         self.look, self.note, self.audit, self.kinds = look, note, audit, kinds
         self._ready: dict[str, str] = {}  # key -> mark of the session in which the device took the job
         self._greeted: dict[str, str] = {}  # key -> mark of the session in which it was sent
-        self._greetings: dict[str, tuple[float, float]] = {}  # key -> how often of late, and when last
+        self._greetings = Sparing()  # by key: one that comes in anew all the time waits, and fills no log
         self._refused: dict[str, str] = {}  # key -> why it takes no part, until it comes in anew
         self._last_refusal = 0.0  # when
         self._said = set[str]()  # of devices' versions
@@ -121,7 +123,7 @@ class RemoteFleet(Fleet):
                 return joined if self.apart else there
             self._check_prospect(1)
             if time.monotonic() >= next_word:
-                next_word += WORD
+                next_word = time.monotonic() + WORD
                 self.note("no device is there: waiting for one")
             self.look()
             for _ in self._answers():
@@ -147,23 +149,20 @@ class RemoteFleet(Fleet):
 
     def heard(self, reply: ClientReply) -> str:
         """Write into the log what became of a client's reply; return that of the first few of a round that do not count."""
-        member = self.devices.members[reply.client]
-        self.audit(
-            reply.status,
-            device=member.key,
-            name=member.name,
-            client=reply.client,
-            round=reply.round,
-            bytes=reply.bytes_up,
-            sha256=self._digests.get(reply.client, ""),
-            reason=reply.reason,
-        )
+        about = {"bytes": reply.bytes_up, "sha256": self._digests.get(reply.client, "")}
+        name = self.record(reply.status, reply.client, round=reply.round, **about, reason=reply.reason)
         if reply.status == "ok":
             return ""
         self._missed[reply.round] += 1
         more = "; fleetune fleet status has the others" if self._missed[reply.round] == SHOWN else ""
-        said = f"round {reply.round}: {member.name} {reply.status}: {reply.reason}{more}"
+        said = f"round {reply.round}: {name} {reply.status}: {reply.reason}{more}"
         return said if self._missed[reply.round] <= SHOWN else ""
+
+    def record(self, what: str, client: int, **fields: object) -> str:
+        """Write into the log what became of a client's answer; return the device's name."""
+        member = self.devices.members[client]
+        self.audit(what, device=member.key, name=member.name, client=client, **fields)
+        return member.name
 
     def forget_before(self, round: int) -> None:
         """Let devices delete memories that a newer one, not after `round`, replaces."""
@@ -211,7 +210,7 @@ class RemoteFleet(Fleet):
                 {c: mark for c in asking.waiting if (mark := self._joins(self.devices.members[c].key, here))}
             )
             yield from self._given_up(asking)
-            for word in asking.word(lambda client: self.devices.members[client].name):
+            for word in asking.word(lambda client: self.devices.members[client].name, self.grace):
                 self.note(word)
             time.sleep(self.pace.poll)
         self._took = asking.took or self._took
@@ -260,8 +259,8 @@ class RemoteFleet(Fleet):
 
     def _given_up(self, asking: Asking) -> Iterator[Answer]:
         """Yield, without an answer, the clients that are not waited for any longer."""
-        now, limit = time.monotonic(), self.pace.deadline
-        if limit and now - asking.began > limit:
+        now, limit = time.monotonic(), self._limit(asking)
+        if now - asking.began > limit:
             asking.over = True
             self._gone |= asking.waiting.keys()
             yield from self._left(asking, f"no answer in {limit:g} s")
@@ -278,6 +277,12 @@ class RemoteFleet(Fleet):
         else:
             yield from self._that_declined(asking, ASKED)
             asking.ask_again(self.pace.again)
+
+    def _limit(self, asking: Asking) -> float:
+        """Return how many seconds a round may take: as stated, else by the median of the answers, once half of them are there."""
+        if self.pace.deadline or self.apart or 2 * len(asking.took) < len(asking.orders):
+            return self.pace.deadline or math.inf
+        return max(LEAST, round(SLOWEST * median(asking.took)))
 
     def _left(self, asking: Asking, reason: str) -> Iterator[Answer]:
         """Yield, without an answer, all that are left when a round is over; those at work are late for this `reason`."""
@@ -309,6 +314,7 @@ class RemoteFleet(Fleet):
             self._check_prospect(count)
             here, refused = len(self._ready), len(self._refused)
             word = f"{here} of {counted(count, 'device')} {'is' if here == 1 else 'are'} ready"
+            word += self._missing() if here < count else ""
             if refused and here < count:
                 word += f"; {refused} cannot take part: waiting for others, or for these to come in anew"
             if word != said:
@@ -326,16 +332,15 @@ class RemoteFleet(Fleet):
 
     def _go_on_with(self, here: int, count: int, patience: float) -> None:
         """Say who did not come in time; FleetError where nobody did."""
-        missing = [m.name for m in self.devices.members if m.key not in self._ready]
-        why = f"{here or 'none'} of {counted(count, 'device')} came within {human_time(patience)}"
-        why += (
-            f"; missing: {', '.join(missing[:SHOWN])}{' ..' if len(missing) > SHOWN else ''}"
-            if missing
-            else ""
-        )
+        why = f"{here or 'none'} of {counted(count, 'device')} came within {human_time(patience)}{self._missing()}"
         if not here:
             raise FleetError(why, hint="start them, then this again; --round-deadline SECONDS waits longer")
         self.note(f"{why}: the others are not waited for")
+
+    def _missing(self) -> str:
+        ready = {m.name for m in self.devices.members if m.key in self._ready}  # perhaps by a second key
+        names = [n for n in dict.fromkeys(m.name for m in self.devices.members) if n not in ready]
+        return f"; missing: {', '.join(names[:SHOWN])}{' ..' * (len(names) > SHOWN)}" if names else ""
 
     def _check_prospect(self, count: int) -> None:
         """FleetError when `count` devices or more have refused, and all that are known; they were told by then.
@@ -401,28 +406,20 @@ class RemoteFleet(Fleet):
         here = self.link.online()
         for key, mark in here.items():
             if self._greeted.get(key) != mark:
+                anew = " anew" * (key in self._greeted)
                 self._ready.pop(key, None)
                 self._refused.pop(key, None)
-                if self._may_be_greeted(key):
+                if self._greetings.left_out(key) >= 0:
                     self._greeted[key] = mark
+                    self.note(f"device {self.link.name(key)} has come in{anew}")
                     self._push(
                         key, Order("job", self.round or self.next, body=self.job.to_json().encode()), here
                     )
         for key in self._greeted.keys() - here.keys():
             del self._greeted[key]  # it is greeted again, even if it comes back in the same session
-            if self._ready.pop(key, None):
-                self.note(f"device {self.link.name(key)} has gone")
+            self._ready.pop(key, None)
+            self.note(f"device {self.link.name(key)} has gone")
         return here
-
-    def _may_be_greeted(self, key: str) -> bool:
-        """Tell whether a device is given the job now: one that comes in anew all the time waits, and fills no log."""
-        now = time.monotonic()
-        times, last = self._greetings.get(key, (0.0, now))
-        times = max(0.0, times - (now - last) / REST) + 1
-        if times > GREETED:
-            return False
-        self._greetings[key] = times, now
-        return True
 
     # Orders and answers -----------------------------------------------------------------------------------
 
@@ -460,10 +457,10 @@ class RemoteFleet(Fleet):
             reply = answer_in(data, found.order)
             if found.order.what != "job":
                 yield number, found.order, reply
-            elif reply is None:
-                self._greeted.pop(found.key, None)  # it is asked again
-            else:
+            elif reply is not None:
                 self._joined(found, reply)
+            elif self._greeted.get(found.key) == found.mark:
+                del self._greeted[found.key]  # it is asked again
         self.devices.save()  # before any of those that have joined is asked
 
     def _joined(self, found: _Order, reply: DeviceReply) -> None:
@@ -602,12 +599,14 @@ class Asking:
                 del self.declined[client]
                 self.waiting[client] = time.monotonic()
 
-    def word(self, name: Callable[[int], str]) -> Iterator[str]:
-        """Yield, when it is time, for whom the round waits; `name` gives a client's name."""
+    def word(self, name: Callable[[int], str], grace: float) -> Iterator[str]:
+        """Yield, when it is time, for whom the round waits; `name` gives a client's name, `grace` is as in `Pace`."""
         if time.monotonic() <= self.next_word:
             return
-        self.next_word += WORD
-        does = dict.fromkeys(self.waiting, "away") | dict.fromkeys(self.joining, "joining")
+        self.next_word = time.monotonic() + WORD  # a machine may have slept
+        left = {client: max(0.0, since + grace - time.monotonic()) for client, since in self.waiting.items()}
+        does = {client: f"away, for {left[client]:.0f} s more at most" for client in left}
+        does |= dict.fromkeys(self.joining, "joining")
         does |= dict.fromkeys(self.sent.values(), "at work")
         does |= {client: f"declined: {found.reason}" for client, found in self.declined.items()}
         shown = [f"{name(c)} ({does[c]})" for c in sorted(does)[:SHOWN]]

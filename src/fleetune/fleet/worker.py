@@ -33,6 +33,7 @@ from fleetune.fleet import eval_device, orders
 from fleetune.fleet.brings import Brings
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.device_state import DeviceState
+from fleetune.fleet.link import Sparing
 from fleetune.models.cache.cache import BLOCKS, MAPPED, PLACES
 from fleetune.models.lazy import memory_of
 from fleetune.models.net.model import Model
@@ -57,6 +58,8 @@ ANSWER: Final = "answer"
 PASSES: Final = 100  # over its rows that a device makes in a round, at most
 MEMORIES: Final = 16  # rounds that it remembers, at most
 SUMMED: Final = aggregation.Rule(aggregation.PRIVATE)
+SILENT: Final = 5.0  # seconds of work until its first word, ..
+WORD: Final = 30.0  # .. and until each other
 FEW: Final = 256  # rows: a device that has fewer does as many passes as one with so many
 
 
@@ -93,7 +96,7 @@ class Worker:
         self.identity = identity  # who it is in a secure sum, and whom it adds up with
         self.brings, self.state, self.note, self.on_step = brings, state, note, on_step
         self.declines = declines  # why it would rather not work now, by its code; "" for nothing
-        self.own = DeviceState(state)
+        self.own, self._spare = DeviceState(state), Sparing()
         self.loaded: Loaded | None = None
         self.ended = ""  # why the run is over for this device; "" while it is not
         self.error: errors.FleetuneError | None = None  # that keeps it from taking part
@@ -112,6 +115,8 @@ class Worker:
             ) from error
         if isinstance(data, bytearray):
             data.clear()
+        self._doing = "loading" if order.what == "job" else _title(order)
+        self._next_word = time.monotonic() + SILENT
         if order.what == "end":
             if self.loaded is not None and self.loaded.job.task == "calibrate":
                 self.loaded.calibration.remove()
@@ -119,8 +124,15 @@ class Worker:
             if order.body == orders.REFUSED:
                 self.error = errors.FleetError(f"the server refuses this device: {self.ended}")
             return orders.DeviceReply("done", order.nonce, order.round).encode()
-        with hearing(lambda: self.on_step(order.client, 0)):
+        with hearing(lambda: self._step(order.client, 0)):
             return self._ready(order) if order.what == "job" else self._once(order, digest)
+
+    def _step(self, client: int, step: int) -> None:
+        """Say that the work goes on, where nothing was said for a while; `on_step` may end it."""
+        self.on_step(client, step)
+        if time.monotonic() > self._next_word:
+            self._next_word = time.monotonic() + WORD
+            self.note(f"{self._doing} goes on{f': step {step + 1}' if step else ''}")
 
     # The job ----------------------------------------------------------------------------------------------
 
@@ -188,12 +200,8 @@ class Worker:
             why = single_spaced(
                 error.message if isinstance(error, errors.FleetuneError) else errors.fault(error)
             )
-            log.error(
-                "%s failed: %s",
-                _title(order),
-                errors.cut_reason(why),
-                exc_info=log.isEnabledFor(logging.INFO),
-            )
+            if line := self._spare.line(f"{_title(order)} failed: {errors.cut_reason(why)}"):
+                log.error("%s", line, exc_info=log.isEnabledFor(logging.INFO))
             return self._without("failed", order, error)
         try:
             write_atomic(file, digest + encoded, mode=PRIVATE)
@@ -233,7 +241,7 @@ class Worker:
         if received.round != order.round:
             raise errors.MessageError(f"the message is of round {received.round}, the order of {order.round}")
         hold = self._hold if job.secure else None
-        reply = work(loaded.method, model, batches, order.key, received, loaded.memories, self.on_step, hold)
+        reply = work(loaded.method, model, batches, order.key, received, loaded.memories, self._step, hold)
         if loaded.hides is not None:
             self._spend(job, loaded.hides, batches.taken)
         return reply

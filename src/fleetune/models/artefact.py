@@ -148,6 +148,14 @@ class Quantised:
         steps.view(len(steps), -1, self.group).sub_(self.zero.to(torch.int16)[..., None])
         return steps
 
+    def step_range(self) -> tuple[int, int]:
+        """Return the smallest and the largest of `steps`."""
+        one = not self.codebook and bool((self.zero == self.zero[0, 0]).all())  # zero for all
+        steps = self.codes if self.codebook or one else self.steps()
+        first, last = (int(end) - one * int(self.zero[0, 0]) for end in steps.aminmax())
+        values = CODEBOOKS.get(self.codebook)
+        return (values[first], values[last]) if values else (first, last)
+
     def dense(self) -> Tensor:
         """Return the weights, float32, of `shape`."""
         values = self.steps().float()

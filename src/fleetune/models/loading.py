@@ -13,8 +13,8 @@ and the order of its labels.
 import functools
 import logging
 import math
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -49,7 +49,6 @@ DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
 _RANGE: Final = (
     "fp16 holds numbers up to 65,504: try --dtype fp32 or bf16; if it stays, fetch the model again"
 )
-_LOADING = threading.Lock()
 
 DENSEST: Final = 8  # numbers that a byte of a GGUF file stands for, at most
 DEVICES: Final = ("auto", "cpu", "cuda", "mps")
@@ -292,7 +291,9 @@ def _load_folder(
         return_large_pieces()
         net, words, new = _read_net(path, DTYPES[dtype], labels, tensors)
         named = named_tensors(net)
-        base = digest(checks.finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
+        with ThreadPoolExecutor(1) as pool:
+            rules = pool.submit(tokenizer_digest, tokenizer)
+            base = digest(checks.finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
         if tensors is None:
             net.to(chosen)
         checks.check_step(net, path)
@@ -312,9 +313,7 @@ def _load_folder(
             f"the tokenizer in {path} has {len(tokenizer)} tokens, the model {rows}",
             hint="the tokenizer belongs to another model: fetch the model again",
         )
-    return Model(
-        net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, None, words, new, ram
-    )
+    return Model(net, tokenizer, name, path, base, rules.result(), dtype, chosen, None, words, new, ram)
 
 
 def _read_net(
@@ -339,9 +338,8 @@ def _read_net(
         tensors = _read_tensors(path, dtype) if stored is None else placeholders(stored, dtype)
         if words != saved:
             tensors = without_head(tensors, kind, config)
-        # transformers changes classes of its own while it loads, so two threads must not load at a time; and what a file
-        # lacks is drawn from torch's generator
-        with _LOADING, quiet(), torch.random.fork_rng(devices=[]):
+        # what a file lacks is drawn from torch's generator
+        with quiet(), torch.random.fork_rng(devices=[]):
             net, found = kind.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
             )
@@ -409,7 +407,7 @@ def _read_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
 def load_tokenizer(name: str, *, offline: bool = False) -> transformers.PreTrainedTokenizerBase:
     """Return a model's tokenizer without loading weights; a model that is not here is fetched.  ModelError as in `load`."""
     path = resolve(name, offline=offline)
-    with quiet(), _LOADING:
+    with quiet():
         return _read_tokenizer(path)
 
 

@@ -85,6 +85,16 @@ def test_q4_1_bytes() -> None:
     assert raw.tolist() == [[0x00, 0x34, 0x00, 0xBA, *[0xD2] * 16]]  # -0.75 is 0xBA00
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(-35, 5), st.integers(1, 9))
+def test_plain_weights_are_rounded_as_the_gguf_package_rounds_them(seed: int, scale: int, rows: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((rows, 96), np.float32) * np.float32(10.0**scale)
+    weight[:, :32] = rng.integers(-254, 255, (rows, 32)) * np.float32(0.5)  # halves, where the largest is 127
+    weight[:, 0], weight[:, 1], weight[0, 32:64] = 127, np.nextafter(np.float32(0.5), np.float32(0)), 0
+    theirs = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(_ggml_blocks.round_q8_0(torch.from_numpy(weight)), theirs)
+
+
 def test_q8_0_bytes() -> None:
     raw = _ggml_blocks.PACKERS["Q8_0"](one_row([0, 127, 128, 129, 255] + [128] * 27, [2.0], [128], bits=8))
     assert raw.tolist() == [[0x00, 0x40, 0x80, 0xFF, 0x00, 0x01, 0x7F, *[0] * 27]]
@@ -124,6 +134,12 @@ def test_blocks_decode_to_the_same_weights(kind, bits, zeros, significant, codeb
     got = read(_ggml_blocks.PACKERS[kind](q), kind)
     assert torch.equal(got, q.dense())
     assert not codebook or got.numpy().tobytes() == q.dense().numpy().tobytes()  # the sign of 0 too
+
+
+@given(st.data(), st.booleans(), st.sampled_from(["", "iq4_nl"]))
+def test_the_range_of_steps(data: st.DataObject, one: bool, codebook: str) -> None:
+    q = changed(data.draw(matrices(4, 7, 8 if one else 15)), codebook=codebook)
+    assert q.step_range() == (int(q.steps().min()), int(q.steps().max()))
 
 
 @given(matrices(4, 0, 15), st.sampled_from(sorted(_ggml_blocks.PACKERS)))

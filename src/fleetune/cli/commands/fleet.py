@@ -94,11 +94,7 @@ def arguments(sub: Parser) -> None:
 
 
 def _join_arguments(add: Add) -> None:
-    add(
-        "--state",
-        metavar="DIR",
-        help=f"folder of the device: its key, its log, what it remembers (default ./{STATE})",
-    )
+    add("--state", metavar="DIR", help=f"folder of the device: its key, log and memory (default ./{STATE})")
     add("--key", metavar="FILE", help="the device's key (default: one made in the state folder)")
     add("--ca", metavar="FILE", help="ca.pem of the server; needed unless the server is this machine")
     add(
@@ -147,11 +143,9 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
         flags.check_resume(args, path, "fleetune fleet serve --resume")
     values = {} if path else _values(args, ui.note)
     recipe = recipes.make(values) if values else None
+    if path is not None:
+        _as_before(args, path, ui, flags.DOOR[:7])
     fleets = flags.served(args)
-    served = path is not None and (path / standing.FILE).is_file() and standing.standing(path) != "done"
-    before = standing.resume(path) if path is not None and served else ""
-    if before and before != f"fleetune fleet serve --resume {quoted(path)}{fleets.flags()}":
-        ui.note(f"it was served otherwise before, and devices look for it there: {before}")
     if path is not None:
         fleets.check(path)
     if recipe:
@@ -176,6 +170,13 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
         with suppress(KeyboardInterrupt), InterruptHandler(ui) as interrupt:
             interrupt.at_once = True
             fleets.linger(ui.note)
+
+
+def _as_before(args: argparse.Namespace, run: Path, ui: Ui, names: Sequence[str] = flags.DOOR[:4]) -> None:
+    """Take the flags with which a run was served before, where none says otherwise: its devices look for it there."""
+    word = standing.word_of(run) if (run / standing.FILE).is_file() else {}
+    if taken := flags.again(args, str(word.get("flags", "")), names):
+        ui.note(f"taken from the run: {' '.join(taken)}")
 
 
 def _check_only(recipe: recipes.Recipe, fleets: Served, args: argparse.Namespace, ui: Ui) -> None:
@@ -212,8 +213,6 @@ def _values(args: argparse.Namespace, note: Callable[[str], None]) -> Mapping[st
 
 
 def _eval(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet import eval_server
-
     name = _word(args, "latest")
     if other := [*flags.given(args), *args.set, *filter(None, (args.config, args.resume))]:
         raise UsageError(
@@ -221,10 +220,11 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
         )
     found = subject.open(name, args.out)
     ui.log()
-    if isinstance(found, subject.Run) and (found.folder / standing.FILE).is_file():
-        taken = flags.again(args, str(standing.word_of(found.folder).get("flags", "")))
-        ui.note(f"the door is the run's: {' '.join(taken) or 'the usual'}")
+    if isinstance(found, subject.Run):
+        _as_before(args, found.folder, ui)
     with console_listener(ui) as listener, flags.served(args) as served:
+        from fleetune.fleet import eval_server
+
         done, each = eval_server.evaluate(found, served, listener, offline=args.offline)
     _show(ui, each, done)
 
@@ -484,8 +484,8 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
     if now.served:
         ui.paths([("run", f"{now.run} · {now.status} · heard {ago} ago"), *standing.facts(now)])
     else:
-        no = "only its page is left of" if standing.lingers(Path(now.run)) else "no server has"
-        ui.note(f"{no} {now.run} now: last heard {ago} ago")
+        page = "its page is still shown" if standing.lingers(Path(now.run)) else "no server runs it"
+        ui.note(f"{page}; last heard {ago} ago")
         ui.paths([("run", f"{now.run} · {now.status}"), *standing.facts(now)])
     ui.table(standing.HEAD, [standing.cells(device) for device in now.devices])
     if not now.served and now.status != "done":

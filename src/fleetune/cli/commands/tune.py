@@ -248,7 +248,7 @@ class RunScreen:
             return
         if what == "rounds":
             self.rounds, self.round = total, done
-            self.bar.relabel(what)
+            self.bar.relabel(what, f"{done}/{total}")
         else:
             self.bar.show(what, done, total, text)
 

@@ -24,6 +24,9 @@ from fleetune.models.artefact import Quantised, SuperBlocks
 from fleetune.models.families.number_types import SUPER_WIDTH
 
 BLOCK: Final = 32
+CHUNK: Final = 1 << 12  # blocks that are rounded at a time: they stay in the cache
+# the fp32 below 0.5: added before a cut, it rounds half away from 0
+BELOW_HALF: Final = torch.tensor(0.5 - 2.0**-25)
 RANGES: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
     {"Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-128, 127)}
 )
@@ -51,15 +54,16 @@ def misfit(q: Quantised, kind: str) -> str | None:
             return "the minimum scale * zero of some groups is not exact in fp16"
         return None
     low, high = RANGES[kind]
-    steps = q.steps()
-    if int(steps.min()) < low or int(steps.max()) > high:
-        return f"{kind} holds steps {low} to {high} about the zero, it has {int(steps.min())} to {int(steps.max())}"
+    first, last = q.step_range()
+    if first < low or last > high:
+        return f"{kind} holds steps {low} to {high} about the zero, it has {first} to {last}"
     return None
 
 
 def pack_blocks(kind: str, q: Quantised) -> np.ndarray:
     """Pack a matrix that fits into blocks of 4 or 5 bits a code, uint8 [R, C / 32 * bytes of a block]."""
-    codes = (q.steps() - RANGES[kind][0]).to(torch.uint8) if kind in RANGES else q.codes
+    moved = kind in RANGES and bool((q.zero != -RANGES[kind][0]).any())
+    codes = (q.steps() - RANGES[kind][0]).to(torch.uint8) if moved else q.codes
     parts = [_per_block(q, q.scale)]
     if kind in TOPS:
         parts.append(_per_block(q, _minimum(q)))
@@ -72,6 +76,20 @@ def pack_q8_0(q: Quantised) -> np.ndarray:
     """Pack a matrix that fits into uint8 [R, C / 32 * 34]."""
     steps = q.steps().to(torch.int8).numpy()
     return _join(_per_block(q, q.scale), steps.view(np.uint8).reshape(len(steps), -1, BLOCK))
+
+
+def round_q8_0(weight: Tensor) -> np.ndarray:
+    """Round fp32 [.., C] to blocks as llama.cpp's reference does, uint8 [.., C / 32 * 34]."""
+    made, every = np.empty((weight.numel() // BLOCK, 34), np.uint8), weight.view(-1, BLOCK)
+    for start in range(0, len(every), CHUNK):
+        blocks = every[start : start + CHUNK]
+        d = blocks.abs().amax(1, keepdim=True) / 127
+        scaled = blocks * torch.where(d == 0, 0, 1 / d)
+        steps = scaled.add_(torch.copysign(BELOW_HALF, scaled)).to(torch.int8)  # cut
+        rows = made[start : start + CHUNK]
+        rows[:, :2] = d.half().numpy().astype("<f2").view(np.uint8)
+        rows[:, 2:] = steps.numpy().view(np.uint8)
+    return made.reshape(*weight.shape[:-1], -1)
 
 
 # ---------------------------------------------------------------- super-blocks

@@ -467,8 +467,7 @@ def _encode(model: Checkpoint, entry: GgufTensor) -> np.ndarray:
         return taken.reshape(*entry.shape[:-1], -1)
     weight = _values(model, entry)
     if entry.kind == "Q8_0":
-        blocks_of_rows: np.ndarray = gguf.quants.quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0)
-        return blocks_of_rows
+        return _ggml_blocks.round_q8_0(weight.float())
     return _float_bytes(weight, entry)
 
 

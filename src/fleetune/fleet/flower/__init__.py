@@ -38,7 +38,7 @@ simulate = false  # whether the nodes are those of a simulation: each has the ro
 offline = false  # fetch nothing
 wait = 0  # SuperNodes before the first round; 0: the recipe's clients
 grace = 60.0  # seconds to wait for a SuperNode that has gone
-round-deadline = 0.0  # seconds for a round; 0: as long as SuperNodes work
+round-deadline = 0.0  # seconds for a round; 0: 20 times the median answer, 600 at least
 """
 
 # Flower reads the text of these files, and looks for an assignment

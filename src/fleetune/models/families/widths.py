@@ -10,6 +10,7 @@ number of heads from its projections, and `num_key_value_groups` stays.
 """
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
@@ -18,6 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+ALONE: Final = (
+    threading.RLock()
+)  # transformers sets globals while it builds or loads a net: one thread at a time
 
 FAMILIES: Final = ("llama", "qwen2", "qwen3")
 KEY: Final = "fleetune_widths"
@@ -167,7 +172,7 @@ def class_of(
 
 def build(config: Any) -> PreTrainedModel:
     """Build a net of a configuration on the meta device, fp32: names and shapes without values."""
-    with torch.device("meta"):
+    with ALONE, torch.device("meta"):
         return class_of(config)._from_config(config, dtype=torch.float32)
 
 

@@ -19,24 +19,25 @@ from fleetune.common.files import staged
 from fleetune.errors import FleetuneError, ModelError, StorageError
 from fleetune.models.families.foreign import short_error
 from fleetune.models.families.number_types import WEIGHTS
-from fleetune.models.families.widths import mark_config
+from fleetune.models.families.widths import ALONE, mark_config
 
 ONE_FILE: Final = "1000TB"  # of weights: never several files
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the progress bars and warnings of transformers: what it loaded is checked here."""
+    """Silence the progress bars and warnings of transformers, in one thread at a time: what it loaded is checked here."""
     logs = transformers.utils.logging
-    shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
-    logs.disable_progress_bar()
-    logs.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logs.set_verbosity(level)
-        if shown:
-            logs.enable_progress_bar()
+    with ALONE:
+        shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
+        logs.disable_progress_bar()
+        logs.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logs.set_verbosity(level)
+            if shown:
+                logs.enable_progress_bar()
 
 
 def save(
