@@ -290,8 +290,8 @@ def _named(
             continue
         if not header:
             given = [name.strip() for name in cells]
-            at = dict[str, int]()
-            own = [not name or at.setdefault(name, n) == n for n, name in enumerate(given)]
+            places = dict[str, int]()
+            own = [not name or places.setdefault(name, n) == n for n, name in enumerate(given)]
             header = [
                 n if o else f"{n} (column {c})" for c, (n, o) in enumerate(zip(given, own, strict=True), 1)
             ]
