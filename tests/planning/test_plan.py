@@ -446,6 +446,6 @@ def test_the_function_returns_the_settings_as_arguments_of_tune(large):
     assert whole.settings().work.length == plan.longest() == 512
     small = fleetune.plan(large, ram="64GB", batch=3, length=100, dtype="fp32").settings()
     assert small.options() == {"method": "fedit", "settings": {"batch_size": 3}, "max_length": 100}
-    with pytest.raises(UsageError, match="batch=0 must"):
+    with pytest.raises(UsageError, match="--batch 0 must"):
         fleetune.plan(large, batch=0)
     assert device_cost.Workload().batch == 8
