@@ -77,7 +77,7 @@ MUTANTS: tuple[Mutant, ...] = (
            '"base digest": head.base != base,', '"base digest": False,', 'seeds/test_ledger.py'),
     Mutant('deploy/verify.py', '_files_of_run',
            'stated != (now := sums.sha256(listed))', '(now := "") != stated == ""', 'deploy/test_verify.py -k forgeries'),
-    Mutant('deploy/verify.py', '_merged', 'finished.require_digest(model.digest, run.ledger().final_check(), run.result)', 'pass',
+    Mutant('deploy/verify.py', '_weights_of', 'finished.require_digest(digest, run.ledger().final_check(), run.result)', 'pass',
            'deploy/test_verify.py -k forgeries'),
     Mutant('deploy/verify.py', 'HeldCodes._is_of', 'again.equals(found)', 'not again.equals(found)',
            'deploy/test_verify.py -k proven_from'),
