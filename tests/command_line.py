@@ -2,10 +2,12 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from fleetune.cli.console import InterruptHandler
 from fleetune.cli.main import main
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
@@ -40,6 +42,15 @@ def refused(capsys: Capture, *args: object, code: int = 2) -> str:
     assert len(re.findall(r"^(?:[\d: -]{20})?error: ", err, re.M)) == 1
     assert "Traceback" not in err
     return err
+
+
+def pressed_when(asked: Callable[[], bool]) -> type[InterruptHandler]:
+    """An interrupt handler that reports Ctrl-C as soon as that holds."""
+
+    class Pressed(InterruptHandler):
+        requested = property(lambda self: asked(), lambda self, value: None)  # type: ignore[assignment]
+
+    return Pressed
 
 
 def events(out: str) -> list[dict[str, Any]]:

@@ -659,14 +659,13 @@ def test_signs_that_cannot_be_those_of_the_entries_are_refused(said, data, tmp_p
         load(tmp_path / "l")
 
 
-A, B = TENSORS
-
-
-OTHER_TENSORS = {"tensors": (A, ("b", (9,), "bfloat16"))}, r"tensors.* b \[9\] bfloat16"
+OTHER_TENSORS = {"tensors": (TENSORS[0], ("b", (9,), "bfloat16"))}, r"tensors.* b \[9\] bfloat16"
 OTHER_BASES = [({name: "00" * 32}, f"{name} digest") for name in ("base", "tokenizer")]
 
 
-@pytest.mark.parametrize(("changed", "reason"), [*OTHER_BASES, ({"tensors": (A,)}, "tensors"), OTHER_TENSORS])
+@pytest.mark.parametrize(
+    ("changed", "reason"), [*OTHER_BASES, ({"tensors": TENSORS[:1]}, "tensors"), OTHER_TENSORS]
+)
 def test_another_base_is_refused(changed, reason):
     require_base(head(), "ab" * 32, "cd" * 32, iter(TENSORS))
     other = {"base": "ab" * 32, "tokenizer": "cd" * 32, "tensors": TENSORS} | changed
