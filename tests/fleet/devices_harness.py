@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import fleetune
 from command_line import FEW
 from fleetune import models
@@ -49,6 +51,14 @@ def lay_out(place: Path, count: int) -> None:
     for c in range(count):
         keys.make(place / f"dev-{c}")
         (place / f"dev-{c}.pub").rename(place / "keys" / f"dev-{c}.pub")
+
+
+def entered(made: Path, place: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Go to a folder with links to all that was made in another."""
+    for path in made.iterdir():
+        (place / path.name).symlink_to(path)
+    patch.chdir(place)
+    return place
 
 
 def simulated(kind: str, layers: int = 2, rows: int = 20, **more: Any) -> Path:

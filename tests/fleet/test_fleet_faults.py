@@ -176,13 +176,9 @@ def unruly(folder: Path, messages: int, seed: int) -> int:
     return link.messages
 
 
-def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path):
-    unruly(tmp_path, 500, seed=1)
-
-
-@pytest.mark.faults
-def test_ten_thousand_answers_that_come_twice_late_or_out_of_order(tmp_path, injected):
-    injected("answers twice, late or out of order", unruly(tmp_path, 10_000, seed=2))
+@pytest.mark.parametrize("messages", [500, pytest.param(10_000, marks=pytest.mark.faults)])
+def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path, injected, messages):
+    injected("answers twice, late or out of order", unruly(tmp_path, messages, seed=2))
 
 
 @pytest.mark.faults
@@ -281,15 +277,12 @@ def torn_log(folder: Path, count: int) -> int:
     return done
 
 
+@pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("spoil", [torn_table, torn_log])
-def test_torn_files_of_the_server_are_mended_or_named(tmp_path, spoil):
-    assert spoil(tmp_path, 30) > 60
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("spoil", [torn_table, torn_log])
-def test_torn_files_of_the_server_at_many_places(tmp_path, injected, spoil):
-    injected("torn files of the server", spoil(tmp_path, 500))
+def test_torn_files_of_the_server_are_mended_or_named(tmp_path, injected, spoil, count):
+    done = spoil(tmp_path, count)
+    assert done > 2 * count
+    injected("torn files of the server", done)
 
 
 def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
@@ -320,13 +313,11 @@ def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
     return done
 
 
-@pytest.mark.faults
-def test_torn_files_of_a_device(device_place, tmp_path, job, injected):
-    injected("torn files of a device", torn_device(device_place, tmp_path, job, 40))
-
-
-def test_torn_files_of_a_device_at_a_few_places(device_place, tmp_path, job):
-    assert torn_device(device_place, tmp_path, job, 1) == 6
+@pytest.mark.parametrize("count", [1, pytest.param(40, marks=pytest.mark.faults)])
+def test_torn_files_of_a_device(device_place, tmp_path, job, injected, count):
+    done = torn_device(device_place, tmp_path, job, count)
+    assert done == 2 + 4 * count
+    injected("torn files of a device", done)
 
 
 @pytest.mark.injects

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from devices_harness import RECIPES, Device, devices, door, free_port
+from devices_harness import RECIPES, Device, devices, door, entered, free_port
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import fleetune
@@ -68,10 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for path in made.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return entered(made, tmp_path, monkeypatch)
 
 
 @functools.cache
