@@ -1,8 +1,10 @@
 """The command line as tests call it, and a run that is short."""
 
+import io
 import json
 import re
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import pytest
@@ -33,6 +35,13 @@ def ok(capsys: Capture, *args: object) -> list[dict[str, Any]]:
     code, told, err = call_json(capsys, *args)
     assert code == 0, err
     return told
+
+
+def said(*words: str, code: int = 0) -> str:
+    """What a command says on standard error, without a fixture."""
+    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()):
+        assert main(list(words)) == code, err.getvalue()
+    return err.getvalue()
 
 
 def refused(capsys: Capture, *args: object, code: int = 2) -> str:

@@ -11,15 +11,13 @@ import os
 import random
 import resource
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from devices_harness import fates, free_port, run_in
+from devices_harness import Wire, fates, free_port, run_in
 from test_loopback import FEDIT, FEDKSEED, device, devices, folder, place, serve, served, split
 from test_remote import Memory, fleet
 from test_remote import link as memory_of
@@ -89,63 +87,22 @@ def test_a_run_goes_on_while_the_clock_jumps(place, injected, days):
     injected("clock of server and devices set by a day in a run", 1)
 
 
-class Proxy:
-    """Forward connections to a port, and cut each of the first ones after as many bytes as `cuts` says."""
-
-    def __init__(self, port: int, cuts: list[int]) -> None:
-        self.port, self.cuts, self.done = port, cuts, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = self.listener.getsockname()[1]
-        self.lock = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                try:
-                    server = socket.create_connection(("127.0.0.1", self.port))
-                except OSError:
-                    client.close()
-                    continue
-                with self.lock:
-                    left = [self.cuts.pop()] if self.cuts else None
-                for one, other in ((client, server), (server, client)):
-                    threading.Thread(target=self._forward, args=(one, other, left), daemon=True).start()
-
-    def _forward(self, one: socket.socket, other: socket.socket, left: list[int] | None) -> None:
-        with contextlib.suppress(OSError):
-            while data := one.recv(1 << 14):
-                if left is not None:
-                    with self.lock:
-                        data, cut = data[: max(0, left[0])], 0 < left[0] <= len(data)
-                        left[0] -= len(data)
-                        self.done += cut
-                other.sendall(data)
-                if left is not None and left[0] <= 0:
-                    break
-        for end in (one, other):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize("recipe", [FEDKSEED, FEDIT], ids=lambda r: str(r["method"]))
 def test_connections_that_are_cut_in_the_middle_of_a_message(place, injected, monkeypatch, recipe):
     monkeypatch.setattr(line, "LONGEST", 0.5)
-    monkeypatch.setattr(Door, "_is_called", lambda self, address: True)  # the proxy has another port
+    monkeypatch.setattr(Door, "_is_called", lambda self, address: True)  # the wire has another port
     recipe = {**recipe, "rounds": 40}
     expected, port, rng = simulated(recipe), free_port(), random.Random(3)
-    proxy = Proxy(port, [rng.randint(200, 12_000) for _ in range(60)])
-    with devices(proxy.address) as joined, served(port, Pace(grace=60, poll=0.01)) as fleets:
+    wire = Wire(port, [rng.randint(200, 12_000) for _ in range(60)])
+    with devices(wire.port) as joined, served(port, Pace(grace=60, poll=0.01)) as fleets:
         found = serve(recipe, fleets)
-    proxy.listener.close()
-    print(f"{recipe['method']}: {proxy.done} cuts")
+    wire.close()
+    print(f"{recipe['method']}: {wire.cut} cuts")
     assert found.done.digest == expected
     assert [d.outcome for d in joined] == ["the run is finished"] * 3
-    assert proxy.done >= 15  # the others had ended before
-    injected("connections cut in a message", proxy.done)
+    assert wire.cut >= 15  # the others had ended before
+    injected("connections cut in a message", wire.cut)
 
 
 class Unruly(Memory):

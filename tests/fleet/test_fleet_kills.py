@@ -199,16 +199,10 @@ PATIENCE_OF_BLOCKS = 400.0  # seconds for the work without a kill
 ASKED = "--set group=8 --windows 64 --length 128"
 
 
-@pytest.fixture
-def many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of a model with many blocks, so that there is time for kills."""
-    monkeypatch.chdir(tmp_path)
-    numbered(simulated("ledger", layers=2 * KILLS, rows=400))
-    return tmp_path
-
-
 @pytest.mark.faults
-def test_kills_of_server_and_devices_change_no_code(many_blocks):
+def test_kills_of_server_and_devices_change_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    numbered(simulated("ledger", layers=2 * KILLS, rows=400))  # many blocks, so that there is time for kills
     few = {"settings": {"group": 8}, "windows": 64, "length": 128}
     want = fleetune.compress(Path("runs/latest"), calibrate="clients", out="simulated", **few)
     port = free_port()

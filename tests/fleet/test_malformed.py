@@ -238,8 +238,6 @@ TO_THE_JOB: dict[str, tuple[Make, str]] = {
     "escapes in the version of torch": (told(torch="2.0\x1b[2J"), "torch = '2.0"),
     "a processor of a megabyte": (told(processor="v" * MILLION), "processor = "),
 }
-
-
 BASE, ROWS, ROUND, LIAR = bytes(range(8)), 9, 2, 1
 CLIENTS = 4
 FEDIT = ("fedit", {"r": 2, "steps": 1, "dropout": 0.0})
