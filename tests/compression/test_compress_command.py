@@ -245,7 +245,7 @@ def test_a_compressed_model_is_measured_in_the_type_named(tiny: str, at: Path, c
 
 SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("optq", {"bits": 6}, "bits = 6"),
-    ("optq", {"grid": "q7_k"}, "none of ggml"),
+    ("optq", {"grid": "q7_k"}, "one of ggml"),
     ("optq", {"grid": "iq4_nl", "bits": 3}, "16 values"),
     ("rtn", {"grid": "q6_k", "bits": 8}, "codes of 6 bits"),
     ("optq", {"grid": "q2_k", "group": 64}, "groups of 16"),

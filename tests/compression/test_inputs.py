@@ -92,11 +92,11 @@ def test_where_the_rows_fill_no_window_all_are_other_text(tokens: int, count: in
     found, loaded = inputs.of_run(asked(count), inputs_of(tokens), notes)
     assert torch.equal(found, inputs.of_package(loaded.model, LENGTH, count)[0])
     assert loaded.source == inputs.OWN
-    assert f"rows has {tokens} tokens, and a window needs {LENGTH}" in notes.notes[0]
+    assert f"rows has {tokens} tokens, fewer than a window of {LENGTH}" in notes.notes[0]
     notes.notes.clear()
     filled, _ = inputs.of_run(asked(count), inputs_of(LENGTH), notes)
     assert torch.equal(filled[0], torch.arange(LENGTH)), "just one window"
-    assert not any("a window needs" in note for note in notes.notes)
+    assert not any("a window of" in note for note in notes.notes)
 
 
 def test_a_client_with_too_little_text_is_left_out() -> None:

@@ -227,12 +227,12 @@ def _of_adapter(folder: Path, parents: Parents) -> Links:
 
 def _of_run(run: Run, parents: Parents) -> Links:
     run = parents.run(run)
+    yield from _files_of_run(run)
     result = run.result
     if result.is_dir():
         model = yield from _loaded_of(run, parents)
         yield from _weights_of(run, model.digest, "")
     else:
-        yield from _files_of_run(run)
         yield from _of_ledger(result, run.recipe.model, parents)
         yield from _declared_by(run)
 
@@ -273,8 +273,7 @@ def _files_of_run(run: Run) -> Links:
 
 
 def _loaded_of(run: Run, parents: Parents) -> Generator[LinkVerified, None, Model]:
-    """Yield that a run's files are as they were written; return its model, with the tuning attached."""
-    yield from _files_of_run(run)
+    """Yield what is proven of the base's files; return the run's model, with the tuning attached."""
     files, model = _loaded(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
     yield from files
     return model
@@ -359,6 +358,7 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
     codes = HeldCodes(master)
     if isinstance(source, Run):
         run = parents.run(source)
+        yield from _files_of_run(run)
         model = yield from _loaded_of(run, parents)
         base, view = model.digest, model.attachment
         if run.result.is_dir():
@@ -463,13 +463,13 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
 
 def _of_tuned(path: Path, run: Run, parents: Parents) -> Generator[LinkVerified, None, str]:
     """Write the export of a run again, and compare; return its target."""
+    yield from _files_of_run(run)
     adapter, digest = run.result.is_dir(), ""
     what = "adapter" if adapter else "ledger, and are those that it states"
     made = _proven(
         "weights", f"made from base and {what}: {finished.stated_by(run.folder).get('digest', '')}"
     )
     if run.recipe.train == SCALES:
-        yield from _files_of_run(run)
         yield from _files_of_base(run.recipe.model, parents)
         target = written_again(path, run, offline=parents.offline)
         yield made

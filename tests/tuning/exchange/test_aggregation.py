@@ -274,7 +274,7 @@ def test_numbers_are_kept_as_they_came(spool):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("krum", "none of mean, median, trimmed-mean, norm-clip, sign-vote"),
+        ("krum", "one of mean, median, trimmed-mean, norm-clip, sign-vote"),
         ("median:0.2", "trimmed-mean a share"),
         ("mean:0.5", "only mean takes a number, from 1 on"),
         *((f"trimmed-mean:{share}", "between 0 and 0.5") for share in ("0.5", "1/0", "nan", "-0.2")),

@@ -95,7 +95,7 @@ def test_a_round_steps_by_what_a_function_without_gradient_says(name, rows, rank
 
 BOTH = ("fedit", "fedpetuning")
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("fedit", {"start": "magic"}, "none of default, gaussian"),
+    ("fedit", {"start": "magic"}, "one of default, gaussian"),
     ("fedit", {"start": "orthogonal", "r": 3}, "even rank"),
     ("fedit", {"start": "pissa"}, "dropout=0"),
     ("fedit", {"start": "olora", "dropout": 0, "wire": "sign"}, "wire=fp32"),
@@ -118,7 +118,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("fedpetuning", {"start": "pissa", "module": "adapter"}, "module=lora"),
     ("fedpetuning", {"start": "pissa", "wire": "sign"}, "wire=fp32"),
     ("fedpetuning", {"start": "orthogonal", "size": 5}, "even rank"),
-    ("fedpetuning", {"module": "magic"}, "none of full, prefix"),
+    ("fedpetuning", {"module": "magic"}, "one of full, prefix"),
     ("fedpetuning", {"places": "sideways"}, "neither houlsby nor pfeiffer"),
     ("fedpetuning", {"size": -1}, "must be positive"),
     ("fedpetuning", {"module": "prompt", "size": 4097}, "4096 tokens at most"),
