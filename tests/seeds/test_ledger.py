@@ -416,7 +416,7 @@ def test_the_last_check_is_that_of_all_rounds():
     assert ledger.with_check(3, "cc").drop(3).final_check() is None
 
 
-def test_truncate():
+def test_truncate_and_drop():
     ledger = some()
     two = ledger.truncate(2)
     assert rows(two) == [r for r in rows(ledger) if r[2] <= 2]
@@ -426,10 +426,6 @@ def test_truncate():
     assert rows(ledger.truncate(0)) == []
     assert rows(ledger.truncate(3)) == rows(ledger)
     assert ledger.truncate(3).head.checks == ledger.head.checks
-
-
-def test_drop():
-    ledger = some()
     left = ledger.drop(2)
     assert rows(left) == [r for r in rows(ledger) if r[2] != 2]
     assert left.head.checks == {"1": "11" * 32}
