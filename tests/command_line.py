@@ -1,11 +1,15 @@
 """The command line as tests call it, and a run that is short."""
 
+import io
 import json
 import re
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import pytest
 
+from fleetune.cli.console import InterruptHandler
 from fleetune.cli.main import main
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
@@ -33,6 +37,13 @@ def ok(capsys: Capture, *args: object) -> list[dict[str, Any]]:
     return told
 
 
+def said(*words: str, code: int = 0) -> str:
+    """What a command says on standard error, without a fixture."""
+    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()):
+        assert main(list(words)) == code, err.getvalue()
+    return err.getvalue()
+
+
 def refused(capsys: Capture, *args: object, code: int = 2) -> str:
     """What is said, with the hint, of a command that cannot be carried out."""
     found, _, err = call(capsys, *args)
@@ -40,6 +51,15 @@ def refused(capsys: Capture, *args: object, code: int = 2) -> str:
     assert len(re.findall(r"^(?:[\d: -]{20})?error: ", err, re.M)) == 1
     assert "Traceback" not in err
     return err
+
+
+def pressed_when(asked: Callable[[], bool]) -> type[InterruptHandler]:
+    """An interrupt handler that reports Ctrl-C as soon as that holds."""
+
+    class Pressed(InterruptHandler):
+        requested = property(lambda self: asked(), lambda self, value: None)  # type: ignore[assignment]
+
+    return Pressed
 
 
 def events(out: str) -> list[dict[str, Any]]:

@@ -353,24 +353,13 @@ class Broken(fleetune.Silent):
         raise KeyError("my own mistake")
 
 
-class Stop(fleetune.Silent):
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def step(self, client: int, step: int) -> None:
-        self.steps += 1
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.steps > 5
-
-
 def test_a_listeners_own_error_is_raised_and_blamed_on_no_client(at):
     whole = tune(rounds=2)
     with pytest.raises(KeyError, match="my own mistake"):
         tune(rounds=2, listener=Broken())
+    looks = iter([False] * 5 + [True] * 99)
     with pytest.raises(errors.Interrupted, match="finished rounds are kept"):
-        tune(rounds=2, listener=Stop())
+        tune(rounds=2, listener=Heard(lambda heard: next(looks)))
     assert fleetune.resume_run("latest").digest == whole.digest
     with pytest.raises(errors.UsageError, match="a function is no listener: it has no header, event"):
         tune(listener=lambda event: None)

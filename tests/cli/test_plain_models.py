@@ -1,10 +1,10 @@
 """A run, an adapter or a compressed model given as MODEL is refused at once, with the command that makes a plain model of it."""
 
 import contextlib
-import io
 import json
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fleetune
-from command_line import FEW
+from command_line import FEW, said
 from fleetune import models
 from fleetune.api import tuning
 from fleetune.cli.main import main
@@ -37,13 +37,7 @@ def at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RUN, CODES = "runs/0001-fedit-tiny", "runs/0002-rtn-tiny"
-
-
-def refused(*words: str) -> str:
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        assert main(list(words)) == 2
-    return err.getvalue()
+refused = partial(said, code=2)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """A compressed model given as MODEL where its scales are trained: its file is written once, and the run is one of that file."""
 
 import contextlib
-import io
 import json
 import shlex
 import shutil
@@ -11,17 +10,17 @@ from typing import Any
 import pytest
 from deploy_harness import compressed, tiny
 
-import command_line
 import fleetune
+from command_line import FEW as BRIEF
+from command_line import said
 from fleetune import models
 from fleetune.api import tuning
-from fleetune.cli.main import main
 from fleetune.common.sums import sha256
 from fleetune.deploy import harness
 from fleetune.planning import plan as planning
 from fleetune.tuning.recipe import recipe as recipes
 
-FEW: dict[str, Any] = command_line.FEW | {"rounds": 2, "client_rows": 0}
+FEW: dict[str, Any] = BRIEF | {"rounds": 2, "client_rows": 0}
 PLAIN: dict[str, Any] = {"method": "fedit", "settings": {"r": 2, "lr": 1e-3, "steps": 1}, **FEW}
 CODES, FILE = "runs/0001-rtn-tiny", "runs/0001-rtn-tiny/0001-rtn-tiny.gguf"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,14 +47,6 @@ def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(shutil.copytree(made, tmp_path / "at"))
     return Path.cwd()
-
-
-def said(*words: str, code: int = 0) -> str:
-    """What a command says on standard error."""
-    err, out = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
-        assert main(list(words)) == code, err.getvalue()
-    return err.getvalue()
 
 
 def tuned(model: object, way: str = "mezo", **options: Any) -> Any:

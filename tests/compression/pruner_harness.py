@@ -16,8 +16,6 @@ from fleetune.models import Model
 from tiny_families import TOKENS, drawn, sizes
 
 IDS = torch.tensor([[256, 12, 200, 7, 255, 31, 90, 63, 64, 65]])
-
-
 # of 12 matrices with rows of 96 and 2 with rows of 256
 SIZES = sizes(96, 256, 2, 3, 1, head_dim=32)
 

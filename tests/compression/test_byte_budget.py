@@ -11,10 +11,9 @@ import torch
 from deploy_harness import tokenizer
 from pruner_harness import SIZES, tiny
 
-from command_line import Capture, Patch, ok, refused
+from command_line import Capture, Patch, ok, pressed_when, refused
 from command_line import call_json as call
 from fleetune import compression
-from fleetune.cli.console import InterruptHandler
 from fleetune.common.display import human_bytes
 from fleetune.compression.jobs import budget
 from fleetune.compression.layerwise.driver import End
@@ -127,12 +126,8 @@ def test_a_resumed_one_has_its_grids(model: str, at: Path, capsys: Capture, monk
     code, events, _ = call(capsys, "compress", model, *flags)
     whole = events[-1]["digest"]
     parts = at / "runs" / "0002-qronos-tiny" / "parts"
-
-    class Pulled(InterruptHandler):
-        def __getattribute__(self, name: str) -> Any:
-            return any(parts.glob("block-*")) if name == "requested" else super().__getattribute__(name)
-
-    monkeypatch.setattr("fleetune.cli.console.InterruptHandler", Pulled)
+    pressed = pressed_when(lambda: any(parts.glob("block-*")))
+    monkeypatch.setattr("fleetune.cli.console.InterruptHandler", pressed)
     code, events, err = call(capsys, "compress", model, *flags)
     assert code == 130, err
     assert list(parts.glob("block-*"))

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_harness import LORA, QUICK, ZEROTH, pulled_after, tuned
+from command_harness import LORA, QUICK, ZEROTH, tuned
 from pruner_harness import pruner
 from pruner_harness import tiny as prunable
 
-from command_line import Capture, Patch, ok, refused
+from command_line import Capture, Patch, ok, pressed_when, refused
 from command_line import call_json as call
 from fleetune import compression, models
 from fleetune.cli.main import main
@@ -97,8 +97,9 @@ def test_a_stopped_one_is_taken_up_again_and_does_not_go_on_with_something_else(
     shutil.copytree(tiny, at / "mine")
     text = ["--text", "text.txt"] if change else []  # else what comes along
     work = ["compress", "mine", *SMALL, *text, "--seed", "7"]
+    looks = iter([False] * 32 + [True] * 99)
     with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.console.InterruptHandler", pulled_after(32))
+        patch.setattr("fleetune.cli.console.InterruptHandler", pressed_when(lambda: next(looks)))
         code, said, _ = call(capsys, *work)
     assert code == 130
     assert "fleetune compress --resume runs/0001-optq-mine" in json.dumps(said[-1])

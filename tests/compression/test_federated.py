@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from command_line import call_json, ok
+from command_line import call_json, ok, pressed_when
 from fleetune import compression, models
-from fleetune.cli.console import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.compression.layerwise import driver, federated
 from fleetune.compression.layerwise.activations import HiddenStates
@@ -328,17 +327,13 @@ def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(tuned_
     args = ["latest", *SMALL, "--calibrate", "clients", "--out", str(tuned_run)]
     answered, answer = list[int](), ClientHessians.answer  # in block 1
 
-    class Pulled(InterruptHandler):
-        def __getattribute__(self, name: str) -> Any:
-            return len(answered) >= 2 if name == "requested" else super().__getattribute__(name)
-
     def fail(self: ClientHessians, client: int, number: int, linears: Any) -> bytes:
         said = b"?" if client == 1 else answer(self, client, number, linears)
         answered.extend([client] * (number == 1))
         return said
 
     with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.console.InterruptHandler", Pulled)
+        patch.setattr("fleetune.cli.console.InterruptHandler", pressed_when(lambda: len(answered) >= 2))
         patch.setattr(ClientHessians, "answer", fail)
         code, first, _ = call_json(capsys, "compress", *args)
     assert code == 130

@@ -9,10 +9,9 @@ import torch
 from deploy_harness import tokenizer
 from pruner_harness import SIZES, tiny
 
-from command_line import Capture, Patch, ok
+from command_line import Capture, Patch, ok, pressed_when
 from command_line import call_json as call
 from fleetune import compression, models
-from fleetune.cli.console import InterruptHandler
 from fleetune.compression.jobs import scales
 from fleetune.compression.jobs.scales import MovableScales
 from fleetune.compression.layerwise.grids import Grid, rounded
@@ -162,13 +161,9 @@ def test_it_resumes_with_the_same_bits(model: str, at: Path, capsys: Capture, mo
     flags = (model, *SMALL, "--bytes", "150kB", "--train-scales", "9")
     events = ok(capsys, "compress", *flags)
     whole, kept = events[-1]["digest"], at / "runs" / "0002-optq-tiny" / "parts" / "scales"
-
-    class Pulled(InterruptHandler):
-        def __getattribute__(self, name: str) -> Any:
-            return any(kept.rglob("*.*")) if name == "requested" else super().__getattribute__(name)
-
+    pressed = pressed_when(lambda: any(kept.rglob("*.*")))
     with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.console.InterruptHandler", Pulled)
+        patch.setattr("fleetune.cli.console.InterruptHandler", pressed)
         patch.setattr(scales, "EVERY", 3)
         code, events, _ = call(capsys, "compress", *flags)
     assert code == 130

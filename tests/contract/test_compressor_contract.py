@@ -215,6 +215,19 @@ def a_matrix_that_passes_the_check_is_solved(case: str, tmp: Path) -> None:
         assert ":" in case or works == (problem == "")
 
 
+def resumes(trained: Callable[[Path, Callable[..., None]], Model], tmp: Path) -> str:
+    """The bits of a model after its training, which it also has after one that was stopped in its second step."""
+    steps: list[int] = []
+    want = bits(trained(tmp / "whole", stop_at(0, steps)))
+    assert steps == list(range(1, len(steps) + 1))
+    first, second = list[int](), list[int]()
+    with pytest.raises(Interrupted):
+        trained(tmp / "stopped", stop_at(2, first))
+    assert bits(trained(tmp / "stopped", stop_at(0, second))) == want
+    assert [*first, *second] == steps
+    return want
+
+
 def a_trainer_calls_back_after_each_step_and_leaves_its_teacher(case: str, tmp: Path) -> None:
     seen: list[tuple[int, int, float]] = []
     student, teacher = distilled(case, tmp / "a", lambda step, n, loss: seen.append((step, n, loss)))
@@ -228,14 +241,8 @@ def a_trainer_calls_back_after_each_step_and_leaves_its_teacher(case: str, tmp: 
 
 def a_trainer_resumes_bit_for_bit(case: str, tmp: Path) -> None:
     """A step in which it is interrupted is saved; so is the last."""
-    steps: list[int] = []
-    want = bits(distilled(case, tmp / "whole", stop_at(0, steps))[0])
+    want = resumes(lambda folder, on_step: distilled(case, folder, on_step)[0], tmp)
     assert bits(distilled(case, tmp / "again", ignore)[0]) == want
-    first, second = list[int](), list[int]()
-    with pytest.raises(Interrupted):
-        distilled(case, tmp / "stopped", stop_at(2, first))
-    assert bits(distilled(case, tmp / "stopped", stop_at(0, second))[0]) == want
-    assert [*first, *second] == steps
     assert bits(distilled(case, tmp / "whole", lambda *_: pytest.fail("all steps are done"))[0]) == want
 
 
@@ -258,16 +265,8 @@ def a_pruner_makes_a_smaller_model_the_same_each_time(case: str, tmp: Path) -> N
 
 
 def a_pruner_resumes_its_recovery_bit_for_bit(case: str, tmp: Path) -> None:
-    if method(case).recover == "none":
-        return
-    steps: list[int] = []
-    want = bits(pruned(case, tmp / "whole", ignore, stop_at(0, steps)))
-    assert steps == list(range(1, len(steps) + 1))
-    first, second = list[int](), list[int]()
-    with pytest.raises(Interrupted):
-        pruned(case, tmp / "stopped", ignore, stop_at(2, first))
-    assert bits(pruned(case, tmp / "stopped", ignore, stop_at(0, second))) == want
-    assert [*first, *second] == steps
+    if method(case).recover != "none":
+        resumes(lambda folder, on_step: pruned(case, folder, ignore, on_step), tmp)
 
 
 EVERY: list[Check] = [the_paper_is_cited, settings_are_explained, nonsense_is_refused_at_once, it_has_a_page]

@@ -4,9 +4,11 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import fleetune
 from command_line import FEW
@@ -49,6 +51,14 @@ def lay_out(place: Path, count: int) -> None:
     for c in range(count):
         keys.make(place / f"dev-{c}")
         (place / f"dev-{c}.pub").rename(place / "keys" / f"dev-{c}.pub")
+
+
+def entered(made: Path, place: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Go to a folder with links to all that was made in another."""
+    for path in made.iterdir():
+        (place / path.name).symlink_to(path)
+    patch.chdir(place)
+    return place
 
 
 def simulated(kind: str, layers: int = 2, rows: int = 20, **more: Any) -> Path:
@@ -96,6 +106,54 @@ class Device(threading.Thread):
             self.outcome = device.join(server, self.brings, self.home, stop=self.leave.is_set, note=hears)
         except Exception as error:
             self.outcome = error
+
+
+class Wire(threading.Thread):
+    """Forward connections to a port, cut the first ones after as many bytes as `cuts` says, keep what clients sent."""
+
+    def __init__(self, to: int, cuts: Sequence[int] = ()) -> None:
+        super().__init__(daemon=True)
+        self.to, self.cuts, self.cut, self.sent = to, [*cuts], 0, bytearray()
+        self.pumps, self.lock = list[threading.Thread](), threading.Lock()
+        self.door = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self.door.getsockname()[1])
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                one, _ = self.door.accept()
+                try:
+                    other = socket.create_connection(("127.0.0.1", self.to))
+                except OSError:
+                    one.close()
+                    continue
+                left = [self.cuts.pop() if self.cuts else 1 << 62]
+                for way in ((one, other, left, True), (other, one, left, False)):
+                    self.pumps.append(threading.Thread(target=self.pump, args=way, daemon=True))
+                    self.pumps[-1].start()
+
+    def pump(self, source: socket.socket, sink: socket.socket, left: list[int], kept: bool) -> None:
+        with contextlib.suppress(OSError):
+            while left[0] > 0 and (part := source.recv(1 << 14)):
+                with self.lock:
+                    part, cut = part[: max(0, left[0])], 0 < left[0] <= len(part)
+                    left[0] -= len(part)
+                    self.cut += cut
+                    self.sent += part if kept else b""
+                sink.sendall(part)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+    def close(self) -> None:
+        """Wait until all has gone through."""
+        self.door.shutdown(socket.SHUT_RDWR)
+        self.join(10)
+        for pump in self.pumps:
+            pump.join(10)
+        self.door.close()
 
 
 def numbered(folder: Path, count: int = 2) -> None:

@@ -11,15 +11,13 @@ import os
 import random
 import resource
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from devices_harness import fates, free_port, run_in
+from devices_harness import Wire, fates, free_port, run_in
 from test_loopback import FEDIT, FEDKSEED, device, devices, folder, place, serve, served, split
 from test_remote import Memory, fleet
 from test_remote import link as memory_of
@@ -89,63 +87,22 @@ def test_a_run_goes_on_while_the_clock_jumps(place, injected, days):
     injected("clock of server and devices set by a day in a run", 1)
 
 
-class Proxy:
-    """Forward connections to a port, and cut each of the first ones after as many bytes as `cuts` says."""
-
-    def __init__(self, port: int, cuts: list[int]) -> None:
-        self.port, self.cuts, self.done = port, cuts, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = self.listener.getsockname()[1]
-        self.lock = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                try:
-                    server = socket.create_connection(("127.0.0.1", self.port))
-                except OSError:
-                    client.close()
-                    continue
-                with self.lock:
-                    left = [self.cuts.pop()] if self.cuts else None
-                for one, other in ((client, server), (server, client)):
-                    threading.Thread(target=self._forward, args=(one, other, left), daemon=True).start()
-
-    def _forward(self, one: socket.socket, other: socket.socket, left: list[int] | None) -> None:
-        with contextlib.suppress(OSError):
-            while data := one.recv(1 << 14):
-                if left is not None:
-                    with self.lock:
-                        data, cut = data[: max(0, left[0])], 0 < left[0] <= len(data)
-                        left[0] -= len(data)
-                        self.done += cut
-                other.sendall(data)
-                if left is not None and left[0] <= 0:
-                    break
-        for end in (one, other):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize("recipe", [FEDKSEED, FEDIT], ids=lambda r: str(r["method"]))
 def test_connections_that_are_cut_in_the_middle_of_a_message(place, injected, monkeypatch, recipe):
     monkeypatch.setattr(line, "LONGEST", 0.5)
-    monkeypatch.setattr(Door, "_is_called", lambda self, address: True)  # the proxy has another port
+    monkeypatch.setattr(Door, "_is_called", lambda self, address: True)  # the wire has another port
     recipe = {**recipe, "rounds": 40}
     expected, port, rng = simulated(recipe), free_port(), random.Random(3)
-    proxy = Proxy(port, [rng.randint(200, 12_000) for _ in range(60)])
-    with devices(proxy.address) as joined, served(port, Pace(grace=60, poll=0.01)) as fleets:
+    wire = Wire(port, [rng.randint(200, 12_000) for _ in range(60)])
+    with devices(wire.port) as joined, served(port, Pace(grace=60, poll=0.01)) as fleets:
         found = serve(recipe, fleets)
-    proxy.listener.close()
-    print(f"{recipe['method']}: {proxy.done} cuts")
+    wire.close()
+    print(f"{recipe['method']}: {wire.cut} cuts")
     assert found.done.digest == expected
     assert [d.outcome for d in joined] == ["the run is finished"] * 3
-    assert proxy.done >= 15  # the others had ended before
-    injected("connections cut in a message", proxy.done)
+    assert wire.cut >= 15  # the others had ended before
+    injected("connections cut in a message", wire.cut)
 
 
 class Unruly(Memory):
@@ -176,13 +133,9 @@ def unruly(folder: Path, messages: int, seed: int) -> int:
     return link.messages
 
 
-def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path):
-    unruly(tmp_path, 500, seed=1)
-
-
-@pytest.mark.faults
-def test_ten_thousand_answers_that_come_twice_late_or_out_of_order(tmp_path, injected):
-    injected("answers twice, late or out of order", unruly(tmp_path, 10_000, seed=2))
+@pytest.mark.parametrize("messages", [500, pytest.param(10_000, marks=pytest.mark.faults)])
+def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path, injected, messages):
+    injected("answers twice, late or out of order", unruly(tmp_path, messages, seed=2))
 
 
 @pytest.mark.faults
@@ -281,15 +234,12 @@ def torn_log(folder: Path, count: int) -> int:
     return done
 
 
+@pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("spoil", [torn_table, torn_log])
-def test_torn_files_of_the_server_are_mended_or_named(tmp_path, spoil):
-    assert spoil(tmp_path, 30) > 60
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("spoil", [torn_table, torn_log])
-def test_torn_files_of_the_server_at_many_places(tmp_path, injected, spoil):
-    injected("torn files of the server", spoil(tmp_path, 500))
+def test_torn_files_of_the_server_are_mended_or_named(tmp_path, injected, spoil, count):
+    done = spoil(tmp_path, count)
+    assert done > 2 * count
+    injected("torn files of the server", done)
 
 
 def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
@@ -320,13 +270,11 @@ def torn_device(device_place: Path, state: Path, job: Job, count: int) -> int:
     return done
 
 
-@pytest.mark.faults
-def test_torn_files_of_a_device(device_place, tmp_path, job, injected):
-    injected("torn files of a device", torn_device(device_place, tmp_path, job, 40))
-
-
-def test_torn_files_of_a_device_at_a_few_places(device_place, tmp_path, job):
-    assert torn_device(device_place, tmp_path, job, 1) == 6
+@pytest.mark.parametrize("count", [1, pytest.param(40, marks=pytest.mark.faults)])
+def test_torn_files_of_a_device(device_place, tmp_path, job, injected, count):
+    done = torn_device(device_place, tmp_path, job, count)
+    assert done == 2 + 4 * count
+    injected("torn files of a device", done)
 
 
 @pytest.mark.injects

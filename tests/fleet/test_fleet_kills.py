@@ -81,6 +81,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     return tmp_path
 
 
+def joining(words: str, *, held: bool = False) -> list[Process]:
+    """Devices that join with these words, in which {c} is the number of each."""
+    common = "fleet join --data rows/client-{c:03d}.jsonl --model model --state state-{c} "
+    return [Process(f"device-{c}", (common + words).format(c=c), held) for c in range(DEVICES)]
+
+
 def started(recipe: str, *, held: bool = False) -> tuple[Process, Process, list[Process]]:
     """The simulation of a recipe, then a server and devices of the same; (server, its resumption, devices)."""
     Path("recipe.toml").write_text(recipe)
@@ -90,15 +96,7 @@ def started(recipe: str, *, held: bool = False) -> tuple[Process, Process, list[
     common = f"--port {port} --keys keys --certificate certs --out real"
     begin = Process("server", f"fleet serve -c recipe.toml {common}")
     again = Process("server", f"fleet serve --resume latest {common}")
-    devices = [
-        Process(
-            f"device-{c}",
-            f"fleet join localhost:{port} --data rows/client-{c:03d}.jsonl --model model --key dev-{c} "
-            f"--ca certs/ca.pem --state state-{c}",
-            held=held,
-        )
-        for c in range(DEVICES)
-    ]
+    devices = joining(f"localhost:{port} --key dev-{{c}} --ca certs/ca.pem", held=held)
     warm = FORKED.Process(target=os.getpid)  # everything is imported before the first start
     warm.start()
     warm.join()
@@ -201,29 +199,16 @@ PATIENCE_OF_BLOCKS = 400.0  # seconds for the work without a kill
 ASKED = "--set group=8 --windows 64 --length 128"
 
 
-@pytest.fixture
-def many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of a model with many blocks, so that there is time for kills."""
-    monkeypatch.chdir(tmp_path)
-    numbered(simulated("ledger", layers=2 * KILLS, rows=400))
-    return tmp_path
-
-
 @pytest.mark.faults
-def test_kills_of_server_and_devices_change_no_code(many_blocks):
+def test_kills_of_server_and_devices_change_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    numbered(simulated("ledger", layers=2 * KILLS, rows=400))  # many blocks, so that there is time for kills
     few = {"settings": {"group": 8}, "windows": 64, "length": 128}
     want = fleetune.compress(Path("runs/latest"), calibrate="clients", out="simulated", **few)
     port = free_port()
     begin = Process("server", f"compress latest --calibrate fleet {ASKED} --wait 2 --port {port}")
     again = Process("server", f"compress --resume 2 --port {port}")
-    devices = [
-        Process(
-            f"device-{c}",
-            f"fleet join 127.0.0.1:{port} --data rows/client-{c:03d}.jsonl --calibrate --model model --state state-{c} "
-            "--device cpu --threads 1",
-        )
-        for c in range(2)
-    ]
+    devices = joining(f"127.0.0.1:{port} --calibrate --device cpu --threads 1")
     for process in (begin, *devices):
         process.start()
     try:

@@ -5,9 +5,7 @@ import dataclasses
 import functools
 import json
 import math
-import socket
 import sys
-import threading
 import time
 import traceback
 import zlib
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from devices_harness import RECIPES, Device, devices, door, free_port
+from devices_harness import RECIPES, Device, Wire, devices, door, entered, free_port
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import fleetune
@@ -68,10 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for path in made.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return entered(made, tmp_path, monkeypatch)
 
 
 @functools.cache
@@ -348,50 +343,10 @@ def test_a_digest_that_leaves_a_device_confirms_no_guess(place):
     assert (Path("a") / "secret").stat().st_mode & 0o777 == 0o600
 
 
-class Relay(threading.Thread):
-    """A wire between a device and its server, on which every byte that the device sends is written down."""
-
-    def __init__(self, to: int) -> None:
-        super().__init__(daemon=True)
-        self.to, self.sent, self.pumps = to, bytearray(), list[threading.Thread]()
-        self.door = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self.door.getsockname()[1])
-
-    def run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                one, _ = self.door.accept()
-                other = socket.create_connection(("127.0.0.1", self.to))
-                for way in ((one, other, True), (other, one, False)):
-                    self.pumps.append(threading.Thread(target=self.pump, args=way, daemon=True))
-                    self.pumps[-1].start()
-
-    def pump(self, source: socket.socket, sink: socket.socket, kept: bool) -> None:
-        with contextlib.suppress(OSError):
-            while part := source.recv(1 << 16):
-                if kept:
-                    self.sent += part
-                sink.sendall(part)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        source.close()
-
-    def close(self) -> None:
-        """Wait until all has gone through."""
-        self.door.shutdown(socket.SHUT_RDWR)
-        self.join(10)
-        for pump in self.pumps:
-            pump.join(10)
-        self.door.close()
-
-
 @contextlib.contextmanager
 def watched(port: int) -> Iterator[bytearray]:
-    """Two devices at a server, through relays that write down what they send."""
-    relays = [Relay(port) for _ in range(2)]
-    for relay in relays:
-        relay.start()
+    """Two devices at a server, through wires on which what they send is written down."""
+    relays = [Wire(port) for _ in range(2)]
     sent = bytearray()
     joined = [Device(r.port, c, data=f"rows-{c}.jsonl", held_out=4) for c, r in enumerate(relays)]
     try:

@@ -49,8 +49,32 @@ class Quiet(BaseHTTPRequestHandler):
     def answer(self) -> None:
         raise NotImplementedError
 
+    def begin(self, status: int, *head: tuple[str, str]) -> None:
+        self.send_response(status)
+        for name, value in head:
+            self.send_header(name, value)
+        self.end_headers()
+
+    def pour(self, piece: bytes, times: int = 400, pause: float = 0.0) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(times):
+                self.wfile.write(piece)
+                time.sleep(pause)
+
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def says(status: int, *head: tuple[str, str]) -> type[Quiet]:
+    """A server that answers with this alone, and keeps what it was asked."""
+
+    class Says(Quiet):
+        asked: ClassVar[list[Any]] = []
+
+        def answer(self) -> None:
+            self.begin(status, *head)
+
+    return Says
 
 
 class Bomb(Quiet):
@@ -58,23 +82,16 @@ class Bomb(Quiet):
 
     def answer(self) -> None:
         body = gzip.compress(bytes(100 * MILLION))
-        self.send_response(200)
-        self.send_header("content-encoding", "gzip")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(body)
+        self.begin(200, ("content-encoding", "gzip"), ("content-length", str(len(body))))
+        self.pour(body, 1)
 
 
 class Endless(Quiet):
     """Sends for as long as somebody reads."""
 
     def answer(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            for _ in range(400):
-                self.wfile.write(bytes(MILLION))
+        self.begin(200)
+        self.pour(bytes(MILLION))
 
 
 def stayed(way: line.Line, key: keys.PrivateKey, state: Path, server: Server) -> line._Stay:
@@ -106,13 +123,7 @@ def test_no_answer_fills_a_devices_memory(tmp_path, handler, why):
 
 
 def test_a_head_in_no_letters_of_a_server_is_answered_as_a_bad_one(tmp_path):
-    class Accents(Quiet):
-        def answer(self) -> None:
-            self.send_response(204)
-            self.send_header("fleetune-challenge", "\xe9")
-            self.end_headers()
-
-    with hostile(Accents) as address:
+    with hostile(says(204, ("fleetune-challenge", "\xe9"))) as address:
         assert joined(address, tmp_path)[0] == "the head of the server's answer is not in ASCII; trying again"
 
 
@@ -137,12 +148,8 @@ def test_a_device_trusts_one_certificate(tmp_path):
 def test_an_order_may_be_as_large_as_the_device_says(tmp_path):
     class Large(Quiet):
         def answer(self) -> None:
-            self.send_response(200)
-            self.send_header("content-length", str(3 * MILLION))
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                for _ in range(30):
-                    self.wfile.write(bytes(MILLION // 10))
+            self.begin(200, ("content-length", str(3 * MILLION)))
+            self.pour(bytes(MILLION // 10), 30)
 
     key, most = keys.make(tmp_path / "key"), [3 * MILLION]
     with hostile(Large) as address:
@@ -160,13 +167,8 @@ def test_an_order_may_be_as_large_as_the_device_says(tmp_path):
 
 
 def test_no_proxy_is_between_a_machine_and_itself(tmp_path, monkeypatch):
-    class Refuses(Quiet):
-        def answer(self) -> None:
-            self.send_response(401)
-            self.end_headers()
-
-    Refuses.asked = []
-    with socket.create_server(("127.0.0.1", 0)) as proxy, hostile(Refuses) as address:
+    refuses = says(401)
+    with socket.create_server(("127.0.0.1", 0)) as proxy, hostile(refuses) as address:
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)
@@ -174,20 +176,15 @@ def test_no_proxy_is_between_a_machine_and_itself(tmp_path, monkeypatch):
         proxy.settimeout(0.1)
         with pytest.raises(TimeoutError):
             proxy.accept()
-    assert Refuses.asked
+    assert refuses.asked
     assert line.Line(Server("fleet.example.org:1"), False).http.trust_env  # others are reached as usual
 
 
 def test_what_is_wrong_is_told_once(tmp_path, monkeypatch):
-    class Told(Quiet):
-        def answer(self) -> None:
-            self.send_response(403)
-            self.end_headers()
-
-    Told.asked = []
+    told = says(403)
     monkeypatch.setattr(line, "LONGEST", 0.01)
-    with hostile(Told) as address:
-        said = joined(address, tmp_path, lambda: len(Told.asked) >= 6)
+    with hostile(told) as address:
+        said = joined(address, tmp_path, lambda: len(told.asked) >= 6)
     assert said == [f"{line.REFUSED[403]}; trying again"]
 
 
@@ -195,23 +192,15 @@ class Drips(Quiet):
     """Sends a small answer byte by byte."""
 
     def answer(self) -> None:
-        self.send_response(200)
-        self.send_header("content-length", "60000")
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            for _ in range(400):
-                self.wfile.write(b"x")
-                time.sleep(0.05)
+        self.begin(200, ("content-length", "60000"))
+        self.pour(b"x", pause=0.05)
 
 
 class Processing(Quiet):
     """Says that it is at work, again and again."""
 
     def answer(self) -> None:
-        with contextlib.suppress(OSError):
-            for _ in range(400):
-                self.wfile.write(b"HTTP/1.1 102 Processing\r\n\r\n")
-                time.sleep(0.05)
+        self.pour(b"HTTP/1.1 102 Processing\r\n\r\n", pause=0.05)
 
 
 @pytest.mark.parametrize("handler", [Drips, Processing])
@@ -246,9 +235,7 @@ class Holds(Quiet):
     def answer(self) -> None:
         if self.headers.get(door.ORDER):
             time.sleep(3)
-        self.send_response(200)
-        self.send_header(*((door.ORDER, "1") if self.path.endswith("exchange") else (door.SESSION, "s.x")))
-        self.end_headers()
+        self.begin(200, (door.ORDER, "1") if self.path.endswith("exchange") else (door.SESSION, "s.x"))
 
 
 def test_a_server_that_takes_its_time_does_not_hold_a_device_that_leaves(tmp_path, monkeypatch):

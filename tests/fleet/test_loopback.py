@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 import pytest
 from deploy_harness import compressed, tiny
-from devices_harness import Device, fates, free_port, run_in
+from devices_harness import Device, entered, fates, free_port, run_in
 
 import fleetune
 from command_line import ok, refused
@@ -71,10 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for path in folder.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return entered(folder, tmp_path, monkeypatch)
 
 
 def device(port: int, number: int, **home: Any) -> Device:

@@ -238,8 +238,6 @@ TO_THE_JOB: dict[str, tuple[Make, str]] = {
     "escapes in the version of torch": (told(torch="2.0\x1b[2J"), "torch = '2.0"),
     "a processor of a megabyte": (told(processor="v" * MILLION), "processor = "),
 }
-
-
 BASE, ROWS, ROUND, LIAR = bytes(range(8)), 9, 2, 1
 CLIENTS = 4
 FEDIT = ("fedit", {"r": 2, "steps": 1, "dropout": 0.0})
@@ -358,27 +356,20 @@ def reference_of(place: Place) -> Any:
     return place.played()
 
 
-@pytest.mark.injects
-def test_every_malformed_answer_is_refused_with_its_own_reason(tmp_path, run, injected):
+OTHERS = [("fedpetuning", {"module": "full", "steps": 1}), ("fwdllm", {"P": 2}), ("fedpeptao", {})]
+SOME = [pytest.param(FEDIT, marks=pytest.mark.injects)]
+SOME += [pytest.param(method, marks=pytest.mark.faults) for method in OTHERS]
+
+
+@pytest.mark.parametrize("method", SOME, ids=lambda method: method[0])
+def test_every_malformed_answer_is_refused_with_its_own_reason(tmp_path, run, injected, method):
     assert len(WORK) >= 60
-    place = Place(toy(*FEDIT), run, tmp_path)
+    place = Place(toy(*method), run, tmp_path)
     survived, faults = knock(place, reference_of(place))
     injected("malformed answers", len(WORK), survived=survived)
     assert not faults, "\n".join(faults)
     place.link.lie = None
     assert bits(place.played()) != bits(reference_of(place))  # an honest answer counts
-
-
-OTHERS = [("fedpetuning", {"module": "full", "steps": 1}), ("fwdllm", {"P": 2}), ("fedpeptao", {})]
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("method", OTHERS, ids=lambda method: method[0])
-def test_so_it_is_with_other_methods(tmp_path, run, injected, method):
-    place = Place(toy(*method), run, tmp_path)
-    survived, faults = knock(place, reference_of(place))
-    injected("malformed answers", len(WORK), survived=survived)
-    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.injects

@@ -57,12 +57,16 @@ class Memory:
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
         for number, (key, data) in list(self.queue.items()):
-            if key not in self.away:
+            if key not in self.away and not self.held(key, Order.decode(data)):
                 del self.queue[number]
                 self.done[number] = self.answer(key, Order.decode(data))
         for number in sorted(numbers & self.done.keys(), key=lambda n: self.chance.random()):
             data = self.done.pop(number)
             yield number, None if self.chance.random() < self.odd else data
+
+    def held(self, key: str, order: Order) -> bool:
+        """Whether the device has not begun with it yet."""
+        return False
 
     def drop(self, numbers: set[str]) -> None:
         for number in numbers:
@@ -156,17 +160,9 @@ def test_one_that_does_not_come_back_is_dropped_after_the_grace_and_asked_again_
 
 def test_one_that_is_back_and_loads_is_waited_for_but_not_one_that_dies_of_it_again_and_again(tmp_path):
     memory = link(2)
-    made, pull = fleet(memory, tmp_path), memory.pull
-    notes = list[str]()
+    made, notes = fleet(memory, tmp_path), list[str]()
     memory.marks["k1"], loaded, made.note = 1, time.monotonic() + 4 * (QUICK.grace or 0), notes.append
-
-    def slow(numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        loads = {n: q for n, q in memory.queue.items() if q[0] == "k1" and time.monotonic() < loaded}
-        memory.queue = {n: q for n, q in memory.queue.items() if n not in loads}
-        yield from pull(numbers)
-        memory.queue |= loads
-
-    memory.pull = slow  # type: ignore[method-assign]
+    memory.held = lambda key, order: key == "k1" and time.monotonic() < loaded  # type: ignore[method-assign]
     assert {a.client: a.status for a in made.ask(1, [0, 1], b"x")} == {0: "ok", 1: "ok"}
     assert [n.partition(":")[0] for n in notes] == [
         "device device-k1 has come in anew",
@@ -263,25 +259,11 @@ def test_a_device_that_goes_is_named(tmp_path):
     assert notes.count("device device-k1 has gone") == 1
 
 
-def test_after_the_deadline_the_round_goes_on(tmp_path):
-    memory = link()
-    made = fleet(memory, tmp_path, Pace(grace=50, deadline=0.2, poll=0.001))
-    memory.away.add("k1")
-    assert {a.client: a.status for a in made.ask(1, [0, 1, 2], b"x")} == {0: "ok", 1: "dropped", 2: "ok"}
-
-
 def test_one_that_is_there_and_never_answers_does_not_hold_up_the_others_for_ever(tmp_path, monkeypatch):
     """A round ends by itself once half of its devices have answered; where they stand apart, by the deadline alone."""
     monkeypatch.setattr(remote, "LEAST", 0.2)
-    memory = link()
-    made, pull = fleet(memory, tmp_path), memory.pull
-    stuck = {"k2"}
-
-    def stalls(numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        memory.queue = {n: q for n, q in memory.queue.items() if q[0] not in stuck}
-        yield from pull(numbers)
-
-    memory.pull = stalls  # type: ignore[method-assign]
+    made = fleet(memory := link(), tmp_path)
+    memory.held = lambda key, order: key == "k2"  # type: ignore[method-assign]
     found = {a.client: (a.status, a.reason) for a in made.ask(1, [0, 1, 2], b"x")}
     assert found == {0: ("ok", ""), 1: ("ok", ""), 2: ("late", "no answer in 0.2 s")}
     asking = Asking(2, dict.fromkeys(range(3), Order("work")))
@@ -472,12 +454,8 @@ class Slow(Memory):
     slow: set[str] = field(default_factory=set)
     declining: dict[str, str] = field(default_factory=dict)
 
-    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        asked = {n: q for n, q in self.queue.items() if q[0] in self.slow}
-        held = {n: q for n, q in asked.items() if Order.decode(q[1]).what == "work"}
-        self.queue = {n: q for n, q in self.queue.items() if n not in held}
-        yield from list(super().pull(numbers))
-        self.queue |= held
+    def held(self, key: str, order: Order) -> bool:
+        return key in self.slow and order.what == "work"
 
     def answer(self, key: str, order: Order) -> bytes:
         if order.what == "work" and key in self.declining:
@@ -525,12 +503,14 @@ def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path):
     assert {a.status for a in asked(fleet, 2).values()} == {"ok"}
 
 
-def test_after_the_deadline_those_at_work_are_late(tmp_path):
-    there, fleet, _ = made(tmp_path, pace=dataclasses.replace(PACE, deadline=0.05))
-    there.slow = {"k0", "k1", "k2", "k3"}
-    assert {a.status for a in asked(fleet, 1).values()} == {"late"}
-    there.slow = set()
-    assert {a.status for a in asked(fleet, 2).values()} == {"ok"}
+def test_after_the_deadline_those_at_work_are_late_and_the_round_goes_on(tmp_path):
+    there, fleet, _ = made(tmp_path, pace=dataclasses.replace(PACE, grace=50, deadline=0.2))
+    there.away, absent = {"k3"}, {3: "dropped"}
+    for round, slow in enumerate(("012", "0", ""), 1):
+        there.slow = {f"k{c}" for c in slow}
+        states = {c: "late" if str(c) in slow else "ok" for c in range(3)}
+        assert {c: a.status for c, a in asked(fleet, round).items()} == states | absent
+        absent = {}
 
 
 @settings(max_examples=25)
@@ -611,12 +591,9 @@ class Moody(Memory):
         self.away = {key for key in self.devices if gone(key)}
         return super().online()
 
-    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        slow = {k: self.began + n for k, (mood, n) in self.moods.items() if mood == "slow"}
-        held = {n: q for n, q in self.queue.items() if self.clock.now < slow.get(q[0], 0.0)}
-        self.queue = {n: q for n, q in self.queue.items() if n not in held}
-        yield from list(super().pull(numbers))
-        self.queue |= held
+    def held(self, key: str, order: Order) -> bool:
+        mood, number = self.moods.get(key, ("", 0.0))
+        return mood == "slow" and self.clock.now < self.began + number
 
     def answer(self, key: str, order: Order) -> bytes:
         mood, number = self.moods.get(key, ("", 0.0))

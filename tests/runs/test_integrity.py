@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 from unittest import mock
 
 import pytest
 
+from command_line import pressed_when
 from fleetune import models
 from fleetune.cli.console import InterruptHandler
 from fleetune.cli.main import main
@@ -104,24 +105,10 @@ def _logged(stream: io.StringIO) -> Iterator[None]:
 @contextlib.contextmanager
 def stopped_after_two_rounds(folder: Path) -> Iterator[None]:
     """Ctrl-C is pressed when a run in `folder` has done two rounds."""
-
-    class Pressed:
-        def __init__(self, ui: object) -> None:
-            pass
-
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        @property
-        def requested(self) -> bool:
-            return any(folder.glob("*/checkpoints/round-000002.ckpt"))
-
+    pressed = pressed_when(lambda: any(folder.glob("*/checkpoints/round-000002.ckpt")))
     with contextlib.ExitStack() as stack:
         for place in ("cli.commands.tune", "cli.console"):
-            stack.enter_context(mock.patch(f"fleetune.{place}.InterruptHandler", Pressed))
+            stack.enter_context(mock.patch(f"fleetune.{place}.InterruptHandler", pressed))
         yield
 
 

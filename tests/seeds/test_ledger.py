@@ -416,7 +416,7 @@ def test_the_last_check_is_that_of_all_rounds():
     assert ledger.with_check(3, "cc").drop(3).final_check() is None
 
 
-def test_truncate():
+def test_truncate_and_drop():
     ledger = some()
     two = ledger.truncate(2)
     assert rows(two) == [r for r in rows(ledger) if r[2] <= 2]
@@ -426,10 +426,6 @@ def test_truncate():
     assert rows(ledger.truncate(0)) == []
     assert rows(ledger.truncate(3)) == rows(ledger)
     assert ledger.truncate(3).head.checks == ledger.head.checks
-
-
-def test_drop():
-    ledger = some()
     left = ledger.drop(2)
     assert rows(left) == [r for r in rows(ledger) if r[2] != 2]
     assert left.head.checks == {"1": "11" * 32}
@@ -659,14 +655,13 @@ def test_signs_that_cannot_be_those_of_the_entries_are_refused(said, data, tmp_p
         load(tmp_path / "l")
 
 
-A, B = TENSORS
-
-
-OTHER_TENSORS = {"tensors": (A, ("b", (9,), "bfloat16"))}, r"tensors.* b \[9\] bfloat16"
+OTHER_TENSORS = {"tensors": (TENSORS[0], ("b", (9,), "bfloat16"))}, r"tensors.* b \[9\] bfloat16"
 OTHER_BASES = [({name: "00" * 32}, f"{name} digest") for name in ("base", "tokenizer")]
 
 
-@pytest.mark.parametrize(("changed", "reason"), [*OTHER_BASES, ({"tensors": (A,)}, "tensors"), OTHER_TENSORS])
+@pytest.mark.parametrize(
+    ("changed", "reason"), [*OTHER_BASES, ({"tensors": TENSORS[:1]}, "tensors"), OTHER_TENSORS]
+)
 def test_another_base_is_refused(changed, reason):
     require_base(head(), "ab" * 32, "cd" * 32, iter(TENSORS))
     other = {"base": "ab" * 32, "tokenizer": "cd" * 32, "tensors": TENSORS} | changed

@@ -21,10 +21,10 @@ from fleetune.report import runlog
 from fleetune.report import sweep as summary
 from fleetune.report.sweep import GridRun
 from fleetune.runs import rundir
-from fleetune.runs.listener import Silent
 from fleetune.tuning import sweep
 from fleetune.tuning.prepare import prepare
 from fleetune.tuning.recipe import recipe
+from heard import Heard
 
 RECIPE = """\
 model = "./tiny"
@@ -194,16 +194,11 @@ def test_every_open_learning_rate_is_searched_and_each_runs_rate_is_shown(at, ca
 
 @pytest.mark.usefixtures("at")
 def test_a_sweep_tells_of_the_search_for_a_rate_and_counts_rounds_itself(tmp_path):
-    heard = []
-
-    class Ear(Silent):
-        def progress(self, what, done, total, text=""):
-            heard.append((what, total))
-
+    heard = Heard()
     values = {**BASE, "rounds": 1, "set": {**BASE["set"], "lr": "auto"}}
-    sweep.start(sweep.make_grid(values, ["K=16,32"]), tmp_path / "runs", Ear(), offline=True)
-    assert {what for what, _ in heard} == {"finding lr", "rounds"}
-    assert {total for what, total in heard if what == "rounds"} == {2}
+    sweep.start(sweep.make_grid(values, ["K=16,32"]), tmp_path / "runs", heard, offline=True)
+    assert {what for what, *_ in heard.counts} == {"finding lr", "rounds"}
+    assert {total for what, _, total, _ in heard.counts if what == "rounds"} == {2}
 
 
 @pytest.mark.faults

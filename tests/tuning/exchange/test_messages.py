@@ -141,12 +141,10 @@ def test_payload_gives_what_it_has_and_says_what_it_lacks():
     assert payload.float("i") == 2.0
     assert type(payload.float("i")) is float
     assert payload.array("a").tolist() == [0, 1, 2]
-    for name in ("f", "b", "s", "none"):
-        with pytest.raises(MessageError, match=f"scalar '{name}' is .*, expected an integer"):
-            payload.int(name)
-    for name in ("b", "s", "none"):
-        with pytest.raises(MessageError, match=f"scalar '{name}' is .*, expected a number"):
-            payload.float(name)
+    wrong = [(payload.int, name, "an integer") for name in ("f", "b", "s", "none")]
+    for get, name, kind in (*wrong, *((payload.float, name, "a number") for _, name, _ in wrong[1:])):
+        with pytest.raises(MessageError, match=f"scalar '{name}' is .*, expected {kind}"):
+            get(name)
     with pytest.raises(MessageError, match="array 'z' is missing; there are a"):
         payload.array("z")
 

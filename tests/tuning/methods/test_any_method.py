@@ -112,6 +112,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("fedit", {"wire": "sign", "dropout": 0, "start": "pissa"}, "wire=fp32"),
     *((name, {"server": "fedadm"}, "avg, avgm, adam") for name in BOTH),
     *((name, {"server_lr": -1}, "server lr") for name in BOTH),
+    ("fedit", {"server_lr": float("nan")}, "server lr = nan must be 0"),
     *((name, {"scafold": True}, "Did you mean 'scaffold'") for name in BOTH),
     *((name, {"targets": "q_proj,,v_proj"}, "or the layers' names") for name in (*BOTH, "fwdllm")),
     ("fedpetuning", {"start": "pissa", "module": "adapter"}, "module=lora"),

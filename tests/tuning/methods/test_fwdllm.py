@@ -203,8 +203,6 @@ def test_devices_draw_different_seeds_of_the_offer_and_the_server_knows_which():
 
 
 SIZELESS = {"targets": "query-value", "r": 8, "alpha": 16}  # the defaults, which are all that bitfit takes
-
-
 BAD_SEEDS = [np.zeros(shape, np.uint64) for shape in ((1 << 26, 0), (2, 2), (1 << 20) + 1)]
 BAD_SEEDS += [np.zeros(4, np.int64), np.full(4, np.nan)]
 
