@@ -161,6 +161,8 @@ AS_THEY_ARE = (
 BAD: dict[str, Callable[[str], object]] = {
     "a setting's value": lambda m: fleetune.tune(m, ROWS, settings={"lr": "fast"}),
     "a setting": lambda m: fleetune.tune(m, ROWS, settings={"rr": 4}),
+    "a setting by the recipe's name": lambda m: fleetune.tune(m, ROWS, method="fedit", set={"rr": 4}),
+    "settings that are none": lambda m: fleetune.tune(m, ROWS, set=["r=4"]),
     "an option": lambda m: fleetune.tune(m, ROWS, roundz=4),
     "a method": lambda m: fleetune.tune(m, ROWS, method="fedd"),
     "columns of no form": lambda m: fleetune.tune(m, [{"x": 1, "y": 2}] * 12),

@@ -261,9 +261,8 @@ def recipe_for(
     name, chosen = _method_of(method)
     given = {"model": model, "data": data, "eval_data": options.get("eval_data", "")}
     named = {n: str(v) if isinstance(v, str | Path) else n for n, v in given.items()}
-    recipe = recipes.make(
-        {**options, **named, "method": name, "set": chosen | objects.setting_values(settings)}
-    )
+    both = objects.setting_values(options.get("set", {})) | objects.setting_values(settings)
+    recipe = recipes.make({**options, **named, "method": name, "set": chosen | both})
     if isinstance(model, str | Path):
         check_plain(recipe.model, out, recipes.trained(recipe))
     return dataclasses.replace(
