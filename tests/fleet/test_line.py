@@ -20,6 +20,7 @@ from fleetune.common.memory import rss
 from fleetune.errors import UsageError
 from fleetune.fleet import door, keys, line
 from fleetune.fleet.line import Server, stay
+from fleetune.fleet.link import BURST, KINDS, Sparing
 
 MILLION = 1_000_000
 
@@ -273,3 +274,10 @@ def test_what_to_do_about_a_certificate_is_said(why, mend):
         f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {why} (_ssl.c:1006)"
     )
     assert line._why(error).startswith(f"the server's certificate is not trusted: {why} ({mend}")
+
+
+def test_ever_new_lines_fill_no_log() -> None:
+    spare = Sparing()
+    said = [spare.line(f"{chr(ord('a') + n % 26) * n} failed") for n in range(1, 500)]
+    assert sum(map(bool, said)) <= KINDS + BURST + 1
+    assert said[-1] == ""

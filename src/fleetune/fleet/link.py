@@ -17,15 +17,15 @@ MAY_ANSWER: Final[Mapping[str, tuple[str, ...]]] = {
 USUAL: Final = ("done", "failed")  # of any other order
 BURST: Final = 20
 REST: Final = 10.0  # less than the usual grace
+KINDS: Final = 64  # of lines; all others are one
 
 
 class Sparing:
     """Lets `BURST` of a kind pass, then one in `REST` seconds, so that who repeats itself fills neither log nor console."""
 
     def __init__(self) -> None:
-        self._kinds: dict[
-            str, tuple[float, float, int]
-        ] = {}  # how often of late, when last, how many not since
+        # how often of late, when last, how many not since
+        self._kinds: dict[str, tuple[float, float, int]] = {}
 
     def left_out(self, kind: str) -> int:
         """Return how many of this kind did not pass since the last that did; -1 where this one does not either."""
@@ -38,7 +38,8 @@ class Sparing:
 
     def line(self, text: str) -> str:
         """Return a line as it is to be told, "" for none; lines are of one kind up to a colon, numbers aside."""
-        left = self.left_out(re.sub(r"\d+", "", text.partition(":")[0]))
+        kind = re.sub(r"\d+", "", text.partition(":")[0])
+        left = self.left_out(kind if kind in self._kinds or len(self._kinds) < KINDS else "")
         return f"{text}   ({left} more lines like it were left out)" if left > 0 else "" if left else text
 
 

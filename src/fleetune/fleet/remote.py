@@ -32,10 +32,9 @@ ROOM: Final = 1 << 24  # bytes that any answer may have
 WIDER: Final = 4  # or so many times the bytes of its order: numbers may be wider on the way back
 ASKED: Final = 10  # times that a client is given its order in a round: its device may die of the work itself
 FAREWELL: Final = 5.0  # seconds in which devices are told that the run is over
-SLOWEST: Final = (
-    20  # times the median device that a round takes at most, once half of its clients have answered, ..
-)
-LEAST: Final = 600.0  # .. and no fewer seconds, where no deadline is given
+# where no deadline is given, a round takes so many times the median device once half have answered, and no fewer seconds
+SLOWEST: Final = 20
+LEAST: Final = 600.0
 
 
 @dataclass
