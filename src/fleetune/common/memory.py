@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-# torch's words where the CPU's not enough memory, Linux' own (ENOMEM), and its loader's
+# torch's words where the CPU has not enough memory, Linux' own (ENOMEM), and its loader's
 NO_MEMORY: Final = "can't allocate memory|not enough memory|Cannot allocate memory|failed to map segment"
 M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
 M_MMAP_THRESHOLD: Final = -3

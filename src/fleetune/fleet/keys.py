@@ -198,9 +198,8 @@ def make_certificate(folder: Path, hosts: Sequence[str]) -> Path:
     names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
     leaf = begun(hosts[0], server.public_key()).add_extension(names, critical=False)
     leaf = leaf.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    by = x509.AuthorityKeyIdentifier.from_issuer_public_key(
-        ca.public_key()
-    )  # strict clients ask for these three
+    # strict clients ask for these three
+    by = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.public_key())
     leaf, root = leaf.add_extension(by, critical=False), root.add_extension(by, critical=False)
     root = root.add_extension(x509.SubjectKeyIdentifier.from_public_key(ca.public_key()), critical=False)
     root = root.add_extension(x509.KeyUsage(*(i == 5 for i in range(9))), critical=True)  # key_cert_sign

@@ -177,7 +177,7 @@ def load(
     mapped (the weights stay in their file, a GGUF file as it is or safetensors, and are read piece by piece; on the CPU), blocks
     (mapped, and a built-in model is its GGUF file, whose scales are tuned) or auto (by `ram`, the
     bytes that the work may take, 0 for all that this process may use).  ModelError when the name, its files, the labels, the
-    dtype or the device cannot be used; FitError when not enough memory.
+    dtype or the device cannot be used; FitError when there is not enough memory.
     """
     device = check_device(device, dtype, base)
     ram = ram or usable_memory()

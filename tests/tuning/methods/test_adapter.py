@@ -418,6 +418,19 @@ def test_what_is_longer_than_the_module_is_sent_as_the_module():
     assert method.news(state, 1, 0).arrays.keys() == state.tensors.keys()
 
 
+def test_the_whole_module_comes_with_the_factors_that_it_stands_on():
+    """A device may have lost what it remembered."""
+    method = methods.make("fedit", FAST | {"wire": "sign", "variant": "ffa", "start": "pissa"})
+    state = method.init(models.tiny_llama(), 7)
+    for _ in range(40):
+        state = method.aggregate(state, ())
+    for known in (0, 1):
+        sent = method.news(state, known, 0)
+        assert sent.arrays.keys() == state.tensors.keys() | {f"start/{n}" for n in state.start}
+        assert sent.scalars["known"] == 0
+    assert method.news(state, state.round, 0).arrays.keys() == {"bits", "scales"}
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e12])
 def test_a_scale_that_is_no_number_is_refused(bad):
     method = methods.make("fedit", FAST | {"wire": "sign"})

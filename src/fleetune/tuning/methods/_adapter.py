@@ -254,19 +254,16 @@ class Averaged(Trained):
     def news(self, state: State, known: int, kind: int) -> Payload:
         """Send what changed since the module that a device was sent in round `known`; 0: since the start.
 
-        With wire=sign the whole module is sent where that is less, or the start is no function of the seed.  A device keeps
-        the start's factors.
+        With wire=sign the whole module is sent where that is less, or the start is no function of the seed, and as to a new
+        device.  A device keeps the start's factors.
         """
-        start = {} if known else prefixed(state.start, "start/")
-        scalars = (
-            {"seed": state.seed, "known": known}
-            if state.start or self.wire == "sign"
-            else {"seed": state.seed}
-        )
-        if self.wire == "fp32":
-            return Payload(rounded(state.tensors) | start | prefixed(rounded(state.c), "c/"), scalars)
         missed = PLANES * (state.round - max(known - 1, 0))
         whole = missed > len(state.bits) or not (known or self.start in SAME_EVERYWHERE)
+        known = 0 if whole and self.wire == "sign" else known
+        start = {} if known else prefixed(state.start, "start/")
+        scalars = {"seed": state.seed} | ({"known": known} if state.start or self.wire == "sign" else {})
+        if self.wire == "fp32":
+            return Payload(rounded(state.tensors) | start | prefixed(rounded(state.c), "c/"), scalars)
         first = len(state.bits) - missed
         arrays = state.tensors if whole else {"bits": state.bits[first:], "scales": state.scales[first:]}
         arrays = arrays | start
