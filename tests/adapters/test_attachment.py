@@ -13,6 +13,7 @@ from fleetune import adapters, models
 from fleetune.adapters import Bitfit, Bottleneck, Lora, Prefix, Prompt
 from fleetune.adapters.attachment import ParameterCopies
 from fleetune.data.encode import Batch
+from fleetune.deploy.checkpoint import Tuned
 from fleetune.errors import ModelError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
@@ -143,6 +144,10 @@ def test_merge_folds_what_is_a_change_of_weights(net: str, name: str) -> None:
     torch.testing.assert_close(out(model), before, rtol=0, atol=5e-5)
     assert model.attachment is None
     assert model.digest == stored(model) != digest
+    lifted = Tuned(on(net, SPECS[name]))  # the same weights, a tensor at a time
+    assert lifted.moved
+    assert models.digest(lifted.tensors()) == model.digest
+    assert stored(lifted.model) == digest
 
 
 @pytest.mark.parametrize("net", ["llama", "bert"])

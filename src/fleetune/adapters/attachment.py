@@ -5,9 +5,10 @@ two `Part`s: the module's own, and the classification head's where the model has
 Trainable parameters are fp32 also on a 16-bit base: their steps are far smaller than a bf16 step.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
@@ -44,6 +45,10 @@ class Part:
             f"{self.what} cannot be folded into the weights",
             hint="use the run's folder: its adapter/ is a directory for PEFT",
         )
+
+    def moved(self) -> dict[int, Callable[[], Tensor]]:
+        """As `Model.lift`: what `fold` writes, a tensor at a time; {} for a kind that has no such."""
+        return {}
 
 
 class ParameterCopies(Part):
@@ -87,6 +92,10 @@ class ParameterCopies(Part):
         with torch.no_grad():
             for stored, copy in self._pairs:
                 stored.copy_(copy)
+
+    def moved(self) -> dict[int, Callable[[], Tensor]]:
+        """Return the copies, rounded once."""
+        return {stored.data_ptr(): partial(copy.detach().to, stored.dtype) for stored, copy in self._pairs}
 
 
 class _RoundedReads(dict[str, Any]):
@@ -140,6 +149,11 @@ class Attachment:
     def merge(self, model: Model) -> None:
         """Fold it into the stored weights of the model that carries it, as `merge` below."""
         merge(model)
+
+    def moved(self) -> dict[int, Callable[[], Tensor]]:
+        """As `Model.lift`."""
+        found = [part.moved() for part in self.parts]
+        return {at: make for one in found for at, make in one.items()} if all(found) else {}
 
     def detach(self, model: Model) -> None:
         """Remove it from the model that carries it, which is then the base again, as `detach` below."""

@@ -11,8 +11,9 @@ which is saved as the LoRA of B R and A.  B of the first and R start at 0, so th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Self, cast
 
@@ -142,12 +143,23 @@ class LoraPart(Part):
         into_memory(self.tuner.model)  # of a mapped base
         with torch.no_grad():
             for name, layer in self.layers.items():
-                weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).float()
-                if self.subtracted:
-                    b0, a0 = (self.subtracted[n] for n in factor_names(name))
-                    base_part = layer.scaling[ADAPTER] * (b0 @ a0)
-                    delta -= base_part.T if layer.fan_in_fan_out else base_part
-                weight.copy_(weight.float().add_(delta))
+                layer.get_base_layer().weight.copy_(self._folded(name))
+
+    def moved(self) -> dict[int, Callable[[], Tensor]]:
+        """Return what makes the weight that `fold` writes, of each layer."""
+        every = self.layers.items()
+        return {m.get_base_layer().weight.data_ptr(): partial(self._folded, name) for name, m in every}
+
+    @torch.no_grad()
+    def _folded(self, name: str) -> Tensor:
+        layer = self.layers[name]
+        weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).float()
+        if self.subtracted:
+            b0, a0 = (self.subtracted[n] for n in factor_names(name))
+            base_part = layer.scaling[ADAPTER] * (b0 @ a0)
+            delta -= base_part.T if layer.fan_in_fan_out else base_part
+        folded: Tensor = delta.add_(weight).to(weight.dtype)
+        return folded
 
 
 class SquareLinear(nn.Module):

@@ -7,7 +7,7 @@ hold a parameter in parts (a matrix an expert): transformers knows which (`Weigh
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from fleetune.models.cache.names import is_master
 from fleetune.models.checks import check_folder, config_of, is_encoder
 from fleetune.models.families.widths import build
 from fleetune.models.lazy import LazyWeight
-from fleetune.models.net.model import Model
+from fleetune.models.net.model import Model, named_tensors
 from fleetune.models.net.saving import save, written
 
 ANOTHER: Final = "the weights belong to another configuration: make or fetch the model again"
@@ -82,12 +82,35 @@ class PlainFolder:
         return tensor
 
 
+class Tuned:
+    """A model in memory whose tuned weights are made when they are asked for, where they can be: they are not stored."""
+
+    def __init__(self, model: Model) -> None:
+        """What the model carries is taken off, or merged; ModelError as of `Model.merge`."""
+        self.model, self.moved = model, model.lift()
+        if self.moved and _parts_of(
+            model.net
+        ):  # of a tensor that is written in parts none lies at its address
+            for _, tensor in named_tensors(model.net):
+                tensor.copy_(self.values(tensor))
+            self.moved = {}
+
+    def values(self, stored: Tensor) -> Tensor:
+        """Return the tuned values of a stored tensor."""
+        make = self.moved.get(stored.data_ptr()) if self.moved else None
+        return stored if make is None else make()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tuned parameters as `named_tensors` does."""
+        return ((name, self.values(tensor)) for name, tensor in named_tensors(self.model.net))
+
+
 class InMemory:
     """A model in memory; `folder` gets its configuration and tokenizer."""
 
-    def __init__(self, model: Model, folder: Path) -> None:
-        save(model.net, model.tokenizer, folder, weights=False)
-        self.folder, self._tensors = folder, written(model.net)
+    def __init__(self, tuned: Tuned, folder: Path) -> None:
+        save(tuned.model.net, tuned.model.tokenizer, folder, weights=False)
+        self.folder, self._tuned, self._tensors = folder, tuned, written(tuned.model.net)
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +123,7 @@ class InMemory:
     def weight(self, name: str) -> Tensor:
         """Return the values of a parameter in the model's dtype."""
         tensor = self._tensors[name]
-        return tensor.values() if isinstance(tensor, LazyWeight) else tensor
+        return tensor.values() if isinstance(tensor, LazyWeight) else self._tuned.values(tensor)
 
 
 def _shards(index: Path) -> list[Path]:

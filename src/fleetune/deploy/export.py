@@ -29,7 +29,7 @@ from fleetune.common.ggml import HALVES, SCALES
 from fleetune.data.columns import sentence
 from fleetune.deploy import harness, patch_make, targets
 from fleetune.deploy.again import Again, DiffersError
-from fleetune.deploy.checkpoint import Checkpoint, InMemory, open_checkpoint
+from fleetune.deploy.checkpoint import Checkpoint, InMemory, Tuned, open_checkpoint
 from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, gguf, hf, ollama
 from fleetune.deploy.targets import Target, check_place, find
 from fleetune.errors import StorageError, UsageError, called
@@ -40,7 +40,7 @@ from fleetune.models.families.number_types import WEIGHTS
 from fleetune.models.families.widths import has_block_widths, mark_config
 from fleetune.models.gguf.convert import ARCHITECTURES
 from fleetune.models.net.model import Model, stored_tensors
-from fleetune.models.net.saving import disk_errors, head_in_turn, written
+from fleetune.models.net.saving import disk_errors, head_in_turn
 from fleetune.report.page import framed_table
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.listener import Listener
@@ -139,9 +139,9 @@ def _of_run(
 
 @contextmanager
 def opened(
-    subject: Subject, tuned: Model | None = None, *, offline: bool
+    subject: Subject, tuned: Tuned | None = None, *, offline: bool
 ) -> Iterator[tuple[Checkpoint, Mapping[str, str]]]:
-    """Open what a subject is exported from, a run's with its tuning in its weights (`tuned`), and what is told of it.
+    """Open what a subject is exported from, a run's as it was tuned, and what is told of it.
 
     LedgerError where a ledger does not rebuild the weights that it states.
     """
@@ -152,17 +152,18 @@ def opened(
         with called(source, subject.name):
             yield open_checkpoint(source), facts_of_base(subject.name)
     else:
-        tuned = tuned or merged(subject, offline=offline)
+        tuned = tuned or _tuned(subject, offline=offline)
         with tempfile.TemporaryDirectory() as place, called(folder := Path(place), subject.folder):
             yield Checkpoint(InMemory(tuned, folder / "model")), _facts_of_run(subject)
 
 
-def merged(run: Run, *, offline: bool) -> Model:
-    """Load a run's model with the tuning in its weights; LedgerError where a ledger does not rebuild those that it states."""
+def _tuned(run: Run, *, offline: bool) -> Tuned:
+    """Load a run's model; LedgerError where a ledger does not rebuild the weights that it states."""
     stated = None if run.result.is_dir() else run.ledger().final_check()
-    model = run.load(offline=offline).merge()
-    finished.require_digest(model.digest, stated, "the ledger")
-    return model
+    tuned = Tuned(run.load(offline=offline))
+    if stated is not None:
+        finished.require_digest(models.digest(tuned.tensors()), stated, "the ledger")
+    return tuned
 
 
 def _require_codes(target: Target, name: str) -> None:
@@ -314,11 +315,12 @@ def is_written(path: Path, model: Checkpoint, target: Target) -> bool:
     return True
 
 
-def compare_tuned(tuned: Model, again: Again, place: Path) -> None:
-    """Compare a folder with what `export` writes of a run as `hf`, as `compare` does; `tuned` has the tuning in its weights."""
-    _gguf_vocabulary.give_template(tuned.tokenizer)
-    models.save(tuned.net, tuned.tokenizer, place, weights=False)
-    again.compare_tensors(hf.FILE, written(tuned.net).items(), partial(head_in_turn, metadata=hf.METADATA))
+def compare_tuned(tuned: Tuned, again: Again, place: Path) -> None:
+    """Compare a folder with what `export` writes of a run as `hf`, as `compare` does."""
+    _gguf_vocabulary.give_template(tuned.model.tokenizer)
+    source = InMemory(tuned, place)
+    tensors = ((name, source.weight(name)) for name in source.names)
+    again.compare_tensors(hf.FILE, tensors, partial(head_in_turn, metadata=hf.METADATA))
 
 
 def _check_widths(model: Checkpoint, target: Target) -> None:

@@ -29,7 +29,7 @@ from fleetune.common.events import LinkVerified, Verified
 from fleetune.common.ggml import SCALES
 from fleetune.deploy import export, release, targets
 from fleetune.deploy.again import Again, DiffersError, FirstDifference, difference
-from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.deploy.checkpoint import Checkpoint, Tuned
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import artefact
 from fleetune.models.cache.names import is_adapter, is_master
@@ -360,12 +360,8 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
         run = parents.run(source)
         yield from _files_of_run(run)
         model = yield from _loaded_of(run, parents)
-        base, view = model.digest, model.attachment
-        if run.result.is_dir():
-            model.merge()
-        else:  # each weight is looked at as it is rebuilt, and not stored
-            model.digest = models.digest(codes.passing(view.tensors()))
-            view.detach(model)
+        base = model.digest
+        model.digest = models.digest(codes.passing(Tuned(model).tensors()))
         yield from _weights_of(run, base, model.digest)
     else:
         model = models.load(source, dtype=dtype, device="cpu", offline=parents.offline)
@@ -477,11 +473,11 @@ def _of_tuned(path: Path, run: Run, parents: Parents) -> Generator[LinkVerified,
         yield from _declared_by(run)
         return target
     model = yield from _loaded_of(run, parents)
-    finished.merge_weights(model)
+    tuned = Tuned(model)
     with ThreadPoolExecutor(1) as pool:
-        again = pool.submit(written_again, path, run, model, offline=parents.offline)
+        again = pool.submit(written_again, path, run, tuned, offline=parents.offline)
         if not adapter:
-            digest = models.digest(models.named_tensors(model.net))
+            digest = models.digest(tuned.tensors())
         yield from _weights_of(run, model.digest, digest)
     target = again.result()
     if adapter:
@@ -489,11 +485,8 @@ def _of_tuned(path: Path, run: Run, parents: Parents) -> Generator[LinkVerified,
     return target
 
 
-def written_again(path: Path, source: Subject, tuned: Model | None = None, *, offline: bool) -> str:
-    """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs.
-
-    `tuned` is a run's model with the tuning in its weights.
-    """
+def written_again(path: Path, source: Subject, tuned: Tuned | None = None, *, offline: bool) -> str:
+    """Return the target as which `source` gives the very bytes of `path`; ModelError with the first place that differs."""
     nearest = FirstDifference(-1, "")
     with ExitStack() as stack:
 

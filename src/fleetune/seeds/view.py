@@ -73,6 +73,10 @@ class View(MovedWeights):
         self.write()
         self.detach(model)
 
+    def moved(self) -> dict[int, Callable[[], Tensor]]:
+        """As `Model.lift`."""
+        return {slot.tensor.data_ptr(): functools.partial(self.whole, slot) for slot in self.slots}
+
     def detach(self, model: Any) -> None:
         """Take the view off the model that carries it, which is then the base again."""
         self.remove()

@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import fleetune
 from fleetune.deploy import llamacpp
-from fleetune.deploy.checkpoint import open_checkpoint
+from fleetune.deploy.checkpoint import Checkpoint, InMemory, Tuned, open_checkpoint
 from fleetune.deploy.export import write as export
 from fleetune.errors import ModelError
 from fleetune.models.artefact import Master
 from fleetune.models.loading import load_artefact
+from fleetune.seeds.noise import Passes
+from fleetune.seeds.scale_view import view_on
 from heard import Heard
 
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
@@ -42,6 +44,19 @@ def test_parts_are_joined(case: str, tmp_path: Path) -> None:
     for name in source.names:
         assert torch.equal(source.weight(name), own[name]), name
         assert source.quantised(name) is None
+
+
+def test_parts_of_a_tuned_model_hold_the_tuned_weights(tmp_path: Path) -> None:
+    save("mixtral", tmp_path / "m")
+    model = fleetune.models.load(str(tmp_path / "m"), dtype="fp32", device="cpu")
+    model.attachment = view = view_on(model, run_key=7, law="hashed", grid=1e-3)
+    view.place(Passes(np.array([5], np.uint64), np.arange(1, 9, dtype=np.int32).reshape(1, 8)))
+    wanted = fleetune.models.digest(view.tensors())
+    tuned = Tuned(model)
+    moved = dict(tuned.tensors())
+    assert fleetune.models.digest(moved.items()) == wanted != model.digest
+    source = Checkpoint(InMemory(tuned, tmp_path / "out"))
+    assert all(torch.equal(source.weight(name), moved[name]) for name in source.names)
 
 
 @pytest.mark.parametrize("case", PARTED[:2])
