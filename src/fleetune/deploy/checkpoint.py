@@ -88,9 +88,7 @@ class Tuned:
     def __init__(self, model: Model) -> None:
         """What the model carries is taken off, or merged; ModelError as of `Model.merge`."""
         self.model, self.moved = model, model.lift()
-        if self.moved and _parts_of(
-            model.net
-        ):  # of a tensor that is written in parts none lies at its address
+        if self.moved and _parts_of(model.net):  # a part does not lie where its whole does
             for _, tensor in named_tensors(model.net):
                 tensor.copy_(self.values(tensor))
             self.moved = {}
