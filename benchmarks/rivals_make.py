@@ -25,7 +25,8 @@ def importance(places: Places) -> None:
     """Keep the mean square of each input of each layer on the windows, by the name of the tensor in a GGUF file."""
     gguf, found = importlib.import_module("gguf"), dict[str, torch.Tensor]()
     net, _, rows = _dense(places)
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == net.config.model_type)
+    family = net.config.model_type.removesuffix("_text")  # of Gemma 3
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(arch, net.config.num_hidden_layers)
 
     def hear(module: Any, args: Any, name: str) -> None:
