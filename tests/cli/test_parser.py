@@ -119,8 +119,8 @@ def test_every_word_of_the_tables_means_something_of_ours():
     assert {w[4:] for w in words.OPTIONS["compress"].values() if w.startswith("set.")} <= of_solvers
     assert set(words.VALUES["to"].values()) <= set(targets.every())
     assert set(words.VALUES["method"].values()) <= {*methods.entries(), *compression.entries()}
-    for setting in words.GRIDS.values():
-        compression.make("qronos", dict([setting.split("=")]))
+    for options in words.TYPES.values():
+        main.parse(["compress", "m", *options.split()])
 
 
 @pytest.mark.parametrize("word", words.ELSEWHERE)
@@ -155,4 +155,9 @@ def test_bits_that_a_plain_model_does_not_have_are_refused_with_the_compression_
     args = main.parse(shlex.split("export m --to gguf:Q4_K_M"))
     with pytest.raises(FleetuneError) as caught:
         main.COMMANDS.load("export").run(args, Ui())
-    assert caught.value.hint == "fleetune compress m --set grid=q4_k   then: fleetune export latest --to gguf"
+    assert caught.value.hint == "fleetune compress m --bits 4   then: fleetune export latest --to gguf"
+    assert main.parse(["compress", "m", "--type", "Q5_K_M"]).bits == 5
+    for said in ("--method Q4_K_M", "--set grid=q4_0"):
+        with pytest.raises(UsageError, match=r"Q4-K-M|q4_0") as caught:
+            main.COMMANDS.load("compress").run(main.parse(shlex.split(f"compress m {said} --dry-run")), Ui())
+        assert caught.value.hint == "for a file of about that size: fleetune compress m --bits 4"

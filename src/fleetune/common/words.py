@@ -49,7 +49,7 @@ RECIPE: Final = _table("""
 """)
 OPTIONS: Final = {  # of the other commands
     "compress": _table("""
-        out: o output output_dir | bits: wbits q_bits | set.group: group group_size q_group_size
+        out: o output output_dir | bits: wbits q_bits type ftype | set.group: group group_size q_group_size
         set.grid: grid | set.damping: damping | set.sparsity: sparsity | set.ratio: ratio
         set.teacher: teacher | set.steps: steps | set.lr: lr
     """),
@@ -58,10 +58,18 @@ OPTIONS: Final = {  # of the other commands
     """),
     "chat": _table("prompt: p | temperature: temp | max_tokens: max_new_tokens n_predict"),
 }
+_K: Final = ("k", "k_s", "k_m", "k_l")
+_SIZES: Final = {f"q{bits}_{end}": str(bits) for bits in (4, 5) for end in ("0", "1", *_K)}
+TYPES: Final = {  # of llama.cpp, which a compression makes: its options
+    **{name: f"--bits {bits}" for name, bits in (_SIZES | {"iq4_xs": "4"}).items()},
+    **{f"q{bits}_{end}": f"--set grid=q{bits}_k" for bits in (2, 3, 6) for end in _K},
+    "iq4_nl": "--fast",
+}
 DONE_ANYWAY: Final = ("train", "do_train")  # flags without a value, which our command means itself
 VALUES: Final[Mapping[str, Mapping[str, str]]] = {
     "method": _table("fedit: lora qlora fedavg | optq: gptq | gkd: distillation"),
     "set.targets": {"all": "all-linear"},
+    "bits": {**_SIZES, "q8_0": "8"},
     "dtype": _table("bf16: bfloat16 | fp16: float16 half | fp32: float32"),
     "to": _table("""
         gguf: llama.cpp | gguf:q8_0: q8_0 | gguf:f16: f16 fp16 gguf:fp16 | gguf:bf16: bf16 | gguf:f32: f32 fp32 gguf:fp32
@@ -72,12 +80,6 @@ REMARKS: Final = {  # of a word of ours, where it is not quite the same
     "base=mapped": "the bits are those of the model's file: give a 4-bit GGUF file, or a built-in name (fleetune models)",
     "epochs": "a round is one pass over the rows of each client, for methods that count epochs",
     "steps": "rounds times steps, of each client",
-}
-GRIDS: Final = {  # types of llama.cpp that a compression makes: its setting
-    **{f"q4_{end}": "bits=4" for end in "01"},
-    **{f"q5_{end}": "bits=5" for end in "01"},
-    **{f"q{bits}_k{end}": f"grid=q{bits}_k" for bits in range(2, 7) for end in ("", "_s", "_m", "_l")},
-    **{name: f"grid={name}" for name in ("iq4_nl", "iq4_xs")},
 }
 TOPICS: Final = _table("""
     troubleshooting: errors error exit-codes problems | your-own-data: start quickstart tutorial

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from fleetune.api.deployment import file_size
 from fleetune.cli import flags
 from fleetune.cli.console import Ui, console_listener
 from fleetune.cli.parser import Parser
-from fleetune.common import settings
+from fleetune.common import settings, words
 from fleetune.common.display import command, human_bytes, human_time, quoted
 from fleetune.common.events import CompressChecked, MethodListed
 from fleetune.compression.jobs import job
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if calibrate != compression_folder.FLEET and (given := flags.given_door(args)):
         raise UsageError(f"{given[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
     door = flags.served(args) if calibrate == compression_folder.FLEET and not args.dry_run else nullcontext()
-    with console_listener(ui) as listener, door as served:
+    with console_listener(ui) as listener, door as served, _as_types(args):
         common: dict[str, Any] = flags.options(args, "") | {"listener": listener, "served": served}
         if args.dry_run:
             _dry_run(args, ui, resumed, listener)
@@ -146,6 +147,20 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             chosen = settings.pairs(args.set or [])
             options = common | _options(args)
             show(ui, fleetune.compress(args.model, method=args.method, settings=chosen, **options))
+
+
+@contextmanager
+def _as_types(args: argparse.Namespace) -> Iterator[None]:
+    """Where a method or a grid that cannot be used is a type of llama.cpp, say how a file like it is made."""
+    try:
+        yield
+    except UsageError as error:
+        names = (args.method or "", settings.pairs(args.set or []).get("grid", ""))
+        options = next((words.TYPES[n.lower()] for n in names if n.lower() in words.TYPES), "--set")
+        if options.startswith("--set"):
+            raise
+        hint = f"for a file of about that size: {command('compress', args.model, *options.split())}"
+        raise UsageError(error.message, hint=hint) from error
 
 
 def show(ui: Ui, result: CompressResult) -> None:

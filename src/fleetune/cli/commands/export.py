@@ -38,11 +38,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Export, and print what was written."""
-    if setting := words.GRIDS.get((args.to or "").lower().removeprefix("gguf:")):
+    if options := words.TYPES.get((args.to or "").lower().removeprefix("gguf:")):
         if not isinstance(subjects.open(args.subject, args.out), subjects.Compressed):
             raise UsageError(
                 f"{args.to} holds codes, and {args.subject} is not compressed",
-                hint=f"{command('compress', args.subject, '--set', setting)}   then: fleetune export latest --to gguf",
+                hint=f"{command('compress', args.subject, *options.split())}   then: fleetune export latest --to gguf",
             )
         args.to = "gguf"
         ui.note(f"understood as: --to gguf, the type that holds the codes of {args.subject} as they are")

@@ -99,7 +99,7 @@ class Room(NamedTuple):
         least, most = (human_bytes(size + self.others) for size in (self.reach.least, self.reach.most))
         return (
             f"{human_bytes(self.matrices + self.others)} as gguf, of {least} to {most} possible · what each matrix tolerates is "
-            "measured first (in all about 1.5 times as long as with one grid: --fast)"
+            "measured first (in all about 1.3 times as long as with one grid: --fast)"
         )
 
 
