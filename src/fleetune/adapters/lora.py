@@ -158,7 +158,7 @@ class LoraPart(Part):
             b0, a0 = (self.subtracted[n] for n in factor_names(name))
             base_part = layer.scaling[ADAPTER] * (b0 @ a0)
             delta -= base_part.T if layer.fan_in_fan_out else base_part
-        folded: Tensor = delta.add_(weight).to(weight.dtype)
+        folded: Tensor = delta.add_(weight).to(weight.dtype).contiguous()
         return folded
 
 
