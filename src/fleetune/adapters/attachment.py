@@ -47,7 +47,7 @@ class Part:
         )
 
     def moved(self) -> dict[int, Callable[[], Tensor]]:
-        """As `Model.lift`: what `fold` writes, a tensor at a time; {} for a kind that has no such."""
+        """Return what makes each tensor that `fold` writes, by the address of the stored one; {} for a kind without."""
         return {}
 
 
@@ -151,7 +151,7 @@ class Attachment:
         merge(model)
 
     def moved(self) -> dict[int, Callable[[], Tensor]]:
-        """As `Model.lift`."""
+        """Return that of all parts; {} where one has none."""
         found = [part.moved() for part in self.parts]
         return {at: make for one in found for at, make in one.items()} if all(found) else {}
 

@@ -7,7 +7,7 @@ hold a parameter in parts (a matrix an expert): transformers knows which (`Weigh
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from fleetune.models.artefact import Master, Quantised
 from fleetune.models.cache.names import is_master
 from fleetune.models.checks import check_folder, config_of, is_encoder
 from fleetune.models.families.widths import build
-from fleetune.models.lazy import LazyWeight
+from fleetune.models.lazy import LazyWeight, memory_of
 from fleetune.models.net.model import Model, named_tensors
 from fleetune.models.net.saving import save, written
 
@@ -87,7 +87,10 @@ class Tuned:
 
     def __init__(self, model: Model) -> None:
         """What the model carries is taken off, or merged; ModelError as of `Model.merge`."""
-        self.model, self.moved = model, model.lift()
+        carried, self.model = model.attachment, model
+        # what makes the tuned values, by the address of the stored ones
+        self.moved: dict[int, Callable[[], Tensor]] = carried.moved() if memory_of(model.net) is None else {}
+        (carried.detach if self.moved else carried.merge)(model)
         if self.moved and _parts_of(model.net):  # a part does not lie where its whole does
             for _, tensor in named_tensors(model.net):
                 tensor.copy_(self.values(tensor))

@@ -74,7 +74,7 @@ class View(MovedWeights):
         self.detach(model)
 
     def moved(self) -> dict[int, Callable[[], Tensor]]:
-        """As `Model.lift`."""
+        """Return what makes each moved tensor, by the address of the stored one."""
         return {slot.tensor.data_ptr(): functools.partial(self.whole, slot) for slot in self.slots}
 
     def detach(self, model: Any) -> None:

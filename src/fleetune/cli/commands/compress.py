@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from fleetune.common import settings, words
 from fleetune.common.display import command, human_bytes, human_time, quoted
 from fleetune.common.events import CompressChecked, MethodListed
 from fleetune.compression.jobs import job
+from fleetune.compression.layerwise import grids
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder
 
@@ -133,11 +133,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         _check_resume(args, resumed)
     elif not args.model:
         raise UsageError("compress needs a model or a run", hint="fleetune compress latest")
+    else:
+        _refuse_types(args)
     calibrate = compression_folder.request_of(resumed).calibrate if resumed else args.calibrate
     if calibrate != compression_folder.FLEET and (given := flags.given_door(args)):
         raise UsageError(f"{given[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
     door = flags.served(args) if calibrate == compression_folder.FLEET and not args.dry_run else nullcontext()
-    with console_listener(ui) as listener, door as served, _as_types(args):
+    with console_listener(ui) as listener, door as served:
         common: dict[str, Any] = flags.options(args, "") | {"listener": listener, "served": served}
         if args.dry_run:
             _dry_run(args, ui, resumed, listener)
@@ -149,18 +151,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             show(ui, fleetune.compress(args.model, method=args.method, settings=chosen, **options))
 
 
-@contextmanager
-def _as_types(args: argparse.Namespace) -> Iterator[None]:
-    """Where a method or a grid that cannot be used is a type of llama.cpp, say how a file like it is made."""
-    try:
-        yield
-    except UsageError as error:
-        names = (args.method or "", settings.pairs(args.set or []).get("grid", ""))
-        options = next((words.TYPES[n.lower()] for n in names if n.lower() in words.TYPES), "--set")
-        if options.startswith("--set"):
-            raise
-        hint = f"for a file of about that size: {command('compress', args.model, *options.split())}"
-        raise UsageError(error.message, hint=hint) from error
+def _refuse_types(args: argparse.Namespace) -> None:
+    """UsageError for a type of llama.cpp as a method, or as a grid that has not its name: it says how a file like it is made."""
+    grid = settings.pairs(args.set or []).get("grid", "")
+    for said in (args.method or "", "" if grid in grids.ALL else grid):
+        if options := words.TYPES.get(said.lower()):
+            hint = f"for a file of about that size: {command('compress', args.model, *options.split())}"
+            raise UsageError(f"{said} is a type of llama.cpp", hint=hint)
 
 
 def show(ui: Ui, result: CompressResult) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
@@ -26,7 +26,7 @@ from fleetune.common.display import human_count
 from fleetune.common.hearing import heard
 from fleetune.common.memory import free_memory
 from fleetune.errors import ModelError
-from fleetune.models.lazy import LazyWeight, memory_of
+from fleetune.models.lazy import LazyWeight
 from fleetune.models.net import saving
 from fleetune.models.net.chat_template import is_plain
 
@@ -91,17 +91,6 @@ class Model:
             self.attachment.merge(self)
             self.digest = digest(named_tensors(self.net))
         return self
-
-    def lift(self) -> dict[int, Callable[[], Tensor]]:
-        """Take off what is attached; return what makes each tensor as `merge` writes it, by the address of the stored one.
-
-        {}, and it is merged, where these cannot be made one by one; errors as of `merge`.
-        """
-        moved: dict[int, Callable[[], Tensor]] = (
-            self.attachment.moved() if memory_of(self.net) is None else {}
-        )
-        (self.attachment.detach if moved else self.attachment.merge)(self)
-        return moved
 
     def save(self, folder: str | Path) -> Path:
         """Merge, and write the model as a new Hugging Face directory, which transformers loads; return its path.
