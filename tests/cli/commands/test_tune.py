@@ -52,6 +52,17 @@ def test_the_header_has_no_word_that_is_as_usual():
     assert shown == "lr 0.0003 · epochs 1 · batch_size 8 · wire sign · r 16 · alpha 16 · dropout 0.05"
 
 
+@pytest.mark.parametrize(
+    ("has", "more"), [(True, ""), (False, ""), (True, "--dtype bf16"), (True, "--method fedkseed")]
+)
+def test_bf16_is_offered_where_the_processor_is_faster_in_it(tiny, at, capsys, monkeypatch, has, more):
+    monkeypatch.setattr(describe, "LARGE", 1)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": has}, raising=False)
+    given = "--method fedit --rounds 1 --clients 1 --set lr=1e-3 " + more
+    code, _, told = call(capsys, "tune", tiny, "demo", *QUICK, *given.split())
+    assert (code, "faster on this processor" in told) == (0, has and not more)
+
+
 def test_every_recipe_field_is_a_flag(capsys):
     from fleetune.tuning.recipe import recipe
 

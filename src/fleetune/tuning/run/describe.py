@@ -145,7 +145,7 @@ def header(job: TuneJob, run: rundir.RunDir, fleet: str) -> list[tuple[str, str]
     size = f"{m.n_params / 1e6:,.1f} M parameters"
     rule = "" if recipe.aggregation == "mean" else f" · {recipe.aggregation}"
     return [
-        ("model", f"{recipe.model} @ {m.digest[:8]} · {size} · {m.dtype}{part}"),
+        ("model", f"{recipe.model} @ {m.digest[:8]} · {size} · {m.dtype}{_faster(job)}{part}"),
         *(("trains", words) for words in share),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {_rows_words(job)} held out"),
@@ -156,6 +156,18 @@ def header(job: TuneJob, run: rundir.RunDir, fleet: str) -> list[tuple[str, str]
         *([("time", job.estimate.text)] if job.estimate else []),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
+
+
+def _faster(job: TuneJob) -> str:
+    """Say where the processor has instructions for bf16, in which it trains an adapter in less time.
+
+    It is not the default: a device of a fleet may lack them, and the simulation would end with another digest than the fleet.
+    """
+    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # none in older releases
+    here = job.rows and job.model.device == "cpu" and any(has.get(name) for name in BF16)
+    pays = job.entry.kind == "adapter" and job.model.n_params >= LARGE
+    free = job.model.dtype == "fp32" and job.recipe.privacy == private.NONE
+    return " · faster on this processor: --dtype bf16" if here and pays and free else ""
 
 
 def _promise(job: TuneJob, run: Path) -> str:
@@ -197,6 +209,8 @@ def _lines(text: str) -> list[str]:
     return re.split(r"\r\n?|\n", text)
 
 
+BF16: Final = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # by torch's names
+LARGE: Final = 50_000_000  # parameters; in smaller models products of matrices are a smaller part of a step
 NEW_HEAD: Final = "the classification head is new and starts at random: the base row is of the encoder with that untrained head"
 PROBE: Final = 8  # held-out rows that tell whether the start is the base
 NOISE: Final = 1e-7  # of a loss, relative: kernels differ by less
