@@ -258,12 +258,14 @@ def _initialise(part: LoraPart, spec: Lora, seed: int) -> None:
         weight = layer.get_base_layer().weight
         weight = weight.T if layer.fan_in_fan_out else weight
         out, into = weight.shape
+        square = spec.variant == "sb"
+        if spec.r > min(out, into) and (square or spec.init in FROM_WEIGHTS):
+            what = "variant=sb" if square else f"a {spec.init} start"
+            raise ModelError(
+                f"{what} needs a rank up to the smaller side of every layer, r is {spec.r}",
+                hint=f"use r={min(out, into)} or less: {name} is {out} x {into}",
+            )
         if spec.init in FROM_WEIGHTS:
-            if spec.r > min(out, into):
-                raise ModelError(
-                    f"a {spec.init} start needs a rank up to the smaller side of every layer, r is {spec.r}",
-                    hint=f"use r={min(out, into)} or less: {name} is {out} x {into}",
-                )
             factors = FROM_WEIGHTS[spec.init](weight.detach().float(), spec.r, layer.scaling[ADAPTER])
         else:
             drawn = FROM_SEED[spec.init](name, out, into, spec.r, seed)

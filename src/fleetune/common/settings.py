@@ -28,8 +28,8 @@ def setting(
     """Declare a field of a settings dataclass: its default, the paper's symbol for it, and a help text.
 
     `only_if` says when it has an effect: NAME where that other setting is not 0, empty or false, NAME=VALUE|VALUE where it
-    has one of these values.  `auto`: the value `auto` is taken too, and stands for one that is found before the work begins;
-    `found`: it is also what stands where no value is given (`tuning/prepare/rates.py`).
+    has one of these values, NAME<NUMBER where it is less.  `auto`: the value `auto` is taken too, and stands for one that is
+    found before the work begins; `found`: it is also what stands where no value is given (`tuning/prepare/rates.py`).
     """
     about = {"symbol": symbol, "help": help, "only_if": only_if, "auto": auto or found, "found": found}
     declared: T = dataclasses.field(default=default, metadata=about)
@@ -57,11 +57,18 @@ class Setting:
 
     def has_effect(self, chosen: object) -> bool:
         """Whether it has an effect beside the other values of `chosen`, an instance of its class."""
-        name, equals, values = self.only_if.partition("=")
-        if not name:
+        if not self.only_if:
             return True
-        value = getattr(chosen, name)
-        return str(value) in values.split("|") if equals else bool(value)
+        name = re.split("[=<]", self.only_if)[0]
+        value, values = getattr(chosen, name), self.only_if[len(name) + 1 :]
+        if "<" in self.only_if:
+            return bool(value < float(values))
+        return str(value) in values.split("|") if values else bool(value)
+
+    @property
+    def switch(self) -> str:
+        """The setting that turns this one on when it is not 0; "" where there is none."""
+        return self.only_if if self.only_if.isidentifier() else ""
 
 
 def of(cls: type) -> list[Setting]:

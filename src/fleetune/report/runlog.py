@@ -373,15 +373,24 @@ def settings_text(log: RunLog, defaults: Mapping[str, object]) -> str:
     return " · ".join(f"{k} {v}" for k, v in flat({**chosen, **own}))
 
 
+def labels(runs: Sequence[Path]) -> list[str]:
+    """Return the runs' names, with the folder where two are called the same, as runs of sweeps are."""
+    names = [run.name for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{run.parent.name}/{name}"
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
 def results(runs: Sequence[Path]) -> list[list[str]]:
     """Return a row for each run: name, status, rounds, loss, traffic, time, peak memory."""
     rows = []
-    for run in runs:
+    for label, run in zip(labels(runs), runs, strict=True):
         log = read(run)
         f = summarise(log)
         rows.append(
             [
-                log.name,
+                label,
                 kind_of(log.status),
                 str(f["rounds"]),
                 loss_text(f),

@@ -1,6 +1,7 @@
 """`models` with a cache, `runs`, and completion in the shell: what is here, and what can be typed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,11 @@ def test_the_list_has_one_word_and_show_the_reason(capsys):
 
 
 def test_compare_shows_the_options_that_differ(capsys):
-    made(1, "done", seed=42)
+    one = made(1, "done", seed=42)
     made(2, "done", seed=43)
+    same = shutil.copytree(one, Path("more") / one.name)
+    _, out, _ = call(capsys, "runs", "compare", "1", "2", str(same))
+    assert all(str(folder) in out for folder in (one, same))
     _, out, err = call(capsys, "runs", "compare", "1", "2")
     (line,) = [line.split() for line in out.splitlines() if line.strip().startswith("seed")]
     assert line == ["seed", "42", "43"]

@@ -452,6 +452,20 @@ def test_changes_of_another_module_are_refused():
         methods.make("fedit", FAST | {"wire": "sign"}).local(models.tiny_llama(), sent, batches, 1, {})
 
 
+@pytest.mark.parametrize("change", ["groups", "bits"])
+def test_changes_of_another_size_take_no_memory(change):
+    """Also in a secure sum, which asks how many numbers are moved: before they were compared, 8 bytes were 2^27 numbers."""
+    method, model = methods.make("fedit", FAST | {"wire": "sign"}), models.tiny_llama()
+    sent = method.broadcast(method.aggregate(method.init(model, 1), iter(())))
+    if change == "groups":
+        sent.scalars["groups"] = np.array([[1 << 27, 1]], np.uint32).tobytes()
+    else:
+        sent.arrays["bits"] = sent.arrays["bits"][:, :-1]
+    began = Memories(), lambda *_: None, lambda *_: None
+    with pytest.raises(MessageError, match="the changes that came are not"):
+        work(method, model, Batches(rows(0), 0, 1, "cpu", 0), 1, Message(1, BASE, sent), *began)
+
+
 def test_a_device_that_forgot_the_module_says_so():
     method, model = methods.make("fedit", FAST | {"wire": "sign"}), models.tiny_llama()
     news = method.news(method.aggregate(method.init(model, 1), iter(())), 1, 0)

@@ -8,12 +8,14 @@ import torch
 
 from fleetune import adapters, models
 from fleetune.data import Batches, Encoded
-from fleetune.errors import MessageError, ModelError, UsageError
+from fleetune.errors import DataError, MessageError, ModelError, UsageError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import Model
 from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, check, decode, encode
 from fleetune.tuning.methods import Reply
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.recipe import recipe as recipes
 from fleetune.tuning.rounds.simulated_fleet import LocalFleet
 
 BASE = b"12345678"
@@ -340,14 +342,27 @@ def test_a_variant_that_cannot_be_is_told(values, words):
 def test_eva_starts_from_the_servers_rows(tmp_path):
     mine, starts = tmp_path / "mine.jsonl", {}
     mine.write_text("".join(f'{{"instruction": "say {i}", "response": "red{i} {i}"}}\n' for i in range(40)))
-    for source in ("demo", str(mine)):
+    swapped = "prompt=response,response=instruction"  # of the tuning rows
+    for source, columns in (("demo", ""), (str(mine), swapped), ("demo", "prompt=ask"), (str(mine), "")):
         method = methods.make("fedit", FAST | {"r": 4, "start": "eva", "start_data": source})
         model = models.tiny_llama()
+        model.columns = columns
+        before = starts.get(source)
         state = method.init(model, 5)
         assert state.start == {}
-        starts[source] = state.tensors["model.layers.0.self_attn.q_proj.lora_A.weight"].astype(np.float64)
+        starts[source] = state.tensors["model.layers.1.self_attn.q_proj.lora_A.weight"].astype(np.float64)
         np.testing.assert_allclose(starts[source] @ starts[source].T, np.eye(4), atol=1e-5)
+        if before is not None:  # the demo lacks the column, and is read by its own
+            assert np.array_equal(before, starts[source]) == (source == "demo")
     assert np.abs(starts["demo"] @ starts[str(mine)].T - np.eye(4)).max() > 0.1
+    values = {
+        "model": "m",
+        "data": "demo",
+        "method": "fedit",
+        "set": {"start": "eva", "start_data": "no.csv"},
+    }
+    with pytest.raises(DataError, match="no file"):
+        prepare.check(recipes.make(values))
     state = methods.make("fedpetuning", {"size": 2, "start": "eva"}).init(models.tiny_bert(), 5)
     a = state.tensors["bert.encoder.layer.1.attention.self.query.lora_A.weight"]
     np.testing.assert_allclose(a @ a.T, np.eye(2), atol=1e-5)

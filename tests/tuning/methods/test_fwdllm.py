@@ -115,6 +115,7 @@ def test_patience_ends_a_batch_and_with_none_every_round_moves():
         for round_ in range(6):
             state = method.aggregate(state, iter(replies(state, method, g, round=round_)))
             seen.append(state.moved)
+            assert bool(method.stays(method.report(state))[0]) == (not state.moved)
         assert seen == moves
 
 

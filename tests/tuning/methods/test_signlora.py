@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +22,10 @@ from fleetune.models import Model, named_tensors, tiny_bert, tiny_llama
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.seeds.weights import layout
+from fleetune.tuning.exchange.aggregation import Spool, parse
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.methods import Reply
-from fleetune.tuning.methods.signlora import Method, State
+from fleetune.tuning.methods.signlora import Method, State, plane
 from fleetune.tuning.rounds.fleets import Answer
 from fleetune.tuning.rounds.local_work import Memories
 from fleetune.tuning.rounds.replies import Replies, Round
@@ -164,10 +167,10 @@ def test_the_server_writes_the_mean_as_signs_and_adds_what_is_left_the_next_time
                 mean = sum(n * v for n, v in zip(weights, vectors, strict=True)) / sum(weights)
                 means[p, first : first + rows] += mean
                 rest = mean + left[p, first : first + rows].astype(np.float64)
-                for plane in range(chosen.planes):
+                for q in range(chosen.planes):
                     c = int(np.rint(np.abs(rest).mean()))
                     rest = np.array([x + c if x < 0 else x - c for x in rest])
-                    entries.append((plane, place, i, p << 32 | matrix, c))
+                    entries.append((q, place, i, p << 32 | matrix, c))
                 left[p, first : first + rows] = rest
         new = state.ledger._taken(state.ledger.rounds == number + 1)
         expected = [(id, c) for *_, id, c in sorted(entries) if c]
@@ -274,6 +277,8 @@ def test_devices_of_unlike_uplinks_send_unlike_shares_of_their_rows(rows, tmp_pa
         ("rows", "the matrices that the run trains are not those of this model"),
         *((n, "not of this run's matrices and dir") for n in ("direction", "matrix", "signs", "scale")),
         ("known", "this device does not remember the rounds before those that came"),
+        ("column", "not lists of whole numbers"),  # n directions times n matrices would be n * n entries
+        ("nan", "not lists of whole numbers"),
     ],
 )
 def test_a_message_that_is_not_of_the_run_is_refused(change, said, rows):
@@ -287,12 +292,50 @@ def test_a_message_that_is_not_of_the_run_is_refused(change, said, rows):
         sent.scalars["known"] = 2
     elif change == "rows":
         arrays["rows"] = arrays["rows"][::-1].copy()
+    elif change == "column":
+        arrays["direction"] = arrays["direction"][:, None]
+    elif change == "nan":
+        arrays["scale"] = np.full(len(arrays["scale"]), np.nan)
     else:
         wrong = np.full_like(arrays[change], 8) if change in ("direction", "matrix") else arrays[change][:-1]
         arrays[change] = wrong
     with pytest.raises(MessageError, match=said):
         answer(model, chosen, sent, rows, memory)
     assert not memory
+
+
+def test_numbers_that_are_not_finite_are_not_sent(rows, monkeypatch):
+    model, chosen = tiny_llama(layers=1), tiny()
+
+    def train(self: Any, model: Any, *_: Any) -> None:
+        model.attachment.parameters["model.layers.0.mlp.up_proj.lora_B.weight"].data[0] = np.nan
+
+    monkeypatch.setattr(Method, "train", train)
+    with pytest.raises(MessageError, match="not finite; lower lr"):
+        answer(model, chosen, chosen.broadcast(chosen.init(model, 3)), rows, {})
+
+
+@pytest.mark.parametrize("name", ["mean", "norm-clip", "median", "trimmed-mean"])
+def test_what_all_devices_agree_on_is_what_a_rule_makes_of_it(name, tmp_path):
+    """Each row comes from a third of the devices: a rule counts those alone; and all go as far as with whole replies."""
+    chosen, sent, parsed = tiny(share="3"), Payload({"rows": np.array(ROWS)}), parse(name)
+    state = begun(chosen)
+    if name != "mean":
+        refused = [bool(chosen.cannot_combine(parsed, asked)) for asked in (8, 9)]
+        assert refused == [name != "norm-clip", False]
+    third, whole = (
+        Payload(
+            dict(zip(("scales", "signs"), plane([np.full(n, 100.0) for n in sizes]), strict=False)), {"n": 3}
+        )
+        for sizes in ([max(1, n // 3) for n in ROWS], ROWS)
+    )
+    with closing(Spool(tmp_path)) as spool:
+        new = chosen.aggregate(state, [Reply(k, k, third) for k in range(30)], replace(parsed, spool=spool))
+    total = written(new.ledger, chosen.pool)[0] + new.left[0]
+    assert total.mean() == pytest.approx(100, 0.02)
+    assert total.min() > 60
+    far = [m.distance(state, sent, Reply(0, 1, up)) for m, up in ((chosen, third), (tiny(), whole))]
+    assert far[0] == pytest.approx(far[1], 0.02)
 
 
 def test_a_model_in_another_methods_hands_is_given_the_own_directions():

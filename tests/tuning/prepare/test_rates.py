@@ -196,6 +196,7 @@ def test_a_rate_that_nobody_gave_is_searched_for_as_far_as_the_run_is_long(name)
         assert all(not s.due and s.steps <= rounds * 8 * 4 / 2 for s in found)
     assert [s.size for s in searches(recipe_of(name, 1, steps=4, lr="auto"))] == [Size()]
     assert searches(recipe_of(name, lr=1e-3)) == []
+    assert [rates.wanted(recipe_of("fedkseed", backprop=share)) for share in (0.5, 1.0)] == [["lr"], []]
 
 
 @pytest.mark.parametrize("name", ["mezo", "zosgd", "fedkseed", "onebyte", "fwdllm"])

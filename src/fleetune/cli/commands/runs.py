@@ -194,7 +194,7 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
     unlike, same = runlog.differing(runs)
     if unlike:
         ui.table(
-            ["option", *(folder.name for folder in runs)],
+            ["option", *runlog.labels(runs)],
             [[k, *values] for k, values in unlike],
             align="l" * (len(runs) + 1),
         )

@@ -53,6 +53,7 @@ class Model:
     ram: int = 0  # bytes that the work may take; 0: all that this process may use
     recomputes: bool = False  # whether the last back-propagation computed activations twice
     trains: str = "weights"  # what methods with directions move: weights, or the scales of a quantised base
+    columns: str = ""  # of the rows that it is tuned on, as `data.read` takes them
 
     def __post_init__(self) -> None:
         for module in [self.net, *blocks_of(self.net)]:

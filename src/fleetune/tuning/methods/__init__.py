@@ -96,6 +96,10 @@ class Method(ABC):
         """Return the figures that go into the event of every round, under "report"."""
         return {}
 
+    def stays(self, report: Mapping[str, float]) -> tuple[str, str]:
+        """Return why the server has not moved in a round that reports this, and what to do; ("", "") where it always does."""
+        return "", ""
+
     def distance(self, state: Any, sent: Payload, reply: Reply) -> float:
         """Return how far `reply` would move the model, 0 for not at all; honest replies are to be of one size.
 

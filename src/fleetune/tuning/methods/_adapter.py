@@ -33,7 +33,7 @@ from fleetune import adapters
 from fleetune.adapters.lora_init import FROM_WEIGHTS, explained_directions, gradient_directions
 from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches, collate, encode_rows, read
-from fleetune.errors import MessageError
+from fleetune.errors import DataError, MessageError
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.net.layers import by_layer
@@ -322,20 +322,22 @@ class Averaged(Trained):
 
     def told(self, model: Model, payload: Payload, memory: dict[str, Any]) -> Tensors:
         """Return the module of a round of wire=sign, and remember it: what came, added to what the device has."""
-        if "bits" not in payload.arrays:
-            module = group(payload.arrays)
-        else:
-            if not payload.int("known"):  # the start
-                adapters.detach(model)
-                self.attach(model, payload.int("seed"), self.start)
-            module = adapters.export(model)
-            layout = Layout.of(module)
-            if layout.groups.tobytes() != payload.scalars.get("groups"):
-                raise MessageError("the changes that came are not of this model's module")
-            if payload.int("known") and "module" not in memory:
+        known, whole = payload.int("known"), "bits" not in payload.arrays
+        if not (known or whole):  # the start
+            adapters.detach(model)
+            self.attach(model, payload.int("seed"), self.start)
+        module = group(payload.arrays) if whole else adapters.export(model)
+        layout = Layout.of(module)
+        if layout.groups.tobytes() != payload.scalars.get("groups"):
+            raise MessageError("the changes that came are not of this model's module")
+        if not whole:
+            if known and "module" not in memory:
                 raise MessageError("this device does not remember the rounds before those that came")
-            start = memory["module"] if payload.int("known") else layout.flat(module)
             signs = Signs(payload.array("bits"), payload.array("scales"))
+            form = no_signs(layout, len(np.atleast_1d(signs.scales)))
+            if [(a.shape, a.dtype) for a in signs] != [(a.shape, a.dtype) for a in form]:
+                raise MessageError("the changes that came are not as many as the module has numbers")
+            start = memory["module"] if known else layout.flat(module)
             module = layout.tensors(add_signs(start, signs, layout.sizes))
         memory["module"] = Layout.of(module).flat(module)
         return module
@@ -591,9 +593,13 @@ def check_start(
 def start_from_rows(model: Model, start: str, source: str) -> None:
     """Set the A of `model`'s LoRA, and a B that stays, by what its layers see on the first 32 rows of `source`.
 
-    DataError when they cannot be read, ModelError when they show too little.
+    They are read by the columns of the tuning rows, or by their own where they lack those.  DataError when they cannot be read,
+    ModelError when they show too little.
     """
-    examples = read(source, limit=32, offline=True)
+    try:
+        examples = read(source, limit=32, offline=True, columns=model.columns)
+    except DataError:
+        examples = read(source, limit=32, offline=True)
     if model.labels:  # the answers do not matter
         examples = [replace(example, response=model.labels[0]) for example in examples]
     rows, _ = encode_rows(model, examples, 128)

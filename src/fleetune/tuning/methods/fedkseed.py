@@ -79,7 +79,7 @@ class Method(_zeroth.OfLedger):
         0, "K", "directions in the pool, a power of two (0: 1024, or 4096 where clients back-propagate)"
     )
     tau: int = setting(200, "τ", "local steps per round (not given: four passes over the rows, 50 to 200)")
-    lr: float = setting(3e-7, "η", "learning rate", found=True)
+    lr: float = setting(3e-7, "η", "learning rate of two-point steps", found=True, only_if="backprop<1")
     eps: float = setting(5e-4, "ε", "size of the perturbation")
     batch_size: int = setting(1, "B", "rows a step")
     law: str = setting("hashed", "law", "directions: hashed, rademacher or gaussian")

@@ -261,6 +261,12 @@ class Method(methods.Method):
         names = ("n", "variance", "moved", "batch")
         return {name: float(getattr(state, name)) for name in names}
 
+    def stays(self, report: Mapping[str, float]) -> tuple[str, str]:
+        if report["moved"]:
+            return "", ""
+        why = f"the server waits for a variance of {self.threshold:g}, for {self.patience} rounds at most"
+        return f"{why}, and had {report['variance']:.2g}", "lower patience, or raise threshold or P"
+
     def local_steps(self, rows: int) -> int:
         return self.P
 

@@ -40,9 +40,9 @@ from fleetune.models.shapes import Shape
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import LOW, OUTER, outer_passes, packed, signs, unpacked
 from fleetune.seeds.weights import WeightSlot, layout
-from fleetune.tuning.exchange.aggregation import MEAN, Rule, Tensors
+from fleetune.tuning.exchange.aggregation import FEWEST, MEAN, PRIVATE, Rule, Tensors
 from fleetune.tuning.exchange.footprint import Footprint, lora_layers, lora_module, placeholder_ledger
-from fleetune.tuning.exchange.messages import Payload, ReplySpec, Scalar, narrow
+from fleetune.tuning.exchange.messages import NotFiniteError, Payload, ReplySpec, Scalar, narrow
 from fleetune.tuning.methods import Reply, _adapter, _zeroth, norm
 
 KIND = "ledger"
@@ -50,6 +50,7 @@ PAPER = "FFA-LoRA: Sun et al., ICLR 2024, arXiv 2403.12313; signs: ours"
 SENDS = "one bit per row of each matrix up, two down"
 RECOMMENDED = 2
 
+ENTRIES = ("rows", "direction", "matrix", "scale", "signs")  # of what a device is sent
 STEP = 1 << 14  # units of the grid in a step of AdamW, for a matrix with one column
 
 
@@ -125,6 +126,10 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     def __post_init__(self) -> None:
         super().__post_init__()
         _adapter.check_targets(self.targets)
+        if not (self.lr < _zeroth.MOST and _zeroth.grid_of(self.grid_lr)):
+            raise ValueError(
+                f"lr = {self.lr:g} has no grid of fp32 below {_zeroth.MOST:g}; usual are 0.01 to 0.1"
+            )
         if not 1 <= self.r <= self.pool <= 1 << 10:
             raise ValueError(
                 f"r = {self.r} must be at least 1 and at most pool = {self.pool}, that at most {1 << 10}"
@@ -240,6 +245,8 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         vectors = []
         for name, slot in slots.items():
             b = part.parameters[factor_names(name)[0]].detach().cpu().double().numpy().T / self.unit(slot)
+            if not np.isfinite(b).all():
+                raise NotFiniteError(f"training has made numbers of {name} that are not finite; lower lr")
             vectors += list(b[:, sent_rows(b.shape[1], share, key)])
         scales, bits, _ = plane(vectors)
         reply = Payload({"scales": scales, "signs": bits}, {"n": batches.n, "loss": loss})
@@ -271,6 +278,8 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         self, payload: Payload, memory: dict[str, Any], slots: Mapping[str, WeightSlot]
     ) -> tuple[list[int], np.ndarray]:
         """Return the directions that were moved before, and their tables; what came is added to what the device remembers."""
+        if any(payload.array(n).ndim != 1 or payload.array(n).dtype.kind not in "iu" for n in ENTRIES):
+            raise MessageError("the entries that came are not lists of whole numbers")
         p, m = (payload.array(name).astype(np.uint64) for name in ("direction", "matrix"))
         shapes = [tuple(slot.tensor.shape) for slot in slots.values()]
         if [rows for rows, _ in shapes] != payload.array("rows").tolist():
@@ -279,7 +288,11 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         here = (
             p.max(initial=0) < self.pool and m.max(initial=0) < len(shapes) and len(p) == len(m) == len(scale)
         )
-        if not here or len(bits) != sum(-(-shapes[place][0] // 8) for place in m.tolist()):
+        if (
+            not here
+            or bits.dtype != np.uint8
+            or len(bits) != sum(-(-shapes[place][0] // 8) for place in m.tolist())
+        ):
             raise MessageError("the entries that came are not of this run's matrices and directions")
         came = outer_passes(shapes, p << np.uint64(32) | m, scale, bits)
         tables = dict(zip(came.ids.tolist(), came.tables, strict=True))
@@ -300,18 +313,22 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     def begins(self, sent: Payload) -> Tensors:
         return {"b": np.zeros(self.r * int(sent.array("rows").sum(dtype=np.int64)))}
 
-    def moved(self, sent: Payload, reply: Reply) -> Tensors:
-        """Return what a reply moves: B of each matrix and direction, in units of the grid; rows that were not sent by 0."""
-        found = self.begins(sent)
+    def moved(self, sent: Payload, reply: Reply, absent: float = 0.0) -> Tensors:
+        """Return what a reply moves: B of each matrix and direction, in units of the grid; rows not sent by `absent`."""
+        found = {"b": self.begins(sent)["b"] + absent}
         bits, scales = reply.payload.array("signs"), iter(reply.payload.array("scales").tolist())
-        sizes = {self.r * bytes_of(sent.array("rows").tolist(), m): m for m in self.shares}
-        share = sizes[len(bits)]
+        share = self.share_of(sent, reply)
         for vector in self.matrices(sent, found["b"]):
             rows = sent_rows(len(vector), share, reply.key)
             size = -(-len(rows) // 8)
             vector[rows] = len(vector) / len(rows) * next(scales) * unpacked(bits[:size], len(rows))
             bits = bits[size:]
         return found
+
+    def share_of(self, sent: Payload, reply: Reply) -> int:
+        """Return of how many rows the device sent one."""
+        sizes = {self.r * bytes_of(sent.array("rows").tolist(), m): m for m in self.shares}
+        return sizes[len(reply.payload.array("signs"))]
 
     def matrices(self, sent: Payload, whole: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the part of a vector of all rows that each matrix and direction has."""
@@ -323,7 +340,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         sent = Payload({"rows": np.array(self.rows(state))})
         combined = rule.combining(self.begins(sent))
         for reply in replies:
-            combined.add(float(reply.payload.int("n")), self.moved(sent, reply))
+            combined.add(float(reply.payload.int("n")), self.moved(sent, reply, rule.absent))
         if not combined.total:
             return state._replace(round=state.round + 1)
         return self.written(state, list(self.matrices(sent, combined.tensors()["b"])))
@@ -347,7 +364,16 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
     def distance(self, state: State, sent: Payload, reply: Reply) -> float:
         """Return how far a device went: root mean square of B, over that of random steps of the learning rate's size."""
         _, walk = self.walked(reply.payload.int("n"))
-        return norm(self.moved(sent, reply).values()) / walk
+        return norm(self.moved(sent, reply).values()) / walk / math.sqrt(self.share_of(sent, reply))
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        met = asked / max(self.shares)
+        if rule.name not in ("norm-clip", PRIVATE) and max(self.shares) > 1 and met < FEWEST:
+            return (
+                f"a row of a matrix comes from {met:.1f} of {asked} clients in a round, and {FEWEST} are needed to compare; "
+                "lower share, or use aggregation=norm-clip"
+            )
+        return super().cannot_combine(rule, asked)
 
     def sized(self, steps: int, batch_size: int) -> Self:
         return replace(self, steps=steps, batch_size=batch_size)
@@ -359,7 +385,9 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             return None
         tensors = tuple((layer.name, (layer.out, layer.into), "float32") for layer in layers)
         head = replace(placeholder_ledger(1).head, law=OUTER, tensors=tensors)
-        rows = sum(layer.out for layer in layers)
+        rows, widths = (sum(getattr(layer, side) for layer in layers) for side in ("out", "into"))
+        # of all directions: signs and B in fp32, tables and a copy of them in int64
+        module = module._replace(frozen=module.frozen + self.pool * (widths + 5 * rows))
         state = State(Ledger(head), 0, np.arange(len(layers)), np.zeros((self.pool, rows), np.float32))
         vectors = [np.ones(layer.out) for layer in layers for _ in range(self.r)]
         return Footprint(

@@ -17,7 +17,7 @@ from fleetune.common.display import counted, human_time
 from fleetune.common.events import RateFound, TuneChecked
 from fleetune.common.ggml import SCALES
 from fleetune.common.memory import release_memory
-from fleetune.data import Encoded, Example, check_columns, digests, encode, partition, sources
+from fleetune.data import Encoded, Example, check_columns, digests, encode, partition, read, sources
 from fleetune.data.columns import sentence
 from fleetune.data.partition import Split
 from fleetune.errors import DataError, RecipeError
@@ -221,6 +221,8 @@ def check(recipe: Recipe) -> tuple[methods.MethodEntry, methods.Method]:
         )
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
+    if source := _start_rows(recipe):
+        read(source, limit=1, offline=True, note=log.info)
     return entry, methods.make(recipe.method, recipe.set)
 
 
@@ -340,7 +342,7 @@ def _loaded(
         ram=settings.parse_bytes(recipe.ram or None) or 0,
     )
     chat_template.begin_with(model.tokenizer, sentence(recipe.columns))
-    model.trains = recipe.train
+    model.trains, model.columns = recipe.train, recipe.columns
     scale_view.moved_tensors(model)  # refuses a base that has no blocks where these are trained
     if model.labels and recipe.privacy != private.NONE and not recipe.labels:
         raise RecipeError(
@@ -467,11 +469,19 @@ def _with_rates(
 
 
 def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:
-    sources = [source for source in (recipe.data, recipe.eval_data) if source]
+    sources = [source for source in (recipe.data, recipe.eval_data, _start_rows(recipe)) if source]
     found: dict[str, str] = {}
     for source in sources:
         found |= digests(source, offline=offline)
     return found
+
+
+def _start_rows(recipe: Recipe) -> str:
+    """Return the source of rows that a start of A and B looks at; "" where it looks at none, or at the demo's."""
+    method = methods.make(recipe.method, recipe.set)
+    looks = any(s.name == "start_data" and s.has_effect(method) for s in methods.settings(recipe.method))
+    source = str(getattr(method, "start_data", "demo"))
+    return source if looks and source != "demo" else ""
 
 
 def objective_of(method: methods.Method) -> str:

@@ -110,7 +110,7 @@ def _find(
     size: trial.Size,
 ) -> RateFound | None:
     began = time.perf_counter()
-    switch = next(s.only_if for s in methods.settings(recipe.method) if s.name == name)
+    switch = next(s.switch for s in methods.settings(recipe.method) if s.name == name)
     beside = {switch: 1} if switch else {}  # the rate of devices of one kind: all are of it in a trial
 
     def make(rate: float) -> Method:
@@ -280,7 +280,7 @@ def _taken(
 ) -> tuple[int, int]:
     """Return how many local steps, and losses of rows, the search for one rate takes, about."""
     few = min(rows, slopes.DIRECTIONS * slopes.ROWS)
-    if method.has_own("rate_from") and not setting.only_if:
+    if method.has_own("rate_from") and not setting.switch:
         measured = 2 * 3 * slopes.DIRECTIONS * min(slopes.ROWS, few)
         return 0, measured + 2 * slopes.STEPS * min(getattr(method, "batch_size", 1), slopes.ROWS, few)
     at_server, aside = method.rate_at_server, trial.aside(few)

@@ -46,7 +46,7 @@ def work(
     `on_step(client, step)` is called before every local step and between the pieces of one, and may raise.  With `hold`, that
     is given how far the reply moves each number, for a secure sum, and an empty reply is returned.
     """
-    start = method.begins(received.payload) if hold else {}
+    sent = Payload(dict(received.payload.arrays), received.payload.scalars) if hold else Payload()
     memory = memories.of(batches.client)
     batches.on_step = on_step
     give_back()  # what was done before: an evaluation, another client's work, the message's bytes
@@ -54,8 +54,9 @@ def work(
     with hearing(batches.heard), packing(model.net, packs) as batches.packed:
         reply = method.local(model, received.payload, batches, key, memory)
     memories.keep(batches.client, received.round, memory)
-    if hold:
-        end = method.moved(received.payload, Reply(batches.client, key, reply))
+    if hold:  # `local` has found what came to be of this model
+        start = method.begins(sent)
+        end = method.moved(sent, Reply(batches.client, key, reply))
         hold(
             received.round,
             {n: np.asarray(end[n], np.float64) - np.asarray(t, np.float64) for n, t in start.items()},

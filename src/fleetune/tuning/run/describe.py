@@ -256,7 +256,10 @@ def of_unmoved(job: TuneJob, run: rundir.RunDir, *, stays: bool) -> str:
         change = "no change of any weight" if stays else "a change too small to show"
         why = f"{_good(len(good))} added up to {change}"
         remedy = "raise the learning rate (--set lr=..), or the local steps and --rounds"
-        if job.objective != "loss":
+        reports = [report for e in events if (report := e.get("report"))]
+        if reports and (held := job.method.stays(reports[-1]))[0]:
+            why, remedy = held
+        elif job.objective != "loss":
             remedy += "; an objective that gives equal values at two near points moves nothing: raise batch_size or eps"
     return f"{'nothing moved' if stays else 'the validation loss did not move'}: {why}; {remedy}"
 

@@ -193,7 +193,7 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any], *
         [
             f"{recipe.method}{paper}: {counted(rounds, 'round')}, {counted(int(start.get('clients', 0)), 'client')}, "
             f"share of the clients per round {recipe.participation:g}, seed {recipe.seed}, {recipe.dtype}; "
-            f"{start.get('trained', 0):,} of {start.get('params', 0):,} weights trained"
+            f"{start.get('trained', 0):,} numbers trained, of a model of {start.get('params', 0):,}"
             + (f"; uplink {human_bytes(up)}, downlink {human_bytes(down)} in all." if told else "."),
             *(
                 ["Trained on real devices, which keep their rows."]
