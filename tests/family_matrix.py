@@ -5,8 +5,7 @@ A cell is a whole run of one round (`fleetune.tune`), then
     ledger        the logits of the run's model (base and ledger, through the view) against those of the exported Hugging
                   Face directory in transformers: equal bit for bit
     LoRA          our model with its adapter against PEFT's, from the run's directory: the same
-    prefix,       likewise, within 1e-4 (PEFT's attention adds up in another order)
-    prompt
+    prefix, prompt  likewise, within 1e-4 (PEFT's attention adds up in another order)
     bitfit, full  the model with its parameters against the directory of `export --to hf`: the same
     the others    the model loaded again gives the held-out loss that the run had, within 1e-6
 

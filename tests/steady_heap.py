@@ -1,8 +1,7 @@
 """Keep what lives as long as the tests out of the garbage collector's way.
 
-A worker that has imported torch and found thousands of tests holds a million objects, and every full collection goes
-through all of them: `release_memory` asks for one several times a run. What is there when tests begin, and what later
-imports add, is set aside (`gc.freeze`); what the tests themselves make is collected as ever.
+Every full collection goes through a million objects, and `release_memory` asks for one several times a run.  What is there when
+tests begin, and what later imports add, is set aside (`gc.freeze`); what the tests themselves make is collected as ever.
 """
 
 import gc

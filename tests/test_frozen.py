@@ -1,8 +1,8 @@
 """What must stay equal while the code is made smaller: runs, artefacts, exported files, and what commands print.
 
-`frozen.json` holds command lines by key, and what they gave.  It is not changed to make a test pass, but to record a
-difference that was meant: `FREEZE=1 pytest tests/test_frozen.py` writes its values anew (with -k some of them), and its
-diff names every difference.  In JSON and in the heads of other files, what names a version or a format stands by itself.
+`frozen.json` holds command lines by key, and what they gave.  It is changed only to record a difference that was meant:
+`FREEZE=1 pytest tests/test_frozen.py` writes its values anew (with -k some of them).  In JSON and in the heads of other files,
+what names a version or a format stands by itself.
 
 All of it runs in one process of its own, on one thread, with torch and MKL held to instructions that every x86-64
 processor has (`ANYWHERE`), so that most processors give the same last bits.  An entry states the processor that it was made

@@ -1,10 +1,6 @@
-"""Every recipe names what exists, and those that state an outcome give it.
+"""Every recipe names what exists, and those that state an outcome (`# Expected: validation loss 3.857 -> 3.112.`) give it.
 
-A recipe that needs only what comes built in begins with a line such as
-
-    # Expected: validation loss 3.857 -> 3.112.
-
-which `make slow` runs and compares.  Recipes that need other data or models say nothing they would be held to.
+`make slow` runs and compares these: they need only what comes built in.
 """
 
 import json

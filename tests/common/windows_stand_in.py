@@ -2,8 +2,7 @@
 
 No /proc, no symbolic links, no fork, groups or affinity of processes, and for Fleetune no `fcntl` and no `resource`;
 instead `msvcrt.locking`, which checks what it is given as Microsoft describes it, and what psutil tells there.
-It is no Windows: paths, open files, signals and all below Python are Linux's, and so are the other packages, which go by
-`sys.platform`.
+Paths, open files, signals and all below Python are Linux's, and so are the other packages, which go by `sys.platform`.
 """
 
 import builtins

@@ -1,8 +1,7 @@
 """Every Python block of README.md and docs/ runs, as it stands on its page.
 
-The blocks of a page run in order, in one namespace and one empty folder.  There `smollm2-135m` is a random tiny llama
-that lies in the cache in the built-in model's place, and clients take few local steps, so nothing is downloaded and a
-block takes seconds.  A page that talks to a server finds one at the address that it names.
+The blocks of a page run in order, in one namespace and one empty folder.  There `smollm2-135m` is a random tiny llama, and
+clients take few local steps.  A page that talks to a server finds one at the address that it names.
 """
 
 import functools

@@ -462,10 +462,8 @@ def test_an_evaluation_opens_the_door_of_its_run_where_no_flag_says_otherwise():
     assert taken == ["--port 9", "--keys 'my keys'"]
     assert (args.host, args.port, args.keys, args.certificate) == (None, 9, "my keys", "new")
     assert (args.wait, args.grace) == (None, None)  # of the run, not of what follows it
-    assert flags.again(args, " --wait 3 --round-deadline 9", flags.DOOR[:7]) == [
-        "--wait 3",
-        "--round-deadline 9.0",
-    ]
+    more = flags.again(args, " --wait 3 --round-deadline 9", flags.DOOR[:7])
+    assert more == ["--wait 3", "--round-deadline 9.0"]
 
 
 def test_a_certificate_has_the_file_that_devices_trust_beside_it(place):
