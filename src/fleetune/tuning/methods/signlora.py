@@ -285,14 +285,9 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         if [rows for rows, _ in shapes] != payload.array("rows").tolist():
             raise MessageError("the matrices that the run trains are not those of this model")
         scale, bits = payload.array("scale"), payload.array("signs")
-        here = (
-            p.max(initial=0) < self.pool and m.max(initial=0) < len(shapes) and len(p) == len(m) == len(scale)
-        )
-        if (
-            not here
-            or bits.dtype != np.uint8
-            or len(bits) != sum(-(-shapes[place][0] // 8) for place in m.tolist())
-        ):
+        here = p.max(initial=0) < self.pool and m.max(initial=0) < len(shapes) and bits.dtype == np.uint8
+        lengths = len(p) == len(m) == len(scale)
+        if not (here and lengths) or len(bits) != sum(-(-shapes[place][0] // 8) for place in m.tolist()):
             raise MessageError("the entries that came are not of this run's matrices and directions")
         came = outer_passes(shapes, p << np.uint64(32) | m, scale, bits)
         tables = dict(zip(came.ids.tolist(), came.tables, strict=True))
@@ -386,8 +381,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
         tensors = tuple((layer.name, (layer.out, layer.into), "float32") for layer in layers)
         head = replace(placeholder_ledger(1).head, law=OUTER, tensors=tensors)
         rows, widths = (sum(getattr(layer, side) for layer in layers) for side in ("out", "into"))
-        # of all directions: signs and B in fp32, tables and a copy of them in int64
-        module = module._replace(frozen=module.frozen + self.pool * (widths + 5 * rows))
+        module = module._replace(frozen=module.frozen + self.pool * (widths + rows))  # of all directions
         state = State(Ledger(head), 0, np.arange(len(layers)), np.zeros((self.pool, rows), np.float32))
         vectors = [np.ones(layer.out) for layer in layers for _ in range(self.r)]
         return Footprint(
@@ -396,6 +390,7 @@ class Method(_adapter.Trained, _zeroth.OfLedger):
             self.written(state, vectors),
             checkpointing=self.recomputes,
             whole_gradient=False,
+            kept=-(-2 * self.pool // self.r),  # about the tables of all directions and a copy, in int64
         )
 
 
