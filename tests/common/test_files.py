@@ -191,7 +191,11 @@ def test_the_list_is_that_of_sha256sum(tmp_path: Path) -> None:
     sums.write(tmp_path)
     text = (tmp_path / sums.FILE).read_text()
     assert [line[64:] for line in text.splitlines()] == ["  a", "  b c", "  in/d"]
-    assert text.startswith(hashlib.sha256(b"a").hexdigest())
+    known = hashlib.sha256(b"a").hexdigest()
+    assert text.startswith(known)
+    (tmp_path / sums.FILE).write_text(known[:60] + "0" * 4 + text[64:])
+    assert all(f"{end}.." in next(sums.faults(tmp_path))[1] for end in (known[48:], "0000"))
+    (tmp_path / sums.FILE).write_text(text)
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "more").write_text("mine")
     sums.check(tmp_path, remedy="")

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import psutil  # type: ignore[import-untyped]
+
 # torch's words where the CPU has not enough memory, Linux' own (ENOMEM), and its loader's
 NO_MEMORY: Final = "can't allocate memory|not enough memory|Cannot allocate memory|failed to map segment"
 M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
@@ -24,23 +26,21 @@ KEPT: Final = 1 << 25  # bytes of them at the end of the heap that are not given
 
 def peak_rss() -> int:
     """Return the most bytes of memory this process had since its start, or since `release_memory`."""
-    return _status("VmHWM") or _without_proc()[1]
+    return _status("VmHWM") or _peak_without_proc()
 
 
 def rss() -> int:
     """Return the bytes of memory this process has now."""
-    return _status("VmRSS") or _without_proc()[0]
+    return int(psutil.Process().memory_info().rss)
 
 
 def total_memory() -> int:
-    """Return the bytes of memory that this machine has; 0 where the system does not tell."""
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 0
+    """Return the bytes of memory that this machine has."""
+    return int(psutil.virtual_memory().total)
 
 
 def usable_memory(process: Path = Path("/proc/self"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes of memory that this process may use; 0 where the system does not tell.
+    """Return the bytes of memory that this process may use.
 
     That is the least of the machine's memory, the limits of the process's control group and of those above it
     (`docker --memory`, systemd's `MemoryMax=` and `MemoryHigh=`), and what `ulimit -v` leaves.
@@ -51,8 +51,6 @@ def usable_memory(process: Path = Path("/proc/self"), groups: Path = Path("/sys/
 
 def free_memory(most: int = 0) -> int:
     """Return the bytes that this process may still take of `most` (0: `usable_memory`), and that the machine has free."""
-    import psutil  # type: ignore[import-untyped]
-
     give_back()
     free = int(psutil.virtual_memory().available)
     most = most or usable_memory()
@@ -172,13 +170,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-def _without_proc() -> tuple[int, int]:
-    import psutil
-
-    told = psutil.Process().memory_info()
+def _peak_without_proc() -> int:
     try:
         import resource
     except ImportError:  # Windows
-        return told.rss, told.peak_wset
+        return int(psutil.Process().memory_info().peak_wset)
     unit = 1 if sys.platform == "darwin" else 1024
-    return told.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

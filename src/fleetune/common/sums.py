@@ -37,6 +37,14 @@ def _sha256(path: Path, size: int, modified: int, changed: int, inode: int) -> s
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def apart(*digests: str) -> list[str]:
+    """Return unequal digests as a message names them: 16 characters, among which they differ."""
+    start = max(
+        0, next((i for i, pair in enumerate(zip(*digests, strict=False)) if len(set(pair)) > 1), 0) - 12
+    )
+    return [f"{'..' * (start > 0)}{each[start : start + 16]}.." for each in digests]
+
+
 def write(folder: Path, names: Collection[str] = ()) -> None:
     """State the digests of these files of a folder; by default of all that lie in it now, and in its subfolders."""
     files = [folder / name for name in names] or [p for p in folder.rglob("*") if p.name not in LEFT_OUT]
@@ -45,10 +53,7 @@ def write(folder: Path, names: Collection[str] = ()) -> None:
 
 
 def faults(folder: Path, only: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """Yield (name, words) for each file of a folder that is missing, or not what the folder states of it.
-
-    With `only`, just these names are looked at.
-    """
+    """Yield (name, words) for each file of a folder (of those in `only`) that is missing, or not what the folder states of it."""
     try:
         lines = (folder / FILE).read_text(encoding="utf-8").splitlines() or [""]
     except (FileNotFoundError, NotADirectoryError):
@@ -66,10 +71,8 @@ def faults(folder: Path, only: Collection[str] = ()) -> Iterator[tuple[str, str]
         if not (file := folder / name).is_file():
             yield name, f"{file} is missing; {FILE} names it"
         elif (found := sha256(file)) != expected:
-            yield (
-                name,
-                f"{file} is not what was written: its SHA-256 is {found:.16}.., {FILE} states {expected:.16}..",
-            )
+            now, then = apart(found, expected)
+            yield name, f"{file} is not what was written: its SHA-256 is {now}, {FILE} states {then}"
 
 
 def unlisted(folder: Path) -> list[str]:

@@ -267,9 +267,8 @@ def _files_of_run(run: Run) -> Links:
         yield from _files(result, alone=True)
     listed = result / sums.FILE if result.is_dir() else result
     if (stated := done.get("result_sha256")) and stated != (now := sums.sha256(listed)):
-        raise ModelError(
-            f"{run.folder} states {stated:.16}.. of {listed.name}, which is {now:.16}..", hint=AGAIN
-        )
+        then, now = sums.apart(str(stated), now)
+        raise ModelError(f"{run.folder} states {then} of {listed.name}, which is {now}", hint=AGAIN)
 
 
 def _loaded_of(run: Run, parents: Parents) -> Generator[LinkVerified, None, Model]:
@@ -321,9 +320,8 @@ def _of_compressed(found: Compressed, parents: Parents) -> Links:
     if found.folder is not None:
         stated = compression_folder.record(found.folder).get("result", {}).get("result_sha256")
         if stated not in (None, now := sums.sha256(model / sums.FILE)):
-            raise ModelError(
-                f"{found.folder} states {stated:.16}.. of its model's files, not {now:.16}..", hint=AGAIN
-            )
+            then, now = sums.apart(str(stated), now)
+            raise ModelError(f"{found.folder} states {then} of its model's files, not {now}", hint=AGAIN)
     source: Run | str | None = parents.source if isinstance(parents.source, Run) else found.run
     if source is None and not (request and request.run):
         source = parents.base or (request.model if request else None)
@@ -371,8 +369,10 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
         ("tokenizer", head.tokenizer, model.tokenizer_digest),
     ):
         if stated != now:
-            why = f"{master.folder} was made from {what} {stated:.16}.., those of {name} are {now:.16}.."
-            raise ModelError(why, hint=FROM)
+            then, found = sums.apart(stated, now)
+            raise ModelError(
+                f"{master.folder} was made from {what} {then}, those of {name} are {found}", hint=FROM
+            )
     yield _proven("compressed from", f"{name}: {head.base}")
     dict(codes.passing(stored_tensors(model.net)))
     odd = sorted(codes.left - head.grids.keys())

@@ -30,8 +30,12 @@ For TAKES = "adapter" these are check(adapter: Path, kind) and write(adapter: Pa
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fleetune.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,14 @@ class Misfit(UsageError):
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
         self.remedy = remedy
+
+
+def rounded_to(
+    name: str, weight: "torch.Tensor", dtype: "torch.dtype", words: str, *, hint: str
+) -> "torch.Tensor":
+    """Return a tensor in another type, called `words`; UsageError where that makes a value infinite."""
+    values = weight.to(dtype)
+    ends = values.aminmax() if values.numel() else ()
+    if any(bool(end.isinf()) for end in ends) and not bool(weight.isinf().any()):
+        raise UsageError(f"{name} has values beyond {words}'s range", hint=hint)
+    return values

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fleetune.common.ggml import padded
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, _ggml_blocks, _gguf_vocabulary
+from fleetune.deploy.formats import Misfit, Report, _ggml_blocks, _gguf_vocabulary, rounded_to
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
 from fleetune.models.families import rope, table, widths
@@ -483,12 +483,8 @@ def _values(model: Checkpoint, entry: GgufTensor) -> Tensor:
 
 
 def _float_bytes(weight: Tensor, entry: GgufTensor) -> np.ndarray:
-    values = weight.to(FLOATS[entry.kind]).contiguous()
-    if bool(values.isinf().any()) and not bool(weight.isinf().any()):
-        raise UsageError(
-            f"{entry.parameter} has values beyond {entry.kind}'s range", hint="use --to gguf:bf16"
-        )
-    return values.view(torch.uint8).numpy()
+    values = rounded_to(entry.parameter, weight, FLOATS[entry.kind], entry.kind, hint="use --to gguf:bf16")
+    return values.contiguous().view(torch.uint8).numpy()
 
 
 # ---------------------------------------------------------------- reading back

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fleetune.common.display import are
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary
+from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary, rounded_to
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised, pack
 from fleetune.models.families.widths import has_block_widths
@@ -71,26 +71,23 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     """
     fallback = torch.float32 if model.compressed else model.dtype
     dtype = fallback if kind is None else DTYPES[kind]
-    rounded: set[str] = set()
+    changed: set[str] = set()
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in model.names:
-            weight = model.weight(name)
-            cast = weight if name in model.buffers else weight.to(dtype)
-            if bool((cast.float() != weight.float()).any()):
-                rounded.add(name)
-            if bool(cast.isinf().any()) and not bool(weight.isinf().any()):
-                raise UsageError(
-                    f"{name} has values beyond {kind}'s range", hint="use --to hf:bf16 or hf:fp32"
-                )
+            weight = cast = model.weight(name)
+            if name not in model.buffers and weight.dtype != dtype:
+                cast = rounded_to(name, weight, dtype, str(kind), hint="use --to hf:bf16 or hf:fp32")
+                if bool((cast.float() != weight.float()).any()):
+                    changed.add(name)
             yield name, cast
 
     notes = write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
     to = "hf" if kind is None else f"hf:{kind}"
-    notes += [f"{are(len(rounded), 'tensor')} rounded to {kind}"] if rounded else []
+    notes += [f"{are(len(changed), 'tensor')} rounded to {kind}"] if changed else []
     if has_block_widths(model.config):
         notes.append("its blocks differ in width: fleetune loads it, transformers does not")
-    return report(model, folder, to, len(rounded), notes)
+    return report(model, folder, to, len(changed), notes)
 
 
 # ---------------------------------------------------------------- for all formats that are directories
@@ -137,16 +134,6 @@ def unwords(packed: Tensor, bits: int, columns: int) -> Tensor:
         both = wide[:, first] | wide[:, first + 1] << 32
         rows.append((both >> shift & ((1 << bits) - 1)).to(torch.uint8))
     return torch.cat(rows)
-
-
-def half(name: str, weight: Tensor) -> Tensor:
-    """Return a dense tensor in 16 bits: bf16 as it is, the rest in fp16.  UsageError beyond fp16's range."""
-    if weight.dtype == torch.bfloat16:
-        return weight
-    values = weight.to(torch.float16)
-    if bool(values.isinf().any()) and not bool(weight.isinf().any()):
-        raise UsageError(f"{name} has values beyond fp16's range", hint="export with --to hf")
-    return values
 
 
 def as_it_is(name: str, weight: Quantised | Tensor) -> Iterator[tuple[str, Quantised | Tensor]]:
@@ -224,10 +211,12 @@ def packed(
             if isinstance(weight, Quantised):
                 yield from parts(layer, weight)
                 continue
-            dense = weight if name in model.buffers else half(name, weight)
-            if bool((dense.float() != weight.float()).any()):
-                rounded.add(name)
-            yield layer, dense
+            if name not in model.buffers and weight.dtype != torch.bfloat16:
+                full = weight
+                weight = rounded_to(name, full, torch.float16, "fp16", hint="export with --to hf")
+                if bool((weight.float() != full.float()).any()):
+                    rounded.add(name)
+            yield layer, weight
 
 
 def codes_of(model: Checkpoint, name: str, experts: bool = False) -> Quantised | None:

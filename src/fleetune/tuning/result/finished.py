@@ -242,8 +242,9 @@ def _load_ledger(path: Path, recipe: recipes.Recipe, offline: bool) -> Model:
 def require_digest(digest: str, stated: str | None, what: Path | str) -> None:
     """LedgerError when a ledger states (`Ledger.final_check`) another digest of its weights than the one it rebuilds."""
     if stated not in (None, digest):
+        now, then = sums.apart(digest, str(stated))
         raise LedgerError(
-            f"{what} rebuilds other weights than it states: their SHA-256 is {digest[:16]}.., it states {stated:.16}..",
+            f"{what} rebuilds other weights than it states: their SHA-256 is {now}, it states {then}",
             hint="the ledger was changed after it was made: get it again from its origin (a run's own: remove the file, "
             "then fleetune tune --resume RUN)",
         )
@@ -260,9 +261,10 @@ def _load_adapter(path: Path, recipe: recipes.Recipe, offline: bool) -> Model:
     )
     made_on = rundir.made_on(path.parent)
     for what, now in (("base", model.digest), ("tokenizer", model.tokenizer_digest)):
-        if (then := made_on[what]) != now:
+        if made_on[what] != now:
+            then, found = sums.apart(made_on[what], now)
             raise ModelError(
-                f"{path} was made on {what} {then[:16]}.., that of {recipe.model} is now {now[:16]}..",
+                f"{path} was made on {what} {then}, that of {recipe.model} is now {found}",
                 hint="get the base it was made on (fleetune models shows sources)",
             )
     adapters.load(model, path)
