@@ -15,7 +15,7 @@ from command_line import FEW
 from fleetune import adapters, models
 from fleetune.data import Batches, encode_all
 from fleetune.data.forms import Example
-from fleetune.errors import RecipeError, StorageError, UsageError
+from fleetune.errors import FleetError, RecipeError, StorageError, UsageError
 from fleetune.evaluation.objectives import batch_loss, loss_tensor
 from fleetune.models.net.model import Model
 from fleetune.privacy import mechanism
@@ -36,6 +36,7 @@ LEVELS: dict[str, dict[str, Any]] = {
     "fedit": {"r": 2, "lr": 1e-2, "steps": 1, "batch_size": 2},
 }
 PLAIN: dict[str, Any] = FEW | {"clients": 12, "rounds": 2, "limit": 40, "max_length": 48}
+DEMO = str(Path(fleetune.__file__).parent / "data" / "demo.jsonl")
 SMALL: dict[str, Any] = PLAIN | {"privacy": "client", "epsilon": 8.0}
 
 pytestmark = pytest.mark.usefixtures("at")
@@ -136,8 +137,17 @@ def test_a_run_ends_where_its_budget_does(tiny):
     run = tuned(tiny, rounds=6, noise=1.0, epsilon=8.0)
     assert run.done.rounds < 6
     assert any("the privacy budget is spent" in r for r in run.done.remarks)
-    spent = spent_in(run)
-    assert spent[-1] <= 8.0
+    assert spent_in(run)[-1] <= 8.0
+
+
+def test_a_client_alone_takes_the_steps_that_are_accounted(tiny, monkeypatch):
+    """Where all back-propagate, one that nobody holds was let walk, which is many times the steps."""
+    given = SMALL | {"privacy": "example", "aggregation": "mean:4", "clients": 2, "participation": 0.5}
+    settings = LEVELS["fedkseed"] | {"backprop": 1.0, "backprop_steps": 3, "tau": 9}
+    assert fleetune.tune(tiny, "demo", method="fedkseed", settings=settings, **given).done.rounds == 2
+    monkeypatch.setattr(methods.make("fedkseed", settings).__class__, "local_steps", lambda method, rows: 2)
+    with pytest.raises(FleetError, match="accounted"):
+        fleetune.tune(tiny, "demo", method="fedkseed", settings=settings, **given)
 
 
 def test_a_run_that_has_lost_a_checkpoint_ends_with_what_it_has_released(tiny):
@@ -184,6 +194,12 @@ def test_a_run_that_has_lost_a_checkpoint_ends_with_what_it_has_released(tiny):
         ({"privacy": "sealed", "participation": 0.5}, "the server's to keep"),
         ({"privacy": "sealed", "clients": 3000}, "2,048 clients at most"),
         ({"privacy": "example", "dtype": "bf16"}, "rounds a row's loss"),
+        ({"dedupe": True}, "the rows of one client"),
+        (
+            {"method": "fedit", "settings": LEVELS["fedit"] | {"start": "eva", "start_data": DEMO}},
+            "may be seen",
+        ),
+        ({"settings": {"backprop": 1.0}, "kinds": "1,0"}, "kinds of these settings, as 1"),
         ({"privacy": "sealed", "aggregation": "median"}, "compares single replies"),
         ({"privacy": "sealed", "quorum": 3}, "whether others count"),
         ({"privacy": "sealed", "method": "fwdllm", "settings": {}}, "directions of its own"),

@@ -177,9 +177,9 @@ def test_a_list_is_repeated_over_the_clients():
     [
         ("mezo", {}, "0", "all clients are of one kind"),
         ("fedkseed", {}, "0,1", "all clients are of one kind"),
-        ("fedkseed", {"backprop": 0.5}, "0,2", "numbers from 0 to 1"),
-        ("fedkseed", {"backprop": 0.5}, "0,,1", "numbers from 0 to 1"),
-        ("fedkseed", {"backprop": 0.5}, "two", "numbers from 0 to 1"),
+        ("fedkseed", {"backprop": 0.5}, "0,2", "as 0,1"),
+        ("fedkseed", {"backprop": 0.5}, "0,,1", "as 0,1"),
+        ("fedkseed", {"backprop": 0.5}, "two", "as 0,1"),
         ("fedkseed", {"backprop": 0.5}, "0, 1,1", ""),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from contract_harness import base_of, equal_states, fleet, key, kind_of, short
 
 from fleetune import models
-from fleetune.errors import MessageError
+from fleetune.errors import MessageError, StorageError
 from fleetune.fleet.keys import identity, make
 from fleetune.models.net.model import Model
 from fleetune.privacy import mechanism, secagg
@@ -217,13 +217,14 @@ def test_a_client_says_nothing_of_a_round_that_it_has_not_worked_for():
         member.answer("reveal", 1, 0, body)
 
 
-def test_a_damaged_file_of_a_client_is_none(tmp_path):
+def test_a_damaged_file_of_a_client_is_an_error(tmp_path):
     file = tmp_path / FILE
     Participant("", SEALED, file).hold(4, np.array([1, 2, 3]))
     data = bytearray(file.read_bytes())
     data[40] ^= 1
     file.write_bytes(data)
-    assert not len(Participant.kept("", SEALED, file).vector)
+    with pytest.raises(StorageError, match="is damaged"):
+        Participant.kept("", SEALED, file)
 
 
 def test_the_least_clients_together_make_all_the_noise():

@@ -223,6 +223,9 @@ def check(recipe: Recipe) -> tuple[methods.MethodEntry, methods.Method]:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     if source := _start_rows(recipe):
         read(source, limit=1, offline=True, note=log.info)
+        theirs = digests(recipe.data).values() if recipe.data and recipe.privacy != private.NONE else ()
+        if not set(digests(source).values()).isdisjoint(theirs):
+            raise RecipeError([f"start_data = {source!r} is what privacy hides: use rows that may be seen"])
     return entry, methods.make(recipe.method, recipe.set)
 
 
@@ -470,10 +473,7 @@ def _with_rates(
 
 def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:
     sources = [source for source in (recipe.data, recipe.eval_data, _start_rows(recipe)) if source]
-    found: dict[str, str] = {}
-    for source in sources:
-        found |= digests(source, offline=offline)
-    return found
+    return {name: sha for source in sources for name, sha in digests(source, offline=offline).items()}
 
 
 def _start_rows(recipe: Recipe) -> str:

@@ -67,6 +67,8 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(
             f"epsilon = {recipe.epsilon:g} promises nothing: 8 is usual, 1 is strong, {MOST:g} is the most"
         )
+    if recipe.dedupe:
+        found.append(f"dedupe lets the rows of one client decide about those of others, which {level} hides")
     if recipe.privacy in BY_CLIENT and recipe.aggregation != "mean":
         found.append(
             f"aggregation = {recipe.aggregation} compares single replies, which {level} hides: leave aggregation out"

@@ -120,8 +120,9 @@ def kinds_problem(method: Method, listed: str) -> str:
         return ""
     if count == 1:
         return f"kinds = {listed!r} does nothing: with these settings all clients are of one kind"
-    if not re.fullmatch(r" *\d{1,4} *(, *\d{1,4} *)*", listed) or max(map(int, listed.split(","))) >= count:
-        return f"kinds = {listed!r} must be numbers from 0 to {count - 1}, as 0,{count - 1}"
+    own = {method.kind_of(client) for client in range(100 * count)}
+    if not re.fullmatch(r" *\d{1,4} *(, *\d{1,4} *)*", listed) or not own >= set(map(int, listed.split(","))):
+        return f"kinds = {listed!r} must be the kinds of these settings, as {','.join(map(str, sorted(own)))}"
     return ""
 
 

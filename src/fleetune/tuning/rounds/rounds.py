@@ -239,7 +239,7 @@ def _played(
     else:  # the draw that the accountant counts on; nobody can repeat it
         chosen, goal = poisson_sample(present, plan.rule.privacy.q), len(present)
     kinds = {client: fleet.kind(client) for client in chosen}
-    if plan.rule.times < math.inf:
+    if plan.rule.times < math.inf and plan.releases is None:  # the account has the steps of its own kind
         kinds = of_two(kinds)
     middle = int(usual([fleet.rows[client] for client in chosen]))
     asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__, middle)

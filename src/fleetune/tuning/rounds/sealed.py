@@ -11,7 +11,6 @@ The clients do the round's work first and keep their replies (`Participant.hold`
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
@@ -21,13 +20,11 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from fleetune.common.files import PRIVATE, read_bytes, write_atomic
-from fleetune.errors import MessageError
+from fleetune.errors import MessageError, StorageError
 from fleetune.privacy import secagg
 from fleetune.privacy.mechanism import Sealed
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
 from fleetune.tuning.rounds.fleets import Fleet, Step
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]
@@ -93,7 +90,7 @@ class Participant:
 
     @classmethod
     def kept(cls, run: str, sealed: Sealed, file: Path, identity: Identity = ANYBODY) -> Participant:
-        """Return what was kept in the file; nothing where there is none, or one that cannot be read."""
+        """Return what was kept in the file; StorageError where it is damaged, so that nothing is masked twice."""
         found = cls(run, sealed, file, identity=identity)
         try:
             message = decode(read_bytes(file), any_size=True)
@@ -104,7 +101,8 @@ class Participant:
         except FileNotFoundError:
             pass
         except (OSError, MessageError, KeyError, ValueError, TypeError) as error:
-            log.warning("%s cannot be used: the device takes no part in the sum (%s)", file, error)
+            hint = f"to take part in this run again, its round begun anew: remove {file.parent}"
+            raise StorageError(f"{file} or its {STEPS} is damaged ({error})", hint=hint) from error
         return found
 
     def hold(self, round: int, vector: np.ndarray) -> None:

@@ -181,10 +181,11 @@ class LocalFleet(Fleet):
         private = self.private(len(rows)) if self.private else None
         self.batches = Batches(rows, self.pad_id, key, self.model.device, client, private)
         received = decode(message)
-        hold = None
-        if self.sealed:
-            hold = partial(self._hold, self.sealed, client)
-        return work(self.method, self.model, self.batches, key, received, self.memories, self._step, hold)
+        hold = partial(self._hold, self.sealed, client) if self.sealed else None
+        data = work(self.method, self.model, self.batches, key, received, self.memories, self._step, hold)
+        if private and self.batches.taken > self.method.local_steps(len(rows)):
+            raise MessageError("the client took more steps than its rows' privacy is accounted for")
+        return data
 
     def _hold(self, sealed: Sealed, client: int, round: int, moves: Mapping[str, np.ndarray]) -> None:
         self.participants[client] = Participant("", sealed)

@@ -135,7 +135,7 @@ def longer(recipe: recipes.Recipe, run: Path, rounds: int) -> recipes.Recipe:
     if private.is_accounted(recipe):
         raise UsageError(
             f"{run} has a privacy budget for {counted(had, 'round')}, which more rounds would exceed",
-            hint=onwards,
+            hint=f"{onwards}; on the same rows, both runs' epsilons add up",
         )
     if not rundir.checkpoints(run):
         raise UsageError(f"{run} has no checkpoint left to go on from", hint=onwards)
