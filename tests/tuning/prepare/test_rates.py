@@ -249,6 +249,7 @@ def test_a_real_fleets_server_finds_what_the_simulation_finds(place):
     simulated, real = (prepare.prepare(of_two({"tau": 4}), simulated=s) for s in (True, False))
     assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0
     assert len(simulated.found_rates) == len(real.found_rates) == 1
+    assert simulated.estimate.search == simulated.found_rates[0].seconds
 
 
 @pytest.mark.parametrize(
