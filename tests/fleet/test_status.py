@@ -44,12 +44,13 @@ def test_a_run_that_is_served(run):
 
 def test_why_a_device_was_refused_is_shown(run, capsys):
     why = "refused: it has not the run's model in this revision; its console says more"
-    fleet_run.word(run, devices=[{"name": "bakery", "client": 0, "does": why}])
+    fleet_run.word(run, devices=[{"name": "bakery", "client": 0, "does": why}], waits="for 1 more")
     with RunDir(run):
         assert status.look(run).states == {"refused": 1}
         assert main(["fleet", "status", "latest", "--out", str(run.parent)]) == 0
     said = capsys.readouterr().out
     assert "1 refused" in said
+    assert "waits     for 1 more" in said
     assert "it has not the run's model" in " ".join(said.split())
 
 

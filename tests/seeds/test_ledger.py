@@ -211,8 +211,8 @@ BAD_HEADS = {
     "grid is a huge number": changed(grid=10**400),
     "another law": changed(law="cauchy"),
     **{f"{name} is a number": changed(**{name: 1}) for name in ("base", "tensors")},
-    "eps is text": changed(eps="1"),
-    "hyper is a list": changed(hyper=[]),
+    **{f"eps is {eps!r:.9}": changed(eps=eps) for eps in ("1", 10**400)},
+    **{f"hyper is {hyper!r:.9}": changed(hyper=hyper) for hyper in ([], {"lr": 10**400}, {"x": {"a": {}}})},
     "a check of round 02": changed(checks={"02": ""}),
     "a check of 5,000 digits": changed(checks={"1" * 5000: ""}),
     "a check beyond 32 bits": changed(checks={"4294967296": ""}),
@@ -596,6 +596,16 @@ def test_diff_sees_one_sign():
     assert found["cosine of the two fine-tunes"].left == f"{cosine:.6f}"
     negated = outer(SIGNED).diff(outer([(p, m, -c, bits, r) for p, m, c, bits, r in SIGNED]))
     assert negated[-1] == ("cosine of the two fine-tunes", "-1.000000", "1.000000 = same direction")
+
+
+def test_diff_takes_the_memory_and_the_time_of_the_entries_alone(monkeypatch):
+    tensors = (("a", (1 << 40, 2), "float32"), *((f"b{i}", (1, 1), "float32") for i in range(400)))
+    ids, ones, asked = np.arange(1, 401, dtype=np.uint64), np.ones(400, np.int32), []
+    one = Ledger(head(law="outer", K=1, tensors=tensors), ids, ones, ids.astype("u4"), ones.astype("u1"))
+    monkeypatch.setattr(noise, "rows_of", lambda shapes, rows=noise.rows_of: asked.append(1) or rows(shapes))
+    found = one.diff(replace(one, signs=np.where(ids > 100, 255, 0).astype("u1")))
+    assert (len(found), found[-1].left) == (401, "-0.500000")
+    assert len(asked) < 20  # each takes the time of all tensors
 
 
 def test_its_passes_are_its_directions():

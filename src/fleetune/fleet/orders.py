@@ -365,7 +365,7 @@ WORDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "battery": "it runs on its battery",
         "busy": "other programs take {} % of its processors",
-        "budget": "its own privacy budget is spent: it takes no part in more",
+        "budget": "the run costs more privacy than it states, or than its own budget allows",
         "calibrated": "it has calibrated one compression on {} windows of {} tokens, and gives no other sums",
         "fault": "its work ended in an error; its console says which",
         "few-tokens": "sums over so few tokens could give its rows away; it makes none over fewer than {}",

@@ -320,6 +320,7 @@ class Served:
             "lingers": self._lingers,
             "round": job.rounds if job.task == "eval" else self._fleet.round or self._done,
             "rounds": job.rounds,
+            "waits": self._fleet.waits * (not self._fleet.round),
             "devices": doing,
         }
         write_atomic(folder / status.FILE, json_text(content), mode=PRIVATE)

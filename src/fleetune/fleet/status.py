@@ -136,6 +136,7 @@ def look(run: Path) -> FleetShown:
             rss=word["rss"],
             round=word["round"],
             rounds=word["rounds"],
+            waits=word.get("waits", "") if served else "",
             states=dict(Counter(d.does.partition(":")[0] for d in devices)) if served else {},
             replies=dict(record.replies),
             bytes_up=record.bytes_up,
@@ -226,6 +227,7 @@ def facts(now: FleetShown) -> list[tuple[str, str]]:
         if compressing
         else ("round", f"{now.round} of {now.rounds}{took}{loss}"),
         ("devices", _counts(now.states)),
+        ("waits", now.waits),
         ("replies", _counts(now.replies)),
         ("bytes", "" if compressing else traffic),  # of a compression its own result says that
         ("server", f"{now.address} · process {now.pid} on {now.machine} · memory {human_bytes(now.rss)}"),

@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,12 +106,18 @@ def _sound(head: LedgerHead) -> bool:
         and 0 <= head.run_key < 1 << 64
         and type(head.grid) is float
         and 0.0 < head.grid <= GRID_LIMIT
-        and type(head.eps) in (float, int)
         and type(head.hyper) is type(head.checks) is dict
+        and type(head.eps) in (float, int)
+        and all(_is_plain(value) for value in (head.eps, *head.hyper.values()))
         and all(type(d) is str and _is_round(r) for r, d in head.checks.items())
         and head.trains in TRAINS
         and all(min(shape, default=0) >= 0 and math.prod(shape) < 1 << 62 for _, shape, _ in head.tensors)
     )
+
+
+def _is_plain(value: Any) -> bool:
+    # Whether this is one value, not values in values, and a number that a float holds.
+    return isinstance(value, str | float | None) or (isinstance(value, int) and abs(value) < 1 << 1000)
 
 
 def _is_round(text: str) -> bool:
@@ -174,11 +181,11 @@ class Ledger:
 
     def _all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return ids, coefficients, rounds and signs in the types of the file."""
-        return *self._arrays(), self.signs
+        return self.ids.astype("<u8"), self.coefficients.astype("<i4"), self.rounds.astype("<u4"), self.signs
 
     def _taken(self, which: np.ndarray) -> Ledger:
         """Return the entries that a mask or an array of places chooses, in its order, under the same head."""
-        ids, coefficients, rounds = (array[which] for array in self._arrays())
+        ids, coefficients, rounds = (array[which] for array in self._all()[:3])
         ends = np.cumsum(self.sign_bytes())
         starts = ends - self.sign_bytes()
         places = zip(starts[which].tolist(), ends[which].tolist(), strict=True)
@@ -219,10 +226,6 @@ class Ledger:
         for array in self._all():
             h.update(array.tobytes())
         return h.hexdigest()
-
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return ids, coefficients and rounds in the types of the file."""
-        return self.ids.astype("<u8"), self.coefficients.astype("<i4"), self.rounds.astype("<u4")
 
     # Operations ---------------------------------------------------------------------------------
 
@@ -323,19 +326,22 @@ class Ledger:
     def diff(self, other: Ledger) -> list[Change]:
         """Return the differences of the heads, of the entries by round, and of the fine-tunes as vectors."""
         changes = self.head_changes(other)
-        for r in np.union1d(self.rounds, other.rounds):
-            a, b = self._taken(self.rounds == r), other._taken(other.rounds == r)
-            if [x.tobytes() for x in a._all()] != [x.tobytes() for x in b._all()]:
-                changes.append(Change(f"round {r}", f"{len(a)} entries", f"{len(b)} entries"))
-        if all(c.what not in MUST_AGREE for c in changes):
-            left, right = _sums(self), _sums(other)
-            cosine = _cosine(*left, *right)
-            same = all(map(np.array_equal, left, right))  # then the cosine may still be rounded
-            if not same and (cosine < 1.0 or len(left[0]) != len(right[0])):
-                changes.append(
-                    Change("cosine of the two fine-tunes", f"{cosine:.6f}", "1.000000 = same direction")
-                )
+        every = np.union1d(self.rounds, other.rounds)
+        for r, a, b in zip(every, *(x._split(x.rounds, every) for x in (self, other)), strict=True):
+            if [x.tobytes() for x in a] != [x.tobytes() for x in b]:
+                changes.append(Change(f"round {r}", f"{len(a[0])} entries", f"{len(b[0])} entries"))
+        if all(c.what not in MUST_AGREE for c in changes) and (cosine := _cosine(self, other)) < 1.0:
+            what = "cosine of the two fine-tunes"
+            changes.append(Change(what, f"{cosine:.6f}", "1.000000 = same direction"))
         return changes
+
+    def _split(self, keys: np.ndarray, values: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Yield the arrays of the entries of each key, [n]; `values`, ascending, are all keys and perhaps others."""
+        order = np.argsort(keys, kind="stable")
+        *arrays, signs = (found := self._taken(order))._all()
+        ends = np.append(0, np.cumsum(found.sign_bytes()))
+        for a, b in pairwise([*np.searchsorted(keys[order], values).tolist(), len(keys)]):
+            yield [*(array[a:b] for array in arrays), signs[ends[a] : ends[b]]]
 
     # Files --------------------------------------------------------------------------------------
 
@@ -421,19 +427,26 @@ def require_base(
         )
 
 
-def _sums(ledger: Ledger) -> tuple[np.ndarray, np.ndarray]:
-    """Return the directions that a ledger moves along, ascending, and how far: uint64 [n], int64 [n]."""
-    if ledger.head.law != noise.OUTER:
-        return noise.merged(ledger.ids, ledger.coefficients.astype(np.int64))
-    found = ledger.passes()  # each row of a table has a direction of its own
-    rows = np.arange(found.tables.shape[1], dtype=np.uint64)
-    ids = found.ids[:, None] * np.uint64(len(rows)) + rows
-    return noise.merged(ids.reshape(-1), found.tables.astype(np.int64).reshape(-1))
-
-
-def _cosine(left: np.ndarray, a: np.ndarray, right: np.ndarray, b: np.ndarray) -> float:
+def _cosine(one: Ledger, other: Ledger) -> float:
     # The directions of a law are orthogonal or nearly so, so the coefficients' cosine is the moves'.
-    _, i, j = np.intersect1d(left, right, assume_unique=True, return_indices=True)
-    lengths = [float(np.linalg.norm(x.astype(np.float64))) for x in (a, b)]
-    product = lengths[0] * lengths[1]
-    return 1.0 if product == 0.0 else float(a[i].astype(np.float64) @ b[j].astype(np.float64)) / product
+    product, *squares = sum(
+        (np.stack([a * b, a * a, b * b]).sum(axis=1) for a, b in _moves(one, other)), np.zeros(3)
+    )
+    length = math.sqrt(squares[0] * squares[1])
+    return float(product) / length if length else float(squares[0] == squares[1])
+
+
+def _moves(*pair: Ledger) -> Iterator[Iterable[np.ndarray]]:
+    """Yield how far two ledgers move along the same directions, float64 [n] each: all of these, or an id's (law outer)."""
+    every, head = np.unique(np.concatenate([one.ids for one in pair])), pair[0].head
+    if head.law != noise.OUTER:
+        yield [np.bincount(np.searchsorted(every, x.ids), x.coefficients, len(every)) for x in pair]
+        return
+    rows = noise.rows_of([shape for _, shape, _ in head.tensors])  # each has a direction of its own
+    for id, *sides in zip(every.tolist(), *(x._split(x.ids, every) for x in pair), strict=True):
+        totals = np.zeros((2, rows[m := id & noise.LOW]))
+        for total, (_, coefficients, _, signs) in zip(totals, sides, strict=True):
+            bits = signs.reshape(len(coefficients), -(-rows[m] // 8))
+            for c, own in zip(coefficients.tolist(), bits, strict=True):
+                total += c * noise.unpacked(own, rows[m])
+        yield totals
