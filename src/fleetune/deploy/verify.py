@@ -290,16 +290,16 @@ def _weights_of(run: Run, base: str, digest: str) -> Links:
         stated = finished.stated_by(run.folder).get("digest", "")
         yield _declared("adapter", f"made by training, which nothing repeats exactly: {stated}")
     else:
-        stated = run.ledger().final_check()
-        finished.require_digest(digest, stated, run.result)
+        finished.require_digest(digest, run.ledger().final_check(), run.result)
         yield _base(run.recipe.model, base)
-        yield _rebuilt(stated, digest)
+        yield _rebuilt(run, digest)
     yield from _declared_by(run)
 
 
-def _rebuilt(stated: str | None, digest: str) -> LinkVerified:
-    what = "as it states:" if stated else "which states no digest; theirs is"
-    return _proven("weights", f"rebuilt from base and ledger, {what} {digest}")
+def _rebuilt(run: Run, digest: str = "not computed") -> LinkVerified:
+    stated = run.ledger().final_check()  # which was compared
+    what = f"as it states: {stated}" if stated else f"which states no digest; theirs is {digest}"
+    return _proven("weights", f"rebuilt from base and ledger, {what}")
 
 
 def _declared_by(run: Run) -> Links:
@@ -497,8 +497,7 @@ def _of_tuned(path: Path, run: Run, parents: Parents) -> Generator[LinkVerified,
     if run.recipe.train == SCALES and not adapter:
         yield from _files_of_base(run.recipe.model, parents)
         target = written_again(path, run, offline=parents.offline)  # which compares what the ledger states
-        stated = run.ledger().final_check()
-        yield _rebuilt(stated, stated or "not computed")
+        yield _rebuilt(run)
         yield _base(run.recipe.model, run.ledger().head.base)
         yield from _declared_by(run)
         return target
