@@ -78,13 +78,18 @@ def test_the_key_is_made_once_and_ssh_keygen_agrees(run: Run, tmp_path: Path, co
     assert release.check(mine) in shown
 
 
-def test_another_signer_is_refused(run: Run, tmp_path: Path, config: Path) -> None:
+def test_another_signer_is_refused(
+    run: Run, tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = signed(run, tmp_path / "one")
     known, text = release.check(one), (one / release.SIGNER).read_text()
     for good in (known, text, str(one / release.SIGNER)):
         assert release.check(one, good) == known
     shutil.rmtree(config)
     two = signed(run, tmp_path / "two")
+    monkeypatch.chdir(tmp_path)
+    Path(known).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(two / release.SIGNER, known)  # a file by the name of a fingerprint is none
     for bad in (known, text, str(one / release.SIGNER), "SHA256:", "nobody"):
         with pytest.raises(errors.ModelError, match="was signed by"):
             release.check(two, bad)

@@ -44,12 +44,13 @@ def test_a_run_that_is_served(run):
 
 def test_why_a_device_was_refused_is_shown(run, capsys):
     why = "refused: it has not the run's model in this revision; its console says more"
-    fleet_run.word(run, devices=[{"name": "bakery", "client": 0, "does": why}])
+    fleet_run.word(run, devices=[{"name": "bakery", "client": 0, "does": why}], waits="for 1 more")
     with RunDir(run):
         assert status.look(run).states == {"refused": 1}
         assert main(["fleet", "status", "latest", "--out", str(run.parent)]) == 0
     said = capsys.readouterr().out
     assert "1 refused" in said
+    assert "waits     for 1 more" in said
     assert "it has not the run's model" in " ".join(said.split())
 
 
@@ -172,6 +173,8 @@ def test_what_goes_on_with_it_is_said_of_a_compression_and_an_evaluation_too(run
     assert status.resume(run) == f"fleetune fleet serve --resume {run}"
     (run / "status").write_text("done\n")
     assert status.resume(run) == f"fleetune fleet eval {run}"
+    fleet_run.word(run, measures=False)
+    assert status.resume(run) == f"fleetune eval {run}"
     smaller = run.parent / "0009-optq-tiny"
     smaller.mkdir()
     compression_folder.write_record(smaller, compression_folder.CompressRequest(str(run), True, "optq"), None)

@@ -365,6 +365,7 @@ class FleetShown(Event, event="fleet"):
     rss: int  # resident memory of the server, bytes
     round: int  # that is in progress; 0 before the first
     rounds: int  # number of rounds to run
+    waits: str  # for which devices the first round waits, and what helps; "" for none
     states: Mapping[str, int]  # number of devices by what they do; empty while no server has the run
     replies: Mapping[str, int]  # number of replies by status
     bytes_up: int  # of all replies

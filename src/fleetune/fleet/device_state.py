@@ -161,7 +161,9 @@ class DeviceState:
             raise Declined("unit", hint=f"what was spent is in {file}")
         total = epsilon(delta) if budget else 0.0
         if total > budget or (job.hidden and epsilon(job.hidden.delta, job.run) > job.hidden.epsilon):
-            raise Declined("budget", hint=f"raise --epsilon; what was spent is in {file}")
+            before = f" with what was spent before ({file})" if noted else ""
+            needs = f"the run needs epsilon {total + 0.005:.2f} at delta {delta:g}{before}, this device allows {budget:g}"
+            raise Declined("budget", hint=f"{needs}: raise --epsilon" if total > budget else None)
         if not whole:
             write_atomic(file, json.dumps({"spent": [[*k, n] for k, n in spent.items()]}), mode=PRIVATE)
         return total

@@ -119,9 +119,7 @@ class Job:
     labels: Annotated[tuple[Label, ...], Field(max_length=1000)]
     rounds: Annotated[int, Field(ge=0, le=1_000_000)]
     task: Task = "tune"
-    result: OptionalDigest = (
-        ""  # SHA-256 of the ledger, or of the adapter's SHA256SUMS, that is measured or calibrated
-    )
+    result: OptionalDigest = ""  # SHA-256 of the ledger, or the adapter's SHA256SUMS, to measure or calibrate
     train: Trained = "weights"  # of a GGUF file
     secure: Secure | None = None  # where the server sees sums of replies alone
     hidden: Hidden | None = None  # where the server sees replies with the device's noise in them alone
@@ -365,7 +363,7 @@ WORDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "battery": "it runs on its battery",
         "busy": "other programs take {} % of its processors",
-        "budget": "its own privacy budget is spent: it takes no part in more",
+        "budget": "the run costs more privacy than it states, or than its own budget allows",
         "calibrated": "it has calibrated one compression on {} windows of {} tokens, and gives no other sums",
         "fault": "its work ended in an error; its console says which",
         "few-tokens": "sums over so few tokens could give its rows away; it makes none over fewer than {}",

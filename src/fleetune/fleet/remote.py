@@ -84,6 +84,7 @@ class RemoteFleet(Fleet):
         self._declined = set[int]()  # clients that declined when they were last asked
         self._missed = Counter[int]()  # round -> replies that do not count
         self.next = 0  # the round that a resumed run begins with
+        self.waits = ""  # what the first round waits for, and what helps
         self._took: Sequence[float] = ()  # seconds until each answer of the last round
 
     @property
@@ -308,7 +309,7 @@ class RemoteFleet(Fleet):
 
         FleetError when none is left that could be, and when none has come by then.
         """
-        said, until = "", time.monotonic() + (patience or math.inf)
+        said, until, silent = "", time.monotonic() + (patience or math.inf), math.inf
         while True:
             self._check_prospect(count)
             here, refused = len(self._ready), len(self._refused)
@@ -316,11 +317,16 @@ class RemoteFleet(Fleet):
             word += self._missing() if here < count else ""
             if refused and here < count:
                 word += f"; {refused} cannot take part: waiting for others, or for these to come in anew"
+            more = f"; or stop it, and go on with --wait {here}" if here and not patience else ""
+            self.waits = f"for {count - here} more of {counted(count, 'device')}{more}" * (here < count)
             if word != said:
                 self.note(word)
-                said = word
+                said, silent = word, time.monotonic() + WORD
             if here >= count:
                 return
+            if time.monotonic() > silent:
+                self.note(f"the run waits {self.waits}")
+                silent = math.inf
             if time.monotonic() > until:
                 return self._go_on_with(here, count, patience)
             self.look()
@@ -621,6 +627,4 @@ class Pace:
     grace: float | None = None  # seconds for a device that has gone, before the round goes on without it
     deadline: float = 0.0  # seconds for a round; 0: as long as devices work
     poll: float = 0.05  # seconds between two looks
-    again: float = (
-        30.0  # seconds until devices that declined are asked again, where no other has worked or has a say
-    )
+    again: float = 30.0  # seconds until those that declined are asked again, if no other works or has a say

@@ -136,6 +136,7 @@ def look(run: Path) -> FleetShown:
             rss=word["rss"],
             round=word["round"],
             rounds=word["rounds"],
+            waits=word.get("waits", "") if served else "",
             states=dict(Counter(d.does.partition(":")[0] for d in devices)) if served else {},
             replies=dict(record.replies),
             bytes_up=record.bytes_up,
@@ -152,10 +153,13 @@ def look(run: Path) -> FleetShown:
 
 def resume(run: Path) -> str:
     """Return the command that goes on with what a server has left, with the flags by which its devices found it."""
-    flags = word_of(run).get("flags", "")
+    word, done = word_of(run), standing(run) == "done"
+    flags = word.get("flags", "")
+    if done and not word.get("measures", True):  # no device holds rows out
+        return f"fleetune eval {quoted(run)}"
     if compression_folder.is_one(run):
         return f"fleetune compress --resume {quoted(run)}{flags}"
-    return f"fleetune fleet {'eval' if standing(run) == 'done' else 'serve --resume'} {quoted(run)}{flags}"
+    return f"fleetune fleet {'eval' if done else 'serve --resume'} {quoted(run)}{flags}"
 
 
 def _device(told: Mapping[str, Any], record: Record, *, served: bool) -> DeviceShown:
@@ -226,6 +230,7 @@ def facts(now: FleetShown) -> list[tuple[str, str]]:
         if compressing
         else ("round", f"{now.round} of {now.rounds}{took}{loss}"),
         ("devices", _counts(now.states)),
+        ("waits", now.waits),
         ("replies", _counts(now.replies)),
         ("bytes", "" if compressing else traffic),  # of a compression its own result says that
         ("server", f"{now.address} · process {now.pid} on {now.machine} · memory {human_bytes(now.rss)}"),

@@ -220,8 +220,9 @@ class Worker:
             body = WORK[order.what](self, loaded, order)
         kept = loaded.memories.kept().get(order.client, orders.NOTHING_KEPT)
         seconds = round(time.monotonic() - began, 3)
-        told = [f"{human_time(seconds)}", f"{human_bytes(len(body))} to send", f"memory {human_bytes(rss())}"]
-        if isinstance(loss := decode(body).payload.scalars.get("loss"), float):
+        sends = [f"{human_bytes(len(body))} to send"] * (loaded.job.secure is None)  # else `_sum` says it
+        told = [human_time(seconds), *sends, f"memory {human_bytes(rss())}"]
+        if not loaded.hides and isinstance(loss := decode(body).payload.scalars.get("loss"), float):
             told.insert(0, f"loss {show('loss', loss)}")
         if order.what not in STEPS:
             self.note(f"{_title(order, loaded.job.rounds)}: {' · '.join(told)}")
@@ -273,8 +274,8 @@ class Worker:
         if loaded.job.secure is None:
             raise errors.MessageError(f"the job has no secure sum, and the order is {order.what}")
         said = self._participant(loaded).answer(order.what, order.round, order.client, order.take())
-        if order.what == "reveal":
-            self.note(f"{_title(order, loaded.job.rounds)}: added to the others' by a secure sum")
+        if order.what == "masked":
+            self.note(f"{_title(order, loaded.job.rounds)}: {human_bytes(len(said))} to send, masked")
         return said
 
     def _measure(self, loaded: Loaded, order: orders.Order) -> bytes:

@@ -249,6 +249,7 @@ def test_a_real_fleets_server_finds_what_the_simulation_finds(place):
     simulated, real = (prepare.prepare(of_two({"tau": 4}), simulated=s) for s in (True, False))
     assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0
     assert len(simulated.found_rates) == len(real.found_rates) == 1
+    assert simulated.estimate.search == simulated.found_rates[0].seconds
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,7 @@ def test_a_real_fleets_server_finds_what_the_simulation_finds(place):
         ({}, {}, round(math.sqrt(2), 3)),
         ({"lr": 1e-4}, {}, 0.0),  # the rate is the user's, and so is what the server makes of it
         ({}, {"aggregation": "norm-clip", "clients": 4}, 2.0),
+        ({}, {"privacy": "client", "epsilon": 8.0, "clients": 10}, 0.0),  # noise would grow with it
     ],
 )
 def test_with_a_rate_that_is_found_the_server_steps_by_the_root_of_the_clients(settings, more, step, place):

@@ -468,7 +468,9 @@ def _with_rates(
     recipe = rates.for_clients(job.recipe, job.method, given, job.asked)[0] if "lr" in names else job.recipe
     rows = job.train if recipe.privacy == private.NONE else job.held
     recipe, found = rates.find(recipe, names, job.model, rows, job.asked, progress, search.size)
-    return replace(job, recipe=recipe, method=methods.make(recipe.method, recipe.set), found_rates=found)
+    took = job.estimate and replace(job.estimate, search=sum(rate.seconds for rate in found))
+    method = methods.make(recipe.method, recipe.set)
+    return replace(job, recipe=recipe, method=method, found_rates=found, estimate=took)
 
 
 def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:

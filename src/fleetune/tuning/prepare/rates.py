@@ -312,8 +312,9 @@ def told(
 
 def for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:
     """Return the run with the server's step for the mean of so many clients, unless that is given or is not their mean."""
-    mean = aggregation.parse(recipe.aggregation).name in ("mean", "norm-clip")  # private sums are means, too
-    if not (mean and method.server_setting) or method.server_setting in given:
+    mean = aggregation.parse(recipe.aggregation).name in ("mean", "norm-clip")
+    noisy = recipe.epsilon or recipe.noise  # the step would make the noise as many times as loud
+    if noisy or not (mean and method.server_setting) or method.server_setting in given:
         return recipe, method
     method = method.for_clients(clients)
     return dataclasses.replace(recipe, set=methods.values_of(method)), method

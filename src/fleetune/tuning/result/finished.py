@@ -226,7 +226,14 @@ def load(
         recipe, device=device or recipe.device, base=where, model=model or recipe.model
     )
     load = _load_ledger if entry.kind == "ledger" else _load_adapter
-    tuned = load(result, recipe, offline)
+    try:
+        tuned = load(result, recipe, offline)
+    except ModelError as error:
+        if (run / sums.SIGNATURE).is_file() and not ("/" in recipe.model or Path(recipe.model).exists()):
+            error.hint = (
+                f"{error.hint or ''}; or lay its base, or a link to it, here as {quoted(recipe.model)}"
+            )
+        raise
     chat_template.begin_with(tuned.tokenizer, columns.sentence(recipe.columns))
     refuse_copies(tuned.net)
     return tuned

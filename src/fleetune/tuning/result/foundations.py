@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetune.common import sums
 from fleetune.common.display import quoted
 from fleetune.common.files import read_json
 from fleetune.data import Example
@@ -185,10 +186,10 @@ def check_files(recipe: recipes.Recipe, run: Path) -> None:
         path = Path(name).expanduser()
         if path.suffix.lower() in READERS and ":" not in name and not path.exists():
             where = f", nor in {rundir.shown_path(start)}, where the run was started" if start else ""
-            raise DataError(
-                f"{run} was made on {name}, which is not here{where}",
-                hint=f"bring it back, or write its new path into {run / 'run.toml'}: its rows are compared",
-            )
+            hint = f"bring it back, or write its new path into {run / 'run.toml'}: its rows are compared"
+            if (run / sums.SIGNATURE).is_file():  # a release, whose run.toml is signed
+                hint = f"measure it on rows of yours: fleetune eval {quoted(run)} rows.jsonl"
+            raise DataError(f"{run} was made on {name}, which is not here{where}", hint=hint)
 
 
 def environment_of(run: Path) -> Mapping[str, Any]:

@@ -121,9 +121,9 @@ def kinds_problem(method: Method, listed: str) -> str:
     if count == 1:
         return f"kinds = {listed!r} does nothing: with these settings all clients are of one kind"
     own = {method.kind_of(client) for client in range(100 * count)}
-    if not re.fullmatch(r" *\d{1,4} *(, *\d{1,4} *)*", listed) or not own >= set(map(int, listed.split(","))):
-        return f"kinds = {listed!r} must be the kinds of these settings, as {','.join(map(str, sorted(own)))}"
-    return ""
+    if re.fullmatch(r" *\d{1,4} *(, *\d{1,4} *)*", listed) and own >= set(map(int, listed.split(","))):
+        return ""
+    return f"kinds = {listed!r} must be the kinds of these settings, as {','.join(map(str, sorted(own)))}"
 
 
 class Assignment:
