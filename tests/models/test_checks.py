@@ -174,9 +174,6 @@ def test_sizes_are_compared_with_what_is_there() -> None:
     net.register_buffer("table", torch.empty(1 << 29, device="meta"))
     with pytest.raises(ModelError, match="tables of 536,870,912"):
         checks.check_size(net, 10_001_000, HERE)
-    foreign.check_blocks(272, 272, HERE)
-    with pytest.raises(ModelError, match="273 blocks, but there are 272 tensors"):
-        foreign.check_blocks(273, 272, HERE)
 
 
 @pytest.mark.parametrize(
