@@ -130,9 +130,7 @@ def test_a_folder_that_an_attack_found_is_refused(honest, tmp_path, case):
     shutil.copytree(honest / ("one" if case in MUST_REFUSE else "shards"), tmp_path / "x")
     (MUST_REFUSE | MUST_REFUSE_SHARDS)[case](tmp_path / "x")
     assert refusal(lambda: use(tmp_path / "x")), f"{case}: accepted"
-    if re.match(
-        r"hidden|\d+ layers|voc|inner|a context", case
-    ):  # an export builds a net of the configuration, too
+    if re.match(r"hidden|\d+ layers|voc|inner|a context", case):  # an export builds a net, too
         assert refusal(lambda: open_checkpoint(tmp_path / "x")), f"{case}: exported"
 
 

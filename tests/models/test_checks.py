@@ -15,7 +15,6 @@ from fleetune import models
 from fleetune.common.memory import is_out_of_memory
 from fleetune.errors import DataError, FitError, ModelError
 from fleetune.models import checks
-from fleetune.models.families import foreign
 from fleetune.models.families.foreign import foreign_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
