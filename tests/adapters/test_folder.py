@@ -142,3 +142,21 @@ def test_a_folder_chooses_no_start_and_no_size_that_its_numbers_do_not_have(tmp_
         config.write_text(json.dumps(good | {"module": module, "spec": spec}))
         with pytest.raises(ModelError, match=why):
             adapters.load(models.tiny_llama(), tmp_path)
+
+
+OTHERWISE = dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), True)
+OTHERWISE |= {"alpha_pattern": {"q_proj": 1}, "rank_pattern": {"q_proj": 1}, "layer_replication": [[0, 1]]}
+OTHERWISE |= {"modules_to_save": ["lm_head"], "bias": "all", "init_lora_weights": "pissa"}
+
+
+def test_what_peft_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
+    adapters.save(on("llama", SPECS["lora everywhere"]), tmp_path)
+    config, model = tmp_path / "adapter_config.json", models.tiny_llama()
+    good = json.loads(config.read_text())
+    for name, value in OTHERWISE.items():
+        config.write_text(json.dumps(good | {name: value}))
+        with pytest.raises(ModelError, match=f"config.json says {name} = "):
+            adapters.load(model, tmp_path)
+        assert model.attachment is None
+    config.write_text(json.dumps(good | {"lora_dropout": 0.5, "revision": "x"}))
+    adapters.load(model, tmp_path)

@@ -29,9 +29,11 @@ SIZES: Final = (
     "num_key_value_heads",
     "intermediate_size",
     "vocab_size",
+    "max_position_embeddings",
 )
 COUNT: Final = re.compile(r"(layer|expert|label)s?$")  # transformers makes a list or a module for each
 MOST: Final = 65_536
+LARGEST: Final = (1 << 31) - 1  # of any number: files for runtimes have 32 bits for it
 AGAIN_KIND: Final = "use a causal language model or a BERT-style encoder, such as: fleetune models"
 ENCODERS: Final = (
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
@@ -135,10 +137,11 @@ def _check_kind(folder: Path, raw: dict[str, Any], kind: str) -> None:
 
 
 def _check_sizes(raw: dict[str, Any], file: Path) -> None:
-    """Raise ModelError for sizes (blocks, heads, ..) below 1 and counts above `MOST`, which transformers itself accepts."""
+    """Raise ModelError for sizes (blocks, heads, ..) below 1, counts above `MOST`, and numbers above `LARGEST`."""
     for name, value in raw.items():
-        if type(value) is int and ((name in SIZES and value < 1) or (value > MOST and COUNT.search(name))):
-            why = "below 1" if value < 1 else f"more than {MOST:,}"
+        most = MOST if COUNT.search(name) else LARGEST
+        if type(value) is int and ((name in SIZES and value < 1) or value > most):
+            why = "below 1" if value < 1 else f"more than {most:,}"
             raise ModelError(f"{file} says {name} = {value}, {why}", hint=AGAIN)
 
 
