@@ -113,21 +113,15 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     for change in ({"version": 2}, {"module": "magic"}, {"spec": {"length": 1}}, {"spec": {"size": 7}}):
         config.write_text(json.dumps(good | change))
         model = models.tiny_llama()
-        with pytest.raises(FleetuneError) as caught:
+        with pytest.raises(FleetuneError):
             adapters.load(model, tmp_path / "module")
-        assert caught.value
         assert model.attachment is None
         assert stored(model) == model.digest
     with pytest.raises(ModelError, match="not a usable adapter"):
         adapters.load(models.tiny_llama(), tmp_path / "nothing")
-
-
-def test_a_configuration_is_read_up_to_a_size(tmp_path: Path) -> None:
-    adapters.save(on("llama", Bottleneck(6)), tmp_path)
-    config = tmp_path / "module.json"
-    config.write_text(config.read_text() + " " * (1 << 20))
+    config.write_text(json.dumps(good) + " " * (1 << 20))
     with pytest.raises(ModelError, match="more than 1,048,576 bytes"):
-        adapters.load(models.tiny_llama(), tmp_path)
+        adapters.load(models.tiny_llama(), tmp_path / "module")
 
 
 def test_a_folder_chooses_no_start_and_no_size_that_its_numbers_do_not_have(tmp_path: Path) -> None:

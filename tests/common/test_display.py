@@ -10,17 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetune.common import display
-from fleetune.common.display import (
-    change,
-    command,
-    improved,
-    message_text,
-    metric,
-    one_line,
-    quoted,
-    show,
-    single_spaced,
-)
+from fleetune.common.display import change, command, improved, one_line, show
 
 
 @pytest.mark.parametrize(
@@ -62,7 +52,7 @@ def test_change_is_in_percent_for_losses_and_in_points_else() -> None:
     assert improved("loss", 2.0, 2.0) is None
     assert show("loss", 2.37749) == "2.377"
     assert show("rouge_l", None) == "-"
-    assert metric("gsm8k_acc").label == "gsm8k acc"
+    assert display.metric("gsm8k_acc").label == "gsm8k acc"
 
 
 def test_a_loss_below_zero_has_no_percentage_and_float_noise_is_no_change() -> None:
@@ -87,9 +77,9 @@ def test_the_words_have_the_error_and_better_is_said_beyond_noise_alone() -> Non
 )
 def test_padding_of_letters_that_are_not_seen_is_one_blank_or_escaped(pad: str) -> None:
     padded = f"over{pad * 40}error: it is not"
-    assert single_spaced(padded) == "over error: it is not"
+    assert display.single_spaced(padded) == "over error: it is not"
     if "\ufe0f" not in pad:  # which stands before blanks in an emoji
-        for shown in (one_line(padded), message_text(padded)):
+        for shown in (one_line(padded), display.message_text(padded)):
             assert r"\u" in shown or r"\xa0" in shown
             assert not set(pad) & set(shown) - {" ", "\xa0"}
 
@@ -98,7 +88,7 @@ def test_padding_of_letters_that_are_not_seen_is_one_blank_or_escaped(pad: str) 
     "text", ["می\u200cخواهم", "👩\u200d🔬 lab", "❤\ufe0f yes", "two  blanks", "x\u2800y"]
 )
 def test_letters_of_a_word_stay(text: str) -> None:
-    assert one_line(text) == message_text(text) == text
+    assert one_line(text) == display.message_text(text) == text
 
 
 CONTROLS = ["a\nb", "\x1b[31mred", "it's\ta\\tab\r", "\x9b2J\u2028\u202e"]
@@ -108,14 +98,14 @@ ODD = [*CONTROLS, "-", "", "a b", "\udcff.gguf", "ü ñ", "$(x) `y`!\x07"]
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize("word", ODD)
 def test_bash_reads_what_was_meant(word: str) -> None:
-    line = f"printf %s {quoted(word)}"
+    line = f"printf %s {display.quoted(word)}"
     told = subprocess.check_output(["bash", "-c", line], env={**os.environ, "LC_ALL": "C.UTF-8"})
     assert told == os.fsencode(word)
 
 
 @given(st.text(max_size=20))
 def test_a_word_is_one_printable_line(word: str) -> None:
-    shown = quoted(word)
+    shown = display.quoted(word)
     assert shown.isprintable()
     if word.isprintable():
         assert shown == shlex.quote(word)

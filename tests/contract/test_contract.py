@@ -7,24 +7,11 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import contract_harness
 import numpy as np
 import pytest
 import torch
-from contract_harness import (
-    NAMES,
-    STATEFUL,
-    base_of,
-    equal_states,
-    fleet,
-    key,
-    kind_of,
-    logits,
-    loss,
-    method,
-    reply,
-    short,
-    train,
-)
+from contract_harness import NAMES, STATEFUL, fleet, key, logits, loss, method, reply, short, train
 
 from fleetune import models
 from fleetune.errors import MessageError
@@ -97,7 +84,7 @@ def test_3_same_seed_same_bits_and_resume_from_any_round(name, tmp_path):
     _, _, run = train(name, tmp_path / "in_parts", 1, steps=3)
     for last in (2, 3):
         _, resumed, run = train(name, tmp_path, last, steps=3, run_dir=RunDir(run.path))
-    assert equal_states(whole, resumed)
+    assert contract_harness.equal_states(whole, resumed)
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -106,7 +93,7 @@ def test_3_what_a_kill_left_beyond_the_checkpoint_is_not_used(name, tmp_path):
     _, _, run = train(name, tmp_path / "stopped", 2, steps=3)
     (run.path / "checkpoints" / "round-000002.ckpt").unlink()  # the clients' memories of round 2 stay
     _, resumed, _ = train(name, tmp_path, 3, steps=3, run_dir=RunDir(run.path))
-    assert equal_states(whole, resumed)
+    assert contract_harness.equal_states(whole, resumed)
 
 
 @every
@@ -159,7 +146,7 @@ def test_5c_more_rows_weigh_more(name):
 def test_6_payloads_survive_bytes_and_the_door(name):
     model, chosen, state = begun(name)
     answer, _ = answers(name)
-    (sent, spec), base = kind_of(chosen, state), base_of(model)
+    (sent, spec), base = contract_harness.kind_of(chosen, state), contract_harness.base_of(model)
     for payload in (sent, answer.payload):
         back = decode(encode(Message(1, base, payload))).payload
         assert dict(back.scalars) == dict(payload.scalars)

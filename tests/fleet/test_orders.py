@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 from fleetune import errors
 from fleetune.common.display import one_line
 from fleetune.errors import MessageError
-from fleetune.fleet.orders import (
-    WORDS,
-    Declined,
-    Device,
-    DeviceReply,
-    Job,
-    Order,
-    in_words,
-    job_of,
-    reason_of,
-)
+from fleetune.fleet import orders
+from fleetune.fleet.orders import Declined, Device, DeviceReply, Job, Order, in_words, reason_of
 from fleetune.tuning.exchange.messages import Payload, decode, encode
 from fleetune.tuning.recipe import recipe as recipes
 
@@ -140,7 +131,7 @@ def test_a_job_may_have_any_letters_of_a_line():
     assert Job.from_json(job.to_json()) == job
     recipe = recipes.make({"model": "tiny", "data": "rows.jsonl", "method": "mezo"})
     with pytest.raises(MessageError, match=r"model = .* it is no printable line"):
-        job_of(recipe, JOB.run, JOB.base, model="a\nb")
+        orders.job_of(recipe, JOB.run, JOB.base, model="a\nb")
 
 
 @pytest.mark.parametrize("set_", ['{"lr": NaN}', '{"lr": 1e999}', '{"K": 1' + "0" * 5000 + "}"])
@@ -179,7 +170,7 @@ def test_every_error_of_ours_has_a_code_of_the_list():
     }
     assert {error: reason_of(error, 5 << 20) for error in told} == told
     assert in_words("busy 75") == "other programs take 75 % of its processors" == Declined("busy", 75).message
-    assert all(in_words(" ".join([code, *["7"] * words.count("{}")])) for code, words in WORDS.items())
+    assert all(in_words(" ".join([code, *["7"] * words.count("{}")])) for code, words in orders.WORDS.items())
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "{", "[" * 100_000, "{}"])

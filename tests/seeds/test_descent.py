@@ -13,16 +13,8 @@ import torch
 from fleetune.data.encode import Batch, Encoded, collate
 from fleetune.evaluation.objectives import get, loss_tensor
 from fleetune.models import Model, digest, named_tensors, tiny_llama
-from fleetune.seeds import noise
-from fleetune.seeds.descent import (
-    Position,
-    Projection,
-    descend,
-    descend_projected,
-    searched,
-    two_point,
-    uniforms,
-)
+from fleetune.seeds import descent, noise
+from fleetune.seeds.descent import Position, Projection, descend, descend_projected, two_point, uniforms
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.view import Tape, View
 from fleetune.seeds.weights import MovedWeights, kernels
@@ -335,7 +327,7 @@ def test_no_rate_loses_the_model(units):
     ],
 )
 def test_a_step_is_shortened_until_the_loss_falls_by_a_tenth_of_what_its_slope_says(loss_at, want):
-    assert searched(8.0, 1.0, 9.0, loss_at) == pytest.approx(want, rel=1e-12)
+    assert descent.searched(8.0, 1.0, 9.0, loss_at) == pytest.approx(want, rel=1e-12)
 
 
 def test_a_gradient_that_is_not_finite_is_no_step():

@@ -8,21 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import view_harness
 from torch import Tensor, nn
-from view_harness import (
-    DIRECTION,
-    ENTRIES,
-    EPS,
-    KEY,
-    NETS,
-    K,
-    logits,
-    make,
-    placed,
-    reference,
-    view_of,
-    written,
-)
+from view_harness import ENTRIES, EPS, KEY, NETS, K, logits, make, placed, reference, view_of, written
 
 from fleetune.data import Batch, Encoded, collate
 from fleetune.data.encode import MASKED
@@ -51,7 +39,7 @@ def test_logits_are_those_of_written_weights_bit_for_bit(name, dtype):
     stored = digest(named_tensors(net))
     view = placed(view_of(net))
     for eps in (0.0, EPS, -EPS):
-        view.probe(probe("hashed", K, DIRECTION) if eps else None, eps)
+        view.probe(probe("hashed", K, view_harness.DIRECTION) if eps else None, eps)
         want = reference(named_tensors(net), "hashed", ENTRIES, eps)
         assert torch.equal(logits(net), logits(written(other, want))), eps
         assert not torch.equal(logits(net), logits(make(name, dtype)))

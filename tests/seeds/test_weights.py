@@ -5,21 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from view_harness import (
-    COEFFICIENTS,
-    DIRECTION,
-    ENTRIES,
-    EPS,
-    IDS,
-    K,
-    direction,
-    llama,
-    logits,
-    make,
-    placed,
-    reference,
-    view_of,
-)
+import view_harness
+from view_harness import DIRECTION, ENTRIES, EPS, K, llama, logits, make, placed, reference, view_of
 
 from command_line import refused
 from fleetune import seeds
@@ -48,7 +35,7 @@ def test_tensors_are_the_definition(monkeypatch, name, dtype, law):
         view.kernels, view.threads = kernels(CPU, backend), threads
         assert digest(placed(view).tensors()) == want
         order = np.array([2, 0, 3, 1])
-        view.place(passes(law, K, IDS[order], COEFFICIENTS[order]))
+        view.place(passes(law, K, view_harness.IDS[order], view_harness.COEFFICIENTS[order]))
         assert digest(view.tensors()) == want
         view.remove()
 
@@ -132,7 +119,7 @@ def test_a_stored_direction_is_that_of_the_law():
     with view.storing():
         view.probe(probe("hashed", K, DIRECTION), EPS)
         for slot in view.slots:
-            z = direction("hashed", DIRECTION, slot.start, slot.tensor.numel())
+            z = view_harness.direction("hashed", DIRECTION, slot.start, slot.tensor.numel())
             assert np.array_equal(view.stored.z[slot.name].numpy(), z)
         assert digest(view.tensors()) == digest(reference(named_tensors(net), "hashed", ENTRIES, EPS))
 

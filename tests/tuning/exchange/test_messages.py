@@ -14,21 +14,8 @@ from hypothesis.extra import numpy as hnp
 from hypothesis.extra.numpy import array_shapes
 
 from fleetune.errors import MessageError
-from fleetune.tuning.exchange.messages import (
-    DTYPES,
-    Layout,
-    LogCode,
-    Message,
-    Payload,
-    ReplySpec,
-    Signs,
-    add_signs,
-    check,
-    decode,
-    encode,
-    narrow,
-    signs_of,
-)
+from fleetune.tuning.exchange import messages
+from fleetune.tuning.exchange.messages import LogCode, Message, Payload, add_signs, check, decode, encode
 
 BASE = bytes(range(8))
 SMALL = Message(3, BASE, Payload({"c": np.array([1, -2], np.int8)}, {"n": 5, "loss": 0.5}))
@@ -59,16 +46,16 @@ scalars = st.one_of(
     st.integers(-(2**63), 2**64 - 1), st.floats(), st.booleans(), st.text(max_size=8), st.binary(max_size=8)
 )
 sides = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
-kinds = st.sampled_from([np.dtype(kind).newbyteorder(order) for kind in DTYPES for order in "=>"])
+kinds = st.sampled_from([np.dtype(kind).newbyteorder(order) for kind in messages.DTYPES for order in "=>"])
 arrays = kinds.flatmap(lambda kind: hnp.arrays(kind, sides))
 names = st.text(max_size=6)
 payloads = st.builds(
     Payload, st.dictionaries(names, arrays, max_size=3), st.dictionaries(names, scalars, max_size=4)
 )
-messages = st.builds(Message, st.integers(-(2**63), 2**64 - 1), st.binary(max_size=8), payloads)
+built = st.builds(Message, st.integers(-(2**63), 2**64 - 1), st.binary(max_size=8), payloads)
 
 
-@given(message=messages, turn=st.booleans())
+@given(message=built, turn=st.booleans())
 @settings(max_examples=40)
 def test_any_payload_comes_back(message, turn):
     if turn:  # a layout that is not contiguous
@@ -92,7 +79,7 @@ def test_a_body_is_what_messagepack_makes_of_it(size):
     arrays = {f"a{i}": rng.integers(0, 255, size, dtype=np.uint8) for i in range(20)}
     arrays |= {"none": np.zeros((3, 0, 2), np.float32), "one": np.array(1.5), "turned": np.ones((2, 3)).T}
     scalars = {"bytes": rng.bytes(size), "text": "t" * size, "n": -size, "x": 0.1, "yes": True}
-    raw = {n: [DTYPES.index(a.dtype.name), list(a.shape), a.tobytes()] for n, a in arrays.items()}
+    raw = {n: [messages.DTYPES.index(a.dtype.name), list(a.shape), a.tobytes()] for n, a in arrays.items()}
     body = msgpack.packb([7, b"base", scalars, raw])
     sent = encode(Message(7, b"base", Payload(arrays, scalars)))
     assert type(sent) is bytes
@@ -149,7 +136,7 @@ def test_payload_gives_what_it_has_and_says_what_it_lacks():
         payload.array("z")
 
 
-SPEC = ReplySpec(
+SPEC = messages.ReplySpec(
     {"a": ("float32", (2, -9)), "codes": ("uint8", (-3,))}, {"n": (int, 1, 10), "loss": (float, -1e9, 1e9)}
 )
 
@@ -205,8 +192,8 @@ NARROW = {
 @pytest.mark.parametrize(("kind", "values"), [(kind, each) for kind in NARROW for each in NARROW[kind]])
 def test_narrow_takes_the_narrowest_type_that_holds_all(values, kind):
     wide = np.array(values, np.int64)
-    assert narrow(wide).dtype == kind
-    assert narrow(wide).tolist() == values
+    assert messages.narrow(wide).dtype == kind
+    assert messages.narrow(wide).tolist() == values
 
 
 LEVELS_SHA = "9629ac5dba70a28c23c2b261502ede0abc1a31344f0a383d941c406ab463bef3"
@@ -261,7 +248,7 @@ shapes = st.lists(array_shapes(max_dims=4, max_side=6), min_size=1, max_size=4)
 def test_tensors_go_into_one_vector_and_back(sides, seed):
     rng = np.random.default_rng(seed)
     tensors = {f"t{9 - i}": rng.normal(size=side).astype(np.float32) for i, side in enumerate(sides)}
-    layout = Layout.of(tensors)
+    layout = messages.Layout.of(tensors)
     vector = layout.flat(tensors)
     back = layout.tensors(vector)
     assert list(back) == sorted(tensors)
@@ -271,7 +258,7 @@ def test_tensors_go_into_one_vector_and_back(sides, seed):
 
 def test_a_group_is_a_row_of_a_and_a_column_of_b():
     a, b = np.arange(10, dtype=np.float32).reshape(2, 5), -np.arange(6, dtype=np.float32).reshape(3, 2)
-    layout = Layout.of({"b": b, "a": a, "bias": np.ones(4)})
+    layout = messages.Layout.of({"b": b, "a": a, "bias": np.ones(4)})
     assert layout.groups.tolist() == [[2, 5], [2, 3], [1, 4]]
     parts = np.split(layout.flat({"a": a, "b": b, "bias": np.ones(4)}), np.cumsum(layout.sizes)[:-1])
     for part, wanted in zip(parts, [a[0], a[1], b[:, 0], b[:, 1], np.ones(4)], strict=True):
@@ -281,7 +268,7 @@ def test_a_group_is_a_row_of_a_and_a_column_of_b():
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 3), st.integers(0, 99))
 def test_each_plane_is_the_mean_size_and_the_signs_of_what_is_left(each, planes, seed):
     sizes, x = np.array(each), np.random.default_rng(seed).normal(size=sum(each))
-    signs = signs_of(x, sizes, planes)
+    signs = messages.signs_of(x, sizes, planes)
     assert (signs.bits.dtype, signs.scales.dtype) == (np.uint8, np.float32)
     assert signs.bits.shape == (planes, -(-len(x) // 8))
     left, total = x.copy(), np.zeros(len(x), np.float32)
@@ -302,10 +289,11 @@ def test_each_plane_is_the_mean_size_and_the_signs_of_what_is_left(each, planes,
 def test_planes_that_come_apart_add_up_to_the_same_bits():
     rng = np.random.default_rng(0)
     start, sizes = rng.normal(size=300).astype(np.float32), np.array([100, 200])
-    signs = signs_of(rng.normal(size=300), sizes, 3)
+    signs = messages.signs_of(rng.normal(size=300), sizes, 3)
     apart = start
     for i in range(3):
-        apart = add_signs(apart, Signs(signs.bits[i : i + 1], signs.scales[i : i + 1]), sizes)
+        apart = add_signs(apart, messages.Signs(signs.bits[i : i + 1], signs.scales[i : i + 1]), sizes)
     np.testing.assert_array_equal(apart, add_signs(start, signs, sizes))
     assert start.dtype == np.float32
-    np.testing.assert_array_equal(add_signs(start, Signs(signs.bits[:0], signs.scales[:0]), sizes), start)
+    nothing = messages.Signs(signs.bits[:0], signs.scales[:0])
+    np.testing.assert_array_equal(add_signs(start, nothing, sizes), start)
