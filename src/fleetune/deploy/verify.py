@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -358,6 +358,7 @@ def _made(head: artefact.ArtefactHead) -> str:
         kinds = Counter(named.get(name, f"{bits} bits") for name, (bits, _) in head.grids.items())
         settings += [f"{count} of {kind}" for kind, count in kinds.most_common()]
     text = ", ".join(f"{n} {v}" for n, v in head.calibration.items())
+    text += " and their own rows, without noise for privacy" * ("clients" in head.calibration)
     made = f"{counted(len(head.grids), 'matrix', 'matrices')} by {head.method} ({', '.join(settings)})"
     return f"{made}; calibrated on {text}" if text else made
 
@@ -477,10 +478,11 @@ def _source_of(path: Path, parents: Parents) -> Subject | None:
 def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
     """Write an export again from its source, and compare."""
     if isinstance(source, Compressed):
-        with ThreadPoolExecutor(1) as pool:  # codes give the file, whatever they were made from
-            again = pool.submit(written_again, path, source, offline=parents.offline)
+        again = partial(written_again, path, source, offline=parents.offline)
+        with ThreadPoolExecutor(1) as pool:  # codes give a file, whatever they were made from
+            done = pool.submit(again) if path.is_file() else None  # a folder's template may never end
             yield from _of_compressed(source, parents)
-        target = again.result()
+        target = done.result() if done else again()
     elif isinstance(source, Run):
         target = yield from _of_tuned(path, parents.run(source), parents)
     else:
