@@ -124,8 +124,7 @@ def test_an_adapters_run_gives_its_tensors():
 
 def test_a_method_may_be_its_own_dataclass():
     by_name = tune()
-    typed = tune(method=fedkseed.Method(**SMALL), settings={})
-    assert typed.digest == by_name.digest
+    assert tune(method=fedkseed.Method(**SMALL), settings={}).digest == by_name.digest
     with pytest.raises(errors.UsageError, match=r"list of builtins is no method"):
         tune(method=[])
     with pytest.raises(errors.UsageError, match="the method is a class"):

@@ -80,8 +80,7 @@ def test_what_has_no_place_on_a_model_is_not_planned():
 
 
 def test_llama_7b_gives_the_figures_of_the_papers():
-    params = shapes.shape_of(LLAMA_7B).params
-    assert params == 6_738_415_616
+    assert shapes.shape_of(LLAMA_7B).params == 6_738_415_616
     text = dict(plan.describe(LLAMA_7B, "llama-7b", device_cost.Workload()))["state only"]
     assert "13.5 GB to run in fp16" in text
     assert "108 GB to tune with Adam" in text
@@ -427,8 +426,7 @@ def test_the_printed_command_makes_tune_use_what_was_planned(large, tmp_path, ca
     rows.write_text("".join(json.dumps({"prompt": f"a {i}", "response": "b"}) + "\n" for i in range(6)))
     words = [str(rows) if word == "DATA" else word for word in shlex.split(told["command"])[1:]]
     recipe = tune.recipe_of(build_parser().parse_args(words), print)
-    method = methods.make(recipe.method, recipe.set)
-    assert told["batch_size"] == method.batch_size
+    assert told["batch_size"] == methods.make(recipe.method, recipe.set).batch_size
     assert [told[n] == getattr(recipe, n) for n in ("max_length", "dtype", "base")] == [True] * 3
 
 
