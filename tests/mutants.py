@@ -32,7 +32,13 @@ class Mutant(NamedTuple):
     where: str
     expression: str
     broken: str
-    tests: str  # paths under tests/ and -k expressions, as pytest takes them
+    tests: str = ""  # paths under tests/ and -k expressions, as pytest takes them; by default the file's own
+
+    @property
+    def noticed_by(self) -> str:
+        """Return the tests as pytest takes them."""
+        own = Path(self.file).with_name(f"test_{Path(self.file).stem.lstrip('_')}.py").as_posix()
+        return self.tests if ".py" in self.tests else f"{own} {self.tests}"
 
     def applied(self, text: str) -> str:
         """Return the file with the expression broken; ValueError where it is not there exactly once."""
@@ -63,91 +69,75 @@ def span(text: str, where: str) -> tuple[int, int]:
 
 # fmt: off
 MUTANTS: tuple[Mutant, ...] = (
-    Mutant('seeds/noise.py', 'places', '(h[:, None] + np.arange(WIDTH)) & (K - 1)', '(h[:, None] - np.arange(WIDTH)) & (K - 1)',
-           'seeds/test_noise.py'),
+    Mutant('seeds/noise.py', 'places', '(h[:, None] + np.arange(WIDTH)) & (K - 1)',
+           '(h[:, None] - np.arange(WIDTH)) & (K - 1)'),
     Mutant('seeds/kernels_numba.py', '_place', 'return (x >> u64(40)) & end', 'return (x >> u64(41)) & end',
            'seeds/test_kernels.py'),
-    Mutant('seeds/descent.py', 'slope', 'g = (plus - minus) / (2 * eps)', 'g = (plus - minus) / eps', 'seeds/test_descent.py'),
+    Mutant('seeds/descent.py', 'slope', 'g = (plus - minus) / (2 * eps)', 'g = (plus - minus) / eps'),
     Mutant('seeds/ledger.py', 'Ledger.truncate', 'return self._derived(self.rounds <= round, checks)',
-           'return self._derived(self.rounds < round, checks)', 'seeds/test_ledger.py'),
+           'return self._derived(self.rounds < round, checks)'),
     Mutant('seeds/ledger.py', 'Ledger.save', 'write_atomic(path, self.to_bytes(), mode=0o600)',
-           'write_atomic(path, self.to_bytes())', 'seeds/test_ledger.py'),
-    Mutant('seeds/ledger.py', 'require_base', '"base digest": head.base != base,', '"base digest": False,',
-           'seeds/test_ledger.py'),
+           'write_atomic(path, self.to_bytes())'),
+    Mutant('seeds/ledger.py', 'require_base', '"base digest": head.base != base,', '"base digest": False,'),
     Mutant('deploy/verify.py', '_files_of_run', 'stated != (now := sums.sha256(listed))', '(now := "") != stated == ""',
-           'deploy/test_verify.py -k forgeries'),
+           '-k forgeries'),
     Mutant('deploy/verify.py', '_weights_of', 'finished.require_digest(digest, run.ledger().final_check(), run.result)', 'pass',
-           'deploy/test_verify.py -k forgeries'),
-    Mutant('deploy/verify.py', 'HeldCodes._is_of', 'again.equals(found)', 'not again.equals(found)',
-           'deploy/test_verify.py -k proven_from'),
+           '-k forgeries'),
+    Mutant('deploy/verify.py', 'HeldCodes._is_of', 'again.equals(found)', 'not again.equals(found)', '-k proven_from'),
     Mutant('deploy/export.py', '_write_tuned', 'stated = None if run.result.is_dir() else run.ledger().final_check()',
            'stated = None', 'deploy/test_verify.py -k forgeries'),
     Mutant('deploy/again.py', '_of_bytes', 'if a != b:', 'if len(a) != len(b):', 'deploy/test_verify.py -k difference'),
-    Mutant('deploy/release.py', 'check', 'key.verify(signature, _agreed((folder / sums.FILE).read_bytes()))', 'pass',
-           'deploy/test_release.py'),
-    Mutant('deploy/release.py', 'check', 'if odd := sums.unlisted(folder):', 'if odd := []:', 'deploy/test_release.py'),
-    Mutant('deploy/release.py', '_environment', 'if run.recipe.privacy != private.NONE:', 'if False:', 'deploy/test_release.py'),
-    Mutant('tuning/exchange/messages.py', '_read', 'if zlib.crc32(body) != crc:', 'if False:',
-           'tuning/exchange/test_messages.py'),
-    Mutant('tuning/exchange/messages.py', 'check', 'if message.round != round:', 'if message.round > round:',
-           'tuning/exchange/test_messages.py'),
+    Mutant('deploy/release.py', 'check', 'key.verify(signature, _agreed((folder / sums.FILE).read_bytes()))', 'pass'),
+    Mutant('deploy/release.py', 'check', 'if odd := sums.unlisted(folder):', 'if odd := []:'),
+    Mutant('deploy/release.py', '_environment', 'if run.recipe.privacy != private.NONE:', 'if False:'),
+    Mutant('tuning/exchange/messages.py', '_read', 'if zlib.crc32(body) != crc:', 'if False:'),
+    Mutant('tuning/exchange/messages.py', 'check', 'if message.round != round:', 'if message.round > round:'),
     Mutant('tuning/exchange/messages.py', '_check_array', 'if bad := int(np.count_nonzero(~np.isfinite(array))):',
-           'if bad := int(np.count_nonzero(np.isnan(array))):', 'tuning/exchange/test_messages.py'),
+           'if bad := int(np.count_nonzero(np.isnan(array))):'),
     Mutant('tuning/exchange/messages.py', '_named', 'if len(named) < len(pairs):', 'if False:',
            'hostile/test_hostile_messages.py'),
     Mutant('tuning/exchange/messages.py', 'check', 'if isinstance(value, str | bytes) or not low <= value <= high:',
-           'if isinstance(value, str | bytes) or not value <= high:', 'tuning/exchange/test_messages.py'),
-    Mutant('tuning/rounds/replies.py', 'too_far', 'if not times <= k.bound:', 'if not times <= 1e9 * k.bound:',
-           'tuning/rounds/test_replies.py'),
-    Mutant('tuning/rounds/replies.py', '_rows_of', 'if claimed > rows:', 'if claimed > 2 * rows:',
-           'tuning/rounds/test_replies.py'),
-    Mutant('tuning/rounds/replies.py', 'Replies.gather', 'self.kept.sort(key=lambda kept: kept.answer.client)', 'pass',
-           'tuning/rounds/test_replies.py'),
-    Mutant('tuning/rounds/replies.py', '_rows_of', 'return int(min(claimed, most))', 'return claimed',
-           'tuning/rounds/test_replies.py -k times_the_median'),
+           'if isinstance(value, str | bytes) or not value <= high:'),
+    Mutant('tuning/rounds/replies.py', 'too_far', 'if not times <= k.bound:', 'if not times <= 1e9 * k.bound:'),
+    Mutant('tuning/rounds/replies.py', '_rows_of', 'if claimed > rows:', 'if claimed > 2 * rows:'),
+    Mutant('tuning/rounds/replies.py', 'Replies.gather', 'self.kept.sort(key=lambda kept: kept.answer.client)', 'pass'),
+    Mutant('tuning/rounds/replies.py', '_rows_of', 'return int(min(claimed, most))', 'return claimed', '-k times_the_median'),
     Mutant('tuning/rounds/replies.py', 'Replies._compare', 'lighter(self.kept) if self.rule.times < math.inf else ()', '()',
-           'tuning/rounds/test_replies.py -k no_weight'),
+           '-k no_weight'),
     Mutant('tuning/rounds/replies.py', 'Replies._checked', 'reach = distance_with(asked.usual)', 'reach = distance_with(n)',
-           'tuning/rounds/test_replies.py -k make_no_reply_short'),
-    Mutant('tuning/recipe/defaults.py', 'for_devices', 'if rule == aggregation.MEAN else rule', 'if False else rule',
-           'tuning/recipe/test_defaults.py'),
-    Mutant('tuning/exchange/aggregation.py', 'trimmed', 'ordered, have = np.sort(values, axis=0),', 'ordered, have = values,',
-           'tuning/exchange/test_aggregation.py'),
-    Mutant('tuning/exchange/aggregation.py', 'clipped', 'where=sizes > most)', 'where=sizes > 4 * most)',
-           'tuning/exchange/test_aggregation.py'),
-    Mutant('tuning/rounds/rounds.py', '_aggregated', 'replies.accepted >= plan.quorum', 'replies.accepted >= 0',
-           'tuning/rounds/test_rounds.py'),
-    Mutant('tuning/rounds/rounds.py', '_aggregated', 'if not finite(new):', 'if False:', 'tuning/rounds/test_rounds.py'),
-    Mutant('tuning/run/removal.py', 'without_client', 'getattr(whole, field)', 'getattr(without, field)',
-           'tuning/run/test_removal.py -k mezo'),
+           '-k make_no_reply_short'),
+    Mutant('tuning/recipe/defaults.py', 'for_devices', 'if rule == aggregation.MEAN else rule', 'if False else rule'),
+    Mutant('tuning/exchange/aggregation.py', 'trimmed', 'ordered, have = np.sort(values, axis=0),', 'ordered, have = values,'),
+    Mutant('tuning/exchange/aggregation.py', 'clipped', 'where=sizes > most)', 'where=sizes > 4 * most)'),
+    Mutant('tuning/rounds/rounds.py', '_aggregated', 'replies.accepted >= plan.quorum', 'replies.accepted >= 0'),
+    Mutant('tuning/rounds/rounds.py', '_aggregated', 'if not finite(new):', 'if False:'),
+    Mutant('tuning/run/removal.py', 'without_client', 'getattr(whole, field)', 'getattr(without, field)', '-k mezo'),
     Mutant('tuning/rounds/rounds.py', '_start', 'fleet.rewind(last)', 'fleet.rewind(last + 1)',
            'contract/test_contract.py -k beyond'),
     Mutant('tuning/methods/mezo.py', 'Method.aggregate', 'combined.add(float(reply.payload.int("n")), self.moved(sent, reply))',
            'combined.add(1.0, self.moved(sent, reply))', 'contract/test_contract.py -k mezo'),
     Mutant('tuning/methods/signlora.py', 'Method.news', 'ledger = ledger.since(known)', 'ledger = ledger.since(known + 1)',
-           'tuning/methods/test_signlora.py -k told'),
-    Mutant('tuning/methods/signlora.py', 'Method.written', 'left[place] = rest', 'left[place] = 0',
-           'tuning/methods/test_signlora.py -k left'),
+           '-k told'),
+    Mutant('tuning/methods/signlora.py', 'Method.written', 'left[place] = rest', 'left[place] = 0', '-k left'),
     Mutant('seeds/scale_view.py', 'OuterView._moved', 'begin + top : begin + bottom', 'begin : begin + bottom - top',
            'seeds/test_outer_view.py'),
     Mutant('tuning/rounds/checkpoint.py', 'StandsOn.differences', 'if now.recipe.get(name) != value', 'if False',
            'runs/test_integrity.py'),
-    Mutant('runs/rundir.py', 'Metrics.cut', 'if size is not None and len(data) >= size:', 'if False:', 'runs/test_integrity.py'),
-    Mutant('common/files.py', 'write_atomic', 'os.fsync(file.fileno())', 'pass', 'common/test_files.py'),
+    Mutant('runs/rundir.py', 'Metrics.cut', 'if size is not None and len(data) >= size:', 'if False:',
+           'runs/test_integrity.py'),
+    Mutant('common/files.py', 'write_atomic', 'os.fsync(file.fileno())', 'pass'),
     Mutant('compression/layerwise/column_loop.py', '_loop', 'later[r] -= e[r] * u', 'later[r] += e[r] * u',
            'compression/test_optq.py'),
     Mutant('compression/layerwise/hessian.py', 'accumulate', 'flat[:, :last], alpha=2.0)', 'flat[:, :last], alpha=1.0)',
            'compression/test_activations.py'),
     Mutant('deploy/formats/_ggml_blocks.py', '_nibbles', '(halves[:, :, 0] | halves[:, :, 1] << 4)',
-           '(halves[:, :, 1] | halves[:, :, 0] << 4)', 'deploy/formats/test_ggml_blocks.py'),
-    Mutant('deploy/formats/_ggml_blocks.py', '', '"Q4_0": (-8, 7)', '"Q4_0": (-8, 8)', 'deploy/formats/test_ggml_blocks.py'),
-    Mutant('fleet/worker.py', 'Worker._stand_on', 'memories.rewind(round)', 'pass', 'fleet/test_worker.py'),
-    Mutant('fleet/worker.py', 'Worker._train', 'self._spend(job, loaded.hides, batches.taken)', 'pass',
-           'fleet/test_worker.py -k counts_the_steps'),
-    Mutant('privacy/secagg.py', 'sign', 'return 1 if u < v else -1', 'return 1', 'privacy/test_secagg.py -k third'),
-    Mutant('privacy/secagg.py', 'Party.reveal', 'or len(survivors) < self.least', '', 'privacy/test_secagg.py -k lay_a_small'),
-    Mutant('privacy/secagg.py', 'unmask', 'add_stream(found, _derived(secret, context + b"seed"), -1)', 'pass',
-           'privacy/test_secagg.py -k third'),
+           '(halves[:, :, 1] | halves[:, :, 0] << 4)'),
+    Mutant('deploy/formats/_ggml_blocks.py', '', '"Q4_0": (-8, 7)', '"Q4_0": (-8, 8)'),
+    Mutant('fleet/worker.py', 'Worker._stand_on', 'memories.rewind(round)', 'pass'),
+    Mutant('fleet/worker.py', 'Worker._train', 'self._spend(job, loaded.hides, batches.taken)', 'pass', '-k counts_the_steps'),
+    Mutant('privacy/secagg.py', 'sign', 'return 1 if u < v else -1', 'return 1', '-k third'),
+    Mutant('privacy/secagg.py', 'Party.reveal', 'or len(survivors) < self.least', '', '-k lay_a_small'),
+    Mutant('privacy/secagg.py', 'unmask', 'add_stream(found, _derived(secret, context + b"seed"), -1)', 'pass', '-k third'),
     Mutant('fleet/table.py', 'Devices.join', 'if member.rows and (member.rows, member.rows_digest)',
            'if not member.rows and (member.rows, member.rows_digest)', 'fleet/test_remote.py'),
     Mutant('fleet/result.py', 'placed', 'if found != job.result:', 'if False:', 'fleet/test_fleet_eval.py -k wrong'),
@@ -169,15 +159,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant('fleet/worker.py', 'Worker._work', 'if order.what not in orders.TASKS[loaded.job.task]:', 'if False:',
            'fleet/test_hostile_server.py -k joined_for'),
     Mutant('fleet/worker.py', 'check_work', 'if asked > (most := PASSES * max(rows, FEW)):', 'if (most := PASSES) and False:',
-           'fleet/test_worker.py -k cannot_do'),
+           '-k cannot_do'),
     Mutant('fleet/worker.py', 'Worker._stand_on', 'if others := memories.kept().keys() - {order.client}:', 'if others := []:',
            'fleet/test_hostile_server.py -k remembers'),
     Mutant('tuning/methods/fedit.py', 'Method.local', 'next((k for k in self.each_rank if came == {(k,)}), None)',
            'next((k for (k,) in came), None)', 'fleet/test_hostile_server.py -k larger'),
     Mutant('seeds/noise.py', 'check_size', 'if count > PASSES:', 'if False:', 'seeds/test_ledger.py'),
-    Mutant('seeds/ledger.py', 'load', 'noise.check_size(head.law, head.K, found.count_passes())', 'pass', 'seeds/test_ledger.py'),
-    Mutant('deploy/patch.py', 'write', 'if result and sha.hexdigest() != result:', 'if False:',
-           'deploy/test_patch.py -k not_the_stated'),
+    Mutant('seeds/ledger.py', 'load', 'noise.check_size(head.law, head.K, found.count_passes())', 'pass'),
+    Mutant('deploy/patch.py', 'write', 'if result and sha.hexdigest() != result:', 'if False:', '-k not_the_stated'),
 )
 # fmt: on
 
@@ -189,7 +178,7 @@ def caught(mutant: Mutant, folder: Path) -> bool:
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     path = source / "fleetune" / mutant.file
     path.write_text(mutant.applied(path.read_text(encoding="utf-8")), encoding="utf-8")
-    words = [f"tests/{word}" if ".py" in word else word for word in mutant.tests.split()]
+    words = [f"tests/{word}" if ".py" in word else word for word in mutant.noticed_by.split()]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *words]
     environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
     how = {"capture_output": True, "text": True, "timeout": PATIENCE}
@@ -220,7 +209,7 @@ def main() -> int:
         for number, mutant in chosen(asked.words):
             about = f"{number:3} {mutant.file}: {mutant.expression!r} -> {mutant.broken!r}"
             if asked.list:
-                print(f"{about}  by {mutant.tests}")
+                print(f"{about}  by {mutant.noticed_by}")
                 continue
             began = time.monotonic()
             found = caught(mutant, Path(folder))

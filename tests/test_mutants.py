@@ -13,5 +13,5 @@ def test_the_expression_is_there_once_and_what_it_becomes_is_python(mutant):
     broken = mutant.applied(text)
     ast.parse(broken)
     assert broken != text
-    for file in (word for word in mutant.tests.split() if ".py" in word):
+    for file in (word for word in mutant.noticed_by.split() if ".py" in word):
         assert (ROOT / "tests" / file).is_file(), file

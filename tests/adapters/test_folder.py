@@ -113,21 +113,15 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     for change in ({"version": 2}, {"module": "magic"}, {"spec": {"length": 1}}, {"spec": {"size": 7}}):
         config.write_text(json.dumps(good | change))
         model = models.tiny_llama()
-        with pytest.raises(FleetuneError) as caught:
+        with pytest.raises(FleetuneError):
             adapters.load(model, tmp_path / "module")
-        assert caught.value
         assert model.attachment is None
         assert stored(model) == model.digest
     with pytest.raises(ModelError, match="not a usable adapter"):
         adapters.load(models.tiny_llama(), tmp_path / "nothing")
-
-
-def test_a_configuration_is_read_up_to_a_size(tmp_path: Path) -> None:
-    adapters.save(on("llama", Bottleneck(6)), tmp_path)
-    config = tmp_path / "module.json"
-    config.write_text(config.read_text() + " " * (1 << 20))
+    config.write_text(json.dumps(good) + " " * (1 << 20))
     with pytest.raises(ModelError, match="more than 1,048,576 bytes"):
-        adapters.load(models.tiny_llama(), tmp_path)
+        adapters.load(models.tiny_llama(), tmp_path / "module")
 
 
 def test_a_folder_chooses_no_start_and_no_size_that_its_numbers_do_not_have(tmp_path: Path) -> None:
@@ -142,3 +136,21 @@ def test_a_folder_chooses_no_start_and_no_size_that_its_numbers_do_not_have(tmp_
         config.write_text(json.dumps(good | {"module": module, "spec": spec}))
         with pytest.raises(ModelError, match=why):
             adapters.load(models.tiny_llama(), tmp_path)
+
+
+OTHERWISE = dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), True)
+OTHERWISE |= {"alpha_pattern": {"q_proj": 1}, "rank_pattern": {"q_proj": 1}, "layer_replication": [[0, 1]]}
+OTHERWISE |= {"modules_to_save": ["lm_head"], "bias": "all", "init_lora_weights": "pissa"}
+
+
+def test_what_peft_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
+    adapters.save(on("llama", SPECS["lora everywhere"]), tmp_path)
+    config, model = tmp_path / "adapter_config.json", models.tiny_llama()
+    good = json.loads(config.read_text())
+    for name, value in OTHERWISE.items():
+        config.write_text(json.dumps(good | {name: value}))
+        with pytest.raises(ModelError, match=f"config.json says {name} = "):
+            adapters.load(model, tmp_path)
+        assert model.attachment is None
+    config.write_text(json.dumps(good | {"lora_dropout": 0.5, "revision": "x"}))
+    adapters.load(model, tmp_path)

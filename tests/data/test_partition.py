@@ -294,6 +294,20 @@ def test_no_row_is_on_both_sides_of_the_split(tmp_path, rows, dedupe, seed):
     assert bool(gone) == any(note.startswith("left out: ") for note in parts.notes)
 
 
+def test_rows_of_no_client_are_left_out_with_a_note_and_odd_names_are_named(tmp_path):
+    wards = ["North"] * 8 + ["South"] * 7 + ["north "] * 4 + [" "]
+    rows = [{"prompt": f"q{i}", "response": "a", "ward": ward} for i, ward in enumerate(wards)]
+    (file := tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = RowsSpec(str(file), held_out=3, clients=2, partition="column:ward")
+    assert split(spec, 8).notes == (
+        "left out: 1 row without a value of 'ward'",
+        "'North' and 'north ' of 'ward' are two: write them alike if they are one",
+        "left out: 3 rows beyond the 2 largest values of 'ward'",
+    )
+    with pytest.raises(DataError, match="column 'ward' is missing in 1 of 20 rows"):
+        split(replace(spec, strict=True), 8)
+
+
 def test_rows_of_a_validation_file_are_left_out_where_asked(tmp_path):
     spec = rows_file(tmp_path, [("a", "x"), ("a", "x"), ("b", "y"), ("c", "z")])
     held = tmp_path / "held.jsonl"

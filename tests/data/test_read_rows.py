@@ -217,6 +217,7 @@ def test_a_file_without_rows(tmp_path, name, raw):
     ("name", "says", "hint"),
     [
         ("tain.jsonl", "no file", "train.jsonl"),
+        ("trian.jsnol", "^no file", "train.jsonl"),
         ("nowhere/a.jsonl", "no folder", "check the path"),
         ("empty", "without a file of rows", "one file per client"),
         ("notes.ods", "no reader for '.ods'", "save it as .xlsx"),

@@ -173,6 +173,8 @@ def test_what_goes_on_with_it_is_said_of_a_compression_and_an_evaluation_too(run
     assert status.resume(run) == f"fleetune fleet serve --resume {run}"
     (run / "status").write_text("done\n")
     assert status.resume(run) == f"fleetune fleet eval {run}"
+    fleet_run.word(run, measures=False)
+    assert status.resume(run) == f"fleetune eval {run}"
     smaller = run.parent / "0009-optq-tiny"
     smaller.mkdir()
     compression_folder.write_record(smaller, compression_folder.CompressRequest(str(run), True, "optq"), None)

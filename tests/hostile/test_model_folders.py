@@ -4,6 +4,7 @@ Loading one is either refused by an error of ours within the time, or gives a mo
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +20,7 @@ import hostile
 from fault_report import Injected
 from fleetune import data, models
 from fleetune.data.encode import encode_rows
+from fleetune.deploy.checkpoint import open_checkpoint
 from hostile import put, refusal
 
 Change = Callable[[Path], None]
@@ -94,7 +96,6 @@ def index(value: Any) -> Change:
     return write(INDEX, value if isinstance(value, bytes) else json.dumps(value))
 
 
-QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 MUST_REFUSE: dict[str, Change] = {
     "config.json deep": write("config.json", b"[" * hostile.DEEP),
@@ -106,11 +107,11 @@ MUST_REFUSE: dict[str, Change] = {
     "not a template": template("{% for %}"),
     "a template that is deep": template("{{ " + "(" * 50_000 + " }}"),
     "generation_config.json = []": write("generation_config.json", b"[]"),
-    "2^31 layers": config(num_hidden_layers=2**31 - 1),
-    "2^31 layers of another family": config(**QWEN3, num_hidden_layers=2**31 - 1),
+    **{f"{n} layers": config(num_hidden_layers=n) for n in (600, 2**31 - 1)},
     "10^9 labels": config(num_labels=10**9),
     "no heads": config(num_attention_heads=0),
-    "vocabulary of 2^40": config(vocab_size=2**40),
+    **{f"vocabulary of 2^{n}": config(vocab_size=2**n) for n in (30, 40)},
+    **{f"a context of {n}": config(max_position_embeddings=n) for n in (-1, 10**15)},
     "inner width of 2^36": config(intermediate_size=2**36),
     "a NaN": weights(UP, spoil(float("nan"))),
     "an inf in fp16": weights(UP, spoil(float("inf"), torch.float16)),
@@ -129,6 +130,8 @@ def test_a_folder_that_an_attack_found_is_refused(honest, tmp_path, case):
     shutil.copytree(honest / ("one" if case in MUST_REFUSE else "shards"), tmp_path / "x")
     (MUST_REFUSE | MUST_REFUSE_SHARDS)[case](tmp_path / "x")
     assert refusal(lambda: use(tmp_path / "x")), f"{case}: accepted"
+    if re.match(r"hidden|\d+ layers|voc|inner|a context", case):  # an export builds a net, too
+        assert refusal(lambda: open_checkpoint(tmp_path / "x")), f"{case}: exported"
 
 
 def test_the_honest_ones_are_accepted(honest):

@@ -62,6 +62,14 @@ def test_an_artefact_holds_every_parameter_once(bits: int, tmp_path: Path) -> No
     assert master.head == replace(HEAD, grids=grids, shapes=master.head.shapes)
 
 
+def test_a_configuration_of_more_blocks_than_tensors_is_refused(tmp_path: Path) -> None:
+    made(tmp_path)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 600}))
+    with pytest.raises(ModelError, match="600 blocks, but"):
+        models.load_artefact(config.parent)
+
+
 def test_damage_is_said(tmp_path: Path) -> None:
     _, master = made(tmp_path)
     path = tmp_path / "model" / MASTER

@@ -17,7 +17,7 @@ import pytest
 from fleetune.common.files import HIDDEN
 from fleetune.errors import StorageError, UsageError
 from fleetune.runs import rundir
-from fleetune.runs.rundir import KEEP, RunDir, checkpoints, create, events, find, listing
+from fleetune.runs.rundir import KEEP, RunDir, check_name, checkpoints, create, events, find, listing
 from fleetune.tuning.exchange.messages import Message, Payload, encode
 from fleetune.tuning.rounds import checkpoint
 
@@ -103,6 +103,8 @@ def test_find(tmp_path, monkeypatch):
         assert "fleetune runs" in (caught.value.hint or "")
     with pytest.raises(UsageError, match="is not a run folder"):
         find(str(out / "0013-unfinished"), out)
+    with pytest.raises(UsageError, match="there is no file or folder 'basis model'"):
+        check_name("basis model", out)
     monkeypatch.chdir(out)
     assert find("0007-mezo-m", tmp_path / "elsewhere") == Path("0007-mezo-m")
 

@@ -4,7 +4,6 @@ PEFT has LoRA (a classification head in `modules_to_save`), the prefix in every 
 Our files are module.json (the spec, and its base) and module.safetensors (the fp32 tensors by name).
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +42,8 @@ REMEDY: Final = (
     "copy the folder again from its run, which writes its own again: fleetune tune --resume RUN; "
     f"if it was changed on purpose, remove {sums.FILE} from it"
 )
+# settings of PEFT that change no output, and the targets: the names of the tensors hold these
+FREE: Final = {"base_model_name_or_path", "lora_dropout", "peft_version", "revision", "target_modules"}
 # by the name in module.json; LoRA is always in PEFT's layout
 KINDS: Final[Mapping[str, type[Any]]] = MappingProxyType(
     {
@@ -97,6 +98,8 @@ def load(model: Model, path: Path) -> None:
     attach(model, spec, seed=0)
     try:
         load_(model, arrays)
+        if not ours:
+            _check_peft(config, model, path)
     except FleetuneError:
         detach(model)
         raise
@@ -104,8 +107,8 @@ def load(model: Model, path: Path) -> None:
 
 def _check_size(spec: AdapterSpec, arrays: Mapping[str, np.ndarray]) -> None:
     """Raise ValueError for a size that no tensor has: memory for it would be taken before they are compared."""
-    for name in {"r", "tokens", "size"} & _fields(spec).keys():
-        size = _fields(spec)[name]
+    for name in {"r", "tokens", "size"} & vars(spec).keys():
+        size = vars(spec)[name]
         if not any(size in a.shape for a in arrays.values() if a.size):
             raise ValueError(f"its {name} is {size}, and none of its tensors has that size")
 
@@ -119,7 +122,7 @@ def _ours(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping
         "format": "fleetune-module",
         "version": VERSION,
         "module": kind,
-        "spec": _fields(attachment.spec),
+        "spec": vars(attachment.spec),
         "base": _public_name(model),
         "base_digest": model.digest,
         "dtype": model.dtype,
@@ -229,11 +232,17 @@ def _from_peft(
     return Prefix(tokens), dict(zip(names, columns, strict=True))
 
 
+def _check_peft(config: Mapping[str, Any], model: Model, path: Path) -> None:
+    """Raise ModelError for a setting that PEFT obeys and that is not the one that `save` writes, such as use_rslora."""
+    written, _ = _peft(model, attachment_of(model)) or ({}, {})
+    written = json.loads(json.dumps(written, default=_plain))
+    for name in sorted(config.keys() & written.keys() - FREE):
+        if config[name] != written[name]:
+            what = f"says {name} = {config[name]!r:.80}, an adapter of Fleetune has {written[name]!r:.80}"
+            raise ModelError(f"{path / 'adapter_config.json'} {what}", hint=REMEDY)
+
+
 # ---------------------------------------------------------------- words
-
-
-def _fields(spec: Any) -> dict[str, Any]:
-    return {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
 
 
 def _plain(value: Any) -> Any:
@@ -256,7 +265,7 @@ def _card(model: Model, spec: AdapterSpec, in_peft: bool) -> str:
     base = _public_name(model)
     source = cache.source_of(model.path).get("source", base)
     title = "LoRA adapter" if isinstance(spec, Lora) else type(spec).__name__
-    sizes = ", ".join(f"{k} = {v}" for k, v in _fields(spec).items() if v not in (None, 0.0))
+    sizes = ", ".join(f"{k} = {v}" for k, v in vars(spec).items() if v not in (None, 0.0))
     auto = "AutoModelForSequenceClassification" if head_of(model.net) else "AutoModelForCausalLM"
     place = f'"PATH OF {base}"' if _is_local(model) else f'"{base}"'
     if _is_local(model) and base.endswith(".gguf"):

@@ -12,6 +12,7 @@ Random words are Philox's, the same on every platform.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from fleetune.common.display import counted
 from fleetune.data import columns as named
 from fleetune.data.forms import CLIENT, Example
-from fleetune.data.read_rows import is_folder, read
+from fleetune.data.read_rows import BAD_SHARE, is_folder, read
 from fleetune.errors import DataError, RecipeError, closest
 
 Indices = npt.NDArray[np.int64]
@@ -136,9 +137,7 @@ def hold_out(
 def held_out_problem(number: float) -> str:
     """Say why `held_out` cannot be this number; "" for a share below 1 and for a whole number of rows."""
     fits = number >= 0 and (number < 1 or float(number).is_integer())
-    return (
-        "" if fits else "must be a whole number of rows, such as 100, or a share of them below 1, such as 0.1"
-    )
+    return "" if fits else "must be a whole number of rows, such as 100, or a share below 1, such as 0.1"
 
 
 def _parse(spec: str) -> PartitionSpec:
@@ -150,9 +149,7 @@ def _parse(spec: str) -> PartitionSpec:
             [f"partition {spec!r}: no kind {kind!r}" + (f"; did you mean {near!r}?" if near else "")],
             hint=f"write one of {FORMS}",
         )
-    if kind == "iid" and not rest:
-        return PartitionSpec(kind)
-    if kind == "column" and rest:
+    if (kind == "iid" and not rest) or (kind == "column" and rest):
         return PartitionSpec(kind, rest)
     alpha, _, column = rest.partition(":")
     if kind == "dirichlet" and alpha and column:
@@ -355,15 +352,11 @@ def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: b
     DataError when the data do not allow it.
     """
     notes: list[str] = []
-
-    def rows_in(source: str, limit: int | None = None) -> list[Example]:
-        return read(
-            source, limit=limit, offline=offline, columns=rows.columns, strict=rows.strict, note=notes.append
-        )
-
-    examples = rows_in(rows.data, rows.limit or None)
+    rows_in = partial(read, offline=offline, columns=rows.columns, strict=rows.strict, note=notes.append)
+    examples = rows_in(rows.data, limit=rows.limit or None)
     rule = rows.rule
     column = column_of(rule)
+    examples = _having(examples, column, rows.strict, notes) if column else examples
     if rows.eval_data:
         train = np.arange(len(examples))
         examples += rows_in(rows.eval_data)
@@ -391,9 +384,26 @@ def split(rows: RowsSpec, usual_clients: int, *, fewer: bool = False, offline: b
         )
     clients = rows.clients or (None if rule.startswith("column:") else usual_clients)
     parts = [train[part] for part in partition([examples[i] for i in train], rule, clients, rows.seed)]
+    if unused := len(train) - sum(map(len, parts)):
+        notes.append(f"left out: {counted(unused, 'row')} beyond the {clients} largest values of {column!r}")
     if rows.train_turns == "all":
         examples, parts = _every_turn(examples, parts)
     return Split(examples, parts, held, column, rule, tuple(dict.fromkeys(notes)))
+
+
+def _having(examples: list[Example], column: str, strict: bool, notes: list[str]) -> list[Example]:
+    """Leave out rows without a value of the column where they are few, and note two values that look like one."""
+    found = [example for example in examples if example.meta.get(column, "").strip()]
+    lacking, seen = len(examples) - len(found), dict[str, str]()
+    if lacking > BAD_SHARE * len(examples) * (not strict):
+        return examples  # and they are refused
+    if lacking:
+        notes.append(f"left out: {counted(lacking, 'row')} without a value of {column!r}")
+    for value in sorted({example.meta[column] for example in found}):
+        if (other := seen.setdefault("".join(value.casefold().split()), value)) != value:
+            notes.append(f"{other!r} and {value!r} of {column!r} are two: write them alike if they are one")
+            break
+    return found
 
 
 def _apart(

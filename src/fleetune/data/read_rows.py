@@ -282,7 +282,8 @@ def _files(source: str, offline: bool) -> list[tuple[Path, str]]:
     path = Path(os.path.expanduser(source))
     if os.path.isfile(path):
         return [(path, source)]
-    like_a_file = Path(source.partition(":")[0]).suffix.lower() in (*READERS, *NOT_READ)
+    name = Path(source.partition(":")[0])
+    like_a_file = name.suffix.lower() in (*READERS, *NOT_READ) or (name.suffix and "/" not in source)
     if like_a_file or WINDOWS.match(source) or not HUB_ID.fullmatch(source):
         raise no_file(source)
     return sources.hub_files(source, offline)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import core_model_loading as loading
@@ -25,8 +25,10 @@ from fleetune.errors import ModelError, UsageError
 from fleetune.models.artefact import Master, Quantised
 from fleetune.models.cache.names import is_master
 from fleetune.models.checks import check_folder, config_of, is_encoder
+from fleetune.models.families.foreign import foreign_file
 from fleetune.models.families.widths import build
 from fleetune.models.lazy import LazyWeight, memory_of
+from fleetune.models.loading import size_check
 from fleetune.models.net.model import Model, named_tensors
 from fleetune.models.net.saving import save, written
 
@@ -134,17 +136,15 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _opened(file: Path) -> Any:
-    try:
+    with foreign_file(file, "is damaged"):
         return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} is damaged ({error})", hint="fetch the model again") from error
 
 
 class Checkpoint:
     """A source under transformers' parameter names, in the order of the model's modules."""
 
-    def __init__(self, source: TensorSource) -> None:
-        """UsageError for an encoder; ModelError when the tensors are not those of the configuration."""
+    def __init__(self, source: TensorSource, *, foreign: bool = False) -> None:
+        """UsageError for an encoder; ModelError for tensors (or sizes, of a `foreign` folder) that the configuration lacks."""
         self.source = source
         self.folder = source.folder
         self.again: Again | None = None  # what an export is compared with, in place of being written
@@ -155,7 +155,9 @@ class Checkpoint:
                 f"{source.folder} holds an encoder; only causal language models are exported",
                 hint="save it as it is: an encoder's directory is ready for transformers",
             )
-        self._net = build(self.config)
+        with foreign_file(self.folder / "config.json"):
+            inspect = [size_check(self.config, self.folder)] if foreign else []
+            self._net = build(self.config, *inspect)
         state: dict[str, Tensor] = self._net.state_dict(keep_vars=True)
         self._parts = _stored_parts(self._net, source)
         # the name under which the source has a tensor
@@ -294,4 +296,4 @@ def _parts_of(net: PreTrainedModel) -> dict[str, list[str]]:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open the model of a folder, a master artefact or a plain directory; ModelError when it is neither."""
-    return Checkpoint(Master(folder) if is_master(folder) else PlainFolder(folder))
+    return Checkpoint(Master(folder) if is_master(folder) else PlainFolder(folder), foreign=True)

@@ -119,9 +119,7 @@ class Job:
     labels: Annotated[tuple[Label, ...], Field(max_length=1000)]
     rounds: Annotated[int, Field(ge=0, le=1_000_000)]
     task: Task = "tune"
-    result: OptionalDigest = (
-        ""  # SHA-256 of the ledger, or of the adapter's SHA256SUMS, that is measured or calibrated
-    )
+    result: OptionalDigest = ""  # SHA-256 of the ledger, or the adapter's SHA256SUMS, to measure or calibrate
     train: Trained = "weights"  # of a GGUF file
     secure: Secure | None = None  # where the server sees sums of replies alone
     hidden: Hidden | None = None  # where the server sees replies with the device's noise in them alone

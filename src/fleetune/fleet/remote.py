@@ -627,6 +627,4 @@ class Pace:
     grace: float | None = None  # seconds for a device that has gone, before the round goes on without it
     deadline: float = 0.0  # seconds for a round; 0: as long as devices work
     poll: float = 0.05  # seconds between two looks
-    again: float = (
-        30.0  # seconds until devices that declined are asked again, where no other has worked or has a say
-    )
+    again: float = 30.0  # seconds until those that declined are asked again, if no other works or has a say

@@ -321,6 +321,7 @@ class Served:
             "round": job.rounds if job.task == "eval" else self._fleet.round or self._done,
             "rounds": job.rounds,
             "waits": self._fleet.waits * (not self._fleet.round),
+            "measures": any(device.held_out for device in self._fleet.told.values()),
             "devices": doing,
         }
         write_atomic(folder / status.FILE, json_text(content), mode=PRIVATE)

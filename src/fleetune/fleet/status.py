@@ -153,10 +153,13 @@ def look(run: Path) -> FleetShown:
 
 def resume(run: Path) -> str:
     """Return the command that goes on with what a server has left, with the flags by which its devices found it."""
-    flags = word_of(run).get("flags", "")
+    word, done = word_of(run), standing(run) == "done"
+    flags = word.get("flags", "")
+    if done and not word.get("measures", True):  # no device holds rows out
+        return f"fleetune eval {quoted(run)}"
     if compression_folder.is_one(run):
         return f"fleetune compress --resume {quoted(run)}{flags}"
-    return f"fleetune fleet {'eval' if standing(run) == 'done' else 'serve --resume'} {quoted(run)}{flags}"
+    return f"fleetune fleet {'eval' if done else 'serve --resume'} {quoted(run)}{flags}"
 
 
 def _device(told: Mapping[str, Any], record: Record, *, served: bool) -> DeviceShown:

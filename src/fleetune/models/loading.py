@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fleetune.common import sums
@@ -321,12 +321,7 @@ def _read_net(
 ) -> tuple[transformers.PreTrainedModel, tuple[str, ...], bool]:
     """Return the net of a directory, its label words (none: a causal language model), and whether its head is new."""
     config = checks.config_of(path)
-    count, elements = _sizes(path, stored)
-    check_blocks(getattr(config, "num_hidden_layers", 0), count, path / "config.json")
-
-    def inspect(net: transformers.PreTrainedModel) -> None:
-        checks.check_size(net, elements, path)
-
+    inspect = size_check(config, path, stored)
     with foreign_file(path / "config.json"):
         if checks.is_encoder(config):
             saved = saved_labels(config)
@@ -364,13 +359,21 @@ def _read_net(
     return net, words, words != saved
 
 
+def size_check(
+    config: Any, path: Path, stored: Mapping[str, Stored] | None = None
+) -> Callable[[nn.Module], None]:
+    """Return the check of the size of a configuration's net; ModelError when it claims more blocks than there are tensors."""
+    count, elements = _sizes(path, stored)
+    check_blocks(getattr(config, "num_hidden_layers", 0), count, path / "config.json")
+    return lambda net: checks.check_size(net, elements, path)
+
+
 def _sizes(path: Path, stored: Mapping[str, Stored] | None) -> tuple[int, int]:
     """Return how many tensors a directory's files hold, and the most elements that they can stand for."""
     if stored is not None:
         return len(stored), sum(tensor.numbers for tensor in stored.values())
     if names.is_master(path):  # a byte holds 8 codes at most
-        size = (path / names.MASTER).stat().st_size
-        return size, 8 * size
+        return len(Master(path).names), 8 * (path / names.MASTER).stat().st_size
     shapes = weight_shapes(path)
     return len(shapes), sum(map(math.prod, shapes))
 

@@ -394,6 +394,8 @@ def check_name(name: str, out: Path) -> None:
         find(name, out)
     elif "/" in name and not path.exists() and (runs := listing(path.parent)):
         raise none_such(path.name, path.parent, [p.name for p in runs])
+    elif " " in name and not path.exists():  # no hub id has a blank
+        raise UsageError(f"there is no file or folder {name!r}", hint="check the path")
 
 
 def listing(out: Path) -> list[Path]:

@@ -170,10 +170,10 @@ def class_of(
     return cast(type[PreTrainedModel], made)
 
 
-def build(config: Any) -> PreTrainedModel:
-    """Build a net of a configuration on the meta device, fp32: names and shapes without values."""
+def build(config: Any, inspect: Callable[[PreTrainedModel], None] = lambda net: None) -> PreTrainedModel:
+    """Build a net of a configuration on the meta device, fp32: names and shapes without values; `inspect` as in `class_of`."""
     with ALONE, torch.device("meta"):
-        return class_of(config)._from_config(config, dtype=torch.float32)
+        return class_of(config, inspect)._from_config(config, dtype=torch.float32)
 
 
 def config_from(raw: Mapping[str, Any]) -> Any:

@@ -88,11 +88,11 @@ def check(recipe: recipes.Recipe, model: str = "", *, offline: bool = False) -> 
             )
             for i, (before, after) in zip(chosen, found.texts, strict=True)
         ],
-        remarks=_remarks(parts, len(owner), found, recipe.max_length),
+        remarks=_remarks(parts, found, recipe.max_length),
     )
 
 
-def _remarks(parts: partition.Split, training: int, found: _Measured, max_length: int) -> list[str]:
+def _remarks(parts: partition.Split, found: _Measured, max_length: int) -> list[str]:
     rows = len(parts.examples)
     said = list(parts.notes)
     if found.cut:
@@ -101,8 +101,6 @@ def _remarks(parts: partition.Split, training: int, found: _Measured, max_length
         said = cut_remarks(parts.notes, rows, rows - len(found.lengths), found.cut, max_length)
     if found.pieces and found.pieces > rows:
         said.append(f"the {rows:,} texts become {found.pieces:,} rows of at most max_length={max_length}")
-    if unused := rows - training - len(parts.held):
-        said.append(f"{counted(unused, 'row')} {'belongs' if unused == 1 else 'belong'} to no client")
     said += [*found.template, *parts.about_held()]
     if small := sum(len(part) < 2 for part in parts.clients):
         has = "has" if small == 1 else "have"
