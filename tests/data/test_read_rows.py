@@ -217,7 +217,6 @@ def test_a_file_without_rows(tmp_path, name, raw):
     ("name", "says", "hint"),
     [
         ("tain.jsonl", "no file", "train.jsonl"),
-        ("trian.jsnol", "^no file", "train.jsonl"),
         ("nowhere/a.jsonl", "no folder", "check the path"),
         ("empty", "without a file of rows", "one file per client"),
         ("notes.ods", "no reader for '.ods'", "save it as .xlsx"),
@@ -236,6 +235,12 @@ def test_files_that_are_not_there_or_not_data(tmp_path, name, says, hint):
     with pytest.raises(DataError, match=says) as caught:
         read(str(tmp_path / name))
     assert hint in (caught.value.hint or "")
+
+
+def test_a_misspelt_file_is_asked_of_no_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^no file Meier_Karl\.cvs"):
+        read("Meier_Karl.cvs")
 
 
 def test_parquet_needs_pyarrow_and_parquet(tmp_path, monkeypatch):

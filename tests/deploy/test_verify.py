@@ -1,6 +1,7 @@
 """Whole models are proven from the base on; one flipped bit anywhere is found, and its place is named."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from verify_harness import ADAPTER, CODES, FILES, RUN, flipped, make, proven
 
 import fleetune
@@ -124,7 +127,8 @@ def test_a_difference_names_the_file_the_byte_and_the_tensor(made: Path, tmp_pat
     shutil.copytree(f"runs/{CODES}/mlx", folder)
     (folder / "README.md").write_text("mine")
     assert not difference(folder, Path(f"runs/{CODES}/mlx")).words
-    (folder / "more.py").touch()
+    for name in (".gitattributes", "more.py"):  # a hub's, and anybody's
+        (folder / name).touch()
     assert difference(folder, Path(f"runs/{CODES}/mlx")).words.endswith("more.py is not of it")
     (folder / "more.py").unlink()
     (folder / "config.json").unlink()
@@ -199,27 +203,40 @@ def test_consistent_forgeries_end_at_what_they_stand_on(made, tmp_path, monkeypa
     (Path("alone") / "master.safetensors").write_bytes(other)
     with pytest.raises(errors.ModelError, match=r"lm_head|embed_tokens|norm"):
         proven("alone", "./tiny")  # it says so itself, but its other tensors are those of the run
+    Path("runs", ADAPTER, sums.FILE).unlink()
+    metrics = Path("runs", ADAPTER, "metrics.jsonl")
+    metrics.write_text(re.sub('"digest": "[^"]*"', '"digest": "certified"', metrics.read_text()))
+    assert "certified" not in str(proven(f"runs/{ADAPTER}/{ADAPTER}-lora.gguf"))
+    metrics.write_text(metrics.read_text().replace('"rows_per_client": [', '"rows_per_client": ["x", '))
+    with pytest.raises(errors.ModelError, match=r"metrics\.jsonl is damaged"):
+        proven("2")
 
 
 @pytest.mark.parametrize("part", ["codes", "scale", "zero"])
-def test_codes_that_the_method_does_not_give_are_not_proven(part: str, made: Path, tmp_path: Path) -> None:
+def test_an_artefact_without_a_list_is_what_its_source_gives(part: str, made: Path, tmp_path: Path) -> None:
     file = shutil.copytree(f"runs/{CODES}/model", tmp_path / "alone") / artefact.MASTER
-    (tmp_path / "alone" / sums.FILE).unlink()
-    assert "codes" in proven(str(file), "1")
+    file.with_name(sums.FILE).unlink()
+    config, name = file.with_name("config.json"), "model.norm.weight"
+    config.write_text(config.read_text().replace('"transformers_version": "', '"transformers_version": "9'))
+    assert proven(str(file), "1").keys() >= {"configuration", "codes"}
     at = next(start for name, start, _ in tensors_of(file) if name.endswith(f".{part}"))
     with flipped(file, at, 0):
         found = proven(str(file), "1")
     assert "other tensors" in found
     assert "codes" not in found
-    there, base = (
-        next((f, start, end) for name, start, end in tensors_of(f) if name == "model.norm.weight")
-        for f in (file, Path("tiny/model.safetensors"))
-    )
-    data = bytearray(file.read_bytes())
-    data[slice(*there[1:])] = base[0].read_bytes()[slice(*base[1:])]
-    file.write_bytes(data)
-    with pytest.raises(errors.ModelError, match=r"model\.norm\.weight, which holds no codes, is not that"):
-        proven(str(file), "1")  # but the base's
+    whole, base, head = load_file(file), load_file("tiny/model.safetensors"), safe_open(file, "pt").metadata()
+    cut = {n: tensor for n, tensor in whole.items() if n != name}
+    for tensors, words in (
+        (whole | {name: base[name]}, ", which holds no codes, is not that"),
+        (cut, " is in"),
+    ):
+        save_file(tensors, file, head)
+        with pytest.raises(errors.ModelError, match=name + words):
+            proven(str(file), "1")
+    config.write_text(config.read_text().replace('"rms_norm_eps": ', '"rms_norm_eps": 7'))
+    save_file(whole, file, head)
+    with pytest.raises(errors.ModelError, match=r"config\.json differs in byte"):
+        proven(str(file), "1")
 
 
 @pytest.mark.parametrize("folder", [f"runs/{CODES}/model", f"runs/{RUN}/hf", f"runs/{ADAPTER}/adapter"])
@@ -250,9 +267,14 @@ def test_a_head_whose_length_is_wrong_differs_in_its_bytes(made: Path) -> None:
 
 def test_a_ledger_without_a_digest_has_nothing_to_verify(made: Path, tmp_path: Path) -> None:
     file = tmp_path / "double.safetensors"
-    ledgers.load(f"runs/{RUN}/ledger.safetensors").scale(2).save(file)
+    ledger = ledgers.load(f"runs/{RUN}/ledger.safetensors")
+    ledger.scale(2).save(file)
     with pytest.raises(errors.LedgerError, match="states no digest"):
         proven(str(file), "tiny")
+    replace(ledger, head=replace(ledger.head, checks={"0": (base := ledger.head.base)})).save(file)
+    assert proven(str(file), "tiny")["weights"].endswith(
+        f"0 entries; 1 of 1 stated digests found again: {base}"
+    )
     with pytest.raises(errors.UsageError, match="which base model"):
         proven(str(file))
 
@@ -260,11 +282,10 @@ def test_a_ledger_without_a_digest_has_nothing_to_verify(made: Path, tmp_path: P
 def test_the_commands(made: Path, capsys: Capture) -> None:
     events = ok(capsys, "verify", "3", "--offline")
     assert (events[-1]["event"], events[-1]["declared"]) == ("verified", 2)
-    assert events[-1]["proven"] == sum(e.get("state") == "proven" for e in events) == 7
+    assert events[-1]["proven"] == sum(e.get("state") == "proven" for e in events) == 8
     with flipped(Path("tiny/model.safetensors"), -1, 0):
         assert "base digest" in refused(capsys, "verify", "1", "--offline", code=1)
     assert "--from" in refused(capsys, "verify", "tiny", "--offline")
-    assert "is not a run" in refused(capsys, "release", "3")
 
 
 def test_a_model_in_the_cache_is_compared_with_its_list(made: Path, own_cache: None) -> None:
@@ -272,7 +293,9 @@ def test_a_model_in_the_cache_is_compared_with_its_list(made: Path, own_cache: N
     shutil.copytree("tiny", target)
     cache._write_source(target, "index", sha256={})
     (target / "fleetune_loaded.json").touch()  # added later
-    assert f"files of {target.name}" in proven("smollm2-135m")
+    found = {link.what: link.words for link in fleetune.verify("smollm2-135m", offline=True)}
+    assert f"files of {target.name}" in found
+    assert found["other files"].endswith("fleetune_loaded.json first")
     for words, name, at in (
         (["smollm2-135m"], "config.json", 20),
         (["1", "smollm2-135m"], "model.safetensors", -1),

@@ -251,10 +251,10 @@ def test_waiting_with_patience_goes_on_with_those_that_are_there(tmp_path):
 
 def test_waiting_without_end_says_what_helps(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "WORD", 0.0)
-    memory, notes, looks = link(2), list[str](), iter(range(50))
+    memory, notes, looks = link(2), list[str](), [None] * 50
     memory.away.add("k1")
-    made = RemoteFleet(memory, Devices(tmp_path), JOB, 42, QUICK, look=lambda: next(looks), note=notes.append)
-    with pytest.raises(StopIteration):
+    made = RemoteFleet(memory, Devices(tmp_path), JOB, 42, QUICK, look=looks.pop, note=notes.append)
+    with pytest.raises(IndexError):
         made.wait_for(2)
     helps = "for 1 more of 2 devices; or stop it, and go on with --wait 1"
     assert (notes[-1], made.waits) == (f"the run waits {helps}", helps)

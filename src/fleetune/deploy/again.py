@@ -114,12 +114,12 @@ def _same(a: bytes, b: bytes | memoryview) -> int:
 def difference(path: Path, made: Path, seen: Iterable[str] = ()) -> FirstDifference:
     """Compare a file or folder with the one that was `made` again, but for the files that were `seen`.
 
-    A folder's README.md is left out, since people write in it.
+    A folder's README.md is left out, since people write in it, and hidden files, such as a hub adds.
     """
     if not made.is_dir():
         return _of_bytes(path, made)
     equal = sum((path / name).stat().st_size for name in seen)
-    names = [{p.name for p in folder.iterdir() if p.name not in seen} for folder in (path, made)]
+    names = [{p.name for p in folder.glob("[!.]*")}.difference(seen) for folder in (path, made)]
     if (path / sums.README).is_file():
         names = [each - {sums.README} for each in names]
     if odd := sorted(names[0] ^ names[1]):

@@ -8,6 +8,7 @@ weights that they were solved from; that they are this method's is declared.  Th
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from torch import Tensor
 from fleetune import compression, models
 from fleetune import subject as subjects
 from fleetune.common import sums
-from fleetune.common.display import counted, quoted, show
+from fleetune.common.display import changes, counted, quoted
 from fleetune.common.events import LinkVerified, Verified
 from fleetune.common.ggml import SCALES
 from fleetune.deploy import export, release, targets
@@ -32,7 +33,7 @@ from fleetune.deploy.again import Again, DiffersError, FirstDifference, differen
 from fleetune.deploy.checkpoint import Checkpoint, Tuned
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import artefact
-from fleetune.models.cache.names import is_adapter, is_master
+from fleetune.models.cache.names import MASTER, is_adapter, is_master
 from fleetune.models.gguf import header
 from fleetune.models.net.model import Model, stored_tensors
 from fleetune.runs import compression_folder, rundir
@@ -45,6 +46,7 @@ from fleetune.tuning.run import describe
 PROVEN: Final = "proven"
 DECLARED: Final = "declared"
 AGAIN: Final = "get it again from where it was made, or make it again"
+STAMP: Final = re.compile(rb'"transformers_version": "[\w.+]+"')
 FROM: Final = "name what it was made from: --from RUN, COMPRESSION or MODEL"
 
 Links = Iterator[LinkVerified]
@@ -153,11 +155,15 @@ def _of_folder(folder: Path, parents: Parents) -> Links:
     if (source := _source_of(folder, parents)) is not None:
         yield from _of_export(folder, source, parents)
         return
-    lists = sorted(file.parent for file in folder.rglob(sums.FILE))
+    lists = sorted(folder.rglob(sums.FILE))
     if not lists:
         raise UsageError(f"{folder} does not say what it was made from, and has no {sums.FILE}", hint=FROM)
-    for place in lists:
-        yield from _files(place)
+    for file in lists:
+        yield from _files(file.parent)
+    named = {p.parent / line[66:] for p in lists for line in p.read_text("utf-8").splitlines()}
+    files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name not in sums.LEFT_OUT]
+    if odd := sorted(p for p in files if p.parts[0][0] != "." and folder / p not in named):
+        yield _declared("other files", f"{len(odd)} that no {sums.FILE} names, {folder / odd[0]} first")
     yield _declared("origin", "these files are those that were written; what made them is not known here")
 
 
@@ -205,12 +211,11 @@ def _of_ledger(path: Path, base: str, parents: Parents) -> Links:
             f"after round {wrong[0]} {path} states other weights than it rebuilds ({len(wrong)} of {len(checks)} checks)",
             hint="the ledger was changed after it was made: get it again from its origin",
         )
-    found = f"{len(checks)} of {len(checks)} stated digests found again"
-    yield _proven(
-        "weights", f"rebuilt from base and {counted(len(ledger), 'entry', 'entries')}; {found}: {digest}"
-    )
+    last, found = max(checks), f"{len(checks)} of {len(checks)} stated digests found again"
+    entries = counted(int((ledger.rounds <= last).sum()), "entry", "entries")
+    yield _proven("weights", f"rebuilt from base and {entries}; {found}: {ledger.head.checks[str(last)]}")
     if ledger.final_check() is None:
-        yield _declared("later rounds", f"no digest is stated after round {max(checks)}")
+        yield _declared("later rounds", f"no digest is stated after round {last}; the last gives {digest}")
 
 
 def _of_adapter(folder: Path, parents: Parents) -> Links:
@@ -287,25 +292,31 @@ def _weights_of(run: Run, base: str, digest: str) -> Links:
     else:
         finished.require_digest(digest, run.ledger().final_check(), run.result)
         yield _base(run.recipe.model, base)
-        yield _proven("weights", f"rebuilt from base and ledger, as it states: {digest}")
+        yield _rebuilt(run, digest)
     yield from _declared_by(run)
 
 
+def _rebuilt(run: Run, digest: str = "not computed") -> LinkVerified:
+    stated = run.ledger().final_check()  # which was compared
+    what = f"as it states: {stated}" if stated else f"which states no digest; theirs is {digest}"
+    return _proven("weights", f"rebuilt from base and ledger, {what}")
+
+
 def _declared_by(run: Run) -> Links:
-    """What a run says of itself, and nobody can compute again from the result."""
+    """What a run says of itself, and nobody can compute again from the result; ModelError for what no run says."""
     done, recipe = finished.stated_by(run.folder), run.recipe
     start = next((e for e in rundir.events(run.folder) if e["event"] == "start"), {})
-    rows = [int(n) for n in start.get("rows_per_client", ())]
-    of = f"{f'{sum(rows):,}' if rows else 'the'} training rows of {counted(int(start.get('clients', 0)), 'client')}"
+    try:
+        rows = [int(n) for n in start.get("rows_per_client", ())]
+        of = f"{f'{sum(rows):,}' if rows else 'the'} training rows of {counted(int(start.get('clients', 0)), 'client')}"
+        measures = ", ".join(changes(done.get("base", {}), done.get("tuned", {})))
+        held = f"{done.get('rows', 0):,} held-out rows"
+        private = [str(r) for r in done.get("remarks", ()) if str(r).startswith("differential privacy")]
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ModelError(f"{run.folder / rundir.METRICS} is damaged ({error})", hint=AGAIN) from error
     yield _declared("data, clients", f"{describe.public(recipe.data)}; {of}; {recipe.method}")
-    measures = [
-        f"{n} {show(n, done.get('base', {}).get(n))} -> {show(n, v)}"
-        for n, v in done.get("tuned", {}).items()
-    ]
-    yield _declared("measures", f"{', '.join(measures)} on {done.get('rows', 0):,} held-out rows")
-    for remark in done.get("remarks", ()):
-        if str(remark).startswith("differential privacy"):
-            yield _declared("privacy", str(remark).partition(": ")[2])
+    yield _declared("measures", f"{measures} on {held}")
+    yield from (_declared("privacy", remark.partition(": ")[2]) for remark in private)
 
 
 # ---------------------------------------------------------------- codes from weights
@@ -374,7 +385,11 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
                 f"{master.folder} was made from {what} {then}, those of {name} are {found}", hint=FROM
             )
     yield _proven("compressed from", f"{name}: {head.base}")
-    dict(codes.passing(stored_tensors(model.net)))
+    names = dict(codes.passing(stored_tensors(model.net))).keys()
+    if other := sorted(names ^ set(master.names)):
+        has, lacks = (name, master.folder) if other[0] in names else (master.folder, name)
+        raise ModelError(f"{other[0]} is in {has}, and not in {lacks}", hint=AGAIN)
+    yield _beside(master.folder, model, name)
     odd = sorted(codes.left - head.grids.keys())
     if odd and head.grids:
         raise ModelError(
@@ -388,6 +403,22 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
         yield _proven("codes", f"{_made(head)}: solved again, every code and scale is equal")
     else:
         yield _declared("codes", _made(head))
+
+
+def _beside(folder: Path, model: Model, name: object) -> LinkVerified:
+    """Write what an artefact holds beside its weights again, and compare; ModelError for the first file that differs."""
+    with TemporaryDirectory() as place:
+        made = Path(place)
+        artefact.write_beside(made, model)
+        for file in made.glob("*config.json"):  # whose stamp is no setting
+            there = folder / file.name
+            if there.is_file() and (stated := STAMP.search(there.read_bytes())):
+                file.write_bytes(STAMP.sub(stated[0], file.read_bytes(), 1))
+        found = difference(folder, made, {MASTER, sums.FILE} & {p.name for p in folder.iterdir()})
+    if found.words:
+        hint = f"{AGAIN}; another version of transformers may write other files"
+        raise ModelError(f"{found.words}: {name} gives something else", hint=hint)
+    return _proven("configuration", f"it and the tokenizer, written again from {name}: every byte is equal")
 
 
 class HeldCodes:
@@ -411,7 +442,8 @@ class HeldCodes:
 
     def _is_of(self, name: str, W: Tensor) -> bool:
         if name not in self.master.head.grids:
-            return torch.equal(self.master.weight(name), W)
+            held = self.master.weight(name)
+            return held.dtype == W.dtype and torch.equal(held, W)
         if self.solver is None or W.dim() != 2 or self.solver.check(name, *W.shape):
             return False
         nothing = torch.zeros(()).expand(W.shape[1], W.shape[1])  # takes no memory
@@ -461,22 +493,19 @@ def _of_tuned(path: Path, run: Run, parents: Parents) -> Generator[LinkVerified,
     """Write the export of a run again, and compare; return its target."""
     yield from _files_of_run(run)
     adapter, digest = run.result.is_dir(), ""
-    what = "adapter" if adapter else "ledger, and are those that it states"
-    made = _proven(
-        "weights", f"made from base and {what}: {finished.stated_by(run.folder).get('digest', '')}"
-    )
-    if run.recipe.train == SCALES:
+    made = _proven("weights", "made from base and adapter")
+    if run.recipe.train == SCALES and not adapter:
         yield from _files_of_base(run.recipe.model, parents)
-        target = written_again(path, run, offline=parents.offline)
-        yield made
-        yield _base(run.recipe.model, rundir.made_on(run.folder)["base"])
+        target = written_again(path, run, offline=parents.offline)  # which compares what the ledger states
+        yield _rebuilt(run)
+        yield _base(run.recipe.model, run.ledger().head.base)
         yield from _declared_by(run)
         return target
     model = yield from _loaded_of(run, parents)
-    tuned = Tuned(model)
+    tuned = None if run.recipe.train == SCALES else Tuned(model)
     with ThreadPoolExecutor(1) as pool:
         again = pool.submit(written_again, path, run, tuned, offline=parents.offline)
-        if not adapter:
+        if tuned and not adapter:
             digest = models.digest(tuned.tensors())
         yield from _weights_of(run, model.digest, digest)
     target = again.result()

@@ -361,12 +361,17 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     tensors = (item for name, weight in weights() for item in stored(name, weight).items())
     with staged(folder, replace=MASTER) as new:
         write_in_turn(new / MASTER, table, tensors, {"master": head.to_json()})
-        model.net.config.save_pretrained(new)
-        mark_config(new)
-        if model.net.can_generate() and model.net.generation_config is not None:
-            model.net.generation_config.save_pretrained(new)
-        model.tokenizer.save_pretrained(new)
+        write_beside(new, model)
         sums.write(new)
+
+
+def write_beside(folder: Path, model: Model) -> None:
+    """Write what an artefact holds beside its weights: the configuration and the tokenizer."""
+    model.net.config.save_pretrained(folder)
+    mark_config(folder)
+    if model.net.can_generate() and model.net.generation_config is not None:
+        model.net.generation_config.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
 
 
 class Master:

@@ -1,5 +1,6 @@
 """Runs with differential privacy: what they promise, what they refuse, and that local steps hide rows as the papers say."""
 
+import dataclasses
 import json
 import math
 import re
@@ -96,11 +97,14 @@ def test_a_run_states_what_it_promises_wherever_it_is_read(tiny, method, level):
     assert "per_client" not in json.loads((run.folder / "eval.json").read_text())
 
 
-def test_how_loud_the_noise_is_is_told_where_both_it_and_the_clip_are_given(tiny):
-    told = list[str]()
+def test_how_loud_the_noise_is_is_told_where_both_it_and_the_clip_are_given(tiny, monkeypatch):
+    told, rows, bench = list[str](), list[int](), prepare.private.Bench
+    monkeypatch.setattr(prepare.private, "Bench", lambda *a: rows.append(len(a[1][0])) or bench(*a))
     given = {**PLAIN, "privacy": "client", "noise": 1.0, "clip_norm": 0.5, "set": LEVELS["fedit"]}
     recipe = recipes.make({"model": tiny, "data": "demo", "method": "fedit", **given})
     prepare.prepare(recipe, measure=False, note=told.append)
+    prepare.dry_run(dataclasses.replace(recipe, clip_norm=0.0), offline=True)
+    assert rows == [4, 2]  # for a dry run those of a step will do
     assert any("times as long as the clip: little can be learned" in line for line in told)
 
 

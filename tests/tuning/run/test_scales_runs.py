@@ -63,6 +63,13 @@ def test_a_run_that_tuned_a_file_has_the_bits_of_that_file(file, tmp_path):
     assert harness.bits(base.weights) == harness.bits(tuned.weights) == harness.bits(file)
     assert (base.bytes, tuned.bytes) == (file.stat().st_size, file.stat().st_size + run.path.stat().st_size)
     assert harness.bits(other.weights).all == 32
+    out, ledger = fleetune.export(run, to="gguf").path, run.ledger()
+    dataclasses.replace(ledger, head=dataclasses.replace(ledger.head, checks={})).save(run.path)
+    for name in ("SHA256SUMS", "metrics.jsonl", "env.json"):  # what they state is not proven
+        (run.folder / name).unlink()
+    proven = {link.what: link.words for link in fleetune.verify(out, offline=True)}
+    assert proven["weights"].endswith("which states no digest; theirs is not computed")
+    assert proven["base"].endswith(ledger.head.base)
 
 
 def test_eps_is_in_the_units_of_what_is_trained_unless_given():

@@ -294,7 +294,10 @@ def prepare(
         rows = "training" if recipe.privacy == private.NONE else "held-out"
         note(rates.told(names, job.method, search, seconds, rows))
     job = _with_rates(job, names, given, search, progress) if find and search else job
-    return replace(job, recipe=private.settled(job, find=find, note=note))
+    if recipe.privacy != private.NONE:
+        progress("finding the noise and the clip", 0, 0, "")
+    few = job if find else replace(job, validation=job.validation[: batch_size_of(job.method)])
+    return replace(job, recipe=private.settled(few, find=find, note=note))
 
 
 def _divided(
