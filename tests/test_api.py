@@ -5,6 +5,7 @@ import inspect
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,8 @@ from command_line import FEW
 from fleetune import errors, models
 from fleetune.api import names
 from fleetune.compression.methods import qronos
+from fleetune.data import Example, read
+from fleetune.data.encode import encode_all
 from fleetune.deploy import harness
 from fleetune.deploy.serve import ENGINES
 from fleetune.evaluation import losses
@@ -107,9 +110,6 @@ def test_a_run_gives_its_model_its_ledger_and_its_history(at):
 
 
 def _encoded(model: Any) -> Any:
-    from fleetune.data import Example
-    from fleetune.data.encode import encode_all
-
     return encode_all([Example((("user", "say 1"),), "1 it is", {})], model.tokenizer, 64)[0]
 
 
@@ -124,8 +124,7 @@ def test_an_adapters_run_gives_its_tensors():
 
 def test_a_method_may_be_its_own_dataclass():
     by_name = tune()
-    typed = tune(method=fedkseed.Method(**SMALL), settings={})
-    assert typed.digest == by_name.digest
+    assert tune(method=fedkseed.Method(**SMALL), settings={}).digest == by_name.digest
     with pytest.raises(errors.UsageError, match=r"list of builtins is no method"):
         tune(method=[])
     with pytest.raises(errors.UsageError, match="the method is a class"):
@@ -306,8 +305,6 @@ class Holes(Table):
 
 
 def test_missing_values_of_a_table_are_no_texts(tmp_path):
-    from fleetune.data import read
-
     rows = read(objects.data_name(Holes(), tmp_path))
     assert [row.meta for row in rows] == [{"n": "2.0"}, {}, {}]
     assert {row.response for row in rows} == {"a"}
@@ -388,8 +385,6 @@ def test_nothing_is_ignored_in_silence(at):
 
 
 def test_two_threads_load_and_tune_as_one_would(at):
-    from concurrent.futures import ThreadPoolExecutor
-
     def tuned(seed: int, out: str = "both") -> str:
         return tune(method="fedit", settings={"r": 2, "steps": 2}, seed=seed, out=f"{out}-{seed}").digest
 

@@ -96,8 +96,7 @@ def test_the_command_recipes_and_demo_work_outside_the_repository(site, tmp_path
 
 
 def test_the_pages_are_read_where_there_is_no_source_tree(site, tmp_path):
-    page = run(site, tmp_path, "-m", "fleetune", "help", "data")
-    assert page.startswith("# My data\n")
+    assert run(site, tmp_path, "-m", "fleetune", "help", "data").startswith("# My data\n")
     unit = (ROOT / "deploy" / "fleetune-device.service").read_text(encoding="utf-8")
     assert run(site, tmp_path, "-m", "fleetune", "help", "fleetune-device.service") == unit
     assert "## DataError\n" in run(site, tmp_path, "-m", "fleetune", "help", "DataError")

@@ -18,7 +18,7 @@ import fleetune
 from fleetune.cli import main
 from fleetune.cli.console import Ui
 from fleetune.common import __version__
-from fleetune.errors import UsageError
+from fleetune.errors import UsageError, called
 
 COMMANDS = sorted(main.COMMANDS.members())
 LIGHT = ["", *shlex.split("--help --version methods models recipes runs tun"), "plan --help", "tune --help"]
@@ -217,8 +217,6 @@ def test_off_a_terminal_work_that_counts_nothing_is_named(monkeypatch):
 
 
 def test_an_error_names_the_run_and_not_the_folder_on_the_way():
-    from fleetune.errors import called
-
     scratch, run = Path("runs/.export-x/0001-a"), Path("runs/0001-a")
     with pytest.raises(UsageError) as caught, called(scratch, run):
         raise UsageError(f"{scratch} holds plain weights", hint=f"not {scratch}")

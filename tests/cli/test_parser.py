@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fleetune import compression
 from fleetune.cli import main, parser
+from fleetune.cli.console import Ui
 from fleetune.common import words
 from fleetune.deploy import targets
 from fleetune.errors import FleetuneError, RecipeError, UsageError
@@ -151,8 +152,6 @@ def test_a_target_is_found_in_any_case_and_by_the_names_of_llama_cpp():
 def test_bits_that_a_plain_model_does_not_have_are_refused_with_the_compression_that_makes_them(
     tmp_path, monkeypatch
 ):
-    from fleetune.cli.console import Ui
-
     monkeypatch.chdir(tmp_path)
     args = main.parse(shlex.split("export m --to gguf:Q4_K_M"))
     with pytest.raises(FleetuneError) as caught:

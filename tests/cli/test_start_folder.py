@@ -58,8 +58,7 @@ def test_a_run_is_resumed_from_another_folder(elsewhere, capsys):
     assert main(["tune", "--resume", str(run)]) == 0
     assert f"{run}/report.html" in capsys.readouterr().out
     assert (run / "run.toml").read_text() == recipe  # the names that the user gave
-    after = done_of(run)
-    assert after["digest"] == before["digest"]
+    assert done_of(run)["digest"] == before["digest"]
     assert files.read_json(run / "env.json", "")[rundir.STARTED_IN] == "../.."
     assert len(Run(run).held_out()) == 4
     # finished already: its files are named as seen from here

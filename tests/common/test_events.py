@@ -1,6 +1,8 @@
 """Every line that a command prints with `--json` is one of the events of the JSON schema that docs/build.py writes; none is left out."""
 
+import contextlib
 import functools
+import io
 import json
 import runpy
 from pathlib import Path
@@ -101,9 +103,6 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
 
 
 def _printed(command: str, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    import contextlib
-    import io
-
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         cli.main([*command.split(), "--json", "--offline", "-q"])

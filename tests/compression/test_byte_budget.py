@@ -39,8 +39,7 @@ def told(events: Events) -> dict[str, Any]:
 
 def exported(capsys: Capture, folder: Path) -> Path:
     """The newest compressed model as a file with the name that `export` gives it."""
-    events = ok(capsys, "export", "latest", "--to", "gguf")
-    return folder / events[0]["path"]
+    return folder / ok(capsys, "export", "latest", "--to", "gguf")[0]["path"]
 
 
 def test_the_file_has_the_size_that_was_said(model: str, at: Path, capsys: Capture) -> None:

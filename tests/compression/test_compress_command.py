@@ -24,6 +24,8 @@ from command_line import call_json as call
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.common import files
+from fleetune.compression.jobs import job
+from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
 from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import text_rows
@@ -61,15 +63,10 @@ def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: Capture
 
 def test_a_tuned_run_is_compressed_from_its_ledger(tiny: str, at: Path, capsys: Capture) -> None:
     """What is compressed is the tuned model: rounding its weights to nearest by hand gives the same artefact."""
-    from fleetune import compression
-    from fleetune.compression.layerwise import driver
-    from fleetune.tuning.result import finished
-
     quick = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "0", "--rounds", "1"]
     zo = ["--method", "fedkseed", "--clients", "2", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2"]
     assert call(capsys, "tune", tiny, "demo", *quick, *zo)[0] == 0
-    out = ok(capsys, "compress", "latest", "--method", "rtn", "--set", "group=8")
-    done = out[-1]
+    done = ok(capsys, "compress", "latest", "--method", "rtn", "--set", "group=8")[-1]
     run = finished.load(at / "runs" / "latest")
     finished.merge_weights(run)
     parts = driver.run(run, compression.make("rtn", {"group": 8}), None, at / "parts")
@@ -81,13 +78,9 @@ def test_a_tuned_run_is_compressed_from_its_ledger(tiny: str, at: Path, capsys: 
         assert torch.equal(found.scale, weight.scale)
     assert done["before"]["loss"] != done["after"]["loss"]
     assert Path(done["folder"]).name == "0002-rtn-fedkseed-tiny"
-    values = {}
-    for name in ("latest", "1", "2"):
-        out = ok(capsys, "eval", name, "--tasks", "loss")
-        values[name] = out[-1]["loss"]
+    values = {name: ok(capsys, "eval", name, "--tasks", "loss")[-1]["loss"] for name in ("latest", "1", "2")}
     assert values["latest"] == values["2"] != values["1"], "latest is the newer of run and compressed model"
-    out = ok(capsys, "compress", "latest", *SMALL)
-    assert "loss" in out[-1]["after"]
+    assert "loss" in ok(capsys, "compress", "latest", *SMALL)[-1]["after"]
 
 
 @pytest.mark.parametrize("change", ["", "text", "weights", "settings"])
@@ -119,9 +112,7 @@ def test_a_stopped_one_is_taken_up_again_and_does_not_go_on_with_something_else(
         # without its checksum, as earlier versions wrote it
         record = files.read_json(folder / "compress.json", "")
         (folder / "compress.json").write_text(json.dumps(record | {"set": {"group": "8", "bits": "3"}}))
-    code, said, _ = call(capsys, "compress", "--resume", "latest")
-    assert code == 2
-    assert "something has changed since" in said[-1]["message"]
+    assert "something has changed since" in refused(capsys, "compress", "--resume", "latest")
     assert [p.name for p in (folder / "parts").glob("block-*")] == ["block-0000.safetensors"]
 
 
@@ -137,8 +128,6 @@ def test_methods_are_listed_with_their_settings(capsys: Capture) -> None:
 
 def test_the_default_method_is_that_which_changes_the_model_least(tmp_path: Path) -> None:
     """Where devices calibrate it is one that needs no dense model beside the compressed one."""
-    from fleetune import compression
-    from fleetune.compression.jobs import job
 
     def method(**options: Any) -> str:
         return job.request_for("tiny", None, {}, options, out=tmp_path).method  # type: ignore[arg-type]
@@ -222,10 +211,9 @@ def test_a_reference_with_other_tokens_is_refused_before_a_model_is_loaded(tiny,
 
     other = other_tokens(at)
     monkeypatch.setattr(models, "load", no_model)
-    code, told, _ = call(capsys, "measure", tiny, "--reference", other, "--text", "text.txt")
-    assert code == 2
-    assert "have different tokens" in told[-1]["message"]
-    assert "the model that it was made from" in told[-1]["hint"]
+    told = refused(capsys, "measure", tiny, "--reference", other, "--text", "text.txt")
+    assert "have different tokens" in told
+    assert "the model that it was made from" in told
 
 
 LOSS = ["rows.jsonl", "--tasks", "loss"]

@@ -121,8 +121,7 @@ def test_an_expert_is_solved_as_a_layer_is(method: str, family: str, tmp_path: P
 def test_experts_of_which_transformers_says_nothing_stay(tmp_path: Path) -> None:
     """Whether their matrices are [in, out], and what is between them."""
     changes = {"intermediate_size_mlp": 64, "attention_chunk_size": 64, "no_rope_layers": [1] * 3}
-    model = model_of("llama4_text", **changes)
-    assert driver.experts_left(model, taken=True) == 3
+    assert driver.experts_left(model_of("llama4_text", **changes), taken=True) == 3
     assert driver.experts_left(model_of("qwen3_moe"), taken=True) == 0
     assert driver.experts_left(model_of("qwen3_moe"), taken=False) == 3
     assert driver.experts_left(models.tiny_llama(), taken=False) == 0

@@ -17,9 +17,13 @@ from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.blocks import FinishedBlocks
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians, from_lower_triangle, lower_triangle
+from fleetune.data.encode import encode_all
 from fleetune.models import Model
-from fleetune.models.artefact import dense
+from fleetune.models.artefact import Master, dense
+from fleetune.tuning import methods
 from fleetune.tuning.exchange.messages import Message, Payload, decode, encode
+from fleetune.tuning.prepare import prepare
+from fleetune.tuning.result import finished
 
 
 def text(count: int, length: int = 16, seed: int = 3) -> Tensor:
@@ -292,10 +296,6 @@ def tuned_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On training rows: every client's first windows of its own, none of the held-out ones."""
-    from fleetune.tuning import methods
-    from fleetune.tuning.prepare import prepare
-    from fleetune.tuning.result import finished
-
     out = ["--out", str(tuned_run)]
     events = ok(capsys, "compress", "latest", *SMALL, "--calibrate", "clients", *out)
     done = events[-1]
@@ -307,15 +307,11 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
     parts = prepare.split(recipe, methods.entry(recipe.method))
     model = finished.load(tuned_run / "latest")
     finished.merge_weights(model)
-    from fleetune.data.encode import encode_all
-
     shares = {}
     for client, rows in enumerate(parts.clients):
         encoded = encode_all([parts.examples[i] for i in rows], model.tokenizer, recipe.max_length)[0]
         shares[client] = driver.windows([row.ids for row in encoded], 32, 2)
     want, _ = by_clients(model, shares, tuned_run / "parts")
-    from fleetune.models.artefact import Master
-
     master = Master(Path(done["folder"]) / "model")
     for name in want:
         assert torch.equal(master.weight(name), dense(want[name]))

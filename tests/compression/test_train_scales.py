@@ -66,8 +66,7 @@ def test_moved_scales_stay_on_the_grid(kind: str, bits: int) -> None:
     """Codes and small integers are kept; the type that held the matrix holds it still."""
     q = matrix(kind, bits)
     found, g = MovableScales(q), torch.Generator().manual_seed(2)
-    same = found.on_grid(q)
-    assert torch.equal(same.dense(), q.dense()), "nothing moved"
+    assert torch.equal(found.on_grid(q).dense(), q.dense()), "nothing moved"
     with torch.no_grad():
         for p in found.parameters():
             p.uniform_(-0.05, 0.05, generator=g)

@@ -38,8 +38,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(error: type[Exception], tmp_path
         run(tmp_path / "p", stop)
     assert [p.name for p in (tmp_path / "p").iterdir()] == ["state.safetensors"]
     more: dict[int, float] = {}
-    got = run(tmp_path / "p", lambda step, n, loss: more.update({step: loss}))
-    assert got == want
+    assert run(tmp_path / "p", lambda step, n, loss: more.update({step: loss})) == want
     assert min(more) == (6 if error is Interrupted else 5)
     assert [(seen | more)[s] for s in range(1, 9)] == whole
     assert run(tmp_path / "p", lambda *_: pytest.fail("all is done already")) == want

@@ -172,8 +172,7 @@ def test_2_what_is_written_is_read_back_and_what_is_rounded_is_said(to, written)
     out = report.path
     assert (report.to, out) == (to, place(to, out.parent))
     assert [path.name for path in out.parent.iterdir()] == [out.name]
-    found = contents(out)
-    assert report.bytes == sum(map(len, found.values()))
+    assert report.bytes == sum(map(len, contents(out).values()))
     assert 0 <= report.exact <= report.tensors
     assert report.exact == report.tensors or any("rounded" in note for note in report.notes)
     assert sum(report.types.values()) >= report.tensors
@@ -267,8 +266,7 @@ def test_7_a_file_says_where_the_model_comes_from(to, sources, written):
     whole = b"".join(contents(written(to).path).values())
     stated = bool(targets.find(to).states("PROVENANCE"))
     if targets.find(to).takes != "adapter" and (source := source_of(to, sources)) != sources["plain"]:
-        digest = artefact.Master(source).digest().encode()
-        assert (digest in whole) == stated
+        assert (artefact.Master(source).digest().encode() in whole) == stated
     else:
         assert (MADE["fleetune.method"].encode() in whole) == stated
 

@@ -172,8 +172,7 @@ UNTITLED = {
 
 @pytest.mark.parametrize("name", UNTITLED)
 def test_a_header_with_few_names_is_no_title(name: str) -> None:
-    rows = list(csv.reader(UNTITLED[name], delimiter=";"))
-    assert readers.header_at(rows) == 0
+    assert readers.header_at(list(csv.reader(UNTITLED[name], delimiter=";"))) == 0
 
 
 def test_lines_of_excel_and_cells_that_it_leaves_out(tmp_path: Path) -> None:

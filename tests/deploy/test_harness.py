@@ -13,6 +13,7 @@ from fleetune import models
 from fleetune.common.memory import peak_rss
 from fleetune.deploy import export, harness
 from fleetune.deploy.harness import MeasureJob, kept_gain
+from fleetune.deploy.torch_engine import of_artefact
 from fleetune.errors import DataError, FleetuneError, UsageError
 
 
@@ -167,8 +168,6 @@ def test_a_process_measures_what_the_model_gives_and_its_own_memory(artefact: Pa
 
 
 def test_steps_write_the_greedy_continuation(artefact: Path) -> None:
-    from fleetune.deploy.torch_engine import of_artefact
-
     engine = of_artefact(str(artefact), "fp32", True)
     engine.prefill([1, 2, 3])
     seen = [1, 2, 3]

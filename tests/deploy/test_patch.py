@@ -208,8 +208,7 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, made: 
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-        content = file.read_bytes()
-        assert content in (old, new)
+        assert file.read_bytes() in (old, new)
         file.write_bytes(old)
         file.with_name(".x").unlink(missing_ok=True)
     patch.apply(file, made)
@@ -229,8 +228,7 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
     run = fleetune.tune(str(file), rows, method=method, out=tmp_path / "runs", **few)
     assert run.done.digest != models.load(str(file), device="cpu").digest
     out = fleetune.export(run, path=tmp_path / "new" / "tuned.gguf").path
-    tuned = models.load(str(out), device="cpu")
-    assert tuned.digest == run.done.digest
+    assert models.load(str(out), device="cpu").digest == run.done.digest
     made = patch_make.of_ledger(file, finished.ledger_of(Path(run.done.run)))
     assert made.result == sha256(out)
     assert len(made.file) < 20_000

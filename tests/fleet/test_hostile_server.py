@@ -100,7 +100,7 @@ def ready(task: str = "tune", **changes: Any) -> Worker:
     """A device that has taken a job of a task, which is about the result that `saved` saves."""
     device = worker(**{"eval": {"held_out": 4}, "calibrate": {"calibrate": True}}.get(task, {}))
     if task != "tune" and not changes.keys() & {"result", "method"}:
-        changes["result"] = result.digest_of(ADAPTER)
+        changes["result"] = result.digest_of(ADAPTER if ADAPTER.exists() else saved())
     assert take(device, task=task, **changes).what == "ready"
     return device
 
@@ -311,7 +311,6 @@ def tokens_in(more: np.ndarray, less: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_tokens_are_read_out_of_two_sums_where_a_device_lets_them(place, monkeypatch, guarded):
-    saved()
     ids = np.concatenate([row.ids for row in encoded()])
     if not guarded:
         monkeypatch.setattr(Calibration, "least_tokens", lambda self: 1)
@@ -440,7 +439,6 @@ def test_a_model_made_for_it_tells_no_large_number(place, monkeypatch):
     """A loss of any size would hold several tokens: a mean is at most twice that of a guess."""
     losses = np.array([1e6, 2e6]), np.array([3, 4])
     monkeypatch.setattr(eval_device, "all_row_losses", lambda *asked: losses)
-    saved()
     told = decode(ask(ready("eval"), "eval", brought()).body).payload.scalars
     most = 2 * math.log(models.load_config("model").vocab_size)
     assert float(told["tuned"]) / float(told["tokens"]) == pytest.approx(most, abs=1e-3)
@@ -523,7 +521,6 @@ def test_every_file_of_an_adapter_is_in_the_list_that_the_job_states(place):
 
 def test_windows_go_through_one_compressed_form_of_each_block(place):
     """Behind weights of the server's choice the sums of the same tokens are others, as many as it likes."""
-    saved()
     block = driver.linears_of(models.load("model", device="cpu"))[0][1]
     weights = {name: p.detach().numpy() for name, p in parameters_of(block, ()).items()}
     grids = json.dumps(dict.fromkeys(weights))
@@ -678,7 +675,6 @@ def test_a_stop_is_heard_between_the_windows_of_a_calibration(place):
 
 
 def test_a_device_has_so_many_windows_at_most(place, monkeypatch):
-    saved()
     monkeypatch.setattr(calibration_device, "MOST", 200)
     device = ready("calibrate")
     began = ask(device, "begin", brought(windows=400, length=1))
@@ -709,7 +705,6 @@ def test_a_servers_last_words_are_one_line(place):
 
 def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place):
     """Behind weights that were placed, or in another type, they would be other sums of the same tokens."""
-    saved()
     device, stated = ready("calibrate"), result.digest_of(ADAPTER)
     whole = sum(len(row.ids) for row in encoded())
 
@@ -741,7 +736,6 @@ def test_sums_are_over_the_same_windows_of_one_model_whatever_a_job_says(place):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_sums_are_made_in_any_type(place, dtype):
-    saved()
     device = ready("calibrate", base=base_digest(dtype), dtype=dtype)
     assert ask(device, "begin", brought(windows=150, length=1)).what == "done"
     assert ask(device, "block", b"").what == "done"

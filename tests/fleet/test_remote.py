@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,17 +88,17 @@ def link(count: int = 3, seed: int = 0, odd: float = 0.0) -> Memory:
     return Memory(devices, random.Random(seed), odd)
 
 
-def fleet(link: Memory, folder: Path, pace: Pace = QUICK) -> RemoteFleet:
+def fleet_of(link: Memory, folder: Path, pace: Pace = QUICK, **more: Any) -> RemoteFleet:
     devices = Devices(folder)
     devices.register([(key, key) for key in link.devices])
-    made = RemoteFleet(link, devices, JOB, 42, pace)
+    made = RemoteFleet(link, devices, JOB, 42, pace, **more)
     made.wait_for(len(link.devices))
     return made
 
 
 def test_every_client_answers_once_and_knows_its_number_key_and_memory(tmp_path):
     memory = link()
-    made = fleet(memory, tmp_path)
+    made = fleet_of(memory, tmp_path)
     assert list(made.rows) == [10, 11, 12]
     assert list(made.present()) == [0, 1, 2]
     for round in (1, 2):
@@ -116,7 +117,7 @@ def test_every_client_answers_once_and_knows_its_number_key_and_memory(tmp_path)
 
 def test_a_device_that_has_lost_its_memory_is_next_asked_for_work_without_one(tmp_path, monkeypatch):
     memory = link(2)
-    made, honest = fleet(memory, tmp_path), memory.answer
+    made, honest = fleet_of(memory, tmp_path), memory.answer
 
     def forgets(key: str, order: Order) -> bytes:
         done = honest(key, order)
@@ -134,7 +135,7 @@ def test_a_device_that_has_lost_its_memory_is_next_asked_for_work_without_one(tm
 @settings(max_examples=60)
 @given(st.integers(0, 10_000), st.floats(0.0, 0.1), st.integers(1, 5))
 def test_whatever_restarts_or_is_lost_each_client_has_one_answer_its_own(tmp_path_factory, seed, odd, count):
-    made = fleet(link(count, seed, odd), tmp_path_factory.mktemp("run"), Pace(grace=20, poll=0))
+    made = fleet_of(link(count, seed, odd), tmp_path_factory.mktemp("run"), Pace(grace=20, poll=0))
     for round in (1, 2, 3):
         answers = sorted(made.ask(round, range(count), f"r{round}".encode()))
         assert [a.client for a in answers] == list(range(count))
@@ -143,7 +144,7 @@ def test_whatever_restarts_or_is_lost_each_client_has_one_answer_its_own(tmp_pat
 
 def test_one_that_does_not_come_back_is_dropped_after_the_grace_and_asked_again_when_it_is_there(tmp_path):
     memory = link()
-    made = fleet(memory, tmp_path)
+    made = fleet_of(memory, tmp_path)
     memory.away.add("k1")
     answers = {a.client: a for a in made.ask(1, [0, 1, 2], b"x")}
     assert (answers[1].status, answers[1].data) == ("dropped", None)
@@ -160,7 +161,7 @@ def test_one_that_does_not_come_back_is_dropped_after_the_grace_and_asked_again_
 
 def test_one_that_is_back_and_loads_is_waited_for_but_not_one_that_dies_of_it_again_and_again(tmp_path):
     memory = link(2)
-    made, notes = fleet(memory, tmp_path), list[str]()
+    made, notes = fleet_of(memory, tmp_path), list[str]()
     memory.marks["k1"], loaded, made.note = 1, time.monotonic() + 4 * (QUICK.grace or 0), notes.append
     memory.held = lambda key, order: key == "k1" and time.monotonic() < loaded  # type: ignore[method-assign]
     assert {a.client: a.status for a in made.ask(1, [0, 1], b"x")} == {0: "ok", 1: "ok"}
@@ -174,7 +175,7 @@ def test_one_that_is_back_and_loads_is_waited_for_but_not_one_that_dies_of_it_ag
 
 def test_one_that_loads_when_a_round_ends_is_not_said_to_be_away(tmp_path):
     memory = link(2)
-    made, pull = fleet(memory, tmp_path), memory.pull
+    made, pull = fleet_of(memory, tmp_path), memory.pull
     memory.marks["k1"] = 1
 
     def never(numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
@@ -192,7 +193,7 @@ def test_the_grace_is_twice_the_last_rounds_median_time_but_not_where_devices_st
 ):
     memory, clock, each = link(), time.monotonic, [3.0]
     now = [clock()]
-    made, honest = fleet(memory, tmp_path, Pace(poll=0)), memory.answer
+    made, honest = fleet_of(memory, tmp_path, Pace(poll=0)), memory.answer
 
     def slow(key: str, order: Order) -> bytes:
         now[0] += each[0] if order.what == "work" else 0
@@ -261,8 +262,7 @@ def test_waiting_without_end_says_what_helps(tmp_path, monkeypatch):
 
 def test_a_device_that_goes_is_named(tmp_path):
     memory, notes = link(2), list[str]()
-    made = RemoteFleet(memory, Devices(tmp_path), JOB, 42, QUICK, note=notes.append)
-    made.wait_for(2)
+    made = fleet_of(memory, tmp_path, note=notes.append)
     memory.away.add("k1")
     made.ready()
     made.ready()
@@ -273,7 +273,7 @@ def test_a_device_that_goes_is_named(tmp_path):
 def test_one_that_is_there_and_never_answers_does_not_hold_up_the_others_for_ever(tmp_path, monkeypatch):
     """A round ends by itself once half of its devices have answered; where they stand apart, by the deadline alone."""
     monkeypatch.setattr(remote, "LEAST", 0.2)
-    made = fleet(memory := link(), tmp_path)
+    made = fleet_of(memory := link(), tmp_path)
     memory.held = lambda key, order: key == "k2"  # type: ignore[method-assign]
     found = {a.client: (a.status, a.reason) for a in made.ask(1, [0, 1, 2], b"x")}
     assert found == {0: ("ok", ""), 1: ("ok", ""), 2: ("late", "no answer in 0.2 s")}
@@ -288,7 +288,7 @@ def test_one_that_is_there_and_never_answers_does_not_hold_up_the_others_for_eve
 
 
 def test_a_device_is_its_key_and_brings_the_same_rows(tmp_path):
-    made = fleet(link(), tmp_path)
+    made = fleet_of(link(), tmp_path)
     run = made.devices.run
     again = link()
     again.devices["k1"] = Device(99, "f" * 64, 1, 1, "0")
@@ -307,7 +307,7 @@ def test_a_device_is_its_key_and_brings_the_same_rows(tmp_path):
 
 def test_a_newcomer_gets_the_next_number(tmp_path):
     memory = link(2)
-    made = fleet(memory, tmp_path)
+    made = fleet_of(memory, tmp_path)
     memory.devices["new"] = Device(7, "e" * 64, 1, 1, "0")
     for _ in range(3):
         list(made.ask(1, made.present(), b"x"))
@@ -381,7 +381,7 @@ def test_waiting_goes_on_while_a_device_could_come(tmp_path, key):
 
 def test_a_run_ends_when_all_its_devices_come_back_with_other_rows(tmp_path):
     memory = link(2)
-    made = fleet(memory, tmp_path)
+    made = fleet_of(memory, tmp_path)
     for number, key in enumerate(list(memory.devices)):
         memory.devices[key] = Device(99, "f" * 64, 1, 1, "0")
         memory.marks[key] = 7 + number
@@ -396,8 +396,7 @@ def test_versions_are_kept_shown_and_named_once_where_they_are_others(tmp_path):
     own = dataclasses.replace(memory.devices["k0"], **versions)
     memory.devices |= {"k0": own, "k1": dataclasses.replace(own, version="0.0.9", torch="1.2.3+cu")}
     kept_by = {"note": notes.append, "audit": lambda what, **fields: log.append(fields)}
-    made = RemoteFleet(memory, Devices(tmp_path), JOB, 42, QUICK, **kept_by)
-    made.wait_for(2)
+    made = fleet_of(memory, tmp_path, **kept_by)
     memory.marks["k1"] = 5  # it comes in anew
     made.ready()
     for _ in range(3):
@@ -417,8 +416,7 @@ def test_versions_are_kept_shown_and_named_once_where_they_are_others(tmp_path):
 def test_a_device_that_comes_in_anew_all_the_time_fills_no_log(tmp_path, monkeypatch):
     memory, log, now = link(2), list[str](), [0.0]
     audit = lambda what, **fields: log.append(fields["name"])  # noqa: E731
-    made = RemoteFleet(memory, Devices(tmp_path), JOB, 42, QUICK, audit=audit)
-    made.wait_for(2)
+    made = fleet_of(memory, tmp_path, audit=audit)
     monkeypatch.setattr("fleetune.fleet.link.time.monotonic", lambda: now[0])
     for second in range(600):
         memory.marks["k0"], now[0] = second, 1e6 + second
@@ -437,14 +435,13 @@ def test_a_resumed_server_gives_the_same_order(tmp_path):
     orders = []
     for _ in range(2):
         memory = link(1)
-        made = fleet(memory, tmp_path)
-        list(made.ask(3, [0], b"x"))
+        list(fleet_of(memory, tmp_path).ask(3, [0], b"x"))
         orders += [o.encode() for o in memory.seen if o.what == "work"]
     assert orders[0] == orders[1]
 
 
 def test_a_damaged_table_is_named(tmp_path):
-    fleet(link(), tmp_path)
+    fleet_of(link(), tmp_path)
     file = tmp_path / FILE
     assert file.stat().st_mode & 0o777 == 0o600
     file.write_text(file.read_text()[:40])
@@ -480,15 +477,12 @@ def made(
 ) -> tuple[Slow, RemoteFleet, list[str]]:
     """A fleet of so many devices over a link in memory, and what it notes; a round that never ends fails."""
     there, notes = Slow(link(count).devices, random.Random(seed), odd), list[str]()
-    until, devices = time.monotonic() + 60, Devices(folder)
-    devices.register([(key, key) for key in there.devices])
+    until = time.monotonic() + 60
 
     def look() -> None:
         assert time.monotonic() < until, "the round does not end"
 
-    fleet = RemoteFleet(there, devices, JOB, 42, pace, look=look, note=notes.append)
-    fleet.wait_for(count)
-    return there, fleet, notes
+    return there, fleet_of(there, folder, pace, look=look, note=notes.append), notes
 
 
 def look_around(fleet: RemoteFleet, look: Callable[[], object]) -> None:
@@ -629,13 +623,11 @@ def of_first(moods: Sequence[tuple[str, float]], folder: Path, deadline: float) 
     """What becomes of the first device in two rounds, and how often it is asked, beside others of these moods."""
     clock = Clock()
     there = Moody(link(len(moods)).devices, random.Random(0), clock=clock)
-    devices, pace, found = Devices(folder), Pace(grace=1.0, deadline=deadline, again=0.2), []
-    devices.register([(key, key) for key in there.devices])
+    pace, found = Pace(grace=1.0, deadline=deadline, again=0.2), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote, "time", clock)
         patch.setattr(remote, "Asking", lambda *args, **more: Asking(*args, began=clock.now, **more))
-        fleet = RemoteFleet(there, devices, JOB, 42, pace, note=lambda text: None, apart=True)
-        fleet.wait_for(len(moods))
+        fleet = fleet_of(there, folder, pace, note=lambda text: None, apart=True)
         there.moods = {f"k{i}": mood for i, mood in enumerate(moods)}
         for round in (1, 2):
             assert list(fleet.present()) == list(range(len(moods)))

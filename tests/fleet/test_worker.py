@@ -161,8 +161,7 @@ def test_its_memory_follows_the_servers_word(place, tmp_path, worker, job):
     lost = step(4, (1, first.kept[1]))
     assert lost.what == "failed"
     assert lost.code == "remembers 1"
-    other = step(4, (3, 12345))
-    assert other.what == "failed"
+    assert step(4, (3, 12345)).what == "failed"
 
 
 def test_a_server_whose_orders_fail_at_once_fills_no_console(worker, job, caplog, monkeypatch):

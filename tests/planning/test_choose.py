@@ -20,8 +20,7 @@ def recipe(model: str, **values: object) -> Recipe:
 
 def test_the_method_is_the_one_that_plan_recommends_and_is_said(tiny):
     told: list[str] = []
-    chosen = choose.settled_method(recipe(tiny), told.append, offline=True)
-    assert chosen.method == "fedit"
+    assert choose.settled_method(recipe(tiny), told.append, offline=True).method == "fedit"
     assert told[0].startswith(
         "method fedit, since none was given: it learns most from a step and takes about"
     )

@@ -80,8 +80,7 @@ def test_what_has_no_place_on_a_model_is_not_planned():
 
 
 def test_llama_7b_gives_the_figures_of_the_papers():
-    params = shapes.shape_of(LLAMA_7B).params
-    assert params == 6_738_415_616
+    assert shapes.shape_of(LLAMA_7B).params == 6_738_415_616
     text = dict(plan.describe(LLAMA_7B, "llama-7b", device_cost.Workload()))["state only"]
     assert "13.5 GB to run in fp16" in text
     assert "108 GB to tune with Adam" in text
@@ -247,12 +246,16 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("fedit", {"variant": "sb", "start": "pissa"}),
 ]
 ADAPTED = [*((name, {}) for name in ("fedit", "fedpetuning", "fedpeptao", "fwdllm")), *VARIANTS]
+TARGETS = ("all-linear", "query-value", "LAST, 1.SECOND")
+ADAPTED += [(name, {"targets": t}) for name in ("fedit", "fedpetuning", "fwdllm") for t in TARGETS]
 MODELS = {"llama": tiny_llama, "bert": tiny_bert, "roberta": tiny_roberta}
 
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize(("name", "values"), ADAPTED)
 def test_what_a_method_trains_is_what_it_attaches(name, values, family):
+    last, second = {"llama": ("down_proj", "self_attn.o_proj")}.get(family, ("dense", "attention.self.key"))
+    values = {n: text.replace("LAST", last).replace("SECOND", second) for n, text in values.items()}
     model = MODELS[family]()
     method = methods.make(name, values | ({"r": 4} if "start" in values else {}))
     module = method.footprint(shapes.shape_of(model.net.config)).module
@@ -260,20 +263,9 @@ def test_what_a_method_trains_is_what_it_attaches(name, values, family):
     trained = {n: tuple(p.shape) for n, p in adapters.trainable(model).items()}
     assert module.tensors == trained
     assert module.size == sum(p.numel() for p in adapters.trainable(model).values())
-    assert module.frozen == (sum(a.size for a in adapters.start_factors(model).values()) if values else 0)
-
-
-@pytest.mark.parametrize("targets", ["all-linear", "query-value", "LAST, 1.SECOND"])
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", ["fedit", "fedpetuning", "fwdllm"])
-def test_lora_on_other_layers_is_counted_as_it_is_attached(name, family, targets):
-    last, second = {"llama": ("down_proj", "self_attn.o_proj")}.get(family, ("dense", "attention.self.key"))
-    model = MODELS[family]()
-    named = targets.replace("LAST", last).replace("SECOND", second)
-    method = methods.make(name, {"targets": named})
-    module = method.footprint(shapes.shape_of(model.net.config)).module
-    method.init(model, 1)
-    assert module.tensors == {n: tuple(p.shape) for n, p in adapters.trainable(model).items()}
+    assert module.frozen == (
+        sum(a.size for a in adapters.start_factors(model).values()) if "variant" in values else 0
+    )
 
 
 @given(
@@ -434,8 +426,7 @@ def test_the_printed_command_makes_tune_use_what_was_planned(large, tmp_path, ca
     rows.write_text("".join(json.dumps({"prompt": f"a {i}", "response": "b"}) + "\n" for i in range(6)))
     words = [str(rows) if word == "DATA" else word for word in shlex.split(told["command"])[1:]]
     recipe = tune.recipe_of(build_parser().parse_args(words), print)
-    method = methods.make(recipe.method, recipe.set)
-    assert told["batch_size"] == method.batch_size
+    assert told["batch_size"] == methods.make(recipe.method, recipe.set).batch_size
     assert [told[n] == getattr(recipe, n) for n in ("max_length", "dtype", "base")] == [True] * 3
 
 

@@ -213,8 +213,7 @@ def test_partition_is_that_of_the_metrics(run24):
     for i, row in enumerate(table[1:]):
         assert row[1:-1] == [str(start["counts"][name][i]) for name in table[0][1:-1]]
         assert row[-1] == str(start["rows_per_client"][i])  # type: ignore[index]
-    text = (run24 / "report.html").read_text()
-    assert text.count('class="mark c0"') == 11
+    assert (run24 / "report.html").read_text().count('class="mark c0"') == 11
 
 
 def test_partition_of_many_clients_draws_the_largest_and_groups_small_categories(tmp_path):
@@ -294,8 +293,7 @@ def test_client_losses_show_who_got_worse(tmp_path):
     drawn = drawing(text, "per-client")
     assert re.findall(r'text-anchor="end">(\w+)</text>', drawn) == ["south", "east", "north", "west"]
     assert [drawn.count(f'class="link c{c}"') for c in (svg.BETTER, svg.WORSE, svg.SAME)] == [2, 1, 1]
-    page = page_of(run)
-    assert page.table("client", "before", "after")[0][:3] == ["south", "3.000", "3.250"]
+    assert page_of(run).table("client", "before", "after")[0][:3] == ["south", "3.000", "3.250"]
     with_clients(run, rows="training", n=[2, 3], base=[1, 2], tuned=[0.5, 1])
     assert "Measured on 2 to 3 training rows of each, which were trained on" in page_of(run).text
 

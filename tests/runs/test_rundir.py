@@ -260,8 +260,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, cut):
     assert "checkpoint round-000005.ckpt is not usable" in (run.path / "log.txt").read_text()
     run.cut(4)
     put(run, 5, state(55))
-    again = get(run)
-    assert again[1].scalars["round"] == 55
+    assert get(run)[1].scalars["round"] == 55
 
 
 def test_when_all_are_damaged_it_is_said_and_nothing_is_lost(run):

@@ -86,8 +86,7 @@ def test_the_file_is_these_bytes():
     data = some().to_bytes()
     assert hashlib.sha256(data).hexdigest() == FILE_SHA
     assert some().fingerprint() == FINGERPRINT
-    length = int.from_bytes(data[:8], "little")
-    assert length % 8 == 0
+    assert int.from_bytes(data[:8], "little") % 8 == 0
     text = head().to_json()
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
     assert LedgerHead.from_json(text) == head()

@@ -23,6 +23,7 @@ from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.tuning import methods
 from fleetune.tuning.methods import fedkseed
+from fleetune.tuning.recipe import recipe
 from fleetune.tuning.run import describe
 
 QUICK = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "1", "--answer-tokens", "4"]
@@ -64,8 +65,6 @@ def test_bf16_is_offered_where_the_processor_is_faster_in_it(tiny, at, capsys, m
 
 
 def test_every_recipe_field_is_a_flag(capsys):
-    from fleetune.tuning.recipe import recipe
-
     with pytest.raises(SystemExit):
         main(["tune", "--help"])
     text = capsys.readouterr().out

@@ -405,28 +405,22 @@ def test_whatever_a_device_missed_it_has_the_servers_module(name, values, tmp_pa
         state = new
 
 
-def test_what_is_longer_than_the_module_is_sent_as_the_module():
-    method = methods.make("fedit", FAST | {"wire": "sign"})
+@pytest.mark.parametrize("more", [{}, {"variant": "ffa", "start": "pissa"}])
+def test_what_is_longer_than_the_module_is_sent_as_the_module_and_the_factors_that_it_stands_on(more):
+    """A device may have lost what it remembered."""
+    method = methods.make("fedit", FAST | {"wire": "sign"} | more)
     state = method.init(models.tiny_llama(), 7)
-    size = sum(t.nbytes for t in state.tensors.values())
+    whole = state.tensors | {f"start/{n}": t for n, t in state.start.items()}
+    size = sum(t.nbytes for t in whole.values())
     for _ in range(40):
         state = method.aggregate(state, ())
         sent = method.broadcast(state)
         assert sum(a.nbytes for a in sent.arrays.values()) <= size
         assert len(method.news(state, state.round, 0).arrays["scales"]) == methods._adapter.PLANES
-    assert sent.arrays.keys() == state.tensors.keys()
-    assert method.news(state, 1, 0).arrays.keys() == state.tensors.keys()
-
-
-def test_the_whole_module_comes_with_the_factors_that_it_stands_on():
-    """A device may have lost what it remembered."""
-    method = methods.make("fedit", FAST | {"wire": "sign", "variant": "ffa", "start": "pissa"})
-    state = method.init(models.tiny_llama(), 7)
-    for _ in range(40):
-        state = method.aggregate(state, ())
+    assert sent.arrays.keys() == whole.keys()
     for known in (0, 1):
         sent = method.news(state, known, 0)
-        assert sent.arrays.keys() == state.tensors.keys() | {f"start/{n}" for n in state.start}
+        assert sent.arrays.keys() == whole.keys()
         assert sent.scalars["known"] == 0
     assert method.news(state, state.round, 0).arrays.keys() == {"bits", "scales"}
 

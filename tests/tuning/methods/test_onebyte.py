@@ -121,8 +121,7 @@ def test_the_server_takes_the_mean_weighted_by_rows_whoever_answers(machines):
 
 
 def test_directions_are_different_within_a_machine_and_between_machines_and_rounds():
-    chosen = tiny(directions=K)
-    assert sorted(chosen.draw(0, 1, 2)) == list(range(K))
+    assert sorted(tiny(directions=K).draw(0, 1, 2)) == list(range(K))
     few = tiny(directions=8)
     drawn = {tuple(few.draw(0, 1, key)) for key in range(20)}
     assert len(drawn) == 20
@@ -162,8 +161,7 @@ def test_one_liar_moves_a_mean_but_not_a_vote(rows):
         honest = [answer(model, chosen, state, rows, 5)._replace(client=c) for c in range(4)]
         lie = np.full(5, 255) if wire == "byte" else ~honest[0].payload.array("codes")
         with_liar = chosen.aggregate(state, [*honest, fake(honest[0].key, lie, 12)])
-        without = chosen.aggregate(state, honest)
-        assert np.array_equal(sums(with_liar), sums(without)) == bounded
+        assert np.array_equal(sums(with_liar), sums(chosen.aggregate(state, honest))) == bounded
 
 
 class Machine:

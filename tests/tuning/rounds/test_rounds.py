@@ -295,8 +295,7 @@ def test_few_states_are_kept_however_often_a_round_is_the_best(tmp_path):
 
 
 def test_a_damaged_best_round_is_found_before_any_work(tmp_path):
-    found = counted(tmp_path, patience=1, losses=(3.0, 2.0, 2.5, 2.6))
-    assert found.round == 1
+    assert counted(tmp_path, patience=1, losses=(3.0, 2.0, 2.5, 2.6)).round == 1
     (_, file), *_ = courses.best_files(tmp_path)[-1:]
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(StorageError, match="is usable"):

@@ -109,8 +109,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file, 
     }
     whole = fleetune.tune(str(file), ROWS, out=tmp_path / "a", **options)
     half = fleetune.tune(str(file), ROWS, out=tmp_path / "b", **{**options, "rounds": 1})
-    longer = fleetune.resume_run(half.folder, rounds=2)
-    assert longer.done.digest == whole.done.digest
+    assert fleetune.resume_run(half.folder, rounds=2).done.digest == whole.done.digest
     model = finished.load(whole.folder)
     assert type(model.attachment) is ScaleView
     ledger = finished.ledger_of(whole.folder)
