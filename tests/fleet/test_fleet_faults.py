@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from devices_harness import Wire, fates, free_port, run_in
 from test_loopback import FEDIT, FEDKSEED, device, devices, folder, place, serve, served, split
-from test_remote import Memory, fleet
+from test_remote import Memory, fleet_of
 from test_remote import link as memory_of
 from test_worker import job, make_worker, message, take
 from test_worker import place as device_place
@@ -125,7 +125,7 @@ class Unruly(Memory):
 
 def unruly(folder: Path, messages: int, seed: int) -> int:
     link, round = Unruly(memory_of(4).devices, random.Random(seed)), 0
-    made = fleet(link, folder, Pace(grace=20, poll=0))
+    made = fleet_of(link, folder, Pace(grace=20, poll=0))
     while link.messages < messages:
         round += 1
         answers = sorted(made.ask(round, range(4), f"r{round}".encode()))
@@ -141,7 +141,7 @@ def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path, injec
 @pytest.mark.faults
 def test_devices_that_are_away_or_slow_hold_no_round_longer_than_was_said(tmp_path, injected):
     rng, link, away = random.Random(4), memory_of(6, seed=5), 0
-    made = fleet(link, tmp_path, Pace(grace=1.0, deadline=5.0, poll=0.01))
+    made = fleet_of(link, tmp_path, Pace(grace=1.0, deadline=5.0, poll=0.01))
     for round in range(1, 21):
         for key in link.away:  # one that comes back is in a new session
             link.marks[key] = round
