@@ -116,9 +116,9 @@ def check(folder: Path, signer: str = "") -> str:
         raise ModelError(
             f"{folder / SIGNATURE} is not the signature of {sums.FILE} by {SIGNER}", hint=hint
         ) from error
-    if signer and " ".join(signer.split()[:2]) not in (known := fingerprint(key), _openssh(key)):
+    if signer and (named := " ".join(signer.split()[:2])) not in (known := fingerprint(key), _openssh(key)):
         # a fingerprint is no name of a file, which anyone may lay there
-        given = None if signer.startswith(("SHA256:", "ssh-")) else Path(signer)
+        given = None if named.startswith(("SHA256:", "ssh-")) else Path(signer)
         if given is None or not given.is_file() or fingerprint(_public(given)) != known:
             raise ModelError(f"{folder} was signed by {known}, not by {signer}", hint=hint)
     if found := [words for _, words in sums.faults(folder)]:

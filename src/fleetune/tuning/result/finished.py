@@ -230,9 +230,8 @@ def load(
         tuned = load(result, recipe, offline)
     except ModelError as error:
         if (run / sums.SIGNATURE).is_file() and not ("/" in recipe.model or Path(recipe.model).exists()):
-            error.hint = (
-                f"{error.hint or ''}; or lay its base, or a link to it, here as {quoted(recipe.model)}"
-            )
+            own = f"lay its base, or a link to it, here as {quoted(recipe.model)}"
+            error.hint = "; or ".join(filter(None, (error.hint, own)))
         raise
     chat_template.begin_with(tuned.tokenizer, columns.sentence(recipe.columns))
     refuse_copies(tuned.net)
