@@ -227,7 +227,9 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
     few |= {"train": "scales", "settings": {"lr": 0.05, "eps": 0.01, **settings}}
     run = fleetune.tune(str(file), rows, method=method, out=tmp_path / "runs", **few)
     assert run.done.digest != models.load(str(file), device="cpu").digest
-    out = fleetune.export(run, path=tmp_path / "new" / "tuned.gguf").path
+    exported = fleetune.export(run, path=tmp_path / "new" / "tuned.gguf")
+    out = exported.path
+    assert exported.done.bytes == out.stat().st_size
     assert models.load(str(out), device="cpu").digest == run.done.digest
     made = patch_make.of_ledger(file, finished.ledger_of(Path(run.done.run)))
     assert made.result == sha256(out)

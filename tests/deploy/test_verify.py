@@ -3,12 +3,15 @@
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from verify_harness import ADAPTER, CODES, FILES, RUN, flipped, make, proven
@@ -18,6 +21,7 @@ from command_line import Capture, ok, refused
 from fault_report import Injected
 from fleetune import errors, models
 from fleetune.common import sums
+from fleetune.deploy import verify
 from fleetune.deploy.again import difference, tensors_of
 from fleetune.models import artefact
 from fleetune.models.cache import cache
@@ -263,6 +267,22 @@ def test_a_head_whose_length_is_wrong_differs_in_its_bytes(made: Path) -> None:
         wrong = pytest.raises(errors.ModelError, match=rf"differs in byte {at}, in its head")
         with flipped(file, at, bit), wrong:
             proven(f"runs/{RUN}/hf")
+
+
+def test_two_readers_in_one_order_have_a_tensor_made_once() -> None:
+    """One that falls far behind, or goes another way, has it made again; nothing is held that both have read."""
+    counts: Counter[int] = Counter()
+
+    def make(at: int) -> torch.Tensor:
+        counts[at] += 1
+        return torch.tensor(at)
+
+    moved = verify.made_once({at: partial(make, at) for at in range(10)})
+    for step in range(5):
+        assert [int(moved[step]()), int(moved[step]())] == [step, step]
+    assert set(counts.values()) == {1}
+    assert [int(moved[at]()) for at in (5, 6, 7, 8, 7, 8, 9, 5)] == [5, 6, 7, 8, 7, 8, 9, 5]
+    assert counts == {**dict.fromkeys(range(10), 1), 5: 2}
 
 
 def test_a_ledger_without_a_digest_has_nothing_to_verify(made: Path, tmp_path: Path) -> None:

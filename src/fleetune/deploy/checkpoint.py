@@ -63,7 +63,8 @@ class PlainFolder:
         self.folder = folder
         one = folder / "model.safetensors"
         index = folder / "model.safetensors.index.json"
-        files = [one] if one.is_file() else _shards(index)
+        shards = {} if one.is_file() else json.loads(index.read_bytes())["weight_map"]
+        files = sorted({index.parent / name for name in shards.values()}) or [one]
         self._files: dict[str, Path] = {}
         for file in files:
             with _opened(file) as head:
@@ -114,6 +115,7 @@ class InMemory:
     def __init__(self, tuned: Tuned, folder: Path) -> None:
         save(tuned.model.net, tuned.model.tokenizer, folder, weights=False)
         self.folder, self._tuned, self._tensors = folder, tuned, written(tuned.model.net)
+        self.tokenizer = tuned.model.tokenizer
 
     @property
     def names(self) -> list[str]:
@@ -129,12 +131,6 @@ class InMemory:
         return tensor.values() if isinstance(tensor, LazyWeight) else self._tuned.values(tensor)
 
 
-def _shards(index: Path) -> list[Path]:
-    return [
-        index.parent / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    ]
-
-
 def _opened(file: Path) -> Any:
     with foreign_file(file, "is damaged"):
         return safe_open(file, framework="pt")
@@ -148,6 +144,7 @@ class Checkpoint:
         self.source = source
         self.folder = source.folder
         self.again: Again | None = None  # what an export is compared with, in place of being written
+        self.tokenizer = source.tokenizer if isinstance(source, InMemory) else None  # where it is loaded
         self.compressed = isinstance(source, Master)  # whether it is a master artefact
         self.config: Any = config_of(source.folder)
         if is_encoder(self.config):

@@ -332,7 +332,10 @@ def _check_widths(model: Checkpoint, target: Target) -> None:
 
 
 def _told(model: Checkpoint, target: Target, made: Mapping[str, str]) -> Mapping[str, str]:
-    return {**made, **facts_of_artefact(model)} if target.states("PROVENANCE") else made
+    if not target.states("PROVENANCE"):
+        return made
+    held = model.source
+    return {**made, **facts_of_head(held.head, held.digest())} if isinstance(held, Master) else made
 
 
 def write_adapter(
@@ -419,13 +422,6 @@ def _scratch(out: Path) -> Iterator[Path]:
 
 
 # ---------------------------------------------------------------- where a model comes from
-
-
-def facts_of_artefact(model: Checkpoint) -> dict[str, str]:
-    """Return where a master artefact comes from; {} for a plain directory."""
-    if not isinstance(model.source, Master):
-        return {}
-    return facts_of_head(model.source.head, model.source.digest())
 
 
 def facts_of_head(head: ArtefactHead, digest: str) -> dict[str, str]:

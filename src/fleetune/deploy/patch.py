@@ -351,7 +351,8 @@ def patched(path: Path, places: tuple[BlockPlace, ...], moves: Moves) -> Iterato
     with open(path, "rb") as file:
         at = 0
         for number, place in enumerate(places):
-            yield from _copied(file, place.offset - at, path)
+            for left in range(place.offset - at, 0, -PIECE):
+                yield _read(file, min(left, PIECE), path)
             step = max(1, PIECE // (place.together * place.row_bytes)) * place.together
             for first in range(0, place.rows, step):
                 rows = min(step, place.rows - first)
@@ -363,13 +364,6 @@ def patched(path: Path, places: tuple[BlockPlace, ...], moves: Moves) -> Iterato
             at = place.offset + place.size
         while rest := file.read(PIECE):
             yield rest
-
-
-def _copied(file: Any, size: int, path: Path) -> Iterator[bytes]:
-    while size > 0:
-        part = _read(file, min(size, PIECE), path)
-        size -= len(part)
-        yield part
 
 
 def _read(file: Any, size: int, path: Path) -> bytes:

@@ -5,7 +5,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -121,7 +121,8 @@ def _of_ledger(ledger: Ledger, name: str, *, offline: bool, listener: Listener) 
     )
     finished.require_digest(models.digest(tensors), ledger.final_check(), "the ledger")
     return sorted(
-        Matrix(_place(_stored(slot), slot.start), functools.partial(view.packed, slot)) for slot in view.slots
+        Matrix(_place(cast(Any, slot.tensor).stored, slot.start), functools.partial(view.packed, slot))
+        for slot in view.slots
     )
 
 
@@ -139,11 +140,6 @@ def _moves(matrices: Sequence[Matrix]) -> Moves:
         return new.reshape(len(blocks), -1)
 
     return moved
-
-
-def _stored(slot: Any) -> Stored:
-    stored: Stored = slot.tensor.stored
-    return stored
 
 
 def _place(stored: Stored, start: int) -> BlockPlace:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Final
 
 import torch
@@ -45,6 +46,7 @@ from fleetune.tuning.run import describe
 
 PROVEN: Final = "proven"
 DECLARED: Final = "declared"
+AHEAD: Final = 3  # tensors that one reader may be ahead of another
 AGAIN: Final = "get it again from where it was made, or make it again"
 STAMP: Final = re.compile(rb'"transformers_version": "[\w.+]+"')
 FROM: Final = "name what it was made from: --from RUN, COMPRESSION or MODEL"
@@ -487,15 +489,13 @@ def _of_export(path: Path, source: Subject, parents: Parents) -> Links:
         target = yield from _of_tuned(path, parents.run(source), parents)
     else:
         target = written_again(path, source, offline=parents.offline)
-    words = f"written again as {target} from {source.argument}: every byte is equal"
-    yield _proven(path.name, words)
+    yield _proven(path.name, f"written again as {target} from {source.argument}: every byte is equal")
 
 
 def _of_tuned(path: Path, run: Run, parents: Parents) -> Generator[LinkVerified, None, str]:
     """Write the export of a run again, and compare; return its target."""
     yield from _files_of_run(run)
     adapter, digest = run.result.is_dir(), ""
-    made = _proven("weights", "made from base and adapter")
     if run.recipe.train == SCALES and not adapter:
         yield from _files_of_base(run.recipe.model, parents)
         target = written_again(path, run, offline=parents.offline)  # which compares what the ledger states
@@ -506,14 +506,31 @@ def _of_tuned(path: Path, run: Run, parents: Parents) -> Generator[LinkVerified,
     model = yield from _loaded_of(run, parents)
     tuned = None if run.recipe.train == SCALES else Tuned(model)
     with ThreadPoolExecutor(1) as pool:
+        if tuned and not adapter:
+            tuned.moved = made_once(tuned.moved)
         again = pool.submit(written_again, path, run, tuned, offline=parents.offline)
         if tuned and not adapter:
             digest = models.digest(tuned.tensors())
         yield from _weights_of(run, model.digest, digest)
     target = again.result()
     if adapter:
-        yield made
+        yield _proven("weights", "made from base and adapter")
     return target
+
+
+def made_once(moved: Mapping[int, Callable[[], Tensor]]) -> dict[int, Callable[[], Tensor]]:
+    """Make each tensor once for two readers in threads, which go in one order: what one has made, the other takes."""
+    made, lock = dict[int, Tensor](), Lock()
+
+    def make(at: int) -> Tensor:
+        with lock:
+            if (found := made.pop(at, None)) is None:
+                if len(made) == AHEAD:
+                    del made[next(iter(made))]
+                found = made[at] = moved[at]()
+        return found
+
+    return {at: partial(make, at) for at in moved}
 
 
 def written_again(path: Path, source: Subject, tuned: Tuned | None = None, *, offline: bool) -> str:
@@ -548,10 +565,7 @@ def written_again(path: Path, source: Subject, tuned: Tuned | None = None, *, of
             if usual and alike:
                 break  # it is of this target, and damaged
     if not nearest.words:
-        raise UsageError(
-            f"{source.argument} is exported as nothing like {path}",
-            hint="name what it was made from: --from RUN, COMPRESSION or MODEL",
-        )
+        raise UsageError(f"{source.argument} is exported as nothing like {path}", hint=FROM)
     raise ModelError(
         f"{nearest.words}: {source.argument} gives something else",
         hint="export it again; a file that was renamed holds its first name: give it that",
@@ -560,9 +574,10 @@ def written_again(path: Path, source: Subject, tuned: Tuned | None = None, *, of
 
 def _rest(path: Path, made: Path, seen: set[str]) -> tuple[FirstDifference, bool]:
     """Compare what was not `seen`; tell also whether `path` is what `made` is, perhaps damaged."""
+    size = compression_folder.size
     if seen and path.is_file():
         return FirstDifference(path.stat().st_size, ""), True
-    return difference(path, made, seen), bool(seen) or _size(path) == _size(made)
+    return difference(path, made, seen), bool(seen) or size(path) == size(made)
 
 
 def _ways(path: Path, source: Subject) -> list[tuple[targets.Target, str, bool]]:
@@ -589,7 +604,3 @@ def _ways(path: Path, source: Subject) -> list[tuple[targets.Target, str, bool]]
             names += {name for name in usual.values() if Path(name).stem == own} - {path.name}
     ways = [(target, name, usual[target.name] == path.name) for name in names for target in able]
     return sorted(ways, key=lambda way: not way[2])
-
-
-def _size(path: Path) -> int:
-    return compression_folder.size(path) if path.is_dir() else path.stat().st_size

@@ -169,9 +169,9 @@ def model_in(folder: Path) -> Path:
     return folder / "model"
 
 
-def size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
 
 
 def weights_size(folder: Path) -> int:

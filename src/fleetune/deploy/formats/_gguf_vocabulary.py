@@ -82,13 +82,13 @@ class Vocabulary:
         writer.add_chat_template(self.chat_template)
 
 
-def read(folder: Path, rows: int, config: Any) -> Vocabulary:
-    """Read the tokenizer of a Hugging Face directory, for an embedding of `rows` rows.
+def read(folder: Path, rows: int, config: Any, held: PreTrainedTokenizerBase | None = None) -> Vocabulary:
+    """Read the tokenizer of a Hugging Face directory (if it is `held`, that), for an embedding of `rows` rows.
 
     ModelError when it cannot be loaded or has more tokens than rows; UsageError when it is of a kind that
     GGUF has no place for.
     """
-    tokenizer = load(folder)
+    tokenizer = held or load(folder)
     rules = _rules(tokenizer, folder)
     model = rules["model"]
     ids = tokenizer.get_vocab()

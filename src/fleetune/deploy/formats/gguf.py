@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -55,8 +55,6 @@ RUNTIME: Final = "llama.cpp"
 NEEDS: Final = ("llama_cpp_py_sync",)
 EXTRA: Final = "llamacpp"
 ORDER: Final = 10
-
-
 PHI3_TOKENS: Final = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))
 FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {dtype.tag: getattr(torch, dtype.full) for dtype in WEIGHTS.values()}
@@ -152,14 +150,21 @@ def layer_types(model: Checkpoint) -> dict[str, str]:
 def _parts(
     header: Path, model: Checkpoint, entries: list[GgufTensor], factors: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield what the file has from its first byte on, each with where it begins; `header` holds what precedes the values."""
-    at = 0
-    encoded = (_encode(model, entry) for entry in entries)
-    for part in chain([np.fromfile(header, np.uint8)], factors.values(), encoded):
+    """Yield what the file has, each with where it begins; `header` holds what precedes the values.
+
+    To be compared, the parameters come in the order of their names, as a digest has them.
+    """
+    first = [np.fromfile(header, np.uint8), *factors.values()]
+    sizes = (*(part.nbytes for part in first), *(entry.bytes for entry in entries))
+    starts = accumulate(map(padded, sizes), initial=0)
+    heads = list(zip(first, starts, strict=False))
+    places = list(zip(entries, starts, strict=False))
+    if model.again is not None:
+        places.sort(key=lambda place: place[0].parameter)
+    for part, at in chain(heads, ((_encode(model, entry), at) for entry, at in places)):
         flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
         yield at, flat
         yield at + len(flat), np.zeros(padded(len(flat)) - len(flat), np.uint8)
-        at += padded(len(flat))
 
 
 def _has(file: GgufHeader, tensor: TensorPlace, values: np.ndarray) -> bool:
@@ -171,7 +176,7 @@ def _has(file: GgufHeader, tensor: TensorPlace, values: np.ndarray) -> bool:
 
 def _vocabulary(model: Checkpoint) -> _gguf_vocabulary.Vocabulary:
     embedding = next(name for name in model.names if tensor_name(model.config, name) == EMBEDDING)
-    return _gguf_vocabulary.read(model.folder, model.shapes[embedding][0], model.config)
+    return _gguf_vocabulary.read(model.folder, model.shapes[embedding][0], model.config, model.tokenizer)
 
 
 def _rounded(entries: Sequence[GgufTensor]) -> list[str]:
