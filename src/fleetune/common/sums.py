@@ -16,6 +16,7 @@ from fleetune.errors import ModelError
 FILE: Final = "SHA256SUMS"
 SIGNATURE: Final = f"{FILE}.sig"  # of a release
 README: Final = "README.md"
+PIECE: Final = 1 << 23  # bytes that are read at a time: other threads may keep this one waiting in front of each
 LEFT_OUT: Final = (FILE, README)
 LINE: Final = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+(?:/[^/\\\0]+)*)")
 
@@ -33,8 +34,11 @@ def sha256(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _sha256(path: Path, size: int, modified: int, changed: int, inode: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha, buffer = hashlib.sha256(), memoryview(bytearray(min(size, PIECE) or 1))
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            sha.update(buffer[:read])
+    return sha.hexdigest()
 
 
 def apart(*digests: str) -> list[str]:
