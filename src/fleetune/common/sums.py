@@ -16,7 +16,7 @@ from fleetune.errors import ModelError
 FILE: Final = "SHA256SUMS"
 SIGNATURE: Final = f"{FILE}.sig"  # of a release
 README: Final = "README.md"
-PIECE: Final = 1 << 23  # bytes that are read at a time: other threads may keep this one waiting in front of each
+PIECE: Final = 1 << 23  # bytes read at a time: other threads may keep this one waiting for each
 LEFT_OUT: Final = (FILE, README)
 LINE: Final = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+(?:/[^/\\\0]+)*)")
 
@@ -27,9 +27,7 @@ def sha256(path: Path) -> str:
         now = path.stat()
         return _sha256(path.absolute(), now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
     except OSError as error:
-        raise ModelError(
-            f"cannot read {path}: {error.strerror}", hint="check the path and its permissions"
-        ) from error
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint="check the path") from error
 
 
 @lru_cache(maxsize=256)
@@ -69,13 +67,11 @@ def faults(folder: Path, only: Collection[str] = ()) -> Iterator[tuple[str, str]
     if len(stated) < len(lines):  # a line is none, or a file is named twice
         yield FILE, f"{folder / FILE} is damaged: it is not a list of digests and files"
         return
-    for name, expected in stated.items():
-        if only and name not in only:
-            continue
+    for name in [name for name in stated if not only or name in only]:
         if not (file := folder / name).is_file():
             yield name, f"{file} is missing; {FILE} names it"
-        elif (found := sha256(file)) != expected:
-            now, then = apart(found, expected)
+        elif (found := sha256(file)) != stated[name]:
+            now, then = apart(found, stated[name])
             yield name, f"{file} is not what was written: its SHA-256 is {now}, {FILE} states {then}"
 
 

@@ -18,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ STAMP: Final = re.compile(rb'"transformers_version": "[\w.+]+"')
 FROM: Final = "name what it was made from: --from RUN, COMPRESSION or MODEL"
 
 Links = Iterator[LinkVerified]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -204,10 +205,13 @@ def _of_ledger(path: Path, base: str, parents: Parents) -> Links:
             hint=f"fleetune ledger replay {quoted(path)}   prints the digest of what it rebuilds, to compare yourself",
         )
     finished.stated_points(ledger)  # too many are refused before the base is loaded
-    files, model = _loaded(base, parents, lambda: finished.base_of(ledger, base, offline=parents.offline))
-    yield from files
-    yield _base(base, model.digest)
-    digest, checks = finished.verify(model, ledger, listener=parents.listener)
+
+    def rebuilt() -> tuple[str, dict[int, bool]]:
+        model = finished.base_of(ledger, base, offline=parents.offline)
+        return finished.verify(model, ledger, listener=parents.listener)
+
+    digest, checks = yield from _beside_files(base, parents, rebuilt)
+    yield _base(base, ledger.head.base)
     if wrong := [r for r, same in checks.items() if not same]:
         raise LedgerError(
             f"after round {wrong[0]} {path} states other weights than it rebuilds ({len(wrong)} of {len(checks)} checks)",
@@ -237,7 +241,7 @@ def _of_run(run: Run, parents: Parents) -> Links:
     yield from _files_of_run(run)
     result = run.result
     if result.is_dir():
-        model = yield from _loaded_of(run, parents)
+        model = yield from _beside_files(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
         yield from _weights_of(run, model.digest, "")
     else:
         yield from _of_ledger(result, run.recipe.model, parents)
@@ -255,15 +259,16 @@ def _files_of_base(name: str, parents: Parents) -> Links:
     return _files(folder)
 
 
-def _loaded(base: str, parents: Parents, load: Callable[[], Model]) -> tuple[Sequence[LinkVerified], Model]:
-    """Load a model while a thread compares the files of its base; what differs in them is told before any other error."""
+def _beside_files(base: str, parents: Parents, work: Callable[[], T]) -> Generator[LinkVerified, None, T]:
+    """Work while a thread compares the files of a base; what differs in them is told before any other error."""
     with ThreadPoolExecutor(1) as pool:
         files = pool.submit(list, _files_of_base(base, parents))
         try:
-            model = load()
+            done = work()
         finally:
             found = files.result()
-    return found, model
+    yield from found
+    return done
 
 
 def _files_of_run(run: Run) -> Links:
@@ -276,13 +281,6 @@ def _files_of_run(run: Run) -> Links:
     if (stated := done.get("result_sha256")) and stated != (now := sums.sha256(listed)):
         then, now = sums.apart(str(stated), now)
         raise ModelError(f"{run.folder} states {then} of {listed.name}, which is {now}", hint=AGAIN)
-
-
-def _loaded_of(run: Run, parents: Parents) -> Generator[LinkVerified, None, Model]:
-    """Yield what is proven of the base's files; return the run's model, with the tuning attached."""
-    files, model = _loaded(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
-    yield from files
-    return model
 
 
 def _weights_of(run: Run, base: str, digest: str) -> Links:
@@ -371,7 +369,7 @@ def _bound(master: artefact.Master, source: Run | str, dtype: str, parents: Pare
     if isinstance(source, Run):
         run = parents.run(source)
         yield from _files_of_run(run)
-        model = yield from _loaded_of(run, parents)
+        model = yield from _beside_files(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
         base = model.digest
         model.digest = models.digest(codes.passing(Tuned(model).tensors()))
         yield from _weights_of(run, base, model.digest)
@@ -503,7 +501,7 @@ def _of_tuned(path: Path, run: Run, parents: Parents) -> Generator[LinkVerified,
         yield _base(run.recipe.model, run.ledger().head.base)
         yield from _declared_by(run)
         return target
-    model = yield from _loaded_of(run, parents)
+    model = yield from _beside_files(run.recipe.model, parents, lambda: run.load(offline=parents.offline))
     tuned = None if run.recipe.train == SCALES else Tuned(model)
     with ThreadPoolExecutor(1) as pool:
         if tuned and not adapter:
