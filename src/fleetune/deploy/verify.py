@@ -206,12 +206,14 @@ def _of_ledger(path: Path, base: str, parents: Parents) -> Links:
         )
     finished.stated_points(ledger)  # too many are refused before the base is loaded
 
-    def rebuilt() -> tuple[str, dict[int, bool]]:
+    try:
         model = finished.base_of(ledger, base, offline=parents.offline)
-        return finished.verify(model, ledger, listener=parents.listener)
-
+    except Exception:
+        yield from _files_of_base(base, parents)  # what differs in them is told before any other error
+        raise
+    rebuilt = partial(finished.verify, model, ledger, listener=parents.listener)
     digest, checks = yield from _beside_files(base, parents, rebuilt)
-    yield _base(base, ledger.head.base)
+    yield _base(base, model.digest)
     if wrong := [r for r, same in checks.items() if not same]:
         raise LedgerError(
             f"after round {wrong[0]} {path} states other weights than it rebuilds ({len(wrong)} of {len(checks)} checks)",
