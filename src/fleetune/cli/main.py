@@ -196,6 +196,7 @@ def _set_environment(args: argparse.Namespace) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")  # code that transformers would fetch for some nets
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
 

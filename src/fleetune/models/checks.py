@@ -20,18 +20,12 @@ from fleetune.models.families.foreign import AGAIN, check_range, foreign_file
 from fleetune.models.families.widths import KEY, base_type, config_from
 from fleetune.models.lazy import LazyWeight
 
-SIZES: Final = (
-    "num_hidden_layers",
-    "n_layer",
-    "hidden_size",
-    "n_embd",
-    "num_attention_heads",
-    "n_head",
-    "num_key_value_heads",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
+SIZES: Final = re.compile(  # at least 1
+    r"n_(layer|embd|head)|(vocab|hidden|intermediate)_size|max_position_embeddings|"
+    r"num_(hidden_layers|attention_heads|key_value_heads)"
 )
+# ways to compute attention and experts; any other is code that transformers fetches
+PLAIN: Final = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 COUNT: Final = re.compile(r"(layer|expert|label)s?$")  # transformers makes a list or a module for each
 MOST: Final = 65_536
 SIZE: Final = re.compile(r"(size|dim|embd|embeddings|heads?|positions|_id)$")
@@ -48,15 +42,8 @@ CAUSAL_CLASSES: Final = frozenset(
 )
 SLACK: Final = 1 << 22  # parameters that a net may have beyond twice those in its files: a new head
 TABLES: Final = 1 << 28  # elements that a net may compute for itself: masks, sines
-COMPUTED: Final = (  # buffers that older files hold
-    "rotary_emb.inv_freq",
-    "rotary_emb.cos_cached",
-    "rotary_emb.sin_cached",
-    "position_ids",
-    "token_type_ids",
-    ".attn.bias",
-    ".attention.bias",
-    ".masked_bias",
+COMPUTED: Final = re.compile(  # buffers that older files hold
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(position|token_type)_ids|\.(attn\.|attention\.|masked_)bias)$"
 )
 
 
@@ -112,6 +99,7 @@ def config_of(folder: Path) -> Any:
         raw = json.loads(file.read_bytes())
         kind = base_type(raw["model_type"]) if KEY in raw else raw["model_type"]
         _check_kind(folder, raw, kind)
+        _check_code(raw, file)
     _check_sizes(raw, file)
     with foreign_file(file):  # a configuration class may raise anything for a wrong value
         if KEY in raw:
@@ -142,9 +130,18 @@ def _check_sizes(raw: dict[str, Any], file: Path) -> None:
     """Raise ModelError for sizes (blocks, heads, ..) below 1 or above `LARGEST`, and counts above `MOST`."""
     for name, value in raw.items():
         most = MOST if COUNT.search(name) else LARGEST if SIZE.search(name) else math.inf
-        if type(value) is int and ((name in SIZES and value < 1) or value > most):
+        if type(value) is int and ((SIZES.fullmatch(name) and value < 1) or value > most):
             why = "below 1" if value < 1 else f"more than {most:,}"
             raise ModelError(f"{file} says {name} = {value!r:.30}, {why}", hint=AGAIN)
+
+
+def _check_code(raw: Mapping[str, Any], file: Path) -> None:
+    """Raise ModelError where a configuration names code to compute attention or experts with, at any depth."""
+    for name, value in raw.items():
+        if name.endswith("_implementation") and value not in PLAIN:
+            raise ModelError(f"{file} says {name} = {value!r:.60}: never run", hint=f"remove {name} from it")
+        if isinstance(value, dict):
+            _check_code(value, file)
 
 
 def is_encoder(config: Any) -> bool:
@@ -208,7 +205,7 @@ def check_tensors(
     # with a head (an encoder) the blocks' tensors alone count: a checkpoint has other ones as well
     place = re.compile(r"\.\d+\." if head else "")
     names = map(str, found["unexpected_keys"])
-    if left := sorted(n for n in names if place.search(n) and not n.endswith(COMPUTED)):
+    if left := sorted(n for n in names if place.search(n) and not COMPUTED.search(n)):
         raise ModelError(
             f"{path} has {len(left)} tensors that a {kind.__name__} of its config.json has no place for: "
             + ", ".join(left[:3]),
