@@ -51,7 +51,7 @@ MODEL, ROWS = "stories260K-hf", "databricks-dolly-15k.jsonl"
 LENGTH, EACH, HELD, TESTED = 64, 3, 64, 128  # tokens of a row, rows of a client, held out, tested on
 EPSILONS: Final = (0.0, 8.0, 2.0)  # 0: without noise
 METHODS: Final[dict[str, dict[str, Any]]] = {
-    "fedkseed": {"backprop": 1.0, "backprop_steps": 1, "K": 1024, "batch_size": EACH},
+    "fedkseed": {"backprop": 1.0, "backprop_steps": 1, "backprop_lr": 0.04, "K": 1024, "batch_size": EACH},
     "fedit": {"steps": 1, "r": 2, "dropout": 0.0, "checkpointing": False, "batch_size": EACH},
     "onebyte": {"directions": 2, "K": 256, "batch_size": EACH},
     "signlora": {"steps": 1, "batch_size": EACH},
