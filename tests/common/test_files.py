@@ -18,6 +18,7 @@ import pytest
 
 from fleetune.common import files, sums
 from fleetune.common.files import default_mode, read_bytes, read_text, regular, storage_error, write_atomic
+from fleetune.deploy.verify import Parents, links
 from fleetune.errors import FleetuneError, StorageError
 
 
@@ -212,6 +213,15 @@ def test_a_damaged_list_is_refused(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(FleetuneError, match=sums.FILE) as caught:
         sums.check(tmp_path, remedy="do it again")
     assert caught.value.hint == "do it again"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
+def test_a_pipe_in_the_place_of_the_list_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / sums.FILE)
+    with at_once(), pytest.raises(FleetuneError, match="is damaged"):
+        sums.check(tmp_path, remedy="")
+    with at_once(), pytest.raises(FleetuneError, match="is damaged"):
+        list(links(str(tmp_path), Parents(tmp_path)))
 
 
 COUNT = """

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from fleetune.common.files import write_atomic
+from fleetune.common.files import read_text, write_atomic
 from fleetune.errors import ModelError
 
 FILE: Final = "SHA256SUMS"
@@ -57,7 +57,7 @@ def write(folder: Path, names: Collection[str] = ()) -> None:
 def faults(folder: Path, only: Collection[str] = ()) -> Iterator[tuple[str, str]]:
     """Yield (name, words) for each file of a folder (of those in `only`) that is missing, or not what the folder states of it."""
     try:
-        lines = (folder / FILE).read_text(encoding="utf-8").splitlines() or [""]
+        lines = read_text(folder / FILE).splitlines() or [""]
     except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError):
@@ -77,7 +77,7 @@ def faults(folder: Path, only: Collection[str] = ()) -> Iterator[tuple[str, str]
 
 def unlisted(folder: Path) -> list[str]:
     """Return what lies in a folder and is not named by its list; hidden files, such as a hub adds, are left out."""
-    listed = {line[66:] for line in (folder / FILE).read_text(encoding="utf-8").splitlines()}
+    listed = {line[66:] for line in read_text(folder / FILE).splitlines()}
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
     return sorted(name for name in there - listed - {FILE, SIGNATURE} if not name.startswith("."))
 

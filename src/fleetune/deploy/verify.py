@@ -133,7 +133,7 @@ def _files(folder: Path, *, alone: bool = False) -> Links:
 
     With `alone`, no other may lie beside them.
     """
-    if not (folder / sums.FILE).is_file():
+    if not (folder / sums.FILE).exists():
         return
     if found := [words for _, words in sums.faults(folder)]:
         raise ModelError("\n  ".join(found), hint=AGAIN)
