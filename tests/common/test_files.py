@@ -18,6 +18,7 @@ import pytest
 
 from fleetune.common import files, sums
 from fleetune.common.files import default_mode, read_bytes, read_text, regular, storage_error, write_atomic
+from fleetune.deploy.again import tensors_of
 from fleetune.deploy.verify import Parents, links
 from fleetune.errors import FleetuneError, StorageError
 
@@ -222,6 +223,9 @@ def test_a_pipe_in_the_place_of_the_list_is_not_waited_for(tmp_path: Path) -> No
         sums.check(tmp_path, remedy="")
     with at_once(), pytest.raises(FleetuneError, match="is damaged"):
         list(links(str(tmp_path), Parents(tmp_path)))
+    os.mkfifo(tmp_path / "model.safetensors")
+    with at_once(), pytest.raises(OSError, match="not a regular file"):
+        list(tensors_of(tmp_path / "model.safetensors"))
 
 
 COUNT = """

@@ -153,6 +153,14 @@ def test_a_private_run_tells_its_epsilon_and_no_digest(tiny: str, tmp_path: Path
     declared = {link.what: link.words for link in fleetune.verify(place, tiny) if link.state == "declared"}
     assert "epsilon" in declared["privacy"]
     assert declared["privacy"][:40] in (place / "README.md").read_text()
+    (run.folder / "metrics.jsonl").write_text(
+        (run.folder / "metrics.jsonl").read_text().replace("epsilon", "delta")
+    )
+    sums.write(run.folder)
+    with pytest.raises(
+        errors.ModelError, match="another privacy than its ledger: differential privacy: epsilon"
+    ):
+        fleetune.verify(run, tiny)
     text = "".join(p.read_text(encoding="latin-1") for p in place.iterdir() if p.is_file())
     assert "rows_sha256" not in text
     assert "training rows, as text" not in text

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fleetune.common import sums
+from fleetune.common.files import regular
 from fleetune.models.gguf import header
 from fleetune.models.net.saving import Table, bytes_of
 
@@ -135,7 +136,7 @@ def difference(path: Path, made: Path, seen: Iterable[str] = ()) -> FirstDiffere
 def _of_bytes(path: Path, made: Path) -> FirstDifference:
     at = 0
     if not path.is_file():
-        return FirstDifference(0, f"{path} is no file")
+        return FirstDifference(at, f"{path} is no file")
     with path.open("rb") as one, made.open("rb") as other:
         while True:
             a, b = one.read(CHUNK), other.read(CHUNK)
@@ -161,7 +162,7 @@ def tensors_of(path: Path) -> Iterator[tuple[str, int, int]]:
         for tensor in header.read(path).tensors:
             yield tensor.name, tensor.offset, tensor.offset + tensor.size
     elif path.suffix == SAFETENSORS:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             size = int.from_bytes(file.read(8), "little")
             if size > path.stat().st_size:
                 raise ValueError("a head that is longer than its file")

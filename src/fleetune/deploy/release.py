@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from fleetune.common import sums
 from fleetune.common.display import check_installed, quoted
@@ -60,10 +60,8 @@ def write(run: Run, out: Path | None = None, key: Path | None = None) -> Release
     if (done := finished.stated_by(run.folder)) == {}:
         raise UsageError(f"{run.folder} is not finished", hint=f"fleetune tune --resume {quoted(run.folder)}")
     file = key or own_key()
-    hint, load = (
-        "make one: ssh-keygen -t ed25519 -N '' -f FILE",
-        partial(forms.load_ssh_private_key, password=None),
-    )
+    hint = "make one: ssh-keygen -t ed25519 -N '' -f FILE"
+    load = partial(forms.load_ssh_private_key, password=None)
     secret = read_openssh_key(file, load, Ed25519PrivateKey, OF, hint)
     with staged(place) as folder:
         (folder / model_card.CARD).write_text(model_card.of_release(run.folder), encoding="utf-8")
@@ -167,10 +165,9 @@ def fingerprint(key: Ed25519PublicKey) -> str:
 
 
 def _public(path: Path) -> Ed25519PublicKey:
-    load = forms.load_ssh_public_key
-    return cast(
-        Ed25519PublicKey, read_openssh_key(path, load, Ed25519PublicKey, OF, "get it again", ModelError)
-    )
+    load, hint = forms.load_ssh_public_key, "get it again"
+    key: Ed25519PublicKey = read_openssh_key(path, load, Ed25519PublicKey, OF, hint, ModelError)
+    return key
 
 
 def _openssh(key: Ed25519PublicKey) -> str:

@@ -316,6 +316,8 @@ def _declared_by(run: Run) -> Links:
         private = [str(r) for r in done.get("remarks", ()) if str(r).startswith("differential privacy")]
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ModelError(f"{run.folder / rundir.METRICS} is damaged ({error})", hint=AGAIN) from error
+    if run.result.is_file() and (head := run.ledger().head.privacy) != " ".join(private or ["none"]):
+        raise ModelError(f"{run.folder} states another privacy than its ledger: {head}", hint=AGAIN)
     yield _declared("data, clients", f"{describe.public(recipe.data)}; {of}; {recipe.method}")
     yield _declared("measures", f"{measures} on {held}")
     yield from (_declared("privacy", remark.partition(": ")[2]) for remark in private)
