@@ -77,7 +77,7 @@ def test_the_ledger_is_what_the_method_makes_of_the_others(case, tiny, tmp_path,
             by = dataclasses.replace(rule, spool=spool)
             hand = aggregate(method, state._replace(**own), others if len(others) >= quorum else [], by)
     to, folder = tmp_path / "without.safetensors", str(done.folder)
-    assert main(["ledger", "drop", folder, "--client", str(client), "--to", str(to), "-q", "--offline"]) == 0
+    assert main(["ledger", "drop", folder, "--device", str(client), "--to", str(to), "-q", "--offline"]) == 0
     made = ledgers.load(to)
     assert entries(made) == entries(hand.ledger)
     assert (made.head.previous, made.head.checks) == (whole.fingerprint(), {})

@@ -61,7 +61,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--round", type=int, help="for truncate: the last round that stays; for drop: the round left out"
     )
     sub.add_argument(
-        "--client", help="for drop: the client left out, by its name in the report or its number"
+        "--client", "--device", help="for drop: the client left out, by its name in the report or its number"
     )
     sub.add_argument("--factor", type=float, help="for scale: what all steps are multiplied by")
     sub.add_argument("--threads", type=int, help="threads of the replay (default: all)")
