@@ -136,7 +136,7 @@ def difference(path: Path, made: Path, seen: Iterable[str] = ()) -> FirstDiffere
 def _of_bytes(path: Path, made: Path) -> FirstDifference:
     at = 0
     if not path.is_file():
-        return FirstDifference(at, f"{path} is no file")
+        return FirstDifference(0, f"{path} is no file")
     with path.open("rb") as one, made.open("rb") as other:
         while True:
             a, b = one.read(CHUNK), other.read(CHUNK)
